@@ -1,0 +1,100 @@
+# Everything a reader or a developer types. `make help` lists it.
+#
+# Variables, given as NAME=value after the target:
+SCALE ?= mini
+FAST ?=
+NB ?=
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?= -n 2
+PORT ?= 8000
+
+EXTRAS := notebooks,book,train,phrases,dev
+BIN := $(VENV)/bin
+# what is installed is known by what it was installed from, so neither a checkout nor a clock makes it stale
+STAMP := $(VENV)/.ready-$(firstword $(shell cat pyproject.toml constraints.txt | cksum))
+LLAVA := $(BIN)/llava
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+# the first Python that is new enough; PYTHON=... chooses another
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell $(p) -c \
+	'import sys; print("$(p)") if sys.version_info >= (3, 11) else None' 2>/dev/null)))
+
+# the miniature's models are small: more threads than one only wait for each other, and two test processes share the cores
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# notebooks, kernels and `llava` must all be this environment's
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test reproduce nb book serve lab bench ci lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  SCALE=mini|gpu|a100x8   hardware and data of reproduce and nb (now: $(SCALE))"
+	@echo "  FAST=1                  reproduce and nb with the shortest runs that still show every step"
+	@echo "  NB=20_feature_alignment the notebook of nb; NB=20 is enough"
+	@echo "  PORT=8000               where serve listens, on this machine only"
+	@echo "  PYTEST_ARGS='-k name'   what test passes on to pytest (now: $(PYTEST_ARGS))"
+	@echo "  PIP_ARGS=...            what setup passes on to pip; for PyTorch without CUDA on Linux:"
+	@echo "                          PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
+
+setup: $(STAMP) ## make .venv and install everything, pinned; quick when nothing changed
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed and was not found; install it or say which: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || \
+		{ echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing into $(VENV): some minutes the first time" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' $(PIP_ARGS)
+	@$(BIN)/python -m llava_core.lab.vendor || echo "note: the book will load its scripts from the network" >&2
+	@touch $@
+
+check: setup ## style, types, notebooks without outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(NOTEBOOKS),$(STRIP) --verify $(NOTEBOOKS))
+
+format: setup ## put style right where a tool can
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(if $(NOTEBOOKS),$(STRIP) $(NOTEBOOKS))
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+reproduce: setup ## every notebook in order, then the book (SCALE=, FAST=1)
+	$(LLAVA) reproduce --scale $(SCALE) $(if $(FAST),--fast)
+
+nb: setup ## one notebook (NB=, SCALE=, FAST=1)
+	@test -n "$(NB)" || { echo "error: say which notebook, e.g. make nb NB=20_feature_alignment" >&2; exit 2; }
+	$(LLAVA) reproduce --scale $(SCALE) $(if $(FAST),--fast) --only $(NB) --book no
+
+book: setup ## build the book from the notebooks that have run
+	$(LLAVA) reproduce --scale $(SCALE) --book only
+
+serve: setup ## show the built book in a browser, on this machine only (PORT=)
+	@test -d book/_build/html || { echo "error: no book yet; run make reproduce first" >&2; exit 1; }
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory book/_build/html $(PORT)
+
+lab: setup ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench: setup ## run every benchmark (benchmarks/bench_*.py -> benchmarks/results/*.csv)
+	@set -e; for file in $(or $(wildcard benchmarks/bench_*.py),none); do \
+		if [ $$file = none ]; then echo "no benchmarks yet"; else echo "$$file" >&2; $(BIN)/python $$file; fi; done
+
+ci: ## all of the above in a fresh environment, as continuous integration does
+	rm -rf .venv-ci
+	$(MAKE) setup VENV=.venv-ci
+	$(MAKE) check VENV=.venv-ci
+	$(MAKE) test VENV=.venv-ci
+	$(MAKE) reproduce VENV=.venv-ci FAST=1
+
+lock: setup ## write constraints.txt and environment.yml from pyproject.toml and .venv
+	$(BIN)/python tools/lock.py
+
+clean: ## remove what can be made again, except .venv
+	rm -rf .venv-ci build dist *.egg-info book/_build book/notebooks data/mini runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,20 @@
+"""A reproducible companion to *Visual Instruction Tuning* (LLaVA, NeurIPS 2023).
+
+The letters below name tensor dimensions in every docstring of the package.
+
+=====  ==========================================================================
+B      samples of a batch
+N      images of a batch (N <= B: a text-only sample has none)
+H, W   height and width of an image in pixels
+P      patches of an image (256 for 224 px and patch 14)
+C      width of the vision tower's features (1024 for CLIP ViT-L/14)
+T      tokens of a sequence, image positions included
+D      width of the language model's embeddings (4096 for 7B, 5120 for 13B)
+V      entries of the vocabulary
+=====  ==========================================================================
+
+``pixel_values (N, 3, H, W)``, ``input_ids (B, T)``, ``labels (B, T)`` with -100 for positions that carry no loss,
+``inputs_embeds (B, T, D)``; attention tensors lie as ``(B, heads, T, head_dim)``.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,399 @@
+"""`llava`: the one entry point. Each command imports what it needs when it runs, so `--help` is instant.
+
+Every command shows its progress on stderr and its result on stdout (with `--json`: exactly one JSON object), and exits
+with 0, with 1 when the work failed (one line on stderr says why) or with 2 when it was called in a wrong way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_core import __version__
+from llava_core.runtime import ROOT, CompanionError, shown
+
+Result = dict[str, Any]
+KINDS = ("conversation", "detail", "complex")
+BASE_MODELS = ("llm-7b", "llm-13b", "clip")
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+
+def _reproduce(args: argparse.Namespace) -> Result:
+    from llava_core.lab import pipeline
+
+    return pipeline.reproduce(
+        scale=args.scale,
+        fast=args.fast,
+        only=args.only,
+        start=args.start,
+        dry_run=args.dry_run,
+        parameters=dict(args.parameter),
+        book=args.book,
+    )
+
+
+def _show_notebooks(result: Result) -> str:
+    lines = [f"{notebook['status']:10}  {notebook['name']}" for notebook in result["notebooks"]]
+    return "\n".join([*lines, f"book: {result['book'] or 'not built'}"])
+
+
+def _train(args: argparse.Namespace) -> Result:
+    from llava_core.config import load_experiment
+    from llava_core.lab.launch import launch
+
+    record = launch(load_experiment(args.experiment, args.scale, dict(args.set)), resume=args.resume == "auto")
+    numbers = {key: record.summary.get(key) for key in ("final_loss", "samples_per_s")}
+    return {"run": shown(record.path), **numbers, "checkpoint": shown(record.checkpoint)}
+
+
+def _evaluate_science_qa(args: argparse.Namespace) -> Result:
+    from llava_core.evaluate.science_qa import evaluate_files
+
+    return evaluate_files(args.predictions, args.questions)
+
+
+def _show_science_qa(result: Result) -> str:
+    from llava_core.evaluate.science_qa import format_report
+
+    return format_report(result)
+
+
+def _evaluate_llava_bench(args: argparse.Namespace) -> Result:
+    from llava_core.evaluate.llava_bench import score_reviews
+
+    return score_reviews(args.reviews)
+
+
+def _evaluate_captions(args: argparse.Namespace) -> Result:
+    from llava_core.evaluate.captions import evaluate_files
+
+    return evaluate_files(args.references, args.predictions)
+
+
+def _data_check(args: argparse.Namespace) -> Result:
+    from llava_core.data.instruct import check_file
+
+    return check_file(args.file, args.images)
+
+
+def _show_problems(result: Result) -> str:
+    lines = [
+        f"line {p['line']}, record {p['record']}: {p['kind']}: {p['message']}"
+        if p["record"] is not None
+        else p["message"]
+        for p in result["problems"]
+    ]
+    return "\n".join([*lines, f"{result['records']} records, {len(lines)} problems"])
+
+
+def _generate(args: argparse.Namespace) -> Result:
+    from llava_core.teacher.generate import generate
+
+    return generate(args.annotations, args.kinds, _chat_client(args), args.out)
+
+
+def _chat_client(args: argparse.Namespace) -> Any:
+    from llava_core.teacher import client
+
+    if args.client == "offline":
+        from llava_core.miniature.offline_chat import OfflineChat
+
+        return OfflineChat()
+    raise CompanionError(f"{client} {args.client}")
+
+
+def _filter(args: argparse.Namespace) -> Result:
+    from llava_core.data.cc3m import filter_file
+
+    return filter_file(args.captions, args.out, args.images)
+
+
+def _miniature(args: argparse.Namespace) -> Result:
+    from llava_core import miniature
+
+    return miniature.write(args.out, only=args.only)
+
+
+def _show_cards(result: Result) -> str:
+    return "\n".join(f"{name:16} {card['counts']}" for name, card in result.items())
+
+
+def _base_models(args: argparse.Namespace) -> Result:
+    from llava_core.miniature import base_models
+
+    return base_models.train_base_models(args.out, only=args.only)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from llava_core.lab.demo import chat_in_terminal
+
+    chat_in_terminal(args.model, args.image)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    notebook = ROOT / "notebooks" / "60_chat_demo.ipynb"
+    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--notebook-dir={ROOT}", str(notebook)]
+    if subprocess.run(command, check=False).returncode:
+        raise CompanionError("JupyterLab ended with an error; its lines above say why")
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = _names(text)
+        if not names or not set(names) <= set(known):
+            raise argparse.ArgumentTypeError(f"'{text}': choose from {', '.join(known)}, with commas between")
+        return names
+
+    return parse
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"'{text}': write KEY=VALUE, e.g. train.learning_rate=0.001")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"'{text}': the value is not valid YAML") from None
+
+
+def _table(result: Result) -> str:
+    lines = []
+    for key, value in result.items():
+        text = (
+            f"{value:.4g}"
+            if isinstance(value, float)
+            else value
+            if isinstance(value, str)
+            else json.dumps(value, default=str)
+        )
+        lines.append(f"{key:16} {text}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llava",
+        description="Visual Instruction Tuning, step by step: train, evaluate and reproduce LLaVA.",
+        epilog="example:\n  llava reproduce",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"llava-core {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def group(name: str, text: str, example: str) -> Any:
+        inner = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        return inner.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        name: str,
+        text: str,
+        example: str,
+        run: Callable[[argparse.Namespace], Result | None],
+        show: Callable[[Result], str] = _table,
+        failed: Callable[[Result], bool] = lambda result: False,
+        into: Any = commands,
+        interactive: bool = False,
+    ) -> argparse.ArgumentParser:
+        new: argparse.ArgumentParser = into.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if not interactive:
+            new.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+        new.set_defaults(run=run, show=show, failed=failed, interactive=interactive)
+        return new
+
+    new = command(
+        "reproduce",
+        "run the notebooks that are not up to date, and build the book",
+        "llava reproduce --only 20,21",
+        _reproduce,
+        _show_notebooks,
+        failed=lambda result: bool(result["failed"]),
+    )
+    new.add_argument("--scale", default="mini", help="hardware and data: mini (default), gpu or a100x8")
+    new.add_argument("--fast", action="store_true", help="the shortest runs that still show every step")
+    new.add_argument("--only", type=_names, metavar="N,N", help="only these notebooks, by number or name")
+    new.add_argument("--from", dest="start", metavar="N", help="this notebook and all after it")
+    new.add_argument("--dry-run", action="store_true", help="say what would run, and run nothing")
+    new.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        type=_assignment,
+        metavar="NAME=VALUE",
+        help="another value for a parameter of the notebooks",
+    )
+    new.add_argument("--book", choices=["auto", "only", "no"], default="auto", help="build the book too, only, or not")
+
+    new = command("train", "train one experiment", "llava train finetune --set train.seed=1", _train)
+    new.add_argument("experiment", metavar="EXPERIMENT", help="a file of configs/experiments, without its extension")
+    new.add_argument("--scale", default="mini", help="hardware and data: mini (default), gpu or a100x8")
+    new.add_argument(
+        "--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help="another value for one field"
+    )
+    new.add_argument("--resume", choices=["auto", "never"], default="auto", help="go on, or start anew")
+
+    into = group("evaluate", "score answers, reviews or captions", "llava evaluate llava-bench --reviews reviews.jsonl")
+    new = command(
+        "science-qa",
+        "score answers to ScienceQA",
+        "llava evaluate science-qa --predictions answers.json --questions problems.json",
+        _evaluate_science_qa,
+        _show_science_qa,
+        into=into,
+    )
+    new.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="the answers")
+    new.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the questions and right answers")
+    new = command(
+        "llava-bench",
+        "score a judge's reviews",
+        "llava evaluate llava-bench --reviews reviews.jsonl",
+        _evaluate_llava_bench,
+        into=into,
+    )
+    new.add_argument("--reviews", type=Path, required=True, metavar="FILE", help="one review per line")
+    new = command(
+        "captions",
+        "score captions with BLEU-4 and CIDEr",
+        "llava evaluate captions --references captions_val.json --predictions results.json",
+        _evaluate_captions,
+        into=into,
+    )
+    new.add_argument("--references", type=Path, required=True, metavar="FILE", help="COCO's captions_*.json")
+    new.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="COCO's result layout")
+
+    into = group("data", "look at training data", "llava data check chat.json --images images")
+    new = command(
+        "check",
+        "find all problems of an instruction file",
+        "llava data check chat.json --images images",
+        _data_check,
+        _show_problems,
+        failed=lambda result: bool(result["errors"]),
+        into=into,
+    )
+    new.add_argument("file", type=Path, metavar="FILE", help="LLaVA-Instruct JSON or JSONL")
+    new.add_argument("--images", type=Path, metavar="DIR", help="folder of the images; without it they are not read")
+
+    new = command(
+        "generate",
+        "write instruction data from captions and boxes",
+        "llava generate --annotations caps_boxes.jsonl --kinds conversation,detail --client offline --out data/mine",
+        _generate,
+    )
+    new.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="captions and boxes of each image")
+    new.add_argument(
+        "--kinds", type=_some_of(KINDS), default=list(KINDS), metavar="KIND,KIND", help=f"of {', '.join(KINDS)}"
+    )
+    new.add_argument("--client", choices=["offline", "replay", "record", "live"], default="offline", help="who answers")
+    new.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the records go")
+
+    new = command(
+        "filter",
+        "choose caption pairs by their noun phrases",
+        "llava filter --captions Train_GCC-training.tsv --out data/cc595k",
+        _filter,
+    )
+    new.add_argument("--captions", type=Path, required=True, metavar="FILE", help="CC3M's TSV")
+    new.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, if they are there")
+    new.add_argument("--out", type=Path, required=True, metavar="DIR", help="where chat.json and metadata.json go")
+
+    example = "llava chat --model runs/finetune/mini/ID/checkpoint --image photo.jpg"
+    new = command("chat", "chat about an image in the terminal", example, _chat, interactive=True)
+    new.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint")
+    new.add_argument("--image", type=Path, required=True, metavar="FILE", help="the image")
+    command("demo", "open the chat notebook in JupyterLab", "llava demo", _demo, interactive=True)
+
+    new = command("miniature", "write the miniature's data sets", "llava miniature", _miniature, _show_cards)
+    new.add_argument("--only", type=_names, metavar="NAME,NAME", help="these sets alone, e.g. mini-coco")
+    new.add_argument("--out", type=Path, default=ROOT / "data" / "mini", metavar="DIR", help="default: data/mini")
+
+    def missed(result: Result) -> bool:
+        return not all(result["passed"].values())
+
+    new = command(
+        "base-models", "train the base models again", "llava base-models --only clip", _base_models, failed=missed
+    )
+    new.add_argument(
+        "--only", type=_some_of(BASE_MODELS), metavar="NAME,NAME", help=f"of {', '.join(BASE_MODELS)}; all if not given"
+    )
+    new.add_argument("--out", type=Path, default=ROOT / "models" / "mini", metavar="DIR", help="default: models/mini")
+    return parser
+
+
+@contextlib.contextmanager
+def _stdout_is_for_the_result() -> Iterator[None]:
+    """Send whatever the work prints, from child processes too, to stderr."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `llava`; the process's own when None.
+
+    Returns:
+        0, or 1 when the work failed (2, for a wrong call, leaves through argparse's SystemExit).
+    """
+    args = _parser().parse_args(argv)
+    try:
+        if args.interactive:
+            args.run(args)
+            return 0
+        with _stdout_is_for_the_result():
+            result = args.run(args)
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str) if args.json else args.show(result))
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("llava_core"):
+            raise
+        print(f"error: the package '{error.name}' is not installed; `make setup` installs it", file=sys.stderr)
+        return 1
+    except (CompanionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 1
+    return int(args.failed(result))

@@ -1,0 +1,182 @@
+"""COCO captions and boxes: the symbolic form in which a text-only teacher is shown an image (paper, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_core.registry import unknown
+from llava_core.runtime import DataError, read_json, read_jsonl, shown
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """An image by what people wrote and drew about it.
+
+    Attributes:
+        id: COCO's image id, 12 digits.
+        image: file name, relative to the folder of images.
+        captions: one sentence per annotator.
+        boxes: (category, (x1, y1, x2, y2)) per object; top left and bottom right corner, from 0 to 1.
+    """
+
+    id: str
+    image: str
+    captions: list[str]
+    boxes: list[tuple[str, Box]]
+
+
+def context_text(image: AnnotatedImage, boxes: bool = True) -> str:
+    """Write an image as the paper's teacher reads it.
+
+    Args:
+        image: captions and boxes.
+        boxes: append the boxes; the prompts for conversations do without them.
+
+    Returns:
+        One caption per line; with boxes a blank line and per object `category: [x1, y1, x2, y2]`, to 3 decimals.
+
+    Source: paper, Table 1 and Table 13.
+    """
+    lines = [" ".join(caption.split("\n")).strip() for caption in image.captions]
+    if boxes and image.boxes:
+        lines += ["", *(f"{category}: {[round(float(x), 3) for x in box]}" for category, box in image.boxes)]
+    return "\n".join(lines)
+
+
+def load_annotations(path: str | Path, split: str | None = None, crowd: bool = False) -> list[AnnotatedImage]:
+    """Load annotated images; the content decides which format it is.
+
+    Args:
+        path: a folder with `captions_<split>.json` and `instances_<split>.json` (or with a folder `annotations` that
+            holds them), one of these two files, or a file of `{id, image, captions, instances}` records.
+        split: which of a folder's splits, e.g. `train2014`; needed only where there are several.
+        crowd: keep boxes that COCO marks as a crowd of objects rather than one.
+
+    Returns:
+        The images in the order of the file; those without a caption are left out, since nothing describes them.
+
+    Raises:
+        DataError: a file is missing or a record is not of the format; the message names file, record and fix.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_coco(*_pair(path, split), crowd)
+    if path.suffix == ".jsonl":
+        return [_from_record(record, f"{shown(path)}, record {k}") for k, record in enumerate(read_jsonl(path))]
+    content = read_json(path)
+    if isinstance(content, list):
+        return [_from_record(record, f"{shown(path)}, record {k}") for k, record in enumerate(content)]
+    kind, _, name = path.stem.partition("_")
+    if kind not in ("captions", "instances") or not isinstance(content, dict) or "annotations" not in content:
+        raise DataError(
+            f"{shown(path)}: neither COCO annotations (captions_<split>.json, instances_<split>.json) nor a list of "
+            "{id, image, captions, instances}; name one of these"
+        )
+    return _from_coco(*_pair(path.parent, name), crowd)
+
+
+def _pair(folder: Path, split: str | None) -> tuple[Path, Path]:
+    """The captions' and the instances' file of a split."""
+    if not list(folder.glob("captions_*.json")) and (folder / "annotations").is_dir():
+        folder = folder / "annotations"
+    splits = sorted(file.stem.removeprefix("captions_") for file in folder.glob("captions_*.json"))
+    if split is None and len(splits) == 1:
+        split = splits[0]
+    if split is None or split not in splits:
+        wanted = (
+            f"several splits ({', '.join(splits)})"
+            if split is None and splits
+            else unknown("split", str(split), splits)
+        )
+        raise DataError(f"{shown(folder)}: {wanted}; name a split that has a captions_<split>.json there")
+    pair = folder / f"captions_{split}.json", folder / f"instances_{split}.json"
+    if not pair[1].is_file():
+        raise DataError(f"{shown(pair[1])}: no such file; put COCO's instances beside its captions, for the boxes")
+    return pair
+
+
+def _from_coco(captions_file: Path, instances_file: Path, crowd: bool) -> list[AnnotatedImage]:
+    captions = _tables(captions_file, "images", "annotations")
+    instances = _tables(instances_file, "images", "annotations", "categories")
+    where = f"{shown(captions_file)}, image"
+    texts: dict[int, list[str]] = {}
+    for entry in captions["annotations"]:
+        _require(entry, {"image_id": int, "caption": str}, f"{shown(captions_file)}, annotation {_id(entry)}")
+        texts.setdefault(entry["image_id"], []).append(entry["caption"])
+    names = {category["id"]: category["name"] for category in instances["categories"]}
+    sizes = {entry["id"]: entry for entry in instances["images"]}
+    boxes: dict[int, list[tuple[str, Box]]] = {}
+    for entry in instances["annotations"]:
+        place = f"{shown(instances_file)}, annotation {_id(entry)}"
+        _require(entry, {"image_id": int, "category_id": int, "bbox": list}, place)
+        if entry.get("iscrowd") and not crowd:
+            continue
+        image, category = sizes.get(entry["image_id"]), names.get(entry["category_id"])
+        if image is None or category is None:
+            raise DataError(f"{place}: its image or category is not listed in the file; write the file again")
+        boxes.setdefault(entry["image_id"], []).append((category, _corners(entry["bbox"], image, place)))
+    result = []
+    for entry in captions["images"]:
+        _require(entry, {"id": int, "file_name": str}, f"{where} {_id(entry)}")
+        if entry["id"] in texts:
+            image_id = entry["id"]
+            result.append(
+                AnnotatedImage(f"{image_id:012d}", entry["file_name"], texts[image_id], boxes.get(image_id, []))
+            )
+    return result
+
+
+def _tables(path: Path, *keys: str) -> dict[str, list[Any]]:
+    content = read_json(path)
+    for key in keys:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DataError(f"{shown(path)}: no list '{key}'; is it the official COCO file?")
+    return dict(content)
+
+
+def _id(entry: Any) -> Any:
+    return entry.get("id", "without an id") if isinstance(entry, dict) else repr(entry)
+
+
+def _require(entry: Any, fields: dict[str, type], place: str) -> None:
+    for field, kind in fields.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+            raise DataError(
+                f"{place}: {field} is missing or no {kind.__name__}; correct the entry or take the official file"
+            )
+
+
+def _corners(box: list[Any], image: dict[str, Any], place: str) -> Box:
+    """COCO's [left, top, width, height] in pixels as corners from 0 to 1."""
+    _require(image, {"width": int, "height": int}, f"{place}, image {_id(image)}")
+    if len(box) != 4 or not all(isinstance(x, int | float) for x in box) or min(image["width"], image["height"]) < 1:
+        raise DataError(
+            f"{place}: bbox {box} is not [left, top, width, height] in an image of positive size; correct it"
+        )
+    left, top, width, height = box
+    across, down = image["width"], image["height"]
+    corners = (left / across, top / down, (left + width) / across, (top + height) / down)
+    x1, y1, x2, y2 = (min(1.0, max(0.0, x)) for x in corners)
+    return x1, y1, x2, y2
+
+
+def _from_record(record: Any, place: str) -> AnnotatedImage:
+    """One `{id, image, captions, instances: [{category, bbox}]}`, boxes normalised: a context of LLaVA-Bench."""
+    _require(record, {"id": str, "image": str, "captions": list, "instances": list}, place)
+    if not record["captions"] or not all(isinstance(caption, str) for caption in record["captions"]):
+        raise DataError(f"{place}: captions is not a list of at least one string; correct it")
+    boxes: list[tuple[str, Box]] = []
+    for instance in record["instances"]:
+        _require(instance, {"category": str, "bbox": list}, place)
+        box = instance["bbox"]
+        good = len(box) == 4 and all(isinstance(x, int | float) and 0 <= x <= 1 for x in box)
+        if not good or box[0] > box[2] or box[1] > box[3]:
+            raise DataError(
+                f"{place}: bbox {box} is not [x1, y1, x2, y2] with 0 <= x1 <= x2 <= 1; divide by the image's size"
+            )
+        boxes.append((instance["category"], (box[0], box[1], box[2], box[3])))
+    return AnnotatedImage(record["id"], record["image"], list(record["captions"]), boxes)

@@ -1,0 +1,473 @@
+"""Instruction records: LLaVA-Instruct JSON or JSONL, checked strictly, read and written.
+
+A record is ``{"id": str, "image": str (optional), "type": str (optional), "conversations": [{"from", "value"}, ...]}``
+with turns that alternate human / gpt and, where there is an image, one ``<image>`` in the first human value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llava_core.constants import IMAGE_MARKER
+from llava_core.registry import unknown
+from llava_core.runtime import DataError, shown, write_json, write_jsonl
+
+T = TypeVar("T")
+ROLES = ("human", "gpt")
+PROBLEM_KINDS = {
+    "not_json": "the file or the line is no JSON",
+    "invalid_utf8": "text that is no valid Unicode",
+    "no_records": "the file holds no record",
+    "missing_field": "a required field is absent",
+    "wrong_type": "a field has another type than the format says",
+    "role_order": "the turns do not alternate human, gpt",
+    "empty_turn": "a turn without text",
+    "image_marker": f"not exactly one {IMAGE_MARKER} in the first human turn of a record with an image",
+    "missing_image": "the image file does not exist",
+    "outside_folder": "the image's path leaves the folder of images",
+    "unreadable_image": "the image file is empty, truncated or no image",
+    "duplicate_id": "the id was used before (a warning: nothing depends on ids being unique)",
+}
+WARNINGS = frozenset({"duplicate_id"})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One dialogue about at most one image; the first question keeps its image marker where the file has it."""
+
+    id: str
+    turns: list[tuple[str, str]]
+    image: Path | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One defect of a data file.
+
+    Attributes:
+        line: line where the record starts, from 1; of a syntax error, its own line (None for records of no file).
+        record: the record's id, or `#` and its position from 0 where it has none; None for the file as a whole.
+        kind: a key of `PROBLEM_KINDS`.
+        message: what is wrong and how to put it right.
+    """
+
+    line: int | None
+    record: str | None
+    kind: str
+    message: str
+
+    @property
+    def is_error(self) -> bool:
+        """False for a mere warning, which does not keep a file from being loaded."""
+        return self.kind not in WARNINGS
+
+    def __str__(self) -> str:
+        place = [f"line {self.line}"] if self.line is not None else []
+        place += [f"record {self.record}"] if self.record is not None else []
+        return f"{', '.join(place) or 'file'}: {self.message}"
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """A parsed record, where it stood, and whether its bytes were valid UTF-8."""
+
+    line: int | None
+    position: int
+    value: Any
+    bad_utf8: bool = False
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
+    """Say what is wrong with an image file.
+
+    Args:
+        path: the file.
+        decode: decode the pixels too; without it only absent and empty files are noticed.
+
+    Returns:
+        None for a good file, else a problem kind (`missing_image` or `unreadable_image`) and the reason.
+    """
+    try:
+        if not path.is_file():
+            return "missing_image", "there is no such file"
+        if path.stat().st_size == 0:
+            return "unreadable_image", "the file is empty"
+        if decode:
+            from PIL import Image
+
+            with warnings.catch_warnings(), Image.open(path) as image:
+                warnings.simplefilter("ignore")
+                image.draft("RGB", (1, 1))  # a JPEG is still read to its end, but its pixels need not be computed
+                image.load()  # not verify(), which lets truncated JPEG files pass
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
+        return "unreadable_image", f"{type(error).__name__}: {error}"
+    return None
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether an image's name points outside its folder; symbolic links inside are the user's own affair."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _read_raw(path: Path, problems: list[Problem]) -> Iterator[_Raw]:
+    """Yield the records of a file one by one; what cannot be parsed is put into `problems`."""
+    if not path.is_file():
+        raise DataError(f"{shown(path)}: no such file; check the path or run the step that writes it")
+    if path.suffix not in (".json", ".jsonl"):
+        raise DataError(f"{shown(path)}: neither .json nor .jsonl; convert the records to one of these")
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        text, bad = data.decode(), None
+    except UnicodeDecodeError:  # keep reading: each bad byte becomes a lone surrogate that is found again in its record
+        text, bad = data.decode(errors="surrogateescape"), re.compile("[\udc80-\udcff]")
+    del data
+    if path.suffix == ".json" and text.lstrip()[:1] == "[":
+        yield from _read_array(text, bad, problems)
+    elif path.suffix == ".json":
+        message = "a list of records was expected; put them between [ and ], or name a file of one per line .jsonl"
+        problems.append(Problem(1, None, "wrong_type" if text.lstrip()[:1] == "{" else "not_json", message))
+    else:
+        position = 0
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    yield _Raw(number, position, json.loads(line), bool(bad and bad.search(line)))
+                except ValueError as error:
+                    problems.append(_not_json(number, position, error))
+                position += 1
+
+
+def _not_json(line: int, position: int, error: ValueError) -> Problem:
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+    return Problem(line, f"#{position}", "not_json", f"no JSON ({reason}); write the record again or remove it")
+
+
+def _read_array(text: str, bad: re.Pattern[str] | None, problems: list[Problem]) -> Iterator[_Raw]:
+    """Read a JSON list element by element: each record has its line, and a broken one does not hide the rest."""
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
+    begin = text.index("[") + 1
+    indent = space.match(text, begin)[0].rpartition("\n")  # type: ignore[index]  # the pattern matches anything
+    next_record = re.compile(rf"\n{indent[2]}\{{") if indent[1] else None
+    position, at, counted, line, resumed = 0, begin, 0, 1, False
+
+    def skip(start: int) -> int:
+        return space.match(text, start).end()  # type: ignore[union-attr]
+
+    while True:
+        start = skip(at)
+        line, counted = line + text.count("\n", counted, start), start
+        try:
+            if text.startswith("]", start) and position == 0:
+                end = start
+            else:
+                value, after = decode(text, start)
+                end = skip(after)
+                # behind a broken record, a `{` in the record's column may still open a turn of the broken one
+                if not resumed or (isinstance(value, dict) and "conversations" in value):
+                    yield _Raw(line, position, value, bool(bad and bad.search(text, start, after)))
+                    position, resumed = position + 1, False
+            if text.startswith(",", end):
+                at = end + 1
+                continue
+            if not text.startswith("]", end):
+                raise json.JSONDecodeError("expecting ',' or ']'", text, end)
+            if skip(end + 1) != len(text):
+                raise json.JSONDecodeError("text behind the list", text, end + 1)
+            return
+        except (ValueError, RecursionError) as error:
+            if not resumed:
+                where = error.pos if isinstance(error, json.JSONDecodeError) else start
+                problems.append(_not_json(line + text.count("\n", start, where), position, ValueError(str(error))))
+                position += 1
+            following = next_record.search(text, start + 1) if next_record else None
+            if following is None:
+                return
+            at, resumed = following.end() - 1, True
+
+
+# ------------------------------------------------------------------------------------------------ checking
+
+
+class _Checker:
+    """The rules of the format, with what they remember between records."""
+
+    def __init__(self, images: str | Path | None, decode: bool) -> None:
+        self.images = Path(images) if images is not None else None
+        self.decode = decode
+        self.first_use: dict[tuple[str, str | None], tuple[int, str]] = {}
+        self.faults: dict[str, tuple[str, str] | None] = {}
+        if self.images is not None and not self.images.is_dir():
+            raise DataError(f"{shown(self.images)}: no such folder; give the folder that the records' images lie in")
+
+    def check(self, raw: _Raw) -> list[Problem]:
+        """All problems of one record."""
+        record = raw.value
+        name = record.get("id") if isinstance(record, dict) else None
+        label = name if isinstance(name, str) and name else f"#{raw.position}"
+        return [Problem(raw.line, label, kind, message) for kind, message in self._defects(raw, record)]
+
+    def _defects(self, raw: _Raw, record: Any) -> Iterator[tuple[str, str]]:
+        if not isinstance(record, dict):
+            yield "wrong_type", f"a record is an object with id and conversations, not {_type(record)}"
+            return
+        turns = record.get("conversations")
+        listed = turns if isinstance(turns, list) else []
+        texts = [turn.get("value") if isinstance(turn, dict) else None for turn in listed]
+        if raw.bad_utf8:
+            yield "invalid_utf8", "bytes that are not UTF-8; save the file as UTF-8"
+        elif not all(_encodable(text) for text in (record.get("id"), record.get("image"), *texts)):
+            yield "invalid_utf8", "half of a surrogate pair (\\ud800 to \\udfff) stands alone; replace it"
+        yield from self._identity(raw, record)
+        image = record.get("image")
+        if isinstance(image, str):
+            yield from self._image(image)
+        elif image is not None:
+            yield "wrong_type", f"image is the name of one file, not {_type(image)}; leave it out of a text-only record"
+        if "conversations" not in record:
+            yield "missing_field", "conversations is missing; give the turns as a list of {from, value}"
+        elif not isinstance(turns, list):
+            yield "wrong_type", f"conversations is a list of turns, not {_type(turns)}"
+        else:
+            yield from _dialogue(turns, texts, image is not None)
+
+    def _identity(self, raw: _Raw, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        name, kind = record.get("id"), record.get("type")
+        if "id" not in record:
+            yield "missing_field", "id is missing; give each record a string"
+        elif not isinstance(name, str) or not name:
+            yield "wrong_type", f"id is a non-empty string, not {_type(name)}; put it between quotation marks"
+        if kind is not None and not isinstance(kind, str):
+            yield "wrong_type", f"type is a string such as conversation, detail or complex, not {_type(kind)}"
+        elif isinstance(name, str) and name:
+            # the kinds of one image share its id in LLaVA-Instruct; under another type it is no duplicate
+            here = f"record #{raw.position}" if raw.line is None else f"line {raw.line}"
+            position, place = self.first_use.setdefault((name, kind), (raw.position, here))
+            if position != raw.position:
+                yield "duplicate_id", f"id '{name}' was already used at {place}; rename one if the samples differ"
+
+    def _image(self, name: str) -> Iterator[tuple[str, str]]:
+        if not name:
+            yield "missing_image", "image is an empty string; name a file, or leave it out of a text-only record"
+        elif leaves_folder(name):
+            yield "outside_folder", f"image '{name}' leaves the folder of images; give a path relative to that folder"
+        elif self.images is not None:
+            known = name in self.faults
+            fault = self.faults[name] if known else image_fault(self.images / name, self.decode)
+            self.faults[name] = fault
+            # a damaged file is one problem however many records use it; a missing one is a problem of each record
+            if fault is not None and not (known and fault[0] == "unreadable_image"):
+                yield fault[0], f"image {shown(self.images / name)}: {fault[1]}; restore the file or remove the record"
+
+
+def _dialogue(turns: list[Any], texts: list[Any], has_image: bool) -> Iterator[tuple[str, str]]:
+    """Defects of the turns: types, roles, empty values, image markers."""
+    if not turns:
+        yield "role_order", "conversations is empty; give at least a question (human) and an answer (gpt)"
+    roles: list[Any] = []
+    for k, (turn, text) in enumerate(zip(turns, texts, strict=True)):
+        roles.append(turn.get("from") if isinstance(turn, dict) else None)
+        if not isinstance(turn, dict):
+            yield "wrong_type", f"turn {k} is an object with from and value, not {_type(turn)}"
+        elif "from" not in turn or "value" not in turn:
+            yield "missing_field", f"turn {k} has no {'from' if 'from' not in turn else 'value'}; each turn has both"
+        elif not isinstance(text, str):
+            yield "wrong_type", f"value of turn {k} is a string, not {_type(text)}"
+        elif not text.strip():
+            yield "empty_turn", f"turn {k} has no text; write it or remove the pair of turns"
+    wrong = next((k for k, role in enumerate(roles) if role is not None and role != ROLES[k % 2]), None)
+    if wrong is not None:
+        expected = ROLES[wrong % 2]
+        yield "role_order", f"turn {wrong} is from {roles[wrong]!r}, expected '{expected}': human and gpt alternate"
+    elif len(turns) % 2:
+        yield "role_order", "the last question has no answer; add a gpt turn or remove the question"
+    counts = [text.count(IMAGE_MARKER) if isinstance(text, str) else 0 for text in texts]
+    if "human" in roles:  # otherwise there is no first human turn that could hold the marker
+        first = roles.index("human")
+        if sum(counts) != has_image:
+            yield (
+                "image_marker",
+                f"{sum(counts)} x {IMAGE_MARKER} in a record with {'an' if has_image else 'no'} image; "
+                f"{'write it once, in the first human turn' if has_image else 'remove it or name the image'}",
+            )
+        elif has_image and not counts[first]:
+            place = counts.index(1)
+            yield "image_marker", f"{IMAGE_MARKER} stands in turn {place}; move it to turn {first}, the first human one"
+
+
+def _type(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "true/false"}.get(
+        type(value), "a number"
+    ) + (" without text" if value == "" else "")
+
+
+def _encodable(text: Any) -> bool:
+    if isinstance(text, str) and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+    return True
+
+
+def check_records(records: Iterable[Any], images: str | Path | None, decode: bool = False) -> list[Problem]:
+    """Find all problems of records in memory.
+
+    Args:
+        records: parsed records.
+        images: the folder of their images; None skips the look at the files.
+        decode: decode each image (slow for large sets) instead of only looking for it.
+
+    Returns:
+        Every problem, in the order of the records; warnings are among them (`Problem.is_error`).
+    """
+    checker = _Checker(images, decode)
+    return [problem for k, value in enumerate(records) for problem in checker.check(_Raw(None, k, value))]
+
+
+def check_file(path: str | Path, images: str | Path | None = None, decode: bool = True) -> dict[str, Any]:
+    """Find all problems of a file: what `llava data check` reports.
+
+    Returns:
+        `records` (how many could be parsed), `errors`, `warnings` (counts), and `problems`, a list of
+        `{line, record, kind, message}` in the order of the lines.
+
+    Raises:
+        DataError: the file or the folder of images does not exist.
+    """
+    problems: list[Problem] = []
+    checker, count = _Checker(images, decode), 0
+    for raw in _read_raw(Path(path), problems):
+        problems += checker.check(raw)
+        count += 1
+    _note_empty(count, problems)
+    problems.sort(key=lambda problem: problem.line or 0)
+    errors = sum(problem.is_error for problem in problems)
+    listed = [asdict(problem) for problem in problems]
+    return {"records": count, "errors": errors, "warnings": len(problems) - errors, "problems": listed}
+
+
+def _note_empty(count: int, problems: list[Problem]) -> None:
+    if not count and not problems:
+        problems.append(Problem(1, None, "no_records", "the file holds no record; run the step that writes it"))
+
+
+# ------------------------------------------------------------------------------------------------ loading, writing
+
+
+def load_instruct(
+    path: str | Path,
+    images: str | Path | None = None,
+    subset: Mapping[str, float] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    decode: bool = False,
+) -> list[Sample]:
+    """Load a file of instruction records; one wrong record is an error that names all of them.
+
+    Args:
+        path: a `.json` list or a `.jsonl` file of one record per line.
+        images: folder of the images; None keeps their names as they stand and looks at no file.
+        subset: share (0 to 1) of each kind to keep, e.g. `{"conversation": 1.0, "detail": 0.05}`; kinds that it does
+            not name are left out. Shares are nested: 5 % of a kind is part of its 10 %.
+        limit: keep a seeded choice of at most so many samples.
+        seed: decides the two choices above.
+        decode: decode every image now rather than when it is first needed.
+
+    Returns:
+        The samples in the order of the file.
+
+    Raises:
+        DataError: the file has problems, or no record of a kind that `subset` names.
+    """
+    path = Path(path)
+    problems: list[Problem] = []
+    checker, samples = _Checker(images, decode), []
+    for raw in _read_raw(path, problems):
+        found = [problem for problem in checker.check(raw) if problem.is_error]
+        problems += found
+        if not found:
+            samples.append(_sample(raw.value, checker.images))
+    _note_empty(len(samples), problems)
+    if problems:
+        some = "".join(f"\n  {problem}" for problem in problems[:5])
+        command = f"llava data check {shown(path)}" + (f" --images {shown(checker.images)}" if checker.images else "")
+        raise DataError(f"{shown(path)}: {len(problems)} problem(s){some}\n  `{command}` lists all of them")
+    if subset:
+        samples = _subset(samples, subset, seed, path)
+    if limit is not None and limit < len(samples):
+        samples = _choose(samples, limit, f"{seed}:limit")
+    return samples
+
+
+def _sample(record: dict[str, Any], images: Path | None) -> Sample:
+    values = [turn["value"] for turn in record["conversations"]]
+    name = record.get("image")
+    image = None if name is None else Path(name) if images is None else images / name
+    return Sample(record["id"], list(zip(values[::2], values[1::2], strict=True)), image, record.get("type"))
+
+
+def _subset(samples: list[Sample], shares: Mapping[str, float], seed: int, path: Path) -> list[Sample]:
+    places: dict[str, list[int]] = {}
+    for k, sample in enumerate(samples):
+        places.setdefault(sample.kind or "(no type)", []).append(k)
+    chosen: list[int] = []
+    for kind, share in shares.items():
+        if kind not in places:
+            wrong = unknown("kind of record", kind, places)
+            raise DataError(f"{shown(path)}: {wrong}; correct data.subset or the records' type")
+        if not 0 <= share <= 1:
+            raise DataError(f"{shown(path)}: the share of '{kind}' is {share}; give a number from 0 to 1")
+        size = max(1, round(share * len(places[kind]))) if share else 0
+        chosen += _choose(places[kind], size, f"{seed}:{kind}")
+    return [samples[k] for k in sorted(chosen)]
+
+
+def _choose(items: list[T], size: int, seed: str) -> list[T]:
+    """A seeded choice in the old order; a smaller one is part of a larger one."""
+    shuffled = random.Random(seed).sample(range(len(items)), len(items))
+    return [items[k] for k in sorted(shuffled[:size])]
+
+
+def write_instruct(path: str | Path, samples: Iterable[Sample], images: str | Path | None = None) -> Path:
+    """Write samples as LLaVA-Instruct JSON (`.jsonl`: one record per line), whole or not at all.
+
+    Args:
+        path: the file to write.
+        samples: what to write; `kind` becomes the record's `type`.
+        images: folder that the image names become relative to; None if they are relative already.
+
+    Raises:
+        DataError: an image does not lie in `images`, or has an absolute path where none was given.
+    """
+    records = []
+    for sample in samples:
+        record: dict[str, Any] = {"id": sample.id}
+        if sample.image is not None:
+            inside = sample.image.is_relative_to(images) if images is not None else not sample.image.is_absolute()
+            if not inside:
+                raise DataError(
+                    f"{shown(path)}, record {sample.id}: image {sample.image} does not lie in "
+                    f"{images or 'a folder that was named'}; give write_instruct the folder of the images"
+                )
+            record["image"] = (sample.image.relative_to(images) if images is not None else sample.image).as_posix()
+        if sample.kind is not None:
+            record["type"] = sample.kind
+        texts = [text for turn in sample.turns for text in turn]
+        record["conversations"] = [{"from": ROLES[k % 2], "value": text} for k, text in enumerate(texts)]
+        records.append(record)
+    return write_jsonl(path, records) if Path(path).suffix == ".jsonl" else write_json(path, records)

@@ -1,0 +1,94 @@
+"""How sure a number is: intervals and paired tests, all computed by scipy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+def wilson(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return Wilson's interval of a proportion, as two fractions; with no trial it is (0, 1).
+
+    Raises:
+        ValueError: `correct` is not between 0 and `n`.
+    """
+    if not 0 <= correct <= n:
+        raise ValueError(f"{correct} correct of {n}: the count must lie between 0 and n")
+    if n == 0:
+        return 0.0, 1.0
+    interval = stats.binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def proportion(correct: int, n: int) -> dict[str, Any]:
+    """Return `{n, correct, accuracy, interval}` in percent; the accuracy of nothing is None."""
+    low, high = wilson(correct, n)
+    accuracy = 100 * correct / n if n else None
+    return {"n": n, "correct": correct, "accuracy": accuracy, "interval": [100 * low, 100 * high]}
+
+
+def paired_bootstrap(
+    first: Sequence[float], second: Sequence[float], *, samples: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """Return the mean difference `second - first` of two scores of the same items, and its percentile interval.
+
+    Args:
+        first: one score per item, for accuracies 0 or 1.
+        second: the other system's scores, item by item.
+        samples: resamples of the items.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: the two do not hold the same number (at least two) of items.
+    """
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(
+            f"paired scores of {len(first)} and {len(second)} items: give the same two or more items twice"
+        )
+    difference = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    mean = float(difference.mean())
+    if np.ptp(difference) == 0:  # every resample is the same
+        return {"n": len(difference), "difference": mean, "interval": [mean, mean]}
+    result = stats.bootstrap(
+        (difference,), np.mean, n_resamples=samples, batch=max(1, 2_000_000 // len(difference)),
+        confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    low, high = result.confidence_interval
+    return {"n": len(difference), "difference": mean, "interval": [float(low), float(high)]}
+
+
+def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> dict[str, Any]:
+    """Return McNemar's exact test: of the questions where only one system is right, is either side favored?
+
+    Returns:
+        `{n, only_first, only_second, p}`, p two-sided.
+    """
+    pairs = list(zip(first_right, second_right, strict=True))
+    only_first = sum(bool(a) and not b for a, b in pairs)
+    only_second = sum(bool(b) and not a for a, b in pairs)
+    discordant = only_first + only_second
+    p = float(stats.binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
+    return {"n": len(pairs), "only_first": only_first, "only_second": only_second, "p": p}
+
+
+def seeds_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean, sample standard deviation and Student's t interval of the mean over repeated runs.
+
+    For two arms run with the same seeds, give the differences seed by seed.
+
+    Returns:
+        `{n, mean, std, interval}`; std and interval are None for a single value.
+    """
+    if not values:
+        raise ValueError("no value: give one number per seed")
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return {"n": 1, "mean": mean, "std": None, "interval": None}
+    std = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * std / len(values) ** 0.5
+    return {"n": len(values), "mean": mean, "std": std, "interval": [mean - half, mean + half]}

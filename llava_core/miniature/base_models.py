@@ -1,0 +1,567 @@
+"""The base models of the miniature, trained from scratch: tokenizer, two sizes of a text-only Llama, one contrastive ViT.
+
+They play Vicuna 7B / 13B and CLIP ViT-L/14 and have their file formats. The language models read only text: captions,
+dialogues about described scenes, science sentences. The vision tower sees only image-caption pairs. `llava base-models`
+retrains all of them; the shipped ones were made by that command with the defaults below.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llava_core.constants import IGNORE_INDEX
+from llava_core.data.conversation import TEMPLATES, Segment, encode
+from llava_core.miniature import language, world
+from llava_core.miniature.scienceqa import science_text
+from llava_core.runtime import ROOT, progress, seed_everything, sha256_file, write_json
+
+MODELS = ROOT / "models" / "mini"
+VOCABULARY = 1024
+IMAGE_SIZE, PATCH_SIZE = 112, 16
+SYSTEM = TEMPLATES.get("v0").system
+
+
+@dataclass(frozen=True)
+class LanguageModelSize:
+    """Shape and training budget of one language model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    steps: int
+    batch: int = 32
+    learning_rate: float = 4e-3
+
+
+SIZES = {
+    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=2600),
+    "llm-13b": LanguageModelSize(192, 5, 6, 512, steps=2600),
+}
+
+
+# --- the text that the language models read ---------------------------------------------------------------------------
+
+
+def grid_text(scene: world.Scene, columns: int = 6, rows: int = 3) -> str:
+    """A scene as a raster of words: what stands at each place, row by row (the text-only cousin of a patch sequence)."""
+    lines = []
+    for r in range(rows):
+        cells = []
+        for c in range(columns):
+            x, y = (c + 0.5) / columns, (r + 0.5) / rows
+            inside = [i for i in scene.items if i.box[0] <= x <= i.box[2] and i.box[1] <= y <= i.box[3]]
+            cells.append(f"{inside[-1].color} {inside[-1].category}" if inside else scene.background)
+        lines.append(" ".join(cells))
+    return "\n".join(lines)
+
+
+def context_text(scene: world.Scene, rng: random.Random) -> str:
+    """A text from which facts of a scene can be read: captions, a description, a raster, a table, or shuffled words."""
+    facts = language.facts_of_scene(scene)
+    kind = rng.random()
+    if kind < 0.3:
+        lines = language.captions(scene, rng)
+        return "\n".join([lines[1], lines[3], lines[4]] if rng.random() < 0.5 else rng.sample(lines, 5))
+    if kind < 0.45:
+        return language.describe(facts)
+    if kind < 0.75:
+        return grid_text(scene)
+    if kind < 0.88:
+        groups = rng.sample(facts.groups, len(facts.groups))
+        return "\n".join(f"{g.category}: {g.color}, {language.number_word(g.count)}, {g.position}." for g in groups)
+    cells = [f"{i.color} {i.category} {language.POSITION_PHRASE[g.position or 'middle']}" for i, g in _with_groups(scene)]
+    cells += [scene.background] * rng.randint(1, 3)
+    return " ".join(rng.sample(cells, len(cells)))
+
+
+def _with_groups(scene: world.Scene) -> list[tuple[world.Item, world.Group]]:
+    by_category = {g.category: g for g in scene.groups}
+    return [(item, by_category[item.category]) for item in scene.items]
+
+
+def _dialogue(turns: list[tuple[str, str | None]], everything: bool = False) -> list[Segment]:
+    """A rendered dialogue; `everything` supervises questions and contexts too, as plain pretraining does."""
+    segments = TEMPLATES.get("v0").render(turns)
+    return [Segment("".join(s.text for s in segments), True)] if everything else segments
+
+
+def document(rng: random.Random) -> list[Segment]:
+    """One training document of the language models (no image, ever)."""
+    scene = world.sample_scene(rng.randrange(1 << 30), 7, n_groups=1 if rng.random() < 0.25 else None)
+    facts = language.facts_of_scene(scene)
+    kind = rng.random()
+    if kind < 0.08:
+        text = rng.choice(language.captions(scene, rng))
+        return [Segment(text.lower().replace(".", " .") if rng.random() < 0.5 else text, True, eos=True)]
+    if kind < 0.16:
+        return [Segment(science_text(rng), True, eos=True)]
+    if kind < 0.22:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
+        qa = language.questions(facts, rng)[:2]
+        return _dialogue([(q.question, q.answer) for q in qa], True)
+    context, everything = context_text(scene, rng), rng.random() < 0.4
+    if kind < 0.30:
+        question = rng.choice(["Describe this in detail.", "Tell me everything about the image.", "What do you see?"])
+        return _dialogue([(f"{context}\n{question}", language.describe(facts))], True)
+    if kind < 0.38:
+        caption = rng.choice(language.captions(scene, rng))
+        question = rng.choice(["Describe the image briefly.", "Give a short caption.", "Sum up the picture."])
+        return _dialogue([(f"{context}\n{question}", caption)], True)
+    qa = language.questions(facts, rng)[: rng.randint(4, 8)]
+    if rng.random() < 0.3 and (reason := language.reasoning(facts, rng)):
+        qa.append(reason)
+        rng.shuffle(qa)
+    pairs: list[tuple[str, str | None]] = [(q.question, q.answer) for q in qa]
+    first = f"{context}\n{pairs[0][0]}" if rng.random() < 0.7 else f"{pairs[0][0]}\n{context}"
+    return _dialogue([(first, pairs[0][1]), *pairs[1:]], everything)
+
+
+def train_tokenizer(out: Path, seed: int = 0, documents: int = 6000) -> Any:
+    """Train the byte-level BPE tokenizer of the miniature on its text and save it in transformers' format.
+
+    Args:
+        out: folder to write.
+        seed: of the documents.
+        documents: how many are read.
+
+    Returns:
+        A `PreTrainedTokenizerFast`; `###` is one piece, as a stop string should be cheap.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(f"tokenizer-{seed}")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>", "###"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = ("".join(s.text for s in document(rng)) for _ in range(documents))
+    raw.train_from_iterator((t for text in texts for t in (text, text.lower())), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.save_pretrained(out)
+    return tokenizer
+
+
+# --- training loops ---------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal by Newton-Schulz in fp32 (torch's own runs it in bf16, 50 times slower on CPUs without it).
+
+    Source: Jordan et al. 2024; the update is scaled to the size of an AdamW update.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(buffer, group["momentum"])
+                tall = x.size(0) > x.size(1)
+                x = x.T if tall else x
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                p.add_(x.T if tall else x, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for the rest: about half the steps of AdamW alone at this size."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    return [Muon(matrices, learning_rate), torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def _schedule(step: int, steps: int, warmup: float = 0.03) -> float:
+    """Linear warm-up, then cosine to 2 % of the peak."""
+    w = max(1, int(steps * warmup))
+    return (step + 1) / w if step < w else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - w) / max(1, steps - w)))
+
+
+def _fit(
+    model: nn.Module, batches: Iterator[Any], loss_of: Callable[[Any], torch.Tensor], steps: int, lr: float, name: str
+) -> float:
+    """Plain training loop; returns the mean loss of the last 50 steps."""
+    optimizers, losses = _optimizers(model, lr), []
+    bar = progress(steps, name)
+    for step in range(steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * _schedule(step, steps)
+        loss = loss_of(next(batches))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        bar.update(1)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
+    bar.close()
+    return float(np.mean(losses[-50:]))
+
+
+def _text_batches(tokenizer: Any, batch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches (ids, labels) of (batch, T): documents of similar length together, right-padded, so causality is the only mask."""
+    rng = random.Random(f"text-{seed}")
+    while True:
+        pool = sorted((encode(document(rng), tokenizer, 0) for _ in range(batch * 16)), key=lambda e: len(e.input_ids))
+        rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
+        rng.shuffle(rows)
+        for row in rows:
+            width = max(len(e.input_ids) for e in row)
+            ids = torch.full((batch, width), tokenizer.pad_token_id)
+            labels = torch.full((batch, width), IGNORE_INDEX)
+            for k, e in enumerate(row):
+                ids[k, : len(e.input_ids)] = torch.tensor(e.input_ids)
+                labels[k, : len(e.labels)] = torch.tensor(e.labels)
+            yield ids, labels
+
+
+def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
+    """Train one text-only Llama on the world's text and save it in bf16.
+
+    Args:
+        name: "llm-7b" or "llm-13b", a key of `SIZES`.
+        out: folder to write, with its tokenizer inside.
+        seed: of initialisation and documents.
+        steps: optimizer steps; the size's own when None.
+
+    Returns:
+        The training facts that go into the manifest.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = SIZES[name]
+    steps = steps or size.steps
+    seed_everything(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(out)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.hidden,
+            intermediate_size=size.intermediate,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            max_position_embeddings=1024,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=False,
+            initializer_range=size.hidden**-0.5 / 1.5,
+        )
+    )
+    model.train()
+
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, labels = batch
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+
+    begin = time.time()
+    loss = _fit(model, _text_batches(tokenizer, size.batch, seed), loss_of, steps, size.learning_rate, name)
+    model.to(torch.bfloat16).save_pretrained(out)
+    return {"shape": asdict(size), "seed": seed, "steps": steps, "final_loss": loss, "minutes": (time.time() - begin) / 60}
+
+
+def _clip_example(index: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """One image-caption pair of the tower's pretraining: half of them show one group, so that names are learned first."""
+    rng = random.Random(f"clip-{seed}-{index}")
+    scene = world.sample_scene(index, 1000 + seed, n_groups=1 if index % 2 else None)
+    pixels = np.asarray(world.draw_scene(scene, IMAGE_SIZE), dtype=np.uint8)
+    return pixels, language.captions(scene, rng)
+
+
+def _clip_examples(count: int, seed: int) -> tuple[torch.Tensor, list[list[str]]]:
+    """Draw `count` examples on all cores: uint8 pixels (N, 3, H, W) and five captions each."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        made = list(
+            progress(pool.map(_clip_example, range(count), [seed] * count, chunksize=64), "drawing", total=count)
+        )
+    pixels = torch.from_numpy(np.stack([p for p, _ in made])).permute(0, 3, 1, 2).contiguous()
+    return pixels, [c for _, c in made]
+
+
+def pixel_statistics() -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel that the miniature's image processor uses (0.5, 0.25: drawn images)."""
+    return [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+
+
+def _normalise(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels.float() / 255 - 0.5) / 0.25
+
+
+def _caption_ids(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
+    batch = tokenizer([t + "</s>" for t in texts], padding=True, return_tensors="pt", add_special_tokens=False)
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def train_clip(out: Path, tokenizer: Any, seed: int = 0, steps: int = 2400, images: int = 16000, batch: int = 128) -> dict[str, Any]:
+    """Train a CLIPModel contrastively on drawn scenes and their captions and save it in bf16.
+
+    Args:
+        out: folder to write: transformers' CLIPModel (its vision half is the tower), tokenizer, image settings.
+        tokenizer: the miniature's tokenizer, also read by the text half.
+        seed: of initialisation, scenes and order.
+        steps: optimizer steps.
+        images: how many scenes are drawn; each step sees a random window of up to 6 pixels shift.
+        batch: image-caption pairs contrasted at once.
+
+    Returns:
+        The training facts that go into the manifest.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    seed_everything(seed)
+    begin = time.time()
+    pixels, texts = _clip_examples(images, seed)
+    vision = {
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "projection_dim": 128,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": len(tokenizer), "max_position_embeddings": 48, "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "projection_dim": 128,
+    }  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    model.train()
+    rng = np.random.default_rng(seed)
+
+    def batches() -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
+        while True:
+            for rows in rng.permutation(images)[: images // batch * batch].reshape(-1, batch):
+                dx, dy = rng.integers(-6, 7, size=2)
+                window = torch.roll(pixels[rows], (int(dy), int(dx)), (2, 3))
+                chosen = [texts[r][rng.integers(5)] for r in rows]
+                same = torch.tensor([[a == b for b in chosen] for a in chosen], dtype=torch.float32)
+                yield _normalise(window), _caption_ids(tokenizer, chosen), same / same.sum(1, keepdim=True)
+
+    def loss_of(item: tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        window, ids, target = item  # equal captions in a batch are all right answers: they share the target
+        logits = model(pixel_values=window, **ids).logits_per_image
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    loss = _fit(model, batches(), loss_of, steps, 2e-3, "clip")
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    mean, std = pixel_statistics()
+    settings = {"size": IMAGE_SIZE, "mode": "crop", "mean": mean, "std": std}
+    return {
+        "shape": vision, "seed": seed, "steps": steps, "images": images, "final_loss": loss, "image": settings,
+        "minutes": (time.time() - begin) / 60,
+    }  # fmt: skip
+
+
+# --- gates: what the base models must be able to do, on scenes never trained on ---------------------------------------
+
+HELD_OUT_SEED = 999_331
+
+
+def _held_out_scenes(count: int) -> list[world.Scene]:
+    return [world.sample_scene(10_000_000 + k, HELD_OUT_SEED) for k in range(count)]
+
+
+@torch.inference_mode()
+def exact_answers(model: Any, tokenizer: Any, dialogues: list[tuple[str, str]], batch: int = 64) -> list[bool]:
+    """Whether greedy decoding answers each (question, answer) exactly, terminator included.
+
+    One forward pass suffices: greedy text equals the answer if and only if every answer token is the argmax after the
+    right ones before it.
+    """
+    right: list[bool] = []
+    for k in range(0, len(dialogues), batch):
+        rows = [encode(_dialogue([pair]), tokenizer, 0) for pair in dialogues[k : k + batch]]
+        width = max(len(e.input_ids) for e in rows)
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        labels = torch.full((len(rows), width), IGNORE_INDEX)
+        for n, e in enumerate(rows):
+            ids[n, : len(e.input_ids)], labels[n, : len(e.labels)] = torch.tensor(e.input_ids), torch.tensor(e.labels)
+        guess = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1)
+        right += ((guess == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)).all(1).tolist()
+    return right
+
+
+def text_gates(folder: Path, scenes: int = 150) -> dict[str, Any]:
+    """Exact answers of a language model on held-out questions, with the scene told in words and with nothing to look at.
+
+    Returns:
+        `told` and `blind`: share answered exactly; `blind_prior`: the best constant answer per kind of question;
+        `told_by_kind`; `n`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rng = random.Random(HELD_OUT_SEED)
+    questions: list[tuple[str, language.QA]] = []
+    for scene in _held_out_scenes(scenes):
+        found = language.questions(language.facts_of_scene(scene), rng)[:4]
+        questions += [(context_text(scene, rng), q) for q in found]
+    told = exact_answers(model, tokenizer, [(f"{context}\n{q.question}", q.answer) for context, q in questions])
+    blind = exact_answers(model, tokenizer, [(q.question, q.answer) for _, q in questions])
+    by_kind: dict[str, list[bool]] = {}
+    answers: dict[str, list[str]] = {}
+    for (_, q), ok in zip(questions, told, strict=True):
+        by_kind.setdefault(q.kind, []).append(ok)
+        answers.setdefault(q.kind, []).append(q.answer)
+    prior = sum(max(map(a.count, set(a))) for a in answers.values()) / len(questions)
+    return {
+        "n": len(questions), "told": sum(told) / len(told), "blind": sum(blind) / len(blind), "blind_prior": prior,
+        "told_by_kind": {kind: sum(oks) / len(oks) for kind, oks in sorted(by_kind.items())},
+    }  # fmt: skip
+
+
+def _linear_probe(x: torch.Tensor, y: torch.Tensor, train: int, classes: int) -> float:
+    """Held-out accuracy of multinomial logistic regression on features x (N, D), targets y (N,), first `train` rows fitted."""
+    mean, std = x[:train].mean(0), x[:train].std(0) + 1e-6
+    x = (x - mean) / std
+    probe = nn.Linear(x.shape[1], classes)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=0.02, weight_decay=0.05)
+    for _ in range(250):
+        loss = F.cross_entropy(probe(x[:train]), y[:train])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float((probe(x[train:]).argmax(1) == y[train:]).float().mean())
+
+
+def patch_weights(box: tuple[float, float, float, float], grid: int) -> np.ndarray:
+    """Share of each patch (grid * grid,) that a box covers, normalised to sum 1."""
+    edges = np.arange(grid + 1) / grid
+    x = np.clip(np.minimum(edges[1:], box[2]) - np.maximum(edges[:-1], box[0]), 0, None)
+    y = np.clip(np.minimum(edges[1:], box[3]) - np.maximum(edges[:-1], box[1]), 0, None)
+    weights = np.outer(y, x).ravel()
+    return weights / weights.sum()
+
+
+def vision_gates(folder: Path, scenes: int = 1200, candidates: int = 100) -> dict[str, Any]:
+    """Linear probes on patch features and image-caption retrieval of the contrastive tower, on held-out scenes.
+
+    Returns:
+        `category`, `color`: probe accuracy on features of layer -2 averaged over an object's box (`*_last`: layer -1);
+        `retrieval`: R@1, image to caption, among `candidates` held-out pairs; `n` objects tested.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    drawn = _held_out_scenes(scenes)
+    pixels = torch.from_numpy(np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in drawn])).permute(0, 3, 1, 2)
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        parts = [model.vision_model(_normalise(p), output_hidden_states=True).hidden_states[-2:] for p in pixels.split(100)]
+    owner = [(k, item) for k, s in enumerate(drawn) for item in s.items]
+    weights = torch.tensor(np.stack([patch_weights(i.box, IMAGE_SIZE // PATCH_SIZE) for _, i in owner]), dtype=torch.float32)
+    train = int(0.75 * len(owner))
+    names, colors = list(world.CATEGORIES), list(world.COLORS)
+    for suffix, layer in (("", 0), ("_last", 1)):
+        features = torch.cat([p[layer][:, 1:] for p in parts]).clone()
+        x = torch.einsum("np,npd->nd", weights, features[[k for k, _ in owner]])
+        y = torch.tensor([names.index(i.category) for _, i in owner])
+        found["category" + suffix] = _linear_probe(x, y, train, len(names))
+        y = torch.tensor([colors.index(i.color) for _, i in owner])
+        found["color" + suffix] = _linear_probe(x, y, train, len(colors))
+    rng = random.Random(HELD_OUT_SEED)
+    texts = [language.captions(s, rng)[1] for s in drawn[:candidates]]
+    with torch.inference_mode():
+        scores = model(pixel_values=_normalise(pixels[:candidates]), **_caption_ids(tokenizer, texts)).logits_per_image
+    best = scores.argmax(1).tolist()
+    found["retrieval"] = sum(texts[b] == texts[k] for k, b in enumerate(best)) / candidates
+    return {**found, "n": len(owner) - train}
+
+
+def measure_gates(models: Path = MODELS) -> dict[str, Any]:
+    """All gates of the shipped base models and whether each one is passed."""
+    text = {name: text_gates(models / name) for name in SIZES}
+    vision = vision_gates(models / "clip")
+    passed = {
+        "probe category >= 90 %": vision["category"] >= 0.9,
+        "probe color >= 90 %": vision["color"] >= 0.9,
+        "retrieval R@1 of 100 >= 60 %": vision["retrieval"] >= 0.6,
+        **{f"{n} answers text questions >= 90 %": t["told"] >= 0.9 for n, t in text.items()},
+        **{f"{n} blind <= prior + 5 points": t["blind"] <= t["blind_prior"] + 0.05 for n, t in text.items()},
+    }
+    return {"vision": vision, "text": text, "passed": passed}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def train_base_models(out: Path = MODELS, only: list[str] | None = None, seed: int = 0) -> dict[str, Any]:
+    """Retrain the base models from scratch: about an hour on two cores, the two kinds one after the other.
+
+    Args:
+        out: folder of `llm-7b`, `llm-13b`, `clip`.
+        only: names to train; all when None.
+        seed: of everything.
+
+    Returns:
+        The gates, as stored in `gates.json` beside the models.
+    """
+    for name in only or [*SIZES, "clip"]:
+        folder = out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        if name == "clip":
+            folder.mkdir(parents=True)
+            facts = train_clip(folder, train_tokenizer(folder), seed)
+            write_preprocessor(folder)
+        else:
+            facts = train_language_model(name, folder, seed)
+        write_manifest(folder, facts)
+    gates = measure_gates(out)
+    write_json(out / "gates.json", gates)
+    return gates
+
+
+def write_preprocessor(folder: Path) -> None:
+    """The image settings in transformers' file format."""
+    mean, std = pixel_statistics()
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": IMAGE_SIZE},
+            "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "do_resize": True, "do_center_crop": True,
+            "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
+            "rescale_factor": 1 / 255, "image_mean": mean, "image_std": std,
+        },
+    )  # fmt: skip
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Training facts and the SHA-256 of every file, checked when the model is loaded."""
+    files = {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.name != "manifest.json"}
+    write_json(folder / "manifest.json", {"license": "Apache-2.0", "training": facts, "files": files})

@@ -1,0 +1,124 @@
+"""LLaVA: a frozen vision tower, a projector and a causal language model, composed and driven by their public arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from llava_core.models.projector import PROJECTORS
+from llava_core.models.vision_tower import image_features, image_token_count
+
+TRAINABLE = {"projector": "multi_modal_projector", "language_model": "language_model"}
+
+
+class Llava(nn.Module):
+    """The model of the paper's Figure 1.
+
+    Args:
+        vision_tower: transformers' CLIPVisionModel; kept frozen and in eval mode.
+        language_model: transformers' causal language model.
+        projector: name in `PROJECTORS`.
+        feature_layer: which hidden state of the tower is projected (-2: before its last layer).
+    """
+
+    def __init__(self, vision_tower: Any, language_model: Any, projector: str = "linear", feature_layer: int = -2) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower.eval().requires_grad_(False)
+        d_model = language_model.config.hidden_size
+        self.multi_modal_projector = PROJECTORS.get(projector)(vision_tower.config.hidden_size, d_model)
+        self.language_model = language_model
+        self.projector_name, self.feature_layer = projector, feature_layer
+
+    @property
+    def n_image_tokens(self) -> int:
+        """Visual tokens per image."""
+        return image_token_count(self.vision_tower)
+
+    def set_trainable(self, parts: Iterable[str]) -> list[str]:
+        """Freeze everything but `parts` ("projector", "language_model"); the tower stays frozen.
+
+        Returns:
+            Names of the parameters that train.
+        """
+        self.requires_grad_(False)
+        for part in parts:
+            getattr(self, TRAINABLE[part]).requires_grad_(True)
+        return [name for name, p in self.named_parameters() if p.requires_grad]
+
+    def train(self, mode: bool = True) -> Llava:
+        """Training mode for all but the tower."""
+        super().train(mode)
+        self.vision_tower.eval()
+        return self
+
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Word embeddings with each image block replaced by its projected features.
+
+        Args:
+            input_ids: (B, T); each image is a run of `n_image_tokens` times `IMAGE_TOKEN_ID`.
+            pixel_values: (N, 3, H, W), images in the order in which they stand in the batch; None where there is none.
+
+        Returns:
+            inputs_embeds (B, T, D).
+
+        Raises:
+            ValueError: the number of image tokens is not the number of image features.
+        """
+        is_image = input_ids == IMAGE_TOKEN_ID
+        embeds = self.language_model.get_input_embeddings()(input_ids.clamp(min=0))
+        n_expected = 0 if pixel_values is None else pixel_values.shape[0] * self.n_image_tokens
+        if int(is_image.sum()) != n_expected:
+            raise ValueError(
+                f"{int(is_image.sum())} image tokens in the text but {n_expected} image features; "
+                "fix: one <image> per image, and never truncate inside an image block"
+            )
+        if pixel_values is None:
+            return embeds
+        features = image_features(self.vision_tower, pixel_values, self.feature_layer)
+        projected = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
+        return embeds.masked_scatter(is_image[..., None], projected.to(embeds.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's output for a batch of text and images.
+
+        Args:
+            input_ids: (B, T) with image blocks.
+            pixel_values: (N, 3, H, W) or None.
+            attention_mask: (B, T), 1 for real tokens; None if nothing is padded.
+            position_ids: (B, T); counted from the mask by the language model when None.
+            kwargs: further public arguments of the language model (`past_key_values`, `use_cache`, ...).
+
+        Returns:
+            transformers' output with `logits` (B, T, V).
+        """
+        embeds = self.embed(input_ids, pixel_values)
+        return self.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over supervised tokens; the caller divides by the count of the whole global batch.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), -100 ignored; position t is predicted at t - 1.
+
+    Returns:
+        A scalar, in fp32.
+    """
+    return F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )

@@ -1,0 +1,5 @@
+"""Numerical building blocks: each has a reference that defines it and backends that must equal it."""
+
+from llava_core.ops.attention import BACKENDS, attention
+
+__all__ = ["BACKENDS", "attention"]

@@ -1,0 +1,116 @@
+"""One folder per run: what was asked, where it ran, how it went, what came out.
+
+runs/<experiment>/<scale>/<run id>/
+    config.yaml        the resolved configuration
+    environment.json   machine, versions and the inputs' fingerprints
+    metrics.jsonl      one row per logged step
+    checkpoint/        the newest state, or the final weights
+    summary.json       the final numbers; it exists only when the run has finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_core import runtime
+from llava_core.config import RunConfig
+from llava_core.runtime import DataError
+
+
+class RunRecord:
+    """A run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint"
+
+    @classmethod
+    def open(cls, config: RunConfig, extra_inputs: Mapping[str, Any] | None = None) -> RunRecord:
+        """Return the record of this very run, and begin it if there is none.
+
+        Args:
+            config: the resolved run.
+            extra_inputs: JSON-like facts beside the configuration that change the result, such as the checksums of
+                the data and of the base models; they are part of the run's id.
+
+        Returns:
+            The record. A run of the same id that another experiment's name began is the same run and is returned.
+        """
+        inputs = dict(extra_inputs or {})
+        run_id = runtime.fingerprint({"config": config.run_id, "inputs": inputs}) if inputs else config.run_id
+        runs, scale = runtime.ROOT / "runs", config.scale.name
+        path = runs / config.experiment.name / scale / run_id
+        if not path.is_dir():
+            path = next(iter(sorted(runs.glob(f"*/{scale}/{run_id}"))), path)
+        record = cls(path)
+        if not (path / "config.yaml").exists():
+            facts = {**runtime.environment(), "run": run_id, "inputs": inputs}
+            runtime.write_json(path / "environment.json", facts)
+            config.write(path / "config.yaml")
+        return record
+
+    @property
+    def run_id(self) -> str:
+        """The run's id: the name of its folder."""
+        return self.path.name
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved configuration."""
+        return RunConfig.read(self.path / "config.yaml")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Machine, versions, date and the inputs' fingerprints."""
+        return dict(runtime.read_json(self.path / "environment.json"))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended well."""
+        return (self.path / "summary.json").exists()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The final numbers.
+
+        Raises:
+            DataError: the run has not finished.
+        """
+        if not self.finished:
+            raise DataError(f"{runtime.shown(self.path)}: the run has not finished; start it again to go on with it")
+        return dict(runtime.read_json(self.path / "summary.json"))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to the metrics."""
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        descriptor = os.open(self.path / "metrics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(descriptor, line.encode())  # one write: a killed process leaves the row or nothing
+        finally:
+            os.close(descriptor)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the logged rows in order; a last row without its line end was cut off and is left out."""
+        path = self.path / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        rows = []
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{runtime.shown(path)}, line {number}: not JSON; remove the run's folder and run again"
+                ) from error
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`, as a run must that goes on from its checkpoint of that step."""
+        runtime.write_jsonl(self.path / "metrics.jsonl", [row for row in self.metrics() if row["step"] <= step])
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the final numbers; from now on the run counts as finished."""
+        runtime.write_json(self.path / "summary.json", dict(summary))

@@ -1,0 +1,244 @@
+"""What every run needs from its process: paths, files written whole, seeds, device, environment, the offline switch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+ROOT = Path(os.environ.get("LLAVA_ROOT") or Path(__file__).resolve().parents[1]).resolve()
+"""The repository; relative paths of configs start here (`LLAVA_ROOT` overrides it)."""
+
+REPORTED_PACKAGES = ("llava-core", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "peft")
+
+
+class CompanionError(Exception):
+    """An error with a message made for the reader: it names the file, the record and the fix."""
+
+
+class ConfigError(CompanionError):
+    """A name, key or value of a configuration is wrong."""
+
+
+class DataError(CompanionError):
+    """A data file is missing, damaged or not of the expected format."""
+
+
+class CheckpointError(CompanionError):
+    """A checkpoint is incomplete, damaged or does not fit the model."""
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def resolve(path: str | Path) -> Path:
+    """Return `path` as an absolute path; a relative one starts at the repository root."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else ROOT / path
+
+
+def shown(path: str | Path) -> str:
+    """Return `path` as a reader would type it: relative to the repository root where it lies inside."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> Path:
+    """Write a file so that a reader, or a killed writer, never leaves half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)  # mkstemp makes private files; give this one the permissions of any other
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    return path
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(f"{shown(path)}: no such file; check the path or run the step that writes it") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown(path)}: not UTF-8 text (byte {error.start}); is it the right file?") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: the file is missing or is not JSON; the message names file and line.
+    """
+    text = _read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{shown(path)}, line {error.lineno}: not JSON ({error.msg}); write the file again") from error
+
+
+def read_jsonl(path: str | Path) -> list[Any]:
+    """Read a file of one JSON value per line; blank lines are skipped.
+
+    Raises:
+        DataError: the file is missing or a line is not JSON; the message names file and line.
+    """
+    rows = []
+    # split("\n"), not splitlines(): JSON strings may hold U+2028 and its like unescaped
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{shown(path)}, line {number}: not JSON ({error.msg}); correct or remove the line"
+                ) from error
+    return rows
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a value as indented JSON, whole or not at all."""
+    return atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
+    """Write one JSON value per line, whole or not at all."""
+    return atomic_write(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(f"{shown(path)}: no such file; check the path or run the step that writes it") from error
+
+
+def fingerprint(value: Any) -> str:
+    """Return 12 hex digits that depend on a JSON-like value and not on the order of its keys."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------------ process
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for `auto` (a GPU where there is one), `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: `cuda` was asked for and PyTorch sees no GPU.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda': PyTorch sees no GPU; use the scale 'mini' or install a CUDA build of torch")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """Return the floating-point type called `float32`, `bfloat16` or `float16`."""
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def rank() -> int:
+    """Return this process's number among the launched ones (0 when it was started alone)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return how many processes were launched together (1 when this one was started alone)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def set_offline() -> None:
+    """Forbid the Hugging Face libraries any request; call it before they are imported."""
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[variable] = "1"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or an unpacked archive: the record says so by a null
+    return answer.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader needs to judge a number: versions, machine, commit and date (UTC)."""
+    packages: dict[str, str | None] = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            packages[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            packages[package] = None
+    torch = sys.modules.get("torch")  # asked only when the run has loaded it: an import costs seconds
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch is not None else []
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "commit": _commit(),
+        "packages": packages,
+    }
+
+
+def progress(work: Iterable[Any] | int, desc: str, **options: Any) -> tqdm[Any]:
+    """Return a progress bar on stderr, over an iterable or up to a total number of steps."""
+    from tqdm import tqdm
+
+    source = {"total": work} if isinstance(work, int) else {"iterable": work}
+    return tqdm(**source, desc=desc, file=sys.stderr, dynamic_ncols=True, mininterval=0.5, **options)

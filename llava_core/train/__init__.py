@@ -1,0 +1,1 @@
+"""The two stages of the paper: what trains, on what, and the loop."""

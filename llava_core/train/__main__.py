@@ -1,0 +1,25 @@
+"""One rank of a training run: `python -m torch.distributed.run ... -m llava_core.train RECORD [--init CHECKPOINT] [--anew]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llava_core.record import RunRecord
+from llava_core.train.distributed import start
+from llava_core.train.trainer import train_record
+
+
+def main() -> None:
+    """Train the run of a record folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--init", type=Path)
+    parser.add_argument("--anew", action="store_true")
+    arguments = parser.parse_args()
+    start()
+    train_record(RunRecord(arguments.record), arguments.init, resume=not arguments.anew)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""From a resolved run to what the trainer needs: the model with the right parts trainable, and its samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_core.config import RunConfig
+from llava_core.constants import IMAGE_MARKER
+from llava_core.data.conversation import TEMPLATES, Encoded, encode, place_image
+from llava_core.data.image_processor import ImageProcessor, load_image
+from llava_core.data.instruct import Sample, load_instruct
+from llava_core.data.scienceqa import format_problem, load_problems
+from llava_core.runtime import CheckpointError, DataError, resolve, resolve_dtype, seed_everything, shown
+from llava_core.weights.checkpoint import Loaded, build, load_into
+
+HELD_OUT = 0.04  # share of a training file kept for the held-out loss where the data set has no split of its own
+
+
+@dataclass
+class TrainingSet:
+    """Samples with their template applied; item k is (ids and labels, visible pixels uint8 (H, W, 3) or None).
+
+    `cache` keeps decoded pixels in memory: right for thousands of small images, not for 595K.
+    """
+
+    samples: list[Sample]
+    tokenizer: Any
+    processor: ImageProcessor
+    config: RunConfig
+    n_image_tokens: int
+    cache: bool = False
+
+    def __post_init__(self) -> None:
+        self._pixels: dict[Path, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def encoded(self, k: int) -> Encoded:
+        """Ids and labels of sample k.
+
+        Raises:
+            DataError: no token of the sample would be supervised.
+        """
+        sample, experiment = self.samples[k], self.config.experiment
+        (first, answer), *later = sample.turns
+        if sample.image is not None and IMAGE_MARKER not in first:
+            first = f"{IMAGE_MARKER}\n{first}"
+        turns = [(place_image(first, experiment.image_position, sample.id), answer), *later]
+        segments = TEMPLATES.get(experiment.template).render(turns)
+        item = encode(segments, self.tokenizer, self.n_image_tokens, experiment.train.max_length, f"sample {sample.id}")
+        if all(label < 0 for label in item.labels):
+            raise DataError(f"sample {sample.id}: no token is supervised; fix: give its record a non-empty answer")
+        return item
+
+    def __getitem__(self, k: int) -> tuple[Encoded, np.ndarray | None]:
+        path = self.samples[k].image
+        if path is None:
+            return self.encoded(k), None
+        pixels = self._pixels.get(path)
+        if pixels is None:
+            pixels = np.asarray(self.processor.visible(load_image(path)))
+            if self.cache:
+                self._pixels[path] = pixels
+        return self.encoded(k), pixels
+
+
+def build_model(config: RunConfig, init_from: Path | None) -> Loaded:
+    """Base models with a fresh projector (seeded), or with the projector of the run that this one starts from."""
+    experiment = config.experiment
+    seed_everything(experiment.train.seed)
+    loaded = build(
+        config.model_source(experiment.model.language_model), config.model_source(experiment.model.vision_tower),
+        resolve_dtype(config.scale.dtype), experiment.model.projector, experiment.model.feature_layer,
+    )  # fmt: skip
+    if experiment.init_from is not None:
+        if init_from is None:
+            raise CheckpointError(f"{experiment.name} starts from {experiment.init_from}; fix: train that one first")
+        load_into(loaded.model, init_from, ("multi_modal_projector.",))
+    loaded.model.set_trainable(experiment.train.trainable)
+    return loaded
+
+
+def training_files(config: RunConfig) -> list[Path]:
+    """The files that decide what a run is trained on; their checksums are part of its id."""
+    folder = config.data_path
+    if config.experiment.data.name == "scienceqa":
+        return [folder / "problems.json", folder / "pid_splits.json"]
+    name = {"cc595k": "chat.json", "instruct158k": "llava_instruct.json"}[config.experiment.data.name]
+    return [folder / name]
+
+
+def load_samples(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
+    """Training and held-out samples of a run.
+
+    Raises:
+        DataError: a file is missing (the message says which notebook writes it) or a record is wrong.
+    """
+    data, (path, *_) = config.experiment.data, training_files(config)
+    if not path.is_file():
+        maker = {
+            "cc595k": "notebook 10_cc3m_filtering (`llava filter`)",
+            "instruct158k": "notebook 11_gpt4_instruction_data (`llava generate`)",
+            "scienceqa": "`llava miniature`, or the ScienceQA download",
+        }[data.name]
+        raise DataError(f"{shown(path)}: not found; fix: run {maker}, which writes it")
+    if data.name == "scienceqa":
+        return tuple(  # type: ignore[return-value]
+            [format_problem(p, data.prompt_format or "QCM-LEPA") for p in load_problems(config.data_path, split)][:limit]
+            for split, limit in (("train", data.limit), ("val", config.scale.eval_samples))
+        )
+    images = resolve(config.scale.data[f"{data.name}_images"])
+    samples = load_instruct(path, images, subset=data.subset or None, seed=config.experiment.train.seed, decode=True)
+    every = round(1 / HELD_OUT)
+    train = [s for k, s in enumerate(samples) if k % every]
+    return train[: data.limit], samples[::every][: config.scale.eval_samples]

@@ -1,0 +1,261 @@
+"""The training loop of both stages, plain on purpose: padded micro-batches, AdamW, token-normalised loss, resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava_core.constants import IGNORE_INDEX
+from llava_core.data.conversation import Encoded, coverage
+from llava_core.models.llava import summed_loss
+from llava_core.record import RunRecord
+from llava_core.runtime import CompanionError, progress, rank, resolve_device, shown, world_size
+from llava_core.train.distributed import sum_gradients, sum_over_ranks
+from llava_core.train.optim import learning_rate, make_optimizer
+from llava_core.train.stages import TrainingSet, build_model, load_samples
+from llava_core.weights.checkpoint import Loaded, save_checkpoint
+
+Item = tuple[Encoded, np.ndarray | None]
+
+
+class TrainingError(CompanionError):
+    """Training went wrong in a way that more steps cannot mend."""
+
+
+@dataclass
+class Batch:
+    """Padded tensors of some samples: ids, labels, mask (B, T) and pixel values (N, 3, H, W) or None."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    pixel_values: torch.Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        pixels = None if self.pixel_values is None else self.pixel_values.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device), pixels)
+
+
+def collate(items: Sequence[Item], loaded: Loaded) -> Batch:
+    """Pad samples on the right and normalise their pixels."""
+    width = max(len(e.input_ids) for e, _ in items)
+    ids = torch.zeros(len(items), width, dtype=torch.long)
+    labels = torch.full((len(items), width), IGNORE_INDEX)
+    mask = torch.zeros(len(items), width, dtype=torch.long)
+    for k, (e, _) in enumerate(items):
+        n = len(e.input_ids)
+        ids[k, :n], labels[k, :n], mask[k, :n] = torch.tensor(e.input_ids), torch.tensor(e.labels), 1
+    pixels = [p for _, p in items if p is not None]
+    values = torch.from_numpy(loaded.processor.normalise(np.stack(pixels))) if pixels else None
+    return Batch(ids, labels, mask, values)
+
+
+def supervised_tokens(items: Sequence[Item]) -> int:
+    """Labels that are not ignored."""
+    return sum(label != IGNORE_INDEX for e, _ in items for label in e.labels)
+
+
+def micro_batches(items: list[Item], size: int) -> Iterator[list[Item]]:
+    """Cut a global batch; samples of similar length go together, which changes padding but not the gradient."""
+    ordered = sorted(items, key=lambda item: len(item[0].input_ids))
+    for k in range(0, len(ordered), size):
+        yield ordered[k : k + size]
+
+
+class Trainer:
+    """Trains one run from its first or its last saved step to its end.
+
+    Args:
+        record: where metrics, state and the final checkpoint go; its config decides everything else.
+        loaded: the model, trainable parts already set.
+        train_set, held_out: samples.
+        resume: continue from the record's saved state if there is one, otherwise begin anew.
+    """
+
+    def __init__(
+        self, record: RunRecord, loaded: Loaded, train_set: TrainingSet, held_out: TrainingSet, resume: bool = True
+    ) -> None:
+        self.record, self.loaded, self.train_set, self.held_out = record, loaded, train_set, held_out
+        self.config, self.scale = record.config.experiment.train, record.config.scale
+        self.device = resolve_device(self.scale.device)
+        self.model = loaded.model.to(self.device)
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(list(self.trainable.values()), self.config)
+        self.steps_per_epoch = math.ceil(len(train_set) / self.config.global_batch)
+        self.steps = self.steps_per_epoch * self.config.epochs
+        self.step, self.seconds = 0, 0.0
+        self.state_file = record.path / "state.pt"
+        if resume and self.state_file.exists():
+            self._restore()
+
+    # --- one run --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, save the checkpoint, finish the record and return its summary."""
+        self._announce()
+        saved, began, last_eval = time.monotonic(), time.monotonic(), -1
+        start_seconds, tokens_seen, samples_seen, waited = self.seconds, 0, 0, 0.0
+        evaluate_at = {round(self.steps * q) for q in (0.25, 0.5, 0.75)} | {self.steps}
+        bar = progress(self.steps, self.record.config.experiment.name, initial=self.step, disable=rank() > 0)
+        if self.step == 0:
+            self._log(0, heldout_loss=self.heldout_loss())
+        while self.step < self.steps:
+            fetch = time.monotonic()
+            items = [self.train_set[k] for k in self._indices(self.step)]
+            waited += time.monotonic() - fetch
+            loss, norm, rate = self._train_step(items)
+            self.step += 1
+            tokens_seen += sum(len(e.input_ids) for e, _ in items)
+            samples_seen += len(items)
+            self.seconds = start_seconds + time.monotonic() - began
+            row: dict[str, Any] = {
+                "loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_s": tokens_seen / (time.monotonic() - began),
+                "samples_per_s": samples_seen / (time.monotonic() - began), "seconds": self.seconds,
+            }  # fmt: skip
+            if self.step in evaluate_at:
+                row["heldout_loss"], last_eval = self.heldout_loss(), self.step
+            self._log(self.step, **row)
+            bar.update(1)
+            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{row['tokens_per_s']:.0f}", wait=f"{waited / (time.monotonic() - began):.0%}")
+            if self.step < self.steps and time.monotonic() - saved > self.scale.checkpoint_every_s:
+                self._save_state()
+                saved = time.monotonic()
+        bar.close()
+        assert last_eval == self.steps
+        return self._finish()
+
+    def _finish(self) -> dict[str, Any]:
+        rows = [r for r in self.record.metrics() if "loss" in r]
+        tail = rows[-max(1, len(rows) // 20) :]
+        experiment = self.record.config.experiment
+        summary = {
+            "run": self.record.run_id, "steps": self.steps, "samples": len(self.train_set),
+            "final_loss": sum(r["loss"] for r in tail) / len(tail), "heldout_loss": rows[-1]["heldout_loss"],
+            "samples_per_s": rows[-1]["samples_per_s"], "tokens_per_s": rows[-1]["tokens_per_s"], "seconds": self.seconds,
+            "trainable_parameters": sum(p.numel() for p in self.trainable.values()), "checkpoint": shown(self.record.checkpoint),
+        }  # fmt: skip
+        if rank() == 0:
+            save_checkpoint(
+                self.record.checkpoint, self.loaded, "full" if "language_model" in experiment.train.trainable else "projector",
+                template=experiment.template, image_position=experiment.image_position,
+                prompt_format=experiment.data.prompt_format, run_id=self.record.run_id,
+            )  # fmt: skip
+            self.record.finish(summary)
+            self.state_file.unlink(missing_ok=True)
+        return summary
+
+    def _announce(self) -> None:
+        if self.step == 0 and rank() == 0:
+            sample = [self.train_set.encoded(k) for k in range(min(32, len(self.train_set)))]
+            self._log(
+                0, samples=len(self.train_set), steps=self.steps, supervised_share=coverage(sample),
+                global_batch=f"{self.config.global_batch} = {world_size()} ranks x {self.config.global_batch // world_size()}"
+                f" (micro-batches of {self.scale.micro_batch})",
+                trainable=sorted({n.split(".")[0] for n in self.trainable}),
+            )  # fmt: skip
+
+    def _log(self, step: int, **row: Any) -> None:
+        if rank() == 0:
+            self.record.log({"step": step, "epoch": step / self.steps_per_epoch, **row})
+
+    # --- one step -------------------------------------------------------------------------------------------------------
+
+    def _indices(self, step: int) -> list[int]:
+        """This rank's share of the samples of an optimizer step: a seeded shuffle per epoch, so position = step."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.train_set))
+        batch = order[k * self.config.global_batch : (k + 1) * self.config.global_batch]
+        return [int(i) for i in batch[rank() :: world_size()]]
+
+    def _train_step(self, items: list[Item]) -> tuple[float, float, float]:
+        """One optimizer step; returns loss per supervised token, gradient norm and learning rate."""
+        self.model.train()
+        total = sum_over_ranks(supervised_tokens(items))
+        loss_sum = 0.0
+        for micro in micro_batches(items, self.scale.micro_batch):
+            loss = self._loss(micro) / total
+            loss.backward()
+            loss_sum += float(loss.detach())
+        sum_gradients(self.trainable.values())
+        loss_sum = sum_over_ranks(loss_sum)
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), self.config.grad_clip))
+        if not math.isfinite(loss_sum) or not math.isfinite(norm) or norm == 0:
+            names = ", ".join(self.train_set.samples[k].id for k in self._indices(self.step)[:4])
+            raise TrainingError(
+                f"step {self.step}: loss {loss_sum}, gradient norm {norm} (samples {names}, ...); "
+                "fix: look at these samples, or lower train.learning_rate"
+            )
+        rate = learning_rate(self.step, self.steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss_sum, norm, rate
+
+    def _loss(self, items: list[Item]) -> torch.Tensor:
+        batch = collate(items, self.loaded).to(self.device)
+        output = self.model(batch.input_ids, batch.pixel_values, batch.attention_mask, use_cache=False)
+        return summed_loss(output.logits, batch.labels)
+
+    @torch.inference_mode()
+    def heldout_loss(self) -> float:
+        """Loss per supervised token on the held-out samples."""
+        self.model.eval()
+        items = [self.held_out[k] for k in range(len(self.held_out))]
+        total = sum(float(self._loss(micro)) for micro in micro_batches(items, self.scale.micro_batch))
+        return total / max(1, supervised_tokens(items))
+
+    # --- resume ---------------------------------------------------------------------------------------------------------
+
+    def _save_state(self) -> None:
+        """Everything needed to go on exactly here; the file is replaced whole, so a kill leaves the last good one."""
+        if rank() > 0:
+            return
+        temporary = self.state_file.with_suffix(".writing")
+        weights = {n: p.detach().cpu() for n, p in self.trainable.items()}
+        torch.save(
+            {"step": self.step, "seconds": self.seconds, "weights": weights, "optimizer": self.optimizer.state_dict()}, temporary
+        )
+        temporary.replace(self.state_file)
+
+    def _restore(self) -> None:
+        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        if rank() == 0:
+            self.record.rewind(self.step)
+            print(f"resuming {self.record.config.experiment.name} at step {self.step} of {self.steps}")
+
+
+def train_record(record: RunRecord, initial: Path | None = None, resume: bool = True) -> dict[str, Any]:
+    """Train a record's run in this process.
+
+    Args:
+        record: opened by `RunRecord.open`; its config says everything.
+        initial: checkpoint whose projector this run starts from.
+        resume: go on from the saved state if there is one.
+
+    Returns:
+        The run's summary.
+    """
+    config = record.config
+    if config.scale.threads:
+        torch.set_num_threads(config.scale.threads)
+    loaded = build_model(config, initial)
+    n = loaded.model.n_image_tokens
+    train_set, held_out = (
+        TrainingSet(samples, loaded.tokenizer, loaded.processor, config, n, cache=config.scale.name == "mini")
+        for samples in load_samples(config)
+    )
+    return Trainer(record, loaded, train_set, held_out, resume).run()

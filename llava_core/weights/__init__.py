@@ -1,0 +1,1 @@
+"""Weights on disk: base models in, self-describing checkpoint directories in and out."""

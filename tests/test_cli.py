@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, create_autospec
+
+import pytest
+
+from llava_core import cli
+from llava_core.runtime import DataError
+
+
+def leaves(
+    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command with the words that call it, groups and the entry point included."""
+    yield " ".join(words), parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from leaves(inner, (*words, name))
+
+
+COMMANDS = dict(leaves(cli._parser()))
+WORKING = {name: parser for name, parser in COMMANDS.items() if parser.get_default("run")}
+
+
+def example_of(parser: argparse.ArgumentParser) -> list[str]:
+    assert parser.epilog is not None
+    return shlex.split(parser.epilog.splitlines()[-1])[1:]
+
+
+# ------------------------------------------------------------------------------------------------ every command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_well_and_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*name.split(), "--help"])
+    assert end.value.code == 0
+    assert "example:\n  llava" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
+    args = cli._parser().parse_args(example_of(WORKING[name]))
+    assert args.run is WORKING[name].get_default("run")
+    assert args.interactive or args.json is False
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "answer"),
+    [
+        ("reproduce", "llava_core.lab.pipeline.reproduce", {"notebooks": [], "failed": [], "book": None}),
+        ("filter", "llava_core.data.cc3m.filter_file", {"pairs_kept": 1}),
+        ("generate", "llava_core.teacher.generate.generate", {"records": 1}),
+        ("data check", "llava_core.data.instruct.check_file", {"records": 1, "errors": 0, "problems": []}),
+        ("miniature", "llava_core.miniature.write", {"mini-coco": {"counts": {"images": 1}}}),
+        ("base-models", "llava_core.miniature.base_models.train_base_models", {"passed": {"a gate": True}}),
+        ("evaluate captions", "llava_core.evaluate.captions.evaluate_files", {"n": 1}),
+        ("evaluate llava-bench", "llava_core.evaluate.llava_bench.score_reviews", {"n": 1}),
+    ],
+)
+def test_a_command_calls_its_function_in_a_way_that_it_takes(
+    name: str, target: str, answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, function = target.rpartition(".")
+    stub = create_autospec(getattr(importlib.import_module(module), function), return_value=answer)
+    monkeypatch.setattr(target, stub)
+    assert cli.main([*example_of(WORKING[name]), "--json"]) == 0
+    stub.assert_called_once()
+    assert json.loads(capsys.readouterr().out) == answer
+    assert cli.main(example_of(WORKING[name])) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_train_reports_the_finished_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llava_core.config import RunConfig
+    from llava_core.lab import launch
+    from llava_core.record import RunRecord
+
+    def finished(config: RunConfig, **_: object) -> RunRecord:
+        record = RunRecord.open(config)
+        record.finish({"final_loss": 1.5, "samples_per_s": 20.0})
+        return record
+
+    stub = create_autospec(launch.launch, side_effect=finished)
+    monkeypatch.setattr(launch, "launch", stub)
+    words = ["train", "finetune", "--set", "train.seed=1", "--set", "train.learning_rate=2e-3", "--json"]
+    assert cli.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["final_loss"], result["samples_per_s"]) == (1.5, 20.0)
+    assert result["checkpoint"] == f"{result['run']}/checkpoint"
+    assert stub.call_args.kwargs == {"resume": True}
+    train = stub.call_args.args[0].experiment.train
+    assert (train.seed, train.learning_rate) == (1, 0.002)
+
+
+def test_a_notebook_that_failed_is_a_one_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llava_core.lab import pipeline
+
+    answer = {"notebooks": [{"name": "20_x", "status": "failed", "seconds": 1.0}], "failed": ["20_x"], "book": None}
+    stub = create_autospec(pipeline.reproduce, return_value=answer)
+    monkeypatch.setattr(pipeline, "reproduce", stub)
+    assert cli.main(["reproduce", "--only", "20", "-p", "epochs=2", "-p", "path=a/b", "--from", "20", "--fast"]) == 1
+    assert "failed      20_x" in capsys.readouterr().out
+    options = stub.call_args.kwargs
+    assert options["parameters"] == {"epochs": 2, "path": "a/b"}
+    assert (options["only"], options["start"], options["fast"], options["scale"]) == (["20"], "20", True, "mini")
+
+
+def test_base_models_that_miss_a_gate_are_a_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_core.miniature import base_models
+
+    answer = {"passed": {"one gate": True, "another": False}}
+    monkeypatch.setattr(
+        base_models, "train_base_models", create_autospec(base_models.train_base_models, return_value=answer)
+    )
+    assert cli.main(["base-models", "--only", "clip"]) == 1
+
+
+def test_chat_writes_to_the_terminal_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llava_core.lab import demo
+
+    stub = create_autospec(demo.chat_in_terminal, side_effect=lambda *_: print("A dog."))  # noqa: T201
+    monkeypatch.setattr(demo, "chat_in_terminal", stub)
+    assert cli.main(example_of(WORKING["chat"])) == 0
+    assert capsys.readouterr().out == "A dog.\n"
+    stub.side_effect = DataError("photo.jpg: not an image")
+    assert cli.main(example_of(WORKING["chat"])) == 1
+    assert capsys.readouterr().err == "error: photo.jpg: not an image\n"
+
+
+def test_demo_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create_autospec(subprocess.run, return_value=subprocess.CompletedProcess([], 0))
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    assert cli.main(["demo"]) == 0
+    assert "--ServerApp.ip=127.0.0.1" in run.call_args.args[0]
+    run.return_value = subprocess.CompletedProcess([], 3)
+    assert cli.main(["demo"]) == 1
+
+
+# ------------------------------------------------------------------------------------------------ exits and streams
+
+
+def answer_with(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_core.evaluate.llava_bench.score_reviews", MagicMock(side_effect=work))
+
+
+CALL = ["evaluate", "llava-bench", "--reviews", "reviews.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DataError("reviews.jsonl, line 3: not JSON"), "error: reviews.jsonl, line 3: not JSON\n"),
+        (PermissionError(13, "Permission denied", "/x"), "error: [Errno 13] Permission denied: '/x'\n"),
+        (
+            ModuleNotFoundError("No module named 'openai'", name="openai"),
+            "error: the package 'openai' is not installed",
+        ),
+        (KeyboardInterrupt(), "error: interrupted\n"),
+    ],
+)
+def test_work_that_fails_is_one_line_and_a_one(
+    error: BaseException, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_with(error, monkeypatch)
+    assert cli.main([*CALL, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(ZeroDivisionError(), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(CALL)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "nonsense",
+        "evaluate",
+        "evaluate captions",
+        "generate --annotations a --out b --kinds detail,poem",
+        "generate --annotations a --out b --client psychic",
+        "base-models --only vicuna",
+        "chat --model a --image b --json",
+        "train finetune --set train.seed",
+        "train finetune --set train.seed=[1",
+        "train finetune --resume maybe",
+        "reproduce --scales mini",
+        "reproduce --only 20 --sc mini",
+    ],
+)
+def test_a_wrong_call_is_a_two(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(shlex.split(words))
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: llava")
+
+
+def test_json_is_alone_on_stdout_whatever_the_work_prints(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def noisy(_: object) -> dict[str, Any]:
+        print("from Python")  # noqa: T201
+        subprocess.run([sys.executable, "-c", "print('from a child process')"], check=True)
+        return {"n": 1, "path": Path("a/b"), "text": "é"}
+
+    answer_with(noisy, monkeypatch)
+    assert cli.main([*CALL, "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"n": 1, "path": "a/b", "text": "é"}
+    assert out.count("\n") == 1
+    assert "from Python" in err
+    assert "from a child process" in err
+
+
+def test_the_package_is_a_command_too() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "llava_core", "--version"], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.startswith("llava-core ")
+    wrong = subprocess.run(
+        [sys.executable, "-m", "llava_core", "train", "finetun"], capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: unknown experiment 'finetun'; did you mean 'finetune'?")
+    assert "Traceback" not in wrong.stderr
+
+
+# ------------------------------------------------------------------------------------------------ real files
+
+
+def test_the_released_answers_are_scored_as_the_issue_of_the_coin_flip_tells(
+    reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = reference / "scienceqa"
+    words = ["--predictions", str(folder / "test_sqa_llava_13b_v0.json"), "--questions"]
+    words = ["evaluate", "science-qa", *words, str(folder / "llava_test_CQM-A.json")]
+    assert cli.main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["n"], result["correct"], result["invalid"], result["unparsed"]) == (4241, 3855, 1, 0)
+    counts = {name: (row["correct"], row["n"]) for name, row in result["subsets"].items()}
+    assert (counts["IMG"], counts["TXT"], counts["NO"]) == ((1775, 2017), (1831, 2046), (1300, 1435))
+    assert cli.main(words) == 0
+    assert "3247" in capsys.readouterr().out
+
+
+def test_a_file_with_problems_is_a_one_and_lists_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]
+    good = {"id": "1", "image": "1.jpg", "conversations": turns}
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([good]))
+    assert cli.main(["data", "check", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    path.write_text(json.dumps([good, {**good, "id": "2", "conversations": turns[::-1]}]))
+    assert cli.main(["data", "check", str(path), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["records"] == 2
+    assert {"line", "record", "kind", "message"} <= result["problems"][0].keys()

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_core import config
+from llava_core.config import RunConfig, load_experiment, load_scale
+from llava_core.runtime import ConfigError
+
+EXPERIMENTS, SCALES = sorted(config.experiments()), sorted(config.scales())
+
+
+def own_fields(name: str) -> dict[str, object]:
+    path = config.experiments()[name]
+    return {k: v for k, v in config._flatten(yaml.safe_load(path.read_text()), str(path)) if k not in config.META}
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the configs that a test may spoil."""
+    for kind, files in (("experiments", config.experiments()), ("scales", config.scales())):
+        (tmp_path / "configs" / kind).mkdir(parents=True)
+        for name, path in files.items():
+            (tmp_path / "configs" / kind / f"{name}.yaml").write_text(path.read_text())
+    monkeypatch.setattr("llava_core.runtime.ROOT", tmp_path)
+    return tmp_path / "configs"
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}))
+
+
+def spoil(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+# ---------------------------------------------------------------------------------------- the shipped files
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_loads_at_every_scale(name: str, scale: str) -> None:
+    run = load_experiment(name, scale)
+    assert run.experiment.name == name
+    assert run.data_path.is_absolute()
+    assert all(departure.why and departure.paper != departure.here for departure in run.departures)
+    if (upstream := run.upstream()) is not None:
+        assert upstream.experiment.model == run.experiment.model
+        assert upstream.experiment.template == run.experiment.template
+        assert upstream.run_id == run.init_id
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_value_stands_beside_its_source(name: str) -> None:
+    experiment = load_experiment(name, "a100x8").experiment
+    written = yaml.safe_load(config.experiments()[name].read_text())["sources"]
+    for field in own_fields(name):
+        assert any(field == known or field.startswith(f"{known}.") for known in written), (
+            f"{name}: {field} has no source"
+        )
+        assert experiment.source_of(field)
+    for known in written:
+        config_fields = [f for f in own_fields(name) if f == known or f.startswith(f"{known}.")]
+        assert config_fields, f"{name}: a source for {known}, which the file does not set"
+
+
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if load_experiment(n, "a100x8").experiment.base])
+def test_an_ablation_changes_one_field(name: str) -> None:
+    """A run that starts elsewhere may do so only because its start made the same one change."""
+    changed = own_fields(name)
+    start = changed.pop("init_from", None)
+    if start is None:
+        assert len(changed) <= 1
+    else:
+        assert len(changed) == 1
+        assert own_fields(str(start)) == changed
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    {
+        "pretrain": (1, "cc595k", 0.002, 1, 128, ["projector"], None),
+        "finetune": (2, "instruct158k", 2e-5, 3, 32, ["projector", "language_model"], "pretrain"),
+        "science_qa": (2, "scienceqa", 2e-5, 12, 32, ["projector", "language_model"], "pretrain"),
+    }.items(),
+)
+def test_the_paper_s_recipe(name: str, facts: tuple[object, ...]) -> None:
+    run = load_experiment(name, "a100x8")
+    e, t = run.experiment, run.experiment.train
+    assert (e.stage, e.data.name, t.learning_rate, t.epochs, t.global_batch, t.trainable, e.init_from) == facts
+    assert (e.model.language_model, e.model.feature_layer, e.template) == ("vicuna-13b", -2, "v0")
+    assert (t.warmup_ratio, t.weight_decay, t.betas, t.eps, t.grad_clip) == (0.03, 0, (0.9, 0.999), 1e-8, 1.0)
+    assert [d.field for d in run.departures] == ["scale.vicuna-13b"]
+
+
+def test_the_miniature_says_where_and_why_it_leaves_the_paper() -> None:
+    departures = {d.field: d for d in load_experiment("finetune", "mini").departures}
+    size = departures["model.language_model"]
+    assert (size.paper, size.here) == ("vicuna-13b", "vicuna-7b")
+    assert size.why
+    assert departures["scale.instruct158k"].here == "data/mini/mini-coco"
+    assert "scale.scienceqa" not in departures
+
+
+def test_the_full_mix_is_the_run_without_a_choice() -> None:
+    assert load_experiment("instruct_full", "a100x8").run_id == load_experiment("finetune", "a100x8").run_id
+    assert load_experiment("instruct_conversation_only", "a100x8").experiment.data.subset == {"conversation": 1.0}
+
+
+# ---------------------------------------------------------------------------------------- order of the layers
+
+
+def test_a_scale_s_departure_never_undoes_an_ablation(sandbox: Path) -> None:
+    departs = {
+        "*": {"set": {"model.language_model": "vicuna-7b", "train.epochs": 1}, "why": "small"},
+        "science_qa": {
+            "set": {"data.prompt_format": "QCM-A", "train.epochs": 2, "model.feature_layer": -3},
+            "why": "quick",
+        },
+        "answer_first": {"set": {"train.epochs": 5}, "why": "needs more"},
+    }
+    change(sandbox / "scales" / "mini.yaml", departs=departs)
+    base, arm = load_experiment("science_qa").experiment, load_experiment("answer_first").experiment
+    assert (base.data.prompt_format, base.train.epochs, base.model.feature_layer) == ("QCM-A", 2, -3)
+    assert (arm.data.prompt_format, arm.train.epochs, arm.model.feature_layer) == ("QCM-ALE", 5, -3)
+    assert load_experiment("science_qa_13b").experiment.model.language_model == "vicuna-13b"
+    assert base.model.language_model == "vicuna-7b"
+    assert load_experiment("answer_first", overrides={"train.epochs": 9}).experiment.train.epochs == 9
+
+
+def test_overrides_win_and_are_listed() -> None:
+    run = load_experiment("finetune", "a100x8", {"train.learning_rate": 1e-4, "train.epochs": 3})
+    assert run.experiment.train.learning_rate == 1e-4
+    assert (run.departures[0].field, run.departures[0].paper, run.departures[0].here) == (
+        "train.learning_rate",
+        2e-5,
+        1e-4,
+    )
+    assert not [d for d in run.departures if d.field == "train.epochs"]
+
+
+def test_the_model_goes_along_to_the_run_that_it_starts_from() -> None:
+    run = load_experiment("finetune", "mini", {"model.language_model": "vicuna-13b"})
+    upstream = run.upstream()
+    assert upstream is not None
+    assert upstream.experiment.model.language_model == "vicuna-13b"
+    assert upstream.run_id == run.init_id == load_experiment("pretrain_13b", "mini").run_id
+
+
+# ---------------------------------------------------------------------------------------- the run's id
+
+
+def test_the_run_id_sees_what_changes_the_result_and_nothing_else(sandbox: Path) -> None:
+    before = load_experiment("finetune").run_id
+    mini, stage_2 = sandbox / "scales" / "mini.yaml", sandbox / "experiments" / "finetune.yaml"
+    change(mini, micro_batch=3, threads=2, title="Renamed", seeds=[5], eval_samples=7)
+    change(stage_2, title="Renamed", sources={}, claims=["some-claim"])
+    assert load_experiment("finetune").run_id == before
+    seen = {before}
+    for spoiled in (
+        lambda: spoil(sandbox / "experiments" / "pretrain.yaml", "warmup_ratio: 0.03", "warmup_ratio: 0.04"),
+        lambda: spoil(mini, "models/mini/clip", "models/mini/other"),
+        lambda: spoil(mini, "float32", "bfloat16"),
+        lambda: change(stage_2, template="v1"),
+    ):
+        spoiled()
+        run_id = load_experiment("finetune").run_id
+        assert run_id not in seen
+        seen.add(run_id)
+    assert load_experiment("finetune", overrides={"train.seed": 1}).run_id not in seen
+
+
+def test_a_resolved_run_survives_the_way_to_disk_and_back(tmp_path: Path) -> None:
+    run = load_experiment("science_qa", "mini")
+    again = RunConfig.read(run.write(tmp_path / "config.yaml"))
+    assert again == run
+    assert again.run_id == run.run_id
+
+
+def test_paths_start_at_the_root_and_hub_ids_stay(workspace: Path) -> None:
+    mini, gpu = load_experiment("finetune", "mini"), load_experiment("finetune", "gpu")
+    assert mini.model_source("vicuna-7b") == str(workspace / "models" / "mini" / "llm-7b")
+    assert gpu.model_source("clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+
+
+# ---------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: load_experiment("finetun"), r"unknown experiment 'finetun'; did you mean 'finetune'\?"),
+        (lambda: load_experiment("finetune", "mimi"), r"unknown scale 'mimi'; did you mean 'mini'\?"),
+        (lambda: load_experiment("finetune", overrides={"lerning_rate": 1}), "did you mean 'train.learning_rate'"),
+        (lambda: load_experiment("finetune", overrides={"train.epochs": 0}), r"override: train\.epochs.*\(it is 0\)"),
+        (lambda: load_experiment("finetune", overrides={"name": "x"}), "cannot be overridden"),
+        (lambda: load_experiment("finetune", overrides={"data.subset": {"convo": 1}}), "did you mean 'conversation'"),
+        (lambda: load_experiment("finetune", overrides={"data.subset": {"detail": 0}}), "share of 'detail'"),
+        (lambda: load_experiment("finetune", overrides={"train.learning_rate": float("nan")}), "learning_rate"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_error(call: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (
+            "experiments/finetune",
+            "epochs: 3",
+            "epoch: 3",
+            r"finetune\.yaml: unknown key 'train\.epoch'.*'train\.epochs'",
+        ),
+        ("experiments/finetune", "epochs: 3", "epochs: three", r"finetune\.yaml: train\.epochs: .*'three'"),
+        ("experiments/finetune", "epochs: 3", "epochs: 3\n  epochs: 4", r"line \d+: .*'epochs' is written twice"),
+        ("experiments/finetune", "stage: 2", "", r"finetune\.yaml: stage: Field required"),
+        ("experiments/finetune", "name: finetune", "name: other", "must be 'finetune'"),
+        ("experiments/finetune", "stage: 2", "stage: [2", r"finetune\.yaml, line \d+: not valid YAML"),
+        ("experiments/finetune", "init_from: pretrain", "init_from: finetune", "goes round in a circle"),
+        ("experiments/answer_first", "base: science_qa", "base: answer_first", "goes round in a circle"),
+        ("scales/mini", "device: cpu", "devise: cpu", r"mini\.yaml: unknown key 'devise'; did you mean 'device'"),
+        ("scales/gpu", "stand_ins:", "stand_ins:\n  vicuna-8b: x", r"stand_ins: unknown data set or model 'vicuna-8b'"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_key(sandbox: Path, file: str, old: str, new: str, message: str) -> None:
+    spoil(sandbox / f"{file}.yaml", old, new)
+    kind, _, name = file.partition("/")
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(*([name] if kind == "experiments" else ["finetune", name]))
+
+
+def test_a_scale_without_a_place_for_the_data_is_named(sandbox: Path) -> None:
+    path = sandbox / "scales" / "mini.yaml"
+    change(path, stand_ins={}, data={"cc595k": "data/x"})
+    with pytest.raises(
+        ConfigError, match=r"mini\.yaml: 'instruct158k', which 'finetune' needs, has no path in its `data`"
+    ):
+        load_experiment("finetune")
+
+
+def test_a_value_that_a_scale_sets_is_blamed_on_the_scale(sandbox: Path) -> None:
+    path = sandbox / "scales" / "mini.yaml"
+    change(path, departs={"finetune": {"set": {"train.epochs": -1}, "why": "wrong"}})
+    with pytest.raises(ConfigError, match=r"mini\.yaml, departs\.finetune: train\.epochs"):
+        load_experiment("finetune")
+    change(path, departs={"finetune": {"set": {"name": "x"}, "why": "wrong"}})
+    with pytest.raises(ConfigError, match="describes the experiment"):
+        load_scale("mini")
+    change(path, departs={"finetunes": {"set": {"stage": 1}, "why": "wrong"}})
+    with pytest.raises(ConfigError, match=r"departs\.finetunes: unknown experiment .*'finetune'"):
+        load_scale("mini")
+    change(path, departs={"*": {"set": {"train.max_lenght": 1}, "why": "wrong"}})
+    with pytest.raises(ConfigError, match=r"departs\.\*: .*did you mean 'train\.max_length'"):
+        load_scale("mini")
+
+
+def test_outside_a_checkout_the_error_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_core.runtime.ROOT", tmp_path)
+    with pytest.raises(ConfigError, match="LLAVA_ROOT"):
+        load_experiment("finetune")

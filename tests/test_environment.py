@@ -1,0 +1,77 @@
+"""pyproject.toml is the only place of versions; the files made from it stay in step."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from types import ModuleType
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from llava_core.runtime import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+DECLARED = [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
+NAMED = ("jupyterlab", "papermill", "torch", "transformers", "peft", "deepspeed", "matplotlib", "seaborn", "ipywidgets")
+
+
+@pytest.fixture(scope="module")
+def lock() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lock", ROOT / "tools" / "lock.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("line", DECLARED)
+def test_every_declared_package_is_pinned_to_a_version_that_it_allows(line: str, lock: ModuleType) -> None:
+    requirement = Requirement(line)
+    pins = lock.pins((ROOT / "constraints.txt").read_text())
+    name = canonicalize_name(requirement.name)
+    assert name in pins, f"{name} is not in constraints.txt; run `make lock`"
+    assert pins[name] in requirement.specifier, f"{name}=={pins[name]} does not satisfy {line}; run `make lock`"
+
+
+def test_every_constraint_is_one_exact_version(lock: ModuleType) -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines == sorted(lines)
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    # a build for one kind of hardware must stay the machine's choice
+    assert not [line for line in lines if line.startswith(("nvidia-", "cuda-"))]
+
+
+def test_environment_yml_is_pyproject_as_conda_reads_it(lock: ModuleType) -> None:
+    text = (ROOT / "environment.yml").read_text()
+    assert text == lock.environment_yml(), "environment.yml is out of step; run `make lock`"
+    packages = yaml.safe_load(text)["dependencies"][-1]["pip"]
+    assert set(DECLARED) <= set(packages)
+
+
+@pytest.mark.parametrize("name", [*NAMED, "nbdime"])
+def test_the_project_s_tools_are_declared(name: str) -> None:
+    assert name in {canonicalize_name(Requirement(line).name) for line in DECLARED}
+
+
+def test_the_book_s_theme_stays_below_the_version_that_shows_two_headers() -> None:
+    theme = next(Requirement(line) for line in EXTRAS["book"] if line.startswith("pydata-sphinx-theme"))
+    assert "0.17.1" not in theme.specifier
+    assert "0.16.1" in theme.specifier
+
+
+def test_set_up_needs_no_gpu_package_and_no_key() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    installed = re.search(r"^EXTRAS := (\S+)$", makefile, re.MULTILINE)
+    assert installed is not None
+    assert set(installed.group(1).split(",")) == set(EXTRAS) - {"gpu", "live"}
+
+
+def test_no_other_file_names_a_version() -> None:
+    for name in ("Makefile", ".ci/run"):
+        assert not re.search(r"[a-z]==[0-9]", (ROOT / name).read_text()), name

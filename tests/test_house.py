@@ -1,0 +1,273 @@
+"""The rules that hold the house together: who imports whom, what a notebook may be, what lies in git."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_core.runtime import ROOT
+
+PACKAGE = ROOT / "llava_core"
+FLOORS = (
+    ("config", "runtime", "record", "registry", "constants", "__init__"),
+    ("ops",),
+    ("models", "data", "teacher", "paper"),
+    ("weights",),
+    ("train", "evaluate"),
+    ("miniature",),
+    ("lab",),
+    ("cli",),
+    ("__main__",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MOST_CELLS, MOST_LINES = 25, 15
+MOST_BYTES = 60 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(source: str, package: tuple[str, ...]) -> Iterator[str]:
+    """Rooms of llava_core that a module imports anywhere: at its top, in functions, for types only."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            names = [f"{module}.{alias.name}" if module == "llava_core" else module for alias in node.names]
+        for name in names:
+            if name.split(".")[0] == "llava_core" and name != "llava_core":
+                room = name.split(".")[1]
+                yield room if room in FLOOR else "__init__"
+
+
+def may_import(room: str, other: str) -> bool:
+    return room == other or FLOOR[other] < FLOOR[room] or FLOOR[room] == FLOOR[other] == 0
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_floors_below(path: Path) -> None:
+    room = room_of(path)
+    assert room in FLOOR, f"{room} has no floor; add it to FLOORS and to the map in CONTRIBUTING.md"
+    package = ("llava_core", *path.relative_to(PACKAGE).parts[:-1])
+    wrong = sorted({other for other in imported_rooms(path.read_text(), package) if not may_import(room, other)})
+    assert not wrong, f"{path.relative_to(ROOT)} (floor {FLOOR[room]}) imports {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "allowed"),
+    [
+        ("lab", "from llava_core.train.trainer import Trainer", True),
+        ("evaluate", "from llava_core.train import trainer", False),
+        ("evaluate", "from llava_core import train", False),
+        ("models", "def f():\n    import llava_core.data.instruct", False),
+        ("teacher", "from ..data import coco", False),
+        ("teacher", "from .client import ChatClient", True),
+        ("data", "from llava_core.registry import Registry", True),
+        ("config", "from llava_core import runtime", True),
+        ("runtime", "from llava_core.ops import reference", False),
+        ("cli", "from llava_core import __version__", True),
+    ],
+)
+def test_the_layer_rule_sees_every_way_to_import(room: str, source: str, allowed: bool) -> None:
+    package = ("llava_core", room) if (PACKAGE / room).is_dir() or room == "teacher" else ("llava_core",)
+    found = list(imported_rooms(source, package))
+    assert found
+    assert all(may_import(room, other) for other in found) is allowed
+
+
+@pytest.mark.parametrize("module", ["config", "runtime", "record", "registry", "constants", "cli"])
+def test_the_ground_floor_and_the_command_line_load_without_torch(module: str) -> None:
+    code = (
+        f"import sys, llava_core.{module}; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_every_room_is_a_package() -> None:
+    folders = [p for p in PACKAGE.rglob("*") if p.is_dir() and any(p.glob("*.py"))]
+    assert not [str(p.relative_to(ROOT)) for p in folders if not (p / "__init__.py").exists()]
+
+
+# ------------------------------------------------------------------------------------------------ notebooks
+
+
+def lines_of(cell: dict[str, Any]) -> list[str]:
+    source = cell["source"]
+    return (source if isinstance(source, str) else "".join(source)).rstrip("\n").split("\n")
+
+
+def tree_of(cell: dict[str, Any]) -> ast.Module:
+    return ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines_of(cell)))
+
+
+def calls_of(tree: ast.AST) -> set[str]:
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {f.attr if isinstance(f, ast.Attribute) else f.id for f in calls if isinstance(f, ast.Attribute | ast.Name)}
+
+
+def broken_rules(notebook: dict[str, Any]) -> list[str]:
+    """What a notebook does against its contract, in words."""
+    cells = notebook["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    broken = []
+    if not cells or cells[0]["cell_type"] != "markdown" or not lines_of(cells[0])[0].startswith("# "):
+        broken.append("the first cell must be text that begins with a title")
+    tagged = [cell for cell in code if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        broken.append(f"{len(tagged)} cells are tagged `parameters`; it must be one")
+    else:
+        named = [node for node in tree_of(tagged[0]).body if isinstance(node, ast.AnnAssign)]
+        first = [ast.unparse(node) for node in named[:2]]
+        if first != ["scale: str = 'mini'", "fast: bool = False"]:
+            broken.append('the parameters must begin with `scale: str = "mini"` and `fast: bool = False`')
+        if len(named) != len(tree_of(tagged[0]).body):
+            broken.append("each parameter needs a type")
+        if [line for line in lines_of(tagged[0]) if line.strip() and "#" not in line]:
+            broken.append("each parameter needs a comment")
+    if len(code) > MOST_CELLS:
+        broken.append(f"{len(code)} code cells; at most {MOST_CELLS}")
+    for number, cell in enumerate(code, start=1):
+        place = f"code cell {number}"
+        lines = lines_of(cell)
+        if len(lines) > MOST_LINES:
+            broken.append(f"{place}: {len(lines)} lines; at most {MOST_LINES}")
+        if cell.get("outputs") or cell.get("execution_count") is not None:
+            broken.append(f"{place}: has outputs or a count; `make format` removes them")
+        if any(line.lstrip().startswith("!") for line in lines):
+            broken.append(f"{place}: runs a shell command")
+        for node in ast.walk(tree_of(cell)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                broken.append(f"{place}: defines {node.name}; definitions belong into the package")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path":
+                broken.append(f"{place}: uses sys.path")
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if re.match(r"(/|~/|[A-Za-z]:[\\/])\w", node.value):
+                    broken.append(f"{place}: absolute path {node.value!r}")
+                if re.match(r"https?://", node.value):
+                    broken.append(f"{place}: uses the network: {node.value!r}")
+    ending = [tree_of(cell) for cell in code[-2:]]
+    if not any("save_numbers" in calls_of(tree) for tree in ending):
+        broken.append("the last cells must save the chapter's numbers with `save_numbers`")
+    if not any(isinstance(node, ast.Assert) for tree in ending for node in ast.walk(tree)):
+        broken.append("the last cells must assert what the chapter claims")
+    companion = notebook["metadata"].get("companion", {})
+    if not {"needs", "claims"} <= companion.keys():
+        broken.append("the metadata must hold `companion: {needs, claims}`")
+    return broken
+
+
+def needs_of(notebooks: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    return {name: book["metadata"].get("companion", {}).get("needs", []) for name, book in notebooks.items()}
+
+
+def circle(needs: dict[str, list[str]]) -> list[str]:
+    """Names that no order of running can reach."""
+    ready: set[str] = set()
+    while more := {name for name, upstream in needs.items() if name not in ready and set(upstream) <= ready}:
+        ready |= more
+    return sorted(set(needs) - ready)
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+    numbers = [path.name.partition("_")[0] for path in NOTEBOOKS]
+    assert all(re.fullmatch(r"\d\d", number) for number in numbers)
+    assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_holds_its_contract(path: Path) -> None:
+    assert broken_rules(json.loads(path.read_text())) == []
+
+
+def test_what_notebooks_need_exists_and_can_be_run_in_an_order() -> None:
+    needs = needs_of({path.stem: json.loads(path.read_text()) for path in NOTEBOOKS})
+    assert not {n for upstream in needs.values() for n in upstream} - needs.keys()
+    assert circle(needs) == []
+    assert circle({"a": ["b"], "b": ["a"], "c": []}) == ["a", "b"]
+
+
+def sample_notebook() -> dict[str, Any]:
+    def cell(source: str, *tags: str) -> dict[str, Any]:
+        return {"cell_type": "code", "source": source, "metadata": {"tags": list(tags)}, "outputs": []}
+
+    parameters = 'scale: str = "mini"  # hardware and data\nfast: bool = False  # shortest runs'
+    return {
+        "metadata": {"companion": {"needs": [], "claims": []}},
+        "cells": [
+            {"cell_type": "markdown", "source": "# Title", "metadata": {}},
+            cell(parameters, "parameters"),
+            cell("%matplotlib inline\nx = 1"),
+            cell('assert x\nsave_numbers("00_sample", {"x": x})'),
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("cell", "source", "rule"),
+    [
+        (0, "No title", "title"),
+        (1, 'fast: bool = False  # a\nscale: str = "mini"  # b', "must begin with"),
+        (1, 'scale: str = "mini"  # a\nfast: bool = False  # b\nsteps = 3  # c', "needs a type"),
+        (1, 'scale: str = "mini"\nfast: bool = False  # b', "needs a comment"),
+        (2, "x = 1\n" * 16, "16 lines"),
+        (2, "def f(): ...", "defines f"),
+        (2, "if True:\n    class A: ...", "defines A"),
+        (2, "!pip install x", "shell command"),
+        (2, "import sys\nsys.path.append('.')", "sys.path"),
+        (2, "open('/home/me/x')", "absolute path"),
+        (2, "open('https://example.org')", "network"),
+        (3, 'save_numbers("00_sample", {})', "assert"),
+        (3, "assert x", "save_numbers"),
+    ],
+)
+def test_the_notebook_rule_sees_each_break(cell: int, source: str, rule: str) -> None:
+    notebook = sample_notebook()
+    assert broken_rules(notebook) == []
+    notebook["cells"][cell]["source"] = source
+    found = broken_rules(notebook)
+    assert len(found) == 1
+    assert rule in found[0]
+
+
+def test_the_notebook_rule_sees_outputs_and_missing_facts() -> None:
+    notebook = sample_notebook()
+    notebook["cells"][2]["outputs"] = [{"output_type": "stream"}]
+    notebook["cells"][3]["execution_count"] = 3
+    del notebook["metadata"]["companion"]
+    notebook["cells"] += [sample_notebook()["cells"][2]] * 26
+    text = " ".join(broken_rules(notebook))
+    assert "code cell 2: has outputs" in text
+    assert "code cell 3: has outputs" in text
+    assert "companion" in text
+    assert "29 code cells" in text
+
+
+# ------------------------------------------------------------------------------------------------ git
+
+
+def test_what_is_in_git_stays_small() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).exists()]
+    assert sum(path.lstat().st_size for path in files) < MOST_BYTES
+    assert not [path for path in files if path.suffix in {".pyc", ".ckpt", ".bin", ".pkl"}]

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from llava_core.registry import Registry
+from llava_core.runtime import ConfigError
+
+
+def test_a_registered_part_is_found_by_its_exact_name() -> None:
+    parts: Registry[type] = Registry("shape")
+    circle = parts.register("circle")(type("Circle", (), {}))
+    assert parts.get("circle") is circle
+    assert parts.names() == ["circle"]
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
+    parts: Registry[int] = Registry("shape")
+    parts.register("circle")(1)
+    parts.register("square")(2)
+    with pytest.raises(ConfigError, match=r"unknown shape 'cirle'; did you mean 'circle'\? \(known: circle, square\)"):
+        parts.get("cirle")
+    with pytest.raises(ConfigError, match=r"unknown shape 'zzz' \(known"):
+        parts.get("zzz")
+
+
+def test_a_name_is_given_once() -> None:
+    parts: Registry[int] = Registry("shape")
+    parts.register("circle")(1)
+    with pytest.raises(ConfigError, match="twice"):
+        parts.register("circle")(2)
+    assert parts.get("circle") == 1

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_core import runtime
+from llava_core.runtime import ConfigError, DataError
+
+
+def test_atomic_write_replaces_the_whole_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    runtime.atomic_write(path, "first, and longer")
+    runtime.atomic_write(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = runtime.atomic_write(tmp_path / "file.txt", "old")
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        runtime.atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_atomic_write_gives_the_permissions_of_any_other_file(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert runtime.atomic_write(tmp_path / "file", "x").stat().st_mode == plain.stat().st_mode
+
+
+def test_json_lines_survive_the_way_to_disk_and_back(tmp_path: Path) -> None:
+    rows = [{"text": "a\u2028b é"}, [1, 2.5, None]]
+    assert runtime.read_jsonl(runtime.write_jsonl(tmp_path / "rows.jsonl", rows)) == rows
+    assert runtime.read_json(runtime.write_json(tmp_path / "value.json", rows)) == rows
+
+
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": \n')
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: not JSON"):
+        runtime.read_jsonl(path)
+    path.write_text('{\n"a": ,\n}')
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not JSON"):
+        runtime.read_json(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="UTF-8"):
+        runtime.read_json(path)
+    for read in (runtime.read_json, runtime.read_jsonl, runtime.sha256_file):
+        with pytest.raises(DataError, match="no such file"):
+            read(tmp_path / "absent.json")
+
+
+def test_fingerprint_sees_values_and_not_the_order_of_keys() -> None:
+    assert runtime.fingerprint({"a": 1, "b": [1, 2]}) == runtime.fingerprint({"b": [1, 2], "a": 1})
+    assert runtime.fingerprint({"a": 1}) != runtime.fingerprint({"a": 2})
+    assert len(runtime.fingerprint(None)) == 12
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    path = runtime.atomic_write(tmp_path / "x", b"abc")
+    assert runtime.sha256_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_seeds_repeat_every_generator() -> None:
+    import random
+
+    import numpy
+    import torch
+
+    draws = []
+    for seed in (3, 3, 4):
+        runtime.seed_everything(seed)
+        draws.append((random.random(), numpy.random.rand(), torch.rand(1).item()))  # noqa: NPY002
+    assert draws[0] == draws[1]
+    assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
+
+
+def test_cuda_where_there_is_none_is_one_clear_error() -> None:
+    import torch
+
+    assert runtime.resolve_device("cpu") == torch.device("cpu")
+    assert runtime.resolve_dtype("bfloat16") is torch.bfloat16
+    if not torch.cuda.is_available():
+        assert runtime.resolve_device("auto") == torch.device("cpu")
+        with pytest.raises(ConfigError, match="sees no GPU"):
+            runtime.resolve_device("cuda")
+
+
+def test_rank_and_world_size_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (runtime.rank(), runtime.world_size()) == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert (runtime.rank(), runtime.world_size()) == (3, 8)
+
+
+def test_environment_is_json_and_names_versions() -> None:
+    facts = json.loads(json.dumps(runtime.environment()))
+    assert facts["packages"]["llava-core"]
+    assert facts["packages"]["torch"]
+    assert facts["date"].endswith("+00:00")
+
+
+def test_offline_switch_is_the_libraries_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    runtime.set_offline()
+    assert [os.environ[name] for name in names] == ["1", "1", "1"]
+
+
+def test_progress_goes_to_stderr_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(runtime.progress([1, 2], "counting")) == [1, 2]
+    with runtime.progress(2, "counting") as bar:
+        bar.update(2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "counting" in err
+
+
+def test_the_root_can_be_set_from_outside(tmp_path: Path) -> None:
+    code = "from llava_core import runtime; print(runtime.resolve('configs'))"
+    env = {**os.environ, "LLAVA_ROOT": str(tmp_path)}
+    answer = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == str(tmp_path.resolve() / "configs")
+    assert runtime.shown(runtime.ROOT / "a" / "b") == str(Path("a", "b"))
+    assert runtime.shown("/elsewhere/b") == "/elsewhere/b"

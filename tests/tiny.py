@@ -1,0 +1,57 @@
+"""Tiny random base models of the real architectures and layouts, made by the tests themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = "A curious human talks with a helpful assistant that can see . ### Human : Assistant \n red blue car dog what color is the"
+
+
+def tokenizer(folder: Path) -> Any:
+    """A byte-level BPE tokenizer with BOS, EOS, padding and `###` as one piece."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "###"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator([WORDS] * 4, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.save_pretrained(folder)
+    return made
+
+
+def base_models(root: Path) -> tuple[str, str]:
+    """Folders of a tiny Llama (with tokenizer) and a tiny CLIPModel, each with a manifest."""
+    from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+
+    from llava_core.miniature.base_models import write_manifest
+
+    torch.manual_seed(0)
+    llm, clip = root / "llm", root / "clip"
+    vocabulary = len(tokenizer(llm))
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256,
+        )
+    ).save_pretrained(llm)  # fmt: skip
+    small = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "projection_dim": 16}
+    config = CLIPConfig(
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+        text_config={**small, "vocab_size": vocabulary, "max_position_embeddings": 16},
+        projection_dim=16,
+    )
+    CLIPModel(config).save_pretrained(clip)
+    (clip / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    for folder in (llm, clip):
+        write_manifest(folder, {})
+    return str(llm), str(clip)
