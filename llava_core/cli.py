@@ -96,19 +96,14 @@ def _show_problems(result: Result) -> str:
 
 
 def _generate(args: argparse.Namespace) -> Result:
+    from llava_core.data.coco import load_annotations
+    from llava_core.miniature.offline_chat import respond
+    from llava_core.teacher.client import client_from_name
     from llava_core.teacher.generate import generate
 
-    return generate(args.annotations, args.kinds, _chat_client(args), args.out)
-
-
-def _chat_client(args: argparse.Namespace) -> Any:
-    from llava_core.teacher import client
-
-    if args.client == "offline":
-        from llava_core.miniature.offline_chat import OfflineChat
-
-        return OfflineChat()
-    raise CompanionError(f"{client} {args.client}")
+    # the miniature stands above the teacher, so only here the teacher can meet the offline model
+    client = client_from_name(args.client, responder=respond, cassette=args.cassette or args.out / "cassette.sqlite")
+    return generate(load_annotations(args.annotations), args.kinds, client, args.out, limit=args.limit)
 
 
 def _filter(args: argparse.Namespace) -> Result:
@@ -176,17 +171,12 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _table(result: Result) -> str:
-    lines = []
-    for key, value in result.items():
-        text = (
-            f"{value:.4g}"
-            if isinstance(value, float)
-            else value
-            if isinstance(value, str)
-            else json.dumps(value, default=str)
-        )
-        lines.append(f"{key:16} {text}")
-    return "\n".join(lines)
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+    return "\n".join(f"{key:16} {text(value)}" for key, value in result.items())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -319,6 +309,8 @@ def _parser() -> argparse.ArgumentParser:
         "--kinds", type=_some_of(KINDS), default=list(KINDS), metavar="KIND,KIND", help=f"of {', '.join(KINDS)}"
     )
     new.add_argument("--client", choices=["offline", "replay", "record", "live"], default="offline", help="who answers")
+    new.add_argument("--cassette", type=Path, metavar="FILE", help="recorded replies; OUT/cassette.sqlite if not given")
+    new.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     new.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the records go")
 
     new = command(

@@ -60,7 +60,6 @@ def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
     [
         ("reproduce", "llava_core.lab.pipeline.reproduce", {"notebooks": [], "failed": [], "book": None}),
         ("filter", "llava_core.data.cc3m.filter_file", {"pairs_kept": 1}),
-        ("generate", "llava_core.teacher.generate.generate", {"records": 1}),
         ("data check", "llava_core.data.instruct.check_file", {"records": 1, "errors": 0, "problems": []}),
         ("miniature", "llava_core.miniature.write", {"mini-coco": {"counts": {"images": 1}}}),
         ("base-models", "llava_core.miniature.base_models.train_base_models", {"passed": {"a gate": True}}),
@@ -265,6 +264,20 @@ def test_the_released_answers_are_scored_as_the_issue_of_the_coin_flip_tells(
     assert (counts["IMG"], counts["TXT"], counts["NO"]) == ((1775, 2017), (1831, 2046), (1300, 1435))
     assert cli.main(words) == 0
     assert "3247" in capsys.readouterr().out
+
+
+def test_real_annotations_become_instruction_data_that_the_check_accepts(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations = str(reference / "coco" / "caps_boxes_coco2014_val_80.jsonl")
+    words = ["generate", "--annotations", annotations, "--limit", "3", "--out", str(tmp_path), "--json"]
+    assert cli.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["records"], result["failed"], result["spend_usd"]) == (9, 0, 0)
+    assert cli.main(["data", "check", str(tmp_path / "llava_instruct.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 9
+    assert cli.main([*words[:-1], "--client", "replay"]) == 1
+    assert "no such cassette" in capsys.readouterr().err
 
 
 def test_a_file_with_problems_is_a_one_and_lists_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

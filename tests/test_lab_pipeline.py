@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llava_core.lab import notebooks as parts
 from llava_core.lab import pipeline
 from llava_core.runtime import CompanionError, ConfigError
 
@@ -48,7 +49,7 @@ def write(folder: Path, name: str, *code: str, needs: list[str] | None = None, p
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return the arguments of `reproduce` for a folder of its own, without the miniature's data and without a book."""
-    monkeypatch.setattr(pipeline, "_shared_parts", lambda scale, dry_run: {})
+    monkeypatch.setattr(pipeline, "shared_parts", lambda scale, dry_run: {})
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
     return {"notebooks_dir": notebooks, "out_dir": tmp_path / "out", "book": "no"}
@@ -121,7 +122,7 @@ def test_a_dead_kernel_and_missing_numbers_are_named(folders: dict[str, Any]) ->
 def test_parameters_reach_the_notebooks_that_have_them(folders: dict[str, Any]) -> None:
     write(folders["notebooks_dir"], "10_plain")
     write(folders["notebooks_dir"], "11_own", "assert annotations == 'x.jsonl' and fast", parameters="annotations = ''")
-    with pytest.raises(ConfigError, match=r"unknown notebook parameter 'anotations'.*10_plain has none; 11_own has anno"):
+    with pytest.raises(ConfigError, match="parameter 'anotations'.*10_plain has none; 11_own has annotations"):
         pipeline.reproduce(**folders, parameters={"anotations": "x"})
     result = pipeline.reproduce(**folders, only="11", fast=True, parameters={"annotations": "x.jsonl"})
     assert statuses(result) == {"11_own": "ran"}
@@ -174,12 +175,12 @@ def test_imported_code_follows_imports_and_ignores_comments(tmp_path: Path, monk
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     (package / "b" / "table.yaml").write_text("1")
-    monkeypatch.setattr(pipeline, "PACKAGE", package)
+    monkeypatch.setattr(parts, "PACKAGE", package)
 
     def reached() -> dict[str, str]:
         return {
             str(Path(path).relative_to(package)): value
-            for path, value in pipeline.imported_code(["llava_core.a.one", "llava_core.a.one.f", "torch"]).items()
+            for path, value in parts.imported_code(["llava_core.a.one", "llava_core.a.one.f", "torch"]).items()
         }
 
     before = reached()
@@ -192,15 +193,17 @@ def test_imported_code_follows_imports_and_ignores_comments(tmp_path: Path, monk
 
 
 def test_remaining_time_follows_the_longest_chain() -> None:
-    def chapter(name: str, seconds: float | None, needs: list[str]) -> pipeline.Chapter:
-        return pipeline.Chapter(name, Path(name), {}, needs, [], expected_s=seconds)
+    def chapter(name: str, seconds: float | None, needs: list[str]) -> parts.Chapter:
+        return parts.Chapter(name, Path(name), {}, needs, [], expected_s=seconds)
 
-    plan = [chapter("a", 10, []), chapter("b", 20, ["a"]), chapter("c", 4, []), chapter("d", None, [])]
-    urgency = pipeline._urgency(plan)
-    assert urgency["a"] == 30
-    assert urgency["c"] == 4
-    assert pipeline._left_s(plan, [], urgency, jobs=8) == 30
-    assert pipeline._left_s(plan, [], urgency, jobs=1) == pytest.approx(34 + 34 / 3)
+    first, second, other, unknown = plan = [
+        chapter("a", 10, []), chapter("b", 20, ["a"]), chapter("c", 3, []), chapter("d", None, []),
+    ]  # fmt: skip
+    assert pipeline._left_s(plan, {}, jobs=8) == 30
+    assert pipeline._left_s(plan, {}, jobs=1) == 33 + 33 / 3
+    assert pipeline._left_s([second, other], {"a": (first, 4.0)}, jobs=8) == 26
+    assert pipeline._left_s([second], {"a": (first, 400.0)}, jobs=8) == 21
+    assert pipeline._left_s([unknown], {}, jobs=1) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
@@ -211,7 +214,7 @@ def test_kill_9_leaves_no_process_and_no_half_written_copy(folders: dict[str, An
     path = write(notebooks, "20_long", wait.replace("SLEEP", "60"))
     script = f"""
         from llava_core.lab import pipeline
-        pipeline._shared_parts = lambda scale, dry_run: {{}}
+        pipeline.shared_parts = lambda scale, dry_run: {{}}
         pipeline.reproduce(notebooks_dir={str(notebooks)!r}, out_dir={str(out)!r}, book="no")
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.DEVNULL)

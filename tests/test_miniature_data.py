@@ -250,7 +250,7 @@ def test_cc3m_gives_the_filter_rare_and_frequent_phrases(crawl: list[tuple[world
     )
     before = Counter((g.category, g.color) for s, _ in crawl for g in s.groups)
     pairs = [(c, k) for c in world.CATEGORIES for k in world.COLORS if not world.held_out_pair(c, k)]
-    assert min(shown[pair] for pair in pairs) >= 2
+    assert min(shown[pair] for pair in pairs) >= 1
     assert max(shown.values()) / sum(shown.values()) < 0.75 * max(before.values()) / sum(before.values())
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from llava_core.runtime import sha256_file
+
 WORDS = "A curious human talks with a helpful assistant that can see . ### Human : Assistant \n red blue car dog what color is the"
 
 
@@ -33,8 +35,6 @@ def base_models(root: Path) -> tuple[str, str]:
     """Folders of a tiny Llama (with tokenizer) and a tiny CLIPModel, each with a manifest."""
     from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
-    from llava_core.miniature.base_models import write_manifest
-
     torch.manual_seed(0)
     llm, clip = root / "llm", root / "clip"
     vocabulary = len(tokenizer(llm))
@@ -53,5 +53,6 @@ def base_models(root: Path) -> tuple[str, str]:
     CLIPModel(config).save_pretrained(clip)
     (clip / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
     for folder in (llm, clip):
-        write_manifest(folder, {})
+        files = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
+        (folder / "manifest.json").write_text(json.dumps({"files": files}))
     return str(llm), str(clip)

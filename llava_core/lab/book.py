@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import html
 import importlib.metadata
-import math
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from llava_core.lab.figures import cell_text
 from llava_core.runtime import (
     CompanionError,
     DataError,
@@ -33,22 +33,6 @@ RESULTS = "results"
 VERDICT_CLASSES = {"holds": "holds", "does not hold": "fails"}
 
 
-def cell_text(value: Any) -> str:
-    """Return a table cell's text for a number, a text, an interval or nothing."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        if abs(value) >= 1e6 or 0 < abs(value) < 1e-3:
-            return f"{value:.2e}"
-        digits = 2 if abs(value) < 100 else 1
-        return f"{value:.{digits if not value or abs(value) >= 1 else 3 - math.ceil(math.log10(abs(value)))}f}"
-    if isinstance(value, list | tuple):
-        return " – ".join(cell_text(part) for part in value)
-    return str(value)
-
-
 def chapter_checks(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Collect the rows (claim, published, measured, verdict) of the chapters that have saved their numbers."""
     rows = []
@@ -61,7 +45,7 @@ def chapter_checks(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 def _title(copy: Path) -> str:
     for cell in read_json(copy)["cells"]:
         if cell["cell_type"] == "markdown" and (match := re.search(r"^# +(.+)$", "".join(cell["source"]), re.M)):
-            return match[1].strip()
+            return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", match[1]).strip()  # the text of a link, not the link
     return copy.stem
 
 
@@ -71,20 +55,22 @@ def _results_page(out: Path, present: Sequence[str], missing: Sequence[str], sca
 
     config = load_scale(scale)
     lines = ["# Results at a glance", "", f"Measured at the scale `{scale}`: {config.title}.", ""]
+    without = []
     for name in present:
         numbers = read_json(out / f"{name}.json")
+        if not numbers.get("checks"):
+            without.append(f"[{_title(out / f'{name}.ipynb')}]({name}.ipynb)")
+            continue
         lines += [f"## [{_title(out / f'{name}.ipynb')}]({name}.ipynb)", ""]
         if numbers.get("scale") not in (None, scale) or numbers.get("fast"):
             how = "a shortened run" if numbers.get("fast") else "a run"
             lines += [f"*From {how} at the scale `{numbers.get('scale')}`.*", ""]
-        if not numbers.get("checks"):
-            lines += ["No claim of the paper is measured here.", ""]
-            continue
         lines += ['<table class="companion results"><thead><tr><th>Claim</th><th>Published</th><th>Measured</th>']
         lines += ["<th>Verdict</th></tr></thead><tbody>"]
         for row in numbers["checks"]:
             verdict = str(row["verdict"])
-            note = f"<small>{html.escape(row['note'])}</small>" if row.get("note") else ""
+            small = ". ".join(str(row[key]) for key in ("place", "note") if row.get(key))
+            note = f"<small>{html.escape(small)}</small>" if small else ""
             lines.append(
                 f"<tr><td>{html.escape(str(row['claim']))}{note}</td>"
                 f"<td>{html.escape(cell_text(row['published']))}</td>"
@@ -97,6 +83,16 @@ def _results_page(out: Path, present: Sequence[str], missing: Sequence[str], sca
             shown_runs = ", ".join(f"`{run}`" for run in numbers["runs"][:6])
             more = len(numbers["runs"]) - 6
             lines += [f"Runs: {shown_runs}{f' and {more} more' if more > 0 else ''}.", ""]
+    if without:
+        lines += [f"These chapters measure no claim: {', '.join(without)}.", ""]
+    if config.stand_ins:
+        lines += [
+            f"## What stands for the paper's data and models at `{scale}`",
+            "",
+            "| in the paper | here |",
+            "|---|---|",
+        ]
+        lines += [f"| `{name}` | {why} |" for name, why in config.stand_ins.items()] + [""]
     if config.departs:
         lines += [f"## Where `{scale}` departs from the paper", ""]
         lines += ["Nothing else differs from the paper's values, which stand beside their sources in `configs/`.", ""]
@@ -185,7 +181,7 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
         print("the book is up to date", file=sys.stderr)
         return first
     if missing:
-        print(f"the book leaves out {len(missing)} chapters that have not run: {', '.join(missing)}", file=sys.stderr)
+        print(f"the book leaves out what has not run: {', '.join(missing)}", file=sys.stderr)
 
     print(f"building the book of {len(present)} chapters", file=sys.stderr, flush=True)
     for folder in ("html", ".doctrees", "jupyter_execute"):

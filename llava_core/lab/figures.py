@@ -84,6 +84,19 @@ def check(claim: str, published: Any, measured: Any, ok: bool | None, note: str 
     return {key: _plain(value, f"{claim}.{key}") for key, value in row.items()}
 
 
+def check_claim(name: str, measured: Any, ok: bool | None, note: str = "") -> dict[str, Any]:
+    """Return one row of the table of results for a claim of the paper, looked up by its id.
+
+    Args:
+        name: the claim's id in llava_core/paper/claims.yaml.
+        measured, ok, note: as in `check`.
+    """
+    from llava_core.paper.claims import claim
+
+    known = claim(name)
+    return {**check(known.text, known.shown, measured, ok, note), "id": name, "place": known.place}
+
+
 def save_numbers(
     name: str,
     numbers: Mapping[str, Any],
@@ -193,7 +206,6 @@ def loss_curves(
     title: str = "",
     band: tuple[float, float] | None = None,
     band_label: str = "reference",
-    smooth: float = 0.9,
 ) -> Figure:
     """Draw the training loss by step, smoothed over the raw values, and the held-out loss as points.
 
@@ -202,17 +214,15 @@ def loss_curves(
         title: the figure's title.
         band: a range of loss to compare with.
         band_label: what the range is.
-        smooth: weight of the past in the smoothed line, 0-1.
     """
     figure, (axes,) = _axes()
     for index, (label, record) in enumerate(records.items()):
         rows = record.metrics() if hasattr(record, "metrics") else list(record)
         steps = [row["step"] for row in rows if row.get("loss") is not None]
         losses = [float(row["loss"]) for row in rows if row.get("loss") is not None]
-        line, weight, lines = 0.0, 0.0, []
-        for loss in losses:
-            line, weight = smooth * line + (1 - smooth) * loss, smooth * weight + (1 - smooth)
-            lines.append(line / weight)  # the division takes out the pull of the start at zero
+        reach = round(len(losses) * 0.02)  # a mean over both sides does not lag behind, as one over the past would
+        windows = [losses[max(0, k - reach) : k + reach + 1] for k in range(len(losses))]
+        lines = [sum(window) / len(window) for window in windows]
         color = COLORS[index % len(COLORS)]
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(steps, lines, color=color, label=label, linestyle=("-", "--", "-.", ":")[index % 4])
@@ -439,6 +449,19 @@ def attention_over_image(image: Any, weights: Sequence[Any], labels: Sequence[st
 # ------------------------------------------------------------------------------------------------ text and tables
 
 
+def cell_text(value: Any) -> str:
+    """Return a table cell's text for a number, a text, an interval or nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " to ".join(cell_text(part) for part in value)
+    return str(value)
+
+
 def supervised_text_html(
     tokens: Sequence[str], labels: Sequence[int], image_token: str = "<image>", ignored: int = IGNORED
 ) -> HTML:
@@ -491,8 +514,6 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
         caption: a line above the table.
     """
     from IPython.display import HTML
-
-    from llava_core.lab.book import cell_text
 
     if columns is None:
         columns = [key for key in (rows[0] if rows else ()) if any(row.get(key) not in (None, "") for row in rows)]

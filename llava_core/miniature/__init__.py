@@ -195,6 +195,7 @@ def _write_set(root: Path, name: str, seed: int, sizes: Sizes) -> dict[str, Any]
     folder, fresh, old = root / name, root / f".{name}.{os.getpid()}.tmp", root / f".{name}.{os.getpid()}.old.tmp"
     fresh.mkdir()
     members = SETS[name]
+    version = generator_version(name)  # asked first: an edit of the sources while it is written makes the set stale
     writer = getattr(importlib.import_module(f"{__name__}.{members.modules[-1]}"), members.writer)
     counts = writer(fresh, seed=seed, **members.arguments(sizes))
     files, images = _content(fresh)
@@ -203,7 +204,7 @@ def _write_set(root: Path, name: str, seed: int, sizes: Sizes) -> dict[str, Any]
         "about": members.about,
         "license": "Apache-2.0",
         "seed": seed,
-        "generator": generator_version(name),
+        "generator": version,
         "sizes": asdict(sizes),
         "counts": counts,
         "files": {key: sha256_file(path) for key, path in files.items()},

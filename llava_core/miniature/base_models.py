@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ def context_text(scene: world.Scene, rng: random.Random) -> str:
         return grid_text(scene)
     if kind < 0.88:
         groups = rng.sample(facts.groups, len(facts.groups))
-        return "\n".join(f"{g.category}: {g.color}, {language.number_word(g.count)}, {g.position}." for g in groups)
+        return "\n".join(f"- {g.category}: {g.color}, {language.number_word(g.count)}, {g.position}." for g in groups)
     cells = [f"{i.color} {i.category} {language.POSITION_PHRASE[g.position or 'middle']}" for i, g in _with_groups(scene)]
     cells += [scene.background] * rng.randint(1, 3)
     return " ".join(rng.sample(cells, len(cells)))
@@ -130,13 +130,13 @@ def document(rng: random.Random) -> list[Segment]:
     return _dialogue([(first, pairs[0][1]), *pairs[1:]], everything)
 
 
-def train_tokenizer(out: Path, seed: int = 0, documents: int = 6000) -> Any:
-    """Train the byte-level BPE tokenizer of the miniature on its text and save it in transformers' format.
+def train_tokenizer(out: Path, texts: Iterable[str], vocabulary: int = VOCABULARY) -> Any:
+    """Train a byte-level BPE tokenizer and save it in transformers' format.
 
     Args:
         out: folder to write.
-        seed: of the documents.
-        documents: how many are read.
+        texts: what it is trained on.
+        vocabulary: number of pieces.
 
     Returns:
         A `PreTrainedTokenizerFast`; `###` is one piece, as a stop string should be cheap.
@@ -144,23 +144,36 @@ def train_tokenizer(out: Path, seed: int = 0, documents: int = 6000) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rng = random.Random(f"tokenizer-{seed}")
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<pad>", "<s>", "</s>", "###"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = ("".join(s.text for s in document(rng)) for _ in range(documents))
-    raw.train_from_iterator((t for text in texts for t in (text, text.lower())), trainer)
+    raw.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
     )
     tokenizer.save_pretrained(out)
     return tokenizer
+
+
+def document_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:
+    """Texts that the language models' tokenizer is trained on: documents as they are and in lower case."""
+    rng = random.Random(f"tokenizer-{seed}")
+    for _ in range(count):
+        text = "".join(s.text for s in document(rng))
+        yield from (text, text.lower())
+
+
+def caption_texts(count: int = 3000, seed: int = 0) -> Iterator[str]:
+    """Texts that the contrastive model's tokenizer is trained on: captions alone."""
+    rng = random.Random(f"captions-{seed}")
+    for k in range(count):
+        yield from language.captions(world.sample_scene(k, 2000 + seed), rng)
 
 
 # --- training loops ---------------------------------------------------------------------------------------------------
@@ -267,7 +280,7 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
     steps = steps or size.steps
     seed_everything(seed)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(out)
+    tokenizer = train_tokenizer(out, document_texts())
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -329,7 +342,7 @@ def _caption_ids(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
-def train_clip(out: Path, tokenizer: Any, seed: int = 0, steps: int = 2400, images: int = 16000, batch: int = 128) -> dict[str, Any]:
+def train_clip(out: Path, tokenizer: Any, seed: int = 0, steps: int = 1800, images: int = 16000, batch: int = 128) -> dict[str, Any]:
     """Train a CLIPModel contrastively on drawn scenes and their captions and save it in bf16.
 
     Args:
@@ -537,7 +550,7 @@ def train_base_models(out: Path = MODELS, only: list[str] | None = None, seed: i
         shutil.rmtree(folder, ignore_errors=True)
         if name == "clip":
             folder.mkdir(parents=True)
-            facts = train_clip(folder, train_tokenizer(folder), seed)
+            facts = train_clip(folder, train_tokenizer(folder, caption_texts(), 640), seed)
             write_preprocessor(folder)
         else:
             facts = train_language_model(name, folder, seed)

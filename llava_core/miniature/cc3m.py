@@ -1,7 +1,7 @@
 """mini-cc3m: web-like captions with their images in the layout of Conceptual Captions, as a downloader leaves it.
 
-Some popular subjects fill more than half of the lines, the rest shows the whole world, rare words make a long tail: a few
-noun phrases occur in hundreds of captions and most in one or two, the shape that the filter of the paper was made for.
+Some popular subjects fill more than half of the lines, the rest shows the whole world, rare words make a long tail: a
+few noun phrases occur in hundreds of captions and most in one or two, the shape that the paper's filter was made for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ DEAD_SHARE = 0.08
 BROKEN = 3
 # Shares: lines with a popular subject, titles that name nothing, made-up places; names with rare words, with a size.
 POPULAR, TITLES, TAILS, RARE, SIZES = 0.64, 0.06, 0.07, 0.12, 0.06
-SEVERAL = 0.1  # of the scenes with several popular things, the share that is taken: the web's products stand alone
+SEVERAL = 0.1  # of the layouts with several popular things, the share that is taken: the web's products stand alone
+LAYOUTS = 80  # of a popular category, at least
 _OTHER_SEED = 1_000_003  # apart from the seeds of other sets: no scene of mini-coco comes twice
 _T = TypeVar("_T")
 
@@ -66,6 +67,13 @@ class _Web:
         pairs = [(category, color) for category in CATEGORIES for color in COLORS if not held_out_pair(category, color)]
         self.subjects = _Zipf(pairs, 1.0, rng, n=6)
         self.names = _Zipf(_NAMES, 0.7, rng)
+        self.layouts: dict[str, list[Scene]] = {category: [] for category, _ in self.subjects.values}
+        number = 0
+        while any(len(known) < LAYOUTS for known in self.layouts.values()):
+            scene = sample_scene(number, seed + _OTHER_SEED, n_groups=1)
+            if scene.groups[0].count == 1 or rng.random() < SEVERAL:
+                self.layouts.get(scene.groups[0].category, []).append(scene)
+            number += 1
 
     def scene(self, index: int) -> tuple[Scene, bool]:
         """The training scene of a line, and whether it shows a popular subject (alone)."""
@@ -73,11 +81,9 @@ class _Web:
         if rng.random() > POPULAR:
             return sample_scene(index, self.seed + _OTHER_SEED), False
         category, color = self.subjects.draw(rng)
-        while True:  # some scene of this category, in the popular color
-            scene = sample_scene(index, rng.randrange(1 << 40), n_groups=1)
-            if scene.groups[0].category == category and (scene.groups[0].count == 1 or rng.random() < SEVERAL):
-                items = tuple(replace(item, color=color) for item in scene.items)
-                return replace(scene, items=items, groups=(replace(scene.groups[0], color=color),)), True
+        scene = rng.choice(self.layouts[category])
+        items = tuple(replace(item, color=color) for item in scene.items)
+        return replace(scene, id=index, items=items, groups=(replace(scene.groups[0], color=color),)), True
 
     def caption(self, scene: Scene, popular: bool) -> str:
         """A true caption, lower-case and tokenised as CC3M's are; most name color and category of every group."""
@@ -87,9 +93,8 @@ class _Web:
         groups = list(language.facts_of_scene(scene).groups)
         shuffled = rng.sample(groups, len(groups))
         names = {g: self._name(g, rng) for g in groups}
-        style = rng.choices(("plain", "headline", "photo", "partial", "position"), (34, 30, 6, 6, 24 * (not popular)))[
-            0
-        ]
+        styles = {"plain": 34, "headline": 30, "photo": 6, "partial": 6, "position": 0 if popular else 24}
+        style = rng.choices(list(styles), list(styles.values()))[0]
         text = language.listing([names[g] for g in shuffled])
         if style == "photo":
             text = f"{rng.choice(_LEADS)} {text}"

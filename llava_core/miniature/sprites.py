@@ -99,15 +99,17 @@ class Pen:
     def __init__(self, width: int, height: int, color: str, rng: random.Random) -> None:
         self.rng, self.color = rng, color
         self.scale = 2 if max(width, height) > 72 else 4
-        shade = rng.uniform(-0.08, 0.08)
+        shade = rng.uniform(-0.05, 0.06)
         self.base = mix(COLORS[color], (255, 255, 255) if shade > 0 else (0, 0, 0), abs(shade))
-        self.edge = {"white": (112, 116, 128), "black": (8, 8, 12)}.get(color, mix(self.base, (0, 0, 0), 0.58))
-        self.dark = mix(self.base, self.edge, 0.25)
+        # a yellow outline dark as the others would turn small yellow things orange
+        outlines = {"white": (132, 136, 148), "black": (8, 8, 12), "yellow": (176, 144, 26)}
+        self.edge = outlines.get(color) or mix(self.base, (0, 0, 0), 0.5)
+        self.dark = mix(self.base, self.edge, 0.24)
         self.light = mix(self.base, (255, 255, 255), 0.24 if color == "black" else 0.4)
         # small marks on the body: pale, except where the body itself is pale
         self.mark = (120, 124, 136) if color == "white" else WHITE
         size = (width * self.scale, height * self.scale)
-        self.stroke = max(1.1, 0.024 * min(width, height)) * self.scale
+        self.stroke = max(0.75, 0.022 * min(width, height)) * self.scale
         # transparent but of the outline's hue, so that reducing the layer leaves no foreign fringe
         self.layer = Image.new("RGBA", size, (*self.edge, 0))
         self.draw = ImageDraw.Draw(self.layer)

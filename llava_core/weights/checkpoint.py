@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,13 +79,26 @@ def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProces
     from transformers.utils import cached_file
 
     try:
-        tower, info = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        with _quiet():  # the text half of a CLIPModel is not loaded, and transformers reports each of its keys
+            tower, info = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
         settings = read_json(cached_file(source, "preprocessor_config.json"))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{shown(source)}: vision tower cannot be read: {str(error).splitlines()[0]}") from error
     _no_fresh_weights(source, info)
     mean, std = settings["image_mean"], settings["image_std"]
     return tower, ImageProcessor(tower.config.image_size, "crop", tuple(mean), tuple(std))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _no_fresh_weights(source: str, info: dict[str, Any]) -> None:

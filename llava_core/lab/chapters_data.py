@@ -1,0 +1,223 @@
+"""What the overview, the data chapters and the demo draw and write, beyond the plain charts of `figures`."""
+
+from __future__ import annotations
+
+import html
+import random
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_core.lab.figures import BLUE, CARD, COLORS, INK, MUTED, _axes, _styled
+from llava_core.runtime import ROOT, DataError, read_json, read_jsonl, write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    from llava_core.lab.notebooks import Chapter
+    from llava_core.models.llava import Llava
+    from llava_core.teacher.client import ChatClient
+
+PARTS = ("Read me", "Data", "Training", "Evaluation", "Ablations", "Kernels", "Demo")  # by the first digit of a chapter
+PAPER_TOWER = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 224, "patch_size": 14,
+}  # fmt: skip
+PAPER_LANGUAGE_MODELS = {
+    "vicuna-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "vicuna-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+
+# ------------------------------------------------------------------------------------------------ the overview
+
+
+@_styled
+def chapter_graph(chapters: Mapping[str, Chapter]) -> Figure:
+    """Draw the notebooks, one row per part of the book, with an arrow from each to those that need it.
+
+    Args:
+        chapters: what `notebooks.read_chapters` gives.
+    """
+    from matplotlib.patches import FancyBboxPatch
+
+    rows: dict[int, list[str]] = {}
+    for name in sorted(chapters):
+        rows.setdefault(int(name[0]), []).append(name)
+    place = {n: (1.65 * k, -float(r)) for r, part in enumerate(sorted(rows)) for k, n in enumerate(rows[part])}
+    figure, (axes,) = _axes(8.4, 0.95 * len(rows) + 0.2)
+    for name, chapter in chapters.items():
+        for need in _direct(chapters, chapter):
+            (x0, y0), (x1, y1) = place[need], place[name]
+            beside = y0 == y1
+            ends = ((x0 + 0.72, y0), (x1 - 0.72, y1)) if beside else ((x0, y0 - 0.28), (x1, y1 + 0.28))
+            bend = 0.0 if beside and x1 - x0 < 2 else 0.35 if beside else 0.12
+            arrow = {"arrowstyle": "-|>", "color": MUTED, "alpha": 0.75, "lw": 0.9, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", ends[1], ends[0], arrowprops=arrow | {"connectionstyle": f"arc3,rad={bend}"})
+    for name, (x, y) in place.items():
+        color = COLORS[int(name[0]) % len(COLORS)]
+        shape = "round,pad=0.02,rounding_size=0.07"
+        axes.add_patch(FancyBboxPatch((x - 0.7, y - 0.26), 1.4, 0.52, shape, fc=CARD, ec=color, lw=1.3))
+        number, _, title = name.partition("_")
+        words = textwrap.fill(title.replace("_", " "), 17)
+        axes.text(x - 0.64, y, number, va="center", fontsize=9, fontweight="bold", color=color)
+        axes.text(x - 0.42, y, words, va="center", fontsize=7.5, color=INK, linespacing=1.05)
+    for row, part in enumerate(sorted(rows)):
+        axes.text(-0.95, -row, PARTS[part], ha="right", va="center", fontsize=9, color=MUTED)
+    axes.set(xlim=(-1.75, max(x for x, _ in place.values()) + 0.8), ylim=(-len(rows) + 0.55, 0.45))
+    axes.axis("off")
+    return figure
+
+
+def _direct(chapters: Mapping[str, Chapter], chapter: Chapter) -> list[str]:
+    """The needs of a chapter that no other of its needs brings along."""
+    further: set[str] = set()
+    todo = [n for need in chapter.needs for n in chapters[need].needs]
+    while todo:
+        further.add(name := todo.pop())
+        todo += chapters[name].needs
+    return [need for need in chapter.needs if need not in further]
+
+
+def paper_model(language_model: str = "vicuna-13b") -> Llava:
+    """Build the paper's model without its memory: every tensor has its shape and no numbers (PyTorch's meta device).
+
+    Source: config.json of openai/clip-vit-large-patch14 and of the Vicuna sizes that the paper uses.
+    """
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    from llava_core.models.llava import Llava
+
+    with torch.device("meta"):
+        tower = CLIPVisionModel(CLIPVisionConfig(**PAPER_TOWER))
+        text = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **PAPER_LANGUAGE_MODELS[language_model]))
+        return Llava(tower, text)
+
+
+def traced_shapes(model: Llava, question_tokens: int, answer_tokens: int) -> dict[str, Any]:
+    """Send an empty image and a question through a model, on whatever device it lies, and note the shapes.
+
+    Returns:
+        The shapes for `figures.architecture_diagram`, batch dimension left out; sizes of the three boxes as text.
+    """
+    import torch
+
+    from llava_core.models.vision_tower import image_features
+
+    side, device = model.vision_tower.config.image_size, next(model.parameters()).device
+    with torch.no_grad():
+        pixels = torch.zeros(1, 3, side, side, device=device)
+        features = image_features(model.vision_tower, pixels, model.feature_layer)
+        projected = model.multi_modal_projector(features)
+        words = torch.zeros(1, question_tokens, dtype=torch.long, device=device)
+        question = model.language_model.get_input_embeddings()(words)
+        logits = model.language_model.get_output_embeddings()(question[:, :1])
+
+    def size(part: Any, layers: int | None = None) -> str:
+        count = sum(p.numel() for p in part.parameters())
+        unit, word = ((1e9, "B"), (1e6, "M"), (1e3, "K"))[0 if count >= 1e9 else 1 if count >= 1e6 else 2]
+        return f"{layers} layers, {count / unit:.3g} {word} parameters" if layers else f"{count:,} parameters"
+
+    return {
+        "image": (3, side, side),
+        "vision_tower": size(model.vision_tower, model.vision_tower.config.num_hidden_layers),
+        "features": tuple(features.shape[1:]),
+        "projector": size(model.multi_modal_projector),
+        "image_tokens": tuple(projected.shape[1:]),
+        "question_tokens": tuple(question.shape[1:]),
+        "language_model": size(model.language_model, model.language_model.config.num_hidden_layers),
+        "answer": (answer_tokens, logits.shape[-1]),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ images and texts
+
+
+def boxed(image: Image, boxes: Iterable[tuple[str, Sequence[float]]], scale: int = 2) -> Image:
+    """Draw named boxes, corners from 0 to 1, onto an enlarged copy of an image."""
+    from PIL import Image as Images
+    from PIL import ImageDraw, ImageFont
+
+    drawn = image.convert("RGB").resize((image.width * scale, image.height * scale), Images.Resampling.LANCZOS)
+    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(size=9 * scale)
+    for k, (name, (x1, y1, x2, y2)) in enumerate(boxes):
+        color = COLORS[k % len(COLORS)]
+        left, top = x1 * drawn.width, y1 * drawn.height
+        pen.rectangle((left, top, x2 * drawn.width, y2 * drawn.height), outline="white", width=2 * scale)
+        pen.rectangle((left, top, x2 * drawn.width, y2 * drawn.height), outline=color, width=scale)
+        label = pen.textbbox((left + 2 * scale, top + scale), name, font=font)
+        pen.rectangle((left, top, label[2] + 2 * scale, label[3] + scale), fill=color)
+        pen.text((left + 2 * scale, top + scale), name, fill="white", font=font)
+    return drawn
+
+
+def messages_html(messages: Sequence[Mapping[str, str]], most: int = 700) -> HTML:
+    """Show a chat request as the server gets it, one block per message; long texts are cut for the page."""
+    from IPython.display import HTML
+
+    blocks = [
+        f'<div style="padding-left: .8em; border-left: 4px solid {BLUE if m["role"] == "user" else MUTED}">'
+        f'<b>{html.escape(m["role"])}</b><pre style="white-space: pre-wrap; margin: 0">'
+        f"{html.escape(m['content'][:most])}{' …' if len(m['content']) > most else ''}</pre></div>"
+        for m in messages
+    ]
+    return HTML(f'<div class="companion-prompt">{"".join(blocks)}</div>')
+
+
+def opening_words(texts: Iterable[str], words: int = 2) -> Counter[str]:
+    """Count how texts begin: the first words in lower case, markers and punctuation dropped."""
+    cleaned = (text.replace("<image>", " ").lower().split()[:words] for text in texts)
+    return Counter(" ".join(word.strip(".,?!:") for word in opening) for opening in cleaned)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def own_folder(folder: Path, data: str, mark: str) -> Path:
+    """Return a folder to write into: `folder`, or one under runs/ where somebody else's data lie there.
+
+    A released data set that was downloaded must not be replaced by our own. Ours is known by `mark`, a file that only
+    this project writes beside `data`.
+    """
+    if not (folder / data).exists() or (folder / mark).exists():
+        return folder
+    return ROOT / "runs" / "generated" / folder.name
+
+
+def generate_mix(
+    images: Sequence[Any], shares: Mapping[str, float], client: ChatClient, out: Path, seed: int = 0
+) -> dict[str, Any]:
+    """Ask the teacher for each kind about its share of the images, and join the results in one folder.
+
+    Args:
+        images: annotated images.
+        shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
+        client: who answers.
+        out: gets `llava_instruct.json`, `failures.jsonl`, `provenance.jsonl`, in the order of `images`, and what
+            `teacher.generate` writes for each kind in a folder of the kind's name.
+        seed: decides the shares and everything that `teacher.generate` draws.
+
+    Returns:
+        Per kind the result of `teacher.generate`.
+    """
+    from llava_core.teacher.generate import generate
+
+    order = random.Random(f"mix-{seed}").sample(range(len(images)), len(images))
+    results, records, logs = {}, [], {"failures": [], "provenance": []}  # type: ignore[var-annotated]
+    for kind, share in shares.items():
+        if not 0 <= share <= 1:
+            raise DataError(f"the share of '{kind}' is {share}; give a number from 0 to 1")
+        chosen = [images[k] for k in sorted(order[: round(share * len(images))])]
+        results[kind] = generate(chosen, [kind], client, out / kind, seed=seed)
+        records += read_json(out / kind / "llava_instruct.json")
+        for name, rows in logs.items():
+            rows += read_jsonl(out / kind / f"{name}.jsonl")
+    place = {image.id: k for k, image in enumerate(images)}
+    for name, rows in logs.items():
+        write_jsonl(out / f"{name}.jsonl", sorted(rows, key=lambda row: place[row["id"]]))
+    write_json(out / "llava_instruct.json", sorted(records, key=lambda record: place[record["id"]]))
+    return results

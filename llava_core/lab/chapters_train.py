@@ -1,0 +1,289 @@
+"""What the chapters on training and evaluation show, each piece longer than a cell: tables, controls, pictures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from llava_core.config import META, RunConfig, value_of
+from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from llava_core.data.conversation import Encoded
+from llava_core.data.image_processor import load_image
+from llava_core.data.instruct import Sample
+from llava_core.evaluate.answer import answer_questions, prompt_ids
+from llava_core.evaluate.grounding import factual_accuracy, shuffle_images, text_prior
+from llava_core.lab.ablation import cached_result
+from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled
+from llava_core.models.generation import GenerationSettings, generate_tokens
+from llava_core.record import RunRecord
+from llava_core.runtime import read_jsonl, resolve, resolve_device, resolve_dtype
+from llava_core.train.stages import TrainingSet, build_model
+from llava_core.train.trainer import collate
+from llava_core.weights.checkpoint import Loaded, load
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+SEED = 0  # of every exchange of images
+
+# ------------------------------------------------------------------------------------------------ what a run is
+
+
+def load_run(record: RunRecord) -> Loaded:
+    """The model of a finished run, on the device and in the dtype of its scale."""
+    scale = record.config.scale
+    return load(record.checkpoint, resolve_dtype(scale.dtype), resolve_device(scale.device))
+
+
+def config_rows(config: RunConfig) -> list[dict[str, str]]:
+    """Every setting of a run beside the paper's value, where that one is written down, and why this run differs."""
+    departures = {d.field: d for d in config.departures}
+    sections = config.experiment.model_dump(exclude={*META, "stage"})
+    fields = [f"{s}.{f}" if f else s for s, part in sections.items() for f in (part if isinstance(part, dict) else ("",))]
+    rows = []
+    for field in fields:
+        here, departure = value_of(config.experiment, field), departures.pop(field, None)
+        paper = departure.paper if departure else here
+        if paper in (None, {}) and here in (None, {}):
+            continue  # a setting that neither of the two uses
+        notes = [config.experiment.source_of(field) or "", f"here: {departure.why}" if departure else ""]
+        rows.append({"setting": field, "paper": paper, "here": here, "where it stands, why it differs": "; ".join(filter(None, notes))})
+    for d in departures.values():
+        name = d.field.removeprefix("scale.")
+        rows.append({"setting": name, "paper": "the real one", "here": d.here, "where it stands, why it differs": f"here: {d.why}"})
+    return [{key: _written(value) for key, value in row.items()} for row in rows]
+
+
+def _written(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
+
+
+def what_moves(config: RunConfig, samples: Sequence[Sample], initial: Path | None = None) -> list[dict[str, Any]]:
+    """Take one gradient step on a few samples and see which weights are others afterwards.
+
+    Args:
+        config: the run; its trainable parts are the only ones that may move.
+        samples: what the step is taken on.
+        initial: checkpoint whose projector the run starts from.
+
+    Returns:
+        Per part of the model: its parameters, how many of them train, its tensors, and how many of these moved.
+    """
+    loaded = build_model(config, initial)
+    before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
+    loaded.model.train()
+    data = TrainingSet(list(samples), loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
+    batch = collate([data[k] for k in range(len(data))], loaded)
+    logits = loaded.model(batch.input_ids, batch.pixel_values, batch.attention_mask, use_cache=False).logits
+    _token_losses(logits, batch.labels).mean().backward()
+    # plain descent with a large step: in half precision a step of the run's own size may vanish in the rounding
+    torch.optim.SGD([p for p in loaded.model.parameters() if p.requires_grad], lr=1.0).step()
+    rows = []
+    for part in PARTS:
+        own = {n: p for n, p in loaded.model.named_parameters() if n.startswith(part)}
+        rows.append(
+            {
+                "part": part,
+                "parameters": sum(p.numel() for p in own.values()),
+                "that train": sum(p.numel() for p in own.values() if p.requires_grad),
+                "tensors": len(own),
+                "that moved": sum(not torch.equal(before[n], p.detach()) for n, p in own.items()),
+            }
+        )
+    return rows
+
+
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (B, T - 1) of each next token, 0 where it is not supervised."""
+    flat = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return flat.view(len(labels), -1)
+
+
+def pieces(encoded: Encoded, tokenizer: Any) -> list[str]:
+    """The text of every position of a sample; image positions are `<image>`."""
+    return ["<image>" if t == IMAGE_TOKEN_ID else str(tokenizer.decode([t])) for t in encoded.input_ids]
+
+
+# ------------------------------------------------------------------------------------------------ losses and answers
+
+
+@torch.inference_mode()
+def sample_losses(loaded: Loaded, config: RunConfig, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of each sample, not averaged.
+
+    Args:
+        loaded: the model.
+        config: its run, which says template and longest sample.
+        samples: what it reads.
+
+    Returns:
+        Summed loss in nats (N,) and supervised tokens (N,); the sums' quotient is a run's `heldout_loss`.
+    """
+    loaded.model.eval()
+    data = TrainingSet(list(samples), loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
+    size, sums, counts = config.scale.micro_batch, [], []
+    for k in range(0, len(data), size):
+        batch = collate([data[j] for j in range(k, min(k + size, len(data)))], loaded).to(loaded.model.language_model.device)
+        logits = loaded.model(batch.input_ids, batch.pixel_values, batch.attention_mask, use_cache=False).logits
+        sums.append(_token_losses(logits, batch.labels).sum(1).cpu().numpy())
+        counts.append((batch.labels[:, 1:] != IGNORE_INDEX).sum(1).cpu().numpy())
+    return np.concatenate(sums), np.concatenate(counts)
+
+
+def with_other_images(samples: Sequence[Sample]) -> list[Sample]:
+    """The same samples, each with the image of another."""
+    rows = shuffle_images([{"image": sample.image} for sample in samples], SEED)
+    return [replace(sample, image=row["image"]) for sample, row in zip(samples, rows, strict=True)]
+
+
+def answers_about(loaded: Loaded, images: Sequence[Path], question: str, max_new_tokens: int = 40) -> list[str]:
+    """The same question about each image."""
+    rows = [{"question_id": k, "text": question, "image": path} for k, path in enumerate(images)]
+    return list(answer_questions(loaded, rows, max_new_tokens=max_new_tokens, desc="captions").values())
+
+
+def factual_folder(config: RunConfig) -> Path:
+    """Folder of factual questions with exact answers: the scale's COCO if it has them, otherwise the miniature's."""
+    from llava_core import miniature
+
+    folder = resolve(config.scale.data["coco"])
+    return folder if (folder / "questions_val.jsonl").is_file() else miniature.ensure(only=["mini-coco"]) / "mini-coco"
+
+
+def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
+    """Factual questions about held-out images, answered with the right image and with another one.
+
+    Args:
+        record: a finished run.
+        limit: ask at most so many; the first call of a run decides, as its result is kept with the run.
+
+    Returns:
+        `right`, `shuffled` (images exchanged) and `prior` (the best that the text alone offers), each as
+        `factual_accuracy` has it, and the `answers` given with the right image.
+    """
+
+    def compute() -> dict[str, Any]:
+        folder, loaded = factual_folder(record.config), load_run(record)
+        rows = read_jsonl(folder / "questions_val.jsonl")[:limit]
+        answers, mixed = (
+            answer_questions(loaded, asked, folder / "val2014", max_new_tokens=16, desc=desc)
+            for asked, desc in ((rows, "right image"), (shuffle_images(rows, SEED), "another image"))
+        )
+        prior = text_prior(read_jsonl(folder / "questions_train.jsonl"), rows)
+        right, shuffled = factual_accuracy(rows, answers), factual_accuracy(rows, mixed)
+        return {"right": right, "shuffled": shuffled, "prior": prior, "answers": answers}
+
+    return cached_result(record, "grounding", compute)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+@_styled
+def grounding_figure(result: Mapping[str, Any], title: str = "") -> Figure:
+    """Accuracy by kind of question with the right and with another image, intervals of 95 %, and the text prior."""
+    kinds = ["all", *result["right"]["by_kind"]]
+    figure, (axes,) = _axes(height=0.9 + 0.5 * len(kinds))
+    for name, color, marker, shift in (("right", BLUE, "o", -0.14), ("shuffled", ORANGE, "s", 0.14)):
+        rows = [result[name] if kind == "all" else result[name]["by_kind"][kind] for kind in kinds]
+        values = [row["accuracy"] for row in rows]
+        reach = [[max(0.0, v - row["interval"][0]) for v, row in zip(values, rows, strict=True)],
+                 [max(0.0, row["interval"][1] - v) for v, row in zip(values, rows, strict=True)]]  # fmt: skip
+        label = {"right": "right image", "shuffled": "another image"}[name]
+        places = [k + shift for k in range(len(kinds))]
+        axes.errorbar(values, places, xerr=reach, fmt=marker, color=color, markersize=7, capsize=3, label=label)
+    prior = [result["prior"] if kind == "all" else result["prior"]["by_kind"][kind] for kind in kinds]
+    axes.plot([p["accuracy"] for p in prior], range(len(kinds)), "|", color=MUTED, markersize=22, markeredgewidth=2.5, label="text alone")
+    counts = [result["right"]["n"] if kind == "all" else result["right"]["by_kind"][kind]["n"] for kind in kinds]
+    axes.set_yticks(range(len(kinds)), [f"{kind} ({n})" for kind, n in zip(kinds, counts, strict=True)])
+    axes.set(xlabel="right answers (%)", title=title, xlim=(-2, 102))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", visible=True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _answer_ids(loaded: Loaded, ids: list[int], pixels: torch.Tensor, max_new_tokens: int) -> Iterator[int]:
+    """Greedy continuation up to the line break or sign that ends an answer."""
+    for tokens in generate_tokens(loaded.model, [ids], pixels, GenerationSettings(max_new_tokens)):
+        token = int(tokens[0])
+        text = loaded.tokenizer.decode([token])
+        if token == loaded.tokenizer.eos_token_id or "#" in text or not text.strip():
+            return
+        yield token
+
+
+@torch.inference_mode()
+def answer_attention(loaded: Loaded, image: Image, question: str, max_new_tokens: int = 12) -> tuple[list[str], np.ndarray]:
+    """How the answer's tokens attend to the image, as a mean over layers and heads.
+
+    Args:
+        loaded: the model; its language model is switched to plain attention, the only kind that gives weights out.
+        image: RGB.
+        question: asked in a turn of its own.
+        max_new_tokens: longest answer.
+
+    Returns:
+        The answer's tokens as text, and (tokens, rows, columns): the share of its attention that the position which
+        predicts the token pays to each patch. The rest goes to the text.
+    """
+    pixels = torch.from_numpy(loaded.processor(image))[None].to(loaded.model.language_model.device)
+    ids = prompt_ids(loaded, [(question, None)], has_image=True)
+    answer = list(_answer_ids(loaded, ids, pixels, max_new_tokens))
+    loaded.model.language_model.set_attn_implementation("eager")
+    whole = torch.tensor([ids + answer], device=pixels.device)
+    output = loaded.model(whole, pixels, output_attentions=True, use_cache=False)
+    mean = torch.stack(output.attentions).float().mean((0, 2))[0]  # (T, T), from the attending to the attended position
+    is_image = whole[0] == IMAGE_TOKEN_ID
+    side = round(loaded.model.n_image_tokens**0.5)
+    maps = mean[len(ids) - 1 : len(ids) - 1 + len(answer), is_image].view(-1, side, side)
+    return [str(loaded.tokenizer.decode([t])) for t in answer], maps.cpu().numpy()
+
+
+def dialogue_html(image: Image, turns: Sequence[tuple[str, str]], names: tuple[str, str] = ("Human", "LLaVA")) -> HTML:
+    """An image with the dialogue about it at its side."""
+    from IPython.display import HTML
+
+    buffer = io.BytesIO()
+    image.resize((168, 168)).save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    lines = "".join(
+        f"<p style='margin: .15em 0'><b>{names[0]}:</b> {html.escape(q)}<br><b>{names[1]}:</b> {html.escape(a)}</p>"
+        for q, a in turns
+    )
+    return HTML(
+        "<div style='display: flex; gap: 1.2em; align-items: flex-start; margin: .8em 0'>"
+        f"<img alt='the image' width='168' src='data:image/png;base64,{picture}'><div>{lines}</div></div>"
+    )
+
+
+__all__ = [
+    "answer_attention",
+    "answers_about",
+    "config_rows",
+    "dialogue_html",
+    "factual_folder",
+    "grounding_figure",
+    "grounding_result",
+    "load_image",
+    "load_run",
+    "pieces",
+    "sample_losses",
+    "what_moves",
+    "with_other_images",
+]

@@ -1,0 +1,137 @@
+"""From a teacher's reply to turns. The released pipeline never published its parser; what it refuses has a name here.
+
+A dialogue is blocks separated by a line `===`; blocks alternate `Question:` and `Answer:`, each followed by its text. A
+description is paragraphs and nothing else.
+
+Source: paper Section 3 and Table 13; the few-shot replies in playground/data/prompts of haotian-liu/LLaVA@54bcf81.
+"""
+
+# ruff: noqa: N818 - the errors are named for what is wrong with the reply
+
+from __future__ import annotations
+
+import re
+
+from llava_core.constants import IMAGE_MARKER
+from llava_core.runtime import DataError
+
+
+class ReplyError(DataError):
+    """A reply is not of the format that its prompt asks for."""
+
+
+class EmptyReply(ReplyError):
+    """There is no text."""
+
+
+class CutOffReply(ReplyError):
+    """The reply ran into the limit of tokens, so that its end is missing."""
+
+
+class Refusal(ReplyError):
+    """The model declines or speaks of itself."""
+
+
+class MissingLabel(ReplyError):
+    """A block opens with neither `Question:` nor `Answer:`."""
+
+
+class BadAlternation(ReplyError):
+    """Questions and answers do not take turns, or a `===` between two blocks is missing."""
+
+
+class MissingAnswer(ReplyError):
+    """The last question has no answer."""
+
+
+class EmptyTurn(ReplyError):
+    """A question or an answer without text."""
+
+
+class NotOnePair(ReplyError):
+    """More than the one question that was asked for."""
+
+
+class NotADescription(ReplyError):
+    """Questions and answers where a description was asked for."""
+
+
+class StrayMarker(ReplyError):
+    """The text holds the image marker, which a record may hold only once, where the image stands."""
+
+
+_LABEL = re.compile(r"^\s*\**(question|answer)\**\s*:\**[ \t]*", re.IGNORECASE)
+_SEPARATOR = re.compile(r"^[ \t]*={3,}[ \t]*$", re.MULTILINE)
+_REFUSAL = re.compile(r"\W*(i['’]?m sorry|i am sorry|sorry,|i can(no|['’])t|as an ai\b)", re.IGNORECASE)
+
+
+def _checked(text: str, finish_reason: str) -> str:
+    text = text.replace("\r\n", "\n").strip()
+    if not text:
+        raise EmptyReply("the reply is empty; ask again")
+    if finish_reason == "length":
+        raise CutOffReply(f"the reply was cut off after {text[-30:]!r}; allow more tokens")
+    if IMAGE_MARKER in text:
+        raise StrayMarker(f"the reply holds {IMAGE_MARKER}; ask again")
+    if _REFUSAL.match(text):
+        raise Refusal(f"the model declines: {text[:60]!r}; ask again or leave the image out")
+    return text
+
+
+def parse_dialogue(text: str, finish_reason: str = "stop") -> list[tuple[str, str]]:
+    """Parse questions and answers.
+
+    Args:
+        text: the reply; empty blocks and bold labels are let pass.
+        finish_reason: why the model stopped; `length` means that the end is missing.
+
+    Returns:
+        (question, answer) per turn.
+
+    Raises:
+        ReplyError: the reply is not of the format; the subclass says how.
+    """
+    turns: list[tuple[str, str]] = []
+    question: str | None = None
+    for block in filter(str.strip, _SEPARATOR.split(_checked(text, finish_reason))):
+        found = _LABEL.match(block)
+        if not found:
+            raise MissingLabel(f"a block opens with {block.strip()[:40]!r}, not with Question: or Answer:")
+        label, body = found[1].lower(), block[found.end() :].strip()
+        if any(_LABEL.match(line) for line in body.split("\n")):
+            raise BadAlternation(f"{label.title()}: {body[:40]!r}... holds another label; a line === is missing")
+        if not body:
+            raise EmptyTurn(f"turn {len(turns) + 1} has a {label} without text")
+        if (label == "question") == (question is not None):
+            wanted = "a question" if label == "answer" else "the answer"
+            raise BadAlternation(f"turn {len(turns) + 1}: {wanted} was due, not {label} {body[:40]!r}")
+        if question is None:
+            question = body
+        else:
+            turns.append((question, body))
+            question = None
+    if question is not None:
+        raise MissingAnswer(f"the last question has no answer: {question[:60]!r}")
+    if not turns:
+        raise EmptyReply("the reply holds separators and no text; ask again")
+    return turns
+
+
+def parse_reasoning(text: str, finish_reason: str = "stop") -> list[tuple[str, str]]:
+    """Parse exactly one question with its answer; arguments and errors as of `parse_dialogue`."""
+    turns = parse_dialogue(text, finish_reason)
+    if len(turns) != 1:
+        raise NotOnePair(f"{len(turns)} questions where one was asked for")
+    return turns
+
+
+def parse_detail(text: str, finish_reason: str = "stop") -> str:
+    """Parse a description: its paragraphs, with one empty line between.
+
+    Raises:
+        ReplyError: there is none, or something else than a description.
+    """
+    text = _checked(text, finish_reason)
+    if _SEPARATOR.search(text) or any(_LABEL.match(line) for line in text.split("\n")):
+        raise NotADescription(f"a description was asked for, not a dialogue: {text[:40]!r}")
+    return "\n\n".join(part.strip() for part in re.split(r"\n\s*\n", text))
