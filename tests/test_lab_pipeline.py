@@ -122,10 +122,14 @@ def test_a_dead_kernel_and_missing_numbers_are_named(folders: dict[str, Any]) ->
 def test_parameters_reach_the_notebooks_that_have_them(folders: dict[str, Any]) -> None:
     write(folders["notebooks_dir"], "10_plain")
     write(folders["notebooks_dir"], "11_own", "assert annotations == 'x.jsonl' and fast", parameters="annotations = ''")
-    with pytest.raises(ConfigError, match="parameter 'anotations'.*10_plain has none; 11_own has annotations"):
+    with pytest.raises(ConfigError, match=r"parameter 'anotations'.*10_plain has none; 11_own has annotations"):
         pipeline.reproduce(**folders, parameters={"anotations": "x"})
     result = pipeline.reproduce(**folders, only="11", fast=True, parameters={"annotations": "x.jsonl"})
     assert statuses(result) == {"11_own": "ran"}
+    copy = json.loads((folders["out_dir"] / "11_own.ipynb").read_text())
+    injected = [cell for cell in copy["cells"] if "injected-parameters" in cell["metadata"].get("tags", [])]
+    assert "hide-cell" in injected[0]["metadata"]["tags"]
+    assert "papermill" not in copy["metadata"]
     reason = pipeline.reproduce(**folders, only=["11"], fast=True, dry_run=True)["notebooks"][0]["reason"]
     assert reason == "changed: its parameters"
 

@@ -15,6 +15,7 @@ from llava_core.evaluate.statistics import seeds_interval
 from llava_core.lab.launch import launch, resolve_run
 from llava_core.record import RunRecord
 from llava_core.runtime import read_json, read_jsonl, resolve, write_json
+from llava_core.teacher.prompts import context_text
 from llava_core.weights.checkpoint import Loaded, load
 
 
@@ -79,12 +80,19 @@ def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limi
         folder, images = bench_folders(record, bench)
         questions = read_jsonl(folder / "questions.jsonl")[:limit]
         answers = answer_questions(load(record.checkpoint), questions, images, max_new_tokens=96, desc=bench)
-        context = {row["image"]: llava_bench.context_text(row) for row in read_jsonl(folder / "context.jsonl")}
+        context = {row["image"]: _description(row) for row in read_jsonl(folder / "context.jsonl")}
         reference = {str(r["question_id"]): r["text"] for r in read_jsonl(folder / "answers_gpt4.jsonl")}
         reviews = llava_bench.judge(questions, context, reference, answers, client)
         return {**llava_bench.score_reviews(reviews), "answers": answers, "reviews": reviews}
 
     return cached_result(record, bench, compute)
+
+
+def _description(row: dict[str, Any]) -> str:
+    """What the judge reads instead of the image: captions and boxes (COCO), or one long caption (In-the-Wild)."""
+    if "caption" in row:
+        return str(row["caption"])
+    return context_text(row["captions"], [(i["category"], i["bbox"]) for i in row["instances"]])
 
 
 def bench_folders(record: RunRecord, bench: str) -> tuple[Path, Path]:

@@ -255,28 +255,29 @@ def answer_attention(loaded: Loaded, image: Image, question: str, max_new_tokens
     return [str(loaded.tokenizer.decode([t])) for t in answer], maps.cpu().numpy()
 
 
-def dialogue_html(image: Image, turns: Sequence[tuple[str, str]], names: tuple[str, str] = ("Human", "LLaVA")) -> HTML:
-    """An image with the dialogue about it at its side."""
+def cards(images: Sequence[Image], lines: Sequence[Sequence[tuple[str, str]]], width: int = 150) -> HTML:
+    """Images with what was said about each: lines of (who, text) at its side."""
     from IPython.display import HTML
 
-    buffer = io.BytesIO()
-    image.resize((168, 168)).save(buffer, "PNG")
-    picture = base64.b64encode(buffer.getvalue()).decode()
-    lines = "".join(
-        f"<p style='margin: .15em 0'><b>{names[0]}:</b> {html.escape(q)}<br><b>{names[1]}:</b> {html.escape(a)}</p>"
-        for q, a in turns
-    )
-    return HTML(
-        "<div style='display: flex; gap: 1.2em; align-items: flex-start; margin: .8em 0'>"
-        f"<img alt='the image' width='168' src='data:image/png;base64,{picture}'><div>{lines}</div></div>"
-    )
+    made = []
+    for image, said in zip(images, lines, strict=True):
+        buffer = io.BytesIO()
+        image.resize((2 * width, 2 * width)).save(buffer, "JPEG", quality=88)  # twice as large for sharp screens
+        picture = base64.b64encode(buffer.getvalue()).decode()
+        texts = "".join(f"<div style='margin: 0 0 .3em'><b>{html.escape(w)}:</b> {html.escape(x)}</div>" for w, x in said)
+        made.append(
+            "<div style='display: flex; gap: .9em; flex: 1 1 21em; align-items: flex-start'>"
+            f"<img alt='' width='{width}' height='{width}' src='data:image/jpeg;base64,{picture}'>"
+            f"<div style='font-size: .9em; line-height: 1.35'>{texts}</div></div>"
+        )
+    return HTML(f"<div style='display: flex; flex-wrap: wrap; gap: 1.2em'>{''.join(made)}</div>")
 
 
 __all__ = [
     "answer_attention",
     "answers_about",
+    "cards",
     "config_rows",
-    "dialogue_html",
     "factual_folder",
     "grounding_figure",
     "grounding_result",

@@ -148,8 +148,11 @@ def save_figure(
     if isinstance(data := getattr(figure, "data", None), str):
         atomic_write(path, data)
     else:
+        import matplotlib.style
+
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
+        with matplotlib.style.context(STYLE):  # without a date and with the style's salt, equal figures are equal files
+            figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
         atomic_write(path, buffer.getvalue())
     facts = {"notebook": notebook, "figure": name, "numbers": _plain(numbers, "numbers"), "runs": _runs(runs)}
     write_json(path.with_suffix(".json"), facts)

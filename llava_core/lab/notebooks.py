@@ -166,7 +166,7 @@ def imported_code(names: Iterable[str]) -> dict[str, str]:
             todo.extend(name for name in more if name.partition(".")[0] == PACKAGE.name)
     for folder in {path.parent for path in seen}:
         for path in folder.iterdir():
-            if path.suffix in (".yaml", ".json", ".txt", ".mplstyle"):
+            if path.suffix in (".yaml", ".json", ".txt", ".mplstyle", ".svg"):
                 hashes[shown(path)] = sha256_file(path)[:12]
     return hashes
 

@@ -100,8 +100,29 @@ def _dialogue(turns: list[tuple[str, str | None]], everything: bool = False) -> 
     return [Segment("".join(s.text for s in segments), True)] if everything else segments
 
 
+def restatement(rng: random.Random) -> str:
+    """A caption of two to six groups and the same facts said again one by one: the densest lesson in looking things up."""
+    names = rng.sample(list(world.CATEGORIES), rng.randint(2, 6))
+    groups = [
+        world.Group(name, rng.choice(list(world.COLORS)), rng.choices((1, 2, 3), (4, 1, 1))[0], rng.choice(world.POSITIONS))
+        for name in names
+    ]
+    where = rng.random() < 0.4
+    parts = [language.noun_phrase(g) + (f" {language.POSITION_PHRASE[g.position or '']}" if where else "") for g in groups]
+    lines = [language.sentence(language.listing(parts))]
+    for g in rng.sample(groups, len(groups)):
+        name, be = (g.category, "is") if g.count == 1 else (language.plural(g.category), "are")
+        says = [f"The {name} {be} {g.color}."]
+        if where:
+            says.append(f"The {name} {be} {language.POSITION_PHRASE[g.position or '']}.")
+        lines.append(rng.choice(says))
+    return lines[0] + "\n" + " ".join(lines[1:])
+
+
 def document(rng: random.Random) -> list[Segment]:
     """One training document of the language models (no image, ever)."""
+    if rng.random() < 0.3:
+        return [Segment(restatement(rng), True, eos=True)]
     scene = world.sample_scene(rng.randrange(1 << 30), 7, n_groups=1 if rng.random() < 0.25 else None)
     facts = language.facts_of_scene(scene)
     kind = rng.random()

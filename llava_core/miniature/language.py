@@ -99,7 +99,7 @@ def noun_phrase(group: Group, *, size: bool = False, article: bool = True) -> st
 
 
 def listing(parts: Sequence[str]) -> str:
-    """ "a", "a and b", "a , b and c" joined as English does."""
+    """Parts joined as English does: one alone, two by "and", more by commas and a last "and"."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
