@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from llava_core.config import META, RunConfig, value_of
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from llava_core.data.coco import load_annotations
 from llava_core.data.conversation import Encoded
 from llava_core.data.image_processor import load_image
 from llava_core.data.instruct import Sample
@@ -249,10 +250,43 @@ def answer_attention(loaded: Loaded, image: Image, question: str, max_new_tokens
     whole = torch.tensor([ids + answer], device=pixels.device)
     output = loaded.model(whole, pixels, output_attentions=True, use_cache=False)
     mean = torch.stack(output.attentions).float().mean((0, 2))[0]  # (T, T), from the attending to the attended position
-    is_image = whole[0] == IMAGE_TOKEN_ID
-    side = round(loaded.model.n_image_tokens**0.5)
-    maps = mean[len(ids) - 1 : len(ids) - 1 + len(answer), is_image].view(-1, side, side)
-    return [str(loaded.tokenizer.decode([t])) for t in answer], maps.cpu().numpy()
+    side, first = round(loaded.model.n_image_tokens**0.5), len(ids) - 1
+    maps = mean[first : first + max(1, len(answer)), whole[0] == IMAGE_TOKEN_ID].view(-1, side, side)
+    return [str(loaded.tokenizer.decode([t])) for t in answer] or ["(nothing)"], maps.cpu().numpy()
+
+
+def looks_where_asked(loaded: Loaded, folder: Path, limit: int = 60) -> dict[str, list[float]]:
+    """Ask for the color of one of two things and see how much of the attention to the image lies on either of them.
+
+    Args:
+        loaded: the model.
+        folder: COCO's layout with square images, as the miniature has.
+        limit: at most so many images, each with at least two things of which there is only one.
+
+    Returns:
+        Per image, the attention per area on the thing asked for and on the other one, where 1 is the image's mean;
+        the attention is that of the answer's first token.
+    """
+    found: dict[str, list[float]] = {"asked": [], "other": []}
+    for image in load_annotations(folder, "val2014"):
+        names = [name for name, _ in image.boxes]
+        single = [(name, box) for name, box in image.boxes if names.count(name) == 1]
+        if len(single) < 2 or len(found["asked"]) == limit:
+            continue
+        picture = load_image(folder / "val2014" / image.image)
+        (weights, *_) = answer_attention(loaded, picture, f"What color is the {single[0][0]}?", 1)[1]
+        for key, (_, box) in zip(("asked", "other"), single, strict=False):
+            share = _covered(box, len(weights))
+            found[key].append(float((weights * share).sum() / share.sum() / weights.mean()))
+    return found
+
+
+def _covered(box: tuple[float, float, float, float], side: int) -> np.ndarray:
+    """Share of each patch (side, side) that a box of fractions covers."""
+    edges = np.arange(side + 1) / side
+    x = np.clip(np.minimum(edges[1:], box[2]) - np.maximum(edges[:-1], box[0]), 0, None)
+    y = np.clip(np.minimum(edges[1:], box[3]) - np.maximum(edges[:-1], box[1]), 0, None)
+    return np.outer(y, x) * side**2
 
 
 def cards(images: Sequence[Image], lines: Sequence[Sequence[tuple[str, str]]], width: int = 150) -> HTML:
@@ -283,6 +317,7 @@ __all__ = [
     "grounding_result",
     "load_image",
     "load_run",
+    "looks_where_asked",
     "pieces",
     "sample_losses",
     "what_moves",

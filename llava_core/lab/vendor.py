@@ -98,7 +98,8 @@ def fetch(package: Package, folder: Path) -> Path:
         raise CompanionError("npm is not installed")
     if package.tool == "npm":
         command = [str(npm), "pack", package.spec, "--pack-destination", str(folder), "--loglevel=error"]
-        command += ["--fetch-retries=1", "--fetch-timeout=20000"]
+        command += ["--prefer-offline", "--fetch-retries=1", "--fetch-retry-maxtimeout=2000", "--fetch-timeout=20000"]
+        command += ["--fetch-retry-mintimeout=1000"]
     else:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
         command += ["--retries=1", "--timeout=20", "--dest", str(folder), package.spec]
@@ -108,7 +109,8 @@ def fetch(package: Package, folder: Path) -> Path:
         raise CompanionError(f"{package.tool} had no answer in {TIMEOUT_S} s") from None
     files = [path for path in folder.iterdir() if path.suffix in (".tgz", ".whl")]
     if done.returncode != 0 or len(files) != 1:
-        said = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+        lines = done.stderr.strip().splitlines() or ["no file came"]
+        said = next((line for line in lines if line.lower().startswith(("error", "npm error"))), lines[-1])
         raise CompanionError(f"{package.tool} could not fetch {package.spec}: {said[:200]}")
     if (found := sha256_file(files[0])) != package.sha256:
         raise CompanionError(f"{package.spec} has SHA-256 {found}, not the pinned {package.sha256}; it is not used")

@@ -7,6 +7,7 @@ retrains all of them; the shipped ones were made by that command with the defaul
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -100,29 +101,30 @@ def _dialogue(turns: list[tuple[str, str | None]], everything: bool = False) -> 
     return [Segment("".join(s.text for s in segments), True)] if everything else segments
 
 
-def restatement(rng: random.Random) -> str:
-    """A caption of two to six groups and the same facts said again one by one: the densest lesson in looking things up."""
-    names = rng.sample(list(world.CATEGORIES), rng.randint(2, 6))
-    groups = [
-        world.Group(name, rng.choice(list(world.COLORS)), rng.choices((1, 2, 3), (4, 1, 1))[0], rng.choice(world.POSITIONS))
-        for name in names
-    ]
-    where = rng.random() < 0.4
-    parts = [language.noun_phrase(g) + (f" {language.POSITION_PHRASE[g.position or '']}" if where else "") for g in groups]
-    lines = [language.sentence(language.listing(parts))]
-    for g in rng.sample(groups, len(groups)):
-        name, be = (g.category, "is") if g.count == 1 else (language.plural(g.category), "are")
-        says = [f"The {name} {be} {g.color}."]
-        if where:
-            says.append(f"The {name} {be} {language.POSITION_PHRASE[g.position or '']}.")
-        lines.append(rng.choice(says))
-    return lines[0] + "\n" + " ".join(lines[1:])
+def lookup_drill(rng: random.Random) -> str:
+    """A list of things and the same facts again, verbatim, turned round or as sentences: dense lessons in looking things up."""
+    names = rng.sample(list(world.CATEGORIES), rng.randint(3, 8))
+    things = [(name, rng.choice(list(world.COLORS)), rng.choice(world.POSITIONS)) for name in names]
+    listed = ", ".join(f"{language.with_article(color)} {name}" for name, color, _ in things)
+    again = rng.sample(things, len(things))
+    kind = rng.random()
+    if kind < 0.3:
+        return f"{listed}. {listed}."
+    if kind < 0.6:
+        return f"{listed}. " + ", ".join(f"the {name} is {color}" for name, color, _ in again) + "."
+    if kind < 0.8:
+        listed = ", ".join(f"{language.with_article(color)} {name} {language.POSITION_PHRASE[at]}" for name, color, at in things)
+        says = (rng.choice((f"the {n} is {c}", f"the {n} is {language.POSITION_PHRASE[at]}")) for n, c, at in again)
+        return f"{listed}. " + ", ".join(says) + "."
+    absent = rng.sample([n for n in world.CATEGORIES if n not in names], len(names))
+    asked = [(n, n in names) for n in rng.sample(names + absent, len(names))]
+    return f"{listed}. " + " ".join(f"Is there {language.with_article(n)}? {'Yes' if yes else 'No'}." for n, yes in asked)
 
 
-def document(rng: random.Random) -> list[Segment]:
-    """One training document of the language models (no image, ever)."""
-    if rng.random() < 0.3:
-        return [Segment(restatement(rng), True, eos=True)]
+def document(rng: random.Random, drill: float = 0.15) -> list[Segment]:
+    """One training document of the language models (no image, ever); `drill` is the share of lookup drills."""
+    if rng.random() < drill:
+        return [Segment(lookup_drill(rng), True, eos=True)]
     scene = world.sample_scene(rng.randrange(1 << 30), 7, n_groups=1 if rng.random() < 0.25 else None)
     facts = language.facts_of_scene(scene)
     kind = rng.random()
@@ -266,11 +268,15 @@ def _fit(
     return float(np.mean(losses[-50:]))
 
 
-def _text_batches(tokenizer: Any, batch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches (ids, labels) of (batch, T): documents of similar length together, right-padded, so causality is the only mask."""
+def _text_batches(tokenizer: Any, batch: int, seed: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches (ids, labels) of (batch, T): documents of similar length together, right-padded, so causality is the only mask.
+
+    Drills make most of the first batches and few of the later ones: looking things up is learned first, and fast.
+    """
     rng = random.Random(f"text-{seed}")
-    while True:
-        pool = sorted((encode(document(rng), tokenizer, 0) for _ in range(batch * 16)), key=lambda e: len(e.input_ids))
+    for pooled in itertools.count():
+        drill = max(0.1, 0.8 - 2.0 * pooled * 16 / steps)
+        pool = sorted((encode(document(rng, drill), tokenizer, 0) for _ in range(batch * 16)), key=lambda e: len(e.input_ids))
         rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
         rng.shuffle(rows)
         for row in rows:
@@ -326,7 +332,7 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
     begin = time.time()
-    loss = _fit(model, _text_batches(tokenizer, size.batch, seed), loss_of, steps, size.learning_rate, name)
+    loss = _fit(model, _text_batches(tokenizer, size.batch, seed, steps), loss_of, steps, size.learning_rate, name)
     model.to(torch.bfloat16).save_pretrained(out)
     return {"shape": asdict(size), "seed": seed, "steps": steps, "final_loss": loss, "minutes": (time.time() - begin) / 60}
 

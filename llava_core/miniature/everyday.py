@@ -107,56 +107,31 @@ def _either(words: Iterable[str]) -> str:
 
 
 _NOUN = _either(_SURFACES)
-_COLORS = "red orange yellow green blue purple pink brown black white gray grey silver gold beige tan".split()
-_COLOR = _either(_COLORS)
+_COLORS = "red orange yellow green blue purple pink brown black white gray grey silver gold beige tan"
+_COLOR = _either(_COLORS.split())
 _ADJECTIVES = (
     "large small big little tiny tall long old older young younger adult elderly wooden metal leather plastic brick "
     "stone plush velvet city passenger double decker antique unique empty open closed wild baby fluffy adorable cute "
     "bright dark light round square parked male female full grown"
 )
-_ADJECTIVE = _either([*_ADJECTIVES.split(), *_COLORS, "and"])
+_ADJECTIVE = _either([*_ADJECTIVES.split(), *_COLORS.split(), "and"])
 _NUMBER = {word: k for k, word in enumerate(NUMBERS) if k}
 _SOME = "several|some|many|a few|a group of|a couple of|a herd of|a bunch of|a pair of|a flock of|a crowd of|group of"
 _DETERMINER = rf"(?:(?P<number>{_either(_NUMBER)})|(?P<some>{_SOME})|an?|the)"
 # A noun before one of these only says what kind of thing the next word is: a dog bed, an apple tree, a train station.
-_HEADS = _either(
+_HEADS_TEXT = (
     "bed bag bags board boards station stop tree trees track tracks park lot shelter house show shop store hat hats "
     "costume food bowl case box boxes cart holder stand rack race shirt cover wheel seat rider riders driver pole "
-    "tower meter meters shaped mustache glove bat uniform field court frame paper side cream slices slice flavored patterned print toy window windows wing".split()
+    "tower meter meters shaped mustache glove bat uniform field court frame paper side cream slices slice flavored "
+    "patterned print toy window windows wing"
 )
-_PLACES = {
-    "beach": "a beach",
-    "street": "a street",
-    "city street": "a city street",
-    "road": "a road",
-    "sidewalk": "a sidewalk",
-    "kitchen": "a kitchen",
-    "bathroom": "a bathroom",
-    "bedroom": "a bedroom",
-    "living room": "a living room",
-    "restaurant": "a restaurant",
-    "bakery": "a bakery",
-    "bar": "a bar",
-    "lobby": "a lobby",
-    "park": "a park",
-    "field": "a field",
-    "forest": "a forest",
-    "woods": "a forest",
-    "lake": "a lake",
-    "river": "a river",
-    "ocean": "the ocean",
-    "mountain": "the mountains",
-    "mountains": "the mountains",
-    "slope": "a ski slope",
-    "airport": "an airport",
-    "harbor": "a harbor",
-    "bridge": "a bridge",
-    "zoo": "a zoo",
-    "store": "a store",
-    "station": "a station",
-    "office": "an office",
-    "farm": "a farm",
-}
+_HEADS = _either(_HEADS_TEXT.split())
+_PLACE_WORDS = (
+    "beach, street, city street, road, sidewalk, kitchen, bathroom, bedroom, living room, restaurant, bakery, bar, lobby, "
+    "park, field, forest, lake, river, ski slope, airport, harbor, bridge, zoo, store, station, office, farm"
+)
+_PLACES = {word: with_article(word) for word in _PLACE_WORDS.split(", ")}
+_PLACES |= {"woods": "a forest", "mountain": "the mountains", "mountains": "the mountains", "ocean": "the ocean"}
 _ACTIONS = (
     "riding sitting standing walking running holding playing eating drinking lying laying flying talking wearing "
     "looking sleeping swimming surfing skiing grazing jumping cooking reading carrying pulling cutting brushing "
@@ -179,7 +154,7 @@ _END = re.compile(
 _FINITE = re.compile(
     r"\b(is|are|was|has|have|does|there's|sits|stands|lays|lies|walks|rides|holds|wears|eats|looks|flies|grazes|watches|"
     r"poses|glances?|splashes|follows|rests|plays|includes|surrounds|overlooks|takes|stares)\b|"
-    r"(s|people|men|women|children|couple) (sit|stand|lay|lie|walk|ride|hold|wear|eat|look|fly|graze|watch|pose|rest|play)\b"
+    r"(s|people|men|women|children|couple) (sit|stand|lay|lie|walk|ride|hold|wear|eat|look|fly|graze|watch|pose|rest)\b"
 )
 
 
@@ -400,9 +375,7 @@ def _statement(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ speaking
 
 _TURNS = 6
-_CONSPICUOUS = "elephant, giraffe, zebra, bear, cow, horse, sheep, airplane, train, boat, bus, truck, motorcycle".split(
-    ", "
-)
+_CONSPICUOUS = "elephant giraffe zebra bear cow horse sheep airplane train boat bus truck motorcycle"
 
 
 def conversation(photo: Photo, rng: random.Random) -> list[QA]:
@@ -419,7 +392,7 @@ def conversation(photo: Photo, rng: random.Random) -> list[QA]:
     kinds = {KIND[t.name] for t in photo.things}
     traffic = {"vehicle", "street"} & kinds or photo.place in ("a street", "a city street", "a road", "an airport")
     rules_out = kinds | ({"vehicle"} if traffic else set())
-    absent = [name for name in _CONSPICUOUS if KIND[name] not in rules_out]
+    absent = [name for name in _CONSPICUOUS.split() if KIND[name] not in rules_out]
     for name in rng.sample(absent, min(2, len(absent))):
         a = with_article(name)
         found.append(QA(f"Is there {a} in the image?", f"No, there is no {name} in the image.", "presence"))
@@ -432,7 +405,8 @@ def conversation(photo: Photo, rng: random.Random) -> list[QA]:
         found.append(QA("What kind of place does the image show?", f"The image shows {photo.place}.", "background"))
     found += photo.actions() + photo.places_of()
     rng.shuffle(found)
-    chosen, kinds_asked = [], Counter[str]()
+    chosen: list[QA] = []
+    kinds_asked = Counter[str]()
     while found and len(chosen) < _TURNS:  # every kind of question once before any comes twice
         chosen.append(min(found, key=lambda q: kinds_asked[q.kind]))
         kinds_asked[chosen[-1].kind] += 1
@@ -469,7 +443,7 @@ def _whereabouts(thing: Thing) -> str:
 
 
 def detail(photo: Photo) -> str:
-    """A description: what the image shows, then how many there are of each thing and where, then what lies beside what."""
+    """A description: what the image shows, how many there are of each thing and where, what lies beside what."""
     first = photo.statements[0]
     known = set(re.findall(r"\w+", first.lower()))
     new = [len(set(re.findall(r"\w{4,}", s.lower())) - known) for s in photo.statements[1:]]
@@ -497,15 +471,9 @@ def detail(photo: Photo) -> str:
     return "\n\n".join(" ".join(part) for part in (opening, body, colors) if part)
 
 
-_PLACE_PREPOSITION = dict.fromkeys("beach street road sidewalk bridge slope farm river lake ocean".split(), "on") | {
-    "river": "by",
-    "lake": "by",
-    "ocean": "by",
-    "bar": "at",
-    "airport": "at",
-    "station": "at",
-    "zoo": "at",
-}
+_PLACE_PREPOSITION = dict.fromkeys(["beach", "street", "road", "sidewalk", "bridge", "slope", "farm"], "on")
+_PLACE_PREPOSITION |= dict.fromkeys(["bar", "airport", "station", "zoo"], "at")
+_PLACE_PREPOSITION |= dict.fromkeys(["river", "lake", "ocean"], "by")
 
 
 def relations(photo: Photo) -> list[str]:
@@ -522,172 +490,145 @@ def relations(photo: Photo) -> list[str]:
     return found
 
 
-_KNOWLEDGE = (  # what a photograph of these things makes one think of: a question that names none of them, and knowledge
-    (
-        "bear, elephant, zebra, giraffe",
-        "What should a visitor to this place keep in mind?",
-        "{Many} are wild and strong, and they feel threatened when people come too close. A visitor should therefore "
-        "keep at a distance, stay quiet, offer no food and follow the rules of the place. That protects the visitor as "
-        "well as the {many}.",
-    ),
-    (
-        "cat, dog",
-        "What does whoever lives here have to take care of every day?",
-        "{Many} depend on their people. They need fresh water and food at regular hours, a quiet place to sleep, and "
-        "time for play and exercise. Whoever keeps one should also look after its health and never leave it alone for long.",
-    ),
-    (
-        "horse, cow, sheep",
-        "What kind of work stands behind a scene like this one?",
-        "{Many} have to be fed, watered and looked after every day, whatever the weather. They need pasture or hay, a "
-        "dry place to stand and somebody who notices early when one of them is ill. Keeping them well takes patience "
-        "and experience.",
-    ),
-    (
-        "bird",
-        "How should one behave here in order not to disturb anything?",
-        "{Many} are easily frightened and leave when something moves quickly or is loud. Who wants to watch them "
-        "should move slowly, keep some distance and not feed them, since bread and other leftovers make them ill.",
-    ),
-    (
-        "surfboard, skis, snowboard, skateboard",
-        "What skills and precautions does this activity call for?",
-        "It takes balance, strength in the legs and much practice. Beginners should learn from somebody with "
-        "experience, wear what protects them, and choose an easy spot. Falls are part of it, so one should know the "
-        "conditions of the day and never go beyond one's own skill.",
-    ),
-    (
-        "frisbee, kite, sports ball, baseball bat, baseball glove, tennis racket",
-        "What makes this a good way to spend some free time?",
-        "It brings people outdoors, gets them moving and needs little equipment. It trains the eye, the hand and quick "
-        "reactions, and it is more fun in company. An open space without traffic or wires nearby makes it safe as well.",
-    ),
-    (
-        "airplane",
-        "What has to be right before a journey like this can begin?",
-        "{Many} are checked, fueled and loaded before each flight, and the crew studies the weather and the route. "
-        "Traffic control then decides when they may take off or land, so that they keep a safe distance from each "
-        "other and from everything else in the air.",
-    ),
-    (
-        "train",
-        "Why might travelers prefer this way of going somewhere?",
-        "{Many} carry many people at once, do not get stuck in traffic and use little energy for each passenger. "
-        "Travelers can read, work or look out of the window instead of driving. They only have to keep to the "
-        "timetable and to stay away from the edge of the tracks.",
-    ),
-    (
-        "boat",
-        "What should people here watch out for?",
-        "On the water, weather and currents can change quickly. People on {many} should know the forecast, have life "
-        "jackets within reach and keep clear of others. It is wise to tell somebody ashore when one means to be back.",
-    ),
-    (
-        "bus, car, truck, motorcycle, bicycle, traffic light, stop sign, parking meter, street sign",
-        "What should somebody who passes through here pay attention to?",
-        "Where vehicles and people share the same space, everybody has to be alert. Drivers and riders should keep to "
-        "the signs, go slowly and give way; people on foot should look both ways before they cross and never count on "
-        "being seen. Standing vehicles deserve attention as well, since a door may open or one may pull out.",
-    ),
-    (
-        "fire hydrant",
-        "Why does this spot have to be kept free?",
-        "The fire department takes its water from hydrants. If one is blocked or cannot be found, minutes are lost in "
-        "which a fire spreads. That is why nothing may be parked or piled up near it.",
-    ),
-    (
-        "umbrella",
-        "What does this scene tell about the weather, and how did people prepare for it?",
-        "{Many} keep off rain and strong sun alike. Whoever brings one expects to be outside for a while and has "
-        "thought of staying dry or in the shade. In wind it has to be held or fixed well.",
-    ),
-    (
-        "suitcase, backpack, handbag",
-        "What may be about to happen here, and what should be thought of?",
-        "Packed luggage speaks of a journey that begins or ends. Its owners should have labeled it, keep an eye on it, "
-        "and have papers and medicine where they can reach them. Fragile things belong in the middle, between soft ones.",
-    ),
-    (
-        "broccoli, carrot, apple, orange, banana",
-        "Why is what can be seen here good for people?",
-        "Fruit and vegetables hold vitamins, minerals and fiber and few calories. Eaten fresh and in variety they help "
-        "the body to stay healthy. They should be washed first, and stored cool so that they keep.",
-    ),
-    (
-        "pizza, donut, cake, sandwich, hot dog",
-        "What should somebody who wants to eat well think about here?",
-        "Food like this tastes good and is filling, but it holds much fat, salt or sugar. As a treat, shared with "
-        "others, it does no harm; every day it would be too much. Fruit, vegetables or a salad with it make a better balance.",
-    ),
-    (
-        "bottle, wine glass, cup, fork, knife, spoon, bowl, plate, dining table",
-        "What will have to be done here, before or after people sit down?",
-        "A table with dishes and food means work on both ends of a meal. Before it, somebody has to cook, lay the "
-        "table and see that there is enough for everybody; after it, leftovers are put away and the dishes are washed. "
-        "When everybody helps, this is quickly done.",
-    ),
-    (
-        "toilet, sink, toothbrush",
-        "Which habits matter in a place like this one?",
-        "Here, cleanliness protects health. Hands should be washed with soap, surfaces cleaned often and the air "
-        "changed, so that neither germs nor mold can spread. Brushing one's teeth twice a day belongs to the same good habits.",
-    ),
-    (
-        "microwave, oven, toaster, refrigerator",
-        "What helps to work safely in this room?",
-        "In a kitchen, heat, sharp edges and electricity come together. Hot things should stand back from the edge, "
-        "spills be wiped up at once, and machines be switched off when they are not used. Food keeps best when it is "
-        "put back into the cold soon.",
-    ),
-    (
-        "laptop, keyboard, mouse, tv, remote, cell phone",
-        "What should somebody who spends many hours like this look after?",
-        "Looking at screens for long strains eyes, neck and back. It helps to sit upright, to look into the distance "
-        "from time to time and to get up every hour. Devices last longer, too, when drinks stay away from them and "
-        "cables lie where nobody trips.",
-    ),
-    (
-        "couch, bed, chair, potted plant",
-        "What makes this a place where people feel at home?",
-        "Comfortable furniture, light and a few personal things invite people to rest and to talk. A room feels larger "
-        "when it is tidy and when there is free space to walk through. What is used every day should be within reach.",
-    ),
-    (
-        "clock",
-        "Why would this have been put where everybody can see it?",
-        "A clock that all can see helps people to be on time, to catch a bus or to keep an appointment, without having "
-        "to look for a watch or phone. A beautiful one is also a landmark where people meet.",
-    ),
-    (
-        "book, vase, scissors, teddy bear, tie, bench, tree",
-        "What could the things here tell about the people who use them?",
-        "Things that people keep around them tell what they like and what they do. Whether they are neatly arranged or "
-        "left lying shows if somebody has just been busy here. To be sure, one would have to ask their owners.",
-    ),
-    (
-        "person",
-        "What might have brought these circumstances about, and what could come next?",
-        "People come together or go out for a reason: to work, to enjoy themselves or to be with others. What they "
-        "hold and wear and where they look tells what they are busy with. Most likely they will go on with it for a "
-        "while and then move on together.",
-    ),
-    (
-        "",
-        "What would a visitor find remarkable about this place?",
-        "Places like this one tell how nature and people have shaped them. A visitor should take time to look, notice "
-        "what is near and what is far away, and leave everything as it was found.",
-    ),
-)
+# What a photograph of these things makes one think of: their names, a question that avoids them, common knowledge.
+_KNOWLEDGE = """
+bear, elephant, zebra, giraffe
+What should a visitor to this place keep in mind?
+{Many} are wild and strong, and they feel threatened when people come too close. A visitor should therefore keep at a
+distance, stay quiet, offer no food and follow the rules of the place. That protects the visitor as well as the
+{many}.
+
+cat, dog
+What does whoever lives here have to take care of every day?
+{Many} depend on their people. They need fresh water and food at regular hours, a quiet place to sleep, and time for
+play and exercise. Whoever keeps one should also look after its health and never leave it alone for long.
+
+horse, cow, sheep
+What kind of work stands behind a scene like this one?
+{Many} have to be fed, watered and looked after every day, whatever the weather. They need pasture or hay, a dry place
+to stand and somebody who notices early when one of them is ill. Keeping them well takes patience and experience.
+
+bird
+How should one behave here in order not to disturb anything?
+{Many} are easily frightened and leave when something moves quickly or is loud. Who wants to watch them should move
+slowly, keep some distance and not feed them, since bread and other leftovers make them ill.
+
+surfboard, skis, snowboard, skateboard
+What skills and precautions does this activity call for?
+It takes balance, strength in the legs and much practice. Beginners should learn from somebody with experience, wear
+what protects them, and choose an easy spot. Falls are part of it, so one should know the conditions of the day and
+never go beyond one's own skill.
+
+frisbee, kite, sports ball, baseball bat, baseball glove, tennis racket
+What makes this a good way to spend some free time?
+It brings people outdoors, gets them moving and needs little equipment. It trains the eye, the hand and quick
+reactions, and it is more fun in company. An open space without traffic or wires nearby makes it safe as well.
+
+airplane
+What has to be right before a journey like this can begin?
+{Many} are checked, fueled and loaded before each flight, and the crew studies the weather and the route. Traffic
+control then decides when they may take off or land, so that they keep a safe distance from each other and from
+everything else in the air.
+
+train
+Why might travelers prefer this way of going somewhere?
+{Many} carry many people at once, do not get stuck in traffic and use little energy for each passenger. Travelers can
+read, work or look out of the window instead of driving. They only have to keep to the timetable and to stay away from
+the edge of the tracks.
+
+boat
+What should people here watch out for?
+On the water, weather and currents can change quickly. People on {many} should know the forecast, have life jackets
+within reach and keep clear of others. It is wise to tell somebody ashore when one means to be back.
+
+bus, car, truck, motorcycle, bicycle, traffic light, stop sign, parking meter, street sign
+What should somebody who passes through here pay attention to?
+Where vehicles and people share the same space, everybody has to be alert. Drivers and riders should keep to the
+signs, go slowly and give way; people on foot should look both ways before they cross and never count on being seen.
+Standing vehicles deserve attention as well, since a door may open or one may pull out.
+
+fire hydrant
+Why does this spot have to be kept free?
+The fire department takes its water from hydrants. If one is blocked or cannot be found, minutes are lost in which a
+fire spreads. That is why nothing may be parked or piled up near it.
+
+umbrella
+What does this scene tell about the weather, and how did people prepare for it?
+{Many} keep off rain and strong sun alike. Whoever brings one expects to be outside for a while and has thought of
+staying dry or in the shade. In wind it has to be held or fixed well.
+
+suitcase, backpack, handbag
+What may be about to happen here, and what should be thought of?
+Packed luggage speaks of a journey that begins or ends. Its owners should have labeled it, keep an eye on it, and have
+papers and medicine where they can reach them. Fragile things belong in the middle, between soft ones.
+
+broccoli, carrot, apple, orange, banana
+Why is what can be seen here good for people?
+Fruit and vegetables hold vitamins, minerals and fiber and few calories. Eaten fresh and in variety they help the body
+to stay healthy. They should be washed first, and stored cool so that they keep.
+
+pizza, donut, cake, sandwich, hot dog
+What should somebody who wants to eat well think about here?
+Food like this tastes good and is filling, but it holds much fat, salt or sugar. As a treat, shared with others, it
+does no harm; every day it would be too much. Fruit, vegetables or a salad with it make a better balance.
+
+bottle, wine glass, cup, fork, knife, spoon, bowl, plate, dining table
+What will have to be done here, before or after people sit down?
+A table with dishes and food means work on both ends of a meal. Before it, somebody has to cook, lay the table and see
+that there is enough for everybody; after it, leftovers are put away and the dishes are washed. When everybody helps,
+this is quickly done.
+
+toilet, sink, toothbrush
+Which habits matter in a place like this one?
+Here, cleanliness protects health. Hands should be washed with soap, surfaces cleaned often and the air changed, so
+that neither germs nor mold can spread. Brushing one's teeth twice a day belongs to the same good habits.
+
+microwave, oven, toaster, refrigerator
+What helps to work safely in this room?
+In a kitchen, heat, sharp edges and electricity come together. Hot things should stand back from the edge, spills be
+wiped up at once, and machines be switched off when they are not used. Food keeps best when it is put back into the
+cold soon.
+
+laptop, keyboard, mouse, tv, remote, cell phone
+What should somebody who spends many hours like this look after?
+Looking at screens for long strains eyes, neck and back. It helps to sit upright, to look into the distance from time
+to time and to get up every hour. Devices last longer, too, when drinks stay away from them and cables lie where
+nobody trips.
+
+couch, bed, chair, potted plant
+What makes this a place where people feel at home?
+Comfortable furniture, light and a few personal things invite people to rest and to talk. A room feels larger when it
+is tidy and when there is free space to walk through. What is used every day should be within reach.
+
+clock
+Why would this have been put where everybody can see it?
+A clock that all can see helps people to be on time, to catch a bus or to keep an appointment, without having to look
+for a watch or phone. A beautiful one is also a landmark where people meet.
+
+book, vase, scissors, teddy bear, tie, bench, tree
+What could the things here tell about the people who use them?
+Things that people keep around them tell what they like and what they do. Whether they are neatly arranged or left
+lying shows if somebody has just been busy here. To be sure, one would have to ask their owners.
+
+person
+What might have brought these circumstances about, and what could come next?
+People come together or go out for a reason: to work, to enjoy themselves or to be with others. What they hold and
+wear and where they look tells what they are busy with. Most likely they will go on with it for a while and then move
+on together.
+
+-
+What would a visitor find remarkable about this place?
+Places like this one tell how nature and people have shaped them. A visitor should take time to look, notice what is
+near and what is far away, and leave everything as it was found.
+"""
 
 
 def reasoning(photo: Photo) -> QA:
     """A question about the most prominent thing that does not name it, and an answer of evidence and knowledge."""
-    ranked = [*(t for t in photo.things if t.mentions > 1 or t.boxes), None]
-    people_last = sorted(ranked, key=lambda t: (t is None, t is not None and t.name == "person"))
-    for thing in people_last:
-        for names, question, answer in _KNOWLEDGE:
-            if (thing.name if thing else "") in names.split(", "):
-                name = many(thing.name) if thing else ""
-                text = answer.format(many=name, Many=name[:1].upper() + name[1:])
-                return QA(question, f"{photo.statements[0]} {text}", "reasoning")
-    raise AssertionError("the last entry takes everything")
+    things = [t for t in photo.things if t.mentions > 1 or t.boxes]
+    names = [*(t.name for t in sorted(things, key=lambda t: t.name == "person")), "-"]  # people do not say much
+    blocks = [block.split("\n") for block in _KNOWLEDGE.strip().split("\n\n")]
+    name, block = next((n, b) for n in names for b in blocks if n in b[0].split(", "))
+    several = many(name)
+    text = " ".join(block[2:]).format(many=several, Many=several[:1].upper() + several[1:])
+    return QA(block[1], f"{photo.statements[0]} {text}", "reasoning")
