@@ -37,8 +37,7 @@ help: ## show this list
 	@echo "  NB=20_feature_alignment the notebook of nb; NB=20 is enough"
 	@echo "  PORT=8000               where serve listens, on this machine only"
 	@echo "  PYTEST_ARGS='-k name'   what test passes on to pytest (now: $(PYTEST_ARGS))"
-	@echo "  PIP_ARGS=...            what setup passes on to pip; for PyTorch without CUDA on Linux:"
-	@echo "                          PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
+	@echo "  PIP_ARGS=...            what setup passes on to pip"
 
 setup: $(STAMP) ## make .venv and install everything, pinned; quick when nothing changed
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llava_core.config import load_scale
+import numpy as np
+
+from llava_core.config import META, RunConfig, load_experiment, load_scale
+from llava_core.constants import IMAGE_MARKER
 from llava_core.data.scienceqa import answer_prompt, format_problem, load_problems
 from llava_core.evaluate import llava_bench, science_qa
 from llava_core.evaluate.answer import answer_questions
-from llava_core.evaluate.statistics import seeds_interval
+from llava_core.evaluate.statistics import paired_bootstrap, seeds_interval
+from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
 from llava_core.lab.launch import launch, resolve_run
+from llava_core.paper.claims import all_claims, claim
 from llava_core.record import RunRecord
-from llava_core.runtime import read_json, read_jsonl, resolve, write_json
+from llava_core.registry import unknown
+from llava_core.runtime import ConfigError, fingerprint, read_json, read_jsonl, resolve, sha256_file, write_json
 from llava_core.teacher.prompts import context_text
 from llava_core.weights.checkpoint import Loaded, load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -27,6 +36,7 @@ class Arm:
     experiment: str
     values: list[float] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
+    records: list[RunRecord] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
@@ -35,22 +45,42 @@ class Arm:
 
 
 def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """An evaluation's result, stored in its run's folder: measured once, read by every chapter that shows it."""
-    path: Path = record.path / f"{name}.json"
+    """An evaluation's result, stored in its run's folder: measured once, read by every chapter that shows it.
+
+    It is measured again when the code that evaluates or the miniature's data are others than then.
+    """
+    path, rooms = record.path / f"{name}.json", ("data", "evaluate", "models", "teacher", "weights", "miniature")
+    files = [file for room in rooms for file in sorted((Path(__file__).parents[1] / room).glob("*.py"))]
+    files += sorted(resolve(f"data/{record.config.scale.name}").glob("*/card.json"))
+    measured_with = fingerprint([sha256_file(file) for file in [Path(__file__), *files]])
     if path.is_file():
         found: dict[str, Any] = read_json(path)
-        return found
-    result = compute()
+        if found["measured_with"] == measured_with:
+            return found
+    result = {**compute(), "measured_with": measured_with}
     write_json(path, result)
     return result
 
 
-def science_answers(loaded: Loaded, folder: Path, split: str = "test", limit: int | None = None) -> dict[str, str]:
-    """Answers of a model to a ScienceQA split, by the prompt format of its manifest, second pass included."""
+def science_answers(
+    loaded: Loaded, folder: Path, split: str = "test", limit: int | None = None, look: bool = True
+) -> dict[str, str]:
+    """Answers of a model to a ScienceQA split, by the prompt format of its manifest, second pass included.
+
+    Args:
+        loaded: the model.
+        folder: ScienceQA's official files.
+        split: which problems.
+        limit: at most so many.
+        look: hand out the images; without them the same questions are asked as text.
+    """
     name = loaded.manifest["prompt_format"]
     problems = load_problems(folder, split)[:limit]
+    asked = {p.id: format_problem(p, name).turns[0][0] for p in problems}
     rows = [
-        {"question_id": p.id, "text": format_problem(p, name).turns[0][0], "image": str(p.image) if p.image else None}
+        {"question_id": p.id, "text": asked[p.id], "image": str(p.image)}
+        if p.image and look
+        else {"question_id": p.id, "text": asked[p.id].replace(IMAGE_MARKER, "").strip(), "image": None}
         for p in problems
     ]
     answers = answer_questions(loaded, rows, folder, max_new_tokens=96, desc=f"ScienceQA {name}")
@@ -127,10 +157,336 @@ def run_arms(
             record = launch(resolve_run(arm.experiment, scale, fast, train__seed=seed))
             arm.values.append(metric(record))
             arm.runs.append(record.run_id)
+            arm.records.append(record)
     return made
 
 
 def difference(reference: Arm, other: Arm) -> dict[str, Any]:
     """Mean difference over seeds (other minus reference, same seeds paired) with its 95 % t interval, in points."""
-    deltas = [b - a for a, b in zip(reference.values, other.values, strict=True)]
-    return {"effect": sum(deltas) / len(deltas), "interval": seeds_interval(deltas)["interval"] if len(deltas) > 1 else None, "n_seeds": len(deltas)}
+    found = seeds_interval([b - a for a, b in zip(reference.values, other.values, strict=True)])
+    return {"effect": found["mean"], "interval": found["interval"], "n_seeds": found["n"]}
+
+
+# ------------------------------------------------------------------------------------------------ the paper's ablations
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A row of the paper's Table 8: the claim, and (name shown, experiment) of the reference and of the other arm."""
+
+    claim: str
+    reference: tuple[str, str]
+    other: tuple[str, str]
+
+
+ABLATIONS = {
+    "feature_layer": Ablation(
+        "ablation-last-layer", ("layer before the last", "science_qa"), ("last layer", "feature_layer_last_science_qa")
+    ),
+    "cot_order": Ablation("ablation-answer-first", ("reasons first", "science_qa"), ("answer first", "answer_first")),
+    "pretraining": Ablation(
+        "ablation-no-pretraining", ("with stage 1", "science_qa"), ("without stage 1", "no_pretraining")
+    ),
+    "model_size": Ablation("ablation-7b", ("larger model", "science_qa_13b"), ("smaller model", "science_qa_7b")),
+}
+"""Name, as in the file name of its chapter -> what is compared; the metric is ScienceQA accuracy on the test split."""
+
+FAST_PROBLEMS = 48  # test problems of a `--fast` run
+
+
+def published_difference(name: str) -> dict[str, Any]:
+    """The paper's difference of an ablation and how sure it can be, from its two accuracies.
+
+    The test takes the two accuracies as independent. They are of the same questions, so a paired test would see smaller
+    differences, but it needs both models' answers, and those of the ablated ones are not published.
+
+    Returns:
+        `{reference, other, effect, z, interval, n}`; a |z| of at least 1.96 is significant at 5 %.
+    """
+    best, change = claim("sqa-accuracy"), claim(ABLATIONS[name].claim)
+    n = int(change.n or 0)
+    first, second = best.value / 100, (best.value + change.value) / 100
+    pooled = (first + second) / 2
+    z = (second - first) / (2 * pooled * (1 - pooled) / n) ** 0.5
+    half = 196 * ((first * (1 - first) + second * (1 - second)) / n) ** 0.5
+    interval = [change.value - half, change.value + half]
+    return {
+        "reference": 100 * first,
+        "other": 100 * second,
+        "effect": change.value,
+        "z": z,
+        "interval": interval,
+        "n": n,
+    }
+
+
+def verdict(interval: Sequence[float] | None, direction: str | None = "below 0") -> str:
+    """Say whether a measured difference has the paper's sign: agrees, disagrees, or not resolved.
+
+    Args:
+        interval: 95 % interval of the difference; None (one seed) resolves nothing.
+        direction: the claim's, "below 0" or "above 0".
+    """
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return "not resolved"
+    return "agrees" if (interval[1] < 0) == (direction == "below 0") else "disagrees"
+
+
+def difference_check(what: str, published: Any, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
+    """The row of the table of results for a difference; `found` has `effect`, `interval` (or None) and `verdict`."""
+    holds = {"agrees": True, "disagrees": False, "not resolved": None}[found["verdict"]]
+    row = check(what, published, found["interval"] or found["effect"], holds, note)
+    return row if holds is not None else {**row, "verdict": "not resolved"}
+
+
+def verdict_check(name: str, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
+    """The row for a difference that is a claim of the ledger."""
+    known = claim(name)
+    return {**difference_check(known.text, known.shown, found, note), "id": name, "place": known.place}
+
+
+def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[int] | None = None) -> dict[str, Any]:
+    """Train and measure both arms of an ablation.
+
+    Args:
+        name: in `ABLATIONS`.
+        scale, fast, seeds: as in `run_arms`.
+
+    Returns:
+        `arms` (the reference first), `effect`, `interval` over seeds (None for one), `n_seeds`, `question_interval`
+        (same seeds, other questions), `published` (as `published_difference`), `verdict`.
+
+    Raises:
+        ConfigError: there is no such ablation.
+    """
+    if name not in ABLATIONS:
+        raise ConfigError(unknown("ablation", name, ABLATIONS))
+    chosen, limit = ABLATIONS[name], FAST_PROBLEMS if fast else None
+    arms = run_arms(
+        (chosen.reference, chosen.other), lambda run: float(science_result(run, limit)["accuracy"]), scale, fast, seeds
+    )
+    found = difference(*arms)
+    first, second = (question_scores(arm, limit) for arm in arms)
+    over_questions = [100 * end for end in paired_bootstrap(first, second)["interval"]]
+    return {
+        "arms": arms,
+        **found,
+        "question_interval": over_questions,
+        "published": published_difference(name),
+        "verdict": verdict(found["interval"], claim(chosen.claim).direction),
+    }
+
+
+def question_scores(arm: Arm, limit: int | None = None) -> list[float]:
+    """For each test problem the share of an arm's seeds that answered it right."""
+    problems = load_problems(arm.records[0].config.data_path, "test")[:limit]
+    answers = [science_result(record, limit)["answers"] for record in arm.records]
+    hits = [[science_qa.parse_answer(a[p.id], len(p.choices)) == p.answer for p in problems] for a in answers]
+    return [sum(column) / len(column) for column in zip(*hits, strict=True)]
+
+
+def arm_settings(arms: Sequence[tuple[str, str]], scale: str = "mini") -> list[dict[str, Any]]:
+    """The settings in which the arms' resolved runs, and the runs that they start from, are not alike."""
+    runs = {name: load_experiment(experiment, scale) for name, experiment in arms}
+    rows = []
+    starts = {name: first for name, run in runs.items() if (first := run.upstream()) is not None}
+    for stage, configs in (("this run", runs), ("the run it starts from", starts)):
+        if len(configs) < len(runs):
+            continue  # one arm starts from nothing, which `starts from stage 1` says
+        flat = {name: _settings(config) for name, config in configs.items()}
+        for setting in sorted({key for found in flat.values() for key in found}):
+            values = {name: found.get(setting) for name, found in flat.items()}
+            if len({repr(value) for value in values.values()}) > 1:
+                rows.append({"in": stage, "setting": setting, **{n: str(v) for n, v in values.items()}})
+    return rows
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted settings of a run; that it starts from another run is one of them, that run's name is not."""
+    content = config.experiment.model_dump(exclude={*META, "init_from"})
+    flat = {f"{s}.{f}" if f else s: v for s, part in content.items()
+            for f, v in (part.items() if isinstance(part, dict) else [("", part)])}  # fmt: skip
+    return {**flat, "starts from stage 1": config.experiment.init_from is not None}
+
+
+def loss_rows(arms: Sequence[Arm], shares: Sequence[float] = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)) -> list[dict[str, Any]]:
+    """Training loss of each arm at equal steps: mean over seeds of a window of 2 % of the run that ends there."""
+    rows = []
+    for share in shares:
+        row: dict[str, Any] = {}
+        for arm in arms:
+            means = []
+            for record in arm.records:
+                losses = [r["loss"] for r in record.metrics() if "loss" in r]
+                end = max(1, round(share * len(losses)))
+                part = losses[max(0, end - max(1, round(0.02 * len(losses)))) : end]
+                means.append(sum(part) / len(part))
+            row |= {"step": end, arm.name: sum(means) / len(means)}
+        rows.append(row)
+    return rows
+
+
+def heldout_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Held-out loss of each arm, mean over seeds, at the steps where it was measured."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for arm in arms:
+        for record in arm.records:
+            for row in record.metrics():
+                if "heldout_loss" in row:
+                    found.setdefault(row["step"], {}).setdefault(arm.name, []).append(row["heldout_loss"])
+    return [{"step": step, **{n: sum(v) / len(v) for n, v in means.items()}} for step, means in sorted(found.items())]
+
+
+def arm_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """One row per arm: its values per seed, mean, interval and runs."""
+    rows = []
+    for arm in arms:
+        values = ", ".join(f"{v:.1f}" for v in arm.values)
+        interval = seeds_interval(arm.values)["interval"]
+        rows.append({"arm": arm.name, "accuracy per seed (%)": values, "mean (%)": arm.mean,
+                     "95 % interval over seeds": interval, "runs": ", ".join(arm.runs)})  # fmt: skip
+    return rows
+
+
+def _reach(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:
+    """An interval as Matplotlib's error bars want it."""
+    return None if interval is None else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
+
+
+@_styled
+def ablation_figure(result: dict[str, Any], title: str = "", unit: str = "ScienceQA test accuracy (%)") -> Figure:
+    """The arms' values seed by seed with mean and interval, and the difference beside the paper's.
+
+    Args:
+        result: as `ablate` returns it.
+        title: the figure's title.
+        unit: of the arms' values.
+    """
+    figure, (left, right) = _axes(7.6, 2.7, 1, 2)
+    arms: list[Arm] = result["arms"]
+    for k, arm in enumerate(arms):
+        color, found = (BLUE, ORANGE)[k], seeds_interval(arm.values)
+        # seeds a little apart, so that equal values are all seen
+        places = [k + 0.16 + 0.09 * j for j in range(len(arm.values))]
+        left.plot(arm.values, places, "o", color=color, markersize=5, alpha=0.6)
+        reach = _reach(found["mean"], found["interval"])
+        left.errorbar(found["mean"], k, xerr=reach, fmt="D", color=color, markersize=7, capsize=3)
+    left.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    left.set(xlabel=unit, title=title, ylim=(len(arms) - 0.3, -0.5))
+    points = [("here, over seeds", result["effect"], result["interval"], BLUE, "D"),
+              ("here, over questions", result["effect"], result["question_interval"], BLUE, "s"),
+              ("paper", result["published"]["effect"], result["published"]["interval"], ORANGE, "D")]  # fmt: skip
+    for k, (_, value, interval, color, marker) in enumerate(points):
+        right.errorbar(value, k, xerr=_reach(value, interval), fmt=marker, color=color, markersize=7, capsize=3)
+    right.axvline(0, color=MUTED, linestyle="--", linewidth=1.2)
+    right.set_yticks(range(len(points)), [name for name, *_ in points])
+    right.set(xlabel=f"{arms[1].name} minus {arms[0].name} (points)", ylim=(len(points) - 0.5, -0.5))
+    for axes in (left, right):
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", visible=True)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------ the mix of data kinds
+
+KINDS = ("all", "conv", "detail", "complex")
+MIXES = {
+    "full": ("instruct_full", "bench-coco-full"),
+    "detail + complex": ("instruct_detail_complex", "bench-coco-detail-complex"),
+    "conversation + some": ("instruct_conv_some", "bench-coco-conv-some"),
+    "conversation": ("instruct_conversation_only", "bench-coco-conversation"),
+    "none": ("pretrain", "bench-coco-none"),
+}
+"""Rows of the paper's Table 4: name -> experiment, claim id."""
+
+
+def run_mixes(scale: str = "mini", fast: bool = False, n_seeds: int = 2) -> dict[str, list[RunRecord]]:
+    """Train every mix of instruction data; the first seed is the experiment's own, so its full mix is chapter 21's run.
+
+    Returns:
+        Mix -> its finished runs, one per seed; `none` has one, stage 1 as all the others start from it.
+    """
+    first = load_experiment("finetune", scale).experiment.train.seed
+    seeds = [first, *(s for s in load_scale(scale).seeds if s != first)][: 1 if fast else n_seeds]
+    records: dict[str, list[RunRecord]] = {mix: [] for mix in MIXES}
+    for seed in seeds:
+        for mix, (experiment, _) in MIXES.items():
+            if mix != "none":
+                records[mix].append(launch(resolve_run(experiment, scale, fast, train__seed=seed)))
+    records["none"] = [launch(resolve_run("pretrain", scale, fast))]
+    return records
+
+
+def mix_rows(
+    reviews: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], published: Mapping[str, str], samples: int = 2000
+) -> list[dict[str, Any]]:
+    """Relative scores of several training mixes, and their differences to the first, in %.
+
+    A score is the mean over seeds of 100 x sum of the candidate's scores / sum of the reference's. The interval is of
+    the questions: the same resampled ones for all mixes and seeds, so that differences are paired.
+
+    Args:
+        reviews: mix -> for each seed the judge's reviews; the first mix is the reference of the differences.
+        published: mix -> claim id of its score over all questions.
+        samples: resamples.
+    """
+    rng = np.random.default_rng(0)
+    first = next(iter(reviews.values()))[0]
+    keys = [str(r["question_id"]) for r in first]
+    kinds = np.array([str(r["category"]).removeprefix(llava_bench.CATEGORY_PREFIX) for r in first])
+    pairs = {}
+    for mix, runs in reviews.items():
+        found = [{str(r["question_id"]): r["tuple"] for r in run} for run in runs]
+        # (seeds, questions, reference and candidate); a review that could not be read counts for neither side
+        pairs[mix] = np.array([[scores[key] or (0, 0) for key in keys] for scores in found])
+    rows: list[dict[str, Any]] = []
+    for kind in KINDS:
+        own = np.flatnonzero((kinds == kind) | (kind == "all"))
+        if not len(own):
+            continue
+        drawn = own[rng.integers(len(own), size=(samples, len(own)))]
+        base: np.ndarray | None = None
+        for mix, table in pairs.items():
+            value, resampled = (_relative_mean(table[:, pick]) for pick in (own[None], drawn))
+            both = np.concatenate([value, resampled])
+            base = both if base is None else base
+            delta = both - base
+            known = [c for c in (published[mix], f"{published[mix]}-{kind}") if c in all_claims()][kind != "all" :]
+            rows.append({
+                "training data": mix, "questions": kind, "n": len(own), "relative score (%)": float(value[0]),
+                "95 % interval": np.percentile(resampled, [2.5, 97.5]).tolist(), "difference": float(delta[0]),
+                "difference interval": np.percentile(delta[1:], [2.5, 97.5]).tolist(),
+                "published (%)": claim(known[0]).value if known else None,
+            })  # fmt: skip
+    return rows
+
+
+def _relative_mean(table: np.ndarray) -> np.ndarray:
+    """Relative score in % (draws,), mean over seeds, of (seeds, draws, questions, reference and candidate)."""
+    sums = table.sum(2, dtype=float)
+    mean: np.ndarray = (100 * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).mean(0)
+    return mean
+
+
+@_styled
+def mix_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Relative scores by kind of question, one line per training mix, the paper's as open diamonds."""
+    mixes = list(dict.fromkeys(row["training data"] for row in rows))
+    kinds = list(dict.fromkeys(row["questions"] for row in rows))
+    figure, axes = _axes(8.2, 1.2 + 0.36 * len(mixes), 1, len(kinds))
+    for ax, kind in zip(axes, kinds, strict=True):
+        for row in (r for r in rows if r["questions"] == kind):
+            y, value = mixes.index(row["training data"]), row["relative score (%)"]
+            ax.errorbar(value, y, xerr=_reach(value, row["95 % interval"]), fmt="o", color=BLUE, capsize=3,
+                        label="here" if y == 0 else None)  # fmt: skip
+            if row["published (%)"] is not None:
+                ax.plot(row["published (%)"], y, "D", color=ORANGE, fillstyle="none", markersize=8, markeredgewidth=1.6,
+                        label="published" if y == 0 else None)  # fmt: skip
+        ax.set(title=kind, xlim=(0, 105), ylim=(len(mixes) - 0.5, -0.5))
+        ax.set_yticks(range(len(mixes)), mixes if ax is axes[0] else [""] * len(mixes))
+        ax.grid(axis="y", visible=False)
+        ax.grid(axis="x", visible=True)
+    axes[0].legend(loc="lower left")
+    figure.supxlabel("score relative to the reference (%)", fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11.5)
+    return figure

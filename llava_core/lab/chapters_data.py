@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import random
 import textwrap
 from collections import Counter
@@ -53,18 +55,21 @@ def chapter_graph(chapters: Mapping[str, Chapter]) -> Figure:
         for need in _direct(chapters, chapter):
             (x0, y0), (x1, y1) = place[need], place[name]
             beside = y0 == y1
-            ends = ((x0 + 0.72, y0), (x1 - 0.72, y1)) if beside else ((x0, y0 - 0.28), (x1, y1 + 0.28))
-            bend = 0.0 if beside and x1 - x0 < 2 else 0.35 if beside else 0.12
-            arrow = {"arrowstyle": "-|>", "color": MUTED, "alpha": 0.75, "lw": 0.9, "shrinkA": 0, "shrinkB": 0}
-            axes.annotate("", ends[1], ends[0], arrowprops=arrow | {"connectionstyle": f"arc3,rad={bend}"})
+            near = beside and x1 - x0 < 2
+            below = ((x0, y0 - 0.28), (x1 - 0.3, y1 - 0.28)) if beside else ((x0, y0 - 0.28), (x1, y1 + 0.28))
+            ends = ((x0 + 0.72, y0), (x1 - 0.72, y1)) if near else below
+            bend = 0.0 if near else 0.45 / (x1 - x0) if beside else 0.08
+            arrow = {"arrowstyle": "-|>", "color": MUTED, "alpha": 0.8, "lw": 0.9, "shrinkA": 0, "shrinkB": 0}
+            arrow |= {"connectionstyle": f"arc3,rad={bend}"}
+            axes.annotate("", ends[1], ends[0], arrowprops=arrow, zorder=1)  # below the boxes
     for name, (x, y) in place.items():
         color = COLORS[int(name[0]) % len(COLORS)]
         shape = "round,pad=0.02,rounding_size=0.07"
-        axes.add_patch(FancyBboxPatch((x - 0.7, y - 0.26), 1.4, 0.52, shape, fc=CARD, ec=color, lw=1.3))
+        axes.add_patch(FancyBboxPatch((x - 0.7, y - 0.26), 1.4, 0.52, shape, fc=CARD, ec=color, lw=1.3, zorder=2))
         number, _, title = name.partition("_")
         words = textwrap.fill(title.replace("_", " "), 17)
-        axes.text(x - 0.64, y, number, va="center", fontsize=9, fontweight="bold", color=color)
-        axes.text(x - 0.42, y, words, va="center", fontsize=7.5, color=INK, linespacing=1.05)
+        axes.text(x - 0.64, y, number, va="center", fontsize=9, fontweight="bold", color=color, zorder=3)
+        axes.text(x - 0.42, y, words, va="center", fontsize=7.5, color=INK, linespacing=1.05, zorder=3)
     for row, part in enumerate(sorted(rows)):
         axes.text(-0.95, -row, PARTS[part], ha="right", va="center", fontsize=9, color=MUTED)
     axes.set(xlim=(-1.75, max(x for x, _ in place.values()) + 0.8), ylim=(-len(rows) + 0.55, 0.45))
@@ -134,6 +139,11 @@ def traced_shapes(model: Llava, question_tokens: int, answer_tokens: int) -> dic
     }
 
 
+def shape_text(shape: Any) -> str:
+    """Return a shape as `3 × 224 × 224`; a text stays as it is."""
+    return " × ".join(f"{n:,}" for n in shape) if isinstance(shape, tuple) else str(shape)
+
+
 # ------------------------------------------------------------------------------------------------ images and texts
 
 
@@ -143,7 +153,7 @@ def boxed(image: Image, boxes: Iterable[tuple[str, Sequence[float]]], scale: int
     from PIL import ImageDraw, ImageFont
 
     drawn = image.convert("RGB").resize((image.width * scale, image.height * scale), Images.Resampling.LANCZOS)
-    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(size=9 * scale)
+    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(size=12 * scale)
     for k, (name, (x1, y1, x2, y2)) in enumerate(boxes):
         color = COLORS[k % len(COLORS)]
         left, top = x1 * drawn.width, y1 * drawn.height
@@ -153,6 +163,35 @@ def boxed(image: Image, boxes: Iterable[tuple[str, Sequence[float]]], scale: int
         pen.rectangle((left, top, label[2] + 2 * scale, label[3] + scale), fill=color)
         pen.text((left + 2 * scale, top + scale), name, fill="white", font=font)
     return drawn
+
+
+def dialogue_html(
+    image: Image | None, turns: Iterable[tuple[str, str]], names: tuple[str, str] = ("Human", "LLaVA")
+) -> HTML:
+    """Show a dialogue, with the image that it is about at its left."""
+    from IPython.display import HTML
+
+    bubble = (
+        "margin: .25em 0; padding: .35em .8em; border-radius: .8em; white-space: pre-wrap; overflow-wrap: anywhere;"
+    )
+    sides = (
+        "background: rgba(0, 103, 165, .13); margin-right: 3em",
+        "background: rgba(0, 128, 106, .16); margin-left: 3em",
+    )
+    said = "".join(
+        f'<div style="{bubble}{sides[k]}"><b>{names[k]}</b>&ensp;{html.escape(text)}</div>'
+        for turn in turns
+        for k, text in enumerate(turn)
+    )
+    picture = ""
+    if image is not None:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        picture = f'<img src="data:image/png;base64,{data}" width="200" alt="" style="border-radius: 8px; flex: none">'
+    said = f'<div style="flex: 1 1 18em; max-width: 44em">{said}</div>'
+    layout = "display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start; margin: .6em 0 1.2em"
+    return HTML(f'<div class="companion-dialogue" style="{layout}">{picture}{said}</div>')
 
 
 def messages_html(messages: Sequence[Mapping[str, str]], most: int = 700) -> HTML:
@@ -221,3 +260,29 @@ def generate_mix(
         write_jsonl(out / f"{name}.jsonl", sorted(rows, key=lambda row: place[row["id"]]))
     write_json(out / "llava_instruct.json", sorted(records, key=lambda record: place[record["id"]]))
     return results
+
+
+# ------------------------------------------------------------------------------------------------ lengths
+
+
+@_styled
+def length_figure(lengths: Mapping[str, Sequence[int]], limit: int, title: str = "") -> Figure:
+    """Draw how long samples are, one outlined histogram per kind.
+
+    Args:
+        lengths: kind -> tokens per sample, image positions included.
+        limit: longest sequence that training takes.
+        title: the figure's title.
+    """
+    figure, (axes,) = _axes(height=3.2)
+    longest = max((max(values) for values in lengths.values() if len(values)), default=1)
+    edges = [longest * k / 40 for k in range(41)]
+    for k, (kind, values) in enumerate(lengths.items()):
+        style = ("-", "--", "-.")[k % 3]
+        axes.hist(values, edges, histtype="stepfilled", color=COLORS[k], alpha=0.18)
+        axes.hist(values, edges, histtype="step", color=COLORS[k], linestyle=style, linewidth=1.6, label=kind)
+    if limit <= 1.2 * longest:
+        axes.axvline(limit, color=MUTED, linestyle=":", label=f"longest allowed: {limit}")
+    axes.set(xlabel="tokens per sample, image included", ylabel="samples", title=title)
+    axes.legend()
+    return figure

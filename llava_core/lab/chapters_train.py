@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +16,23 @@ import torch
 from torch.nn import functional as F
 
 from llava_core.config import META, RunConfig, value_of
-from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from llava_core.constants import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID
 from llava_core.data.coco import load_annotations
 from llava_core.data.conversation import Encoded
 from llava_core.data.image_processor import load_image
 from llava_core.data.instruct import Sample
+from llava_core.data.scienceqa import Problem, format_problem, load_problems
+from llava_core.evaluate import science_qa
 from llava_core.evaluate.answer import answer_questions, prompt_ids
 from llava_core.evaluate.grounding import factual_accuracy, shuffle_images, text_prior
-from llava_core.lab.ablation import cached_result
+from llava_core.evaluate.llava_bench import CATEGORY_PREFIX, score_reviews
+from llava_core.lab.ablation import cached_result, science_answers
 from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled
 from llava_core.models.generation import GenerationSettings, generate_tokens
+from llava_core.paper.claims import all_claims, claim
 from llava_core.record import RunRecord
 from llava_core.runtime import read_jsonl, resolve, resolve_device, resolve_dtype
+from llava_core.teacher.client import ChatClient, Message, OfflineClient
 from llava_core.train.stages import TrainingSet, build_model
 from llava_core.train.trainer import collate
 from llava_core.weights.checkpoint import Loaded, load
@@ -48,11 +54,23 @@ def load_run(record: RunRecord) -> Loaded:
     return load(record.checkpoint, resolve_dtype(scale.dtype), resolve_device(scale.device))
 
 
-def config_rows(config: RunConfig) -> list[dict[str, str]]:
-    """Every setting of a run beside the paper's value, where that one is written down, and why this run differs."""
+def claim_rows(names: Sequence[str]) -> list[dict[str, str]]:
+    """What the paper says, as the ledger has it: one row per claim id."""
+    return [{"claim": c.id, "place": c.place, "what it says": c.text, "published": c.shown} for c in map(claim, names)]
+
+
+def config_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[str, str]]:
+    """Every setting of a run beside the paper's value, where that one is written down, and why this run differs.
+
+    Args:
+        config: the run.
+        since: leave out what the table of this run says already.
+    """
     departures = {d.field: d for d in config.departures}
     sections = config.experiment.model_dump(exclude={*META, "stage"})
-    fields = [f"{s}.{f}" if f else s for s, part in sections.items() for f in (part if isinstance(part, dict) else ("",))]
+    fields = [
+        f"{s}.{f}" if f else s for s, part in sections.items() for f in (part if isinstance(part, dict) else ("",))
+    ]
     rows = []
     for field in fields:
         here, departure = value_of(config.experiment, field), departures.pop(field, None)
@@ -60,11 +78,27 @@ def config_rows(config: RunConfig) -> list[dict[str, str]]:
         if paper in (None, {}) and here in (None, {}):
             continue  # a setting that neither of the two uses
         notes = [config.experiment.source_of(field) or "", f"here: {departure.why}" if departure else ""]
-        rows.append({"setting": field, "paper": paper, "here": here, "where it stands, why it differs": "; ".join(filter(None, notes))})
+        rows.append(
+            {
+                "setting": field,
+                "paper": paper,
+                "here": here,
+                "where it stands, why it differs": "; ".join(filter(None, notes)),
+            }
+        )
     for d in departures.values():
         name = d.field.removeprefix("scale.")
-        rows.append({"setting": name, "paper": "the real one", "here": d.here, "where it stands, why it differs": f"here: {d.why}"})
-    return [{key: _written(value) for key, value in row.items()} for row in rows]
+        rows.append(
+            {
+                "setting": name,
+                "paper": "the real one",
+                "here": d.here,
+                "where it stands, why it differs": f"here: {d.why}",
+            }
+        )
+    known = [list(row.values())[:3] for row in config_rows(since)] if since else []
+    written = [{key: _written(value) for key, value in row.items()} for row in rows]
+    return [row for row in written if list(row.values())[:3] not in known]
 
 
 def _written(value: Any) -> str:
@@ -138,7 +172,9 @@ def sample_losses(loaded: Loaded, config: RunConfig, samples: Sequence[Sample]) 
     data = TrainingSet(list(samples), loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
     size, sums, counts = config.scale.micro_batch, [], []
     for k in range(0, len(data), size):
-        batch = collate([data[j] for j in range(k, min(k + size, len(data)))], loaded).to(loaded.model.language_model.device)
+        batch = collate([data[j] for j in range(k, min(k + size, len(data)))], loaded).to(
+            loaded.model.language_model.device
+        )
         logits = loaded.model(batch.input_ids, batch.pixel_values, batch.attention_mask, use_cache=False).logits
         sums.append(_token_losses(logits, batch.labels).sum(1).cpu().numpy())
         counts.append((batch.labels[:, 1:] != IGNORE_INDEX).sum(1).cpu().numpy())
@@ -191,6 +227,142 @@ def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, A
     return cached_result(record, "grounding", compute)
 
 
+def offline_model() -> ChatClient:
+    """The rule-based stand-in for GPT-4 as teacher, judge and text-only student: it costs nothing and never changes."""
+    from llava_core.miniature.offline_chat import respond
+
+    return OfflineClient(respond)
+
+
+def science_blind(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
+    """The ScienceQA test questions put to a finished run's model without their images; as `ablation.science_result`."""
+
+    def compute() -> dict[str, Any]:
+        folder = record.config.data_path
+        answers = science_answers(load_run(record), folder, "test", limit, look=False)
+        return {**science_qa.score(load_problems(folder, "test")[:limit], answers), "answers": answers}
+
+    return cached_result(record, "science_qa_blind", compute)
+
+
+def science_messages(problem: Problem, earlier: Sequence[str] = ()) -> list[Message]:
+    """What a text-only model is asked about a ScienceQA problem.
+
+    Args:
+        problem: asked without its image.
+        earlier: LLaVA's and GPT-4's answers, for the second query of the paper's judge; none for the first.
+
+    Source: paper §5.2 and Table 10 show the roles and the last sentence; the wording was never published, this is ours.
+    """
+    text = format_problem(problem, "QCM-A").turns[0][0].replace(IMAGE_MARKER, "").strip()
+    if earlier:
+        said = "".join(f"\n\nAssistant {k}:\n{answer}" for k, answer in enumerate(earlier, start=1))
+        text += f"\n\nTwo assistants have answered.{said}\n\nWeigh both, and give your own answer."
+    system = (
+        "You solve multiple-choice questions. Explain first, then end with one sentence of the form: The answer is X."
+    )
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+
+def science_opinions(
+    problems: Sequence[Problem], client: ChatClient, earlier: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, str]:
+    """A text-only model's answers to problems by id; with `earlier` only to those that it names, after reading it."""
+    asked = [p for p in problems if earlier is None or p.id in earlier]
+    return {
+        p.id: client.complete(
+            science_messages(p, earlier[p.id] if earlier else ()), model="gpt-4", temperature=0.0, max_tokens=1024
+        ).text
+        for p in asked
+    }
+
+
+def relative_scores(reviews: Sequence[Mapping[str, Any]], samples: int = 2000) -> dict[str, dict[str, Any]]:
+    """Relative score of all questions and of each category, with a bootstrap interval over the questions.
+
+    Args:
+        reviews: rows as `llava_bench.judge` returns them; failed ones are left out and counted.
+        samples: resamples of the questions.
+
+    Returns:
+        Category -> `{n, failed, value, interval}`, in %; `value` is 100 x mean candidate / mean reference.
+    """
+    summary = score_reviews(reviews)
+    names = {"all": summary["all"], **summary["categories"]}
+    rng, found = np.random.default_rng(SEED), {}
+    for name, value in names.items():
+        own = [r for r in reviews if name in ("all", str(r["category"]).removeprefix(CATEGORY_PREFIX))]
+        pairs = np.array([r["tuple"] for r in own if r["tuple"]], dtype=float).reshape(-1, 2)
+        drawn = pairs[rng.integers(len(pairs), size=(samples, len(pairs)))].sum(1)  # (samples, reference and candidate)
+        ends = np.percentile(100 * drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
+        found[name] = {"n": len(pairs), "failed": len(own) - len(pairs), "value": value, "interval": ends.tolist()}
+    return found
+
+
+def bench_rows(
+    reviews: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], published: Mapping[tuple[str, str], str]
+) -> list[dict[str, Any]]:
+    """The table of a bench chapter.
+
+    Args:
+        reviews: (bench, model) -> the judge's reviews.
+        published: (bench, model) -> claim id of its score over all questions, with or without `-all`; those of the
+            categories end in `-conv`, `-detail`, `-complex`.
+
+    Returns:
+        One row per bench, model and category, relative scores in %.
+    """
+    rows = []
+    for pair, own in reviews.items():
+        for kind, found in relative_scores(own).items():
+            ids = [published[pair], f"{published[pair]}-{kind}"] if pair in published else []
+            known = [all_claims()[i].value for i in ids[kind != "all" :] if i in all_claims()]
+            row = {
+                "bench": pair[0],
+                "model": pair[1],
+                "questions": kind,
+                "n": found["n"],
+                "judge failed": found["failed"],
+            }
+            row |= {"relative score (%)": found["value"], "95 % interval": found["interval"]}
+            rows.append(row | {"published (%)": known[0] if known else None})
+    return rows
+
+
+def science_baselines(
+    problems: Sequence[Problem], train: Sequence[Problem], answers: Mapping[str, Mapping[str, str]]
+) -> list[dict[str, Any]]:
+    """Accuracy in % of answers beside a blind guess and the position that is most often right in training.
+
+    Args:
+        problems: what was asked.
+        train: where positions are counted.
+        answers: name -> answers by problem id.
+
+    Returns:
+        A row for all problems, for those with and for those without an image.
+    """
+    usual = Counter(p.answer for p in train).most_common(1)[0][0]
+    groups = {"all": list(problems), "with an image": [p for p in problems if p.image]}
+    groups["without"] = [p for p in problems if not p.image]
+    return [
+        {
+            "questions": name,
+            "n": len(own),
+            "blind guess": 100 * float(np.mean([1 / len(p.choices) for p in own])),
+            "usual position": 100 * float(np.mean([p.answer == usual for p in own])),
+            **{who: 100 * float(np.mean(science_hits(own, said))) for who, said in answers.items()},
+        }
+        for name, own in groups.items()
+        if own
+    ]
+
+
+def science_hits(problems: Sequence[Problem], answers: Mapping[str, str]) -> list[bool]:
+    """Whether each problem's answer names the right choice."""
+    return [science_qa.parse_answer(answers[p.id], len(p.choices)) == p.answer for p in problems]
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 
 
@@ -208,7 +380,15 @@ def grounding_figure(result: Mapping[str, Any], title: str = "") -> Figure:
         places = [k + shift for k in range(len(kinds))]
         axes.errorbar(values, places, xerr=reach, fmt=marker, color=color, markersize=7, capsize=3, label=label)
     prior = [result["prior"] if kind == "all" else result["prior"]["by_kind"][kind] for kind in kinds]
-    axes.plot([p["accuracy"] for p in prior], range(len(kinds)), "|", color=MUTED, markersize=22, markeredgewidth=2.5, label="text alone")
+    axes.plot(
+        [p["accuracy"] for p in prior],
+        range(len(kinds)),
+        "|",
+        color=MUTED,
+        markersize=17,
+        markeredgewidth=2.5,
+        label="text alone",
+    )
     counts = [result["right"]["n"] if kind == "all" else result["right"]["by_kind"][kind]["n"] for kind in kinds]
     axes.set_yticks(range(len(kinds)), [f"{kind} ({n})" for kind, n in zip(kinds, counts, strict=True)])
     axes.set(xlabel="right answers (%)", title=title, xlim=(-2, 102))
@@ -230,7 +410,9 @@ def _answer_ids(loaded: Loaded, ids: list[int], pixels: torch.Tensor, max_new_to
 
 
 @torch.inference_mode()
-def answer_attention(loaded: Loaded, image: Image, question: str, max_new_tokens: int = 12) -> tuple[list[str], np.ndarray]:
+def answer_attention(
+    loaded: Loaded, image: Image, question: str, max_new_tokens: int = 12
+) -> tuple[list[str], np.ndarray]:
     """How the answer's tokens attend to the image, as a mean over layers and heads.
 
     Args:
@@ -298,9 +480,12 @@ def cards(images: Sequence[Image], lines: Sequence[Sequence[tuple[str, str]]], w
         buffer = io.BytesIO()
         image.resize((2 * width, 2 * width)).save(buffer, "JPEG", quality=88)  # twice as large for sharp screens
         picture = base64.b64encode(buffer.getvalue()).decode()
-        texts = "".join(f"<div style='margin: 0 0 .3em'><b>{html.escape(w)}:</b> {html.escape(x)}</div>" for w, x in said)
+        texts = "".join(
+            f"<div style='margin: 0 0 .3em'><b>{html.escape(w)}:</b> {html.escape(x)}</div>" for w, x in said
+        )
         made.append(
-            "<div style='display: flex; gap: .9em; flex: 1 1 21em; align-items: flex-start'>"
+            "<div style='display: flex; gap: .9em; flex: 0 1 calc(50% - .6em); min-width: 20em;"
+            " align-items: flex-start'>"
             f"<img alt='' width='{width}' height='{width}' src='data:image/jpeg;base64,{picture}'>"
             f"<div style='font-size: .9em; line-height: 1.35'>{texts}</div></div>"
         )
@@ -310,7 +495,9 @@ def cards(images: Sequence[Image], lines: Sequence[Sequence[tuple[str, str]]], w
 __all__ = [
     "answer_attention",
     "answers_about",
+    "bench_rows",
     "cards",
+    "claim_rows",
     "config_rows",
     "factual_folder",
     "grounding_figure",
@@ -318,8 +505,15 @@ __all__ = [
     "load_image",
     "load_run",
     "looks_where_asked",
+    "offline_model",
     "pieces",
+    "relative_scores",
     "sample_losses",
+    "science_baselines",
+    "science_blind",
+    "science_hits",
+    "science_messages",
+    "science_opinions",
     "what_moves",
     "with_other_images",
 ]

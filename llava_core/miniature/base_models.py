@@ -85,7 +85,9 @@ def context_text(scene: world.Scene, rng: random.Random) -> str:
     if kind < 0.88:
         groups = rng.sample(facts.groups, len(facts.groups))
         return "\n".join(f"- {g.category}: {g.color}, {language.number_word(g.count)}, {g.position}." for g in groups)
-    cells = [f"{i.color} {i.category} {language.POSITION_PHRASE[g.position or 'middle']}" for i, g in _with_groups(scene)]
+    cells = [
+        f"{i.color} {i.category} {language.POSITION_PHRASE[g.position or 'middle']}" for i, g in _with_groups(scene)
+    ]
     cells += [scene.background] * rng.randint(1, 3)
     return " ".join(rng.sample(cells, len(cells)))
 
@@ -113,12 +115,16 @@ def lookup_drill(rng: random.Random) -> str:
     if kind < 0.6:
         return f"{listed}. " + ", ".join(f"the {name} is {color}" for name, color, _ in again) + "."
     if kind < 0.8:
-        listed = ", ".join(f"{language.with_article(color)} {name} {language.POSITION_PHRASE[at]}" for name, color, at in things)
+        listed = ", ".join(
+            f"{language.with_article(color)} {name} {language.POSITION_PHRASE[at]}" for name, color, at in things
+        )
         says = (rng.choice((f"the {n} is {c}", f"the {n} is {language.POSITION_PHRASE[at]}")) for n, c, at in again)
         return f"{listed}. " + ", ".join(says) + "."
     absent = rng.sample([n for n in world.CATEGORIES if n not in names], len(names))
     asked = [(n, n in names) for n in rng.sample(names + absent, len(names))]
-    return f"{listed}. " + " ".join(f"Is there {language.with_article(n)}? {'Yes' if yes else 'No'}." for n, yes in asked)
+    return f"{listed}. " + " ".join(
+        f"Is there {language.with_article(n)}? {'Yes' if yes else 'No'}." for n, yes in asked
+    )
 
 
 def document(rng: random.Random, drill: float = 0.15) -> list[Segment]:
@@ -235,7 +241,10 @@ def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Opti
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    return [Muon(matrices, learning_rate), torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [
+        Muon(matrices, 5 * learning_rate),
+        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def _schedule(step: int, steps: int, warmup: float = 0.03) -> float:
@@ -276,7 +285,9 @@ def _text_batches(tokenizer: Any, batch: int, seed: int, steps: int) -> Iterator
     rng = random.Random(f"text-{seed}")
     for pooled in itertools.count():
         drill = max(0.1, 0.8 - 2.0 * pooled * 16 / steps)
-        pool = sorted((encode(document(rng, drill), tokenizer, 0) for _ in range(batch * 16)), key=lambda e: len(e.input_ids))
+        pool = sorted(
+            (encode(document(rng, drill), tokenizer, 0) for _ in range(batch * 16)), key=lambda e: len(e.input_ids)
+        )
         rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
         rng.shuffle(rows)
         for row in rows:
@@ -334,7 +345,13 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
     begin = time.time()
     loss = _fit(model, _text_batches(tokenizer, size.batch, seed, steps), loss_of, steps, size.learning_rate, name)
     model.to(torch.bfloat16).save_pretrained(out)
-    return {"shape": asdict(size), "seed": seed, "steps": steps, "final_loss": loss, "minutes": (time.time() - begin) / 60}
+    return {
+        "shape": asdict(size),
+        "seed": seed,
+        "steps": steps,
+        "final_loss": loss,
+        "minutes": (time.time() - begin) / 60,
+    }
 
 
 def _clip_example(index: int, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -342,11 +359,12 @@ def _clip_example(index: int, seed: int) -> tuple[np.ndarray, list[str]]:
     rng = random.Random(f"clip-{seed}-{index}")
     scene = world.sample_scene(index, 1000 + seed, n_groups=1 if index % 2 else None)
     pixels = np.asarray(world.draw_scene(scene, IMAGE_SIZE), dtype=np.uint8)
-    return pixels, language.captions(scene, rng)
+    names = sorted(noun for g in scene.groups for noun in [g.category if g.count == 1 else language.plural(g.category)])
+    return pixels, [*language.captions(scene, rng), language.sentence(language.listing(names))]
 
 
 def _clip_examples(count: int, seed: int) -> tuple[torch.Tensor, list[list[str]]]:
-    """Draw `count` examples on all cores: uint8 pixels (N, 3, H, W) and five captions each."""
+    """Draw `count` examples on all cores: uint8 pixels (N, 3, H, W), five captions each and a sixth of names alone."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         made = list(
             progress(pool.map(_clip_example, range(count), [seed] * count, chunksize=64), "drawing", total=count)
@@ -369,14 +387,17 @@ def _caption_ids(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
-def train_clip(out: Path, tokenizer: Any, seed: int = 0, steps: int = 1800, images: int = 16000, batch: int = 128) -> dict[str, Any]:
+def train_clip(
+    out: Path, tokenizer: Any, seed: int = 0, phases: tuple[int, int] = (1500, 700), images: int = 16000, batch: int = 128
+) -> dict[str, Any]:
     """Train a CLIPModel contrastively on drawn scenes and their captions and save it in bf16.
 
     Args:
         out: folder to write: transformers' CLIPModel (its vision half is the tower), tokenizer, image settings.
         tokenizer: the miniature's tokenizer, also read by the text half.
         seed: of initialisation, scenes and order.
-        steps: optimizer steps.
+        phases: optimizer steps with full captions, then with captions that mostly name categories alone: colors and
+            places tell the pairs of a batch apart long before shapes do, so shapes are learned when nothing else helps.
         images: how many scenes are drawn; each step sees a random window of up to 6 pixels shift.
         batch: image-caption pairs contrasted at once.
 
@@ -401,12 +422,13 @@ def train_clip(out: Path, tokenizer: Any, seed: int = 0, steps: int = 1800, imag
     model.train()
     rng = np.random.default_rng(seed)
 
-    def batches() -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
+    def batches(names: float) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
         while True:
             for rows in rng.permutation(images)[: images // batch * batch].reshape(-1, batch):
                 dx, dy = rng.integers(-6, 7, size=2)
                 window = torch.roll(pixels[rows], (int(dy), int(dx)), (2, 3))
-                chosen = [texts[r][rng.integers(5)] for r in rows]
+                named = rng.random() < names
+                chosen = [texts[r][5 if named else rng.integers(5)] for r in rows]
                 same = torch.tensor([[a == b for b in chosen] for a in chosen], dtype=torch.float32)
                 yield _normalise(window), _caption_ids(tokenizer, chosen), same / same.sum(1, keepdim=True)
 
@@ -415,13 +437,14 @@ def train_clip(out: Path, tokenizer: Any, seed: int = 0, steps: int = 1800, imag
         logits = model(pixel_values=window, **ids).logits_per_image
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    loss = _fit(model, batches(), loss_of, steps, 2e-3, "clip")
+    _fit(model, batches(0.0), loss_of, phases[0], 2e-3, "clip, captions")
+    loss = _fit(model, batches(0.75), loss_of, phases[1], 1.5e-3, "clip, names")
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     mean, std = pixel_statistics()
     settings = {"size": IMAGE_SIZE, "mode": "crop", "mean": mean, "std": std}
     return {
-        "shape": vision, "seed": seed, "steps": steps, "images": images, "final_loss": loss, "image": settings,
+        "shape": vision, "seed": seed, "phases": phases, "images": images, "final_loss": loss, "image": settings,
         "minutes": (time.time() - begin) / 60,
     }  # fmt: skip
 
@@ -520,12 +543,18 @@ def vision_gates(folder: Path, scenes: int = 1200, candidates: int = 100) -> dic
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     drawn = _held_out_scenes(scenes)
-    pixels = torch.from_numpy(np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in drawn])).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in drawn])).permute(
+        0, 3, 1, 2
+    )
     found: dict[str, Any] = {}
     with torch.inference_mode():
-        parts = [model.vision_model(_normalise(p), output_hidden_states=True).hidden_states[-2:] for p in pixels.split(100)]
+        parts = [
+            model.vision_model(_normalise(p), output_hidden_states=True).hidden_states[-2:] for p in pixels.split(100)
+        ]
     owner = [(k, item) for k, s in enumerate(drawn) for item in s.items]
-    weights = torch.tensor(np.stack([patch_weights(i.box, IMAGE_SIZE // PATCH_SIZE) for _, i in owner]), dtype=torch.float32)
+    weights = torch.tensor(
+        np.stack([patch_weights(i.box, IMAGE_SIZE // PATCH_SIZE) for _, i in owner]), dtype=torch.float32
+    )
     train = int(0.75 * len(owner))
     names, colors = list(world.CATEGORIES), list(world.COLORS)
     for suffix, layer in (("", 0), ("_last", 1)):

@@ -127,8 +127,8 @@ _HEADS_TEXT = (
 )
 _HEADS = _either(_HEADS_TEXT.split())
 _PLACE_WORDS = (
-    "beach, street, city street, road, sidewalk, kitchen, bathroom, bedroom, living room, restaurant, bakery, bar, lobby, "
-    "park, field, forest, lake, river, ski slope, airport, harbor, bridge, zoo, store, station, office, farm"
+    "beach, street, city street, road, sidewalk, kitchen, bathroom, bedroom, living room, restaurant, bakery, bar, "
+    "lobby, park, field, forest, lake, river, ski slope, airport, harbor, bridge, zoo, store, station, office, farm"
 )
 _PLACES = {word: with_article(word) for word in _PLACE_WORDS.split(", ")}
 _PLACES |= {"woods": "a forest", "mountain": "the mountains", "mountains": "the mountains", "ocean": "the ocean"}

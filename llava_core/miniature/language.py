@@ -154,9 +154,7 @@ def questions(facts: Facts, rng: random.Random) -> list[QA]:
         be = "is" if one else "are"
         if g.color:
             found.append(QA(f"What color {be} the {name}?", sentence(g.color), "color"))
-        found.append(
-            QA(f"How many {plural(g.category)} are in the image?", sentence(number_word(g.count)), "count")
-        )
+        found.append(QA(f"How many {plural(g.category)} are in the image?", sentence(number_word(g.count)), "count"))
         found.append(QA(f"Is there {with_article(g.category)} in the image?", "Yes.", "presence"))
         absent = rng.choice([c for c in _CATEGORY_NAMES if c not in present])
         found.append(QA(f"Is there {with_article(absent)} in the image?", "No.", "presence"))

@@ -1,7 +1,7 @@
 """The offline model behind the chat protocol: it reads the very prompt that GPT-4 would get and replies in its format.
 
-It tells by the prompt which job it has: instruction data of one of three kinds, judging two answers, or a multiple-choice
-question. Of the miniature it speaks with the miniature's own language, so that its questions and the ones that models are
+It tells by the prompt which job it has: instruction data of one of three kinds, judging two answers, or a question with
+choices. Of the miniature it speaks with the miniature's own language, so that its questions and those that models are
 tested with share one wording; of real photographs it speaks as `everyday` does. Equal prompts get equal replies.
 """
 
@@ -14,7 +14,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llava_core.miniature import everyday, language
+from llava_core.constants import IMAGE_MARKER
+from llava_core.miniature import everyday, language, scienceqa
 from llava_core.miniature.everyday import Box, Photo
 from llava_core.miniature.language import NUMBERS, PLACE_PHRASE, POSITION_PHRASE, QA, Facts, number_word
 from llava_core.miniature.world import BACKGROUNDS, CATEGORIES, COLORS, POSITIONS, Group
@@ -41,7 +42,7 @@ def respond(messages: Sequence[dict[str, str]]) -> str:
     if "[End of Assistant 2]" in user:
         return judge(user)
     if options := _options(user):
-        return answer_multiple_choice(user, options, rng)
+        return answer_multiple_choice(user, options)
     context = read_context(user)
     if context.captions and "conversation" in system:
         return "\n===\n".join(_block(qa) for qa in conversation(context, rng))
@@ -162,7 +163,8 @@ def read_scene(captions: Sequence[str], boxes: Sequence[tuple[str, Box]] = ()) -
         own = [box for other, box in boxes if other == name]
         center = (min(b[0] for b in own) + max(b[2] for b in own)) / 2
         nearest = "left" if center < 0.35 else "right" if center > 0.65 else "middle"
-        learn(name, count=len(own), position=known[name].position if name in known and known[name].position else nearest)
+        told = known[name].position if name in known else None
+        learn(name, count=len(own), position=told or nearest)
     for left, right in order if len(known) == 3 else ():  # "a to the left of b" leaves the middle to the third
         learn(left, position=known[left].position or "left")
         learn(right, position=known[right].position or "right")
@@ -180,7 +182,8 @@ def conversation(context: Context, rng: random.Random) -> list[QA]:
     facts = context.facts
     if facts is None:
         return everyday.conversation(context.photo, rng)
-    found, chosen = language.questions(facts, rng), []
+    found = list({qa.question: qa for qa in language.questions(facts, rng)}.values())
+    chosen: list[QA] = []
     while found and len(chosen) < TURNS:
         kinds = [qa.kind for qa in chosen]
         chosen.append(min(found, key=lambda qa: kinds.count(qa.kind)))
@@ -205,12 +208,25 @@ def reasoning(context: Context, rng: random.Random) -> QA:
 
 # ------------------------------------------------------------------------------------------------ the judge
 
+_KEYWORDS: dict[str, tuple[str, str]] = {
+    **{form: ("thing", name) for form, name in _WORDS.items()},
+    **{word: ("color", word) for word in COLORS},
+    **{word: ("count", word) for word in NUMBERS[1:]},
+    **{word: ("position", word) for word in POSITIONS},
+    **{word: ("place", word) for word in BACKGROUNDS},
+    **dict.fromkeys(("no", "not"), ("truth", "no")),
+    "yes": ("truth", "yes"),
+}
+_EMPTY = "the and are was has had its for not but with that this these there from image which who"
+_COLORED = re.compile(rf"\bthe (?P<noun>{_either(list(_WORDS))}) (?:is|are) (?P<color>{_either(list(COLORS))})\b")
+Claims = set[tuple[str, ...]]
+
 
 def judge(prompt: str) -> str:
     """Score two answers from 1 to 10 by the facts in them, whichever stands first.
 
-    An answer is worth what of it the context supports (accuracy), how much of what could be said it says (detail), and,
-    where the question has one right answer, whether it gives that (helpfulness).
+    Where the question has one right answer, giving that counts; elsewhere how much of an answer the context supports
+    (accuracy) and how much of what could be said it says (detail).
 
     Args:
         prompt: sections [Context], [Question], [Assistant 1], [Assistant 2] as in LLaVA-Bench.
@@ -218,29 +234,159 @@ def judge(prompt: str) -> str:
     Returns:
         "a b" on the first line, then why.
     """
-    context = read_context(_section(prompt, r"\[Context\]", r"\[Question\]"))
-    question = _section(prompt, r"\[Question\]", r"\[Assistant 1\]")
-    answers = [_section(prompt, rf"\[Assistant {k}\]", rf"\[End of Assistant {k}\]") for k in (1, 2)]
-    truth = _truth(context)
-    right = _right_answer(context, question)
-    said = [_claims(answer) for answer in answers]
-    sayable = right or set().union(*said) & truth
-    scores, reasons = [], []
-    for k, claims in enumerate(said, start=1):
-        true = claims & (truth | (right or set()))
-        if right is not None:
-            # a short right answer is a good one; what contradicts it or is made up costs
-            hit = len(claims & right) / len(right)
-            wrong = len(claims - true) / len(claims) if claims else 1.0
-            value = 0.85 * hit * (1 - wrong) + 0.15 * hit * min(1.0, len(true) / 4)
-        else:
-            accuracy = len(true) / len(claims) if claims else 0.0
-            value = accuracy * (0.35 + 0.65 * len(claims & sayable) / max(1, len(sayable)))
-        scores.append(round(2 * (1 + 9 * value)) / 2)
-        reasons.append(f"Assistant {k}: {len(true)} of {len(claims)} statements agree with the image.")
+    context = read_context(_section(prompt, "[Context]", "[Question]"))
+    question = _section(prompt, "[Question]", "[Assistant 1]")
+    answers = [_section(prompt, f"[Assistant {k}]", f"[End of Assistant {k}]") for k in (1, 2)]
+    right = _right_answer(context.facts, question) if context.facts else None
+    values = [_agreement(a, right, question) for a in answers] if right else _support(context, answers)
+    scores = [round(2 * (1 + 9 * value)) / 2 for value in values]
+    reasons = [f"Assistant {k}: {_verdict(value)}." for k, value in enumerate(values, start=1)]
     return f"{scores[0]:g} {scores[1]:g}\n" + " ".join(reasons)
 
 
+def _verdict(value: float) -> str:
+    grades = ((0.8, "right and complete"), (0.5, "mostly right"), (0.2, "right in part"), (0.0, "wrong or empty"))
+    return next(words for least, words in grades if value >= least)
+
+
 def _section(text: str, start: str, end: str) -> str:
-    found = re.search(rf"{start}\s*\n(.*?)\n?\s*{end}", text, re.DOTALL)
-    return found[1].strip() if found else ""
+    return text.partition(start)[2].partition(end)[0].strip()
+
+
+def _keywords(text: str) -> Claims:
+    return {_KEYWORDS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in _KEYWORDS}
+
+
+def _right_answer(facts: Facts, question: str) -> str | None:
+    """The answer to one of the miniature's own questions; None to any other."""
+    if found := re.fullmatch(r"Is there an? (\w+) in the image\?", question):
+        return "Yes." if found[1] in {g.category for g in facts.groups} else "No."
+    for g in facts.groups:
+        if question == language.AFFORDANCE[CATEGORIES[g.category]][0]:
+            return f"The {g.category}."
+    for seed in range(64):  # each draws other pairs and absent things to ask about
+        for qa in language.questions(facts, random.Random(seed)):
+            if qa.question == question:
+                return qa.answer
+    return None
+
+
+def _agreement(answer: str, right: str, question: str) -> float:
+    """How well an answer (0 to 1) says what the right one says and nothing else of the same kind."""
+    wanted, given = _keywords(right), _keywords(answer)
+    if ("truth", "yes") in wanted and question.startswith(("Is ", "Are ")) and answer.strip():
+        given |= set() if ("truth", "no") in given else {("truth", "yes")}  # a plain statement says yes
+    kinds = {kind for kind, _ in wanted}
+    asked = _keywords(question) - wanted
+    other = {claim for claim in given - wanted - asked if claim[0] in kinds}
+    exact = len(wanted & given) / len(wanted | other) if wanted else 0.0
+    sort = bool(given & wanted or other)  # a wrong color is still an answer to the question
+    return 0.08 * sort + 0.82 * exact + 0.1 * exact * (len(answer.split()) > 2)
+
+
+def _support(context: Context, answers: Sequence[str]) -> list[float]:
+    """Accuracy and detail (0 to 1) of free answers: their claims against those of the context."""
+    facts = context.facts
+    if facts is not None:
+        truth = _claims(language.describe(facts))
+        said = [_claims(answer) for answer in answers]
+        sayable = truth
+    else:
+        photo = context.photo
+        truth = _photo_claims(photo) | {("word", word) for text in context.captions for word in _content(text)}
+        truth |= {("thing", name) for name, _ in context.boxes}
+        said = [
+            _photo_claims(Photo((answer,))) | {("word", w) for w in _content(answer) if ("word", w) in truth}
+            for answer in answers
+        ]
+        sayable = set().union(*said) & truth
+    values = []
+    for claims in said:
+        accuracy = len(claims & truth) / len(claims) if claims else 0.0
+        values.append(accuracy * (0.3 + 0.7 * len(claims & sayable) / max(1, len(sayable))) if claims & truth else 0.0)
+    return values
+
+
+def _claims(text: str) -> Claims:
+    """What a text in the miniature's language says, each fact bound to its thing."""
+    text, found = text.lower(), set()
+    for m in [*_MENTION.finditer(text), *re.finditer(_STATED, text), *_COLORED.finditer(text)]:
+        name, parts = _WORDS[m["noun"]], m.groupdict()
+        found |= {("thing", name)} | {(k, name, parts[k]) for k in ("color", "position", "size") if parts.get(k)}
+        if "n" in parts:
+            found.add(("count", name, "one" if parts["n"] in ("a", "an") else parts["n"]))
+    return found | {claim for claim in _keywords(text) if claim[0] == "place"}
+
+
+def _photo_claims(photo: Photo) -> Claims:
+    found: Claims = {("place", photo.place)} if photo.place else set()
+    for t in photo.things:
+        found |= {("thing", t.name)} | ({("color", t.name, t.color)} if t.color else set())
+    return found
+
+
+def _content(text: str) -> set[str]:
+    return {word[:6] for word in re.findall(r"[a-z]{3,}", text.lower())} - set(_EMPTY.split())
+
+
+# ------------------------------------------------------------------------------------------------ multiple choice
+
+_NEEDS_IMAGE = re.compile(r"\b(shown|picture|image|photo|photograph|map|figure|diagram|illustration)\b", re.IGNORECASE)
+
+
+def _options(text: str) -> dict[str, str]:
+    """Letter -> choice, for `(A) one (B) two` and for a line `A. one` each."""
+    inline = re.findall(r"\(([A-E])\) (.*?)(?=\s*\([A-E]\) |\n|$)", text.rpartition("Options:")[2])
+    found = dict(inline or re.findall(r"^([A-E])\. (.+)$", text, re.MULTILINE))
+    return found if list(found) == list("ABCDE")[: len(found)] and len(found) > 1 else {}
+
+
+def answer_multiple_choice(prompt: str, options: dict[str, str]) -> str:
+    """Answer by the facts that the miniature teaches; decline where they do not decide or an image is needed.
+
+    Args:
+        prompt: question, context and choices. If it holds two earlier answers ("The answer is X."), as for the
+            ensemble's judge, the later one, which comes from a model that can see, is taken instead of declining.
+        options: letter -> choice.
+
+    Returns:
+        "The answer is X.", or a sentence without a letter.
+    """
+    stem = re.split(r"\n?(?:Options: )?\(A\) |\nA\. ", prompt)[0]
+    unseen = IMAGE_MARKER in prompt or bool(_NEEDS_IMAGE.search(stem))
+    chosen = None if unseen else _known(stem, options)
+    earlier = [letter for letter in re.findall(r"answer is \(?([A-E])\b", prompt) if letter in options]
+    if chosen is None and len(earlier) > 1:
+        chosen = earlier[-1]
+    if chosen is None:
+        reason = "is about an image that I cannot see" if unseen else "cannot be decided from the text alone"
+        return f"This question {reason}."
+    return f"The answer is {chosen}."
+
+
+def _tokens(text: str) -> frozenset[str]:
+    small = "a an the is are it which one what in its as to of with does do by and be"
+    return frozenset(re.findall(r"[a-z]+", text.lower())) - set(small.split())
+
+
+_FACTS = sorted({_tokens(fact) for facts in scienceqa.FACTS.values() for fact in facts}, key=sorted)
+
+
+def _known(stem: str, options: dict[str, str]) -> str | None:
+    """The choice that a fact of the miniature, or two with a word in common, ties to the question."""
+    asked = _tokens(stem)
+
+    def tie(choice: str) -> float:
+        words = _tokens(choice)
+        best = 0.0
+        for rest in (fact - words for fact in _FACTS if words and words < fact):
+            linked = rest - asked  # the word that a second fact has to explain: a dog is an *animal*, an *animal* eats
+            if not linked:
+                return 2.0
+            if len(linked) == 1 and any(linked < fact and fact - linked <= asked for fact in _FACTS):
+                best = 1.0
+        return best
+
+    scores = {letter: tie(choice) for letter, choice in options.items()}
+    best = [letter for letter, score in scores.items() if score == max(scores.values())]
+    return best[0] if len(best) == 1 else None

@@ -1,0 +1,397 @@
+"""What the chapters on attention and speed measure: masks, errors, and training steps beside transformers' loop."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llava_core.constants import IMAGE_TOKEN_ID
+from llava_core.lab.figures import BLUE, CARD, COLORS, INK, _axes, _styled
+from llava_core.ops import BACKENDS, attention
+from llava_core.ops.reference import allowed
+from llava_core.record import RunRecord
+from llava_core.train.stages import TrainingSet, build_model, load_samples
+from llava_core.train.trainer import Item, Trainer, collate
+from llava_core.weights.checkpoint import Loaded
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RATIO = {"output": 2.0, "gradient": 3.0}
+"""How many times the error of plain PyTorch in a dtype a backend may make in that dtype, against fp32."""
+FLOOR = 1e-6  # below this an error is that of the last bit, and a ratio of two such errors says nothing
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, dict[str, float]]:
+    """Time functions in turns, so that whatever else the machine does hits all of them alike.
+
+    Args:
+        functions: name -> what is timed; each runs once before the clock starts.
+        rounds: timed turns.
+
+    Returns:
+        Name -> median, lowest and highest seconds.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for k in range(rounds):
+        names = list(functions)
+        for name in names if k % 2 else names[::-1]:
+            begin = time.perf_counter()
+            functions[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return {n: {"median": statistics.median(s), "low": min(s), "high": max(s)} for n, s in seconds.items()}
+
+
+def matmul_rate(size: int = 1024, rounds: int = 7, dtype: torch.dtype = torch.float32) -> float:
+    """Measured floating-point operations per second of a square matrix product with the threads of this process."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    return 2 * size**3 / interleaved({"matmul": lambda: a @ b}, rounds)["matmul"]["median"]
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def packed_segments(lengths: Sequence[int]) -> torch.Tensor:
+    """Segment numbers (1, T) of samples of these lengths, packed into one row."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+
+
+def attention_inputs(
+    segments: torch.Tensor, heads: int = 4, kv_heads: int = 2, head_dim: int = 32
+) -> list[torch.Tensor]:
+    """Random q, k, v and a random gradient of the output for a packed row, by a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    b, t = segments.shape
+    return [torch.randn(b, h, t, head_dim, generator=generator) for h in (heads, kv_heads, kv_heads, heads)]
+
+
+def forward_backward(
+    backend: str, inputs: Sequence[torch.Tensor], segments: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Output and gradients of a backend, run in a dtype and returned in fp32."""
+    *qkv, gradient = (x.to(dtype) for x in inputs)
+    leaves = [x.clone().requires_grad_(True) for x in qkv]
+    output = attention(*leaves, segments=segments, backend=backend)
+    grads = torch.autograd.grad(output, leaves, gradient)
+    return {
+        "output": output.detach().float(),
+        **{f"gradient of {n}": g.float() for n, g in zip("qkv", grads, strict=True)},
+    }
+
+
+def largest_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Largest absolute difference of the output and of the gradients."""
+    return {name: float((found[name] - expected[name]).abs().max()) for name in expected}
+
+
+def parity_rows(inputs: Sequence[torch.Tensor], segments: torch.Tensor, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Errors of every backend in a dtype against the definition in fp32, judged by the ratio rule.
+
+    The measure is what the definition itself errs in that dtype; in fp32, where it errs nothing against itself, it is
+    the rounding of one unit in the last place of the largest value.
+    """
+    exact = forward_backward("reference", inputs, segments)
+    plain = largest_error(forward_backward("reference", inputs, segments, dtype), exact)
+    rows = []
+    for name in BACKENDS.names():
+        if name == "reference":
+            continue
+        for part, error in largest_error(forward_backward(name, inputs, segments, dtype), exact).items():
+            limit = RATIO["output" if part == "output" else "gradient"]
+            allowance = 16 * torch.finfo(dtype).eps * float(exact[part].abs().max())
+            measure = plain[part] if dtype != torch.float32 else allowance
+            row = {"backend": name, "dtype": str(dtype).removeprefix("torch."), "of": part, "error": error}
+            rows.append(row | {"measure": measure, "ratio": error / max(measure, FLOOR), "allowed": limit})
+    return rows
+
+
+@_styled
+def mask_figure(lengths: Sequence[int], names: Sequence[str]) -> Figure:
+    """Who sees whom, in a padded batch and in one packed row of the same samples."""
+    from matplotlib.colors import ListedColormap
+
+    longest, total, count = max(lengths), sum(lengths), len(lengths)
+    padded = np.zeros((longest, longest * count))
+    for k, n in enumerate(lengths):
+        padded[:n, k * longest : k * longest + n] = np.tril(np.ones((n, n))) * (k + 1)
+    segments = packed_segments(lengths)
+    packed = allowed(total, segments, segments.device)[0, 0].numpy() * (segments[0].numpy()[:, None] + 1)
+    figure, axes = _axes(8.2, 3.5, 1, 2)
+    if (columns := axes[0].get_gridspec()) is not None:
+        columns.set_width_ratios([longest * count, total])  # one scale for both
+    shades = ListedColormap([CARD, *COLORS[:count]])
+    shapes = (f"padded: {count} × {longest} × {longest}", f"packed: {total} × {total}")
+    for ax, grid, shape in zip(axes, (padded, packed), shapes, strict=True):
+        ax.imshow(grid, cmap=shades, vmin=0, vmax=count)
+        ax.set_title(f"{shape} pairs, {float((grid > 0).mean()):.0%} needed", fontsize=10, fontweight="normal")
+        ax.set(xlabel="position attended to")
+        ax.grid(visible=False)
+    axes[0].set(ylabel="position that attends", xticks=[k * longest for k in range(count)], xticklabels=["0"] * count)
+    for k, name in enumerate(names):
+        axes[0].axvline(k * longest - 0.5, color=INK, linewidth=0.8)
+        axes[0].annotate(name, ((k + 0.96) * longest, 0.14 * longest), ha="right", fontsize=9)
+        start, end = sum(lengths[:k]), sum(lengths[: k + 1])
+        room = end < 0.75 * total  # to the right of the block
+        place = (end + 2 if room else start - 2, (start + end) / 2)
+        axes[1].annotate(name, place, ha="left" if room else "right", va="center", fontsize=9)
+    return figure
+
+
+@_styled
+def parity_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Errors of the backends beside what the ratio rule allows, from the rows of `parity_rows`."""
+    places = list(dict.fromkeys((row["dtype"], row["of"]) for row in rows))
+    figure, (axes,) = _axes(height=0.9 + 0.36 * len(places))
+    for k, name in enumerate(dict.fromkeys(row["backend"] for row in rows)):
+        own = [row for row in rows if row["backend"] == name]
+        heights = [places.index((row["dtype"], row["of"])) + 0.16 * (2 * k - 1) for row in own]
+        errors = [max(row["error"], 1e-8) for row in own]  # a logarithmic axis has no place for an error of zero
+        axes.plot(errors, heights, "os^D"[k % 4], color=COLORS[k], markersize=7, label=name)
+    for row in rows:
+        y = places.index((row["dtype"], row["of"]))
+        axes.plot([row["allowed"] * row["measure"]] * 2, [y - 0.38, y + 0.38], color=INK, linewidth=2.2,
+                  label="allowed" if row is rows[0] else None)  # fmt: skip
+    axes.set_yticks(range(len(places)), [f"{part}, {dtype}" for dtype, part in places])
+    axes.set(xscale="log", xlabel="largest error against the definition in float32", title=title)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", visible=True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------ the training step
+
+
+class Ours:
+    """One optimizer step of our trainer, on a fresh model, without writing anything.
+
+    Args:
+        record: a finished run; its configuration says what is trained.
+        initial: the finished run that it starts from, if any.
+    """
+
+    def __init__(self, record: RunRecord, initial: RunRecord | None = None) -> None:
+        config = record.config
+        self.loaded = build_model(config, None if initial is None else initial.checkpoint)
+        n, self.settings = self.loaded.model.n_image_tokens, config.experiment.train
+        train, held = (
+            TrainingSet(samples, self.loaded.tokenizer, self.loaded.processor, config, n, cache=True)
+            for samples in load_samples(config)
+        )
+        self.trainer = Trainer(record, self.loaded, train, held, resume=False)
+        self.batch_size = min(self.settings.global_batch, len(train))
+
+    def items(self, step: int = 0) -> list[Item]:
+        """The samples of a step."""
+        return [self.trainer.train_set[k] for k in self.trainer._indices(step)]
+
+    def step(self, items: list[Item]) -> float:
+        """Forward, backward and update; returns the loss."""
+        self.trainer.step = 1  # the learning rate of one early step, whatever was done before
+        return self.trainer._train_step(items)[0]
+
+
+class Peer:
+    """The same step in transformers' own model in a plain loop: one padded batch, the loss of the full logits, AdamW.
+
+    The model is built from the sizes of ours and gets copies of our weights, and our projector of one layer in place of
+    its own of two, so that both compute the same function.
+    """
+
+    def __init__(self, ours: Ours) -> None:
+        from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+        self.ours, model, tokenizer = ours, ours.loaded.model, ours.loaded.tokenizer
+        # two ids of the existing vocabulary that no sample has: one marks image positions, the other pads
+        self.image_id, self.pad_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        config = LlavaConfig(
+            vision_config=copy.deepcopy(model.vision_tower.config),
+            text_config=copy.deepcopy(model.language_model.config),
+            image_token_index=self.image_id,
+            image_seq_length=model.n_image_tokens,
+            vision_feature_layer=model.feature_layer,
+        )
+        self.model = LlavaForConditionalGeneration(config)
+        self.model.model.multi_modal_projector = copy.deepcopy(model.multi_modal_projector)
+        self.model.model.vision_tower.load_state_dict(model.vision_tower.state_dict())
+        self.model.model.language_model.load_state_dict(model.language_model.model.state_dict())
+        self.model.lm_head.load_state_dict(model.language_model.lm_head.state_dict())
+        self.model.to(next(model.parameters()).dtype).train().requires_grad_(False)
+        self.model.model.vision_tower.eval()
+        if "projector" in ours.settings.trainable:
+            self.model.model.multi_modal_projector.requires_grad_(True)
+        if "language_model" in ours.settings.trainable:
+            self.model.model.language_model.requires_grad_(True)
+            self.model.lm_head.requires_grad_(True)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=ours.settings.learning_rate, weight_decay=0.0)
+
+    def batch(self, items: Sequence[Item]) -> dict[str, Any]:
+        """The padded batch as transformers wants it."""
+        made = collate(items, self.ours.loaded)
+        ids = made.input_ids.masked_fill(made.attention_mask == 0, self.pad_id)
+        ids = ids.masked_fill(made.input_ids == IMAGE_TOKEN_ID, self.image_id)
+        return {
+            "input_ids": ids,
+            "attention_mask": made.attention_mask,
+            "labels": made.labels,
+            "pixel_values": made.pixel_values,
+        }
+
+    def loss(self, items: Sequence[Item]) -> torch.Tensor:
+        """Mean loss over the supervised tokens of the batch."""
+        loss: torch.Tensor = self.model(**self.batch(items), use_cache=False).loss
+        return loss
+
+    def step(self, items: list[Item]) -> float:
+        """Forward, backward and update; returns the loss."""
+        loss = self.loss(items)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.ours.settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+def parity(ours: Ours, peer: Peer, items: list[Item]) -> dict[str, float]:
+    """Loss of both models on the same samples before any step, and the largest relative error of a gradient."""
+    total = sum(label >= 0 for e, _ in items for label in e.labels)
+    mine = ours.trainer._loss(items) / total
+    theirs = peer.loss(items)
+    pairs = [(ours.loaded.model.multi_modal_projector, mine), (peer.model.model.multi_modal_projector, theirs)]
+    a, b = (torch.autograd.grad(loss, list(part.parameters())) for part, loss in pairs)
+    error = max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True))
+    return {"ours": float(mine.detach()), "transformers": float(theirs.detach()), "gradient error": error}
+
+
+@contextmanager
+def _clocked(module: torch.nn.Module) -> Iterator[list[float]]:
+    """Seconds that each call of a module takes."""
+    seconds: list[float] = []
+    begin = module.register_forward_pre_hook(lambda *_: seconds.append(-time.perf_counter()))
+    end = module.register_forward_hook(lambda *_: seconds.__setitem__(-1, seconds[-1] + time.perf_counter()))
+    try:
+        yield seconds
+    finally:
+        begin.remove()
+        end.remove()
+
+
+def where_time_goes(ours: Ours, items: list[Item], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of the parts of one step: reading, tower, projector and language model, backward, optimizer."""
+    parts: dict[str, list[float]] = {}
+    trainer, total = ours.trainer, sum(label >= 0 for e, _ in items for label in e.labels)
+    trainer.model.train()
+    for k in range(rounds + 1):
+        marks = [time.perf_counter()]
+        fetched = ours.items(0)
+        marks.append(time.perf_counter())
+        with _clocked(trainer.model.vision_tower) as tower:
+            loss = trainer._loss(fetched) / total
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        torch.nn.utils.clip_grad_norm_(list(trainer.trainable.values()), ours.settings.grad_clip)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        marks.append(time.perf_counter())
+        read, forward, backward, update = (b - a for a, b in itertools.pairwise(marks))
+        found = {"reading samples": read, "vision tower": sum(tower), "projector, LLM, loss": forward - sum(tower),
+                 "backward": backward, "optimizer": update}  # fmt: skip
+        for name, seconds in found.items() if k else ():  # the first round warms up
+            parts.setdefault(name, []).append(seconds)
+    return {name: statistics.median(values) for name, values in parts.items()}
+
+
+def step_flops(loaded: Loaded, items: Sequence[Item], trainable: Sequence[str]) -> float:
+    """Floating-point operations that one step cannot do without: matrix products of real tokens and patches.
+
+    A weight costs 2 per token forward, 2 for the gradient that passes through it and 2 for its own; padding, attention
+    scores, norms and the recomputation of nothing are left out.
+    """
+    weights = {part: sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
+               for part, module in loaded.model.named_children()}  # fmt: skip
+    tokens = sum(len(e.input_ids) for e, _ in items)
+    images = sum(pixels is not None for _, pixels in items)
+    patches = images * loaded.model.n_image_tokens
+    llm = 6 if "language_model" in trainable else 4
+    return float(
+        2 * weights["vision_tower"] * patches + 4 * weights["multi_modal_projector"] * patches
+        + llm * weights["language_model"] * tokens
+    )  # fmt: skip
+
+
+@_styled
+def stacked_figure(parts: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
+    """One bar per row, cut into the seconds of its parts."""
+    figure, (axes,) = _axes(7.6, 1.3 + 0.5 * len(parts))
+    names = list(dict.fromkeys(name for row in parts.values() for name in row))
+    for y, row in enumerate(parts.values()):
+        left, whole = 0.0, sum(row.values())
+        for k, name in enumerate(names):
+            seconds = row.get(name, 0.0)
+            axes.barh(
+                y,
+                1000 * seconds,
+                left=left,
+                height=0.6,
+                color=COLORS[k],
+                edgecolor=CARD,
+                label=name if y == 0 else None,
+            )
+            if seconds > 0.06 * whole:
+                place = (left + 500 * seconds, y)
+                axes.annotate(f"{seconds / whole:.0%}", place, ha="center", va="center", color="white", fontsize=9)
+            left += 1000 * seconds
+    axes.set_yticks(range(len(parts)), list(parts))
+    axes.set(xlabel="milliseconds of one optimizer step", title=title)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", visible=True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=3)
+    return figure
+
+
+@_styled
+def speed_figure(times: Mapping[str, Mapping[str, float]], reference: str, title: str = "") -> Figure:
+    """How many times as fast as the reference each one is; whiskers from the fastest and slowest round."""
+    figure, (axes,) = _axes(height=0.9 + 0.42 * len(times))
+    base = times[reference]["median"]
+    for k, row in enumerate(times.values()):
+        ratio, low, high = base / row["median"], base / row["high"], base / row["low"]
+        axes.barh(k, ratio, height=0.62, color=BLUE, alpha=0.85)
+        axes.errorbar(
+            ratio, k, xerr=[[max(0, ratio - low)], [max(0, high - ratio)]], color=INK, capsize=3, linewidth=1.2
+        )
+        axes.annotate(
+            f"{ratio:.2f} × ({1000 * row['median']:.3g} ms)",
+            (high, k),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axes.axvline(1, color=INK, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(times)), list(times))
+    axes.set(
+        xlabel=f"speed relative to {reference}",
+        title=title,
+        xlim=(0, 1.35 * max(base / r["low"] for r in times.values())),
+    )
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", visible=True)
+    return figure

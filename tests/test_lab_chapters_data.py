@@ -1,0 +1,101 @@
+"""What the overview, the data chapters and the demo draw and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_core.data.coco import AnnotatedImage
+from llava_core.data.instruct import load_instruct
+from llava_core.lab import chapters_data
+from llava_core.lab.chapters_data import (
+    boxed,
+    dialogue_html,
+    generate_mix,
+    opening_words,
+    own_folder,
+    paper_model,
+    shape_text,
+    traced_shapes,
+)
+from llava_core.lab.notebooks import Chapter
+from llava_core.miniature.offline_chat import respond
+from llava_core.runtime import DataError, read_jsonl
+from llava_core.teacher.client import OfflineClient
+
+
+def annotated(count: int) -> list[AnnotatedImage]:
+    captions = ["A red car on a street.", "A red car on the left."]
+    return [AnnotatedImage(f"{k:012d}", f"{k}.jpg", captions, [("car", (0.1, 0.5, 0.4, 0.8))]) for k in range(count)]
+
+
+def test_the_paper_s_model_has_the_paper_s_shapes() -> None:
+    shapes = traced_shapes(paper_model("vicuna-13b"), 6, 2)
+    assert shapes["features"] == (256, 1024)
+    assert shapes["image_tokens"] == (256, 5120)
+    assert shapes["question_tokens"] == (6, 5120)
+    assert shapes["projector"] == "5,248,000 parameters"
+    assert traced_shapes(paper_model("vicuna-7b"), 1, 1)["projector"] == "4,198,400 parameters"
+    assert shape_text(shapes["image"]) == "3 × 224 × 224"
+
+
+def test_a_mix_asks_each_kind_about_its_share_and_keeps_the_order_of_the_images(tmp_path: Path) -> None:
+    images = annotated(10)
+    shares = {"conversation": 1.0, "detail": 0.4, "complex": 0.7}
+    results = generate_mix(images, shares, OfflineClient(respond), tmp_path / "a")
+    assert {kind: r["records"] for kind, r in results.items()} == {"conversation": 10, "detail": 4, "complex": 7}
+    samples = load_instruct(tmp_path / "a" / "llava_instruct.json")
+    assert [s.id for s in samples] == sorted(s.id for s in samples)
+    assert len(read_jsonl(tmp_path / "a" / "provenance.jsonl")) == 21
+    described = {s.id for s in samples if s.kind == "detail"}
+    assert described < {s.id for s in samples if s.kind == "complex"}  # a smaller share is part of a larger one
+    generate_mix(images, shares, OfflineClient(respond), tmp_path / "b")
+    name = "llava_instruct.json"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(DataError, match=r"detail.*1\.5"):
+        generate_mix(images, {"detail": 1.5}, OfflineClient(respond), tmp_path / "c")
+
+
+def test_a_refused_reply_is_kept_beside_the_records(tmp_path: Path) -> None:
+    client = OfflineClient(lambda messages: "no format at all")
+    results = generate_mix(annotated(3), {"conversation": 1.0}, client, tmp_path)
+    assert results["conversation"]["failed"] == 3
+    assert [row["error"] for row in read_jsonl(tmp_path / "failures.jsonl")] == ["MissingLabel"] * 3
+
+
+def test_data_of_others_are_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "LLaVA-Instruct"
+    assert own_folder(folder, "chat.json", "report.json") == folder
+    folder.mkdir()
+    (folder / "chat.json").write_text("[]")
+    assert own_folder(folder, "chat.json", "report.json") == chapters_data.ROOT / "runs" / "generated" / folder.name
+    (folder / "report.json").write_text("{}")
+    assert own_folder(folder, "chat.json", "report.json") == folder
+
+
+def test_openings_are_counted_without_marker_and_signs() -> None:
+    counts = opening_words(["<image>\nWhat is this?", "What is, in short, that?\n<image>", "Why?"])
+    assert counts == {"what is": 2, "why": 1}
+
+
+def test_only_direct_needs_get_an_arrow() -> None:
+    chapters = {}
+    for name, needs in (("10_a", []), ("20_b", ["10_a"]), ("21_c", ["20_b", "10_a"])):
+        chapters[name] = Chapter(name, Path(name), {}, needs, [])
+    assert chapters_data._direct(chapters, chapters["21_c"]) == ["20_b"]
+    axes = chapters_data.chapter_graph(chapters).axes[0]
+    assert len(axes.patches) == 3
+    assert sum(text.arrow_patch is not None for text in axes.texts if hasattr(text, "arrow_patch")) == 2
+
+
+def test_boxes_are_drawn_where_they_are_and_dialogues_are_escaped() -> None:
+    plain = Image.new("RGB", (40, 40), "black")
+    drawn = boxed(plain, [("", (0.5, 0.5, 0.9, 0.9))])
+    assert drawn.size == (80, 80)
+    assert drawn.getpixel((10, 10)) == (0, 0, 0)
+    assert drawn.getpixel((71, 60)) != (0, 0, 0)
+    page = dialogue_html(plain, [("1 < 2?", "<b>yes</b>")]).data
+    assert "1 &lt; 2?" in page
+    assert "<b>yes" not in page
