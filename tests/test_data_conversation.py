@@ -33,7 +33,13 @@ def test_supervised_text_is_the_answers_with_their_terminators(tokenizer, name, 
     assert all(t == s for t, s in zip(encoded.labels, encoded.input_ids, strict=True) if t != IGNORE_INDEX)
 
 
-@given(st.lists(st.tuples(st.text("abc #\n:é", max_size=20), st.text("xyz #é\n", min_size=1, max_size=20)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.text("abc #\n:é", max_size=20), st.text("xyz #é\n", min_size=1, max_size=20)),
+        min_size=1,
+        max_size=4,
+    )
+)
 @settings(max_examples=60, deadline=None)
 def test_supervision_survives_any_text(tmp_path_factory, turns) -> None:
     made = tiny.tokenizer(tmp_path_factory.getbasetemp() / "shared")

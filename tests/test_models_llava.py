@@ -58,7 +58,10 @@ def test_padding_does_not_change_the_loss(loaded) -> None:
     labels = torch.tensor([[IGNORE_INDEX] * 6 + [10, 11]])
     pixels = torch.randn(1, 3, 32, 32)
     plain = summed_loss(loaded.model(ids, pixels).logits, labels)
-    padded_ids, padded_labels = torch.nn.functional.pad(ids, (0, 5)), torch.nn.functional.pad(labels, (0, 5), value=IGNORE_INDEX)
+    padded_ids, padded_labels = (
+        torch.nn.functional.pad(ids, (0, 5)),
+        torch.nn.functional.pad(labels, (0, 5), value=IGNORE_INDEX),
+    )
     mask = torch.tensor([[1] * 8 + [0] * 5])
     padded = summed_loss(loaded.model(padded_ids, pixels, mask).logits, padded_labels)
     torch.testing.assert_close(plain, padded, rtol=1e-5, atol=1e-5)
@@ -91,7 +94,9 @@ def test_stop_and_seed(loaded) -> None:
     piece = whole[len(whole) // 2 :][:2]
     stopped = generate(loaded.model, loaded.tokenizer, [[1, 30]], None, GenerationSettings(20, stop=piece))[0]
     assert stopped == cut(whole, piece)
-    drawn = [generate(loaded.model, loaded.tokenizer, [[1, 30]], None, GenerationSettings(8, 2.0, seed=s)) for s in (3, 3, 4)]
+    drawn = [
+        generate(loaded.model, loaded.tokenizer, [[1, 30]], None, GenerationSettings(8, 2.0, seed=s)) for s in (3, 3, 4)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 

@@ -28,7 +28,9 @@ dtype: float32
 threads: 1
 micro_batch: {micro}
 launcher: in_process
-data: {{cc595k: data/cc, cc595k_images: data/images, instruct158k: data/it, instruct158k_images: data/images, scienceqa: data/sqa}}
+data:
+  {{cc595k: data/cc, cc595k_images: data/images, instruct158k: data/it, instruct158k_images: data/images,
+    scienceqa: data/sqa}}
 models: {{vicuna-7b: models/llm, vicuna-13b: models/llm, clip-vit-large-patch14: models/clip}}
 checkpoint_every_s: 0.000001
 eval_samples: 4
@@ -69,7 +71,9 @@ def world(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _run(name="pretrain", **overrides) -> RunRecord:
     values = {"train.epochs": 2, "train.global_batch": 8, "train.max_length": 96, "train.learning_rate": 1e-3}
-    return launching.launch(load_experiment(name, "mini", {**values, **{k.replace("__", "."): v for k, v in overrides.items()}}))
+    return launching.launch(
+        load_experiment(name, "mini", {**values, **{k.replace("__", "."): v for k, v in overrides.items()}})
+    )
 
 
 def test_stage_one_moves_the_projector_only_and_learns(world: Path) -> None:
@@ -122,7 +126,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(world: Path, monkeypatch: pyte
     monkeypatch.setattr(training.Trainer, "_train_step", original)
     resumed = _run(train__seed=5)
     assert [(r["step"], r["loss"]) for r in resumed.metrics() if "loss" in r] == numbers
-    assert resumed.summary["heldout_loss"] == RunRecord(world / "kept" / "mini" / resumed.run_id).summary["heldout_loss"]
+    assert (
+        resumed.summary["heldout_loss"] == RunRecord(world / "kept" / "mini" / resumed.run_id).summary["heldout_loss"]
+    )
     assert not (resumed.path / "state.pt").exists()
 
 
@@ -149,7 +155,8 @@ def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
     """1 x 8 == 2 ranks x 4: loss and gradient norm of every step."""
     alone = _run(train__seed=7)
     script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import sys
         from pathlib import Path
         from llava_core import runtime
@@ -159,12 +166,28 @@ def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
         from llava_core.train.trainer import train_record
         start()
         train_record(RunRecord(Path(sys.argv[2])))
-    """))
+    """)
+    )
     target = world / "two"
     target.mkdir()
     alone.config.write(target / "config.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(world), str(target)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LLAVA_ROOT": str(world), "PYTHONPATH": str(Path(launching.__file__).parents[2])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        str(world),
+        str(target),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "LLAVA_ROOT": str(world),
+        "PYTHONPATH": str(Path(launching.__file__).parents[2]),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[:3000]
     pairs = zip(alone.metrics(), RunRecord(target).metrics(), strict=True)

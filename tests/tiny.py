@@ -10,7 +10,10 @@ import torch
 
 from llava_core.runtime import sha256_file
 
-WORDS = "A curious human talks with a helpful assistant that can see . ### Human : Assistant \n red blue car dog what color is the"
+WORDS = (
+    "A curious human talks with a helpful assistant that can see . ### Human : Assistant \n red blue car dog what "
+    "color is the"
+)
 
 
 def tokenizer(folder: Path) -> Any:
@@ -23,7 +26,10 @@ def tokenizer(folder: Path) -> Any:
     raw.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "###"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     raw.train_from_iterator([WORDS] * 4, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
@@ -44,7 +50,13 @@ def base_models(root: Path) -> tuple[str, str]:
             num_key_value_heads=2, max_position_embeddings=256,
         )
     ).save_pretrained(llm)  # fmt: skip
-    small = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "projection_dim": 16}
+    small = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "projection_dim": 16,
+    }
     config = CLIPConfig(
         vision_config={**small, "image_size": 32, "patch_size": 16},
         text_config={**small, "vocab_size": vocabulary, "max_position_embeddings": 16},

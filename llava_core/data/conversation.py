@@ -1,8 +1,8 @@
 """From dialogue turns to token ids and labels, segment by segment.
 
-A conversation is rendered to a list of `Segment`s, each marked supervised or not; ids and labels are the concatenation of
-the segments' own. Nothing is ever re-tokenised to find a border, so no tokenizer can shift a mask. A later era, data set or
-prompt layout is one more `Template` record.
+A conversation is rendered to a list of `Segment`s, each marked supervised or not; ids and labels are the concatenation
+of the segments' own. Nothing is ever re-tokenised to find a border, so no tokenizer can shift a mask. A later era, data
+set or prompt layout is one more `Template` record.
 """
 
 from __future__ import annotations
@@ -57,10 +57,14 @@ class Template:
     def render(self, turns: Sequence[Turn], system: str | None = None) -> list[Segment]:
         """Segments of a conversation; the image markers inside the questions become image segments."""
         if not turns:
-            raise DataError("a conversation without turns cannot be rendered; fix: give at least one (question, answer)")
+            raise DataError(
+                "a conversation without turns cannot be rendered; fix: give at least one (question, answer)"
+            )
         segments: list[Segment] = []
         for k, (question, answer) in enumerate(turns):
-            opening = self.opening.format(system=self.system if system is None else system) if k == 0 else self.opening_next
+            opening = (
+                self.opening.format(system=self.system if system is None else system) if k == 0 else self.opening_next
+            )
             pieces = (opening + question + self.bridge).split(IMAGE_MARKER)
             for n, piece in enumerate(pieces):
                 if n:
@@ -68,7 +72,9 @@ class Template:
                 if piece:
                     segments.append(Segment(piece))
             if answer is not None:
-                segments.append(Segment(f" {answer}{self.closing}" if self.bridge else answer + self.closing, True, eos=self.eos))
+                segments.append(
+                    Segment(f" {answer}{self.closing}" if self.bridge else answer + self.closing, True, eos=self.eos)
+                )
         return segments
 
 
@@ -131,7 +137,11 @@ class Encoded:
 
 
 def encode(
-    segments: Sequence[Segment], tokenizer: Any, n_image_tokens: int, max_length: int | None = None, name: str = "sample"
+    segments: Sequence[Segment],
+    tokenizer: Any,
+    n_image_tokens: int,
+    max_length: int | None = None,
+    name: str = "sample",
 ) -> Encoded:
     """Concatenate the segments' ids and labels.
 
@@ -158,7 +168,8 @@ def encode(
         if max_length is not None and len(ids) + len(piece) > max_length:
             if complete is None:
                 raise DataError(
-                    f"{name}: its first turn needs more than max_length = {max_length} tokens; fix: shorten it or raise train.max_length"
+                    f"{name}: its first turn needs more than max_length = {max_length} tokens; "
+                    "fix: shorten it or raise train.max_length"
                 )
             ids, labels, n_images = ids[: complete[0]], labels[: complete[0]], complete[1]
             break

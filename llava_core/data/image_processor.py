@@ -37,7 +37,8 @@ class ImageProcessor:
 
     Attributes:
         size: width and height of the result in pixels.
-        mode: "crop" (the paper: shortest side to `size`, center crop), "pad" (square canvas of the mean color) or "resize".
+        mode: "crop" (the paper: shortest side to `size`, center crop), "pad" (square canvas of the mean color) or
+            "resize".
         mean, std: per channel, on the 0-1 scale.
     """
 
@@ -65,7 +66,8 @@ class ImageProcessor:
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""
-        scaled = (pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
+        mean, std = np.asarray(self.mean, dtype=np.float32), np.asarray(self.std, dtype=np.float32)
+        scaled = (pixels.astype(np.float32) / 255 - mean) / std
         return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
 
     def __call__(self, image: Image.Image) -> np.ndarray:

@@ -69,7 +69,11 @@ def answer_questions(
     settings = GenerationSettings(max_new_tokens, temperature, stop=template.stop)
     prompts = {
         str(r["question_id"]): prompt_ids(
-            loaded, [(r["text"], None)], bool(r.get("image")), (begins or {}).get(str(r["question_id"]), ""), str(r["question_id"])
+            loaded,
+            [(r["text"], None)],
+            bool(r.get("image")),
+            (begins or {}).get(str(r["question_id"]), ""),
+            str(r["question_id"]),
         )
         for r in rows
     }
@@ -79,6 +83,8 @@ def answer_questions(
         part = ordered[k : k + batch]
         pixels = [loaded.processor(load_image((images or Path()) / r["image"])) for r in part if r.get("image")]
         values = torch.from_numpy(np.stack(pixels)).to(loaded.model.language_model.device) if pixels else None
-        texts = generate(loaded.model, loaded.tokenizer, [prompts[str(r["question_id"])] for r in part], values, settings)
+        texts = generate(
+            loaded.model, loaded.tokenizer, [prompts[str(r["question_id"])] for r in part], values, settings
+        )
         answers |= {str(r["question_id"]): text for r, text in zip(part, texts, strict=True)}
     return {str(r["question_id"]): answers[str(r["question_id"])] for r in rows}

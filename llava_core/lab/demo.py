@@ -45,10 +45,7 @@ class Conversation:
 
     def ask(self, question: str, max_new_tokens: int = 96, temperature: float = 0.0) -> str:
         """Answer a question about the image, in the light of the earlier turns."""
-        text = ""
-        for text in self.stream(question, max_new_tokens, temperature):
-            pass
-        return text
+        return list(self.stream(question, max_new_tokens, temperature))[-1]
 
     def stream(self, question: str, max_new_tokens: int = 96, temperature: float = 0.0) -> Iterator[str]:
         """Yield the answer so far after each token; the turn is kept when the answer is complete."""
@@ -102,9 +99,7 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
         rows = [(q, a or "") for q, a in conversation.turns]
         if answer:
             rows.append((box.value, answer))
-        log.value = "".join(
-            f"<p><b>You:</b> {html.escape(q)}<br><b>LLaVA:</b> {html.escape(a)}</p>" for q, a in rows
-        )
+        log.value = "".join(f"<p><b>You:</b> {html.escape(q)}<br><b>LLaVA:</b> {html.escape(a)}</p>" for q, a in rows)
 
     def take(image: Image.Image) -> None:
         buffer = io.BytesIO()

@@ -1,6 +1,7 @@
 """`launch(run)` returns the finished record of a run: found, resumed, or trained now.
 
-What launched it never shows: in this process at `mini`, by torchrun at larger scales, or not at all if the record is there.
+What launched it never shows: in this process at `mini`, by torchrun at larger scales, or not at all if the record is
+there.
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ def _start(config: RunConfig, record: RunRecord, initial: Path | None, resume: b
         train_record(record, initial, resume)
         return
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu", "-m", "llava_core.train",
-        str(record.path), *(["--init", str(initial)] if initial else []), *([] if resume else ["--anew"]),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu",
+        "-m", "llava_core.train", str(record.path),
+        *(["--init", str(initial)] if initial else []), *([] if resume else ["--anew"]),
     ]  # fmt: skip
     if config.scale.launcher == "deepspeed":
         raise CompanionError("launcher 'deepspeed' is still to come; fix: use a scale with launcher torchrun")

@@ -1,4 +1,4 @@
-"""The base models of the miniature, trained from scratch: tokenizer, two sizes of a text-only Llama, one contrastive ViT.
+"""The base models of the miniature, trained from scratch: tokenizer, a text-only Llama in two sizes, a contrastive ViT.
 
 They play Vicuna 7B / 13B and CLIP ViT-L/14 and have their file formats. The language models read only text: captions,
 dialogues about described scenes, science sentences. The vision tower sees only image-caption pairs. `llava base-models`
@@ -45,13 +45,13 @@ class LanguageModelSize:
     heads: int
     intermediate: int
     steps: int
-    batch: int = 32
-    learning_rate: float = 4e-3
+    batch: int = 24
+    learning_rate: float = 3e-3
 
 
 SIZES = {
-    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=2600),
-    "llm-13b": LanguageModelSize(192, 5, 6, 512, steps=2600),
+    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1800),
+    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=1000),
 }
 
 
@@ -59,7 +59,7 @@ SIZES = {
 
 
 def grid_text(scene: world.Scene, columns: int = 6, rows: int = 3) -> str:
-    """A scene as a raster of words: what stands at each place, row by row (the text-only cousin of a patch sequence)."""
+    """A scene as a raster of words: what stands at each place, row by row (a text-only cousin of a patch sequence)."""
     lines = []
     for r in range(rows):
         cells = []
@@ -104,7 +104,7 @@ def _dialogue(turns: list[tuple[str, str | None]], everything: bool = False) -> 
 
 
 def lookup_drill(rng: random.Random) -> str:
-    """A list of things and the same facts again, verbatim, turned round or as sentences: dense lessons in looking things up."""
+    """A list of things and the same facts again, verbatim, turned round or as sentences: to learn looking up."""
     names = rng.sample(list(world.CATEGORIES), rng.randint(3, 8))
     things = [(name, rng.choice(list(world.COLORS)), rng.choice(world.POSITIONS)) for name in names]
     listed = ", ".join(f"{language.with_article(color)} {name}" for name, color, _ in things)
@@ -127,8 +127,16 @@ def lookup_drill(rng: random.Random) -> str:
     )
 
 
-def document(rng: random.Random, drill: float = 0.15) -> list[Segment]:
-    """One training document of the language models (no image, ever); `drill` is the share of lookup drills."""
+def word_repeats(rng: random.Random) -> str:
+    """Random words of the world, said twice: copying is what attention has to learn first, and this is all of it."""
+    words = rng.choices([*world.COLORS, *world.CATEGORIES, "the", "is", "a", *world.POSITIONS], k=rng.randint(8, 16))
+    return " " + " ".join([*words, *words])
+
+
+def document(rng: random.Random, drill: float = 0.15, repeats: float = 0.0) -> list[Segment]:
+    """One training document of the language models (no image, ever); `drill`, `repeats`: shares of the two drills."""
+    if rng.random() < repeats:
+        return [Segment(word_repeats(rng), True)]
     if rng.random() < drill:
         return [Segment(lookup_drill(rng), True, eos=True)]
     scene = world.sample_scene(rng.randrange(1 << 30), 7, n_groups=1 if rng.random() < 0.25 else None)
@@ -209,7 +217,7 @@ def caption_texts(count: int = 3000, seed: int = 0) -> Iterator[str]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz in fp32 (torch's own runs it in bf16, 50 times slower on CPUs without it).
+    """Momentum made orthogonal by Newton-Schulz in fp32 (torch's own uses bf16: 50 times slower on CPUs without it).
 
     Source: Jordan et al. 2024; the update is scaled to the size of an AdamW update.
     """
@@ -218,7 +226,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here evaluates twice
         """One update of every matrix that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -236,15 +244,13 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.T if tall else x, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
-def _optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for the rest: about half the steps of AdamW alone at this size."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-    chosen = {id(p) for p in matrices}
+def _optimizers(model: nn.Module, learning_rate: float, muon: float | None) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon at its own rate for the hidden matrices and AdamW for the rest."""
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    chosen = {id(p) for p in hidden} if muon else set()
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    return [
-        Muon(matrices, 5 * learning_rate),
-        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    return [adamw, Muon(hidden, muon)] if muon else [adamw]
 
 
 def _schedule(step: int, steps: int, warmup: float = 0.03) -> float:
@@ -254,22 +260,28 @@ def _schedule(step: int, steps: int, warmup: float = 0.03) -> float:
 
 
 def _fit(
-    model: nn.Module, batches: Iterator[Any], loss_of: Callable[[Any], torch.Tensor], steps: int, lr: float, name: str
+    model: nn.Module,
+    batches: Iterator[Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    name: str,
+    muon: float | None = None,
 ) -> float:
     """Plain training loop; returns the mean loss of the last 50 steps."""
-    optimizers, losses = _optimizers(model, lr), []
+    optimizers, losses = _optimizers(model, learning_rate, muon), []
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     bar = progress(steps, name)
     for step in range(steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * _schedule(step, steps)
+        for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
+            group["lr"] = peak * _schedule(step, steps)
         loss = loss_of(next(batches))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
+        losses.append(loss.item())
         bar.update(1)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
@@ -278,15 +290,17 @@ def _fit(
 
 
 def _text_batches(tokenizer: Any, batch: int, seed: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches (ids, labels) of (batch, T): documents of similar length together, right-padded, so causality is the only mask.
+    """Batches (ids, labels) of (batch, T): similar lengths together, right-padded, so causality is the only mask.
 
-    Drills make most of the first batches and few of the later ones: looking things up is learned first, and fast.
+    Drills make most of the first batches and few of the later ones: copying first, then looking things up.
     """
     rng = random.Random(f"text-{seed}")
     for pooled in itertools.count():
-        drill = max(0.1, 0.8 - 2.0 * pooled * 16 / steps)
+        done = pooled * 16 / steps
+        drill, repeats = max(0.1, 0.7 - done), max(0.0, 1.0 - 12 * done)
         pool = sorted(
-            (encode(document(rng, drill), tokenizer, 0) for _ in range(batch * 16)), key=lambda e: len(e.input_ids)
+            (encode(document(rng, drill, repeats), tokenizer, 0) for _ in range(batch * 16)),
+            key=lambda e: len(e.input_ids),
         )
         rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
         rng.shuffle(rows)
@@ -355,7 +369,7 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
 
 
 def _clip_example(index: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """One image-caption pair of the tower's pretraining: half of them show one group, so that names are learned first."""
+    """One image-caption pair of the tower's pretraining: half of them show one group, so names are learned first."""
     rng = random.Random(f"clip-{seed}-{index}")
     scene = world.sample_scene(index, 1000 + seed, n_groups=1 if index % 2 else None)
     pixels = np.asarray(world.draw_scene(scene, IMAGE_SIZE), dtype=np.uint8)
@@ -388,7 +402,12 @@ def _caption_ids(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
 
 
 def train_clip(
-    out: Path, tokenizer: Any, seed: int = 0, phases: tuple[int, int] = (1500, 700), images: int = 16000, batch: int = 128
+    out: Path,
+    tokenizer: Any,
+    seed: int = 0,
+    phases: tuple[int, int] = (1500, 700),
+    images: int = 16000,
+    batch: int = 128,
 ) -> dict[str, Any]:
     """Train a CLIPModel contrastively on drawn scenes and their captions and save it in bf16.
 
@@ -437,15 +456,15 @@ def train_clip(
         logits = model(pixel_values=window, **ids).logits_per_image
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    _fit(model, batches(0.0), loss_of, phases[0], 2e-3, "clip, captions")
-    loss = _fit(model, batches(0.75), loss_of, phases[1], 1.5e-3, "clip, names")
+    _fit(model, batches(0.0), loss_of, phases[0], 2e-3, "clip, captions", muon=2e-3)
+    loss = _fit(model, batches(0.75), loss_of, phases[1], 1.5e-3, "clip, names", muon=7.5e-3)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     mean, std = pixel_statistics()
     settings = {"size": IMAGE_SIZE, "mode": "crop", "mean": mean, "std": std}
     return {
-        "shape": vision, "seed": seed, "phases": phases, "images": images, "final_loss": loss, "image": settings,
-        "minutes": (time.time() - begin) / 60,
+        "shape": vision, "seed": seed, "steps": sum(phases), "phases": phases, "images": images, "final_loss": loss,
+        "image": settings, "minutes": (time.time() - begin) / 60,
     }  # fmt: skip
 
 
@@ -479,7 +498,7 @@ def exact_answers(model: Any, tokenizer: Any, dialogues: list[tuple[str, str]], 
 
 
 def text_gates(folder: Path, scenes: int = 150) -> dict[str, Any]:
-    """Exact answers of a language model on held-out questions, with the scene told in words and with nothing to look at.
+    """Exact answers of a language model on held-out questions, with the scene told in words and with nothing shown.
 
     Returns:
         `told` and `blind`: share answered exactly; `blind_prior`: the best constant answer per kind of question;
@@ -509,7 +528,7 @@ def text_gates(folder: Path, scenes: int = 150) -> dict[str, Any]:
 
 
 def _linear_probe(x: torch.Tensor, y: torch.Tensor, train: int, classes: int) -> float:
-    """Held-out accuracy of multinomial logistic regression on features x (N, D), targets y (N,), first `train` rows fitted."""
+    """Held-out accuracy of logistic regression on features x (N, D), targets y (N,), its first `train` rows fitted."""
     mean, std = x[:train].mean(0), x[:train].std(0) + 1e-6
     x = (x - mean) / std
     probe = nn.Linear(x.shape[1], classes)

@@ -1,7 +1,7 @@
 """The language of the miniature: captions by five annotators, questions with exact answers, descriptions, reasoning.
 
-Every sentence is made from `Facts`, whether these come from a scene (all known) or were read out of a prompt's captions and
-boxes by the offline teacher (some unknown): both therefore speak with one wording.
+Every sentence is made from `Facts`, whether these come from a scene (all known) or were read out of a prompt's captions
+and boxes by the offline teacher (some unknown): both therefore speak with one wording.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class QA:
-    """A question, its short exact answer, and its kind (color, count, presence, position, background, category, relation)."""
+    """A question, its short exact answer, and kind: color, count, presence, position, background, category, relation."""
 
     question: str
     answer: str
@@ -194,7 +194,7 @@ def describe(facts: Facts) -> str:
 
 
 def reasoning(facts: Facts, rng: random.Random) -> QA | None:
-    """A question that names no object and needs knowledge of what things are for; None where the answer is ambiguous."""
+    """A question that names no object and asks what a thing is for; None where the answer would be ambiguous."""
     kinds = [CATEGORIES.get(g.category) for g in facts.groups]
     unique = [g for g, k in zip(facts.groups, kinds, strict=True) if k in AFFORDANCE and kinds.count(k) == 1]
     if not unique:

@@ -1,7 +1,7 @@
 """The closed world of the miniature: which scenes exist, how they are sampled and how they are drawn.
 
-A scene is a background and one to four groups of objects; every fact about it (category, color, count, size, position) is
-known exactly, so that captions, boxes, questions and answers written from it are right by construction.
+A scene is a background and one to four groups of objects; every fact about it (category, color, count, size, position)
+is known exactly, so that captions, boxes, questions and answers written from it are right by construction.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Group:
-    """Objects of one category and color that stand together; `color`, `position` are None where a text does not tell."""
+    """Objects of one category and color that stand together; `color`, `position` are None where a text is silent."""
 
     category: str
     color: str | None
@@ -77,7 +77,7 @@ def sample_scene(scene_id: int, seed: int, n_groups: int | None = None, split: S
     Args:
         scene_id: number stored with the scene (the COCO image id).
         seed: decides everything; equal arguments give an equal scene.
-        n_groups: 1 to 3 groups of objects; sampled when None (mostly two).
+        n_groups: 1 to 3 groups of objects; sampled when None (three are rarer).
         split: "train" scenes avoid the held-out pairings of category and color, "ood" scenes contain only those.
 
     Returns:
@@ -85,7 +85,7 @@ def sample_scene(scene_id: int, seed: int, n_groups: int | None = None, split: S
     """
     rng = random.Random(f"scene-{scene_id}-{seed}")
     background = rng.choice(BACKGROUNDS)
-    n = n_groups or rng.choices((1, 2, 3), weights=(2, 4, 3))[0]
+    n = n_groups or rng.choices((1, 2, 3), weights=(4, 4, 2))[0]
     categories = rng.sample(_CATEGORY_NAMES, n)
     zones = rng.sample(POSITIONS, n)
     groups, items = [], []

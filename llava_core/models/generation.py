@@ -46,7 +46,8 @@ def generate_tokens(
 
     Args:
         model: in eval mode.
-        prompts: B lists of ids, image blocks included; padded on the left here, positions counted from the first real token.
+        prompts: B lists of ids, image blocks included; padded on the left here, positions count from the first real
+            token.
         pixel_values: (N, 3, H, W) images in row order, or None.
         settings: sampling; the stop is the caller's.
     """

@@ -1,4 +1,4 @@
-"""LLaVA: a frozen vision tower, a projector and a causal language model, composed and driven by their public arguments."""
+"""LLaVA: a frozen vision tower, a projector and a causal language model, driven by their public arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Llava(nn.Module):
         feature_layer: which hidden state of the tower is projected (-2: before its last layer).
     """
 
-    def __init__(self, vision_tower: Any, language_model: Any, projector: str = "linear", feature_layer: int = -2) -> None:
+    def __init__(
+        self, vision_tower: Any, language_model: Any, projector: str = "linear", feature_layer: int = -2
+    ) -> None:
         super().__init__()
         self.vision_tower = vision_tower.eval().requires_grad_(False)
         d_model = language_model.config.hidden_size

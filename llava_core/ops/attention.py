@@ -1,7 +1,7 @@
 """One attention op, several backends.
 
-A backend is a record: what it needs, why it is not to be had here, and how it runs. `auto` takes the first that can run;
-a backend named explicitly never falls back.
+A backend is a record: what it needs, why it is not to be had here, and how it runs. `auto` takes the first that can
+run; a backend named explicitly never falls back.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _per_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: to
     for b in range(q.shape[0]):
         lengths = torch.unique_consecutive(segments[b], return_counts=True)[1].tolist()
         parts = zip(*(x[b : b + 1].split(lengths, 2) for x in (q, k, v)), strict=True)
-        rows.append(torch.cat([_sdpa(*part, None) for part in parts], 2))
+        rows.append(torch.cat([_sdpa(q1, k1, v1, None) for q1, k1, v1 in parts], 2))
     return torch.cat(rows)
 
 
@@ -87,5 +87,7 @@ def attention(
         log.debug("attention backend auto -> %s", backend)
     chosen = BACKENDS.get(backend)
     if (reason := chosen.unavailable(q.device)) is not None:
-        raise CompanionError(f"attention backend '{backend}' cannot run on {q.device}: {reason}; fix: use backend='auto'")
+        raise CompanionError(
+            f"attention backend '{backend}' cannot run on {q.device}: {reason}; fix: use backend='auto'"
+        )
     return chosen.run(q, k, v, segments)

@@ -1,4 +1,7 @@
-"""One rank of a training run: `python -m torch.distributed.run ... -m llava_core.train RECORD [--init CHECKPOINT] [--anew]`."""
+"""One rank of a training run.
+
+Started by `python -m torch.distributed.run ... -m llava_core.train RECORD [--init CHECKPOINT] [--anew]`.
+"""
 
 from __future__ import annotations
 

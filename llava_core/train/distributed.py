@@ -1,7 +1,8 @@
 """The little that several processes need: a process group, and sums over ranks.
 
-Gradients are summed after the last micro-batch. Each rank's loss is already divided by the supervised tokens of the whole
-global batch, so the sum is the gradient of one large batch: 1 x 32 == 2 ranks x 16. Sharded training comes with a launcher.
+Gradients are summed after the last micro-batch. Each rank's loss is already divided by the supervised tokens of the
+whole global batch, so the sum is the gradient of one large batch: 1 x 32 == 2 ranks x 16. Sharded training comes with a
+launcher.
 """
 
 from __future__ import annotations

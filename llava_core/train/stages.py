@@ -110,7 +110,9 @@ def load_samples(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
         raise DataError(f"{shown(path)}: not found; fix: run {maker}, which writes it")
     if data.name == "scienceqa":
         return tuple(  # type: ignore[return-value]
-            [format_problem(p, data.prompt_format or "QCM-LEPA") for p in load_problems(config.data_path, split)][:limit]
+            [format_problem(p, data.prompt_format or "QCM-LEPA") for p in load_problems(config.data_path, split)][
+                :limit
+            ]
             for split, limit in (("train", data.limit), ("val", config.scale.eval_samples))
         )
     images = resolve(config.scale.data[f"{data.name}_images"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Trainer:
         if resume and self.state_file.exists():
             self._restore()
 
-    # --- one run --------------------------------------------------------------------------------------------------------
+    # --- one run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train to the end, save the checkpoint, finish the record and return its summary."""
@@ -124,7 +125,11 @@ class Trainer:
                 row["heldout_loss"], last_eval = self.heldout_loss(), self.step
             self._log(self.step, **row)
             bar.update(1)
-            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{row['tokens_per_s']:.0f}", wait=f"{waited / (time.monotonic() - began):.0%}")
+            bar.set_postfix(
+                loss=f"{loss:.3f}",
+                tok_s=f"{row['tokens_per_s']:.0f}",
+                wait=f"{waited / (time.monotonic() - began):.0%}",
+            )
             if self.step < self.steps and time.monotonic() - saved > self.scale.checkpoint_every_s:
                 self._save_state()
                 saved = time.monotonic()
@@ -139,12 +144,14 @@ class Trainer:
         summary = {
             "run": self.record.run_id, "steps": self.steps, "samples": len(self.train_set),
             "final_loss": sum(r["loss"] for r in tail) / len(tail), "heldout_loss": rows[-1]["heldout_loss"],
-            "samples_per_s": rows[-1]["samples_per_s"], "tokens_per_s": rows[-1]["tokens_per_s"], "seconds": self.seconds,
-            "trainable_parameters": sum(p.numel() for p in self.trainable.values()), "checkpoint": shown(self.record.checkpoint),
+            "samples_per_s": rows[-1]["samples_per_s"], "tokens_per_s": rows[-1]["tokens_per_s"],
+            "seconds": self.seconds, "trainable_parameters": sum(p.numel() for p in self.trainable.values()),
+            "checkpoint": shown(self.record.checkpoint),
         }  # fmt: skip
         if rank() == 0:
+            trained = experiment.train.trainable
             save_checkpoint(
-                self.record.checkpoint, self.loaded, "full" if "language_model" in experiment.train.trainable else "projector",
+                self.record.checkpoint, self.loaded, "full" if "language_model" in trained else "projector",
                 template=experiment.template, image_position=experiment.image_position,
                 prompt_format=experiment.data.prompt_format, run_id=self.record.run_id,
             )  # fmt: skip
@@ -155,9 +162,10 @@ class Trainer:
     def _announce(self) -> None:
         if self.step == 0 and rank() == 0:
             sample = [self.train_set.encoded(k) for k in range(min(32, len(self.train_set)))]
+            per_rank = self.config.global_batch // world_size()
             self._log(
                 0, samples=len(self.train_set), steps=self.steps, supervised_share=coverage(sample),
-                global_batch=f"{self.config.global_batch} = {world_size()} ranks x {self.config.global_batch // world_size()}"
+                global_batch=f"{self.config.global_batch} = {world_size()} ranks x {per_rank}"
                 f" (micro-batches of {self.scale.micro_batch})",
                 trainable=sorted({n.split(".")[0] for n in self.trainable}),
             )  # fmt: skip
@@ -166,7 +174,7 @@ class Trainer:
         if rank() == 0:
             self.record.log({"step": step, "epoch": step / self.steps_per_epoch, **row})
 
-    # --- one step -------------------------------------------------------------------------------------------------------
+    # --- one step ---------------------------------------------------------------------------------------------------
 
     def _indices(self, step: int) -> list[int]:
         """This rank's share of the samples of an optimizer step: a seeded shuffle per epoch, so position = step."""
@@ -213,7 +221,7 @@ class Trainer:
         total = sum(float(self._loss(micro)) for micro in micro_batches(items, self.scale.micro_batch))
         return total / max(1, supervised_tokens(items))
 
-    # --- resume ---------------------------------------------------------------------------------------------------------
+    # --- resume -----------------------------------------------------------------------------------------------------
 
     def _save_state(self) -> None:
         """Everything needed to go on exactly here; the file is replaced whole, so a kill leaves the last good one."""
@@ -222,7 +230,8 @@ class Trainer:
         temporary = self.state_file.with_suffix(".writing")
         weights = {n: p.detach().cpu() for n, p in self.trainable.items()}
         torch.save(
-            {"step": self.step, "seconds": self.seconds, "weights": weights, "optimizer": self.optimizer.state_dict()}, temporary
+            {"step": self.step, "seconds": self.seconds, "weights": weights, "optimizer": self.optimizer.state_dict()},
+            temporary,
         )
         temporary.replace(self.state_file)
 
@@ -235,7 +244,8 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         if rank() == 0:
             self.record.rewind(self.step)
-            print(f"resuming {self.record.config.experiment.name} at step {self.step} of {self.steps}")
+            name = self.record.config.experiment.name
+            sys.stderr.write(f"resuming {name} at step {self.step} of {self.steps}\n")
 
 
 def train_record(record: RunRecord, initial: Path | None = None, resume: bool = True) -> dict[str, Any]:

@@ -49,13 +49,15 @@ def base_hash(source: str) -> str:
         return fingerprint(source)
     manifest = folder / "manifest.json"
     if not manifest.is_file():
-        raise CheckpointError(f"{shown(folder)}: no base model here; fix: `git checkout -- models`, or `llava base-models`")
+        raise CheckpointError(
+            f"{shown(folder)}: no base model here; fix: `git checkout -- models`, or `llava base-models`"
+        )
     files = read_json(manifest)["files"]
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256_file(folder / name) != digest:
             raise CheckpointError(
-                f"{shown(folder / name)}: missing, or its SHA-256 is not the manifest's; fix: `git checkout -- models`, or "
-                "`llava base-models` to train it again"
+                f"{shown(folder / name)}: missing, or its SHA-256 is not the manifest's; fix: `git checkout -- models` "
+                "or `llava base-models` to train it again"
             )
     return fingerprint(files)
 
@@ -68,7 +70,9 @@ def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{shown(source)}: language model cannot be read: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{shown(source)}: language model cannot be read: {str(error).splitlines()[0]}"
+        ) from error
     _no_fresh_weights(source, info)
     return model, tokenizer
 
@@ -104,7 +108,9 @@ def _quiet() -> Iterator[None]:
 def _no_fresh_weights(source: str, info: dict[str, Any]) -> None:
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
-        raise CheckpointError(f"{shown(source)}: weights missing ({names} ...); they would start random; fix: get the file whole")
+        raise CheckpointError(
+            f"{shown(source)}: weights missing ({names} ...); they would start random; fix: get the file whole"
+        )
 
 
 def build(
@@ -115,7 +121,10 @@ def build(
     llm, tokenizer = load_language_model(language_model, dtype)
     tower, processor = load_vision_tower(vision_tower, dtype)
     model = Llava(tower, llm, projector, feature_layer)
-    manifest = {"base": {"language_model": shown(language_model), "vision_tower": shown(vision_tower)}, "base_hash": hashes}
+    manifest = {
+        "base": {"language_model": shown(language_model), "vision_tower": shown(vision_tower)},
+        "base_hash": hashes,
+    }
     return Loaded(model, tokenizer, processor, manifest)
 
 
@@ -166,10 +175,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: there is none, or a newer format wrote it.
     """
     if not (path / "manifest.json").is_file():
-        raise CheckpointError(f"{shown(path)}: not a checkpoint (no manifest.json); fix: name a run's checkpoint directory")
+        raise CheckpointError(
+            f"{shown(path)}: not a checkpoint (no manifest.json); fix: name a run's checkpoint directory"
+        )
     manifest: dict[str, Any] = read_json(path / "manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{shown(path)}: format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{shown(path)}: format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}"
+        )
     return manifest
 
 
@@ -189,7 +202,9 @@ def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) ->
     own = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
     for name in sorted(own.keys() ^ tensors.keys()):
         side = "missing in" if name in own else "unknown to the model, found in"
-        raise CheckpointError(f"{shown(path)}: {name} is {side} the checkpoint; fix: use the base model named in its manifest")
+        raise CheckpointError(
+            f"{shown(path)}: {name} is {side} the checkpoint; fix: use the base model named in its manifest"
+        )
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
             raise CheckpointError(
@@ -218,14 +233,18 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str | tor
     manifest = read_manifest(path)
     tower_source = _source(manifest["base"]["vision_tower"])
     if base_hash(tower_source) != manifest["base_hash"]["vision_tower"]:
-        raise CheckpointError(f"{shown(path)}: made with another vision tower than {tower_source}; fix: restore that tower")
+        raise CheckpointError(
+            f"{shown(path)}: made with another vision tower than {tower_source}; fix: restore that tower"
+        )
     tower, _ = load_vision_tower(tower_source, dtype)
     if manifest["kind"] == "full":
         llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path / "language_model"), dtype=dtype)
     else:
         llm_source = _source(manifest["base"]["language_model"])
         if base_hash(llm_source) != manifest["base_hash"]["language_model"]:
-            raise CheckpointError(f"{shown(path)}: made with another language model than {llm_source}; fix: restore that model")
+            raise CheckpointError(
+                f"{shown(path)}: made with another language model than {llm_source}; fix: restore that model"
+            )
         llm, _ = load_language_model(llm_source, dtype)
     model = Llava(tower, llm, manifest["projector"], manifest["feature_layer"])
     load_into(model, path)
