@@ -43,6 +43,12 @@ class Arm:
         """Mean over seeds."""
         return sum(self.values) / len(self.values)
 
+    @property
+    def interval(self) -> list[float] | None:
+        """95 % t interval of the mean over seeds, cut to what a percentage can be; None for one seed."""
+        found = seeds_interval(self.values)["interval"]
+        return found and [max(0.0, found[0]), min(100.0, found[1])]
+
 
 def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """An evaluation's result, stored in its run's folder: measured once, read by every chapter that shows it.
@@ -342,9 +348,8 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     rows = []
     for arm in arms:
         values = ", ".join(f"{v:.1f}" for v in arm.values)
-        interval = seeds_interval(arm.values)["interval"]
-        rows.append({"arm": arm.name, "accuracy per seed (%)": values, "mean (%)": arm.mean,
-                     "95 % interval over seeds": interval, "runs": ", ".join(arm.runs)})  # fmt: skip
+        row = {"arm": arm.name, "accuracy per seed (%)": values, "mean (%)": arm.mean}
+        rows.append(row | {"95 % interval over seeds": arm.interval, "runs": ", ".join(arm.runs)})
     return rows
 
 
@@ -365,12 +370,12 @@ def ablation_figure(result: dict[str, Any], title: str = "", unit: str = "Scienc
     figure, (left, right) = _axes(7.6, 2.7, 1, 2)
     arms: list[Arm] = result["arms"]
     for k, arm in enumerate(arms):
-        color, found = (BLUE, ORANGE)[k], seeds_interval(arm.values)
+        color = (BLUE, ORANGE)[k]
         # seeds a little apart, so that equal values are all seen
         places = [k + 0.16 + 0.09 * j for j in range(len(arm.values))]
         left.plot(arm.values, places, "o", color=color, markersize=5, alpha=0.6)
-        reach = _reach(found["mean"], found["interval"])
-        left.errorbar(found["mean"], k, xerr=reach, fmt="D", color=color, markersize=7, capsize=3)
+        reach = _reach(arm.mean, arm.interval)
+        left.errorbar(arm.mean, k, xerr=reach, fmt="D", color=color, markersize=7, capsize=3)
     left.set_yticks(range(len(arms)), [arm.name for arm in arms])
     left.set(xlabel=unit, title=title, ylim=(len(arms) - 0.3, -0.5))
     points = [("here, over seeds", result["effect"], result["interval"], BLUE, "D"),
@@ -482,11 +487,15 @@ def mix_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
             if row["published (%)"] is not None:
                 ax.plot(row["published (%)"], y, "D", color=ORANGE, fillstyle="none", markersize=8, markeredgewidth=1.6,
                         label="published" if y == 0 else None)  # fmt: skip
-        ax.set(title=kind, xlim=(0, 105), ylim=(len(mixes) - 0.5, -0.5))
+        ax.set(
+            title=kind,
+            xlim=(0, 1.05 * max(100.0, *(r["95 % interval"][1] for r in rows))),
+            ylim=(len(mixes) - 0.5, -0.5),
+        )
         ax.set_yticks(range(len(mixes)), mixes if ax is axes[0] else [""] * len(mixes))
         ax.grid(axis="y", visible=False)
         ax.grid(axis="x", visible=True)
-    axes[0].legend(loc="lower left")
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("score relative to the reference (%)", fontsize=10)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11.5)
     return figure

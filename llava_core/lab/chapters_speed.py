@@ -44,19 +44,27 @@ def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int = 7) 
     """
     for function in functions.values():
         function()
+    _wait()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(rounds):
         names = list(functions)
         for name in names if k % 2 else names[::-1]:
             begin = time.perf_counter()
             functions[name]()
+            _wait()
             seconds[name].append(time.perf_counter() - begin)
     return {n: {"median": statistics.median(s), "low": min(s), "high": max(s)} for n, s in seconds.items()}
 
 
-def matmul_rate(size: int = 1024, rounds: int = 7, dtype: torch.dtype = torch.float32) -> float:
-    """Measured floating-point operations per second of a square matrix product with the threads of this process."""
-    a, b = torch.randn(2, size, size).to(dtype)
+def _wait() -> None:
+    """Wait for a GPU, which works on after a call has returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_rate(like: torch.Tensor, size: int = 1024, rounds: int = 7) -> float:
+    """Measured operations per second of a square matrix product, on the device and in the dtype of `like`."""
+    a, b = torch.randn(2, size, size).to(like)
     return 2 * size**3 / interleaved({"matmul": lambda: a @ b}, rounds)["matmul"]["median"]
 
 
@@ -229,7 +237,8 @@ class Peer:
         self.model.model.vision_tower.load_state_dict(model.vision_tower.state_dict())
         self.model.model.language_model.load_state_dict(model.language_model.model.state_dict())
         self.model.lm_head.load_state_dict(model.language_model.lm_head.state_dict())
-        self.model.to(next(model.parameters()).dtype).train().requires_grad_(False)
+        weight = next(model.parameters())
+        self.model.to(weight.device, weight.dtype).train().requires_grad_(False)
         self.model.model.vision_tower.eval()
         if "projector" in ours.settings.trainable:
             self.model.model.multi_modal_projector.requires_grad_(True)
@@ -241,7 +250,7 @@ class Peer:
 
     def batch(self, items: Sequence[Item]) -> dict[str, Any]:
         """The padded batch as transformers wants it."""
-        made = collate(items, self.ours.loaded)
+        made = collate(items, self.ours.loaded).to(next(self.model.parameters()).device)
         ids = made.input_ids.masked_fill(made.attention_mask == 0, self.pad_id)
         ids = ids.masked_fill(made.input_ids == IMAGE_TOKEN_ID, self.image_id)
         return {
@@ -277,17 +286,22 @@ def parity(ours: Ours, peer: Peer, items: list[Item]) -> dict[str, float]:
     return {"ours": float(mine.detach()), "transformers": float(theirs.detach()), "gradient error": error}
 
 
+def _mark(marks: list[float]) -> None:
+    _wait()
+    marks.append(time.perf_counter())
+
+
 @contextmanager
 def _clocked(module: torch.nn.Module) -> Iterator[list[float]]:
-    """Seconds that each call of a module takes."""
-    seconds: list[float] = []
-    begin = module.register_forward_pre_hook(lambda *_: seconds.append(-time.perf_counter()))
-    end = module.register_forward_hook(lambda *_: seconds.__setitem__(-1, seconds[-1] + time.perf_counter()))
+    """When each call of a module begins and ends."""
+    marks: list[float] = []
+    hooks = [module.register_forward_pre_hook(lambda *_: _mark(marks))]
+    hooks.append(module.register_forward_hook(lambda *_: _mark(marks)))
     try:
-        yield seconds
+        yield marks
     finally:
-        begin.remove()
-        end.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def where_time_goes(ours: Ours, items: list[Item], rounds: int = 5) -> dict[str, float]:
@@ -296,20 +310,22 @@ def where_time_goes(ours: Ours, items: list[Item], rounds: int = 5) -> dict[str,
     trainer, total = ours.trainer, sum(label >= 0 for e, _ in items for label in e.labels)
     trainer.model.train()
     for k in range(rounds + 1):
-        marks = [time.perf_counter()]
+        marks: list[float] = []
+        _mark(marks)
         fetched = ours.items(0)
-        marks.append(time.perf_counter())
-        with _clocked(trainer.model.vision_tower) as tower:
+        _mark(marks)
+        with _clocked(trainer.model.vision_tower) as calls:
             loss = trainer._loss(fetched) / total
-        marks.append(time.perf_counter())
+        _mark(marks)
         loss.backward()
-        marks.append(time.perf_counter())
+        _mark(marks)
         torch.nn.utils.clip_grad_norm_(list(trainer.trainable.values()), ours.settings.grad_clip)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
-        marks.append(time.perf_counter())
+        _mark(marks)
         read, forward, backward, update = (b - a for a, b in itertools.pairwise(marks))
-        found = {"reading samples": read, "vision tower": sum(tower), "projector, LLM, loss": forward - sum(tower),
+        tower = sum(end - begin for begin, end in zip(calls[::2], calls[1::2], strict=True))
+        found = {"reading samples": read, "vision tower": tower, "projector, LLM, loss": forward - tower,
                  "backward": backward, "optimizer": update}  # fmt: skip
         for name, seconds in found.items() if k else ():  # the first round warms up
             parts.setdefault(name, []).append(seconds)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Turn
@@ -62,10 +62,12 @@ class Conversation:
         made: list[int] = []
         text = ""
         for tokens in generate_tokens(loaded.model, [ids], pixels, GenerationSettings(max_new_tokens, temperature)):
+            if int(tokens[0]) == loaded.tokenizer.eos_token_id:
+                break
             made.append(int(tokens[0]))
             whole = loaded.tokenizer.decode(made)
             text = cut(whole, stop)
-            if made[-1] == loaded.tokenizer.eos_token_id or (stop and stop in whole):
+            if stop and stop in whole:
                 break
             yield text
         self.turns.append((question, text))
@@ -110,7 +112,7 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
     def on_upload(change: dict[str, Any]) -> None:
         if change["new"]:
             try:
-                take(Image.open(io.BytesIO(bytes(change["new"][0]["content"]))))
+                take(ImageOps.exif_transpose(Image.open(io.BytesIO(bytes(change["new"][0]["content"])))))
             except OSError:
                 log.value = f"<p>{html.escape(change['new'][0]['name'])} is not an image that can be read.</p>"
 

@@ -50,7 +50,7 @@ def run_inputs(config: RunConfig) -> dict[str, Any]:
     from llava_core.train.stages import training_files
     from llava_core.weights.checkpoint import base_hash
 
-    package = ROOT / "llava_core"
+    package = Path(__file__).parents[1]
     code = sorted(
         f for part in _CODE for f in ([package / part] if part.endswith(".py") else (package / part).glob("*.py"))
     )

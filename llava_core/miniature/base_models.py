@@ -50,8 +50,8 @@ class LanguageModelSize:
 
 
 SIZES = {
-    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1800),
-    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=1000),
+    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1100),
+    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=650),
 }
 
 
@@ -292,12 +292,12 @@ def _fit(
 def _text_batches(tokenizer: Any, batch: int, seed: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches (ids, labels) of (batch, T): similar lengths together, right-padded, so causality is the only mask.
 
-    Drills make most of the first batches and few of the later ones: copying first, then looking things up.
+    The first twentieth has many plain repetitions: copying is learned first.
     """
     rng = random.Random(f"text-{seed}")
     for pooled in itertools.count():
         done = pooled * 16 / steps
-        drill, repeats = max(0.1, 0.7 - done), max(0.0, 1.0 - 12 * done)
+        drill, repeats = 0.15, max(0.0, 0.5 - 10 * done)
         pool = sorted(
             (encode(document(rng, drill, repeats), tokenizer, 0) for _ in range(batch * 16)),
             key=lambda e: len(e.input_ids),

@@ -56,7 +56,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class QA:
-    """A question, its short exact answer, and kind: color, count, presence, position, background, category, relation."""
+    """A question, its short exact answer and kind: color, count, presence, position, background, category, relation."""
 
     question: str
     answer: str

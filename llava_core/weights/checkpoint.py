@@ -67,7 +67,8 @@ def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
@@ -83,7 +84,7 @@ def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProces
     from transformers.utils import cached_file
 
     try:
-        with _quiet():  # the text half of a CLIPModel is not loaded, and transformers reports each of its keys
+        with _quiet():  # reports each key of the text half, which a tower leaves out
             tower, info = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
         settings = read_json(cached_file(source, "preprocessor_config.json"))
     except (OSError, ValueError, SafetensorError) as error:
@@ -95,14 +96,17 @@ def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProces
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """No bars and no reports while transformers loads: what matters of them is checked here, strictly."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        logging.enable_progress_bar()
 
 
 def _no_fresh_weights(source: str, info: dict[str, Any]) -> None:

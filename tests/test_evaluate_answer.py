@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from llava_core.constants import IMAGE_TOKEN_ID
+from llava_core.evaluate import answer as answering
+from llava_core.evaluate.answer import answer_questions, prompt_ids
+from llava_core.runtime import DataError
+from llava_core.weights.checkpoint import Loaded, build
+
+COLORS = {"red.png": (200, 30, 30), "blue.png": (30, 30, 200)}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    made = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
+    torch.nn.init.normal_(made.model.multi_modal_projector.weight, std=0.5)  # so that the image decides answers
+    torch.nn.init.normal_(made.model.language_model.get_output_embeddings().weight, std=0.5)
+    made.model.eval()
+    return made
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name, color in COLORS.items():
+        Image.new("RGB", (40, 32), color).save(tmp_path / name)
+    return tmp_path
+
+
+ROWS = [
+    {"question_id": 7, "text": "what color is the car that a curious human can see", "image": "red.png"},
+    {"question_id": 3, "text": "the dog", "image": None},
+    {"question_id": 5, "text": "what is the color", "image": "blue.png"},
+    {"question_id": 9, "text": "what is the color", "image": "red.png"},
+    {"question_id": 1, "text": "what <image>", "image": "blue.png"},
+]
+
+
+def test_answers_do_not_depend_on_the_batch(loaded: Loaded, images: Path) -> None:
+    together = answer_questions(loaded, ROWS, images, max_new_tokens=8)
+    alone: dict[str, str] = {}
+    for row in ROWS:
+        alone |= answer_questions(loaded, [row], images, max_new_tokens=8)
+    assert together == alone == answer_questions(loaded, ROWS, images, max_new_tokens=8, batch=2)
+    assert list(together) == ["7", "3", "5", "9", "1"]
+    assert together["5"] != together["9"]  # only the image tells them apart
+
+
+def test_no_questions_no_answers(loaded: Loaded) -> None:
+    assert answer_questions(loaded, []) == {}
+
+
+def test_a_missing_image_is_named(loaded: Loaded, images: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.png"):
+        answer_questions(loaded, [{**ROWS[0], "image": "gone.png"}], images)
+
+
+def test_a_prompt_holds_the_image_once_and_ends_where_the_answer_begins(loaded: Loaded) -> None:
+    n = loaded.model.n_image_tokens
+    for text in ("what", "what\n<image>", "<image>\nwhat"):
+        ids = prompt_ids(loaded, [(text, None)], True)
+        assert ids.count(IMAGE_TOKEN_ID) == n
+    blind = prompt_ids(loaded, [("what", None)], False)
+    assert IMAGE_TOKEN_ID not in blind
+    assert loaded.tokenizer.decode(blind).endswith("### Human: what\n### Assistant:")
+    begun = prompt_ids(loaded, [("what", None)], False, begin="red")
+    assert begun[: len(blind)] == blind
+    assert loaded.tokenizer.decode(begun[len(blind) :]) == " red"
+
+
+def test_the_manifest_decides_template_and_image_position(loaded: Loaded) -> None:
+    other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, {"template": "v1", "image_position": "last"})
+    ids = prompt_ids(other, [("what", None)], True)
+    after = ids[len(ids) - ids[::-1].index(IMAGE_TOKEN_ID) :]
+    assert loaded.tokenizer.decode(after) == " ASSISTANT:"
+
+
+def test_what_an_answer_begins_with_goes_to_its_own_question(
+    loaded: Loaded, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str] = {}
+    original = answering.prompt_ids
+
+    def spy(model, turns, has_image, begin="", key=""):
+        asked[key] = begin
+        return original(model, turns, has_image, begin, key)
+
+    monkeypatch.setattr(answering, "prompt_ids", spy)
+    answer_questions(loaded, ROWS, images, max_new_tokens=1, begins={"3": "red", "5": "blue"})
+    assert asked == {"7": "", "3": "red", "5": "blue", "9": "", "1": ""}

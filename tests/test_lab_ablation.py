@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+
+from llava_core.lab import ablation as ab
+from llava_core.runtime import ConfigError
+
+
+def test_the_papers_small_differences_are_not_significant() -> None:
+    z = {name: ab.published_difference(name)["z"] for name in ab.ABLATIONS}
+    assert {name for name, value in z.items() if abs(value) >= 1.96} == {"pretraining"}
+    assert z["feature_layer"] == pytest.approx(-1.503, abs=1e-3)  # 3856 against 3815 of 4241
+
+
+@pytest.mark.parametrize(
+    ("interval", "direction", "expected"),
+    [
+        ([-3, -1], "below 0", "agrees"),
+        ([1, 3], "below 0", "disagrees"),
+        ([1, 3], "above 0", "agrees"),
+        ([-1, 3], "below 0", "not resolved"),
+        (None, "below 0", "not resolved"),
+    ],
+)
+def test_verdicts(interval, direction, expected) -> None:
+    assert ab.verdict(interval, direction) == expected
+
+
+def test_a_difference_pairs_the_seeds() -> None:
+    found = ab.difference(ab.Arm("a", "x", [90.0, 80.0, 70.0]), ab.Arm("b", "y", [89.0, 79.2, 68.8]))
+    assert found["effect"] == pytest.approx(-1)
+    assert found["interval"][1] < 0  # unpaired, the scatter of 10 points between seeds would hide it
+    row = ab.verdict_check("ablation-7b", {**found, "verdict": "not resolved"})
+    assert (row["verdict"], row["id"]) == ("not resolved", "ablation-7b")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("feature_layer", {"model.feature_layer"}),
+        ("cot_order", {"data.prompt_format"}),
+        ("pretraining", {"starts from stage 1"}),
+        ("model_size", {"model.language_model"}),
+    ],
+)
+def test_arms_differ_in_one_setting(name, settings) -> None:
+    chosen = ab.ABLATIONS[name]
+    rows = ab.arm_settings((chosen.reference, chosen.other), "mini")
+    assert {row["setting"] for row in rows} == settings
+
+
+def test_an_unknown_ablation_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="feature_layer"):
+        ab.ablate("feature_layers")
+
+
+def _reviews(scores):
+    kinds = ("conv", "detail", "complex")
+    return [{"question_id": k, "category": kinds[k % 3], "tuple": [8.0, s]} for k, s in enumerate(scores)]
+
+
+def test_mixes_are_compared_on_the_same_questions() -> None:
+    full = [[2.0, 4.0, 8.0, 6.0, 7.0, 3.0], [4.0, 4.0, 8.0, 6.0, 7.0, 1.0]]
+    reviews = {"full": [_reviews(run) for run in full], "less": [_reviews([s - 1 for s in run]) for run in full]}
+    rows = {
+        (r["training data"], r["questions"]): r for r in ab.mix_rows(reviews, dict.fromkeys(reviews, "bench-coco-full"))
+    }
+    assert rows["full", "all"]["relative score (%)"] == pytest.approx(62.5)
+    less = rows["less", "all"]
+    assert less["difference"] == pytest.approx(-12.5)
+    # one point less on every question is no matter of which questions are asked, though the scores themselves scatter
+    assert less["difference interval"] == pytest.approx([-12.5, -12.5])
+    assert less["95 % interval"][1] - less["95 % interval"][0] > 5
+    assert rows["full", "detail"]["published (%)"] == 75.3
+    assert rows["full", "conv"]["n"] == 2
+
+
+def test_a_failed_review_counts_for_neither_side() -> None:
+    rows = _reviews([8.0] * 6)
+    rows[0] = {**rows[0], "tuple": None}
+    found = ab.mix_rows({"full": [rows]}, {"full": "bench-coco-full"})
+    assert found[0]["relative score (%)"] == pytest.approx(100)
