@@ -407,6 +407,8 @@ def load_experiment(
         origin |= dict.fromkeys(own, file)
         sources |= own.get("sources") or {}
     paper["sources"] = sources
+    last = chain[-1][0]
+    published = _validated(ExperimentConfig, _nested(paper), lambda field: origin.get(field, last))
 
     here, why = dict(paper), {}
     scale_file = runtime.shown(scales()[scale])
@@ -424,8 +426,6 @@ def load_experiment(
             raise ConfigError(f"override: '{field}' describes the experiment and cannot be overridden")
         here[field], why[field], origin[field] = value, "set by the caller", "override"
 
-    last = chain[-1][0]
-    published = _validated(ExperimentConfig, _nested(paper), lambda field: origin.get(field, last))
     resolved = _validated(ExperimentConfig, _nested(here), lambda field: origin.get(field, last))
     places: dict[str, dict[str, str]] = {
         resolved.data.name: place.data,

@@ -102,7 +102,7 @@ def test_the_miniature_says_where_and_why_it_leaves_the_paper() -> None:
     size = departures["model.language_model"]
     assert (size.paper, size.here) == ("vicuna-13b", "vicuna-7b")
     assert size.why
-    assert departures["scale.instruct158k"].here == "data/mini/mini-coco"
+    assert departures["scale.instruct158k"].here == load_scale("mini").data["instruct158k"]
     assert "scale.scienceqa" not in departures
 
 

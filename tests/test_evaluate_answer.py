@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from llava_core.constants import IMAGE_TOKEN_ID
+from llava_core.data.image_processor import load_image
 from llava_core.evaluate import answer as answering
 from llava_core.evaluate.answer import answer_questions, prompt_ids
 from llava_core.runtime import DataError
@@ -93,3 +94,14 @@ def test_what_an_answer_begins_with_goes_to_its_own_question(
     monkeypatch.setattr(answering, "prompt_ids", spy)
     answer_questions(loaded, ROWS, images, max_new_tokens=1, begins={"3": "red", "5": "blue"})
     assert asked == {"7": "", "3": "red", "5": "blue", "9": "", "1": ""}
+
+
+def test_an_answer_is_what_plain_forward_passes_say(loaded: Loaded, images: Path) -> None:
+    row = ROWS[0]
+    ids = prompt_ids(loaded, [(row["text"], None)], True)
+    pixels = torch.from_numpy(loaded.processor(load_image(images / row["image"])))[None]
+    start = len(ids)
+    with torch.inference_mode():
+        for _ in range(6):  # no cache, no padding
+            ids.append(int(loaded.model(torch.tensor([ids]), pixels).logits[0, -1].argmax()))
+    assert answer_questions(loaded, ROWS, images, max_new_tokens=6)["7"] == loaded.tokenizer.decode(ids[start:]).strip()

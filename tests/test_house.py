@@ -140,7 +140,8 @@ def broken_rules(notebook: dict[str, Any]) -> list[str]:
             broken.append('the parameters must begin with `scale: str = "mini"` and `fast: bool = False`')
         if len(named) != len(tree_of(tagged[0]).body):
             broken.append("each parameter needs a type")
-        if [line for line in lines_of(tagged[0]) if line.strip() and "#" not in line]:
+        text = ["", *lines_of(tagged[0])]  # behind the parameter, or above one that takes several lines
+        if [n for n in named if "#" not in text[n.lineno] and not text[n.lineno - 1].startswith("#")]:
             broken.append("each parameter needs a comment")
     if len(code) > MOST_CELLS:
         broken.append(f"{len(code)} code cells; at most {MOST_CELLS}")

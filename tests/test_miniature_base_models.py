@@ -21,14 +21,13 @@ from llava_core.weights import checkpoint
 LISTED = re.compile(rf"an? (\w+) (\w+)(?: ({'|'.join(POSITION_PHRASE.values())}))?")
 
 
-def test_repeated_words_are_the_same_words_twice() -> None:
+def test_the_first_drill_says_the_colors_of_its_list() -> None:
     for seed in range(50):
-        text = base_models.word_repeats(random.Random(seed))
-        words = text.split()
-        half = len(words) // 2
-        assert words[:half] == words[half:]
-        assert 8 <= half <= 16
-        assert text == base_models.word_repeats(random.Random(seed))
+        listed, said = base_models.first_drill(random.Random(seed)).split(". ")
+        colors = {name: color for color, name, _ in LISTED.findall(listed)}
+        answers = re.findall(r"the (\w+) is (\w+)", said)
+        assert len(answers) == 8
+        assert all(colors[name] == color for name, color in answers)
 
 
 def test_what_a_drill_asks_and_says_agrees_with_its_list() -> None:
@@ -58,24 +57,40 @@ def test_what_a_drill_asks_and_says_agrees_with_its_list() -> None:
 
 def test_documents_are_decided_by_their_seed_and_show_no_image() -> None:
     for seed in range(120):
-        segments = base_models.document(random.Random(seed), 0.2, 0.1)
-        assert segments == base_models.document(random.Random(seed), 0.2, 0.1)
+        segments = base_models.document(random.Random(seed), 0.2)
+        assert segments == base_models.document(random.Random(seed), 0.2)
         assert not any(s.image for s in segments)
         assert any(s.supervised and s.text.strip() for s in segments)
-    first, second = (base_models.document(random.Random(s), 0, 0) for s in (1, 2))
+    first, second = (base_models.document(random.Random(s), 0) for s in (1, 2))
     assert first != second
 
 
-def test_the_shares_of_the_drills_are_obeyed() -> None:
-    repeats = base_models.document(random.Random(3), repeats=1.0)[0].text.split()
-    assert repeats[: len(repeats) // 2] == repeats[len(repeats) // 2 :]
-    assert base_models.document(random.Random(3), drill=1.0)[0].text == base_models.lookup_drill(_after_two_draws(3))
+def test_the_share_of_drills_is_obeyed() -> None:
+    after_one_draw = random.Random(3)
+    after_one_draw.random()
+    drill = base_models.document(random.Random(3), drill=1.0)[0].text
+    assert drill == base_models.lookup_drill(after_one_draw)
 
 
-def _after_two_draws(seed: int) -> random.Random:
-    rng = random.Random(seed)
-    rng.random(), rng.random()
-    return rng
+def test_the_initial_attention_looks_one_place_back_and_finds_equal_words() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=128, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, initializer_range=0.06, rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor([[5, 9, 17, 33, 41, 52, 63, 9, 77, 80]])
+    for looks_up in (False, True):
+        if looks_up:
+            base_models.lookup_init(model)
+        with torch.no_grad():
+            first, second, _ = model(input_ids=ids, output_attentions=True).attentions
+        back = first[0, 0].diagonal(-1).mean()
+        assert (back > 0.6) == looks_up
+        assert (second[0, 0, 7, 1] > 0.25) == looks_up
 
 
 def _scene(*boxes: tuple[str, str, tuple[float, float, float, float]]) -> world.Scene:
@@ -133,7 +148,7 @@ def test_exact_answers_counts_every_token_of_the_answer_and_no_other(tmp_path: P
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = base_models.LanguageModelSize(16, 1, 2, 32, steps=3, batch=2)
+    size = base_models.LanguageModelSize(128, 3, 4, 32, steps=3, drill_steps=2, batch=2)
     monkeypatch.setattr(base_models, "SIZES", {"llm-7b": size})
     texts = base_models.document_texts
     monkeypatch.setattr(base_models, "document_texts", lambda: texts(60))
@@ -142,8 +157,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trained_language_model_is_found_again_and_checked(small: None, tmp_path: Path) -> None:
     folder = tmp_path / "llm-7b"
     facts = base_models.train_language_model("llm-7b", folder)
-    assert (facts["steps"], facts["shape"]["hidden"]) == (3, 16)
-    assert 0 < facts["final_loss"] < 10
+    assert (facts["steps"], facts["shape"]["hidden"]) == (3, 128)
+    assert 0 < facts["final_loss"] < 20
     with pytest.raises(CheckpointError, match="no base model here"):
         checkpoint.base_hash(str(folder))
     base_models.write_manifest(folder, facts)
@@ -176,8 +191,8 @@ def test_a_language_model_is_decided_by_its_seed(small: None, tmp_path: Path) ->
 
 
 def test_text_batches_are_padded_on_the_right_and_unsupervised_there(tmp_path: Path) -> None:
-    tokenizer = tiny.tokenizer(tmp_path)
-    ids, labels = next(base_models._text_batches(tokenizer, 3, 0, 10))
+    tokenizer, rng = tiny.tokenizer(tmp_path), random.Random(0)
+    ids, labels = next(base_models._text_batches(tokenizer, 3, lambda: base_models.document(rng), 0))
     assert ids.shape == labels.shape
     assert ids.shape[0] == 3
     assert (ids[:, 0] == tokenizer.bos_token_id).all()

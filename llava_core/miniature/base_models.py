@@ -7,7 +7,6 @@ retrains all of them; the shipped ones were made by that command with the defaul
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import random
@@ -45,13 +44,14 @@ class LanguageModelSize:
     heads: int
     intermediate: int
     steps: int
+    drill_steps: int = 280
     batch: int = 24
-    learning_rate: float = 3e-3
+    rates: tuple[float, float] = (1e-3, 6e-3)
 
 
 SIZES = {
-    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1100),
-    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=650),
+    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1200),
+    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=800),
 }
 
 
@@ -127,16 +127,16 @@ def lookup_drill(rng: random.Random) -> str:
     )
 
 
-def word_repeats(rng: random.Random) -> str:
-    """Random words of the world, said twice: copying is what attention has to learn first, and this is all of it."""
-    words = rng.choices([*world.COLORS, *world.CATEGORIES, "the", "is", "a", *world.POSITIONS], k=rng.randint(8, 16))
-    return " " + " ".join([*words, *words])
+def first_drill(rng: random.Random) -> str:
+    """Two to four colored things and the color of one of them asked again and again: nothing but looking things up."""
+    things = [(n, rng.choice(list(world.COLORS))) for n in rng.sample(list(world.CATEGORIES), rng.randint(2, 4))]
+    listed = ", ".join(f"{language.with_article(color)} {name}" for name, color in things)
+    says = (f"the {name} is {color}" for name, color in rng.choices(things, k=8))
+    return f"{listed}. " + ", ".join(says) + "."
 
 
-def document(rng: random.Random, drill: float = 0.15, repeats: float = 0.0) -> list[Segment]:
-    """One training document of the language models (no image, ever); `drill`, `repeats`: shares of the two drills."""
-    if rng.random() < repeats:
-        return [Segment(word_repeats(rng), True)]
+def document(rng: random.Random, drill: float = 0.15) -> list[Segment]:
+    """One training document of the language models (no image, ever); `drill` is the share of lookup drills."""
     if rng.random() < drill:
         return [Segment(lookup_drill(rng), True, eos=True)]
     scene = world.sample_scene(rng.randrange(1 << 30), 7, n_groups=1 if rng.random() < 0.25 else None)
@@ -244,13 +244,14 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.T if tall else x, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
-def _optimizers(model: nn.Module, learning_rate: float, muon: float | None) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon at its own rate for the hidden matrices and AdamW for the rest."""
+def _optimizers(model: nn.Module, hidden_rate: float, rate: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """Hidden matrices by Muon or AdamW at `hidden_rate`; embeddings, head, norms and biases by AdamW at `rate`."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-    chosen = {id(p) for p in hidden} if muon else set()
+    chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    return [adamw, Muon(hidden, muon)] if muon else [adamw]
+    groups = [{"params": rest, "lr": rate}] + ([] if muon else [{"params": hidden, "lr": hidden_rate}])
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    return [adamw, Muon(hidden, hidden_rate)] if muon else [adamw]
 
 
 def _schedule(step: int, steps: int, warmup: float = 0.03) -> float:
@@ -264,12 +265,12 @@ def _fit(
     batches: Iterator[Any],
     loss_of: Callable[[Any], torch.Tensor],
     steps: int,
-    learning_rate: float,
     name: str,
-    muon: float | None = None,
+    rates: tuple[float, float],
+    muon: bool = False,
 ) -> float:
-    """Plain training loop; returns the mean loss of the last 50 steps."""
-    optimizers, losses = _optimizers(model, learning_rate, muon), []
+    """Plain training loop at peak `rates` (hidden matrices, rest); returns the mean loss of the last 50 steps."""
+    optimizers, losses = _optimizers(model, *rates, muon), []
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     bar = progress(steps, name)
     for step in range(steps):
@@ -289,21 +290,15 @@ def _fit(
     return float(np.mean(losses[-50:]))
 
 
-def _text_batches(tokenizer: Any, batch: int, seed: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches (ids, labels) of (batch, T): similar lengths together, right-padded, so causality is the only mask.
-
-    The first twentieth has many plain repetitions: copying is learned first.
-    """
-    rng = random.Random(f"text-{seed}")
-    for pooled in itertools.count():
-        done = pooled * 16 / steps
-        drill, repeats = 0.15, max(0.0, 0.5 - 10 * done)
-        pool = sorted(
-            (encode(document(rng, drill, repeats), tokenizer, 0) for _ in range(batch * 16)),
-            key=lambda e: len(e.input_ids),
-        )
+def _text_batches(
+    tokenizer: Any, batch: int, make: Callable[[], list[Segment]], seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches (ids, labels) of (batch, T): documents of similar length together, right-padded, so no mask is needed."""
+    order = random.Random(f"order-{seed}")
+    while True:
+        pool = sorted((encode(make(), tokenizer, 0) for _ in range(batch * 16)), key=lambda e: len(e.input_ids))
         rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
-        rng.shuffle(rows)
+        order.shuffle(rows)
         for row in rows:
             width = max(len(e.input_ids) for e in row)
             ids = torch.full((batch, width), tokenizer.pad_token_id)
@@ -312,6 +307,80 @@ def _text_batches(tokenizer: Any, batch: int, seed: int, steps: int) -> Iterator
                 ids[k, : len(e.input_ids)] = torch.tensor(e.input_ids)
                 labels[k, : len(e.labels)] = torch.tensor(e.labels)
             yield ids, labels
+
+
+@torch.no_grad()
+def lookup_init(model: Any, seed: int = 0) -> None:
+    """Begin training with attention that can look things up: a tiny model needs thousands of steps to find it alone.
+
+    The residual stream gets a constant (dimension 0), a token part A, parts for what stood one (B) and two (C) places
+    before, and a part S for what was found. Layer 0: two heads copy A from one and two places back, into B and C.
+    Layers 1 and 2: a head matches A with A, finds the same word earlier, and carries its B (the color before the noun)
+    to S; another head of layer 2 carries S one place on. Everything is trained from there, nothing is frozen.
+
+    Source: the idea is the induction circuit (Olsson et al. 2022) as an initialisation (cf. Trockman and Kolter 2023).
+    """
+    config = model.config
+    d = config.hidden_size // config.num_attention_heads
+    half = d // 2
+    theta = config.rope_parameters["rope_theta"]
+    angles = theta ** (-torch.arange(half).float() / half)
+    a, b, c, s = slice(1, 33), slice(33, 65), slice(65, 97), slice(97, 128)
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthogonal() -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
+
+    embedding = model.model.embed_tokens.weight
+    embedding.copy_(torch.randn(embedding.shape, generator=generator) * 0.05)
+    embedding[:, a] = torch.randn(len(embedding), 32, generator=generator)
+    embedding[:, 0] = 2.0
+    layers = [layer.self_attn for layer in model.model.layers]
+    for layer in model.model.layers:  # quiet what is random, or it drowns what is not
+        layer.self_attn.o_proj.weight.mul_(0.2)
+        layer.mlp.down_proj.weight.mul_(0.2)
+
+    def previous(layer: Any, head: int, offset: int, sharpness: float) -> None:
+        """Attend `offset` places back: the constant, turned by the rotary angles of that distance."""
+        rows, n = slice(head * d, (head + 1) * d), 6
+        query, key = torch.zeros(d), torch.zeros(d)
+        query[:n], query[half : half + n], key[:n] = (
+            torch.cos(angles[:n] * offset),
+            -torch.sin(angles[:n] * offset),
+            1.0,
+        )
+        for weight, values in ((layer.q_proj.weight, query), (layer.k_proj.weight, key)):
+            weight[rows] = 0
+            weight[rows, 0] = values * sharpness
+
+    def match(layer: Any, head: int, sharpness: float = 1.4) -> None:
+        """Attend to equal tokens: one projection of A as query and key, on the slow rotary pairs alone."""
+        rows, n = slice(head * d, (head + 1) * d), 9
+        places = [*range(half - n, half), *range(d - n, d)]
+        projection = orthogonal()[: 2 * n] * sharpness
+        for weight in (layer.q_proj.weight, layer.k_proj.weight):
+            weight[rows] = 0
+            weight[[head * d + p for p in places], a] = projection
+
+    def carry(layer: Any, head: int, source: slice, target: slice, turn: bool, gain: float = 1.2) -> None:
+        """Copy part `source` of what the head attends to into part `target`, turned so as not to look like a token."""
+        rows = slice(head * d, (head + 1) * d)
+        layer.v_proj.weight[rows] = 0
+        layer.o_proj.weight[:, rows] = 0
+        layer.v_proj.weight[rows, source] = torch.eye(d)[:, : source.stop - source.start] * gain
+        layer.o_proj.weight[target, rows] = (orthogonal() if turn else torch.eye(d))[
+            : target.stop - target.start
+        ] * gain
+
+    for head, (offset, target) in enumerate(((1, b), (2, c))):
+        previous(layers[0], head, offset, 1.6)
+        carry(layers[0], head, a, target, turn=False)
+    match(layers[1], 0)
+    carry(layers[1], 0, b, s, turn=True)
+    previous(layers[2], 0, 1, 4.0)
+    carry(layers[2], 0, slice(96, 128), s, turn=True)
+    match(layers[2], 1)
+    carry(layers[2], 1, b, s, turn=True)
 
 
 def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
@@ -346,10 +415,13 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=False,
-            initializer_range=size.hidden**-0.5 / 1.5,
+            initializer_range=0.06,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         )
     )
+    lookup_init(model, seed)
     model.train()
+    rng = random.Random(f"text-{seed}")
 
     def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         ids, labels = batch
@@ -357,7 +429,10 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
     begin = time.time()
-    loss = _fit(model, _text_batches(tokenizer, size.batch, seed, steps), loss_of, steps, size.learning_rate, name)
+    drills = _text_batches(tokenizer, 32, lambda: [Segment(first_drill(rng), True)], seed)
+    _fit(model, drills, loss_of, size.drill_steps, f"{name}, drills", size.rates)
+    documents = _text_batches(tokenizer, size.batch, lambda: document(rng), seed)
+    loss = _fit(model, documents, loss_of, steps, name, size.rates)
     model.to(torch.bfloat16).save_pretrained(out)
     return {
         "shape": asdict(size),
@@ -456,8 +531,8 @@ def train_clip(
         logits = model(pixel_values=window, **ids).logits_per_image
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    _fit(model, batches(0.0), loss_of, phases[0], 2e-3, "clip, captions", muon=2e-3)
-    loss = _fit(model, batches(0.75), loss_of, phases[1], 1.5e-3, "clip, names", muon=7.5e-3)
+    _fit(model, batches(0.0), loss_of, phases[0], "clip, captions", (2e-3, 2e-3), muon=True)
+    loss = _fit(model, batches(0.75), loss_of, phases[1], "clip, names", (7.5e-3, 1.5e-3), muon=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     mean, std = pixel_statistics()
