@@ -435,7 +435,10 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
     loss = _fit(model, documents, loss_of, steps, name, size.rates)
     model.to(torch.bfloat16).save_pretrained(out)
     return {
-        "shape": asdict(size),
+        "shape": {k: v for k, v in asdict(size).items() if k in ("hidden", "layers", "heads", "intermediate")},
+        "drill_steps": size.drill_steps,
+        "batch": size.batch,
+        "rates": size.rates,
         "seed": seed,
         "steps": steps,
         "final_loss": loss,
