@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -171,25 +172,24 @@ def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
     target = world / "two"
     target.mkdir()
     alone.config.write(target / "config.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        str(world),
-        str(target),
-    ]
-    environment = {
-        **os.environ,
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "LLAVA_ROOT": str(world),
-        "PYTHONPATH": str(Path(launching.__file__).parents[2]),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[:3000]
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    environment |= {"LLAVA_ROOT": str(world)}
+    environment |= {"PYTHONPATH": str(Path(launching.__file__).parents[2])}
+    command = [sys.executable, str(script), str(world), str(target)]
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(k)}, stderr=subprocess.PIPE, text=True) for k in (0, 1)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)[-3000:]
     pairs = zip(alone.metrics(), RunRecord(target).metrics(), strict=True)
     steps = [(a, b) for a, b in pairs if "loss" in a]
     assert steps
