@@ -138,6 +138,8 @@ class Trainer:
         return self._finish()
 
     def _finish(self) -> dict[str, Any]:
+        if rank() > 0:
+            return {}  # rank 0 writes the record and, while it writes, nobody else can read it
         rows = [r for r in self.record.metrics() if "loss" in r]
         tail = rows[-max(1, len(rows) // 20) :]
         experiment = self.record.config.experiment
@@ -148,15 +150,14 @@ class Trainer:
             "seconds": self.seconds, "trainable_parameters": sum(p.numel() for p in self.trainable.values()),
             "checkpoint": shown(self.record.checkpoint),
         }  # fmt: skip
-        if rank() == 0:
-            trained = experiment.train.trainable
-            save_checkpoint(
-                self.record.checkpoint, self.loaded, "full" if "language_model" in trained else "projector",
-                template=experiment.template, image_position=experiment.image_position,
-                prompt_format=experiment.data.prompt_format, run_id=self.record.run_id,
-            )  # fmt: skip
-            self.record.finish(summary)
-            self.state_file.unlink(missing_ok=True)
+        trained = experiment.train.trainable
+        save_checkpoint(
+            self.record.checkpoint, self.loaded, "full" if "language_model" in trained else "projector",
+            template=experiment.template, image_position=experiment.image_position,
+            prompt_format=experiment.data.prompt_format, run_id=self.record.run_id,
+        )  # fmt: skip
+        self.record.finish(summary)
+        self.state_file.unlink(missing_ok=True)
         return summary
 
     def _announce(self) -> None:
