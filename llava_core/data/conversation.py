@@ -8,7 +8,7 @@ set or prompt layout is one more `Template` record.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -195,6 +195,3 @@ def supervised_text(encoded: Encoded, tokenizer: Any) -> str:
 def coverage(samples: Sequence[Encoded]) -> float:
     """Share of supervised tokens over all samples."""
     return sum(sum(t != IGNORE_INDEX for t in s.labels) for s in samples) / max(1, sum(len(s.labels) for s in samples))
-
-
-Renderer = Callable[[Sequence[Turn]], list[Segment]]

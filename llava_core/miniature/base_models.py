@@ -688,7 +688,7 @@ def measure_gates(models: Path = MODELS) -> dict[str, Any]:
 
 
 def train_base_models(out: Path = MODELS, only: list[str] | None = None, seed: int = 0) -> dict[str, Any]:
-    """Retrain the base models from scratch: about an hour on two cores, the two kinds one after the other.
+    """Retrain the base models from scratch, one after the other; each manifest says how many minutes it took.
 
     Args:
         out: folder of `llm-7b`, `llm-13b`, `clip`.

@@ -7,7 +7,6 @@ manifest, never the folder's name; keys are strict both ways.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -238,7 +237,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str | tor
     tower_source = _source(manifest["base"]["vision_tower"])
     if base_hash(tower_source) != manifest["base_hash"]["vision_tower"]:
         raise CheckpointError(
-            f"{shown(path)}: made with another vision tower than {tower_source}; fix: restore that tower"
+            f"{shown(path)}: made with another vision tower than {shown(tower_source)}; fix: restore that tower"
         )
     tower, _ = load_vision_tower(tower_source, dtype)
     if manifest["kind"] == "full":
@@ -247,7 +246,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str | tor
         llm_source = _source(manifest["base"]["language_model"])
         if base_hash(llm_source) != manifest["base_hash"]["language_model"]:
             raise CheckpointError(
-                f"{shown(path)}: made with another language model than {llm_source}; fix: restore that model"
+                f"{shown(path)}: made with another language model than {shown(llm_source)}; fix: restore that model"
             )
         llm, _ = load_language_model(llm_source, dtype)
     model = Llava(tower, llm, manifest["projector"], manifest["feature_layer"])
@@ -261,8 +260,3 @@ def _source(name: str) -> str:
     from llava_core.runtime import resolve
 
     return str(resolve(name)) if resolve(name).is_dir() else name
-
-
-def describe(path: Path) -> str:
-    """The manifest as indented JSON."""
-    return json.dumps(read_manifest(path), indent=2)
