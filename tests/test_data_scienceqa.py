@@ -65,7 +65,7 @@ def test_formats_say_what_their_letters_say(tmp_path: Path) -> None:
         sample = format_problem(problem, name)
         assert sample.turns == [(question, reply)], name
         assert sample.image == problem.image
-        assert answer_prompt(name) == (" ###\nANSWER:" if name == "QCM-LEPA" else None)
+        assert answer_prompt(name) == ("\n###\nANSWER:" if name == "QCM-LEPA" else None)
     assert set(replies) | {"CQM-A"} == set(PROMPT_FORMATS.names())
     assert format_problem(problem, "CQM-A").turns[0][0].startswith("<image>\nContext: Two magnets")
 

@@ -14,96 +14,79 @@ import torch
 from llava_core.constants import IGNORE_INDEX
 from llava_core.data.conversation import encode
 from llava_core.miniature import base_models, world
-from llava_core.miniature.language import POSITION_PHRASE
+from llava_core.miniature.language import PLACE_PHRASE, POSITION_PHRASE, facts_of_scene, noun_phrase, questions
 from llava_core.runtime import CheckpointError
 from llava_core.weights import checkpoint
-
-LISTED = re.compile(rf"an? (\w+) (\w+)(?: ({'|'.join(POSITION_PHRASE.values())}))?")
-
-
-def test_the_first_drill_says_the_colors_of_its_list() -> None:
-    for seed in range(50):
-        listed, said = base_models.first_drill(random.Random(seed)).split(". ")
-        colors = {name: color for color, name, _ in LISTED.findall(listed)}
-        answers = re.findall(r"the (\w+) is (\w+)", said)
-        assert len(answers) == 8
-        assert all(colors[name] == color for name, color in answers)
-
-
-def test_what_a_drill_asks_and_says_agrees_with_its_list() -> None:
-    seen = set()
-    for seed in range(400):
-        text = base_models.lookup_drill(random.Random(seed))
-        assert text == base_models.lookup_drill(random.Random(seed))
-        listed, rest = text.split(". ", 1)
-        things = {
-            name: (color, place) for color, name, place in (LISTED.fullmatch(t).groups() for t in listed.split(", "))
-        }
-        assert 3 <= len(things) <= 8
-        if rest == f"{listed}.":
-            seen.add("verbatim")
-            continue
-        asked = re.findall(r"Is there an? (\w+)\? (Yes|No)\.", rest)
-        said = re.findall(r"the (\w+) is ([\w ]+)", rest)
-        for name, answer in asked:
-            assert (name in things) == (answer == "Yes"), text
-            seen.add(answer)
-        for name, fact in said:
-            assert fact in things[name], text
-            seen.add("color" if fact in world.COLORS else "place")
-        assert len(asked or said) == len(things)
-    assert seen == {"verbatim", "Yes", "No", "color", "place"}
 
 
 def test_documents_are_decided_by_their_seed_and_show_no_image() -> None:
     for seed in range(120):
-        segments = base_models.document(random.Random(seed), 0.2)
-        assert segments == base_models.document(random.Random(seed), 0.2)
+        segments = base_models.document(random.Random(seed))
+        assert segments == base_models.document(random.Random(seed))
         assert not any(s.image for s in segments)
         assert any(s.supervised and s.text.strip() for s in segments)
-    first, second = (base_models.document(random.Random(s), 0) for s in (1, 2))
+    first, second = (base_models.document(random.Random(s)) for s in (1, 2))
     assert first != second
 
 
-def test_the_share_of_drills_is_obeyed() -> None:
-    after_one_draw = random.Random(3)
-    after_one_draw.random()
-    drill = base_models.document(random.Random(3), drill=1.0)[0].text
-    assert drill == base_models.lookup_drill(after_one_draw)
-
-
-def test_the_initial_attention_looks_one_place_back_and_finds_equal_words() -> None:
+def test_the_initial_attention_looks_back_and_finds_equal_words(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    tokenizer = tiny.tokenizer(tmp_path)
     config = LlamaConfig(
-        vocab_size=200, hidden_size=128, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, initializer_range=0.06, rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-        attn_implementation="eager",
+        attn_implementation="eager", bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    ids = torch.tensor([[5, 9, 17, 33, 41, 52, 63, 9, 77, 80]])
+    start = tokenizer.bos_token_id
+    ids = torch.tensor([[start, 35, 39, 47, 63, 71, 82, 93, 39, 107, 110]])
     for looks_up in (False, True):
         if looks_up:
-            base_models.lookup_init(model)
+            base_models.lookup_init(model, tokenizer)
         with torch.no_grad():
-            first, second, _ = model(input_ids=ids, output_attentions=True).attentions
-        back = first[0, 0].diagonal(-1).mean()
-        assert (back > 0.6) == looks_up
-        assert (second[0, 0, 7, 1] > 0.25) == looks_up
+            first, second, _, fourth = model(input_ids=ids, output_attentions=True).attentions
+        for head in range(3):
+            assert (first[0, head].diagonal(-1 - head)[3:].min() > 0.9) == looks_up
+        assert (second[0, 0, 8, 2] > 0.25) == looks_up  # the same word, six places before
+        assert (fourth[0, 0].diagonal(-5)[3:].min() > 0.9) == looks_up
 
 
-def _scene(*boxes: tuple[str, str, tuple[float, float, float, float]]) -> world.Scene:
-    items = tuple(world.Item(category, color, "large", box) for category, color, box in boxes)
-    return world.Scene(0, "beach", items, (), 0)
+def test_what_is_told_leaves_no_fact_out() -> None:
+    for k in range(60):
+        scene, rng = world.sample_scene(k, 5), random.Random(k)
+        for text in (base_models.context_text(scene, rng), base_models.told(scene.groups, "by a lake", rng)):
+            for group in scene.groups:
+                phrase, place = noun_phrase(group), POSITION_PHRASE[group.position or ""]
+                assert f"{place} {phrase}" in text.lower() or f"{phrase} {place}" in text.lower()
+        assert PLACE_PHRASE[scene.background] in base_models.context_text(scene, rng).lower()
 
 
-def test_a_raster_of_words_names_what_stands_at_each_place() -> None:
-    dog, cat = ("dog", "red", (0.0, 0.5, 0.5, 1.0)), ("cat", "blue", (0.25, 0.5, 0.5, 1.0))
-    assert base_models.grid_text(_scene(dog), 2, 2) == "beach beach\nred dog beach"
-    # the nearer object, the later of the two, hides the other
-    assert base_models.grid_text(_scene(dog, cat), 4, 2).split("\n")[1] == "red dog blue cat beach beach"
-    assert base_models.grid_text(_scene(), 6, 3) == "\n".join(["beach " * 5 + "beach"] * 3)
+def test_words_for_patches_name_what_stands_there_row_by_row() -> None:
+    dog = world.Item("dog", "red", "large", (0.0, 0.5, 0.5, 1.0))
+    cat = world.Item("cat", "blue", "large", (0.25, 0.5, 0.5, 1.0))  # nearer: it hides half of the dog
+    groups = (world.Group("dog", "red", 1, "left"), world.Group("cat", "blue", 1, "middle"))
+    words = base_models.patch_words(world.Scene(0, "beach", (dog, cat), groups, 0), random.Random(0))
+    row = ["left one red dog", "middle one blue cat", "middle one blue cat"]
+    assert words.replace("beach", "").split() == " ".join(2 * row).split()
+
+
+def test_the_letter_of_a_multiple_choice_is_that_of_the_right_option() -> None:
+    kinds = set()
+    for k in range(80):
+        scene, rng = world.sample_scene(k, 6), random.Random(k)
+        asked, said = base_models.multiple_choice("Told.", facts_of_scene(scene), rng)
+        question, context, options = asked.split("\n")
+        assert context == "Context: Told."
+        choices = dict(re.findall(r"\((\w)\) ([^(]+?)(?= \(|$)", options))
+        solution, letter = re.fullmatch(r"SOLUTION: (.+)\.\n###\nANSWER: (\w)\.", said).groups()
+        assert choices[letter] == solution.lower()
+        assert len(choices) == len(set(choices.values())) >= 2
+        (right,) = (q for q in questions(facts_of_scene(scene), rng) if q.question == question)
+        assert right.answer == f"{solution}."
+        kinds.add(right.kind)
+    assert kinds == set(base_models.OPTIONS)
 
 
 def test_patch_weights_are_shares_of_the_box_row_by_row() -> None:
@@ -148,7 +131,7 @@ def test_exact_answers_counts_every_token_of_the_answer_and_no_other(tmp_path: P
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = base_models.LanguageModelSize(128, 3, 4, 32, steps=3, drill_steps=2, batch=2)
+    size = base_models.LanguageModelSize(128, 4, 4, 32, steps=3, batch=2)
     monkeypatch.setattr(base_models, "SIZES", {"llm-7b": size})
     texts = base_models.document_texts
     monkeypatch.setattr(base_models, "document_texts", lambda: texts(60))

@@ -46,7 +46,7 @@ def body(category: str, seed: int = 0) -> np.ndarray:
 
 
 def test_the_tables_speak_of_the_same_things() -> None:
-    assert len(CATEGORIES) == 26
+    assert len(CATEGORIES) == 24
     assert set(CATEGORIES) == set(ASPECT) == set(PLACE)
     assert set(BACKGROUNDS) == set(HORIZON)
     assert len(COLORS) == len(BACKGROUNDS) == 8

@@ -192,7 +192,8 @@ def _ask_lettered(problem: Problem) -> str:
 # AL and AE are absent on purpose: the released converter swaps their letters, so the names would mean two things
 for _order in ("A", "LA", "EA", "LEA", "ELA", "ALE", "AEL"):
     PROMPT_FORMATS.register(f"QCM-{_order}")(PromptFormat(_ask_qcm, _reply_in_order(_order)))
-PROMPT_FORMATS.register("QCM-LEPA")(PromptFormat(_ask_qcm, _reply_lepa, answer_prompt=" ###\nANSWER:"))
+# the released evaluation appended " ###" here although its training files have a line break before the marks
+PROMPT_FORMATS.register("QCM-LEPA")(PromptFormat(_ask_qcm, _reply_lepa, answer_prompt="\n###\nANSWER:"))
 PROMPT_FORMATS.register("CQM-A")(PromptFormat(_ask_lettered, lambda problem: problem.letter))
 
 

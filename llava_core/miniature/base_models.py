@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,52 +44,54 @@ class LanguageModelSize:
     heads: int
     intermediate: int
     steps: int
-    drill_steps: int = 280
-    batch: int = 24
+    batch: int = 32
     rates: tuple[float, float] = (1e-3, 6e-3)
 
 
 SIZES = {
-    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1200),
-    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=800),
+    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=3000),
+    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=2400),
 }
 
 
 # --- the text that the language models read ---------------------------------------------------------------------------
 
 
-def grid_text(scene: world.Scene, columns: int = 6, rows: int = 3) -> str:
-    """A scene as a raster of words: what stands at each place, row by row (a text-only cousin of a patch sequence)."""
-    lines = []
-    for r in range(rows):
-        cells = []
-        for c in range(columns):
-            x, y = (c + 0.5) / columns, (r + 0.5) / rows
-            inside = [i for i in scene.items if i.box[0] <= x <= i.box[2] and i.box[1] <= y <= i.box[3]]
-            cells.append(f"{inside[-1].color} {inside[-1].category}" if inside else scene.background)
-        lines.append(" ".join(cells))
-    return "\n".join(lines)
+def told(groups: Sequence[world.Group], place: str, rng: random.Random) -> str:
+    """A scene in one sentence that leaves nothing out, each thing's place, number and color before its name."""
+    parts = [
+        f"{language.POSITION_PHRASE[g.position or 'middle']} {language.noun_phrase(g)}"
+        for g in rng.sample(groups, len(groups))
+    ]
+    parts.insert(rng.choice((0, len(parts))), place)
+    return language.sentence(", ".join(parts))
+
+
+def patch_words(scene: world.Scene, rng: random.Random) -> str:
+    """A scene as a raster of patches, each said in words: the nearest text to what a projected image will be."""
+    place_word = scene.background
+    words = []
+    for row in range(4):
+        for column in range(6):
+            x, y = (column + 0.5) / 6, (row + 0.5) / 4
+            found = [(i, g) for i, g in _with_groups(scene) if i.box[0] <= x <= i.box[2] and i.box[1] <= y <= i.box[3]]
+            if found:
+                item, group = found[-1]
+                noun = item.category if group.count == 1 else language.plural(item.category)
+                words.append(f"{group.position} {language.number_word(group.count)} {item.color} {noun}")
+            elif rng.random() < 0.5:
+                words.append(place_word)
+    return " ".join(words)
 
 
 def context_text(scene: world.Scene, rng: random.Random) -> str:
-    """A text from which facts of a scene can be read: captions, a description, a raster, a table, or shuffled words."""
-    facts = language.facts_of_scene(scene)
+    """A text from which every fact of a scene can be read: one full sentence, two captions, or patches in words."""
     kind = rng.random()
-    if kind < 0.3:
-        lines = language.captions(scene, rng)
-        return "\n".join([lines[1], lines[3], lines[4]] if rng.random() < 0.5 else rng.sample(lines, 5))
-    if kind < 0.45:
-        return language.describe(facts)
-    if kind < 0.75:
-        return grid_text(scene)
-    if kind < 0.88:
-        groups = rng.sample(facts.groups, len(facts.groups))
-        return "\n".join(f"- {g.category}: {g.color}, {language.number_word(g.count)}, {g.position}." for g in groups)
-    cells = [
-        f"{i.color} {i.category} {language.POSITION_PHRASE[g.position or 'middle']}" for i, g in _with_groups(scene)
-    ]
-    cells += [scene.background] * rng.randint(1, 3)
-    return " ".join(rng.sample(cells, len(cells)))
+    if kind < 0.6:
+        return told(scene.groups, language.PLACE_PHRASE[scene.background], rng)
+    groups = rng.sample(scene.groups, len(scene.groups))
+    where = [f"{language.noun_phrase(g)} {language.POSITION_PHRASE[g.position or 'middle']}" for g in groups]
+    return language.sentence(f"{language.listing(where)} {language.PLACE_PHRASE[scene.background]}")
 
 
 def _with_groups(scene: world.Scene) -> list[tuple[world.Item, world.Group]]:
@@ -103,68 +105,54 @@ def _dialogue(turns: list[tuple[str, str | None]], everything: bool = False) -> 
     return [Segment("".join(s.text for s in segments), True)] if everything else segments
 
 
-def lookup_drill(rng: random.Random) -> str:
-    """A list of things and the same facts again, verbatim, turned round or as sentences: to learn looking up."""
-    names = rng.sample(list(world.CATEGORIES), rng.randint(3, 8))
-    things = [(name, rng.choice(list(world.COLORS)), rng.choice(world.POSITIONS)) for name in names]
-    listed = ", ".join(f"{language.with_article(color)} {name}" for name, color, _ in things)
-    again = rng.sample(things, len(things))
+OPTIONS: dict[str, Sequence[str]] = {
+    "color": list(world.COLORS),
+    "count": language.NUMBERS[1:4],
+    "position": list(language.POSITION_PHRASE.values()),
+    "background": [answer.rstrip(".").lower() for answer in language.PLACE_ANSWER.values()],
+}
+
+
+def multiple_choice(context: str, facts: language.Facts, rng: random.Random) -> tuple[str, str]:
+    """A question with lettered options and a reply that says the fact before its letter, laid out as in ScienceQA."""
+    qa = rng.choice([q for q in language.questions(facts, rng) if q.kind in OPTIONS])
+    right = qa.answer.rstrip(".").lower()
+    wrong = [o for o in OPTIONS[qa.kind] if o != right]
+    choices = [right, *rng.sample(wrong, rng.randint(1, min(3, len(wrong))))]
+    rng.shuffle(choices)
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=False))
+    reply = f"SOLUTION: {language.sentence(right)}\n###\nANSWER: {'ABCD'[choices.index(right)]}."
+    return f"{qa.question}\nContext: {context}\nOptions: {options}", reply
+
+
+def document(rng: random.Random) -> list[Segment]:
+    """One training document of the language models (no image, ever)."""
     kind = rng.random()
-    if kind < 0.3:
-        return f"{listed}. {listed}."
-    if kind < 0.6:
-        return f"{listed}. " + ", ".join(f"the {name} is {color}" for name, color, _ in again) + "."
-    if kind < 0.8:
-        listed = ", ".join(
-            f"{language.with_article(color)} {name} {language.POSITION_PHRASE[at]}" for name, color, at in things
-        )
-        says = (rng.choice((f"the {n} is {c}", f"the {n} is {language.POSITION_PHRASE[at]}")) for n, c, at in again)
-        return f"{listed}. " + ", ".join(says) + "."
-    absent = rng.sample([n for n in world.CATEGORIES if n not in names], len(names))
-    asked = [(n, n in names) for n in rng.sample(names + absent, len(names))]
-    return f"{listed}. " + " ".join(
-        f"Is there {language.with_article(n)}? {'Yes' if yes else 'No'}." for n, yes in asked
-    )
-
-
-def first_drill(rng: random.Random) -> str:
-    """Two to four colored things and the color of one of them asked again and again: nothing but looking things up."""
-    things = [(n, rng.choice(list(world.COLORS))) for n in rng.sample(list(world.CATEGORIES), rng.randint(2, 4))]
-    listed = ", ".join(f"{language.with_article(color)} {name}" for name, color in things)
-    says = (f"the {name} is {color}" for name, color in rng.choices(things, k=8))
-    return f"{listed}. " + ", ".join(says) + "."
-
-
-def document(rng: random.Random, drill: float = 0.15) -> list[Segment]:
-    """One training document of the language models (no image, ever); `drill` is the share of lookup drills."""
-    if rng.random() < drill:
-        return [Segment(lookup_drill(rng), True, eos=True)]
-    scene = world.sample_scene(rng.randrange(1 << 30), 7, n_groups=1 if rng.random() < 0.25 else None)
+    if kind < 0.07:
+        return [Segment(science_text(rng), True, eos=True)]
+    scene = world.sample_scene(rng.randrange(1 << 30), 7)
     facts = language.facts_of_scene(scene)
-    kind = rng.random()
-    if kind < 0.08:
+    if kind < 0.12:
         text = rng.choice(language.captions(scene, rng))
         return [Segment(text.lower().replace(".", " .") if rng.random() < 0.5 else text, True, eos=True)]
-    if kind < 0.16:
-        return [Segment(science_text(rng), True, eos=True)]
-    if kind < 0.22:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
-        qa = language.questions(facts, rng)[:2]
-        return _dialogue([(q.question, q.answer) for q in qa], True)
-    context, everything = context_text(scene, rng), rng.random() < 0.4
-    if kind < 0.30:
+    if kind < 0.16:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
+        return _dialogue([(q.question, q.answer) for q in language.questions(facts, rng)[:2]], True)
+    context = patch_words(scene, rng) if rng.random() < 0.3 else context_text(scene, rng)
+    if kind < 0.24:
         question = rng.choice(["Describe this in detail.", "Tell me everything about the image.", "What do you see?"])
-        return _dialogue([(f"{context}\n{question}", language.describe(facts))], True)
-    if kind < 0.38:
+        return _dialogue([(f"{context}\n{question}", language.describe(facts))])
+    if kind < 0.3:
         caption = rng.choice(language.captions(scene, rng))
         question = rng.choice(["Describe the image briefly.", "Give a short caption.", "Sum up the picture."])
-        return _dialogue([(f"{context}\n{question}", caption)], True)
-    qa = language.questions(facts, rng)[: rng.randint(4, 8)]
+        return _dialogue([(f"{context}\n{question}", caption)])
+    if kind < 0.42:
+        return _dialogue([multiple_choice(context, facts, rng)])
+    qa = language.questions(facts, rng)[: rng.randint(1, 5)]
     if rng.random() < 0.3 and (reason := language.reasoning(facts, rng)):
-        qa.append(reason)
-        rng.shuffle(qa)
+        qa.insert(rng.randrange(len(qa)), reason)
     pairs: list[tuple[str, str | None]] = [(q.question, q.answer) for q in qa]
-    first = f"{context}\n{pairs[0][0]}" if rng.random() < 0.7 else f"{pairs[0][0]}\n{context}"
-    return _dialogue([(first, pairs[0][1]), *pairs[1:]], everything)
+    first = f"{context}\n{pairs[0][0]}" if rng.random() < 0.85 else f"{pairs[0][0]}\n{context}"
+    return _dialogue([(first, pairs[0][1]), *pairs[1:]], everything=rng.random() < 0.25)
 
 
 def train_tokenizer(out: Path, texts: Iterable[str], vocabulary: int = VOCABULARY) -> Any:
@@ -310,30 +298,38 @@ def _text_batches(
 
 
 @torch.no_grad()
-def lookup_init(model: Any, seed: int = 0) -> None:
+def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
     """Begin training with attention that can look things up: a tiny model needs thousands of steps to find it alone.
 
-    The residual stream gets a constant (dimension 0), a token part A, parts for what stood one (B) and two (C) places
-    before, and a part S for what was found. Layer 0: two heads copy A from one and two places back, into B and C.
-    Layers 1 and 2: a head matches A with A, finds the same word earlier, and carries its B (the color before the noun)
-    to S; another head of layer 2 carries S one place on. Everything is trained from there, nothing is frozen.
+    The residual stream gets a constant (dimension 0), a word part A, parts B, C, D for the words one, two and three
+    places before, and a part S for what was found. Layer 0 fills B, C, D. Heads of layer 1 find the same word earlier
+    and carry what stood before it there to S: "two red dogs" answers for dogs. Heads of layer 2 find the place where
+    the word stood three before and carry what is there: "left" answers with what is on the left. Where nothing
+    matches, attention rests on the first token. Layer 3 hands S to the word five places on: from the last word of a
+    question to where its answer begins. Everything is trained from there, nothing is frozen.
 
     Source: the idea is the induction circuit (Olsson et al. 2022) as an initialisation (cf. Trockman and Kolter 2023).
     """
     config = model.config
-    d = config.hidden_size // config.num_attention_heads
+    d, width = config.hidden_size // config.num_attention_heads, 20
     half = d // 2
-    theta = config.rope_parameters["rope_theta"]
-    angles = theta ** (-torch.arange(half).float() / half)
-    a, b, c, s = slice(1, 33), slice(33, 65), slice(65, 97), slice(97, 128)
+    angles = config.rope_parameters["rope_theta"] ** (-torch.arange(half).float() / half)
+    a, b, c, before3 = (slice(1 + k * width, 1 + (k + 1) * width) for k in range(4))
+    s = slice(1 + 4 * width, 128)
     generator = torch.Generator().manual_seed(seed)
 
-    def orthogonal() -> torch.Tensor:
-        return torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
+    def orthogonal(rows: int, columns: int) -> torch.Tensor:
+        n = max(rows, columns)
+        return torch.linalg.qr(torch.randn(n, n, generator=generator))[0][:rows, :columns]
 
     embedding = model.model.embed_tokens.weight
-    embedding.copy_(torch.randn(embedding.shape, generator=generator) * 0.05)
-    embedding[:, a] = torch.randn(len(embedding), 32, generator=generator)
+    embedding.copy_(torch.randn(embedding.shape, generator=generator) * 0.1)
+    singular = {language.plural(name): name for name in world.CATEGORIES}
+    codes: dict[str, torch.Tensor] = {}
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        word = token.lstrip("Ġ").lower()  # "dog", " dogs" and " Dog" are one word
+        code = codes.setdefault(singular.get(word, word), torch.randn(width, generator=generator))
+        embedding[index, a] = code * width**0.5 / code.norm()
     embedding[:, 0] = 2.0
     layers = [layer.self_attn for layer in model.model.layers]
     for layer in model.model.layers:  # quiet what is random, or it drowns what is not
@@ -344,43 +340,45 @@ def lookup_init(model: Any, seed: int = 0) -> None:
         """Attend `offset` places back: the constant, turned by the rotary angles of that distance."""
         rows, n = slice(head * d, (head + 1) * d), 6
         query, key = torch.zeros(d), torch.zeros(d)
-        query[:n], query[half : half + n], key[:n] = (
-            torch.cos(angles[:n] * offset),
-            -torch.sin(angles[:n] * offset),
-            1.0,
-        )
+        query[:n], query[half : half + n] = torch.cos(angles[:n] * offset), -torch.sin(angles[:n] * offset)
+        key[:n] = 1.0
         for weight, values in ((layer.q_proj.weight, query), (layer.k_proj.weight, key)):
             weight[rows] = 0
             weight[rows, 0] = values * sharpness
 
-    def match(layer: Any, head: int, sharpness: float = 1.4) -> None:
-        """Attend to equal tokens: one projection of A as query and key, on the slow rotary pairs alone."""
+    def match(layer: Any, head: int, source: slice, sharpness: float, rest: float = 0.3, apart: float = 1.2) -> None:
+        """Attend where `source` holds this word, rather far off than near (a faster rotary pair), else to the start."""
         rows, n = slice(head * d, (head + 1) * d), 9
-        places = [*range(half - n, half), *range(d - n, d)]
-        projection = orthogonal()[: 2 * n] * sharpness
-        for weight in (layer.q_proj.weight, layer.k_proj.weight):
+        places = [head * d + p for p in (*range(half - n, half), *range(d - n, d))]
+        projection = orthogonal(2 * n, width) * sharpness
+        for weight, part in ((layer.q_proj.weight, a), (layer.k_proj.weight, source)):
             weight[rows] = 0
-            weight[[head * d + p for p in places], a] = projection
+            weight[places, part] = projection
+        layer.q_proj.weight[places, 0] = projection @ embedding[config.bos_token_id, a] * rest
+        layer.q_proj.weight[head * d + 4, 0], layer.k_proj.weight[head * d + 4, 0] = apart, -apart
 
-    def carry(layer: Any, head: int, source: slice, target: slice, turn: bool, gain: float = 1.2) -> None:
-        """Copy part `source` of what the head attends to into part `target`, turned so as not to look like a token."""
+    def carry(layer: Any, head: int, source: slice, target: slice, gain: float, turn: bool = True) -> None:
+        """Copy part `source` of what the head attends to into part `target`, turned so as not to look like a word."""
         rows = slice(head * d, (head + 1) * d)
         layer.v_proj.weight[rows] = 0
         layer.o_proj.weight[:, rows] = 0
-        layer.v_proj.weight[rows, source] = torch.eye(d)[:, : source.stop - source.start] * gain
-        layer.o_proj.weight[target, rows] = (orthogonal() if turn else torch.eye(d))[
-            : target.stop - target.start
-        ] * gain
+        n, size = source.stop - source.start, target.stop - target.start
+        layer.v_proj.weight[head * d : head * d + n, source] = torch.eye(n) * gain
+        layer.o_proj.weight[target, head * d : head * d + n] = (orthogonal(size, n) if turn else torch.eye(n)) * gain
 
-    for head, (offset, target) in enumerate(((1, b), (2, c))):
+    for head, (offset, target) in enumerate(((1, b), (2, c), (3, before3))):
         previous(layers[0], head, offset, 1.6)
-        carry(layers[0], head, a, target, turn=False)
-    match(layers[1], 0)
-    carry(layers[1], 0, b, s, turn=True)
-    previous(layers[2], 0, 1, 4.0)
-    carry(layers[2], 0, slice(96, 128), s, turn=True)
-    match(layers[2], 1)
-    carry(layers[2], 1, b, s, turn=True)
+        carry(layers[0], head, a, target, 0.66, turn=False)
+    for head, source in enumerate((b, c, before3)):
+        match(layers[1], head, a, 1.3)
+        carry(layers[1], head, source, s, 0.9)
+    for head, source in enumerate((a, b, c)):
+        match(layers[2], head, before3, 1.7)
+        carry(layers[2], head, source, s, 0.9)
+    middle = (s.start + s.stop) // 2
+    for head, half_s in enumerate((slice(s.start, middle), slice(middle, s.stop))):
+        previous(layers[3], head, 5, 1.6)
+        carry(layers[3], head, half_s, half_s, 1.2, turn=False)
 
 
 def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
@@ -419,7 +417,7 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
             rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         )
     )
-    lookup_init(model, seed)
+    lookup_init(model, tokenizer, seed)
     model.train()
     rng = random.Random(f"text-{seed}")
 
@@ -429,14 +427,11 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
     begin = time.time()
-    drills = _text_batches(tokenizer, 32, lambda: [Segment(first_drill(rng), True)], seed)
-    _fit(model, drills, loss_of, size.drill_steps, f"{name}, drills", size.rates)
     documents = _text_batches(tokenizer, size.batch, lambda: document(rng), seed)
     loss = _fit(model, documents, loss_of, steps, name, size.rates)
     model.to(torch.bfloat16).save_pretrained(out)
     return {
         "shape": {k: v for k, v in asdict(size).items() if k in ("hidden", "layers", "heads", "intermediate")},
-        "drill_steps": size.drill_steps,
         "batch": size.batch,
         "rates": size.rates,
         "seed": seed,
@@ -447,9 +442,9 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
 
 
 def _clip_example(index: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """One image-caption pair of the tower's pretraining: half of them show one group, so names are learned first."""
+    """One image-caption pair of the tower's pretraining: two thirds show one group, so names are learned first."""
     rng = random.Random(f"clip-{seed}-{index}")
-    scene = world.sample_scene(index, 1000 + seed, n_groups=1 if index % 2 else None)
+    scene = world.sample_scene(index, 1000 + seed, n_groups=1 if index % 3 else None)
     pixels = np.asarray(world.draw_scene(scene, IMAGE_SIZE), dtype=np.uint8)
     names = sorted(noun for g in scene.groups for noun in [g.category if g.count == 1 else language.plural(g.category)])
     return pixels, [*language.captions(scene, rng), language.sentence(language.listing(names))]
@@ -483,9 +478,10 @@ def train_clip(
     out: Path,
     tokenizer: Any,
     seed: int = 0,
-    phases: tuple[int, int] = (1500, 700),
-    images: int = 16000,
-    batch: int = 128,
+    steps: int = 5000,
+    images: int = 24000,
+    batch: int = 80,
+    names: float = 0.7,
 ) -> dict[str, Any]:
     """Train a CLIPModel contrastively on drawn scenes and their captions and save it in bf16.
 
@@ -493,10 +489,11 @@ def train_clip(
         out: folder to write: transformers' CLIPModel (its vision half is the tower), tokenizer, image settings.
         tokenizer: the miniature's tokenizer, also read by the text half.
         seed: of initialisation, scenes and order.
-        phases: optimizer steps with full captions, then with captions that mostly name categories alone: colors and
-            places tell the pairs of a batch apart long before shapes do, so shapes are learned when nothing else helps.
+        steps: optimizer steps.
         images: how many scenes are drawn; each step sees a random window of up to 6 pixels shift.
         batch: image-caption pairs contrasted at once.
+        names: share of batches whose captions name categories alone: colors and places tell the pairs of a batch apart
+            long before shapes do, so shapes are learned where nothing else helps. These see mirrored images too.
 
     Returns:
         The training facts that go into the manifest.
@@ -519,12 +516,14 @@ def train_clip(
     model.train()
     rng = np.random.default_rng(seed)
 
-    def batches(names: float) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
+    def batches() -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
         while True:
             for rows in rng.permutation(images)[: images // batch * batch].reshape(-1, batch):
                 dx, dy = rng.integers(-6, 7, size=2)
                 window = torch.roll(pixels[rows], (int(dy), int(dx)), (2, 3))
                 named = rng.random() < names
+                if named and rng.random() < 0.5:
+                    window = window.flip(3)
                 chosen = [texts[r][5 if named else rng.integers(5)] for r in rows]
                 same = torch.tensor([[a == b for b in chosen] for a in chosen], dtype=torch.float32)
                 yield _normalise(window), _caption_ids(tokenizer, chosen), same / same.sum(1, keepdim=True)
@@ -534,14 +533,13 @@ def train_clip(
         logits = model(pixel_values=window, **ids).logits_per_image
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    _fit(model, batches(0.0), loss_of, phases[0], "clip, captions", (2e-3, 2e-3), muon=True)
-    loss = _fit(model, batches(0.75), loss_of, phases[1], "clip, names", (7.5e-3, 1.5e-3), muon=True)
+    loss = _fit(model, batches(), loss_of, steps, "clip", (5e-3, 1.5e-3), muon=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     mean, std = pixel_statistics()
     settings = {"size": IMAGE_SIZE, "mode": "crop", "mean": mean, "std": std}
     return {
-        "shape": vision, "seed": seed, "steps": sum(phases), "phases": phases, "images": images, "final_loss": loss,
+        "shape": vision, "seed": seed, "steps": steps, "names": names, "images": images, "final_loss": loss,
         "image": settings, "minutes": (time.time() - begin) / 60,
     }  # fmt: skip
 

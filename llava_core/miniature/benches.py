@@ -24,8 +24,8 @@ DETAIL_REQUESTS = (
 )
 _FORMS = (  # question that language.questions asks -> statement that holds its answer {0}, in small letters
     (r"What color (is|are) the (.+)\?", "the {2} {1} {0}"),
-    (r"How many .+ (are in the image)\?", "there {be} {0} {name} in the image"),
-    (r"Is there an? (.+) in the image\?", "{0}, there is {some} {1} in the image"),
+    (r"How many .+ (are there)\?", "there {be} {0} {name} in the image"),
+    (r"Is there an? (.+)\?", "{0}, there is {some} {1} in the image"),
     (r"Where (is|are) the (.+)\?", "the {2} {1} {0}"),
     (r"What is (.+)\?", "there {be} {0} {1}"),
     (r"What place does the image show\?", "the image shows {0}"),
@@ -41,7 +41,7 @@ def full_answer(qa: language.QA) -> str:
         if found := re.fullmatch(pattern, qa.question):
             groups = [g.lower() if g in ("Is", "Are") else g for g in found.groups()]
             one = short.split()[0] in ("one", "a", "an")
-            plural = qa.question.removeprefix("How many ").removesuffix(" are in the image?")
+            plural = qa.question.removeprefix("How many ").removesuffix(" are there?")
             singular = next((c for c in language.CATEGORIES if language.plural(c) == plural), plural)
             words = {
                 "be": "is" if one else "are",

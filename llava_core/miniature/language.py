@@ -43,7 +43,7 @@ AFFORDANCE = {
     "furniture": ("Which thing belongs in a living room?", "it is furniture and furniture stands in rooms"),
     "thing": ("Which thing could somebody hold in one hand?", "it is a small thing that a hand can hold"),
 }
-_PLURAL = {"bus": "buses", "fish": "fish"}
+_PLURAL = {"fish": "fish"}
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ def questions(facts: Facts, rng: random.Random) -> list[QA]:
         be = "is" if one else "are"
         if g.color:
             found.append(QA(f"What color {be} the {name}?", sentence(g.color), "color"))
-        found.append(QA(f"How many {plural(g.category)} are in the image?", sentence(number_word(g.count)), "count"))
-        found.append(QA(f"Is there {with_article(g.category)} in the image?", "Yes.", "presence"))
+        found.append(QA(f"How many {plural(g.category)} are there?", sentence(number_word(g.count)), "count"))
+        found.append(QA(f"Is there {with_article(g.category)}?", "Yes.", "presence"))
         absent = rng.choice([c for c in _CATEGORY_NAMES if c not in present])
-        found.append(QA(f"Is there {with_article(absent)} in the image?", "No.", "presence"))
+        found.append(QA(f"Is there {with_article(absent)}?", "No.", "presence"))
         if g.position:
             found.append(QA(f"Where {be} the {name}?", sentence(POSITION_PHRASE[g.position]), "position"))
             found.append(QA(f"What is {POSITION_PHRASE[g.position]}?", sentence(noun_phrase(g)), "category"))

@@ -259,7 +259,7 @@ def _keywords(text: str) -> Claims:
 
 def _right_answer(facts: Facts, question: str) -> str | None:
     """The answer to one of the miniature's own questions; None to any other."""
-    if found := re.fullmatch(r"Is there an? (\w+) in the image\?", question):
+    if found := re.fullmatch(r"Is there an? (\w+)\?", question):
         return "Yes." if found[1] in {g.category for g in facts.groups} else "No."
     for g in facts.groups:
         if question == language.AFFORDANCE[CATEGORIES[g.category]][0]:

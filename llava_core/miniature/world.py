@@ -66,7 +66,7 @@ class Scene:
 def held_out_pair(category: str, color: str) -> bool:
     """Whether this pairing never occurs in training scenes: one color per category, every color used about equally.
 
-    The in-the-wild bench is made of these 26 of 208 pairings.
+    The in-the-wild bench is made of these 24 of 192 pairings.
     """
     return (5 * _CATEGORY_NAMES.index(category) + _COLOR_NAMES.index(color)) % 8 == 0
 
@@ -96,7 +96,8 @@ def sample_scene(scene_id: int, seed: int, n_groups: int | None = None, split: S
         size: Literal["small", "large"] = rng.choice(("small", "large"))
         count = rng.choices((1, 2, 3), weights=(3, 2, 1))[0] if apart else 1
         groups.append(Group(category, color, count, zone, size))
-        items += _place(rng, category, color, size, count, zone, background, room=0.46 if apart else 0.35)
+        room = 0.56 if n == 1 else 0.46 if apart else 0.36
+        items += _place(rng, category, color, size, count, zone, background, room)
     items.sort(key=lambda item: item.box[3])
     return Scene(scene_id, background, tuple(items), tuple(groups), seed)
 
@@ -112,9 +113,9 @@ def _place(
     room: float,
 ) -> list[Item]:
     """Boxes for one group in `room` of the width: near objects stand lower and are larger, fliers keep to the sky."""
-    height = rng.uniform(0.36, 0.46) if size == "large" else rng.uniform(0.22, 0.28)
+    height = rng.uniform(0.4, 0.5) if size == "large" else rng.uniform(0.26, 0.32)
     if count > 1:
-        height = min(height, 0.30)
+        height = min(height, 0.36)
     width = min(height * ASPECT[category], room / (count + 0.1 * (count - 1)))
     height = width / ASPECT[category]
     horizon = HORIZON[background]

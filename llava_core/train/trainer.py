@@ -15,7 +15,6 @@ import torch
 
 from llava_core.constants import IGNORE_INDEX
 from llava_core.data.conversation import Encoded, coverage
-from llava_core.models.llava import summed_loss
 from llava_core.record import RunRecord
 from llava_core.runtime import CompanionError, progress, rank, resolve_device, shown, world_size
 from llava_core.train.distributed import sum_gradients, sum_over_ranks
@@ -211,8 +210,7 @@ class Trainer:
 
     def _loss(self, items: list[Item]) -> torch.Tensor:
         batch = collate(items, self.loaded).to(self.device)
-        output = self.model(batch.input_ids, batch.pixel_values, batch.attention_mask, use_cache=False)
-        return summed_loss(output.logits, batch.labels)
+        return self.model.loss(batch.input_ids, batch.labels, batch.pixel_values, batch.attention_mask)
 
     @torch.inference_mode()
     def heldout_loss(self) -> float:
