@@ -185,6 +185,22 @@ def test_text_batches_are_padded_on_the_right_and_unsupervised_there(tmp_path: P
     assert ((labels == ids) | (labels == IGNORE_INDEX)).all()
 
 
+def test_features_of_unit_size_are_those_of_the_same_tower(tmp_path: Path) -> None:
+    _, clip = tiny.base_models(tmp_path)
+    tower, _ = checkpoint.load_vision_tower(clip, torch.float32)
+    pixels = torch.randn(6, 3, 32, 32)
+    transformer = getattr(tower, "vision_model", tower)  # where it is differs between transformers' versions
+    with torch.no_grad():
+        for layer in transformer.encoder.layers:
+            layer.mlp.fc2.weight.mul_(40)
+        before = tower(pixels, output_hidden_states=True)
+        factor = base_models.unit_features(transformer, pixels)
+        after = tower(pixels, output_hidden_states=True)
+    assert factor != pytest.approx(1, abs=0.1)
+    assert float(after.hidden_states[-2][:, 1:].std()) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(after.pooler_output, before.pooler_output, rtol=1e-2, atol=1e-2)
+
+
 def test_the_towers_image_settings_are_read_back(tmp_path: Path) -> None:
     _, clip = tiny.base_models(tmp_path)
     base_models.write_preprocessor(Path(clip))

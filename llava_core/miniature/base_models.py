@@ -24,10 +24,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from llava_core.constants import IGNORE_INDEX
+from llava_core.data.cc3m import BRIEF_INSTRUCTIONS
 from llava_core.data.conversation import TEMPLATES, Segment, encode
 from llava_core.miniature import language, world
 from llava_core.miniature.scienceqa import science_text
 from llava_core.runtime import ROOT, progress, seed_everything, sha256_file, write_json
+from llava_core.teacher.prompts import DETAIL_QUESTIONS
 
 MODELS = ROOT / "models" / "mini"
 VOCABULARY = 1024
@@ -49,8 +51,8 @@ class LanguageModelSize:
 
 
 SIZES = {
-    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=3000),
-    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=2400),
+    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1600),
+    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=1600),
 }
 
 
@@ -69,19 +71,25 @@ def told(groups: Sequence[world.Group], place: str, rng: random.Random) -> str:
 
 def patch_words(scene: world.Scene, rng: random.Random) -> str:
     """A scene as a raster of patches, each said in words: the nearest text to what a projected image will be."""
-    place_word = scene.background
-    words = []
+    words, named = [], set()
     for row in range(4):
         for column in range(6):
             x, y = (column + 0.5) / 6, (row + 0.5) / 4
-            found = [(i, g) for i, g in _with_groups(scene) if i.box[0] <= x <= i.box[2] and i.box[1] <= y <= i.box[3]]
+            found = [g for i, g in _with_groups(scene) if i.box[0] <= x <= i.box[2] and i.box[1] <= y <= i.box[3]]
             if found:
-                item, group = found[-1]
-                noun = item.category if group.count == 1 else language.plural(item.category)
-                words.append(f"{group.position} {language.number_word(group.count)} {item.color} {noun}")
+                words.append(_in_words(found[-1]))
+                named.add(found[-1])
             elif rng.random() < 0.5:
-                words.append(place_word)
+                words.append(scene.background)
+    for group in scene.groups:  # small things fall between the points
+        if group not in named:
+            words.insert(rng.randint(0, len(words)), _in_words(group))
     return " ".join(words)
+
+
+def _in_words(group: world.Group) -> str:
+    noun = group.category if group.count == 1 else language.plural(group.category)
+    return f"{group.position} {language.number_word(group.count)} {group.color} {noun}"
 
 
 def context_text(scene: world.Scene, rng: random.Random) -> str:
@@ -125,33 +133,37 @@ def multiple_choice(context: str, facts: language.Facts, rng: random.Random) -> 
     return f"{qa.question}\nContext: {context}\nOptions: {options}", reply
 
 
+def _caption(scene: world.Scene, rng: random.Random) -> str:
+    """A caption by an annotator, or as the web writes them: in small letters, its full stop apart."""
+    text = rng.choice(language.captions(scene, rng))
+    return text.lower().replace(".", " .") if rng.random() < 0.5 else text
+
+
 def document(rng: random.Random) -> list[Segment]:
     """One training document of the language models (no image, ever)."""
     kind = rng.random()
-    if kind < 0.07:
+    if kind < 0.14:
         return [Segment(science_text(rng), True, eos=True)]
     scene = world.sample_scene(rng.randrange(1 << 30), 7)
     facts = language.facts_of_scene(scene)
-    if kind < 0.12:
-        text = rng.choice(language.captions(scene, rng))
-        return [Segment(text.lower().replace(".", " .") if rng.random() < 0.5 else text, True, eos=True)]
-    if kind < 0.16:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
+    if kind < 0.18:
+        return [Segment(_caption(scene, rng), True, eos=True)]
+    if kind < 0.21:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
         return _dialogue([(q.question, q.answer) for q in language.questions(facts, rng)[:2]], True)
-    context = patch_words(scene, rng) if rng.random() < 0.3 else context_text(scene, rng)
-    if kind < 0.24:
-        question = rng.choice(["Describe this in detail.", "Tell me everything about the image.", "What do you see?"])
-        return _dialogue([(f"{context}\n{question}", language.describe(facts))])
-    if kind < 0.3:
-        caption = rng.choice(language.captions(scene, rng))
-        question = rng.choice(["Describe the image briefly.", "Give a short caption.", "Sum up the picture."])
-        return _dialogue([(f"{context}\n{question}", caption)])
-    if kind < 0.42:
-        return _dialogue([multiple_choice(context, facts, rng)])
+    context = patch_words(scene, rng) if rng.random() < 0.35 else context_text(scene, rng)
+    if kind < 0.45:
+        if kind < 0.27:
+            pair = rng.choice(DETAIL_QUESTIONS), language.describe(facts)
+        elif kind < 0.37:
+            pair = rng.choice(BRIEF_INSTRUCTIONS), _caption(scene, rng)
+        else:
+            return _dialogue([multiple_choice(context, facts, rng)])
+        return _dialogue([("\n".join(rng.sample((context, pair[0]), 2)), pair[1])])
     qa = language.questions(facts, rng)[: rng.randint(1, 5)]
     if rng.random() < 0.3 and (reason := language.reasoning(facts, rng)):
         qa.insert(rng.randrange(len(qa)), reason)
     pairs: list[tuple[str, str | None]] = [(q.question, q.answer) for q in qa]
-    first = f"{context}\n{pairs[0][0]}" if rng.random() < 0.85 else f"{pairs[0][0]}\n{context}"
+    first = f"{context}\n{pairs[0][0]}" if rng.random() < 0.8 else f"{pairs[0][0]}\n{context}"
     return _dialogue([(first, pairs[0][1]), *pairs[1:]], everything=rng.random() < 0.25)
 
 
@@ -469,6 +481,29 @@ def _normalise(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.float() / 255 - 0.5) / 0.25
 
 
+@torch.no_grad()
+def unit_features(vision_model: Any, pixels: torch.Tensor) -> float:
+    """Scale a tower's residual stream until the features before its last layer have unit deviation.
+
+    Each layer reads the stream through a layer norm, so what the tower computes stays the same; but the projector reads
+    it as it is, and its learning rate is meant for features of this size.
+
+    Args:
+        vision_model: transformers' CLIP vision transformer, changed in place.
+        pixels: (N, 3, H, W) normalised images to measure on.
+
+    Returns:
+        The factor.
+    """
+    features = vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    factor = 1 / float(features.std())
+    writers = [m for layer in vision_model.encoder.layers for m in (layer.self_attn.out_proj, layer.mlp.fc2)]
+    for writer in (vision_model.pre_layrnorm, *writers):
+        writer.weight.mul_(factor)
+        writer.bias.mul_(factor)
+    return factor
+
+
 def _caption_ids(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     batch = tokenizer([t + "</s>" for t in texts], padding=True, return_tensors="pt", add_special_tokens=False)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -534,13 +569,14 @@ def train_clip(
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     loss = _fit(model, batches(), loss_of, steps, "clip", (5e-3, 1.5e-3), muon=True)
+    factor = unit_features(model.eval().vision_model, _normalise(pixels[:64]))
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     mean, std = pixel_statistics()
     settings = {"size": IMAGE_SIZE, "mode": "crop", "mean": mean, "std": std}
     return {
         "shape": vision, "seed": seed, "steps": steps, "names": names, "images": images, "final_loss": loss,
-        "image": settings, "minutes": (time.time() - begin) / 60,
+        "image": settings, "feature_factor": factor, "minutes": (time.time() - begin) / 60,
     }  # fmt: skip
 
 
