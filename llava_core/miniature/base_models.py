@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llava_core.constants import IGNORE_INDEX
+from llava_core.constants import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID
 from llava_core.data.cc3m import BRIEF_INSTRUCTIONS
 from llava_core.data.conversation import TEMPLATES, Segment, encode
 from llava_core.miniature import language, world
+from llava_core.miniature.cc3m import web_caption
 from llava_core.miniature.scienceqa import science_text
 from llava_core.runtime import ROOT, progress, seed_everything, sha256_file, write_json
 from llava_core.teacher.prompts import DETAIL_QUESTIONS
@@ -34,6 +36,7 @@ from llava_core.teacher.prompts import DETAIL_QUESTIONS
 MODELS = ROOT / "models" / "mini"
 VOCABULARY = 1024
 IMAGE_SIZE, PATCH_SIZE = 112, 16
+GRID = IMAGE_SIZE // PATCH_SIZE
 SYSTEM = TEMPLATES.get("v0").system
 
 
@@ -51,8 +54,8 @@ class LanguageModelSize:
 
 
 SIZES = {
-    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1600),
-    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=1600),
+    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1500),
+    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=1500),
 }
 
 
@@ -69,42 +72,31 @@ def told(groups: Sequence[world.Group], place: str, rng: random.Random) -> str:
     return language.sentence(", ".join(parts))
 
 
-def patch_words(scene: world.Scene, rng: random.Random) -> str:
-    """A scene as a raster of patches, each said in words: the nearest text to what a projected image will be."""
-    words, named = [], set()
-    for row in range(4):
-        for column in range(6):
-            x, y = (column + 0.5) / 6, (row + 0.5) / 4
-            found = [g for i, g in _with_groups(scene) if i.box[0] <= x <= i.box[2] and i.box[1] <= y <= i.box[3]]
-            if found:
-                words.append(_in_words(found[-1]))
-                named.add(found[-1])
-            elif rng.random() < 0.5:
-                words.append(scene.background)
-    for group in scene.groups:  # small things fall between the points
-        if group not in named:
-            words.insert(rng.randint(0, len(words)), _in_words(group))
-    return " ".join(words)
-
-
-def _in_words(group: world.Group) -> str:
-    noun = group.category if group.count == 1 else language.plural(group.category)
-    return f"{group.position} {language.number_word(group.count)} {group.color} {noun}"
+def patch_words(scene: world.Scene) -> list[str]:
+    """What each patch of a scene's raster shows, in words, row by row: the place's name where nothing stands."""
+    by_category = {g.category: g for g in scene.groups}
+    patches = [scene.background] * GRID**2
+    for item in scene.items:  # from far to near
+        group = by_category[item.category]
+        noun = group.category if group.count == 1 else language.plural(group.category)
+        told = f"{group.position} {language.number_word(group.count)} {group.color} {noun}"
+        centers = [(k + 0.5) / GRID for k in range(GRID)]
+        columns = [k for k, x in enumerate(centers) if item.box[0] <= x <= item.box[2]]
+        rows = [k for k, y in enumerate(centers) if item.box[1] <= y <= item.box[3]]
+        between = int(GRID * (item.box[0] + item.box[2]) / 2)  # a narrow thing that covers no center
+        for row, column in product(rows, columns or [between]):
+            patches[GRID * row + column] = told
+    return patches
 
 
 def context_text(scene: world.Scene, rng: random.Random) -> str:
-    """A text from which every fact of a scene can be read: one full sentence, two captions, or patches in words."""
+    """A text from which every fact of a scene can be read."""
     kind = rng.random()
     if kind < 0.6:
         return told(scene.groups, language.PLACE_PHRASE[scene.background], rng)
     groups = rng.sample(scene.groups, len(scene.groups))
     where = [f"{language.noun_phrase(g)} {language.POSITION_PHRASE[g.position or 'middle']}" for g in groups]
     return language.sentence(f"{language.listing(where)} {language.PLACE_PHRASE[scene.background]}")
-
-
-def _with_groups(scene: world.Scene) -> list[tuple[world.Item, world.Group]]:
-    by_category = {g.category: g for g in scene.groups}
-    return [(item, by_category[item.category]) for item in scene.items]
 
 
 def _dialogue(turns: list[tuple[str, str | None]], everything: bool = False) -> list[Segment]:
@@ -134,37 +126,41 @@ def multiple_choice(context: str, facts: language.Facts, rng: random.Random) -> 
 
 
 def _caption(scene: world.Scene, rng: random.Random) -> str:
-    """A caption by an annotator, or as the web writes them: in small letters, its full stop apart."""
-    text = rng.choice(language.captions(scene, rng))
-    return text.lower().replace(".", " .") if rng.random() < 0.5 else text
+    """A caption by an annotator, or as the web writes them."""
+    return web_caption(scene, rng) if rng.random() < 0.5 else rng.choice(language.captions(scene, rng))
 
 
-def document(rng: random.Random) -> list[Segment]:
-    """One training document of the language models (no image, ever)."""
+def document(rng: random.Random) -> tuple[list[Segment], list[str]]:
+    """One training document of the language models, and the words of its patches (empty without a patch text).
+
+    A patch text stands where LLaVA puts an image: one vector for each patch of a scene, the sum of the embeddings of
+    the words for what is there. It is text, no image; but it has the form in which a projector will hand images over.
+    """
     kind = rng.random()
-    if kind < 0.14:
-        return [Segment(science_text(rng), True, eos=True)]
+    if kind < 0.12:
+        return [Segment(science_text(rng), True, eos=True)], []
     scene = world.sample_scene(rng.randrange(1 << 30), 7)
     facts = language.facts_of_scene(scene)
-    if kind < 0.18:
-        return [Segment(_caption(scene, rng), True, eos=True)]
-    if kind < 0.21:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
-        return _dialogue([(q.question, q.answer) for q in language.questions(facts, rng)[:2]], True)
-    context = patch_words(scene, rng) if rng.random() < 0.35 else context_text(scene, rng)
-    if kind < 0.45:
-        if kind < 0.27:
+    if kind < 0.16:
+        return [Segment(_caption(scene, rng), True, eos=True)], []
+    if kind < 0.19:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
+        return _dialogue([(q.question, q.answer) for q in language.questions(facts, rng)[:2]], True), []
+    patches = patch_words(scene) if rng.random() < 0.5 else []
+    context = IMAGE_MARKER if patches else context_text(scene, rng)
+    if kind < 0.43:
+        if kind < 0.25:
             pair = rng.choice(DETAIL_QUESTIONS), language.describe(facts)
-        elif kind < 0.37:
+        elif kind < 0.35:
             pair = rng.choice(BRIEF_INSTRUCTIONS), _caption(scene, rng)
         else:
-            return _dialogue([multiple_choice(context, facts, rng)])
-        return _dialogue([("\n".join(rng.sample((context, pair[0]), 2)), pair[1])])
+            return _dialogue([multiple_choice(context, facts, rng)]), patches
+        return _dialogue([("\n".join(rng.sample((context, pair[0]), 2)), pair[1])]), patches
     qa = language.questions(facts, rng)[: rng.randint(1, 5)]
     if rng.random() < 0.3 and (reason := language.reasoning(facts, rng)):
         qa.insert(rng.randrange(len(qa)), reason)
     pairs: list[tuple[str, str | None]] = [(q.question, q.answer) for q in qa]
     first = f"{context}\n{pairs[0][0]}" if rng.random() < 0.8 else f"{pairs[0][0]}\n{context}"
-    return _dialogue([(first, pairs[0][1]), *pairs[1:]], everything=rng.random() < 0.25)
+    return _dialogue([(first, pairs[0][1]), *pairs[1:]]), patches
 
 
 def train_tokenizer(out: Path, texts: Iterable[str], vocabulary: int = VOCABULARY) -> Any:
@@ -202,8 +198,9 @@ def document_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:
     """Texts that the language models' tokenizer is trained on: documents as they are and in lower case."""
     rng = random.Random(f"tokenizer-{seed}")
     for _ in range(count):
-        text = "".join(s.text for s in document(rng))
-        yield from (text, text.lower())
+        segments, patches = document(rng)
+        text = "".join(s.text for s in segments)
+        yield from (text, text.lower(), "".join(f" {words}" for words in patches))
 
 
 def caption_texts(count: int = 3000, seed: int = 0) -> Iterator[str]:
@@ -291,22 +288,49 @@ def _fit(
 
 
 def _text_batches(
-    tokenizer: Any, batch: int, make: Callable[[], list[Segment]], seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches (ids, labels) of (batch, T): documents of similar length together, right-padded, so no mask is needed."""
+    tokenizer: Any, batch: int, make: Callable[[], tuple[list[Segment], list[str]]], seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Batches (ids, labels, words): documents of similar length together, right-padded, so no mask is needed.
+
+    ids and labels are (batch, T); words is (patches, 4), the word ids of each patch in the order of the batch, -1 for
+    none.
+    """
     order = random.Random(f"order-{seed}")
+    known: dict[str, list[int]] = {}
+
+    def word_ids(patch: str) -> list[int]:
+        if patch not in known:
+            known[patch] = (tokenizer(f" {patch}", add_special_tokens=False)["input_ids"][-4:] + [-1] * 4)[:4]
+        return known[patch]
+
     while True:
-        pool = sorted((encode(make(), tokenizer, 0) for _ in range(batch * 16)), key=lambda e: len(e.input_ids))
+        made = (make() for _ in range(batch * 16))
+        pool = sorted(((encode(s, tokenizer, len(p)), p) for s, p in made), key=lambda e: len(e[0].input_ids))
         rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
         order.shuffle(rows)
         for row in rows:
-            width = max(len(e.input_ids) for e in row)
+            width = max(len(e.input_ids) for e, _ in row)
             ids = torch.full((batch, width), tokenizer.pad_token_id)
             labels = torch.full((batch, width), IGNORE_INDEX)
-            for k, e in enumerate(row):
+            for k, (e, _) in enumerate(row):
                 ids[k, : len(e.input_ids)] = torch.tensor(e.input_ids)
                 labels[k, : len(e.labels)] = torch.tensor(e.labels)
-            yield ids, labels
+            words = [word_ids(patch) for _, patches in row for patch in patches]
+            yield ids, labels, torch.tensor(words, dtype=torch.long).reshape(-1, 4)
+
+
+def embed_with_patches(embedding: nn.Module, ids: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, T, D) of ids, each patch being the sum of those of its words, some louder than others.
+
+    Args:
+        embedding: of the language model.
+        ids: (B, T), patches as `IMAGE_TOKEN_ID`.
+        words: (patches, 4) word ids in the order of the patches, -1 for none.
+    """
+    embeds = embedding(ids.clamp(min=0))
+    loudness = (0.4 + 1.2 * torch.rand(words.shape)) * (words >= 0)
+    patches = (embedding(words.clamp(min=0)) * loudness[..., None]).sum(1)
+    return embeds.masked_scatter((ids == IMAGE_TOKEN_ID)[..., None], patches)
 
 
 @torch.no_grad()
@@ -315,10 +339,11 @@ def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
 
     The residual stream gets a constant (dimension 0), a word part A, parts B, C, D for the words one, two and three
     places before, and a part S for what was found. Layer 0 fills B, C, D. Heads of layer 1 find the same word earlier
-    and carry what stood before it there to S: "two red dogs" answers for dogs. Heads of layer 2 find the place where
-    the word stood three before and carry what is there: "left" answers with what is on the left. Where nothing
-    matches, attention rests on the first token. Layer 3 hands S to the word five places on: from the last word of a
-    question to where its answer begins. Everything is trained from there, nothing is frozen.
+    and carry it and what stood before it to S: "two red dogs" answers for dogs, and so does a patch that holds all
+    three. Heads of layer 2 find the place where the word stood three before and carry what is there: "left" answers
+    with what is on the left. Where nothing matches, attention rests on the first token. Layer 3 hands S to the word
+    five places on: from the last word of a question to where its answer begins. Everything is trained from there,
+    nothing is frozen.
 
     Source: the idea is the induction circuit (Olsson et al. 2022) as an initialisation (cf. Trockman and Kolter 2023).
     """
@@ -381,7 +406,7 @@ def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
     for head, (offset, target) in enumerate(((1, b), (2, c), (3, before3))):
         previous(layers[0], head, offset, 1.6)
         carry(layers[0], head, a, target, 0.66, turn=False)
-    for head, source in enumerate((b, c, before3)):
+    for head, source in enumerate((b, c, before3, a)):
         match(layers[1], head, a, 1.3)
         carry(layers[1], head, source, s, 0.9)
     for head, source in enumerate((a, b, c)):
@@ -433,9 +458,10 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
     model.train()
     rng = random.Random(f"text-{seed}")
 
-    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        ids, labels = batch
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, labels, words = batch
+        embeds = embed_with_patches(model.get_input_embeddings(), ids, words)
+        logits = model(inputs_embeds=embeds[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
     begin = time.time()

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -124,6 +125,16 @@ class _Web:
         return f"{count} {words} {rest}"
 
 
+@cache
+def _any_web() -> _Web:
+    return _Web(7)
+
+
+def web_caption(scene: Scene, rng: random.Random) -> str:
+    """A caption of a scene in the manner of this set, by `rng`, for models that have read the web."""
+    return _any_web().caption(replace(scene, id=rng.randrange(1 << 30)), False)
+
+
 def write_cc3m(root: Path, *, seed: int, lines: int) -> dict[str, int]:
     """Write mini-cc3m: the TSV (caption, URL) and `images/GCC_train_%09d.jpg`, the number being the line's, from 0.
 
@@ -152,4 +163,4 @@ def write_cc3m(root: Path, *, seed: int, lines: int) -> dict[str, int]:
     return {"captions": lines, "images": len(alive), "dead_urls": len(dead), "broken_images": len(broken)}
 
 
-__all__ = ["TSV", "write_cc3m"]
+__all__ = ["TSV", "web_caption", "write_cc3m"]
