@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,7 +55,7 @@ class LanguageModelSize:
 
 
 SIZES = {
-    "llm-7b": LanguageModelSize(128, 4, 4, 352, steps=1500),
+    "llm-7b": LanguageModelSize(128, 5, 4, 352, steps=1500),
     "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=1500),
 }
 
@@ -530,6 +531,31 @@ def unit_features(vision_model: Any, pixels: torch.Tensor) -> float:
     return factor
 
 
+@torch.no_grad()
+def write_columns(vision_model: Any, pixels: torch.Tensor, amplitude: float = 2.0) -> None:
+    """Let the position embedding say left or right along the direction of the stream that the features use least.
+
+    A tower that is asked for things alone forgets where a patch lies; what is written here stays readable to the
+    layer before the last, and training goes on with captions that need it.
+
+    Args:
+        vision_model: transformers' CLIP vision transformer, changed in place.
+        pixels: (N, 3, H, W) normalised images to measure on.
+        amplitude: at the image's edges, in deviations of the features along that direction.
+    """
+    states = vision_model(pixels, output_hidden_states=True).hidden_states
+    embedded = vision_model.embeddings(pixels)[:, 1:]
+    values, vectors = torch.linalg.eigh(torch.cov(states[-2][:, 1:].flatten(0, 1).T))
+    step = amplitude * values[0].sqrt() * embedded.std() * vectors[:, 0] / vision_model.pre_layrnorm.weight
+    columns = torch.linspace(-1, 1, GRID).repeat(GRID)
+    vision_model.embeddings.position_embedding.weight[1:] += columns[:, None] * step
+
+
+def mirrored(caption: str) -> str:
+    """A caption of the mirror image: left for right and right for left."""
+    return re.sub(r"\b(left|right)\b", lambda found: {"left": "right", "right": "left"}[found[0]], caption)
+
+
 def _caption_ids(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     batch = tokenizer([t + "</s>" for t in texts], padding=True, return_tensors="pt", add_special_tokens=False)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -539,7 +565,7 @@ def train_clip(
     out: Path,
     tokenizer: Any,
     seed: int = 0,
-    steps: int = 5000,
+    steps: tuple[int, int] = (5000, 500),
     images: int = 24000,
     batch: int = 80,
     names: float = 0.7,
@@ -550,7 +576,8 @@ def train_clip(
         out: folder to write: transformers' CLIPModel (its vision half is the tower), tokenizer, image settings.
         tokenizer: the miniature's tokenizer, also read by the text half.
         seed: of initialisation, scenes and order.
-        steps: optimizer steps.
+        steps: optimizer steps; in the second part, half of the batches pair images with their mirror images: only left
+            and right tell these apart, which nothing before has asked for.
         images: how many scenes are drawn; each step sees a random window of up to 6 pixels shift.
         batch: image-caption pairs contrasted at once.
         names: share of batches whose captions name categories alone: colors and places tell the pairs of a batch apart
@@ -577,15 +604,20 @@ def train_clip(
     model.train()
     rng = np.random.default_rng(seed)
 
-    def batches() -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
+    def batches(twins: float) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
         while True:
             for rows in rng.permutation(images)[: images // batch * batch].reshape(-1, batch):
                 dx, dy = rng.integers(-6, 7, size=2)
                 window = torch.roll(pixels[rows], (int(dy), int(dx)), (2, 3))
-                named = rng.random() < names
-                if named and rng.random() < 0.5:
-                    window = window.flip(3)
-                chosen = [texts[r][5 if named else rng.integers(5)] for r in rows]
+                if rng.random() < twins:
+                    half = rows[: batch // 2]
+                    window = torch.cat([window[: len(half)], window[: len(half)].flip(3)])
+                    chosen = [texts[r][3] for r in half] + [mirrored(texts[r][3]) for r in half]
+                else:
+                    named = rng.random() < names
+                    if named and rng.random() < 0.5:
+                        window = window.flip(3)
+                    chosen = [texts[r][5 if named else rng.integers(5)] for r in rows]
                 same = torch.tensor([[a == b for b in chosen] for a in chosen], dtype=torch.float32)
                 yield _normalise(window), _caption_ids(tokenizer, chosen), same / same.sum(1, keepdim=True)
 
@@ -594,15 +626,17 @@ def train_clip(
         logits = model(pixel_values=window, **ids).logits_per_image
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    loss = _fit(model, batches(), loss_of, steps, "clip", (5e-3, 1.5e-3), muon=True)
+    _fit(model, batches(0.0), loss_of, steps[0], "clip, things", (5e-3, 1.5e-3), muon=True)
+    write_columns(model.vision_model, _normalise(pixels[:400]))
+    loss = _fit(model, batches(0.5), loss_of, steps[1], "clip, places", (3e-3, 3e-3), muon=True)
     factor = unit_features(model.eval().vision_model, _normalise(pixels[:64]))
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     mean, std = pixel_statistics()
     settings = {"size": IMAGE_SIZE, "mode": "crop", "mean": mean, "std": std}
     return {
-        "shape": vision, "seed": seed, "steps": steps, "names": names, "images": images, "final_loss": loss,
-        "image": settings, "feature_factor": factor, "minutes": (time.time() - begin) / 60,
+        "shape": vision, "seed": seed, "steps": sum(steps), "phases": steps, "names": names, "images": images,
+        "final_loss": loss, "image": settings, "feature_factor": factor, "minutes": (time.time() - begin) / 60,
     }  # fmt: skip
 
 
