@@ -532,22 +532,23 @@ def unit_features(vision_model: Any, pixels: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def write_columns(vision_model: Any, pixels: torch.Tensor, amplitude: float = 2.0) -> None:
-    """Let the position embedding say left or right along the direction of the stream that the features use least.
+def write_columns(vision_model: Any, pixels: torch.Tensor, amplitude: float = 8.0) -> None:
+    """Let the position embedding say left or right along a direction of the stream that the features hardly use.
 
-    A tower that is asked for things alone forgets where a patch lies; what is written here stays readable to the
-    layer before the last, and training goes on with captions that need it.
+    A tower that is asked for things alone forgets where a patch lies; what is written here stays readable up to the
+    layer before the last, and training goes on with captions that need it. (The least used directions of all are those
+    that the layers themselves keep constant: what is written there is gone after the first.)
 
     Args:
         vision_model: transformers' CLIP vision transformer, changed in place.
         pixels: (N, 3, H, W) normalised images to measure on.
-        amplitude: at the image's edges, in deviations of the features along that direction.
+        amplitude: at the image's edges, in deviations of the embedded patches.
     """
-    states = vision_model(pixels, output_hidden_states=True).hidden_states
-    embedded = vision_model.embeddings(pixels)[:, 1:]
-    values, vectors = torch.linalg.eigh(torch.cov(states[-2][:, 1:].flatten(0, 1).T))
-    step = amplitude * values[0].sqrt() * embedded.std() * vectors[:, 0] / vision_model.pre_layrnorm.weight
+    features = vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    direction = torch.linalg.eigh(torch.cov(features.flatten(0, 1).T))[1][:, 5]
+    deviation = vision_model.embeddings(pixels)[:, 1:].std()
     columns = torch.linspace(-1, 1, GRID).repeat(GRID)
+    step = amplitude * deviation * direction / vision_model.pre_layrnorm.weight
     vision_model.embeddings.position_embedding.weight[1:] += columns[:, None] * step
 
 
