@@ -225,30 +225,6 @@ def test_features_of_unit_size_are_those_of_the_same_tower(tmp_path: Path) -> No
     torch.testing.assert_close(after.pooler_output, before.pooler_output, rtol=1e-2, atol=1e-2)
 
 
-def test_a_mirrored_caption_is_true_of_the_mirrored_image() -> None:
-    said = "A red dog on the left, a leftover cup in the middle and two kites to the right of a brightly lit lamp."
-    turned = base_models.mirrored(said)
-    assert turned.startswith(
-        "A red dog on the right, a leftover cup in the middle and two kites to the left of a bright"
-    )
-    assert base_models.mirrored(turned) == said
-
-
-def test_columns_are_written_into_the_position_embedding_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, clip = tiny.base_models(tmp_path)
-    tower, _ = checkpoint.load_vision_tower(clip, torch.float32)
-    transformer = getattr(tower, "vision_model", tower)
-    monkeypatch.setattr(base_models, "GRID", 2)
-    before = {name: p.clone() for name, p in transformer.named_parameters()}
-    base_models.write_columns(transformer, torch.randn(8, 3, 32, 32))
-    (changed,) = (name for name, p in transformer.named_parameters() if not torch.equal(p, before[name]))
-    assert changed == "embeddings.position_embedding.weight"
-    moved = dict(transformer.named_parameters())[changed] - before[changed]
-    assert moved[0].abs().max() == 0  # the class token has no place
-    torch.testing.assert_close(moved[1], moved[3])
-    torch.testing.assert_close(moved[1], -moved[2])
-
-
 def test_the_towers_image_settings_are_read_back(tmp_path: Path) -> None:
     _, clip = tiny.base_models(tmp_path)
     base_models.write_preprocessor(Path(clip))

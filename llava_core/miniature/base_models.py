@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -531,32 +530,6 @@ def unit_features(vision_model: Any, pixels: torch.Tensor) -> float:
     return factor
 
 
-@torch.no_grad()
-def write_columns(vision_model: Any, pixels: torch.Tensor, amplitude: float = 8.0) -> None:
-    """Let the position embedding say left or right along a direction of the stream that the features hardly use.
-
-    A tower that is asked for things alone forgets where a patch lies; what is written here stays readable up to the
-    layer before the last, and training goes on with captions that need it. (The least used directions of all are those
-    that the layers themselves keep constant: what is written there is gone after the first.)
-
-    Args:
-        vision_model: transformers' CLIP vision transformer, changed in place.
-        pixels: (N, 3, H, W) normalised images to measure on.
-        amplitude: at the image's edges, in deviations of the embedded patches.
-    """
-    features = vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    direction = torch.linalg.eigh(torch.cov(features.flatten(0, 1).T))[1][:, 5]
-    deviation = vision_model.embeddings(pixels)[:, 1:].std()
-    columns = torch.linspace(-1, 1, GRID).repeat(GRID)
-    step = amplitude * deviation * direction / vision_model.pre_layrnorm.weight
-    vision_model.embeddings.position_embedding.weight[1:] += columns[:, None] * step
-
-
-def mirrored(caption: str) -> str:
-    """A caption of the mirror image: left for right and right for left."""
-    return re.sub(r"\b(left|right)\b", lambda found: {"left": "right", "right": "left"}[found[0]], caption)
-
-
 def _caption_ids(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     batch = tokenizer([t + "</s>" for t in texts], padding=True, return_tensors="pt", add_special_tokens=False)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -566,7 +539,7 @@ def train_clip(
     out: Path,
     tokenizer: Any,
     seed: int = 0,
-    steps: tuple[int, int] = (5000, 500),
+    steps: int = 5000,
     images: int = 24000,
     batch: int = 80,
     names: float = 0.7,
@@ -577,8 +550,7 @@ def train_clip(
         out: folder to write: transformers' CLIPModel (its vision half is the tower), tokenizer, image settings.
         tokenizer: the miniature's tokenizer, also read by the text half.
         seed: of initialisation, scenes and order.
-        steps: optimizer steps; in the second part, half of the batches pair images with their mirror images: only left
-            and right tell these apart, which nothing before has asked for.
+        steps: optimizer steps.
         images: how many scenes are drawn; each step sees a random window of up to 6 pixels shift.
         batch: image-caption pairs contrasted at once.
         names: share of batches whose captions name categories alone: colors and places tell the pairs of a batch apart
@@ -605,20 +577,15 @@ def train_clip(
     model.train()
     rng = np.random.default_rng(seed)
 
-    def batches(twins: float) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
+    def batches() -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
         while True:
             for rows in rng.permutation(images)[: images // batch * batch].reshape(-1, batch):
                 dx, dy = rng.integers(-6, 7, size=2)
                 window = torch.roll(pixels[rows], (int(dy), int(dx)), (2, 3))
-                if rng.random() < twins:
-                    half = rows[: batch // 2]
-                    window = torch.cat([window[: len(half)], window[: len(half)].flip(3)])
-                    chosen = [texts[r][3] for r in half] + [mirrored(texts[r][3]) for r in half]
-                else:
-                    named = rng.random() < names
-                    if named and rng.random() < 0.5:
-                        window = window.flip(3)
-                    chosen = [texts[r][5 if named else rng.integers(5)] for r in rows]
+                named = rng.random() < names
+                if named and rng.random() < 0.5:
+                    window = window.flip(3)
+                chosen = [texts[r][5 if named else rng.integers(5)] for r in rows]
                 same = torch.tensor([[a == b for b in chosen] for a in chosen], dtype=torch.float32)
                 yield _normalise(window), _caption_ids(tokenizer, chosen), same / same.sum(1, keepdim=True)
 
@@ -627,16 +594,14 @@ def train_clip(
         logits = model(pixel_values=window, **ids).logits_per_image
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    _fit(model, batches(0.0), loss_of, steps[0], "clip, things", (5e-3, 1.5e-3), muon=True)
-    write_columns(model.vision_model, _normalise(pixels[:400]))
-    loss = _fit(model, batches(0.5), loss_of, steps[1], "clip, places", (3e-3, 3e-3), muon=True)
+    loss = _fit(model, batches(), loss_of, steps, "clip", (5e-3, 1.5e-3), muon=True)
     factor = unit_features(model.eval().vision_model, _normalise(pixels[:64]))
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     mean, std = pixel_statistics()
     settings = {"size": IMAGE_SIZE, "mode": "crop", "mean": mean, "std": std}
     return {
-        "shape": vision, "seed": seed, "steps": sum(steps), "phases": steps, "names": names, "images": images,
+        "shape": vision, "seed": seed, "steps": steps, "names": names, "images": images,
         "final_loss": loss, "image": settings, "feature_factor": factor, "minutes": (time.time() - begin) / 60,
     }  # fmt: skip
 
