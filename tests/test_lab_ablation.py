@@ -97,3 +97,20 @@ def test_a_cached_result_is_measured_again_by_other_code(workspace: Path, monkey
         monkeypatch.setattr(ab, "sha256_file", lambda path, version=version: f"{version}-{path}")
         assert ab.cached_result(record, "x", compute)["value"] == expected
     assert ab.cached_result(record, "y", compute)["value"] == 3  # another name is another result
+
+
+@pytest.mark.parametrize(("worse", "expected"), [(2, "not resolved"), (160, "agrees")])
+def test_two_seeds_that_agree_by_chance_resolve_nothing(
+    monkeypatch: pytest.MonkeyPatch, worse: int, expected: str
+) -> None:
+    better = 1  # questions that the ablated arm alone answers; its accuracy falls equally with both seeds
+    first = [1.0] * worse + [0.0] * better + [1.0] * (400 - worse - better)
+    second = [0.0] * worse + [1.0] * better + [1.0] * (400 - worse - better)
+    arms = [ab.Arm("a", "science_qa", [50.0, 52.0]), ab.Arm("b", "x", [50 - worse / 4 + 0.25, 52 - worse / 4 + 0.25])]
+    monkeypatch.setattr(ab, "run_arms", lambda *_: arms)
+    monkeypatch.setattr(ab, "question_scores", lambda arm, _: first if arm is arms[0] else second)
+    found = ab.ablate("feature_layer")
+    assert found["interval"][0] == found["interval"][1] == pytest.approx(-(worse - better) / 4)
+    assert found["widest"][0] < found["interval"][0]
+    assert found["verdict"] == expected
+    assert ab.difference_check("x", None, found)["measured"] == found["widest"]

@@ -239,9 +239,9 @@ def verdict(interval: Sequence[float] | None, direction: str | None = "below 0")
 
 
 def difference_check(what: str, published: Any, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
-    """The row of the table of results for a difference; `found` has `effect`, `interval` (or None) and `verdict`."""
+    """The row of the table of results for a difference; `found` has `effect`, `interval` or `widest`, and `verdict`."""
     holds = {"agrees": True, "disagrees": False, "not resolved": None}[found["verdict"]]
-    row = check(what, published, found["interval"] or found["effect"], holds, note)
+    row = check(what, published, found.get("widest") or found["interval"] or found["effect"], holds, note)
     return row if holds is not None else {**row, "verdict": "not resolved"}
 
 
@@ -260,7 +260,8 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
 
     Returns:
         `arms` (the reference first), `effect`, `interval` over seeds (None for one), `n_seeds`, `question_interval`
-        (same seeds, other questions), `published` (as `published_difference`), `verdict`.
+        (same seeds, other questions), `widest` (from the lowest to the highest end of both, None for one seed),
+        `published` (as `published_difference`), `verdict`: of the widest, since two seeds may agree by chance.
 
     Raises:
         ConfigError: there is no such ablation.
@@ -274,12 +275,15 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
     found = difference(*arms)
     first, second = (question_scores(arm, limit) for arm in arms)
     over_questions = [100 * end for end in paired_bootstrap(first, second)["interval"]]
+    ends = [*over_questions, *(found["interval"] or ())]
+    widest = [min(ends), max(ends)] if found["interval"] else None
     return {
         "arms": arms,
         **found,
         "question_interval": over_questions,
         "published": published_difference(name),
-        "verdict": verdict(found["interval"], claim(chosen.claim).direction),
+        "widest": widest,
+        "verdict": verdict(widest, claim(chosen.claim).direction),
     }
 
 
