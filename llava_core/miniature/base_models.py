@@ -1,8 +1,8 @@
 """The base models of the miniature, trained from scratch: tokenizer, a text-only Llama in two sizes, a contrastive ViT.
 
 They play Vicuna 7B / 13B and CLIP ViT-L/14 and have their file formats. The language models read only text: captions,
-dialogues about described scenes, science sentences. The vision tower sees only image-caption pairs. `llava base-models`
-retrains all of them; the shipped ones were made by that command with the defaults below.
+dialogues about scenes told in sentences or as rasters of word sums, science sentences. The vision tower sees only
+image-caption pairs. `llava base-models` retrains all of them; the shipped ones were made with the defaults below.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ MODELS = ROOT / "models" / "mini"
 VOCABULARY = 1024
 IMAGE_SIZE, PATCH_SIZE = 112, 16
 GRID = IMAGE_SIZE // PATCH_SIZE
-SYSTEM = TEMPLATES.get("v0").system
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,13 @@ def patch_words(scene: world.Scene) -> list[str]:
     for item in scene.items:  # from far to near
         group = by_category[item.category]
         noun = group.category if group.count == 1 else language.plural(group.category)
-        told = f"{group.position} {language.number_word(group.count)} {group.color} {noun}"
+        words = f"{group.position} {language.number_word(group.count)} {group.color} {noun}"
         centers = [(k + 0.5) / GRID for k in range(GRID)]
         columns = [k for k, x in enumerate(centers) if item.box[0] <= x <= item.box[2]]
         rows = [k for k, y in enumerate(centers) if item.box[1] <= y <= item.box[3]]
         between = int(GRID * (item.box[0] + item.box[2]) / 2)  # a narrow thing that covers no center
         for row, column in product(rows, columns or [between]):
-            patches[GRID * row + column] = told
+            patches[GRID * row + column] = words
     return patches
 
 
