@@ -14,8 +14,8 @@ import torch
 
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import encode
-from llava_core.miniature import base_models, world
-from llava_core.miniature.language import PLACE_PHRASE, POSITION_PHRASE, facts_of_scene, noun_phrase, questions
+from llava_core.miniature import contrastive, gates, language_model, reading, training, world
+from llava_core.miniature.language import PLACE_PHRASE, POSITION_PHRASE, facts_of_scene, noun_phrase, plural, questions
 from llava_core.runtime import CheckpointError
 from llava_core.weights import checkpoint
 
@@ -23,14 +23,14 @@ from llava_core.weights import checkpoint
 def test_documents_are_decided_by_their_seed_and_show_patches_as_words_alone() -> None:
     with_patches = 0
     for seed in range(160):
-        segments, patches = base_models.document(random.Random(seed))
-        assert (segments, patches) == base_models.document(random.Random(seed))
+        segments, patches = reading.document(random.Random(seed))
+        assert (segments, patches) == reading.document(random.Random(seed))
         assert any(s.supervised and s.text.strip() for s in segments)
         assert sum(s.image for s in segments) == bool(patches)
-        assert len(patches) in (0, base_models.GRID**2)
+        assert len(patches) in (0, reading.GRID**2)
         with_patches += bool(patches)
     assert 40 < with_patches < 90
-    assert base_models.document(random.Random(1)) != base_models.document(random.Random(2))
+    assert reading.document(random.Random(1)) != reading.document(random.Random(2))
 
 
 def test_the_initial_attention_looks_back_and_finds_equal_words(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_the_initial_attention_looks_back_and_finds_equal_words(tmp_path: Path) 
     ids = torch.tensor([[start, 35, 39, 47, 63, 71, 82, 93, 39, 107, 110]])
     for looks_up in (False, True):
         if looks_up:
-            base_models.lookup_init(model, tokenizer)
+            language_model.lookup_init(model, tokenizer)
         with torch.no_grad():
             first, second, _, fourth = model(input_ids=ids, output_attentions=True).attentions
         for head in range(3):
@@ -60,11 +60,11 @@ def test_the_initial_attention_looks_back_and_finds_equal_words(tmp_path: Path) 
 def test_what_is_told_leaves_no_fact_out() -> None:
     for k in range(60):
         scene, rng = world.sample_scene(k, 5), random.Random(k)
-        for text in (base_models.context_text(scene, rng), base_models.told(scene.groups, "by a lake", rng)):
+        for text in (reading.context_text(scene, rng), reading.told(scene.groups, "by a lake", rng)):
             for group in scene.groups:
                 phrase, place = noun_phrase(group), POSITION_PHRASE[group.position or ""]
                 assert f"{place} {phrase}" in text.lower() or f"{phrase} {place}" in text.lower()
-        assert PLACE_PHRASE[scene.background] in base_models.context_text(scene, rng).lower()
+        assert PLACE_PHRASE[scene.background] in reading.context_text(scene, rng).lower()
 
 
 def test_words_for_patches_name_what_stands_there_row_by_row() -> None:
@@ -75,17 +75,72 @@ def test_words_for_patches_name_what_stands_there_row_by_row() -> None:
         world.Group(i.category, i.color, 1, at)
         for i, at in zip((dog, cat, lamp), ("left", "middle", "right"), strict=True)
     )
-    patches = base_models.patch_words(world.Scene(0, "beach", (dog, cat, lamp), groups, 0))
+    patches = reading.patch_words(world.Scene(0, "beach", (dog, cat, lamp), groups, 0))
     rows = [patches[7 * k : 7 * k + 7] for k in range(7)]
     assert rows[0] == ["beach"] * 6 + ["right one white lamp"]
     assert rows[3] == rows[6] == ["left one red dog"] * 2 + ["middle one blue cat"] * 2 + ["beach"] * 3
+
+
+def test_each_patch_of_a_training_image_has_words_for_what_stands_there() -> None:
+    for index in range(12):
+        example, scene = contrastive._clip_example(index, 3), world.sample_scene(index, 1003, 1 if index % 3 else None)
+        nouns = {g.category if g.count == 1 else plural(g.category) for g in scene.groups}
+        assert set(re.findall(r"\w+", example.captions[5].lower())) - {"and"} == nouns
+        for patch, words in enumerate(reading.patch_words(scene)):
+            full, named = (example.region_text(patch, named, mirrored=False) for named in (False, True))
+            if words == scene.background:
+                assert full == named == PLACE_PHRASE[words]
+                continue
+            position, number, color, noun = words.split()
+            assert full == f"{'a' if number == 'one' else number} {color} {noun} {POSITION_PHRASE[position]}".replace(
+                "a orange", "an orange"
+            )
+            assert named == f"{noun} {POSITION_PHRASE[position]}"
+            other = {"left": "right", "right": "left"}.get(position, position)
+            assert example.region_text(patch, True, mirrored=True) == f"{noun} {POSITION_PHRASE[other]}"
+
+
+def test_the_text_half_of_the_tower_reads_a_caption_to_its_end(tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = training.train_tokenizer(tmp_path, contrastive.caption_texts(20), 320, contrastive.CAPTION_SPECIAL)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    ids = contrastive.caption_ids(tokenizer, ["a dog on the left", "a dog on the right", "a dog"])
+    with torch.no_grad():
+        pooled = CLIPTextModel(config).eval()(**ids).pooler_output
+    assert len({tuple(row.tolist()) for row in pooled}) == 3
+
+
+def test_a_sine_grid_tells_every_place_from_every_other() -> None:
+    places = contrastive.sine_grid(7, 128)
+    assert places.shape == (49, 128)
+    assert float(places.std()) == pytest.approx(1, abs=0.1)
+    assert torch.cdist(places, places).add(torch.eye(49) * 99).min() > 2
+    row = places.view(7, 7, 128)
+    assert torch.equal(row[0, :, :64], row[0, :1, :64].expand(7, 64))  # half tells the row, half the column
+
+
+def test_schoolbooks_have_problems_in_both_orders_of_reasoning_and_none_of_the_set() -> None:
+    rng, orders, pictures = random.Random(0), set(), set()
+    for _ in range(60):
+        asked, said, patches = reading.exercise(rng)
+        assert asked.count("<image>") == bool(patches)
+        assert len(patches) in (0, reading.GRID**2)
+        letter = re.search(r"(?:ANSWER:|The answer is) ([A-E])\.", said)[1]
+        assert f"({letter}) " in asked
+        orders.add(said.startswith("The answer"))
+        pictures.add(bool(patches))
+    assert orders == pictures == {True, False}
 
 
 def test_a_patch_is_the_sum_of_its_words() -> None:
     embedding = torch.nn.Embedding(10, 4)
     ids = torch.tensor([[5, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 6], [IMAGE_TOKEN_ID, 7, 0, 0]])
     words = torch.tensor([[1, 2, -1, -1], [3, -1, -1, -1], [4, 1, 2, 3]])
-    embeds = base_models.embed_with_patches(embedding, ids, words)
+    embeds = language_model.embed_with_patches(embedding, ids, words)
     assert torch.equal(embeds[0, 0], embedding.weight[5])
     for patch, (row, place) in zip(words, ((0, 1), (0, 2), (1, 0)), strict=True):
         known = embedding.weight[patch[patch >= 0]]
@@ -98,7 +153,7 @@ def test_the_letter_of_a_multiple_choice_is_that_of_the_right_option() -> None:
     kinds = set()
     for k in range(80):
         scene, rng = world.sample_scene(k, 6), random.Random(k)
-        asked, said = base_models.multiple_choice("Told.", facts_of_scene(scene), rng)
+        asked, said = reading.multiple_choice("Told.", facts_of_scene(scene), rng)
         question, context, options = asked.split("\n")
         assert context == "Context: Told."
         choices = dict(re.findall(r"\((\w)\) ([^(]+?)(?= \(|$)", options))
@@ -108,13 +163,13 @@ def test_the_letter_of_a_multiple_choice_is_that_of_the_right_option() -> None:
         (right,) = (q for q in questions(facts_of_scene(scene), rng) if q.question == question)
         assert right.answer == f"{solution}."
         kinds.add(right.kind)
-    assert kinds == set(base_models.OPTIONS)
+    assert kinds == set(reading.OPTIONS)
 
 
 def test_patch_weights_are_shares_of_the_box_row_by_row() -> None:
-    assert base_models.patch_weights((0.5, 0.0, 1.0, 0.5), 2).tolist() == [0, 1, 0, 0]
-    assert base_models.patch_weights((0.0, 0.25, 1.0, 1.0), 2) == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])
-    weights = base_models.patch_weights((0.1, 0.2, 0.37, 0.9), 7).reshape(7, 7)
+    assert gates.patch_weights((0.5, 0.0, 1.0, 0.5), 2).tolist() == [0, 1, 0, 0]
+    assert gates.patch_weights((0.0, 0.25, 1.0, 1.0), 2) == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])
+    weights = gates.patch_weights((0.1, 0.2, 0.37, 0.9), 7).reshape(7, 7)
     assert weights.sum() == pytest.approx(1)
     assert np.flatnonzero(weights.sum(0)).tolist() == [0, 1, 2]
 
@@ -125,7 +180,7 @@ class Parrot:
     def __init__(self, tokenizer: Any, dialogues: list[tuple[str, str]], wrong: dict[str, int]) -> None:
         self.texts = {}
         for question, answer in dialogues:
-            ids = encode(base_models._dialogue([(question, answer)]), tokenizer, 0).input_ids
+            ids = encode(reading.dialogue([(question, answer)]), tokenizer, 0).input_ids
             said = list(ids)
             if question in wrong:
                 said[wrong[question]] = tokenizer.bos_token_id
@@ -145,28 +200,28 @@ class Parrot:
 def test_exact_answers_counts_every_token_of_the_answer_and_no_other(tmp_path: Path, batch: int) -> None:
     tokenizer = tiny.tokenizer(tmp_path)
     dialogues = [("what color is the car", "blue and red"), ("the dog", "red"), ("what", "a helpful human")]
-    assert base_models.exact_answers(Parrot(tokenizer, dialogues, {}), tokenizer, dialogues, batch) == [True] * 3
+    assert gates.exact_answers(Parrot(tokenizer, dialogues, {}), tokenizer, dialogues, batch) == [True] * 3
     spoiled = {"the dog": -1, "what": 5}  # the terminator of one answer; one word of the other's prompt
-    found = base_models.exact_answers(Parrot(tokenizer, dialogues, spoiled), tokenizer, dialogues, batch)
+    found = gates.exact_answers(Parrot(tokenizer, dialogues, spoiled), tokenizer, dialogues, batch)
     assert found == [True, False, True]
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = base_models.LanguageModelSize(128, 4, 4, 32, steps=3, batch=2)
-    monkeypatch.setattr(base_models, "SIZES", {"llm-7b": size})
-    texts = base_models.document_texts
-    monkeypatch.setattr(base_models, "document_texts", lambda: texts(60))
+    size = language_model.LanguageModelSize(128, 4, 4, 32, steps=3, batch=2)
+    monkeypatch.setattr(language_model, "SIZES", {"llm-7b": size})
+    texts = language_model.document_texts
+    monkeypatch.setattr(language_model, "document_texts", lambda: texts(60))
 
 
 def test_a_trained_language_model_is_found_again_and_checked(small: None, tmp_path: Path) -> None:
     folder = tmp_path / "llm-7b"
-    facts = base_models.train_language_model("llm-7b", folder)
+    facts = language_model.train_language_model("llm-7b", folder)
     assert (facts["steps"], facts["shape"]["hidden"]) == (3, 128)
     assert 0 < facts["final_loss"] < 20
     with pytest.raises(CheckpointError, match="no base model here"):
         checkpoint.base_hash(str(folder))
-    base_models.write_manifest(folder, facts)
+    training.write_manifest(folder, facts)
     known = checkpoint.base_hash(str(folder))
     model, tokenizer = checkpoint.load_language_model(str(folder), torch.float32)
     assert model.config.vocab_size == len(tokenizer)
@@ -174,7 +229,7 @@ def test_a_trained_language_model_is_found_again_and_checked(small: None, tmp_pa
     text = " Is there a red car?\n###"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
-    base_models.write_manifest(folder, {"other": "facts"})  # a manifest does not list itself
+    training.write_manifest(folder, {"other": "facts"})  # a manifest does not list itself
     assert checkpoint.base_hash(str(folder)) == known
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
@@ -190,14 +245,14 @@ def test_a_trained_language_model_is_found_again_and_checked(small: None, tmp_pa
 def test_a_language_model_is_decided_by_its_seed(small: None, tmp_path: Path) -> None:
     weights = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        base_models.train_language_model("llm-7b", tmp_path / name, seed, steps=2)
+        language_model.train_language_model("llm-7b", tmp_path / name, seed, steps=2)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
 
 def test_text_batches_are_padded_on_the_right_and_unsupervised_there(tmp_path: Path) -> None:
     tokenizer, rng = tiny.tokenizer(tmp_path), random.Random(0)
-    batches = base_models._text_batches(tokenizer, 3, lambda: base_models.document(rng), 0)
+    batches = language_model._text_batches(tokenizer, 3, lambda: reading.document(rng), 0)
     for ids, labels, words in islice(batches, 16):
         assert ids.shape == labels.shape
         assert ids.shape[0] == 3
@@ -218,7 +273,7 @@ def test_features_of_unit_size_are_those_of_the_same_tower(tmp_path: Path) -> No
         for layer in transformer.encoder.layers:
             layer.mlp.fc2.weight.mul_(40)
         before = tower(pixels, output_hidden_states=True)
-        factor = base_models.unit_features(transformer, pixels)
+        factor = contrastive.unit_features(transformer, pixels)
         after = tower(pixels, output_hidden_states=True)
     assert factor != pytest.approx(1, abs=0.1)
     assert float(after.hidden_states[-2][:, 1:].std()) == pytest.approx(1, abs=1e-3)
@@ -227,10 +282,10 @@ def test_features_of_unit_size_are_those_of_the_same_tower(tmp_path: Path) -> No
 
 def test_the_towers_image_settings_are_read_back(tmp_path: Path) -> None:
     _, clip = tiny.base_models(tmp_path)
-    base_models.write_preprocessor(Path(clip))
+    contrastive.write_preprocessor(Path(clip))
     _, processor = checkpoint.load_vision_tower(clip, torch.float32)
-    assert (list(processor.mean), list(processor.std)) == base_models.pixel_statistics()
+    assert (list(processor.mean), list(processor.std)) == contrastive.pixel_statistics()
     # what the tower saw while it was trained is what it is given later
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    trained = base_models._normalise(torch.from_numpy(pixels).permute(2, 0, 1))
+    trained = contrastive.normalise(torch.from_numpy(pixels).permute(2, 0, 1))
     assert torch.from_numpy(processor.normalise(pixels)) == pytest.approx(trained, abs=1e-6)

@@ -7,6 +7,7 @@ is known exactly, so that captions, boxes, questions and answers written from it
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -96,13 +97,17 @@ def sample_scene(scene_id: int, seed: int, n_groups: int | None = None, split: S
         size: Literal["small", "large"] = rng.choice(("small", "large"))
         count = rng.choices((1, 2, 3), weights=(3, 2, 1))[0] if apart else 1
         groups.append(Group(category, color, count, zone, size))
-        room = 0.56 if n == 1 else 0.46 if apart else 0.36
-        items += _place(rng, category, color, size, count, zone, background, room)
+        items += place(rng, category, color, size, count, zone, background, room(zones))
     items.sort(key=lambda item: item.box[3])
     return Scene(scene_id, background, tuple(items), tuple(groups), seed)
 
 
-def _place(
+def room(zones: Sequence[str]) -> float:
+    """Share of the image's width that each group may fill when groups stand in these thirds."""
+    return 0.56 if len(zones) == 1 else 0.46 if len(zones) == 2 and "middle" not in zones else 0.36
+
+
+def place(
     rng: random.Random,
     category: str,
     color: str,
@@ -110,13 +115,13 @@ def _place(
     count: int,
     zone: str,
     background: str,
-    room: float,
+    width_share: float,
 ) -> list[Item]:
-    """Boxes for one group in `room` of the width: near objects stand lower and are larger, fliers keep to the sky."""
+    """Boxes for one group in a share of the width: near objects stand lower and are larger, fliers keep to the sky."""
     height = rng.uniform(0.4, 0.5) if size == "large" else rng.uniform(0.26, 0.32)
     if count > 1:
         height = min(height, 0.36)
-    width = min(height * ASPECT[category], room / (count + 0.1 * (count - 1)))
+    width = min(height * ASPECT[category], width_share / (count + 0.1 * (count - 1)))
     height = width / ASPECT[category]
     horizon = HORIZON[background]
     gap = width * 0.1

@@ -1,0 +1,151 @@
+"""What the base models must be able to do, measured on scenes that no training has seen."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llava_core.constants import IGNORE_INDEX
+from llava_core.data.conversation import encode
+from llava_core.miniature import language, world
+from llava_core.miniature.contrastive import IMAGE_SIZE, caption_ids, normalise
+from llava_core.miniature.reading import GRID, context_text, dialogue
+
+HELD_OUT_SEED = 999_331
+
+
+def held_out_scenes(count: int) -> list[world.Scene]:
+    return [world.sample_scene(10_000_000 + k, HELD_OUT_SEED) for k in range(count)]
+
+
+@torch.inference_mode()
+def exact_answers(model: Any, tokenizer: Any, dialogues: list[tuple[str, str]], batch: int = 64) -> list[bool]:
+    """Whether greedy decoding answers each (question, answer) exactly, terminator included.
+
+    One forward pass suffices: greedy text equals the answer if and only if every answer token is the argmax after the
+    right ones before it.
+    """
+    right: list[bool] = []
+    for k in range(0, len(dialogues), batch):
+        rows = [encode(dialogue([pair]), tokenizer, 0) for pair in dialogues[k : k + batch]]
+        width = max(len(e.input_ids) for e in rows)
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        labels = torch.full((len(rows), width), IGNORE_INDEX)
+        for n, e in enumerate(rows):
+            ids[n, : len(e.input_ids)], labels[n, : len(e.labels)] = torch.tensor(e.input_ids), torch.tensor(e.labels)
+        guess = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1)
+        right += ((guess == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)).all(1).tolist()
+    return right
+
+
+def text_gates(folder: Path, scenes: int = 150) -> dict[str, Any]:
+    """Exact answers of a language model on held-out questions, with the scene told in words and with nothing shown.
+
+    Returns:
+        `told` and `blind`: share answered exactly; `blind_prior`: the best constant answer per kind of question;
+        `told_by_kind`; `n`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rng = random.Random(HELD_OUT_SEED)
+    questions: list[tuple[str, language.QA]] = []
+    for scene in held_out_scenes(scenes):
+        found = language.questions(language.facts_of_scene(scene), rng)[:4]
+        questions += [(context_text(scene, rng), q) for q in found]
+    told = exact_answers(model, tokenizer, [(f"{context}\n{q.question}", q.answer) for context, q in questions])
+    blind = exact_answers(model, tokenizer, [(q.question, q.answer) for _, q in questions])
+    by_kind: dict[str, list[bool]] = {}
+    answers: dict[str, list[str]] = {}
+    for (_, q), ok in zip(questions, told, strict=True):
+        by_kind.setdefault(q.kind, []).append(ok)
+        answers.setdefault(q.kind, []).append(q.answer)
+    prior = sum(max(map(a.count, set(a))) for a in answers.values()) / len(questions)
+    return {
+        "n": len(questions), "told": sum(told) / len(told), "blind": sum(blind) / len(blind), "blind_prior": prior,
+        "told_by_kind": {kind: sum(oks) / len(oks) for kind, oks in sorted(by_kind.items())},
+    }  # fmt: skip
+
+
+def _linear_probe(x: torch.Tensor, y: torch.Tensor, train: int, classes: int) -> float:
+    """Held-out accuracy of logistic regression on features x (N, D), targets y (N,), its first `train` rows fitted."""
+    mean, std = x[:train].mean(0), x[:train].std(0) + 1e-6
+    x = (x - mean) / std
+    probe = nn.Linear(x.shape[1], classes)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=0.02, weight_decay=0.05)
+    for _ in range(400):
+        loss = F.cross_entropy(probe(x[:train]), y[:train])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float((probe(x[train:]).argmax(1) == y[train:]).float().mean())
+
+
+def patch_weights(box: tuple[float, float, float, float], grid: int) -> np.ndarray:
+    """Share of each patch (grid * grid,) that a box covers, normalised to sum 1."""
+    edges = np.arange(grid + 1) / grid
+    x = np.clip(np.minimum(edges[1:], box[2]) - np.maximum(edges[:-1], box[0]), 0, None)
+    y = np.clip(np.minimum(edges[1:], box[3]) - np.maximum(edges[:-1], box[1]), 0, None)
+    weights = np.outer(y, x).ravel()
+    return weights / weights.sum()
+
+
+def pool_over_box(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Features (N, 2 D) of objects: their patches' mean, by covered area, and maximum, over those that count.
+
+    Args:
+        features: (N, patches, D) of the image that each object stands in.
+        weights: (N, patches) from `patch_weights`.
+    """
+    covered = weights >= 0.3 * weights.amax(1, keepdim=True)
+    highest = features.masked_fill(~covered[..., None], -torch.inf).amax(1)
+    return torch.cat([torch.einsum("np,npd->nd", weights, features), highest], 1)
+
+
+def vision_gates(folder: Path, scenes: int = 6000, candidates: int = 100) -> dict[str, Any]:
+    """Linear probes on patch features and image-caption retrieval of the contrastive tower, on held-out scenes.
+
+    Returns:
+        `category`, `color`: accuracy of a linear probe on features of layer -2, pooled over an object's box, fitted on
+        four fifths of the scenes (`*_last`: layer -1); `retrieval`: R@1, image to caption, among `candidates` held-out
+        pairs; `n` objects tested.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    drawn = held_out_scenes(scenes)
+    pooled: dict[str, list[torch.Tensor]] = {"": [], "_last": []}
+    for k in range(0, scenes, 200):
+        part = drawn[k : k + 200]
+        pixels = torch.from_numpy(np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in part]))
+        boxes = [patch_weights(i.box, GRID) for s in part for i in s.items]
+        weights = torch.tensor(np.stack(boxes), dtype=torch.float32)
+        image = [k for k, s in enumerate(part) for _ in s.items]
+        with torch.inference_mode():
+            output = model.vision_model(normalise(pixels.permute(0, 3, 1, 2)), output_hidden_states=True)
+            for suffix, states in zip(pooled, output.hidden_states[-2:], strict=True):
+                pooled[suffix].append(pool_over_box(states[image, 1:], weights))
+    items = [i for s in drawn for i in s.items]
+    train = sum(len(s.items) for s in drawn[: scenes * 4 // 5])
+    found: dict[str, Any] = {"n": len(items) - train}
+    for kind, names in (("category", list(world.CATEGORIES)), ("color", list(world.COLORS))):
+        y = torch.tensor([names.index(getattr(i, kind)) for i in items])
+        for suffix, parts in pooled.items():
+            found[kind + suffix] = _linear_probe(torch.cat(parts).clone(), y, train, len(names))
+    rng = random.Random(HELD_OUT_SEED)
+    texts = [language.captions(s, rng)[1] for s in drawn[:candidates]]
+    pixels = torch.from_numpy(np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in drawn[:candidates]]))
+    with torch.inference_mode():
+        images = normalise(pixels.permute(0, 3, 1, 2))
+        scores = model(pixel_values=images, **caption_ids(tokenizer, texts)).logits_per_image
+    best = scores.argmax(1).tolist()
+    found["retrieval"] = sum(texts[b] == texts[k] for k, b in enumerate(best)) / candidates
+    return found
