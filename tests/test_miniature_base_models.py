@@ -166,6 +166,18 @@ def test_the_letter_of_a_multiple_choice_is_that_of_the_right_option() -> None:
     assert kinds == set(reading.OPTIONS)
 
 
+def test_the_clearest_patch_of_a_thing_is_one_that_nothing_hides() -> None:
+    far = world.Item("dog", "red", "large", (0.0, 0.5, 0.5, 1.0))
+    near = world.Item("cat", "blue", "large", (0.15, 0.5, 0.5, 1.0))
+    behind = world.Item("cup", "white", "small", (0.2, 0.6, 0.45, 0.9))
+    groups = tuple(world.Group(i.category, i.color, 1, "left") for i in (far, near, behind))
+    scene = world.Scene(0, "beach", (behind, far, near), groups, 0)
+    seen = [gates.clearest_patch(scene, item) for item in (far, near, behind)]
+    assert seen[2] is None
+    assert [k % 7 for k in seen[:2]] == [0, 2]
+    assert all(k // 7 >= 4 for k in seen[:2])
+
+
 def test_patch_weights_are_shares_of_the_box_row_by_row() -> None:
     assert gates.patch_weights((0.5, 0.0, 1.0, 0.5), 2).tolist() == [0, 1, 0, 0]
     assert gates.patch_weights((0.0, 0.25, 1.0, 1.0), 2) == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])

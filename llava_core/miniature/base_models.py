@@ -45,10 +45,12 @@ def train_base_models(out: Path = MODELS, only: list[str] | None = None, seed: i
         The gates, as stored in `gates.json` beside the models.
     """
     for name in only or [*SIZES, "clip"]:
-        folder = out / name
-        shutil.rmtree(folder, ignore_errors=True)
-        facts = train_clip(folder, seed) if name == "clip" else train_language_model(name, folder, seed)
-        write_manifest(folder, facts)
+        part = out / f"{name}.part"  # a training that is broken off leaves the old model as it was
+        shutil.rmtree(part, ignore_errors=True)
+        facts = train_clip(part, seed) if name == "clip" else train_language_model(name, part, seed)
+        write_manifest(part, facts)
+        shutil.rmtree(out / name, ignore_errors=True)
+        part.rename(out / name)
     gates = measure_gates(out)
     write_json(out / "gates.json", gates)
     return gates

@@ -141,7 +141,7 @@ class ClipBatch:
 def train_clip(
     out: Path,
     seed: int = 0,
-    steps: int = 5000,
+    steps: int = 4000,
     images: int = 24000,
     batch: int = 80,
     names: float = 0.7,
@@ -157,10 +157,11 @@ def train_clip(
         out: folder to write: transformers' CLIPModel (its vision half is the tower), tokenizer, image settings.
         seed: of initialisation, scenes and order.
         steps: optimizer steps.
-        images: how many scenes are drawn; each step sees a random window of up to 6 pixels shift.
+        images: how many scenes are drawn; each step sees them shifted by up to 4 pixels.
         batch: image-caption pairs contrasted at once.
-        names: share of batches whose captions name categories alone: colors and places tell the pairs of a batch apart
-            long before shapes do, so shapes are learned where nothing else helps. These see mirrored images too.
+        names: share of batches whose texts name categories (and, of patches, places) alone: colors tell the pairs of a
+            batch apart long before shapes do, so shapes are learned where nothing else helps. These see mirrored
+            images too.
 
     Returns:
         The training facts that go into the manifest.

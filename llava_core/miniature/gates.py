@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llava_core.constants import IGNORE_INDEX
 from llava_core.data.conversation import encode
 from llava_core.miniature import language, world
 from llava_core.miniature.contrastive import IMAGE_SIZE, caption_ids, normalise
-from llava_core.miniature.reading import GRID, context_text, dialogue
+from llava_core.miniature.reading import GRID, context_text, dialogue, patch_groups
 
 HELD_OUT_SEED = 999_331
 
@@ -97,49 +98,51 @@ def patch_weights(box: tuple[float, float, float, float], grid: int) -> np.ndarr
     return weights / weights.sum()
 
 
-def pool_over_box(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Features (N, 2 D) of objects: their patches' mean, by covered area, and maximum, over those that count.
-
-    Args:
-        features: (N, patches, D) of the image that each object stands in.
-        weights: (N, patches) from `patch_weights`.
-    """
-    covered = weights >= 0.3 * weights.amax(1, keepdim=True)
-    highest = features.masked_fill(~covered[..., None], -torch.inf).amax(1)
-    return torch.cat([torch.einsum("np,npd->nd", weights, features), highest], 1)
+def clearest_patch(scene: world.Scene, item: world.Item) -> int | None:
+    """The patch that a thing covers most, of those where nothing nearer stands; None where there is none."""
+    weights = patch_weights(item.box, GRID)
+    own = [k for k, group in enumerate(patch_groups(scene)) if group and group.category == item.category]
+    return max(own, key=lambda k: weights[k], default=None)
 
 
 def vision_gates(folder: Path, scenes: int = 6000, candidates: int = 100) -> dict[str, Any]:
     """Linear probes on patch features and image-caption retrieval of the contrastive tower, on held-out scenes.
 
     Returns:
-        `category`, `color`: accuracy of a linear probe on features of layer -2, pooled over an object's box, fitted on
-        four fifths of the scenes (`*_last`: layer -1); `retrieval`: R@1, image to caption, among `candidates` held-out
-        pairs; `n` objects tested.
+        `category`, `color`, `position` (left, middle, right): accuracy of a linear probe on layer -2 at a thing's
+        clearest patch, fitted on four fifths of the scenes (`*_last`: layer -1); `retrieval`: R@1, image to caption,
+        among `candidates` held-out pairs; `n` things tested.
     """
     from transformers import AutoTokenizer, CLIPModel
 
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     drawn = held_out_scenes(scenes)
-    pooled: dict[str, list[torch.Tensor]] = {"": [], "_last": []}
-    for k in range(0, scenes, 200):
-        part = drawn[k : k + 200]
+    features: dict[str, list[torch.Tensor]] = {"": [], "_last": []}
+    facts: list[tuple[str, str, str]] = []
+    train = 0
+    for start in range(0, scenes, 200):
+        part = drawn[start : start + 200]
         pixels = torch.from_numpy(np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in part]))
-        boxes = [patch_weights(i.box, GRID) for s in part for i in s.items]
-        weights = torch.tensor(np.stack(boxes), dtype=torch.float32)
-        image = [k for k, s in enumerate(part) for _ in s.items]
+        image, patch = [], []
+        for k, scene in enumerate(part):
+            zones = {g.category: str(g.position) for g in scene.groups}
+            for item in scene.items:
+                if (clearest := clearest_patch(scene, item)) is not None:
+                    image.append(k)
+                    patch.append(1 + clearest)
+                    facts.append((item.category, item.color, zones[item.category]))
+            train = len(facts) if start + k < scenes * 4 // 5 else train
         with torch.inference_mode():
             output = model.vision_model(normalise(pixels.permute(0, 3, 1, 2)), output_hidden_states=True)
-            for suffix, states in zip(pooled, output.hidden_states[-2:], strict=True):
-                pooled[suffix].append(pool_over_box(states[image, 1:], weights))
-    items = [i for s in drawn for i in s.items]
-    train = sum(len(s.items) for s in drawn[: scenes * 4 // 5])
-    found: dict[str, Any] = {"n": len(items) - train}
-    for kind, names in (("category", list(world.CATEGORIES)), ("color", list(world.COLORS))):
-        y = torch.tensor([names.index(getattr(i, kind)) for i in items])
-        for suffix, parts in pooled.items():
-            found[kind + suffix] = _linear_probe(torch.cat(parts).clone(), y, train, len(names))
+            for suffix, states in zip(features, output.hidden_states[-2:], strict=True):
+                features[suffix].append(states[image, patch])
+    found: dict[str, Any] = {"n": len(facts) - train}
+    names: Sequence[Sequence[str]] = (list(world.CATEGORIES), list(world.COLORS), world.POSITIONS)
+    for k, (kind, known) in enumerate(zip(("category", "color", "position"), names, strict=True)):
+        y = torch.tensor([known.index(fact[k]) for fact in facts])
+        for suffix, parts in features.items():
+            found[kind + suffix] = _linear_probe(torch.cat(parts).clone(), y, train, len(known))
     rng = random.Random(HELD_OUT_SEED)
     texts = [language.captions(s, rng)[1] for s in drawn[:candidates]]
     pixels = torch.from_numpy(np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in drawn[:candidates]]))
