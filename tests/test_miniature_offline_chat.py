@@ -81,10 +81,15 @@ def test_what_is_not_of_the_miniature_is_left_to_the_language_for_photographs(ca
 
 def test_conversations_have_the_wording_and_the_answers_of_the_miniature() -> None:
     kinds: Counter[str] = Counter()
+    overviews = 0
     for scene in SCENES[:40]:
         facts = language.facts_of_scene(scene)
         true = {qa.question: qa for seed in range(300) for qa in language.questions(facts, random.Random(seed))}
         turns = parse_dialogue(ask("conversation", scene))
+        shown = [k for k, (_, answer) in enumerate(turns) if answer == language.overview(facts)]
+        assert shown in ([], [0], [len(turns) - 1])
+        overviews += len(shown)
+        turns = [turn for k, turn in enumerate(turns) if k not in shown]
         assert 4 <= len(turns) <= TURNS
         assert len({question for question, _ in turns}) == len(turns)
         for question, answer in turns:
@@ -92,6 +97,7 @@ def test_conversations_have_the_wording_and_the_answers_of_the_miniature() -> No
             kinds[true[question].kind] += 1
     assert set(kinds) == {"presence", "count", "color", "background", "position", "category", "relation"}
     assert kinds["presence"] < 0.3 * kinds.total()
+    assert 8 < overviews < 34
 
 
 def test_yes_and_no_are_about_as_frequent() -> None:

@@ -177,11 +177,15 @@ def questions(facts: Facts, rng: random.Random) -> list[QA]:
     return found
 
 
+def overview(facts: Facts) -> str:
+    """All groups and the place in one sentence."""
+    place = PLACE_PHRASE.get(facts.background or "", "")
+    return f"The image shows {listing([noun_phrase(g) for g in facts.groups])} {place}".rstrip() + "."
+
+
 def describe(facts: Facts) -> str:
     """A detailed description: the place, then each group with its position, then how many there are."""
-    place = PLACE_PHRASE.get(facts.background or "", "")
-    head = f"The image shows {listing([noun_phrase(g) for g in facts.groups])} {place}".rstrip()
-    lines = [head + "."]
+    lines = [overview(facts)]
     for g in facts.groups:
         if g.position:
             name = g.category if g.count == 1 else plural(g.category)

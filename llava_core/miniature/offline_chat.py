@@ -174,11 +174,12 @@ def read_scene(captions: Sequence[str], boxes: Sequence[tuple[str, Box]] = ()) -
 
 # ------------------------------------------------------------------------------------------------ instruction data
 
+_OVERVIEW = ("What do you see?", "What is in the image?", "What does the image show?")
 _KIND_ORDER = ("presence", "background", "count", "color", "position", "relation", "category")
 
 
 def conversation(context: Context, rng: random.Random) -> list[QA]:
-    """Questions with sure answers: of a scene at most `TURNS`, as many of each kind as of another."""
+    """Questions with sure answers, of a scene at most `TURNS` and as many of each kind as of another; what it shows."""
     facts = context.facts
     if facts is None:
         return everyday.conversation(context.photo, rng)
@@ -189,7 +190,10 @@ def conversation(context: Context, rng: random.Random) -> list[QA]:
         chosen.append(min(found, key=lambda qa: kinds.count(qa.kind)))
         found.remove(chosen[-1])
     # What an earlier turn has said can be repeated without a look at the image, so whatever tells most comes last.
-    return sorted(chosen, key=lambda qa: _KIND_ORDER.index(qa.kind))
+    chosen = sorted(chosen, key=lambda qa: _KIND_ORDER.index(qa.kind))
+    overview = QA(rng.choice(_OVERVIEW), language.overview(facts), "overview")
+    first, last = rng.random() < 0.2, rng.random() < 0.4  # only now and then: people begin so, but it tells everything
+    return [overview, *chosen] if first else [*chosen, overview] if last else chosen
 
 
 def description(context: Context) -> str:
