@@ -1,6 +1,6 @@
 """The language models of the miniature, trained from scratch: a text-only Llama in two sizes, in place of Vicuna.
 
-They read only text: captions, dialogues about scenes told in sentences or as rasters of word sums, schoolbooks.
+They read only text: captions, dialogues about scenes told in sentences or as rasters of word sums, science sentences.
 """
 
 from __future__ import annotations

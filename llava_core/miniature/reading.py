@@ -1,16 +1,14 @@
-"""What the base models of the miniature read: scenes told in sentences or patch by patch, dialogues, schoolbooks."""
+"""What the base models of the miniature read: scenes told in sentences or patch by patch, dialogues, science."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.cc3m import BRIEF_INSTRUCTIONS
 from llava_core.data.conversation import TEMPLATES, Segment
-from llava_core.data.scienceqa import Problem, format_problem
 from llava_core.miniature import language, scienceqa, world
 from llava_core.miniature.cc3m import web_caption
 from llava_core.teacher.prompts import DETAIL_QUESTIONS
@@ -85,37 +83,9 @@ def multiple_choice(context: str, facts: language.Facts, rng: random.Random) -> 
     wrong = [o for o in OPTIONS[qa.kind] if o != right]
     choices = [right, *rng.sample(wrong, rng.randint(1, min(3, len(wrong))))]
     rng.shuffle(choices)
-    return _exam(
-        {"question": qa.question, "choices": choices, "answer": choices.index(right), "hint": context,
-         "solution": language.sentence(right)},
-        "QCM-LEPA",
-    )  # fmt: skip
-
-
-def exercise(rng: random.Random) -> tuple[str, str, list[str]]:
-    """A problem that mini-scienceqa leaves to schoolbooks: question, reply, and its picture's patches in words.
-
-    Half of them reason before they answer and half behind it, so that neither order is the one that models know.
-    """
-    while True:
-        problem = scienceqa.make_problem(rng)
-        scene: world.Scene | None = problem["scene"]
-        if scienceqa.schoolbook(problem) and not (scene and not scene.groups):  # of a map nothing tells which is above
-            break
-    patches = patch_words(scene) if scene and rng.random() < 0.5 else []
-    if scene and not patches:
-        problem["hint"] = f"{context_text(scene, rng)} {problem['hint']}"
-    asked, said = _exam(problem, rng.choice(("QCM-LEPA", "QCM-ALE")))
-    return f"{asked.rstrip()}\n{IMAGE_MARKER}" if patches else asked, said, patches
-
-
-def _exam(problem: dict[str, Any], prompt_format: str) -> tuple[str, str]:
-    fields: dict[str, Any] = (
-        {"lecture": "", "subject": "", "grade": 1, "split": ""} | problem | {"id": "", "image": None}
-    )
-    known = {k: v for k, v in fields.items() if k in Problem.__dataclass_fields__} | {"grade": 1}
-    ((asked, said),) = format_problem(Problem(**known), prompt_format).turns
-    return asked, str(said)
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=False))
+    reply = f"SOLUTION: {language.sentence(right)}\n###\nANSWER: {'ABCD'[choices.index(right)]}."
+    return f"{qa.question}\nContext: {context}\nOptions: {options}", reply
 
 
 def _caption(scene: world.Scene, rng: random.Random) -> str:
@@ -130,23 +100,20 @@ def document(rng: random.Random) -> tuple[list[Segment], list[str]]:
     the words for what is there. It is text, no image; but it has the form in which a projector will hand images over.
     """
     kind = rng.random()
-    if kind < 0.08:
+    if kind < 0.12:
         return [Segment(scienceqa.science_text(rng), True, eos=True)], []
-    if kind < 0.22:
-        asked, said, patches = exercise(rng)
-        return dialogue([(asked, said)]), patches
     scene = world.sample_scene(rng.randrange(1 << 30), 7)
     facts = language.facts_of_scene(scene)
-    if kind < 0.26:
+    if kind < 0.16:
         return [Segment(_caption(scene, rng), True, eos=True)], []
-    if kind < 0.29:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
+    if kind < 0.19:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
         return dialogue([(q.question, q.answer) for q in language.questions(facts, rng)[:2]], True), []
     patches = patch_words(scene) if rng.random() < 0.5 else []
     context = IMAGE_MARKER if patches else context_text(scene, rng)
-    if kind < 0.48:
-        if kind < 0.34:
+    if kind < 0.43:
+        if kind < 0.25:
             pair = rng.choice(DETAIL_QUESTIONS), language.describe(facts)
-        elif kind < 0.42:
+        elif kind < 0.35:
             pair = rng.choice(BRIEF_INSTRUCTIONS), _caption(scene, rng)
         else:
             return dialogue([multiple_choice(context, facts, rng)]), patches
