@@ -16,7 +16,7 @@ import pytest
 
 from llava_core.lab import notebooks as parts
 from llava_core.lab import pipeline
-from llava_core.runtime import CompanionError, ConfigError
+from llava_core.runtime import CheckpointError, CompanionError, ConfigError, sha256_file
 
 PARAMETERS = 'scale: str = "mini"\nfast: bool = False\n'
 SAVE = """
@@ -245,3 +245,17 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_damaged_base_model_is_told_before_any_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "models" / "other" / "clip"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"weights")
+    digest = sha256_file(model / "model.safetensors")
+    (model / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": digest}}))
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    known = parts.shared_parts("other", dry_run=True)
+    assert [name.rpartition("/")[2] for name in known] == ["manifest.json"]
+    (model / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: missing, or its SHA-256"):
+        parts.shared_parts("other", dry_run=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_core.runtime import ROOT, ConfigError, DataError, fingerprint, read_json, sha256_file, shown
+from llava_core.runtime import ROOT, ConfigError, DataError, fingerprint, read_json, sha256_file, shown, verify_files
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -191,6 +191,9 @@ def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
     """Return a hash of each file that any notebook may read; writes the miniature's data where they are not in order.
 
     Written here once, so that no two notebooks find them missing at the same time; a dry run only says so.
+
+    Raises:
+        CheckpointError: a base model is damaged, which would stop one notebook after the other.
     """
     data = sorted((ROOT / "data" / scale).glob("*/card.json"))
     stale = False
@@ -203,7 +206,10 @@ def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
         else:
             miniature.ensure()
         data = sorted(folder.glob("*/card.json"))
-    files = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "models" / scale).glob("*/manifest.json"), *data]
+    manifests = [*(ROOT / "models" / scale).glob("*/manifest.json")]
+    for manifest in manifests:
+        verify_files(manifest.parent)
+    files = [*(ROOT / "configs").rglob("*.yaml"), *manifests, *data]
     parts = {shown(path): sha256_file(path)[:12] for path in sorted(files)}
     return parts | ({"the miniature's data": "to be written"} if stale else {})
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_core.data.image_processor import ImageProcessor
 from llava_core.models.llava import Llava
-from llava_core.runtime import CheckpointError, fingerprint, read_json, sha256_file, shown, write_json
+from llava_core.runtime import CheckpointError, fingerprint, read_json, sha256_file, shown, verify_files, write_json
 
 FORMAT_VERSION = 1
 Kind = Literal["full", "projector"]
@@ -46,19 +46,7 @@ def base_hash(source: str) -> str:
     folder = Path(source)
     if not folder.is_absolute():
         return fingerprint(source)
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        raise CheckpointError(
-            f"{shown(folder)}: no base model here; fix: `git checkout -- models`, or `llava base-models`"
-        )
-    files = read_json(manifest)["files"]
-    for name, digest in files.items():
-        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
-            raise CheckpointError(
-                f"{shown(folder / name)}: missing, or its SHA-256 is not the manifest's; fix: `git checkout -- models` "
-                "or `llava base-models` to train it again"
-            )
-    return fingerprint(files)
+    return fingerprint(verify_files(folder))
 
 
 def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
