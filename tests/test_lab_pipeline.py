@@ -259,3 +259,26 @@ def test_a_damaged_base_model_is_told_before_any_notebook_runs(tmp_path: Path, m
     (model / "model.safetensors").write_bytes(b"Weights")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: missing, or its SHA-256"):
         parts.shared_parts("other", dry_run=True)
+
+
+@pytest.mark.parametrize(("failures", "message"), [(2, None), (3, "died before"), (1, "cell")])
+def test_a_kernel_that_could_not_begin_gets_two_more_chances(
+    failures: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import papermill
+
+    said = "Kernel died before replying to kernel_info" if message != "cell" else "a cell failed"
+    calls: list[str] = []
+
+    def execute(source: str, copy: str, **_: Any) -> None:
+        calls.append(copy)
+        if len(calls) <= failures:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    if message is None:
+        pipeline._execute("a", "b", {})
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            pipeline._execute("a", "b", {})
+    assert len(calls) == (1 if message == "cell" else 3)

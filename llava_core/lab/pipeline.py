@@ -423,11 +423,33 @@ def _failure(name: str, copy: Path, error: BaseException) -> str:
     return f"{name}, cell [{cell['execution_count'] or code.index(cell) + 1}] `{textwrap.shorten(line, 80)}`: {what}"
 
 
+def _execute(source: str, copy: str, parameters: Mapping[str, Any]) -> None:
+    """Run a notebook into a copy; a kernel that could not begin gets two more chances.
+
+    Two kernels that start at once may choose the same port; the later one then ends with "Address already in use".
+    """
+    import papermill
+
+    for chance in (2, 1, 0):
+        try:
+            papermill.execute_notebook(
+                source,
+                copy,
+                parameters=parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar={"bar_format": "cell {n_fmt}/{total_fmt} ", "mininterval": 0},
+                start_timeout=120,
+            )
+            return
+        except RuntimeError as error:
+            if not chance or "died before replying" not in str(error):
+                raise
+
+
 def _run(spec: Mapping[str, Any]) -> int:
     """Execute one notebook; called in a process of its own."""
     _die_with(spec["parent"])
-    import papermill
-
     name, out = spec["name"], Path(spec["out"])
     part, failed = out / ".state" / f"{name}.part.ipynb", out / f"{name}.failed.ipynb"
     final, numbers, state = out / f"{name}.ipynb", out / f"{name}.json", state_path(out, name)
@@ -435,15 +457,7 @@ def _run(spec: Mapping[str, Any]) -> int:
         path.unlink(missing_ok=True)
     begun = time.monotonic()
     try:
-        papermill.execute_notebook(
-            spec["source"],
-            os.path.relpath(part, ROOT),
-            parameters=spec["parameters"],
-            kernel_name="python3",
-            language="python",
-            progress_bar={"bar_format": "cell {n_fmt}/{total_fmt} ", "mininterval": 0},
-            start_timeout=120,
-        )
+        _execute(spec["source"], os.path.relpath(part, ROOT), spec["parameters"])
         if not numbers.exists():
             raise DataError(f"no {numbers.name} was written; the notebook must end with save_numbers('{name}', ...)")
     except Exception as error:
