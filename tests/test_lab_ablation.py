@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,3 +115,26 @@ def test_two_seeds_that_agree_by_chance_resolve_nothing(
     assert found["widest"][0] < found["interval"][0]
     assert found["verdict"] == expected
     assert ab.difference_check("x", None, found)["measured"] == found["widest"]
+
+
+@pytest.mark.parametrize(
+    ("means", "said"),
+    [
+        ((38.0, 39.0), "No arm is above a blind guess (50.0 %)"),
+        ((80.0, 45.0), "Not above a blind guess (50.0 %): other."),
+        ((80.0, 70.0), "(2 seeds per arm)"),
+    ],
+)
+def test_the_verdict_in_words_tells_of_arms_that_have_learned_nothing(
+    means: tuple[float, float], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ab, "load_problems", lambda *_: [SimpleNamespace(choices=["a", "b"])] * 200)
+    record = SimpleNamespace(config=SimpleNamespace(data_path=None))
+    arms = [SimpleNamespace(name=n, mean=m, records=[record]) for n, m in zip(("full", "other"), means, strict=True)]
+    text = ab.explain({"n_seeds": 2, "arms": arms, "verdict": "not resolved"})
+    assert text.startswith("**Not resolved.** Over seeds or over questions")
+    assert text.endswith(said) or said in text
+    assert ab.explain({"n_seeds": 1, "arms": arms, "verdict": "not resolved"}).startswith(
+        "**Not resolved.** There is one"
+    )
+    assert [ab.settled(ends) for ends in ((-1.0, 2.0), (0.5, 2.0), (-2.0, -0.5))] == [None, True, False]

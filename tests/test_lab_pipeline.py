@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,17 +249,20 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_damaged_base_model_is_told_before_any_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tmp_path / "models" / "other" / "clip"
+    model = tmp_path / "models" / "mini" / "clip"
     model.mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"weights")
     digest = sha256_file(model / "model.safetensors")
     (model / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": digest}}))
     monkeypatch.setattr(parts, "ROOT", tmp_path)
-    known = parts.shared_parts("other", dry_run=True)
-    assert [name.rpartition("/")[2] for name in known] == ["manifest.json"]
+    monkeypatch.setattr(parts, "load_scale", lambda _: SimpleNamespace(models={"clip": "models/mini/clip"}))
+    assert any(name.endswith("clip/manifest.json") for name in parts.shared_parts("mini", dry_run=True))
     (model / "model.safetensors").write_bytes(b"Weights")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: missing, or its SHA-256"):
-        parts.shared_parts("other", dry_run=True)
+        parts.shared_parts("mini", dry_run=True)
+    (model / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no base model here"):
+        parts.shared_parts("mini", dry_run=True)
 
 
 @pytest.mark.parametrize(("failures", "message"), [(2, None), (3, "died before"), (1, "cell")])

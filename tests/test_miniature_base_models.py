@@ -14,7 +14,7 @@ import torch
 
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import encode
-from llava_core.miniature import contrastive, gates, language_model, reading, training, world
+from llava_core.miniature import base_models, contrastive, gates, language_model, reading, training, world
 from llava_core.miniature.language import PLACE_PHRASE, POSITION_PHRASE, facts_of_scene, noun_phrase, plural, questions
 from llava_core.runtime import CheckpointError
 from llava_core.weights import checkpoint
@@ -288,3 +288,38 @@ def test_the_towers_image_settings_are_read_back(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     trained = contrastive.normalise(torch.from_numpy(pixels).permute(2, 0, 1))
     assert torch.from_numpy(processor.normalise(pixels)) == pytest.approx(trained, abs=1e-6)
+
+
+def test_a_tower_of_two_steps_is_whole_and_read_back(tmp_path: Path) -> None:
+    facts = contrastive.train_clip(tmp_path / "clip", steps=2, images=16, batch=8)
+    assert (facts["steps"], facts["images"]) == (2, 16)
+    assert 0 < facts["final_loss"] < 20
+    tower, processor = checkpoint.load_vision_tower(str(tmp_path / "clip"), torch.float32)
+    assert (tower.config.image_size, tower.config.patch_size) == (contrastive.IMAGE_SIZE, contrastive.PATCH_SIZE)
+    assert processor.size == contrastive.IMAGE_SIZE
+    assert {f.name for f in (tmp_path / "clip").iterdir()} >= {"model.safetensors", "preprocessor_config.json"}
+
+
+def test_a_retraining_that_breaks_off_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "model.safetensors").write_text("old")
+
+    def broken(out: Path, seed: int) -> None:
+        out.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(base_models, "train_clip", broken)
+    with pytest.raises(KeyboardInterrupt):
+        base_models.train_base_models(tmp_path, only=["clip"])
+    assert (tmp_path / "clip" / "model.safetensors").read_text() == "old"
+
+    def whole(out: Path, seed: int) -> dict[str, int]:
+        out.mkdir()
+        (out / "model.safetensors").write_text("new")
+        return {"steps": 1}
+
+    monkeypatch.setattr(base_models, "train_clip", whole)
+    monkeypatch.setattr(base_models, "measure_gates", lambda out: {"passed": {}})
+    base_models.train_base_models(tmp_path, only=["clip"])
+    assert (tmp_path / "clip" / "model.safetensors").read_text() == "new"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["clip", "gates.json"]

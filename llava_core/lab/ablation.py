@@ -14,7 +14,7 @@ from llava_core.constants import IMAGE_MARKER
 from llava_core.data.scienceqa import answer_prompt, format_problem, load_problems
 from llava_core.evaluate import llava_bench, science_qa
 from llava_core.evaluate.answer import answer_questions
-from llava_core.evaluate.statistics import paired_bootstrap, seeds_interval
+from llava_core.evaluate.statistics import paired_bootstrap, seeds_interval, wilson
 from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
 from llava_core.lab.launch import launch, resolve_run
 from llava_core.paper.claims import all_claims, claim
@@ -238,6 +238,11 @@ def verdict(interval: Sequence[float] | None, direction: str | None = "below 0")
     return "agrees" if (interval[1] < 0) == (direction == "below 0") else "disagrees"
 
 
+def settled(interval: Sequence[float]) -> bool | None:
+    """Whether a difference that should be positive is: None where its interval contains zero."""
+    return None if interval[0] <= 0 <= interval[1] else interval[0] > 0
+
+
 def difference_check(what: str, published: Any, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
     """The row of the table of results for a difference; `found` has `effect`, `interval` or `widest`, and `verdict`."""
     holds = {"agrees": True, "disagrees": False, "not resolved": None}[found["verdict"]]
@@ -285,6 +290,27 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
         "widest": widest,
         "verdict": verdict(widest, claim(chosen.claim).direction),
     }
+
+
+_MEANING = {
+    "agrees": "The measured difference has the paper's sign, and its interval leaves out zero.",
+    "disagrees": "The measured difference has the other sign than the paper's, and its interval leaves out zero.",
+    "not resolved": "Over seeds or over questions the interval of the difference contains zero.",
+}
+
+
+def explain(result: Mapping[str, Any], fast: bool = False) -> str:
+    """What `ablate` found, in words, and whether its arms have learned enough for a comparison."""
+    n, arms = result["n_seeds"], result["arms"]
+    problems = load_problems(arms[0].records[0].config.data_path, "test")[: FAST_PROBLEMS if fast else None]
+    chance = 100 * sum(1 / len(p.choices) for p in problems) / len(problems)
+    meaning = "There is one seed only." if n == 1 else _MEANING[result["verdict"]]
+    text = f"**{result['verdict'].capitalize()}.** {meaning} ({n} {'seed' if n == 1 else 'seeds'} per arm)"
+    right = [round(arm.mean * len(problems) / 100) for arm in arms]
+    blind = [arm.name for arm, k in zip(arms, right, strict=True) if 100 * wilson(k, len(problems))[0] <= chance]
+    if len(blind) == len(arms):
+        return f"{text} No arm is above a blind guess ({chance:.1f} %): at this scale the claim cannot be tested."
+    return f"{text} Not above a blind guess ({chance:.1f} %): {blind[0]}." if blind else text
 
 
 def question_scores(arm: Arm, limit: int | None = None) -> list[float]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_core.config import load_scale
 from llava_core.runtime import ROOT, ConfigError, DataError, fingerprint, read_json, sha256_file, shown, verify_files
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -193,7 +194,7 @@ def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
     Written here once, so that no two notebooks find them missing at the same time; a dry run only says so.
 
     Raises:
-        CheckpointError: a base model is damaged, which would stop one notebook after the other.
+        CheckpointError: a base model is damaged or absent, which would stop one notebook after the other.
     """
     data = sorted((ROOT / "data" / scale).glob("*/card.json"))
     stale = False
@@ -206,7 +207,7 @@ def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
         else:
             miniature.ensure()
         data = sorted(folder.glob("*/card.json"))
-    manifests = [*(ROOT / "models" / scale).glob("*/manifest.json")]
+    manifests = [ROOT / model / "manifest.json" for model in load_scale(scale).models.values() if scale == "mini"]
     for manifest in manifests:
         verify_files(manifest.parent)
     files = [*(ROOT / "configs").rglob("*.yaml"), *manifests, *data]

@@ -26,6 +26,7 @@ def measure_gates(models: Path = MODELS) -> dict[str, Any]:
     passed = {
         "probe category >= 90 %": vision["category"] >= 0.9,
         "probe color >= 90 %": vision["color"] >= 0.9,
+        "probe position >= 90 %": vision["position"] >= 0.9,
         "retrieval R@1 of 100 >= 60 %": vision["retrieval"] >= 0.6,
         **{f"{n} answers text questions >= 90 %": t["told"] >= 0.9 for n, t in text.items()},
         **{f"{n} blind <= prior + 5 points": t["blind"] <= t["blind_prior"] + 0.05 for n, t in text.items()},
@@ -45,12 +46,15 @@ def train_base_models(out: Path = MODELS, only: list[str] | None = None, seed: i
         The gates, as stored in `gates.json` beside the models.
     """
     for name in only or [*SIZES, "clip"]:
-        part = out / f"{name}.part"  # a training that is broken off leaves the old model as it was
-        shutil.rmtree(part, ignore_errors=True)
+        part, old = out / f".{name}.part", out / f".{name}.old"  # what is broken off leaves the old model as it was
+        for folder in (part, old):
+            shutil.rmtree(folder, ignore_errors=True)
         facts = train_clip(part, seed) if name == "clip" else train_language_model(name, part, seed)
         write_manifest(part, facts)
-        shutil.rmtree(out / name, ignore_errors=True)
+        if (out / name).exists():
+            (out / name).rename(old)
         part.rename(out / name)
+        shutil.rmtree(old, ignore_errors=True)
     gates = measure_gates(out)
     write_json(out / "gates.json", gates)
     return gates

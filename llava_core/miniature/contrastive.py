@@ -57,14 +57,14 @@ class ClipExample:
         """What a patch shows, in words: noun and place in the image, number and color, too, unless `named`."""
         if self.patches[patch] < 0:
             return self.place
-        noun, phrase, position = self.groups[self.patches[patch]]
+        name, phrase, position = self.groups[self.patches[patch]]
         if mirrored:
             position = {"left": "right", "right": "left"}.get(position, position)
-        return f"{noun if named else phrase} {language.POSITION_PHRASE[position]}"
+        return f"{name if named else phrase} {language.POSITION_PHRASE[position]}"
 
 
 def _clip_example(index: int, seed: int) -> ClipExample:
-    """One image of the tower's pretraining: two thirds show one group, so names are learned first."""
+    """One image of the tower's pretraining: most show one group, so names are learned first."""
     rng = random.Random(f"clip-{seed}-{index}")
     scene = world.sample_scene(index, 1000 + seed, n_groups=1 if index % 3 else None)
     nouns = language.sentence(language.listing(sorted(noun(g) for g in scene.groups)))
@@ -159,9 +159,9 @@ def train_clip(
         steps: optimizer steps.
         images: how many scenes are drawn; each step sees them shifted by up to 4 pixels.
         batch: image-caption pairs contrasted at once.
-        names: share of batches whose texts name categories (and, of patches, places) alone: colors tell the pairs of a
-            batch apart long before shapes do, so shapes are learned where nothing else helps. These see mirrored
-            images too.
+        names: share of batches whose captions name categories alone, and, drawn apart, of those whose phrases for
+            patches name category and place alone: colors tell the pairs of a batch apart long before shapes do, so
+            shapes are learned where nothing else helps. Half of the batches with such captions are mirrored.
 
     Returns:
         The training facts that go into the manifest.

@@ -17,6 +17,7 @@ from llava_core.data.conversation import encode
 from llava_core.miniature import language, world
 from llava_core.miniature.contrastive import IMAGE_SIZE, caption_ids, normalise
 from llava_core.miniature.reading import GRID, context_text, dialogue, patch_groups
+from llava_core.weights.checkpoint import load_language_model, quiet
 
 HELD_OUT_SEED = 999_331
 
@@ -52,10 +53,8 @@ def text_gates(folder: Path, scenes: int = 150) -> dict[str, Any]:
         `told` and `blind`: share answered exactly; `blind_prior`: the best constant answer per kind of question;
         `told_by_kind`; `n`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_language_model(str(folder), torch.float32)
+    model.eval()
     rng = random.Random(HELD_OUT_SEED)
     questions: list[tuple[str, language.QA]] = []
     for scene in held_out_scenes(scenes):
@@ -101,7 +100,8 @@ def patch_weights(box: tuple[float, float, float, float], grid: int) -> np.ndarr
 def clearest_patch(scene: world.Scene, item: world.Item) -> int | None:
     """The patch that a thing covers most, of those where nothing nearer stands; None where there is none."""
     weights = patch_weights(item.box, GRID)
-    own = [k for k, group in enumerate(patch_groups(scene)) if group and group.category == item.category]
+    owners = enumerate(patch_groups(scene))
+    own = [k for k, group in owners if group and group.category == item.category and weights[k] > 0]
     return max(own, key=lambda k: weights[k], default=None)
 
 
@@ -115,7 +115,8 @@ def vision_gates(folder: Path, scenes: int = 6000, candidates: int = 100) -> dic
     """
     from transformers import AutoTokenizer, CLIPModel
 
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with quiet():
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     drawn = held_out_scenes(scenes)
     features: dict[str, list[torch.Tensor]] = {"": [], "_last": []}

@@ -179,7 +179,10 @@ _KIND_ORDER = ("presence", "background", "count", "color", "position", "relation
 
 
 def conversation(context: Context, rng: random.Random) -> list[QA]:
-    """Questions with sure answers, of a scene at most `TURNS` and as many of each kind as of another; what it shows."""
+    """Questions with sure answers: of a scene at most `TURNS`, as many of each kind as of another.
+
+    In half of the dialogues one turn more asks what the image shows at all, before or behind the others.
+    """
     facts = context.facts
     if facts is None:
         return everyday.conversation(context.photo, rng)
@@ -192,7 +195,7 @@ def conversation(context: Context, rng: random.Random) -> list[QA]:
     # What an earlier turn has said can be repeated without a look at the image, so whatever tells most comes last.
     chosen = sorted(chosen, key=lambda qa: _KIND_ORDER.index(qa.kind))
     overview = QA(rng.choice(_OVERVIEW), language.overview(facts), "overview")
-    first, last = rng.random() < 0.2, rng.random() < 0.4  # only now and then: people begin so, but it tells everything
+    first, last = rng.random() < 0.2, rng.random() < 0.4
     return [overview, *chosen] if first else [*chosen, overview] if last else chosen
 
 

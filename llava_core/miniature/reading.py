@@ -27,7 +27,10 @@ def told(groups: Sequence[world.Group], place: str, rng: random.Random) -> str:
 
 
 def patch_groups(scene: world.Scene) -> list[world.Group | None]:
-    """The group that covers the center of each patch of a scene's raster, row by row; None where nothing stands."""
+    """The group that covers the center of each patch of a scene's raster, row by row; None where there is none.
+
+    What is too narrow for any center has the column that it stands in; what is too flat for any has no patch.
+    """
     by_category = {g.category: g for g in scene.groups}
     patches: list[world.Group | None] = [None] * GRID**2
     for item in scene.items:  # from far to near

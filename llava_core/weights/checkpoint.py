@@ -54,7 +54,7 @@ def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
@@ -71,7 +71,7 @@ def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProces
     from transformers.utils import cached_file
 
     try:
-        with _quiet():  # reports each key of the text half, which a tower leaves out
+        with quiet():  # reports each key of the text half, which a tower leaves out
             tower, info = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
         settings = read_json(cached_file(source, "preprocessor_config.json"))
     except (OSError, ValueError, SafetensorError) as error:
@@ -82,18 +82,19 @@ def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProces
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars and no reports while transformers loads: what matters of them is checked here, strictly."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _no_fresh_weights(source: str, info: dict[str, Any]) -> None:
