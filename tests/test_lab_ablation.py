@@ -137,4 +137,3 @@ def test_the_verdict_in_words_tells_of_arms_that_have_learned_nothing(
     assert ab.explain({"n_seeds": 1, "arms": arms, "verdict": "not resolved"}).startswith(
         "**Not resolved.** There is one"
     )
-    assert [ab.settled(ends) for ends in ((-1.0, 2.0), (0.5, 2.0), (-2.0, -0.5))] == [None, True, False]

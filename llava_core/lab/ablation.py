@@ -238,11 +238,6 @@ def verdict(interval: Sequence[float] | None, direction: str | None = "below 0")
     return "agrees" if (interval[1] < 0) == (direction == "below 0") else "disagrees"
 
 
-def settled(interval: Sequence[float]) -> bool | None:
-    """Whether a difference that should be positive is: None where its interval contains zero."""
-    return None if interval[0] <= 0 <= interval[1] else interval[0] > 0
-
-
 def difference_check(what: str, published: Any, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
     """The row of the table of results for a difference; `found` has `effect`, `interval` or `widest`, and `verdict`."""
     holds = {"agrees": True, "disagrees": False, "not resolved": None}[found["verdict"]]

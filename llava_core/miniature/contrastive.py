@@ -90,6 +90,7 @@ def pixel_statistics() -> tuple[list[float], list[float]]:
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels of any shape from 0..255 to what the tower reads, by `pixel_statistics`."""
     return (pixels.float() / 255 - 0.5) / 0.25
 
 
@@ -117,6 +118,7 @@ def unit_features(vision_model: Any, pixels: torch.Tensor) -> float:
 
 
 def caption_ids(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, T) of texts, each closed by the end token, padded on the right."""
     batch = tokenizer([t + "</s>" for t in texts], padding=True, return_tensors="pt", add_special_tokens=False)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
@@ -150,8 +152,8 @@ def train_clip(
 
     The class token is contrasted with captions, as in CLIP. So are single patches of the last two layers, with a phrase
     for what stands there (cf. RegionCLIP, Zhong et al. 2022): ViT-L/14 came by patches that tell what they show from
-    400M pairs; 24,000 drawings do not get there by captions alone. Both layers have the same part in it, so that the
-    choice between them stays open to the ablation.
+    400M pairs; with far fewer drawings captions are not left alone with it. Both layers have the same part in it, so
+    that the choice between them stays open to the ablation.
 
     Args:
         out: folder to write: transformers' CLIPModel (its vision half is the tower), tokenizer, image settings.

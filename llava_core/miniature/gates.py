@@ -23,6 +23,7 @@ HELD_OUT_SEED = 999_331
 
 
 def held_out_scenes(count: int) -> list[world.Scene]:
+    """Scenes of a seed that no training uses."""
     return [world.sample_scene(10_000_000 + k, HELD_OUT_SEED) for k in range(count)]
 
 

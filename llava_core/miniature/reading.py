@@ -44,6 +44,7 @@ def patch_groups(scene: world.Scene) -> list[world.Group | None]:
 
 
 def noun(group: world.Group) -> str:
+    """A group's category, in the plural where there are several."""
     return group.category if group.count == 1 else language.plural(group.category)
 
 
