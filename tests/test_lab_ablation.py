@@ -133,7 +133,7 @@ def test_the_verdict_in_words_tells_of_arms_that_have_learned_nothing(
     arms = [SimpleNamespace(name=n, mean=m, records=[record]) for n, m in zip(("full", "other"), means, strict=True)]
     text = ab.explain({"n_seeds": 2, "arms": arms, "verdict": "not resolved"})
     assert text.startswith("**Not resolved.** Over seeds or over questions")
-    assert text.endswith(said) or said in text
+    assert said in text
     assert ab.explain({"n_seeds": 1, "arms": arms, "verdict": "not resolved"}).startswith(
         "**Not resolved.** There is one"
     )

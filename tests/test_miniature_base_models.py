@@ -103,15 +103,17 @@ def test_each_patch_of_a_training_image_has_words_for_what_stands_there() -> Non
 def test_the_text_half_of_the_tower_reads_a_caption_to_its_end(tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = training.train_tokenizer(tmp_path, contrastive.caption_texts(20), 320, contrastive.CAPTION_SPECIAL)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    ids = contrastive.caption_ids(tokenizer, ["a dog on the left", "a dog on the right", "a dog"])
-    with torch.no_grad():
-        pooled = CLIPTextModel(config).eval()(**ids).pooler_output
-    assert len({tuple(row.tolist()) for row in pooled}) == 3
+    for special, reads_on in ((contrastive.CAPTION_SPECIAL, True), (training.SPECIAL, False)):
+        tokenizer = training.train_tokenizer(tmp_path, contrastive.caption_texts(20), 320, special)
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        batch = contrastive.caption_ids(tokenizer, ["a dog on the left", "two red cars at night", "a kite"])
+        with torch.no_grad():
+            output = CLIPTextModel(config).eval()(**batch)
+        end = (batch["input_ids"] == tokenizer.eos_token_id).int().argmax(1)
+        assert torch.equal(output.pooler_output, output.last_hidden_state[torch.arange(3), end]) == reads_on
 
 
 def test_a_sine_grid_tells_every_place_from_every_other() -> None:
