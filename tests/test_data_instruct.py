@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from llava_core.data.instruct import PROBLEM_KINDS, Sample, check_file, check_records, load_instruct, write_instruct
+from llava_core.data.image_processor import load_image
+from llava_core.data.instruct import (
+    PROBLEM_KINDS,
+    Sample,
+    check_file,
+    check_records,
+    image_fault,
+    load_instruct,
+    write_instruct,
+)
 from llava_core.runtime import DataError
 
 
@@ -111,6 +122,28 @@ def test_damaged_image_shared_by_records_is_named_once_a_missing_one_each_time(i
     missing = [record(str(k), "absent.jpg") for k in range(3)]
     assert [p.record for p in check_records(missing, images)] == ["0", "1", "2"]
     assert check_records(broken, images, decode=False) == []
+
+
+def test_the_check_agrees_with_the_reader(images: Path) -> None:
+    (images / "folder.png").mkdir()
+    Image.new("RGB", (300, 1)).save(images / "strip.png")
+    Image.new("F", (4, 4)).save(images / "float.tif")
+    Image.new("I;16", (4, 4)).save(images / "deep.png")
+    large = bytearray((images / "good.png").read_bytes())
+    large[16:24] = (30_000).to_bytes(4, "big") * 2
+    large[29:33] = zlib.crc32(large[12:29]).to_bytes(4, "big")
+    (images / "large.png").write_bytes(large)
+    faults = {name: image_fault(images / name) for name in (*(path.name for path in images.iterdir()), "absent.jpg")}
+    for name, fault in faults.items():
+        if fault is None:
+            load_image(images / name)
+        else:
+            with pytest.raises(DataError, match=re.escape(fault[1])):
+                load_image(images / name)
+            assert fault[0] == ("missing_image" if name in ("absent.jpg", "folder.png") else "unreadable_image")
+    assert sorted(name for name, fault in faults.items() if not fault) == ["deep.png", "good.jpg", "good.png"]
+    header = {name for name in faults if image_fault(images / name, decode=False)}
+    assert header == {"absent.jpg", "empty.jpg", "folder.png", "large.png", "strip.png", "text.jpg"}
 
 
 def test_bytes_that_are_not_utf8_are_named_by_their_record(tmp_path: Path) -> None:

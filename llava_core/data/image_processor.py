@@ -5,41 +5,210 @@ The settings are stored in every checkpoint's manifest; nothing else decides wha
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llava_core.runtime import DataError
+from llava_core.registry import unknown
+from llava_core.runtime import DataError, shown
+
+MAX_PIXELS = 89_478_485
+"""An image of more pixels is refused by its header, before it is decoded. It is the number from which Pillow warns of a
+decompression bomb, so an accepted image never raises that warning; decoded it takes 341 MiB."""
+
+MAX_ASPECT = 200
+"""An image longer than so many times its other side is refused: its short side scaled to the model's, a 30,000 x 1
+strip would take 6 GB, of which the crop shows nothing. (Qwen2-VL draws the same line.)"""
+
+MAX_SIZE = 4096
+"""Largest `ImageProcessor.size`."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""What is read, told by content, not by the file's name. Pillow knows more, but some of those start a program (EPS)."""
+
+_OTHER_CONTENT = {
+    b"<!doctype html": ("a web page", "the link answered with a page; download the image again"),
+    b"<html": ("a web page", "the link answered with a page; download the image again"),
+    b"version https://git-lfs": ("a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
+}
+_WHITE = (255, 255, 255, 255)
+_PILLOW_LIMIT = threading.Lock()
+
+ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Read an image file completely, upright and in RGB.
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class ImageError(DataError):
+    """An image that cannot be used.
+
+    Attributes:
+        reason: what is wrong, without the file's name.
+        missing: there is no such file.
+    """
+
+    reason: str = ""
+    missing: bool = False
+
+
+def _error(name: str, reason: str, fix: str = "download or write it again", missing: bool = False) -> ImageError:
+    error = ImageError(f"{name}: {reason}; fix: {fix}")  # one argument, so that a worker process can hand it over
+    error.reason, error.missing = reason, missing
+    return error
+
+
+def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
+    """Read an image completely: its first frame, upright by its EXIF tag, in 8-bit RGB.
+
+    Transparency is put on white (as CLIPImageProcessor does since transformers 5.21; the color under it is arbitrary),
+    16-bit grey keeps its high byte, CMYK is converted without its color profile, and a wrong file name extension does
+    not matter. Damage that a decoder passes over in silence (a flipped bit inside a JPEG) cannot be noticed.
+
+    Args:
+        source: a path, the content of a file (an upload), or an open binary file, which is read to its end.
+        name: how messages call the image; by default its path.
+
+    Returns:
+        The RGB image, with nothing left to be read from the file.
 
     Raises:
-        DataError: the file is missing, is no image or is cut off; the message names it.
+        ImageError: a DataError: the file is missing, no image of `FORMATS`, cut off or damaged, larger than
+            `MAX_PIXELS`, longer than `MAX_ASPECT`, or of values without a defined brightness; the message names the
+            file and the fix.
     """
-    path = Path(path)
+    with _opened(source, name) as (image, name):
+        return _rgb(_upright(image), name)
+
+
+def check_image(source: ImageSource, name: str | None = None, decode: bool = True) -> None:
+    """Raise what `load_image` would raise.
+
+    Args:
+        source, name: as for `load_image`.
+        decode: read the image to its end; without it only the file's existence and its header are looked at.
+
+    Raises:
+        ImageError: the image cannot be used.
+    """
+    with _opened(source, name) as (image, name):
+        if decode:
+            image.draft("RGB", (1, 1))  # a JPEG is still read to its end, but its pixels need not be computed
+            _rgb(_upright(image), name)
+
+
+@contextmanager
+def _opened(source: ImageSource, name: str | None) -> Iterator[tuple[Image.Image, str]]:
+    """Yield the image, of which only the header was read and found usable, and its name; name what goes wrong."""
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    name = name or ("the image" if path is None else shown(path))
+    too_large = _error(name, f"has more than {MAX_PIXELS:,} pixels", "make it smaller")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: image not found; fix: check the image folder of the data set") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); fix: download or write it again") from error
+        if path is not None and not path.is_file():  # a pipe would be waited for without end
+            reason = "is a folder or a device, not a file" if path.exists() else "there is no such image"
+            raise _error(name, reason, "check the image folder of the data set", missing=True)
+        with _binary(source) as file:
+            head = file.read(512)
+            if not head:
+                raise _error(name, "the file is empty")
+            try:
+                image = _identified(file)
+            except UnidentifiedImageError:
+                start = head.lstrip().lower()
+                found = (other for prefix, other in _OTHER_CONTENT.items() if start.startswith(prefix))
+                what, fix = next(found, ("no image", f"download it again or convert it to one of {', '.join(FORMATS)}"))
+                raise _error(name, f"the file is {what}", fix) from None
+            if image.width * image.height > MAX_PIXELS:
+                raise too_large
+            _check_shape(image, name)
+            yield image, name
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where warnings are errors
+        raise too_large from None
+    except PermissionError:
+        raise _error(name, "may not be read", "change the permissions of the file") from None
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise _error(name, f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _binary(source: ImageSource) -> BinaryIO:
+    if isinstance(source, str | os.PathLike):
+        return Path(source).open("rb")
+    return BytesIO(source if isinstance(source, bytes | bytearray | memoryview) else source.read())
+
+
+def _identified(file: BinaryIO) -> Image.Image:
+    """Image.open under our limit of pixels, whatever this process set for Pillow."""
+    Image.init()  # otherwise only half of the formats are known
+    formats = [name for name in FORMATS if name in Image.OPEN]  # older Pillows have no AVIF
+    with _PILLOW_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
+        try:
+            return Image.open(file, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_shape(image: Image.Image, name: str) -> None:
+    short, long = sorted(image.size)
+    if short < 1:
+        raise _error(name, f"has no pixels ({image.width} x {image.height})")
+    if long > MAX_ASPECT * short:
+        reason = f"{image.width} x {image.height} is longer than {MAX_ASPECT} times its other side"
+        raise _error(name, reason, "cut out the part that matters or remove it")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decode the image, then turn it as its EXIF tag says; an unreadable tag turns nothing."""
+    image.load()
+    with suppress(Exception):  # the readers of metadata raise as many kinds as those of pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """8-bit RGB as `load_image` documents it."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow would clip at 255 and show almost everything white; of 16-bit colors it, too, keeps the high byte
+        grey = np.asarray(image, dtype=np.int32) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise _error(name, f"{image.mode} values do not say how bright white is", "convert it to 8 bits per channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
+    return image.convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------------ settings
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
     """Image to pixel values, as CLIPImageProcessor does it (resize by bicubic, crop the center, scale, normalise).
 
+    The pixels are those of transformers' PIL backend, bit for bit. Its torchvision backend, which transformers prefers
+    where torchvision is installed, resizes otherwise: of photographs and drawings about 0.2 % of the
+    values differ, nearly all by 1 of 255.
+
     Attributes:
         size: width and height of the result in pixels.
         mode: "crop" (the paper: shortest side to `size`, center crop), "pad" (square canvas of the mean color) or
             "resize".
         mean, std: per channel, on the 0-1 scale.
+
+    Raises:
+        DataError: a value is of another type or outside its range; the message names the field.
     """
 
     size: int
@@ -47,22 +216,55 @@ class ImageProcessor:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not 0 < self.size <= MAX_SIZE:
+            raise DataError(f"image settings: size is {self.size!r}; give a whole number from 1 to {MAX_SIZE}")
+        if self.mode not in ("crop", "pad", "resize"):
+            raise DataError(f"image settings: {unknown('mode', self.mode, ('crop', 'pad', 'resize'))}")
+        object.__setattr__(self, "mean", _channels("mean", self.mean))
+        object.__setattr__(self, "std", _channels("std", self.std))
+        if min(self.mean) < 0 or max(self.mean) > 1:  # the padded canvas has this color
+            raise DataError(f"image settings: mean is {self.mean}; give numbers from 0 to 1")
+        if min(self.std) <= 0:
+            raise DataError(f"image settings: std is {self.std}; give numbers above 0")
+
     def visible(self, image: Image.Image) -> Image.Image:
-        """The (size, size) RGB image that the model sees."""
+        """The (size, size) RGB image that the model sees.
+
+        Args:
+            image: what `load_image` returns; other images are converted as it does.
+
+        Raises:
+            ImageError: the image has no pixels or is longer than `MAX_ASPECT`.
+        """
+        _check_shape(image, "the image")
+        image = image if image.mode == "RGB" else _rgb(image, "the image")
         if self.mode == "pad":
-            fill = tuple(int(m * 255) for m in self.mean)
-            side = max(image.size)
-            canvas = Image.new("RGB", (side, side), fill)
-            canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = canvas
-        if self.mode != "crop":
+            return self._padded(image)
+        if self.mode == "resize":
             return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         short, long = sorted(image.size)
-        scaled = (self.size, int(self.size * long / short))
+        scaled = (self.size, int(self.size * long / short))  # cut off, not rounded: so does transformers
         width, height = scaled if image.width <= image.height else scaled[::-1]
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        """The square canvas resized, without ever holding it: of a 30,000 x 3,000 image it would take 3.4 GiB.
+
+        Pillow resizes the rows, each for itself, and then the columns; so strips of rows give the same pixels.
+        """
+        fill = tuple(int(value * 255) for value in self.mean)
+        side = max(image.size)
+        left, top = (side - image.width) // 2, (side - image.height) // 2
+        narrow = Image.new("RGB", (self.size, side), fill)
+        rows = max(1, 2**22 // side)
+        for y in range(0, image.height, rows):
+            strip = Image.new("RGB", (side, min(rows, image.height - y)), fill)
+            strip.paste(image.crop((0, y, image.width, y + strip.height)), (left, 0))
+            narrow.paste(strip.resize((self.size, strip.height), Image.Resampling.BICUBIC), (0, top + y))
+        return narrow.resize((self.size, self.size), Image.Resampling.BICUBIC)
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""
@@ -79,6 +281,123 @@ class ImageProcessor:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> ImageProcessor:
-        """Inverse of `to_dict`."""
-        return cls(settings["size"], settings["mode"], tuple(settings["mean"]), tuple(settings["std"]))
+    def from_dict(cls, settings: Mapping[str, Any]) -> ImageProcessor:
+        """Inverse of `to_dict`; every field is named, none is guessed.
+
+        Raises:
+            DataError: a field is missing, unknown, of another type or outside its range; the message names it.
+        """
+        if not isinstance(settings, Mapping):
+            raise DataError(f"image settings: expected an object with fields, not {settings!r}")
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise DataError(f"image settings: {unknown('field', name, known)}; remove it")
+        for name in known:
+            if name not in settings:
+                raise DataError(f"image settings: {name} is missing; write the manifest again")
+        return cls(**settings)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `preprocessor_config.json` of transformers that gives the same pixels (with its PIL backend).
+
+        Crop and resize are a CLIPImageProcessor; pad is a LlavaImageProcessor, whose `do_pad` means a square canvas.
+        """
+        return {
+            "image_processor_type": "LlavaImageProcessor" if self.mode == "pad" else "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            **({"do_pad": True} if self.mode == "pad" else {}),
+            "do_resize": True,
+            "size": {"shortest_edge": self.size} if self.mode == "crop" else {"height": self.size, "width": self.size},
+            "resample": int(Image.Resampling.BICUBIC),
+            "do_center_crop": self.mode == "crop",
+            "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    @classmethod
+    def from_hf(cls, settings: Mapping[str, Any]) -> ImageProcessor:
+        """Read a `preprocessor_config.json` of transformers; what is absent or null has CLIPImageProcessor's default.
+
+        Raises:
+            DataError: a setting that would give other pixels than ours, or one whose effect is not known; it is named.
+        """
+        if not isinstance(settings, Mapping):
+            raise DataError(f"preprocessor config: expected an object with fields, not {settings!r}")
+        given = {key: value for key, value in settings.items() if value is not None and key not in _HF_WITHOUT_EFFECT}
+        old_kind = given.pop("feature_extractor_type", None)
+        kind = given.pop("image_processor_type", old_kind)
+        if kind not in _HF_TYPES:
+            raise _not_ours("image_processor_type", kind, f"one of {', '.join(_HF_TYPES)}")
+        side, is_edge = _hf_side("size", given.pop("size", 224))
+        crop, _ = _hf_side("crop_size", given.pop("crop_size", 224))
+        center, pad = given.pop("do_center_crop", True), given.pop("do_pad", False)
+        mean, std = given.pop("image_mean", cls.mean), given.pop("image_std", cls.std)
+        scale = given.pop("rescale_factor", 1 / 255)
+        for name, value in given.items():
+            if name not in _HF_FIXED:
+                raise _not_ours(name, value, "a file without it, if it changes no pixels")
+            if value != _HF_FIXED[name]:
+                raise _not_ours(name, value, repr(_HF_FIXED[name]))
+        if not isinstance(scale, float) or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
+            raise _not_ours("rescale_factor", scale, "1/255")
+        if not isinstance(pad, bool) or (pad and not kind.startswith("Llava")):
+            raise _not_ours("do_pad", pad, "true only for a LlavaImageProcessor, which pads to a square")
+        if not isinstance(center, bool) or (is_edge and not center and not pad):
+            raise _not_ours("do_center_crop", center, "true, or a size with height and width")
+        if center and crop != side:
+            raise _not_ours("crop_size", crop, f"that of size, {side}")
+        return cls(side, "pad" if pad else "crop" if is_edge else "resize", mean, std)
+
+
+_HF_TYPES = tuple(
+    f"{model}{suffix}"
+    for model in ("CLIP", "Llava")
+    for suffix in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+)
+_HF_FIXED = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": int(Image.Resampling.BICUBIC),
+    "default_to_square": False,
+    "use_square_size": False,
+    "data_format": "channels_first",
+}
+_HF_WITHOUT_EFFECT = frozenset(
+    {
+        *("processor_class", "_valid_processor_keys", "use_fast", "backend", "device", "disable_grouping"),
+        *("return_tensors", "input_data_format", "image_seq_length"),
+    }
+)
+
+
+def _not_ours(name: str, value: Any, expected: str) -> DataError:
+    return DataError(f"preprocessor config: {name} is {value!r}, which is not reproduced here; give {expected}")
+
+
+def _hf_side(name: str, value: Any) -> tuple[int, bool]:
+    """Side of a size in one of transformers' notations, and whether it is the shortest edge's."""
+    keys = set(value) if isinstance(value, Mapping) else None
+    if keys == {"shortest_edge"}:
+        side, is_edge = value["shortest_edge"], True
+    elif keys == {"height", "width"} and value["height"] == value["width"]:
+        side, is_edge = value["height"], False
+    else:
+        side, is_edge = value, True
+    if type(side) is not int or side < 1:
+        raise _not_ours(name, value, "a whole number, {shortest_edge} or an equal {height, width}")
+    return side, is_edge
+
+
+def _channels(name: str, values: Any) -> tuple[float, float, float]:
+    """Three finite numbers, one per channel."""
+    good = isinstance(values, Sequence) and len(values) == 3 and all(type(v) in (int, float) for v in values)
+    if not good or not all(map(math.isfinite, values)):
+        raise DataError(f"image settings: {name} is {values!r}; give three finite numbers, one per channel")
+    return (float(values[0]), float(values[1]), float(values[2]))

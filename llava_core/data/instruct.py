@@ -94,25 +94,21 @@ def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
 
     Args:
         path: the file.
-        decode: decode the pixels too; without it only absent and empty files are noticed.
+        decode: decode the pixels too; without it only absent files and those whose header is wrong (empty, no image,
+            too large) are noticed.
 
     Returns:
-        None for a good file, else a problem kind (`missing_image` or `unreadable_image`) and the reason.
+        None for a file that `load_image` reads, else a problem kind (`missing_image` or `unreadable_image`) and the
+        reason.
     """
-    try:
-        if not path.is_file():
-            return "missing_image", "there is no such file"
-        if path.stat().st_size == 0:
-            return "unreadable_image", "the file is empty"
-        if decode:
-            from PIL import Image
+    from llava_core.data.image_processor import ImageError, check_image
 
-            with warnings.catch_warnings(), Image.open(path) as image:
-                warnings.simplefilter("ignore")
-                image.draft("RGB", (1, 1))  # a JPEG is still read to its end, but its pixels need not be computed
-                image.load()  # not verify(), which lets truncated JPEG files pass
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
-        return "unreadable_image", f"{type(error).__name__}: {error}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged metadata is no fault of the image
+            check_image(path, decode=decode)
+    except ImageError as error:
+        return ("missing_image" if error.missing else "unreadable_image"), error.reason
     return None
 
 
