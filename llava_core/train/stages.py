@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from llava_core.config import RunConfig
-from llava_core.constants import IMAGE_MARKER
-from llava_core.data.conversation import TEMPLATES, Encoded, encode, place_image
+from llava_core.data.conversation import TEMPLATES, Encoded, Turn
 from llava_core.data.image_processor import ImageProcessor, load_image
 from llava_core.data.instruct import Sample, load_instruct
 from llava_core.data.scienceqa import format_problem, load_problems
@@ -24,7 +25,9 @@ HELD_OUT = 0.04  # share of a training file kept for the held-out loss where the
 class TrainingSet:
     """Samples with their template applied; item k is (ids and labels, visible pixels uint8 (H, W, 3) or None).
 
-    `cache` keeps decoded pixels in memory: right for thousands of small images, not for 595K.
+    `cache` keeps decoded pixels in memory: right for thousands of small images, not for 595K. `system` and
+    `image_delimiters` are what a checkpoint's manifest says under these names; None: the template's own, and none.
+    `dropped` tells how many turns were too long, by the number of each sample looked at so far that had any.
     """
 
     samples: list[Sample]
@@ -33,9 +36,12 @@ class TrainingSet:
     config: RunConfig
     n_image_tokens: int
     cache: bool = False
+    system: str | None = None
+    image_delimiters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self._pixels: dict[Path, np.ndarray] = {}
+        self.dropped: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -44,17 +50,26 @@ class TrainingSet:
         """Ids and labels of sample k.
 
         Raises:
-            DataError: no token of the sample would be supervised.
+            DataError: no token of the sample would be supervised, or its first turn is too long.
         """
         sample, experiment = self.samples[k], self.config.experiment
-        (first, answer), *later = sample.turns
-        if sample.image is not None and IMAGE_MARKER not in first:
-            first = f"{IMAGE_MARKER}\n{first}"
-        turns = [(place_image(first, experiment.image_position, sample.id), answer), *later]
-        segments = TEMPLATES.get(experiment.template).render(turns)
-        item = encode(segments, self.tokenizer, self.n_image_tokens, experiment.train.max_length, f"sample {sample.id}")
+        template, longest = TEMPLATES.get(experiment.template), experiment.train.max_length
+        turns: Sequence[Turn] = sample.turns
+        if sample.image is not None:
+            turns = template.with_image(turns, experiment.image_position, sample.id)
+        item = template.encode(
+            turns, self.tokenizer, self.n_image_tokens, system=self.system, delimiters=self.image_delimiters,
+            max_length=longest, name=f"sample {sample.id}",
+        )  # fmt: skip
         if all(label < 0 for label in item.labels):
             raise DataError(f"sample {sample.id}: no token is supervised; fix: give its record a non-empty answer")
+        if item.dropped_turns:
+            if not self.dropped:
+                sys.stderr.write(
+                    f"sample {sample.id}: max_length = {longest} has no room for the last {item.dropped_turns} of its "
+                    f"{len(turns)} turns, they are left out; further samples of this kind are counted in silence\n"
+                )
+            self.dropped[k] = item.dropped_turns
         return item
 
     def __getitem__(self, k: int) -> tuple[Encoded, np.ndarray | None]:

@@ -147,7 +147,7 @@ class Trainer:
             "final_loss": sum(r["loss"] for r in tail) / len(tail), "heldout_loss": rows[-1]["heldout_loss"],
             "samples_per_s": rows[-1]["samples_per_s"], "tokens_per_s": rows[-1]["tokens_per_s"],
             "seconds": self.seconds, "trainable_parameters": sum(p.numel() for p in self.trainable.values()),
-            "checkpoint": shown(self.record.checkpoint),
+            "shortened_samples": len(self.train_set.dropped), "checkpoint": shown(self.record.checkpoint),
         }  # fmt: skip
         trained = experiment.train.trainable
         save_checkpoint(
@@ -263,8 +263,9 @@ def train_record(record: RunRecord, initial: Path | None = None, resume: bool = 
         torch.set_num_threads(config.scale.threads)
     loaded = build_model(config, initial)
     n = loaded.model.n_image_tokens
+    facts = {name: loaded.manifest.get(name) for name in ("system", "image_delimiters")}
     train_set, held_out = (
-        TrainingSet(samples, loaded.tokenizer, loaded.processor, config, n, cache=config.scale.name == "mini")
+        TrainingSet(samples, loaded.tokenizer, loaded.processor, config, n, config.scale.name == "mini", **facts)
         for samples in load_samples(config)
     )
     return Trainer(record, loaded, train_set, held_out, resume).run()
