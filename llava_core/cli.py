@@ -22,6 +22,7 @@ from llava_core.runtime import ROOT, CompanionError, shown
 Result = dict[str, Any]
 KINDS = ("conversation", "detail", "complex")
 BASE_MODELS = ("llm-7b", "llm-13b", "clip")
+LAYOUTS = ("llava", "hf", "original", "mmpretrain", "projector")
 
 
 # ------------------------------------------------------------------------------------------------ the commands
@@ -126,6 +127,40 @@ def _base_models(args: argparse.Namespace) -> Result:
     from llava_core.miniature import base_models
 
     return base_models.train_base_models(args.out, only=args.only)
+
+
+def _options(args: argparse.Namespace) -> Any:
+    from llava_core.weights.layouts import Options
+
+    return Options(base=args.base, vision_tower=args.vision_tower)
+
+
+def _convert(args: argparse.Namespace) -> Result:
+    from llava_core.weights.convert import convert
+
+    return convert(
+        args.source, args.target, args.to, _options(args), dict(args.set), int(args.shard_gb * 1e9), args.verify
+    )
+
+
+def _delta(args: argparse.Namespace) -> Result:
+    from llava_core.weights import delta
+
+    work = delta.make if args.make else delta.apply
+    return work(args.base, args.source, args.out, int(args.shard_gb * 1e9), args.dry_run)
+
+
+def _inspect(args: argparse.Namespace) -> Result:
+    from llava_core.weights.inspection import inspect
+
+    return inspect(args.path, _options(args))
+
+
+def _show_inspection(result: Result) -> str:
+    facts = {**{k: v for k, v in result.items() if k not in ("facts", "notes", "problems")}, **result["facts"]}
+    lines = [_table({key: value for key, value in facts.items() if value not in (None, [], {})})]
+    lines += [f"note: {note}" for note in result["notes"]]
+    return "\n".join([*lines, *(f"error: {problem}" for problem in result["problems"])])
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -322,6 +357,44 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--captions", type=Path, required=True, metavar="FILE", help="CC3M's TSV")
     new.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, if they are there")
     new.add_argument("--out", type=Path, required=True, metavar="DIR", help="where chat.json and metadata.json go")
+
+    def bases(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--base", metavar="DIR", help="language model of a projector, a LoRA or a .pth")
+        parser.add_argument("--vision-tower", metavar="DIR", help="tower, instead of the one that the files name")
+
+    def shards(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--shard-gb", type=float, default=5, metavar="GB", help="largest weights file (default: 5)")
+
+    example = "llava convert llava-v1.5-7b data/llava-hf --to hf"
+    new = command("convert", "write a checkpoint in another layout, and compare", example, _convert)
+    new.add_argument("source", type=Path, metavar="SRC", help="folder or file of any layout")
+    new.add_argument("target", type=Path, metavar="DST", help="a new folder")
+    new.add_argument("--to", choices=LAYOUTS, required=True, help="the layout to write")
+    bases(new)
+    shards(new)
+    new.add_argument("--verify", action="store_true", help="with --to hf: run both models and compare every module")
+    new.add_argument(
+        "--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help="a fact, e.g. template=v0"
+    )
+
+    example = "llava delta apply --base llama-7b --out data/LLaVA-7b LLaVA-7b-delta-v0"
+    into = group("delta", "make or apply delta weights", example)
+    for name, text in (("make", "subtract a base language model"), ("apply", "add a base language model to a delta")):
+        new = command(name, text, example.replace("apply", name), _delta, into=into)
+        new.add_argument("source", type=Path, metavar="DIR", help="the delta" if name == "apply" else "the checkpoint")
+        new.add_argument("--base", required=True, metavar="DIR", help="the base language model")
+        new.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+        new.add_argument("--dry-run", action="store_true", help="say what would be done with each tensor, and stop")
+        shards(new)
+        new.set_defaults(make=name == "make")
+
+    def unsound(result: Result) -> bool:
+        return bool(result["problems"])
+
+    example = "llava inspect runs/finetune/mini/ID/checkpoint"
+    new = command("inspect", "say what a checkpoint is", example, _inspect, _show_inspection, failed=unsound)
+    new.add_argument("path", type=Path, metavar="DIR", help="folder or file of any layout")
+    bases(new)
 
     example = "llava chat --model runs/finetune/mini/ID/checkpoint --image photo.jpg"
     new = command("chat", "chat about an image in the terminal", example, _chat, interactive=True)

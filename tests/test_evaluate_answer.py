@@ -7,11 +7,14 @@ import tiny
 import torch
 from PIL import Image
 
+from llava_core.config import load_experiment
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.data.image_processor import load_image
+from llava_core.data.instruct import Sample
 from llava_core.evaluate import answer as answering
 from llava_core.evaluate.answer import answer_questions, prompt_ids
 from llava_core.runtime import DataError
+from llava_core.train.stages import TrainingSet
 from llava_core.weights.checkpoint import Loaded, build
 
 COLORS = {"red.png": (200, 30, 30), "blue.png": (30, 30, 200)}
@@ -79,6 +82,47 @@ def test_the_manifest_decides_template_and_image_position(loaded: Loaded) -> Non
     ids = prompt_ids(other, [("what", None)], True)
     after = ids[len(ids) - ids[::-1].index(IMAGE_TOKEN_ID) :]
     assert loaded.tokenizer.decode(after) == " ASSISTANT:"
+
+
+def test_a_prompt_is_what_training_ends_its_questions_with(loaded: Loaded) -> None:
+    """For every template and image position: the same facts, the same ids on both sides."""
+    for template in ("v0", "v1", "plain"):
+        for position in ("data", "first", "last", "random"):
+            facts = {"template": template, "image_position": position}
+            config = load_experiment("finetune", "mini", facts)
+            for key, question in enumerate(("what", "<image>\nwhat", "what\n<image>")):
+                samples = [Sample(str(key), [(question, "red")], Path("image.png"))]
+                data = TrainingSet(samples, loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
+                data.system, data.image_delimiters = "The {dog}.", ["<s>", "</s>"]
+                facts |= {"system": data.system, "image_delimiters": data.image_delimiters}
+                other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, facts)
+                prompt = prompt_ids(other, [(question, None)], True, key=str(key))
+                assert data.encoded(0).input_ids[: len(prompt)] == prompt
+                at = prompt.index(IMAGE_TOKEN_ID)
+                assert loaded.tokenizer.decode([prompt[at - 1], prompt[at + loaded.model.n_image_tokens]]) == "<s></s>"
+                assert template == "plain" or "The {dog}." in loaded.tokenizer.decode(prompt[: at - 1])
+
+
+def test_the_released_v0_prompt_has_its_image_behind_the_question(loaded: Loaded) -> None:
+    other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, {"template": "v0_exact", "system": "See."})
+    ids = prompt_ids(other, [("what", None)], True)
+    at, n = ids.index(IMAGE_TOKEN_ID), loaded.model.n_image_tokens
+    assert loaded.tokenizer.decode(ids[:at]) == "<s>See.###Human: what"
+    assert loaded.tokenizer.decode(ids[at + n :]) == "###Assistant:"
+    begun = prompt_ids(other, [("what", None)], True, begin="red")
+    assert loaded.tokenizer.decode(begun[at + n :]) == "###Assistant: red"
+
+
+def test_an_image_is_put_into_no_question_if_one_has_it_already(loaded: Loaded) -> None:
+    ids = prompt_ids(loaded, [("what", "red"), ("the dog\n<image>", None)], True)
+    assert ids.count(IMAGE_TOKEN_ID) == loaded.model.n_image_tokens
+
+
+def test_a_delimiter_that_the_tokenizer_does_not_know_is_named(loaded: Loaded) -> None:
+    facts = {"image_delimiters": ["<im_start>", "<im_end>"]}
+    other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, facts)
+    with pytest.raises(DataError, match=r"<im_start>.*manifest"):
+        prompt_ids(other, [("what", None)], True)
 
 
 def test_what_an_answer_begins_with_goes_to_its_own_question(

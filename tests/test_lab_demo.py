@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,12 @@ import torch
 from PIL import Image
 
 from llava_core.constants import IMAGE_TOKEN_ID
-from llava_core.evaluate.answer import answer_questions
+from llava_core.data.conversation import TEMPLATES
+from llava_core.evaluate.answer import answer_questions, prompt_ids
 from llava_core.lab import demo
 from llava_core.lab.demo import Conversation, chat_widget
+from llava_core.models import generation
+from llava_core.models.generation import GenerationSettings, generate
 from llava_core.runtime import DataError
 from llava_core.weights.checkpoint import Loaded, build
 
@@ -22,6 +24,8 @@ from llava_core.weights.checkpoint import Loaded, build
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     made = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
+    torch.nn.init.normal_(made.model.multi_modal_projector.weight, std=0.5)  # so that the image decides answers
+    torch.nn.init.normal_(made.model.language_model.get_output_embeddings().weight, std=0.5)
     made.model.eval()
     return made
 
@@ -39,13 +43,14 @@ def prompts(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The prompts that the model was given; it always answers "red car" and stops as the template says."""
     given: list[list[int]] = []
 
-    def speak(model: Any, rows: list[list[int]], pixels: Any, settings: Any) -> Iterator[torch.Tensor]:
+    def spy(model: Any, tokenizer: Any, rows: list[list[int]], pixels: Any, settings: Any, **kept: Any) -> Any:
         given.extend(rows)
-        assert (pixels is not None) == (IMAGE_TOKEN_ID in rows[0])
-        for token in loaded.tokenizer(" red car\n### Human: what", add_special_tokens=False)["input_ids"]:
-            yield torch.tensor([token])
+        assert (kept["image_features"] is not None) == (IMAGE_TOKEN_ID in rows[0])
+        says = iter(tokenizer(" red car\n### Human: what", add_special_tokens=False)["input_ids"])
+        monkeypatch.setattr(generation, "_draw", lambda *_: torch.tensor([next(says)]))
+        return generation.stream(model, tokenizer, rows, pixels, settings, **kept)
 
-    monkeypatch.setattr(demo, "generate_tokens", speak)
+    monkeypatch.setattr(demo, "stream", spy)
     return given
 
 
@@ -86,10 +91,80 @@ def test_without_an_image_the_model_is_asked_as_text(loaded: Loaded, prompts: li
     assert IMAGE_TOKEN_ID not in prompts[0]
 
 
-def test_the_end_token_ends_an_answer_and_is_not_shown(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = [*loaded.tokenizer(" red", add_special_tokens=False)["input_ids"], loaded.tokenizer.eos_token_id, 5]
-    monkeypatch.setattr(demo, "generate_tokens", lambda *_: (torch.tensor([i]) for i in ids))
-    assert Conversation(loaded).ask("what") == "red"
+QUESTIONS = ["what color is the car", "is it a dog", "what is the color"]
+
+
+def test_over_the_turns_the_image_is_encoded_once_and_no_token_is_read_twice(
+    loaded: Loaded, images: list[Path]
+) -> None:
+    model = loaded.model
+    encoded: list[int] = []
+    read: list[int] = []
+    hooks = [
+        model.vision_tower.register_forward_hook(lambda *_: encoded.append(1)),
+        model.language_model.register_forward_pre_hook(
+            lambda _, __, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        ),
+    ]
+    talk, prefills = Conversation(loaded, Image.open(images[0])), []
+    for question in QUESTIONS:
+        begin = len(read)
+        talk.ask(question, 10)
+        prefills.append(read[begin])
+    assert encoded == [1]
+    prompts = [prompt_ids(loaded, [*talk.turns[:k], (q, None)], True) for k, (q, _) in enumerate(talk.turns)]
+    for k in (1, 2):  # at most the answer, if its text is not tokenized as it was generated, and what follows it
+        assert prefills[k] <= len(prompts[k]) - len(prompts[k - 1]) + 1
+    assert prefills[0] == len(prompts[0])
+    talk.look(Image.open(images[1]))
+    talk.ask(QUESTIONS[0], 10)
+    assert encoded == [1, 1]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_what_is_kept_over_the_turns_changes_no_answer(loaded: Loaded, images: list[Path]) -> None:
+    stop = TEMPLATES.get("v0").stop
+    for path in images:
+        talk = Conversation(loaded, Image.open(path))
+        pixels = torch.from_numpy(loaded.processor(talk.image))[None]
+        for k, question in enumerate(QUESTIONS):
+            answer = talk.ask(question, 12)
+            ids = prompt_ids(loaded, [*talk.turns[:k], (question, None)], True)
+            fresh = generate(loaded.model, loaded.tokenizer, [ids], pixels, GenerationSettings(12, stop=stop))
+            assert [answer] == fresh
+
+
+def test_other_images_give_other_answers(loaded: Loaded, images: list[Path]) -> None:
+    talk = Conversation(loaded, Image.open(images[0]))
+    first = talk.ask(QUESTIONS[0], 12)
+    talk.look(Image.open(images[1]))
+    assert talk.ask(QUESTIONS[0], 12) != first
+    talk.look(Image.open(images[0]))
+    assert talk.ask(QUESTIONS[0], 12) == first
+
+
+def test_it_tells_why_an_answer_ended(loaded: Loaded, images: list[Path], prompts: list[list[int]]) -> None:
+    talk = Conversation(loaded, Image.open(images[0]))
+    assert talk.finish is None
+    talk.ask("what color")
+    assert talk.finish == "stop"
+    assert talk.ask("what color", 1) == talk.turns[1][1] != "red car"
+    assert talk.finish == "length"
+    talk.look(Image.open(images[1]))
+    assert talk.finish is None
+
+
+def test_an_abandoned_answer_is_no_turn(loaded: Loaded, images: list[Path]) -> None:
+    talk = Conversation(loaded, Image.open(images[0]))
+    next(talk.stream(QUESTIONS[0], 12))
+    assert talk.turns == []
+    assert talk.ask(QUESTIONS[1], 12) == Conversation(loaded, Image.open(images[0])).ask(QUESTIONS[1], 12)
+
+
+def test_turns_beyond_the_models_positions_are_an_error_with_a_fix(loaded: Loaded) -> None:
+    with pytest.raises(DataError, match="256 positions; fix: shorten the prompt"):
+        Conversation(loaded).ask("dog " * 300)
 
 
 def test_a_conversation_answers_as_the_evaluation_does(loaded: Loaded, images: list[Path]) -> None:

@@ -14,6 +14,10 @@ WORDS = (
     "A curious human talks with a helpful assistant that can see . ### Human : Assistant \n red blue car dog what "
     "color is the"
 )
+IMAGES = {
+    "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32},
+    "crop_size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3,
+}  # fmt: skip
 
 
 def tokenizer(folder: Path) -> Any:
@@ -63,7 +67,7 @@ def base_models(root: Path) -> tuple[str, str]:
         projection_dim=16,
     )
     CLIPModel(config).save_pretrained(clip)
-    (clip / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    (clip / "preprocessor_config.json").write_text(json.dumps(IMAGES))
     for folder in (llm, clip):
         files = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
         (folder / "manifest.json").write_text(json.dumps({"files": files}))

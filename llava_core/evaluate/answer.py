@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_core.constants import IMAGE_MARKER
-from llava_core.data.conversation import TEMPLATES, Turn, encode, place_image
+from llava_core.data.conversation import TEMPLATES, Turn, token_ids
 from llava_core.data.image_processor import load_image
 from llava_core.runtime import progress
 
@@ -19,20 +20,26 @@ def prompt_ids(loaded: Loaded, turns: Sequence[Turn], has_image: bool, begin: st
     """Ids of a conversation whose last answer is to be generated.
 
     Args:
-        loaded: its manifest names template and image position ("v0" and "first" for a model without one).
+        loaded: its manifest tells, each with what holds where it says nothing, `template` ("v0"), `system` (the
+            template's own), `image_position` ("data") and `image_delimiters` (none), as the model was trained.
         turns: earlier turns with their answers, then (question, None).
-        has_image: puts the image into the first question unless it carries a marker.
+        has_image: puts the image into the first question unless a question carries a marker; the position "data" does
+            not say where, so the template does: before the question, in `v0_exact` behind it.
         begin: text that the answer already begins with (second pass of ScienceQA).
         key: record id, read by the image position "random".
+
+    Raises:
+        DataError: an image delimiter is no token of the tokenizer.
     """
-    template = TEMPLATES.get(loaded.manifest.get("template", "v0"))
-    (first, answer), *later = turns
-    if has_image and IMAGE_MARKER not in first:
-        first = f"{IMAGE_MARKER}\n{first}"
-    first = place_image(first, loaded.manifest.get("image_position", "data"), key)
-    segments = template.render([(first, answer), *later])
-    ids = encode(segments, loaded.tokenizer, loaded.model.n_image_tokens).input_ids
-    return ids + (loaded.tokenizer(f" {begin}", add_special_tokens=False)["input_ids"] if begin else [])
+    manifest = loaded.manifest
+    template = TEMPLATES.get(manifest.get("template", "v0"))
+    if has_image:
+        turns = template.with_image(turns, manifest.get("image_position", "data"), key)
+    ids = template.encode(
+        turns, loaded.tokenizer, loaded.model.n_image_tokens,
+        system=manifest.get("system"), delimiters=manifest.get("image_delimiters"),
+    ).input_ids  # fmt: skip
+    return ids + (token_ids(loaded.tokenizer, f" {begin}", continues=True) if begin else [])
 
 
 def answer_questions(
@@ -54,7 +61,7 @@ def answer_questions(
         images: folder of the images.
         max_new_tokens: longest answer in tokens.
         batch: rows generated together (result does not depend on it).
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; a sampled answer depends on its question's id, not on the batch.
         begins: per question id, text the answer already begins with.
 
     Returns:
@@ -83,8 +90,9 @@ def answer_questions(
         part = ordered[k : k + batch]
         pixels = [loaded.processor(load_image((images or Path()) / r["image"])) for r in part if r.get("image")]
         values = torch.from_numpy(np.stack(pixels)).to(loaded.model.language_model.device) if pixels else None
-        texts = generate(
-            loaded.model, loaded.tokenizer, [prompts[str(r["question_id"])] for r in part], values, settings
-        )
-        answers |= {str(r["question_id"]): text for r, text in zip(part, texts, strict=True)}
+        names = [str(r["question_id"]) for r in part]
+        # each question has draws of its own: they depend neither on the batch nor on what other questions draw
+        each = [replace(settings, seed=zlib.crc32(name.encode())) for name in names]
+        texts = generate(loaded.model, loaded.tokenizer, [prompts[name] for name in names], values, each)
+        answers |= dict(zip(names, texts, strict=True))
     return {str(r["question_id"]): answers[str(r["question_id"])] for r in rows}

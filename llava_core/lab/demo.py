@@ -16,7 +16,7 @@ from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Turn
 from llava_core.data.image_processor import load_image
 from llava_core.evaluate.answer import prompt_ids
-from llava_core.models.generation import GenerationSettings, cut, generate_tokens
+from llava_core.models.generation import Finish, GenerationSettings, PrefixCache, stream
 from llava_core.runtime import DataError
 from llava_core.weights.checkpoint import Loaded, load
 
@@ -26,21 +26,33 @@ SUGGESTIONS = ("What do you see?", "Describe this in detail.", "Give a short cap
 class Conversation:
     """One image and the turns about it; a new image starts anew.
 
+    The image is encoded once, at the first question, and the language model reads only what it has not read in an
+    earlier turn: features and KV cache are kept. The answers are those of a conversation that keeps nothing.
+
     Args:
         loaded: a model with its tokenizer, image settings and manifest.
         image: RGB image, any size.
+
+    Attributes:
+        turns: the (question, answer) pairs so far.
+        image: what the model sees, or None.
+        finish: why the last answer ended: "stop", or "length" if `max_new_tokens` cut it.
     """
 
     def __init__(self, loaded: Loaded, image: Image.Image | None = None) -> None:
         self.loaded = loaded
         self.turns: list[Turn] = []
         self.image: Image.Image | None = None
+        self.finish: Finish | None = None
+        self._features: torch.Tensor | None = None
+        self._prefix = PrefixCache()
         if image is not None:
             self.look(image)
 
     def look(self, image: Image.Image) -> Image.Image:
         """Take a new image, forget the turns, and return what the model sees of it."""
         self.image, self.turns = self.loaded.processor.visible(image.convert("RGB")), []
+        self._features, self._prefix, self.finish = None, PrefixCache(), None
         return self.image
 
     def ask(self, question: str, max_new_tokens: int = 96, temperature: float = 0.0) -> str:
@@ -48,30 +60,37 @@ class Conversation:
         return list(self.stream(question, max_new_tokens, temperature))[-1]
 
     def stream(self, question: str, max_new_tokens: int = 96, temperature: float = 0.0) -> Iterator[str]:
-        """Yield the answer so far after each token; the turn is kept when the answer is complete."""
+        """Yield the answer so far after each token; the turn is kept when the answer is complete.
+
+        Args:
+            question: text; an image marker in it is taken out.
+            max_new_tokens: longest answer in tokens.
+            temperature: 0 is greedy.
+
+        Raises:
+            DataError: the question is empty, or the turns have become too long for the language model.
+        """
         question = question.replace(IMAGE_MARKER, "").strip()
         if not question:
             raise DataError("the question is empty; fix: write one")
-        loaded, turns = self.loaded, [*self.turns, (question, None)]
-        ids = prompt_ids(loaded, turns, self.image is not None)
-        device = loaded.model.language_model.device
-        pixels = None
-        if self.image is not None:
-            pixels = torch.from_numpy(loaded.processor(self.image))[None].to(device)
-        stop = TEMPLATES.get(loaded.manifest.get("template", "v0")).stop
-        made: list[int] = []
-        text = ""
-        for tokens in generate_tokens(loaded.model, [ids], pixels, GenerationSettings(max_new_tokens, temperature)):
-            if int(tokens[0]) == loaded.tokenizer.eos_token_id:
-                break
-            made.append(int(tokens[0]))
-            whole = loaded.tokenizer.decode(made)
-            text = cut(whole, stop)
-            if stop and stop in whole:
-                break
-            yield text
-        self.turns.append((question, text))
-        yield text
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        ids = prompt_ids(self.loaded, [*self.turns, (question, None)], self.image is not None)
+        stop = TEMPLATES.get(self.loaded.manifest.get("template", "v0")).stop
+        settings = GenerationSettings(max_new_tokens, temperature, stop=stop)
+        steps = stream(model, tokenizer, [ids], None, settings, image_features=self._encoded(), prefix=self._prefix)
+        for (answer,) in steps:
+            if answer.finish:
+                self.finish = answer.finish
+                self.turns.append((question, answer.text))
+            yield answer.text
+
+    @torch.inference_mode()
+    def _encoded(self) -> torch.Tensor | None:
+        """Projected features (1, P, D) of the image."""
+        if self._features is None and self.image is not None:
+            pixels = torch.from_numpy(self.loaded.processor(self.image))[None]
+            self._features = self.loaded.model.encode_images(pixels.to(self.loaded.model.language_model.device))
+        return self._features
 
 
 def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = "What do you see?") -> Any:

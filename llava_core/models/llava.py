@@ -58,31 +58,54 @@ class Llava(nn.Module):
         self.vision_tower.eval()
         return self
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Projected features of images: what `embed` puts in the place of their blocks.
+
+        Args:
+            pixel_values: (N, 3, H, W).
+
+        Returns:
+            image_features (N, P, D), in the projector's dtype.
+        """
+        features = image_features(self.vision_tower, pixel_values, self.feature_layer)
+        projected: torch.Tensor = self.multi_modal_projector(
+            features.to(next(self.multi_modal_projector.parameters()).dtype)
+        )
+        return projected
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Word embeddings with each image block replaced by its projected features.
 
         Args:
             input_ids: (B, T); each image is a run of `n_image_tokens` times `IMAGE_TOKEN_ID`.
             pixel_values: (N, 3, H, W), images in the order in which they stand in the batch; None where there is none.
+            image_features: (N, P, D) that `encode_images` gave earlier, in place of `pixel_values`.
 
         Returns:
             inputs_embeds (B, T, D).
 
         Raises:
-            ValueError: the number of image tokens is not the number of image features.
+            ValueError: the number of image tokens is not the number of image features, or images are given twice.
         """
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("pixel_values and image_features are two forms of the same images; fix: give one of them")
         is_image = input_ids == IMAGE_TOKEN_ID
         embeds = self.language_model.get_input_embeddings()(input_ids.clamp(min=0))
-        n_expected = 0 if pixel_values is None else pixel_values.shape[0] * self.n_image_tokens
+        n_images = next((len(given) for given in (pixel_values, image_features) if given is not None), 0)
+        n_expected = n_images * self.n_image_tokens
         if int(is_image.sum()) != n_expected:
             raise ValueError(
                 f"{int(is_image.sum())} image tokens in the text but {n_expected} image features; "
                 "fix: one <image> per image, and never truncate inside an image block"
             )
-        if pixel_values is None:
+        projected = self.encode_images(pixel_values) if pixel_values is not None else image_features
+        if projected is None:
             return embeds
-        features = image_features(self.vision_tower, pixel_values, self.feature_layer)
-        projected = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
         return embeds.masked_scatter(is_image[..., None], projected.to(embeds.dtype))
 
     def forward(
@@ -91,6 +114,7 @@ class Llava(nn.Module):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The language model's output for a batch of text and images.
@@ -100,12 +124,13 @@ class Llava(nn.Module):
             pixel_values: (N, 3, H, W) or None.
             attention_mask: (B, T), 1 for real tokens; None if nothing is padded.
             position_ids: (B, T); counted from the mask by the language model when None.
+            image_features: (N, P, D) of `encode_images`, in place of `pixel_values`.
             kwargs: further public arguments of the language model (`past_key_values`, `use_cache`, ...).
 
         Returns:
             transformers' output with `logits` (B, T, V).
         """
-        embeds = self.embed(input_ids, pixel_values)
+        embeds = self.embed(input_ids, pixel_values, image_features)
         return self.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )

@@ -1,8 +1,8 @@
 """Base models and checkpoints.
 
-A checkpoint is one directory that describes itself: `model.safetensors`, the tokenizer and `manifest.json` (kind, base
+A checkpoint is one directory that describes itself: weights, the tokenizer and `manifest.json` (what is inside, base
 models with their hashes, conversation template, image settings, feature layer, prompt format, run id). Loaders read the
-manifest, never the folder's name; keys are strict both ways.
+manifest, never the folder's name; keys are strict both ways. It is one of the layouts of `layouts`; `load` takes any.
 """
 
 from __future__ import annotations
@@ -10,19 +10,50 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from llava_core.data.image_processor import ImageProcessor
 from llava_core.models.llava import Llava
-from llava_core.runtime import CheckpointError, fingerprint, read_json, sha256_file, shown, verify_files, write_json
+from llava_core.runtime import (
+    CheckpointError,
+    DataError,
+    fingerprint,
+    resolve,
+    sha256_file,
+    shown,
+    verify_files,
+    write_json,
+)
+from llava_core.weights.description import (
+    PARTS,
+    Description,
+    Opened,
+    check,
+    folder_of,
+    in_order,
+    language_config,
+    tokenizer_folder,
+    tower_config,
+    tower_images,
+)
+from llava_core.weights.layouts import LAYOUTS, Layout, Options, copy_tokenizer, open_language_model, write_settings
+from llava_core.weights.tensors import (
+    SHARD_BYTES,
+    Lazy,
+    ShardWriter,
+    has_file,
+    inside,
+    open_folder,
+    read_settings,
+    weight_files,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Kind = Literal["full", "projector"]
 _PARTS = {"full": ("multi_modal_projector.", "language_model."), "projector": ("multi_modal_projector.",)}
 
@@ -38,15 +69,17 @@ class Loaded:
 
 
 def base_hash(source: str) -> str:
-    """12 hex digits that identify a base model's weights: from its checked manifest, or the hub id itself.
+    """12 hex digits that identify a base model's weights: from its files, checked if it has a manifest, or the hub id.
 
     Raises:
         CheckpointError: a file of the model is missing or differs from the manifest's SHA-256.
     """
-    folder = Path(source)
-    if not folder.is_absolute():
+    folder = resolve(source)
+    if not folder.is_dir():
         return fingerprint(source)
-    return fingerprint(verify_files(folder))
+    if has_file(folder, "manifest.json"):
+        return fingerprint(verify_files(folder))
+    return fingerprint({f.name: sha256_file(f) for f in weight_files(folder)})
 
 
 def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -68,17 +101,15 @@ def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProcessor]:
     """CLIPVisionModel and image settings from the directory or hub id of a CLIPModel."""
     from transformers import CLIPVisionModel
-    from transformers.utils import cached_file
 
+    folder = folder_of(source)
     try:
         with quiet():  # reports each key of the text half, which a tower leaves out
-            tower, info = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        settings = read_json(cached_file(source, "preprocessor_config.json"))
+            tower, info = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{shown(source)}: vision tower cannot be read: {str(error).splitlines()[0]}") from error
     _no_fresh_weights(source, info)
-    mean, std = settings["image_mean"], settings["image_std"]
-    return tower, ImageProcessor(tower.config.image_size, "crop", tuple(mean), tuple(std))
+    return tower, tower_images(folder, tower.config.image_size)
 
 
 @contextmanager
@@ -129,53 +160,23 @@ def save_checkpoint(path: Path, loaded: Loaded, kind: Kind, **facts: Any) -> Pat
         kind: "projector" stores the projector alone, "full" projector and language model.
         facts: further manifest fields: template, image_position, prompt_format, run_id, ...
     """
+    model = loaded.model
     temporary = path.with_name(f".{path.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in loaded.model.state_dict().items()
-        if name.startswith(_PARTS[kind])
-    }
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     loaded.tokenizer.save_pretrained(temporary)
-    loaded.model.language_model.config.save_pretrained(temporary / "language_model")
-    manifest = {
-        **loaded.manifest, **facts, "format_version": FORMAT_VERSION, "kind": kind, "image": loaded.processor.to_dict(),
-        "projector": loaded.model.projector_name, "feature_layer": loaded.model.feature_layer,
-        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
-        "sha256": sha256_file(temporary / "model.safetensors"),
-    }  # fmt: skip
-    write_json(temporary / "manifest.json", manifest)
+    description = Description(
+        language_config(model.language_model.config.to_dict(), "language model"), None,
+        loaded.manifest["base"]["vision_tower"], model.vision_tower.config.hidden_size, model.projector_name,
+        model.feature_layer, loaded.processor.to_dict(), {**loaded.manifest, **facts},
+    )  # fmt: skip
+    tensors = {n: Lazy.of(t.detach()) for n, t in model.state_dict().items() if n.startswith(_PARTS[kind])}
+    if description.tied:
+        tensors.pop("language_model.lm_head.weight", None)
+    _write(Opened("llava", temporary, description, tensors, {}), temporary, SHARD_BYTES)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
     return path
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The checked tensors of a checkpoint directory."""
-    manifest, file = read_manifest(path), path / "model.safetensors"
-    if not file.is_file() or sha256_file(file) != manifest["sha256"]:
-        raise CheckpointError(f"{shown(file)}: missing or damaged (SHA-256 differs); fix: copy it again or train again")
-    return load_file(file)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory.
-
-    Raises:
-        CheckpointError: there is none, or a newer format wrote it.
-    """
-    if not (path / "manifest.json").is_file():
-        raise CheckpointError(
-            f"{shown(path)}: not a checkpoint (no manifest.json); fix: name a run's checkpoint directory"
-        )
-    manifest: dict[str, Any] = read_json(path / "manifest.json")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{shown(path)}: format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}"
-        )
-    return manifest
 
 
 def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) -> None:
@@ -184,13 +185,14 @@ def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) ->
     Args:
         model: receives the tensors.
         path: checkpoint directory.
-        parts: prefixes to take (of a full checkpoint, say, the projector alone); the kind's own when None.
+        parts: prefixes to take (of a full checkpoint, say, the projector alone); all that is inside when None.
 
     Raises:
         CheckpointError: a key is missing, too many, or of another shape.
     """
-    prefixes = parts or _PARTS[read_manifest(path)["kind"]]
-    tensors = {k: v for k, v in load_tensors(path).items() if k.startswith(prefixes)}
+    opened = _read(path, Options())
+    prefixes = parts or tuple(f"{part}." for part in opened.parts)
+    tensors = {k: v for k, v in opened.tensors.items() if k.startswith(prefixes)}
     own = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
     for name in sorted(own.keys() ^ tensors.keys()):
         side = "missing in" if name in own else "unknown to the model, found in"
@@ -198,54 +200,198 @@ def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) ->
             f"{shown(path)}: {name} is {side} the checkpoint; fix: use the base model named in its manifest"
         )
     for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
+        if tuple(own[name].shape) != tensor.shape:
             raise CheckpointError(
-                f"{shown(path)}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(own[name].shape)}; "
+                f"{shown(path)}: {name} has shape {tensor.shape}, the model needs {tuple(own[name].shape)}; "
                 "fix: a projector fits only the language model and tower it was trained with"
             )
-    model.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor.read())
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Loaded:
-    """Load a checkpoint directory for inference.
+def load(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    options: Options | None = None,
+    **facts: Any,
+) -> Loaded:
+    """Load a checkpoint of any layout for inference.
 
     Args:
-        path: directory with a manifest.
+        path: directory or file.
         dtype: of the weights in memory.
         device: where they go.
+        options: base model and tower of a checkpoint that does not hold or name them.
+        facts: what the checkpoint leaves open or says wrongly about its use, as in `description.USE_FACTS`.
 
     Raises:
         CheckpointError: anything missing, damaged, or not of the base models named in the manifest.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from llava_core.runtime import resolve
+    from llava_core.weights.convert import open_checkpoint
 
-    path = resolve(path)
-    manifest = read_manifest(path)
-    tower_source = _source(manifest["base"]["vision_tower"])
-    if base_hash(tower_source) != manifest["base_hash"]["vision_tower"]:
-        raise CheckpointError(
-            f"{shown(path)}: made with another vision tower than {shown(tower_source)}; fix: restore that tower"
-        )
-    tower, _ = load_vision_tower(tower_source, dtype)
-    if manifest["kind"] == "full":
-        llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path / "language_model"), dtype=dtype)
-    else:
-        llm_source = _source(manifest["base"]["language_model"])
-        if base_hash(llm_source) != manifest["base_hash"]["language_model"]:
+    opened = open_checkpoint(resolve(path), options, facts).need(*PARTS)
+    check(opened)
+    if opened.tokenizer is None or opened.description.image is None:
+        raise CheckpointError(f"{shown(opened.path)}: no tokenizer or image settings; fix: --base, --vision-tower")
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer)
+    processor = ImageProcessor.from_dict(opened.description.image)
+    return Loaded(assemble(opened, dtype).to(device).eval(), tokenizer, processor, opened.description.facts)
+
+
+def with_bases(opened: Opened, options: Options) -> Opened:
+    """Open the base models that a checkpoint of ours refers to, and make sure that they are the very ones.
+
+    Raises:
+        CheckpointError: a base model is not here, damaged or another one.
+    """
+    facts = opened.description.facts
+    for part in ("vision_tower", "language_model"):
+        if part in opened.parts:
+            continue
+        named = facts["base"].get(part)
+        source = (options.base if part == "language_model" else options.vision_tower) or named
+        if source is None:
+            raise CheckpointError(f"{shown(opened.path)}: neither holds nor names its {part.replace('_', ' ')}")
+        if part in facts["base_hash"] and base_hash(source) != facts["base_hash"][part]:
             raise CheckpointError(
-                f"{shown(path)}: made with another language model than {shown(llm_source)}; fix: restore that model"
+                f"{shown(opened.path)}: made with another {part.replace('_', ' ')} than {shown(source)}; fix: restore "
+                "that one"
             )
-        llm, _ = load_language_model(llm_source, dtype)
-    model = Llava(tower, llm, manifest["projector"], manifest["feature_layer"])
-    load_into(model, path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    return Loaded(model.to(device).eval(), tokenizer, ImageProcessor.from_dict(manifest["image"]), manifest)
+        if part == "language_model":
+            base = open_language_model(source)
+            opened = replace(opened, tensors=opened.tensors | base.tensors, names=opened.names | base.names)
+    return in_order(opened)
 
 
-def _source(name: str) -> str:
-    """A base model's directory, or its hub id where no such directory exists."""
-    from llava_core.runtime import resolve
+def assemble(opened: Opened, dtype: torch.dtype) -> Llava:
+    """The model of a checked checkpoint, on the CPU; each weight is read once, straight into its place."""
+    from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-    return str(resolve(name)) if resolve(name).is_dir() else name
+    description = opened.description
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(AutoConfig.for_model(**description.language_model))
+    language = _filled(type(language), language.config, opened, "language_model.", dtype)
+    tower_settings = CLIPVisionConfig.from_dict(description.vision_tower)
+    tower = _filled(CLIPVisionModel, tower_settings, opened, "vision_tower.", dtype)
+    model = Llava(tower, language, description.projector, description.feature_layer)
+    model.multi_modal_projector.to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.multi_modal_projector.named_parameters():
+            parameter.copy_(opened.tensors[f"multi_modal_projector.{name}"].read())
+    return model
+
+
+def _filled(model_class: Any, config: Any, opened: Opened, prefix: str, dtype: torch.dtype) -> Any:
+    state = {n.removeprefix(prefix): t.read() for n, t in opened.tensors.items() if n.startswith(prefix)}
+    with quiet():
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    if not opened.description.tied:
+        _no_fresh_weights(str(opened.path), info)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ the layout
+
+
+def _found(path: Path) -> bool:
+    return path.is_dir() and has_file(path, "manifest.json") and has_file(path, "language_model")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        CheckpointError: there is none, another format wrote it, or a field is missing or of a wrong type.
+    """
+    if not has_file(path, "manifest.json"):
+        raise CheckpointError(
+            f"{shown(path)}: not a checkpoint (no manifest.json); fix: name a run's checkpoint directory"
+        )
+    manifest = read_settings(path, "manifest.json")
+    where = shown(path / "manifest.json")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}"
+        )
+    fields = {
+        "kind": str, "parts": list, "base": dict, "base_hash": dict, "projector": str, "feature_layer": int,
+        "d_vision": int, "image": dict, "files": dict,
+    }  # fmt: skip
+    for name, kind in fields.items():
+        if not isinstance(manifest.get(name), kind):
+            raise CheckpointError(f"{where}: {name} is missing or no {kind.__name__}; fix: copy the checkpoint again")
+    return manifest
+
+
+_STRUCTURE = ("format_version", "kind", "parts", "projector", "feature_layer", "d_vision", "image", "files", "dtype")
+
+
+def _read(path: Path, options: Options) -> Opened:
+    manifest = read_manifest(path)
+    for name, digest in manifest["files"].items():
+        if sha256_file(inside(path, name)) != digest:
+            raise CheckpointError(
+                f"{shown(path / name)}: damaged (SHA-256 is not the manifest's); fix: copy it again or train again"
+            )
+    tensors = open_folder(path)
+    strangers = {name.split(".")[0] for name in tensors} ^ set(map(str, manifest["parts"]))
+    if strangers:
+        raise CheckpointError(f"{shown(path)}: manifest and weights disagree about {sorted(strangers)[0]}")
+    own_tower = "vision_tower" in manifest["parts"]
+    tower = tower_config(read_settings(path / "vision_tower", "config.json")) if own_tower else None
+    language = read_settings(path / "language_model", "config.json")
+    try:
+        image = ImageProcessor.from_dict(manifest["image"]).to_dict()
+    except DataError as error:
+        raise CheckpointError(f"{shown(path / 'manifest.json')}: {error}") from error
+    source = None if own_tower else options.vision_tower or manifest["base"].get("vision_tower")
+    facts = {k: v for k, v in manifest.items() if k not in _STRUCTURE}
+    description = Description(
+        language_config(language, shown(path / "language_model")), tower, source, manifest["d_vision"],
+        manifest["projector"], manifest["feature_layer"], image, facts,
+    )  # fmt: skip
+    names = {name: name for name in tensors}
+    return in_order(Opened("llava", path, description, tensors, names, tokenizer=tokenizer_folder(path)))
+
+
+def _write(opened: Opened, folder: Path, shard_bytes: int) -> None:
+    writer = ShardWriter(folder, shard_bytes)
+    for name, tensor in opened.tensors.items():
+        writer.add(name, tensor.read())
+    description = opened.description
+    copy_tokenizer(opened, folder)
+    write_settings(folder / "language_model", description.language_model)
+    if "vision_tower" in opened.parts:
+        write_settings(folder / "vision_tower", description.vision_tower or {})
+    _write_manifest(folder, opened, writer.close())
+
+
+def _write_manifest(folder: Path, opened: Opened, files: dict[str, str]) -> None:
+    """Write `manifest.json` for weights files with their SHA-256."""
+    description = opened.description
+    bases = {"vision_tower": description.tower_source} if description.tower_source else {}
+    facts = {"base": {}, "base_hash": {}, **description.facts}
+    for name, source in bases.items():
+        if facts["base"].get(name) != source or name not in facts["base_hash"]:
+            facts["base"] = facts["base"] | {name: source}
+            facts["base_hash"] = facts["base_hash"] | {name: base_hash(source)}
+    kind = "full" if "language_model" in opened.parts else "projector"
+    dtypes = [tensor.dtype for tensor in opened.tensors.values()]
+    write_json(
+        folder / "manifest.json",
+        {
+            **facts, "format_version": FORMAT_VERSION, "kind": kind, "parts": list(opened.parts),
+            "image": description.image, "projector": description.projector, "feature_layer": description.feature_layer,
+            "d_vision": description.d_vision, "dtype": str(dtypes[0]).removeprefix("torch."), "files": files,
+        },
+    )  # fmt: skip
+
+
+LAYOUTS.register("llava")(Layout("llava", "this project's self-describing directory", _found, _read, _write))
