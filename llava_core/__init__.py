@@ -17,4 +17,26 @@ V      entries of the vocabulary
 ``inputs_embeds (B, T, D)``; attention tensors lie as ``(B, heads, T, head_dim)``.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 __version__ = "0.1.0"
+
+
+def load(path: str | Path, **options: Any) -> Any:
+    """Load a checkpoint of any layout: `load(DIR).ask(image, "question")`, `.caption(image)`, `.chat(image)`.
+
+    Args:
+        path: folder, or file where the layout is one.
+        options: as in `llava_core.lab.chat.open_assistant`: `device`, `dtype`, `base`, `vision_tower`, `template`, ...
+
+    Returns:
+        A `llava_core.lab.chat.Assistant`.
+    """
+    # the front door opens upwards, but only when somebody walks through: `import llava_core` loads no torch
+    return importlib.import_module("llava_core.lab.chat").open_assistant(path, **options)

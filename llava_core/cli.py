@@ -164,9 +164,10 @@ def _show_inspection(result: Result) -> str:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from llava_core.lab.demo import chat_in_terminal
+    from llava_core.lab.chat import chat_in_terminal, open_assistant
 
-    chat_in_terminal(args.model, args.image)
+    bases = {name: value for name, value in vars(_options(args)).items() if value}
+    chat_in_terminal(open_assistant(args.model, **bases, **dict(args.set)), args.image)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -362,6 +363,10 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("--base", metavar="DIR", help="language model of a projector, a LoRA or a .pth")
         parser.add_argument("--vision-tower", metavar="DIR", help="tower, instead of the one that the files name")
 
+    def facts(parser: argparse.ArgumentParser) -> None:
+        text = "what the files do not say, e.g. template=v0"
+        parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help=text)
+
     def shards(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--shard-gb", type=float, default=5, metavar="GB", help="largest weights file (default: 5)")
 
@@ -373,9 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     bases(new)
     shards(new)
     new.add_argument("--verify", action="store_true", help="with --to hf: run both models and compare every module")
-    new.add_argument(
-        "--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help="a fact, e.g. template=v0"
-    )
+    facts(new)
 
     example = "llava delta apply --base llama-7b --out data/LLaVA-7b LLaVA-7b-delta-v0"
     into = group("delta", "make or apply delta weights", example)
@@ -398,8 +401,10 @@ def _parser() -> argparse.ArgumentParser:
 
     example = "llava chat --model runs/finetune/mini/ID/checkpoint --image photo.jpg"
     new = command("chat", "chat about an image in the terminal", example, _chat, interactive=True)
-    new.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint")
+    new.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint of any layout")
     new.add_argument("--image", type=Path, required=True, metavar="FILE", help="the image")
+    bases(new)
+    facts(new)
     command("demo", "open the chat notebook in JupyterLab", "llava demo", _demo, interactive=True)
 
     new = command("miniature", "write the miniature's data sets", "llava miniature", _miniature, _show_cards)

@@ -316,6 +316,15 @@ def test_decoding_a_long_answer_stays_linear(loaded, scripted, monkeypatch) -> N
     assert len(lengths) < 1.3 * len(ids)
 
 
+def test_no_space_is_taken_back_before_a_full_stop(loaded, scripted) -> None:
+    words = ["a", "dog", ".", "b", "cat", "?"]
+    raw = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=True)
+    scripted([[0, 1, 2, 3, 4, 5]])
+    steps = [row.text for (row,) in stream(loaded.model, tokenizer, [[1]], None, GenerationSettings(6))]
+    assert steps == ["a", "a dog", "a dog .", "a dog . b", "a dog . b cat", "a dog . b cat ?"]
+
+
 def test_the_last_step_of_a_stream_is_what_rows_are(loaded, pixels) -> None:
     settings = [GenerationSettings(n) for n in (4, 9, 1, 6, 6)]
     steps = list(stream(loaded.model, loaded.tokenizer, PROMPTS, pixels, settings))

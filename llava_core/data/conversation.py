@@ -77,6 +77,11 @@ class Template:
     image_side: Literal["first", "last"] = "first"
     encoder: Callable[..., Encoded] | None = None
 
+    @property
+    def instructed(self) -> bool:
+        """Whether a question is needed; without one, text goes on right behind the image."""
+        return bool(self.bridge) or self.encoder is not None
+
     def render(self, turns: Sequence[Turn], system: str | None = None) -> list[Segment]:
         """Segments of a conversation; the image markers inside the questions become image segments.
 

@@ -81,7 +81,7 @@ def _read(path: Path, options: Options) -> Opened:
     if told is not None:
         if not isinstance(told, dict) or type(told.get("vocabulary")) is not int:
             raise CheckpointError(f"{where}: {BLOCK} is not what this project writes; fix: remove it")
-        description = Description.from_dict(told.get("description"), where)
+        description = Description.from_dict(told.get("description", {}), where)
         rows, tokenizer = told["vocabulary"], tokenizer_folder(path / _ORIGINAL_TOKENIZER)
     else:
         description, rows, tokenizer = _describe(path, config, linear, notes), None, tokenizer_folder(path)
