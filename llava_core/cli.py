@@ -170,6 +170,12 @@ def _chat(args: argparse.Namespace) -> None:
     chat_in_terminal(open_assistant(args.model, **bases, **dict(args.set)), args.image)
 
 
+def _bench_generate(args: argparse.Namespace) -> Result:
+    from llava_core.lab.bench_generate import bench_generate
+
+    return bench_generate(args.model, args.batches, rounds=args.rounds, device=args.device)
+
+
 def _demo(args: argparse.Namespace) -> None:
     notebook = ROOT / "notebooks" / "60_chat_demo.ipynb"
     command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--notebook-dir={ROOT}", str(notebook)]
@@ -406,6 +412,16 @@ def _parser() -> argparse.ArgumentParser:
     bases(new)
     facts(new)
     command("demo", "open the chat notebook in JupyterLab", "llava demo", _demo, interactive=True)
+
+    into = group("bench", "measure speed beside a peer", "llava bench generate")
+    new = command(
+        "generate", "greedy generation beside transformers' own", "llava bench generate --model small", _bench_generate,
+        failed=lambda result: not result["same_tokens"], into=into,
+    )  # fmt: skip
+    new.add_argument("--model", choices=["tiny", "small", "smollm2-135m"], default="small", help="random weights")
+    new.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N", help="rows at once (default: 1 8)")
+    new.add_argument("--rounds", type=int, default=7, metavar="N", help="timed turns of each (default: 7)")
+    new.add_argument("--device", choices=["cpu", "cuda", "auto"], default="cpu")
 
     new = command("miniature", "write the miniature's data sets", "llava miniature", _miniature, _show_cards)
     new.add_argument("--only", type=_names, metavar="NAME,NAME", help="these sets alone, e.g. mini-coco")

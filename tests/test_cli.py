@@ -64,6 +64,10 @@ def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
         ("miniature", "llava_core.miniature.write", {"mini-coco": {"counts": {"images": 1}}}),
         ("base-models", "llava_core.miniature.base_models.train_base_models", {"passed": {"a gate": True}}),
         ("evaluate captions", "llava_core.evaluate.captions.evaluate_files", {"n": 1}),
+        ("convert", "llava_core.weights.convert.convert", {"to": "hf"}),
+        ("delta make", "llava_core.weights.delta.make", {"added": 1}),
+        ("delta apply", "llava_core.weights.delta.apply", {"added": 1}),
+        ("bench generate", "llava_core.lab.bench_generate.bench_generate", {"ratio": 1.1, "same_tokens": True}),
         ("evaluate llava-bench", "llava_core.evaluate.llava_bench.score_reviews", {"n": 1}),
     ],
 )

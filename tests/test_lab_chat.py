@@ -167,10 +167,8 @@ def test_the_terminal_answers_several_turns_and_survives_mistakes(
     monkeypatch.setattr(builtins, "input", lambda _: next(lines))
     chat_in_terminal(Assistant(loaded), images[0])
     said = capsys.readouterr().out.splitlines()
-    assert (
-        said[0]
-        == "red.png: 40 x 32 pixels, the middle 32 x 32 scaled to 32 x 32; 20% is cut off, half of it each left and right"
-    )
+    cut = "20% is cut off, half of it each left and right"
+    assert said[0] == f"red.png: 40 x 32 pixels, the middle 32 x 32 scaled to 32 x 32; {cut}"
     assert said[1] == "LLaVA: red car"
     assert said[2].startswith("error: nowhere.png")
     assert said[3].startswith("blue.png: 40 x 32")

@@ -17,7 +17,7 @@ import pytest
 
 from llava_core.lab import notebooks as parts
 from llava_core.lab import pipeline
-from llava_core.runtime import CheckpointError, CompanionError, ConfigError, sha256_file
+from llava_core.runtime import ROOT, CheckpointError, CompanionError, ConfigError, sha256_file
 
 PARAMETERS = 'scale: str = "mini"\nfast: bool = False\n'
 SAVE = """
@@ -286,3 +286,14 @@ def test_a_kernel_that_could_not_begin_gets_two_more_chances(
         with pytest.raises(RuntimeError, match=message):
             pipeline._execute("a", "b", {})
     assert len(calls) == (1 if message == "cell" else 3)
+
+
+def test_a_chapter_that_loads_a_checkpoint_depends_on_how_that_is_done() -> None:
+    from llava_core.lab.notebooks import FRONT_DOOR, imported_code
+
+    assert "llava_core/lab/chat.py" in imported_code(["llava_core.load"])
+    assert "llava_core/lab/chat.py" not in imported_code(["llava_core", "llava_core.runtime"])
+    for name, module in FRONT_DOOR.items():
+        called = (ROOT / "llava_core" / "__init__.py").read_text()
+        assert f"def {name.partition('.')[2]}(" in called
+        assert module in called

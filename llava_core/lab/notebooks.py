@@ -21,6 +21,8 @@ from llava_core.config import load_scale
 from llava_core.runtime import ROOT, ConfigError, DataError, fingerprint, read_json, sha256_file, shown, verify_files
 
 PACKAGE = Path(__file__).resolve().parents[1]
+FRONT_DOOR = {"llava_core.load": "llava_core.lab.chat"}
+"""What the package gives out itself and imports only when it is called."""
 
 
 @dataclass
@@ -156,7 +158,8 @@ def imported_code(names: Iterable[str]) -> dict[str, str]:
     seen: set[Path] = set()
     hashes: dict[str, str] = {}
     while todo:
-        parts = todo.pop().split(".")
+        name = todo.pop()
+        parts = FRONT_DOOR.get(name, name).split(".")
         for end in range(1, len(parts) + 1):
             stem = PACKAGE.parent.joinpath(*parts[:end])
             path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")

@@ -1,0 +1,126 @@
+"""Benchmarks against a peer: turns in one process, peak memory in processes of their own, one CSV row per case."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import importlib
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llava_core.runtime import DataError, atomic_write, environment, shown
+
+Clock = Literal["wall", "cpu"]
+
+
+def in_turns(
+    ours: Callable[[], object], peer: Callable[[], object], rounds: int, clock: Clock = "wall"
+) -> dict[str, float]:
+    """Time two functions in turns, so that whatever else the machine does hits both alike.
+
+    Args:
+        ours, peer: what is timed; each has run before, so that nothing is counted that happens once.
+        rounds: timed turns; who begins changes with each.
+        clock: "wall"; or "cpu", the time that this process computed: on one thread a busy machine does not change it.
+
+    Returns:
+        Median seconds of `ours` and `peer`, and the `ratio` peer / ours as the median over the rounds with its lowest
+        and highest: above 1 we are faster.
+    """
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    for k in range(rounds):
+        for name, function in (("ours", ours), ("peer", peer))[:: 1 if k % 2 else -1]:
+            begin = now()
+            function()
+            if torch.cuda.is_available():  # works on after a call has returned
+                torch.cuda.synchronize()
+            seconds[name].append(now() - begin)
+    ratios = [peer / ours for ours, peer in zip(*seconds.values(), strict=True)]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {**medians, "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+
+
+def peak_mib(work: Callable[[], object], device: torch.device) -> float:
+    """Highest memory while `work` runs, with all that lay in memory before: MiB of this process, or on the GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew at what is held now
+    work()
+    with suppress(OSError):
+        # not ru_maxrss, into which a child process inherits what its parent held
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def in_own_process(function: str, **arguments: Any) -> Any:
+    """Call `module:name` in a fresh process and return its result, a JSON value.
+
+    Args:
+        function: importable name.
+        arguments: JSON values.
+    """
+    code = "import sys; from llava_core.lab.bench import _serve; _serve(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, function, json.dumps(arguments)]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
+    if answer.returncode:
+        raise RuntimeError(f"{function} failed in its own process:\n{answer.stderr[-2000:]}")
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def _serve(function: str, arguments: str) -> None:
+    module, _, name = function.partition(":")
+    print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(arguments))))
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What every row of a benchmark tells: date, device, machine, threads and versions."""
+    found = environment()
+    return {
+        "date": found["date"], "device": device_name(device), "cpu": found["cpu"], "cores": found["cores"],
+        "threads": torch.get_num_threads(), "torch": found["packages"]["torch"],
+        "transformers": found["packages"]["transformers"],
+    }  # fmt: skip
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Append rows to a CSV file, whole or not at all; the first ones write its header.
+
+    Raises:
+        DataError: the file has other columns.
+    """
+    columns = list(rows[0])
+    before = path.read_text() if path.exists() else ""
+    if before and before.splitlines()[0].split(",") != columns:
+        raise DataError(f"{shown(path)}: its columns are not {', '.join(columns)}; fix: move the file away")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if not before:
+        writer.writeheader()
+    writer.writerows(rows)
+    return atomic_write(path, before + text.getvalue())

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_core.lab import bench_generate as bench_of
+from llava_core.lab.bench import append_rows, in_own_process, in_turns, peak_mib
+from llava_core.lab.bench_generate import bench_generate
+from llava_core.runtime import DataError
+
+CPU = torch.device("cpu")
+
+
+def test_the_slower_peer_gives_a_ratio_above_one_and_both_begin_in_turn() -> None:
+    order: list[str] = []
+
+    def work(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    found = in_turns(lambda: work("ours", 0.01), lambda: work("peer", 0.03), 4)
+    assert 1.5 < found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
+    assert found["peer"] > found["ours"] > 0.009
+    assert sorted([tuple(order[k : k + 2]) for k in range(0, 8, 2)]) == [("ours", "peer")] * 2 + [("peer", "ours")] * 2
+    idle = in_turns(lambda: time.sleep(0.05), lambda: sum(range(10**6)), 3, clock="cpu")
+    assert idle["ours"] < idle["peer"]
+
+
+def test_the_peak_is_that_of_the_work() -> None:
+    before = peak_mib(lambda: None, CPU)
+    held = torch.ones(2**22)  # 16 MiB that stay
+    high = peak_mib(lambda: torch.ones(48 * 2**18).sum(), CPU)  # 48 MiB for a moment
+    after = peak_mib(lambda: None, CPU)
+    assert high - before > 50
+    assert high - after > 30
+    del held
+
+
+def test_a_function_in_its_own_process() -> None:
+    assert in_own_process("json:dumps", obj=[1, "a"]) == '[1, "a"]'
+    with pytest.raises(RuntimeError, match="no_such_name"):
+        in_own_process("json:no_such_name")
+
+
+def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "x.csv"
+    append_rows(path, [{"a": 1, "b": "x, y"}])
+    append_rows(path, [{"a": 2, "b": None}, {"a": 3, "b": "z"}])
+    with path.open() as file:
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": ""}, {"a": "3", "b": "z"}]
+    with pytest.raises(DataError, match="columns are not a, c"):
+        append_rows(path, [{"a": 1, "c": 2}])
+
+
+def test_both_models_write_the_same_tokens_and_every_case_is_a_row() -> None:
+    found = bench_generate("tiny", (1, 3), new_tokens=6, rounds=1, memory=False)
+    assert found["same_tokens"] is True
+    assert found["peak_memory_ratio"] is None
+    assert [row["batch"] for row in found["cases"]] == [1, 3]
+    assert all(row["ours"] > 0 and row["peer"] > 0 for row in found["cases"])
+    assert found["ratio"] == min(row["ratio"] for row in found["cases"])
+    assert found["device"] == "cpu"
+    assert bench_of.peak("ours", "tiny", 1, 2, "cpu") > 50
+
+
+def test_other_weights_write_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = bench_of.peer_model
+    monkeypatch.setattr(bench_of, "peer_model", lambda shape, device, ours: of(shape, device))
+    assert bench_generate("tiny", (1,), new_tokens=6, rounds=1, memory=False)["same_tokens"] is False
