@@ -20,11 +20,19 @@ LLAMA_LAYER = (
 )  # fmt: skip
 
 
-def model(root: Path, projector: str = "linear", feature_layer: int = -2) -> checkpoint.Loaded:
+DELIMITERS = ["<im_start>", "<im_end>"]
+
+
+def model(
+    root: Path, projector: str = "linear", feature_layer: int = -2, delimiters: bool = False
+) -> checkpoint.Loaded:
     """A random model on tiny base models in `root`; every parameter is drawn, so that none can be lost unseen."""
     bases = (str(root / "llm"), str(root / "clip")) if (root / "clip").exists() else tiny.base_models(root)
     torch.manual_seed(7)
     loaded = checkpoint.build(*bases, torch.float32, projector, feature_layer)
+    if delimiters:  # two more words, as the tokenizers of the v0 era have them
+        loaded.tokenizer.add_tokens(DELIMITERS, special_tokens=True)
+        loaded.model.language_model.resize_token_embeddings(len(loaded.tokenizer))
     for name, p in loaded.model.named_parameters():
         torch.nn.init.normal_(p, 1.0 if "norm" in name and p.ndim == 1 else 0.0, 0.15)
     save_tower(loaded.model, root / "clip")

@@ -22,15 +22,23 @@ NEW = 12
 QUESTIONS = ("what color is the car", "what dog", "is the car red and the dog blue")
 
 
-@pytest.fixture(
-    scope="module", params=[("v0", "linear", "last"), ("v1", "mlp2x_gelu", "first"), ("v0_exact", "linear", "last")]
-)
+KINDS = [
+    ("v0", "linear", "last", False),
+    ("v1", "mlp2x_gelu", "first", False),
+    ("v0_exact", "linear", "last", True),
+    ("v1", "linear", "first", True),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
 def exported(request, tmp_path_factory) -> tuple[checkpoint.Loaded, Any, Any, list[Image.Image], Path]:
     """Our model, transformers' model and processor of the same checkpoint, and images of several shapes."""
-    template, projector, position = request.param
+    template, projector, position, delimited = request.param
     root = tmp_path_factory.mktemp("exported")
-    loaded = layouts.model(root, projector)
-    saved = checkpoint.save_checkpoint(root / "c", loaded, "full", template=template, image_position=position)
+    loaded = layouts.model(root, projector, delimiters=delimited)
+    facts = {"template": template, "image_position": position}
+    facts |= {"image_delimiters": layouts.DELIMITERS} if delimited else {}
+    saved = checkpoint.save_checkpoint(root / "c", loaded, "full", **facts)
     convert(saved, root / "hf", "hf")
     ours = checkpoint.load(saved)
     theirs = LlavaForConditionalGeneration.from_pretrained(root / "hf").eval()
@@ -64,6 +72,8 @@ def test_the_processor_gives_our_pixels_and_our_prompt(exported) -> None:
         image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
         ids = [-200 if t == image_id else t for t in batch["input_ids"][0].tolist()]
         assert ids == prompt_ids(ours, [(question, None)], has_image=True)
+        delimiters = ours.tokenizer.convert_tokens_to_ids(ours.manifest.get("image_delimiters") or [])
+        assert [ids[ids.index(-200) - 1], ids[::-1][ids[::-1].index(-200) - 1]] == delimiters or not delimiters
 
 
 def test_it_gives_our_greedy_tokens_one_by_one_and_batched(exported) -> None:
