@@ -317,10 +317,10 @@ def test_decoding_a_long_answer_stays_linear(loaded, scripted, monkeypatch) -> N
 
 
 def test_no_space_is_taken_back_before_a_full_stop(loaded, scripted) -> None:
-    words = ["a", "dog", ".", "b", "cat", "?"]
+    words = ["a", "dog", "</s>", ".", "b", "cat", "?"]
     raw = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=True)
-    scripted([[0, 1, 2, 3, 4, 5]])
+    scripted([[0, 1, 3, 4, 5, 6]])
     steps = [row.text for (row,) in stream(loaded.model, tokenizer, [[1]], None, GenerationSettings(6))]
     assert steps == ["a", "a dog", "a dog .", "a dog . b", "a dog . b cat", "a dog . b cat ?"]
 

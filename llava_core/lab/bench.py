@@ -81,8 +81,9 @@ def in_own_process(function: str, **arguments: Any) -> Any:
     """
     code = "import sys; from llava_core.lab.bench import _serve; _serve(*sys.argv[1:])"
     command = [sys.executable, "-c", code, function, json.dumps(arguments)]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
+    # glibc returns large blocks at once where this is set; else its peak differs by several % from run to run
+    settings = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
     if answer.returncode:
         raise RuntimeError(f"{function} failed in its own process:\n{answer.stderr[-2000:]}")
     return json.loads(answer.stdout.splitlines()[-1])

@@ -22,26 +22,24 @@ SMALLEST = 1e-9  # where differences of zero are drawn on a logarithmic axis
 
 
 def weight_map(opened: Opened) -> list[dict[str, Any]]:
-    """The names of all tensors in all layouts, numbered layers written once.
+    """The modules that hold the tensors, by their names in ours and in foreign layouts, numbered layers written once.
 
     Returns:
-        Rows with `tensor` (our name), one column per foreign layout, `shape` of one and `how many` there are.
+        Rows with `ours`, `original`, `hf` and `tensors`, how many the modules of that name hold.
     """
-    names = [name for name in targets() if name not in ("llava", "projector")]
-    columns = {name: {ours: theirs for _, ours, theirs, _ in key_map(opened, name)} for name in names}
+    columns = {name: {ours: theirs for _, ours, theirs, _ in key_map(opened, name)} for name in ("original", "hf")}
     rows: dict[str, dict[str, Any]] = {}
-    for name, tensor in opened.tensors.items():
+    for name in opened.tensors:
         general = _general(name)
-        if general in rows:
-            rows[general]["how many"] += 1
-        else:
-            theirs = {layout: _general(columns[layout][name]) for layout in names}
-            rows[general] = {"tensor": general, **theirs, "shape": " x ".join(map(str, tensor.shape)), "how many": 1}
+        if general not in rows:
+            theirs = {layout: _general(names[name]) for layout, names in columns.items()}
+            rows[general] = {"ours": general, **theirs, "tensors": 0}
+        rows[general]["tensors"] += 1
     return list(rows.values())
 
 
 def _general(name: str) -> str:
-    return re.sub(r"layers\.\d+\.", "layers.N.", name)
+    return re.sub(r"layers\.\d+\.", "layers.N.", name).removesuffix(".weight").removesuffix(".bias")
 
 
 def round_trips(source: Path, folder: Path) -> list[dict[str, Any]]:

@@ -21,10 +21,14 @@ from llava_core.runtime import ROOT, CompanionError, fingerprint, set_offline, s
 FAST = {"data.limit": 96, "train.epochs": 1}
 """What `--fast` overrides: enough to prove that every step runs, far too little to learn."""
 
+# What decides the numbers of a run; generation, conversion and inspection come after it and do not.
 _CODE = (
-    "models",
+    "models/llava.py",
+    "models/projector.py",
+    "models/vision_tower.py",
     "train",
-    "weights",
+    "weights/checkpoint.py",
+    "weights/description.py",
     "data/conversation.py",
     "data/image_processor.py",
     "data/instruct.py",

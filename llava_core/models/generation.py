@@ -80,7 +80,7 @@ class Generated:
 class RoomyLayer(DynamicLayer):
     """Keys and values of one layer with room to grow: a step writes its own column and copies none of the earlier."""
 
-    room = 64
+    room = 32
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -95,9 +95,8 @@ class RoomyLayer(DynamicLayer):
         end = begin + key_states.shape[-2]
         # what selects or reorders rows replaces keys and values by copies of their own: `held` is of another batch then
         if not self.held or self.held[0].shape[-2] < end or self.held[0].data_ptr() != self.keys.data_ptr():
-            self.held = [
-                new.new_empty(*new.shape[:-2], end + self.room, new.shape[-1]) for new in (key_states, value_states)
-            ]
+            size = end + (self.room if begin else 0)  # a prompt is where memory is short: room comes after it
+            self.held = [new.new_empty(*new.shape[:-2], size, new.shape[-1]) for new in (key_states, value_states)]
             if begin:
                 for held, old in zip(self.held, (self.keys, self.values), strict=True):
                     held[..., :begin, :] = old
