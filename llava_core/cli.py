@@ -212,6 +212,16 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"'{text}': the value is not valid YAML") from None
 
 
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}': give a number above 0")
+    return value
+
+
 def _table(result: Result) -> str:
     def text(value: Any) -> str:
         if isinstance(value, float):
@@ -374,7 +384,9 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help=text)
 
     def shards(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--shard-gb", type=float, default=5, metavar="GB", help="largest weights file (default: 5)")
+        parser.add_argument(
+            "--shard-gb", type=_positive, default=5, metavar="GB", help="largest weights file (default: 5)"
+        )
 
     example = "llava convert llava-v1.5-7b data/llava-hf --to hf"
     new = command("convert", "write a checkpoint in another layout, and compare", example, _convert)

@@ -52,6 +52,15 @@ def resolve(path: str | Path) -> Path:
     return path if path.is_absolute() else ROOT / path
 
 
+def located(path: str | Path) -> Path:
+    """Return what a user typed as an absolute path: from the working folder if it is there, else as `resolve` does."""
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # "~nobody", too long, NUL
+        if Path(path).expanduser().exists():
+            return Path(path).expanduser().absolute()
+        return resolve(path)
+    return ROOT / "no such path"
+
+
 def shown(path: str | Path) -> str:
     """Return `path` as a reader would type it: relative to the repository root where it lies inside."""
     path = Path(path)
@@ -99,6 +108,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{shown(path)}, line {error.lineno}: not JSON ({error.msg}); write the file again") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise DataError(f"{shown(path)}: not JSON that anybody wrote ({error}); write the file again") from error
 
 
 def read_jsonl(path: str | Path) -> list[Any]:

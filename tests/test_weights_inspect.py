@@ -280,7 +280,7 @@ def test_files_of_odd_kinds(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="holds list, not a dict of tensors"):
         open_file(tmp_path / "b.bin")
     torch.save({"a": torch.zeros(2), "epoch": 3}, tmp_path / "c.bin")
-    with pytest.raises(CheckpointError, match="'epoch' is int, not a tensor"):
+    with pytest.raises(CheckpointError, match="'epoch' is int, not a plain tensor"):
         open_file(tmp_path / "c.bin")
     torch.save({"a": torch.zeros(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     assert open_file(tmp_path / "old.bin")["a"].shape == (2,)

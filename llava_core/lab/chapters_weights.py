@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_core.lab.figures import BLUE, COLORS, _axes, _styled
+from llava_core.lab.figures import BLUE, COLORS, MUTED, _axes, _styled
 from llava_core.weights.convert import convert, key_map, open_checkpoint, targets
 from llava_core.weights.description import Opened
 from llava_core.weights.divergence import ModuleDifference, first_divergence
@@ -21,25 +21,34 @@ if TYPE_CHECKING:
 SMALLEST = 1e-9  # where differences of zero are drawn on a logarithmic axis
 
 
-def weight_map(opened: Opened) -> list[dict[str, Any]]:
-    """The modules that hold the tensors, by their names in ours and in foreign layouts, numbered layers written once.
+def weight_map(opened: Opened) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """How the names of one layout become those of another.
 
     Returns:
-        Rows with `ours`, `original`, `hf` and `tensors`, how many the modules of that name hold.
+        A row per renamed beginning: `ours`, one column per foreign layout, `tensors` that begin so; and a row per
+        beginning with its `modules`, whose names are the same everywhere (numbered layers written once).
     """
-    columns = {name: {ours: theirs for _, ours, theirs, _ in key_map(opened, name)} for name in ("original", "hf")}
+    layouts = ("original", "hf", "mmpretrain")
+    names = {layout: {ours: theirs for _, ours, theirs, _ in key_map(opened, layout)} for layout in layouts}
     rows: dict[str, dict[str, Any]] = {}
+    modules: dict[str, list[str]] = {}
     for name in opened.tensors:
-        general = _general(name)
-        if general not in rows:
-            theirs = {layout: _general(names[name]) for layout, names in columns.items()}
-            rows[general] = {"ours": general, **theirs, "tensors": 0}
-        rows[general]["tensors"] += 1
-    return list(rows.values())
+        begin = max((_begin(name, names[layout][name]) for layout in layouts), key=len)
+        rest = name.removeprefix(begin)
+        beginnings = {layout: names[layout][name].removesuffix(rest) for layout in layouts}
+        row = rows.setdefault(begin + str(beginnings), {"ours": begin, **beginnings, "tensors": 0})
+        row["tensors"] += 1
+        module = re.sub(r"layers\.\d+\.", "layers.N.", rest).removesuffix(".weight").removesuffix(".bias")
+        if module not in modules.setdefault(begin, []):
+            modules[begin].append(module)
+    return list(rows.values()), [{"ours": begin, "modules": ", ".join(found)} for begin, found in modules.items()]
 
 
-def _general(name: str) -> str:
-    return re.sub(r"layers\.\d+\.", "layers.N.", name).removesuffix(".weight").removesuffix(".bias")
+def _begin(ours: str, theirs: str) -> str:
+    """The part of our name that a layout replaces."""
+    parts = ours.split(".")
+    kept = next(k for k in range(len(parts)) if theirs.endswith(".".join(parts[k:])))
+    return "".join(f"{part}." for part in parts[:kept])
 
 
 def round_trips(source: Path, folder: Path) -> list[dict[str, Any]]:
@@ -92,10 +101,12 @@ def module_figure(runs: Mapping[str, Sequence[ModuleDifference]], title: str = "
     figure, (axes,) = _axes(height=3.4)
     for (label, found), color in zip(runs.items(), [BLUE, *COLORS[1:]], strict=False):
         axes.plot([max(d.relative, SMALLEST) for d in found], label=label, color=color, marker=".", markersize=4)
-    last = list(next(iter(runs.values())))
-    parts = [d.name.split(".")[0] for d in last]
+    parts = [d.name.split(".")[0] for d in next(iter(runs.values()))]
     starts = [k for k, part in enumerate(parts) if k == 0 or part != parts[k - 1]]
-    axes.set_xticks(starts, [parts[k].replace("_", " ") for k in starts], ha="left")
+    middles = {(k + end) / 2: parts[k] for k, end in zip(starts, [*starts[1:], len(parts)], strict=True) if end - k > 5}
+    axes.vlines(starts, *axes.get_ylim(), color=MUTED, linewidth=0.6)
+    axes.set_xticks(list(middles), [part.replace("_", " ") for part in middles.values()])
+    axes.set_xlabel("modules in the order of the forward pass")
     axes.set_yscale("log")
     axes.set_ylabel("difference / size of the output")
     axes.set_title(title)

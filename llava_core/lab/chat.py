@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Turn
@@ -51,7 +51,7 @@ class Conversation:
 
     def look(self, image: Image.Image) -> Image.Image:
         """Take a new image, forget the turns, and return what the model sees of it."""
-        self.image, self.turns = self.loaded.processor.visible(image.convert("RGB")), []
+        self.image, self.turns = self.loaded.processor.visible(image), []
         self._features, self._prefix, self.finish = None, PrefixCache(), None
         return self.image
 
@@ -143,7 +143,7 @@ def open_assistant(path: str | Path, device: str = "auto", dtype: str = "", **op
 
 
 def _picture(image: Picture) -> Image.Image:
-    return image if isinstance(image, Image.Image) else load_image(image)
+    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else load_image(image)
 
 
 # ------------------------------------------------------------------------------------------------ in the terminal

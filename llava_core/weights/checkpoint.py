@@ -23,7 +23,7 @@ from llava_core.runtime import (
     CheckpointError,
     DataError,
     fingerprint,
-    resolve,
+    located,
     sha256_file,
     shown,
     verify_files,
@@ -37,6 +37,7 @@ from llava_core.weights.description import (
     folder_of,
     in_order,
     language_config,
+    open_tokenizer,
     tokenizer_folder,
     tower_config,
     tower_images,
@@ -69,17 +70,19 @@ class Loaded:
 
 
 def base_hash(source: str) -> str:
-    """12 hex digits that identify a base model's weights: from its files, checked if it has a manifest, or the hub id.
+    """What identifies a base model's weights: `files:` and a hash of them, checked against a manifest; or `name:`.
+
+    A hub id is known by its name alone, so it can be compared with another id, but not with files.
 
     Raises:
         CheckpointError: a file of the model is missing or differs from the manifest's SHA-256.
     """
-    folder = resolve(source)
+    folder = located(source)
     if not folder.is_dir():
-        return fingerprint(source)
-    if has_file(folder, "manifest.json"):
-        return fingerprint(verify_files(folder))
-    return fingerprint({f.name: sha256_file(f) for f in weight_files(folder)})
+        return f"name:{fingerprint(source)}"
+    if has_file(folder, "manifest.json") and "files" in read_settings(folder, "manifest.json"):
+        return f"files:{fingerprint(verify_files(folder))}"
+    return f"files:{fingerprint({f.name: sha256_file(f) for f in weight_files(folder)})}"
 
 
 def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -89,7 +92,7 @@ def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{shown(source)}: language model cannot be read: {str(error).splitlines()[0]}"
@@ -229,16 +232,13 @@ def load(
     Raises:
         CheckpointError: anything missing, damaged, or not of the base models named in the manifest.
     """
-    from transformers import AutoTokenizer
-
     from llava_core.weights.convert import open_checkpoint
 
-    opened = open_checkpoint(resolve(path), options, facts).need(*PARTS)
+    opened = open_checkpoint(located(path), options, facts).need(*PARTS)
     check(opened)
     if opened.tokenizer is None or opened.description.image is None:
         raise CheckpointError(f"{shown(opened.path)}: no tokenizer or image settings; fix: --base, --vision-tower")
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer)
+    tokenizer = open_tokenizer(opened.tokenizer, opened.description.language_model)
     processor = ImageProcessor.from_dict(opened.description.image)
     return Loaded(assemble(opened, dtype).to(device).eval(), tokenizer, processor, opened.description.facts)
 
@@ -257,19 +257,26 @@ def with_bases(opened: Opened, options: Options) -> Opened:
         source = (options.base if part == "language_model" else options.vision_tower) or named
         if source is None:
             raise CheckpointError(f"{shown(opened.path)}: neither holds nor names its {part.replace('_', ' ')}")
-        if part in facts["base_hash"] and base_hash(source) != facts["base_hash"][part]:
+        wanted, found = str(facts["base_hash"].get(part, "")), base_hash(source)
+        if wanted.partition(":")[0] != found.partition(":")[0]:
+            opened.notes.append(
+                f"{part.replace('_', ' ')} {shown(source)}: taken unchecked, for one of the two is a hub id"
+            )
+        elif wanted != found:
             raise CheckpointError(
                 f"{shown(opened.path)}: made with another {part.replace('_', ' ')} than {shown(source)}; fix: restore "
                 "that one"
             )
         if part == "language_model":
             base = open_language_model(source)
-            opened = replace(opened, tensors=opened.tensors | base.tensors, names=opened.names | base.names)
+            opened = replace(
+                opened, tensors=opened.tensors | base.tensors, names=opened.names | base.names, uses_base=True
+            )
     return in_order(opened)
 
 
 def assemble(opened: Opened, dtype: torch.dtype) -> Llava:
-    """The model of a checked checkpoint, on the CPU; each weight is read once, straight into its place."""
+    """The model of a checked checkpoint, on the CPU; of a file that is mapped, only what is used comes into memory."""
     from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
     description = opened.description
@@ -383,7 +390,7 @@ def _write_manifest(folder: Path, opened: Opened, files: dict[str, str]) -> None
             facts["base"] = facts["base"] | {name: source}
             facts["base_hash"] = facts["base_hash"] | {name: base_hash(source)}
     kind = "full" if "language_model" in opened.parts else "projector"
-    dtypes = [tensor.dtype for tensor in opened.tensors.values()]
+    dtypes = [tensor.dtype for name, tensor in opened.tensors.items() if not name.startswith("vision_tower.")]
     write_json(
         folder / "manifest.json",
         {

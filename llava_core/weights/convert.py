@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_core.runtime import CheckpointError, shown
 from llava_core.weights import checkpoint, hf, lora  # each enters its layout into the registry
-from llava_core.weights.description import Opened, check
+from llava_core.weights.description import Opened, check, check_facts
 from llava_core.weights.divergence import first_divergence, first_module, verify_export
 from llava_core.weights.layouts import LAYOUTS, Options, to_theirs
 from llava_core.weights.tensors import SHARD_BYTES, whole_folder
@@ -49,10 +49,20 @@ def open_checkpoint(path: Path, options: Options | None = None, facts: Mapping[s
         raise CheckpointError(f"{shown(path)}: not a LLaVA checkpoint ({_content(path)}); fix: check the path")
     options = options or Options()
     opened = LAYOUTS.get(name).read(path, options)
+    check_facts(opened)
     if name == "llava":
         opened = checkpoint.with_bases(opened, options)
+    unused = {
+        "--base": options.base is not None and not opened.uses_base,
+        "--vision-tower": options.vision_tower not in (None, opened.description.tower_source),
+    }
+    for option in (option for option, given in unused.items() if given):
+        raise CheckpointError(f"{shown(path)}: holds what {option} names, so that would be ignored; fix: leave it out")
     if facts:
         opened.description = opened.description.with_facts(facts)
+        said = tuple(name.replace("_", " ") for name in facts)
+        opened.notes = [note for note in opened.notes if not note.startswith(said)]
+        check_facts(opened)
     return opened
 
 

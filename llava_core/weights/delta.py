@@ -17,13 +17,14 @@ import torch
 
 from llava_core.runtime import CheckpointError, shown, write_json
 from llava_core.weights.description import TOKENIZER_FILES, folder_of
-from llava_core.weights.layouts import mm_config
+from llava_core.weights.layouts import is_delta, mm_config
 from llava_core.weights.tensors import (
     SHARD_BYTES,
     Lazy,
     ShardWriter,
     fingerprint_tensors,
     has_file,
+    has_weights,
     inside,
     open_folder,
     read_settings,
@@ -43,13 +44,11 @@ class Plan:
         whole: names that the base has in the same shape.
         blocks: name -> rows of the base, for tensors of which only the leading block counts.
         stored: names that the base does not have.
-        unused: names of the base that the checkpoint does not have.
     """
 
     whole: list[str]
     blocks: dict[str, int]
     stored: list[str]
-    unused: list[str]
 
 
 def _plan(checkpoint: dict[str, Lazy], base: dict[str, Lazy], where: Path) -> Plan:
@@ -74,7 +73,7 @@ def _plan(checkpoint: dict[str, Lazy], base: dict[str, Lazy], where: Path) -> Pl
     foreign = [name for name in stored if "mm_projector" not in name and "vision_tower" not in name]
     if foreign:
         raise CheckpointError(f"{shown(where)}: {foreign[0]} is neither in the base nor of a projector or tower")
-    return Plan(whole, blocks, stored, unused)
+    return Plan(whole, blocks, stored)
 
 
 def _open(folder: Path) -> dict[str, Lazy]:
@@ -133,11 +132,17 @@ def apply(base: str, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry
 
 
 def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_run: bool) -> dict[str, Any]:
+    if not mm_config(source) or not has_weights(source):
+        raise CheckpointError(
+            f"{shown(source)}: not a folder with a LLaVA in the original layout (config.json, weights); fix: check the "
+            "path, or `llava convert --to original`"
+        )
     base_folder = folder_of(base)
     base_tensors, tensors = _open(base_folder), _open(source)
+    if is_delta(tensors) != (sign > 0):
+        what = "a model already, no delta (its norms are not near zero)" if sign > 0 else "a delta already"
+        raise CheckpointError(f"{shown(source)}: is {what}; fix: name the {'delta' if sign > 0 else 'model'}")
     plan = _plan(tensors, base_tensors, source)
-    if not mm_config(source):
-        raise CheckpointError(f"{shown(source)}: config.json names no vision tower; it is no LLaVA in original layout")
     fingerprint = _fingerprint(base_tensors, source, sign)
     report = {
         "base": shown(base_folder), "added": len(plan.whole), "blocks": plan.blocks, "stored": plan.stored,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +16,8 @@ import torch
 from llava_core.data.conversation import TEMPLATES, ImagePosition
 from llava_core.data.image_processor import ImageProcessor
 from llava_core.models.projector import PROJECTORS
-from llava_core.runtime import CheckpointError, CompanionError, DataError, resolve, shown
-from llava_core.weights.tensors import Lazy, has_file, numbered, open_folder, read_settings
+from llava_core.runtime import CheckpointError, CompanionError, DataError, located, shown
+from llava_core.weights.tensors import Lazy, has_file, has_weights, numbered, open_folder, read_settings
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 MAX_LAYERS = 512  # more is a lie of the configuration, and building it would take for ever
@@ -112,6 +114,7 @@ class Opened:
         left_out: the layout's name -> why it is not read.
         tokenizer: folder with the tokenizer's files, or None.
         notes: what was assumed because the files do not say it.
+        uses_base: whether the language model came from the base model that the caller named.
     """
 
     layout: str
@@ -122,6 +125,7 @@ class Opened:
     left_out: dict[str, str] = field(default_factory=dict)
     tokenizer: Path | None = None
     notes: list[str] = field(default_factory=list)
+    uses_base: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -235,7 +239,7 @@ def check(opened: Opened) -> None:
         raise CheckpointError(f"{shown(opened.path)}: {error}") from error
     if not opened.tensors:
         raise CheckpointError(f"{shown(opened.path)}: holds no weights; fix: copy or download it again")
-    _check_facts(opened)
+    check_facts(opened)
     for name, shape in wanted.items():
         if name not in opened.tensors:
             n = len(wanted.keys() - opened.tensors.keys())
@@ -256,10 +260,22 @@ def check(opened: Opened) -> None:
             )
 
 
-def _check_facts(opened: Opened) -> None:
-    """Whether what the description says about the use of the weights can be true."""
+def check_facts(opened: Opened) -> None:
+    """Make sure that what a description says about the use of the weights can be true.
+
+    Raises:
+        CheckpointError: a fact of another type, or one that the vision tower contradicts.
+    """
     description, where = opened.description, shown(opened.path)
     tower, facts = description.vision_tower, description.facts
+    named = facts.get("base", {})
+    if not isinstance(named, dict) or not all(isinstance(source, str) for source in named.values()):
+        raise CheckpointError(f"{where}: base is {named!r}, not names of base models")
+    if not isinstance(facts.get("base_hash", {}), dict):
+        raise CheckpointError(f"{where}: base_hash is {facts['base_hash']!r}, not hashes of base models")
+    for name in ("system", "prompt_format"):
+        if not isinstance(facts.get(name), str | None):
+            raise CheckpointError(f"{where}: {name} is {facts[name]!r}, not text")
     if facts.get("template") is not None:
         TEMPLATES.get(str(facts["template"]))
     if str(facts.get("image_position", "data")) not in get_args(ImagePosition):
@@ -293,20 +309,38 @@ def in_order(opened: Opened) -> Opened:
 # ------------------------------------------------------------------------------------------------ folders of parts
 
 
+_DOWNLOADS: ContextVar[bool] = ContextVar("downloads", default=True)
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Take models of the hub from their local copies alone."""
+    token = _DOWNLOADS.set(False)
+    try:
+        yield
+    finally:
+        _DOWNLOADS.reset(token)
+
+
 def folder_of(source: str | Path) -> Path:
-    """The folder of a model: itself, or the hub's local copy of an id.
+    """The folder of a model: itself, or the hub's copy of an id.
 
     Raises:
         CheckpointError: neither is there.
     """
-    folder = resolve(source)
+    folder = located(source)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"]))
+        local = not _DOWNLOADS.get()
+        kinds = ["*.json", "*.model", "*.safetensors"]
+        copy = Path(snapshot_download(str(source), allow_patterns=kinds, local_files_only=local))
+        if not has_weights(copy):  # an old model: only where there are no safetensors
+            snapshot_download(str(source), allow_patterns=["*.bin"], local_files_only=local)
+        return copy
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{source}: no such folder, and the hub's copy cannot be had ({type(error).__name__}); fix: download it "
@@ -405,3 +439,28 @@ def _complete(config_class: Any, settings: dict[str, Any], where: str = "vision 
 def tokenizer_folder(folder: Path) -> Path | None:
     """The folder if it holds a tokenizer."""
     return folder if has_file(folder, "tokenizer.json") or has_file(folder, "tokenizer.model") else None
+
+
+def open_tokenizer(folder: Path, language_model: Mapping[str, Any], **options: Any) -> Any:
+    """The tokenizer of a folder; never code of the folder's own.
+
+    Args:
+        folder: with the tokenizer's files.
+        language_model: its configuration decides the class: the folder's own may name one that transformers gives
+            another tokenizer ("llava" one that drops the leading word mark).
+        options: of transformers' `from_pretrained`.
+
+    Raises:
+        CheckpointError: it cannot be read, or a package for it is missing.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from llava_core.weights.checkpoint import quiet
+
+    try:
+        with quiet():
+            config = AutoConfig.for_model(**language_model)
+            return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, **options)
+    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{shown(folder)}: the tokenizer cannot be read ({reason})") from error

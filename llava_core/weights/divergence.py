@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llava_core.constants import IMAGE_TOKEN_ID
-from llava_core.runtime import progress
+from llava_core.runtime import CheckpointError, progress
 from llava_core.weights.description import Opened
 
 _IN_MEMORY = (  # our modules -> those of LlavaForConditionalGeneration
@@ -126,6 +126,10 @@ def module_differences(
             value, partner = value[ids != IMAGE_TOKEN_ID], partner[ids != IMAGE_TOKEN_ID]
         difference = (value.double() - partner.double()).abs().max()
         found.append(ModuleDifference(name, tuple(value.shape), float(difference), float(value.abs().max())))
+    compared = {d.name for d in found}
+    for name in ("vision_tower.encoder.layers.0", "multi_modal_projector", "language_model.model.layers.0"):
+        if name not in compared or "language_model.lm_head" not in compared:
+            raise CheckpointError(f"{name} or the output layer was not found in both models, so nothing is compared")
     return found
 
 

@@ -21,6 +21,7 @@ from llava_core.weights.description import (
     Description,
     Opened,
     language_config,
+    open_tokenizer,
     tokenizer_folder,
     tower_config,
 )
@@ -34,6 +35,7 @@ from llava_core.weights.layouts import (
     open_renamed,
     to_ours,
     to_theirs,
+    unchanged,
 )
 from llava_core.weights.tensors import Lazy, ShardWriter, has_file, open_folder, read_settings
 
@@ -59,7 +61,7 @@ _ORIGINAL_TOKENIZER = "tokenizer"  # sub-folder with the tokenizer as it was bef
 
 
 def _found(path: Path) -> bool:
-    if not path.is_dir() or not has_file(path, "config.json") or has_file(path, "manifest.json"):
+    if not path.is_dir() or not has_file(path, "config.json"):
         return False
     config = read_settings(path, "config.json")
     return config.get("model_type") == "llava" and "text_config" in config
@@ -82,7 +84,9 @@ def _read(path: Path, options: Options) -> Opened:
         if not isinstance(told, dict) or type(told.get("vocabulary")) is not int:
             raise CheckpointError(f"{where}: {BLOCK} is not what this project writes; fix: remove it")
         description = Description.from_dict(told.get("description", {}), where)
-        rows, tokenizer = told["vocabulary"], tokenizer_folder(path / _ORIGINAL_TOKENIZER)
+        unchanged(description, config, where, {"vision_feature_layer": description.feature_layer})
+        unchanged(description, config["text_config"], where, {"vocab_size": told.get("rows")})
+        rows, tokenizer = told["vocabulary"], tokenizer_folder(path / _ORIGINAL_TOKENIZER) or tokenizer_folder(path)
     else:
         description, rows, tokenizer = _describe(path, config, linear, notes), None, tokenizer_folder(path)
     rules = (RULES[3], *RULES) if linear else RULES
@@ -151,7 +155,7 @@ def _describe(path: Path, config: dict[str, Any], linear: bool, notes: list[str]
             f"{where}: image_seq_length is {config['image_seq_length']}, but the tower gives {tokens} tokens; fix: "
             f"write {tokens} there"
         )
-    notes.append("template v1 and image first (those of LLaVA 1.5) assumed; --set changes it")
+    notes.append("template v1 and image position first (those of LLaVA 1.5) assumed")
     return Description(
         language_config(text, where), tower, None, tower["hidden_size"], "linear" if linear else "mlp2x_gelu",
         config.get("vision_feature_layer", -2), image, dict(ASSUMED),
@@ -177,14 +181,15 @@ def _write(opened: Opened, folder: Path, shard_bytes: int) -> None:
     writer.close()
     config = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "dtype": str(next(iter(opened.tensors.values())).dtype).removeprefix("torch."),
+        "dtype": str(opened.tensors[_EMBEDDINGS[0]].dtype).removeprefix("torch."),  # the tower's may be another
         "text_config": description.language_model | {"vocab_size": rows},
         "vision_config": description.vision_tower, "image_token_index": image_id, "pad_token_id": pad_id,
         "image_seq_length": (size // patch) ** 2, "vision_feature_layer": description.feature_layer,
         "vision_feature_select_strategy": "default", "multimodal_projector_bias": True,
         "projector_hidden_act": "linear" if description.projector == "linear" else "gelu",
         "tie_word_embeddings": description.tied,
-        BLOCK: {"description": description.to_dict(), "vocabulary": description.language_model["vocab_size"]},
+        BLOCK: {"description": description.to_dict(), "vocabulary": description.language_model["vocab_size"],
+            "rows": rows},
     }  # fmt: skip
     write_json(folder / "config.json", config)
 
@@ -197,19 +202,14 @@ def _filled_up(table: torch.Tensor, rows: int) -> torch.Tensor:
 
 def _write_processor(opened: Opened, folder: Path, patch: int) -> tuple[int, int, int]:
     """Write tokenizer, image settings, chat template and generation settings; rows of the vocabulary, two token ids."""
-    from transformers import AutoTokenizer
-
-    from llava_core.weights.checkpoint import quiet
-
     assert opened.tokenizer is not None
     facts = opened.description.facts
     template = TEMPLATES.get(facts.get("template", "v0"))
-    with quiet():
-        # given here, not set later: only what the tokenizer was made with is saved
-        tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer, padding_side="left")
-        if tokenizer.pad_token_id is None:
-            tokenizer.add_special_tokens({"pad_token": "<pad>"})
-        tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
+    # the side is given here, not set later: only what a tokenizer was made with is saved
+    tokenizer = open_tokenizer(opened.tokenizer, opened.description.language_model, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
     tokenizer.save_pretrained(folder)
     (folder / _ORIGINAL_TOKENIZER).mkdir()
     copy_tokenizer(opened, folder / _ORIGINAL_TOKENIZER)

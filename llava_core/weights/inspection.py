@@ -6,12 +6,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava_core.runtime import CheckpointError, CompanionError, shown
 from llava_core.weights.convert import layout_of, open_checkpoint
 from llava_core.weights.delta import DELTA
-from llava_core.weights.description import PARTS, Opened, check
-from llava_core.weights.layouts import Options
-from llava_core.weights.tensors import has_file
+from llava_core.weights.description import PARTS, Opened, check, no_downloads, open_tokenizer
+from llava_core.weights.layouts import Options, is_delta
+from llava_core.weights.tensors import has_file, open_folder
 
 RELEASED_SYSTEMS = {  # system sentences of the released code by the first digits of their SHA-256
     "ace78a978005f68a": "Vicuna v0's, of v0 training and 1.0 inference",
@@ -40,17 +42,23 @@ def inspect(path: Path, options: Options | None = None) -> dict[str, Any]:
         "system": None, "image": None, "facts": {}, "notes": [], "left_out": {}, "problems": [],
     }  # fmt: skip
     try:
-        result["layout"] = layout_of(path)
-        opened = open_checkpoint(path, options)
-        result |= _facts(opened)
-        if "language_model" in opened.parts:
-            _check_use(opened)
-        else:
-            check(opened)
+        with no_downloads():
+            result["layout"] = layout_of(path)
+            if result["layout"] == "original" and is_delta(tensors := open_folder(path)):
+                parameters = sum(int(torch.Size(t.shape).numel()) for t in tensors.values())
+                recorded = (
+                    "its base's fingerprint is recorded" if has_file(path, DELTA) else "of which base, it does not say"
+                )
+                notes = [f"differences to a language model: `llava delta apply` makes them a model; {recorded}"]
+                return result | {"layout": "delta", "parameters": parameters, "notes": notes}
+            opened = open_checkpoint(path, options)
+            result |= _facts(opened)
+            if "language_model" in opened.parts:
+                _check_use(opened)
+            else:
+                check(opened)
     except (CompanionError, OSError) as error:
         result["problems"].append(" ".join(str(error).split()))
-    if path.is_dir() and has_file(path, DELTA):
-        result["layout"] = "delta"
     return result
 
 
@@ -66,7 +74,7 @@ def _facts(opened: Opened) -> dict[str, Any]:
             "image_position": description.facts.get("image_position"),
             "image_delimiters": description.facts.get("image_delimiters"),
             "prompt_format": description.facts.get("prompt_format"),
-            "vision_tower": description.tower_source or "inside",
+            "vision_tower": "inside" if "vision_tower" in opened.parts else description.tower_source or "not named",
         },
         "left_out": opened.left_out,
     }  # fmt: skip
@@ -95,15 +103,7 @@ def _check_use(opened: Opened) -> None:
 
 def vocabulary(opened: Opened) -> int:
     """Tokens that an opened checkpoint's tokenizer can give, padding aside (it never is embedded)."""
-    from transformers import AutoTokenizer
-
-    from llava_core.weights.checkpoint import quiet
-
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(opened.tokenizer, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{shown(str(opened.tokenizer))}: the tokenizer cannot be read ({reason})") from error
+    assert opened.tokenizer is not None
+    tokenizer = open_tokenizer(opened.tokenizer, opened.description.language_model)
     # v0's released tokenizer lists its padding token behind the table
     return 1 + max(k for token, k in tokenizer.get_vocab().items() if token != tokenizer.pad_token)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from llava_core.weights.description import (
     folder_of,
     in_order,
     language_config,
+    open_tokenizer,
     tokenizer_folder,
     tower_config,
     tower_images,
@@ -34,6 +36,7 @@ from llava_core.weights.tensors import (
     Lazy,
     ShardWriter,
     has_file,
+    has_weights,
     inside,
     load_pickle,
     open_file,
@@ -181,7 +184,7 @@ def mm_config(path: Path) -> dict[str, Any]:
 
 
 def is_original(path: Path) -> bool:
-    return bool(mm_config(path)) and not _is_projector(path) and not has_file(path, "adapter_config.json")
+    return bool(mm_config(path)) and has_weights(path) and not has_file(path, "adapter_config.json")
 
 
 _KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
@@ -197,6 +200,8 @@ def describe_original(path: Path, config: dict[str, Any], options: Options, note
     where = shown(path / "config.json")
     if BLOCK in config:
         told = Description.from_dict(config[BLOCK], where)
+        unchanged(told, config, where, {"mm_vision_select_layer": told.feature_layer, "mm_hidden_size": told.d_vision,
+            "mm_projector_type": told.projector, "vocab_size": told.language_model["vocab_size"]})  # fmt: skip
         return replace(told, tower_source=options.vision_tower or told.tower_source)
     for name, values in _KNOWN_VALUES.items():
         if config.get(name) not in values:
@@ -215,19 +220,32 @@ def describe_original(path: Path, config: dict[str, Any], options: Options, note
     if type(width) is not int or not isinstance(tower, str | None):
         raise CheckpointError(f"{where}: mm_hidden_size {width!r} or mm_vision_tower {tower!r} is not of its type")
     delimiters = DELIMITERS if config.get("mm_use_im_start_end") else None
+    template = _template_of(path, notes)
+    before_1 = delimiters is not None or template == "v0_exact"
     facts: dict[str, Any] = {
-        "template": _template_of(path, notes), "image_position": "last" if delimiters else "first",
-        "image_delimiters": delimiters,
+        "template": template, "image_position": "last" if before_1 else "first", "image_delimiters": delimiters
     }  # fmt: skip
-    notes.append(
-        f"image {facts['image_position']} in the question, as the evaluation of "
-        f"{'the era with image delimiters' if delimiters else 'version 1.0 and later'} had it"
-    )
+    era = "the releases before 1.0" if before_1 else "version 1.0 and later"
+    notes.append(f"image position {facts['image_position']}, as the evaluation of {era} had it")
     return Description(
         language_config(config | {"model_type": kinds[kind]}, where), None,
         tower, width, config.get("mm_projector_type") or "linear", -2 if layer is None else layer,
         None, facts | {"image_mode": "pad" if config.get("image_aspect_ratio") == "pad" else "crop"},
     )  # fmt: skip
+
+
+def unchanged(told: Description, config: Mapping[str, Any], where: str, fields: Mapping[str, Any]) -> None:
+    """Make sure that a file which we wrote for others still says what our description in it says.
+
+    Raises:
+        CheckpointError: a field differs: others have changed the checkpoint since.
+    """
+    for name, value in fields.items():
+        if config.get(name) != value:
+            raise CheckpointError(
+                f"{where}: {name} is {config.get(name)!r} and was {value!r} when it was exported; fix: remove "
+                f"'{BLOCK}' from it, and what the other fields say will count"
+            )
 
 
 def _template_of(path: Path, notes: list[str]) -> str:
@@ -255,6 +273,7 @@ def with_tower_settings(description: Description, notes: list[str]) -> Descripti
     except CheckpointError as error:
         notes.append(f"the vision tower is not here: {error}")
         return description
+    notes.append(f"vision tower read from {shown(folder)}, which the files or the caller name")
     return replace(description, vision_tower=config, image=replace(image, mode=mode or image.mode).to_dict())
 
 
@@ -288,12 +307,17 @@ def _read_original(path: Path, options: Options) -> Opened:
             "checkpoint whole, or take its mm_projector.bin"
         )
     opened = open_renamed("original", path, tensors, from_original, description, tokenizer_folder(path), notes)
-    norm = opened.tensors.get("language_model.model.norm.weight")
-    if norm is not None and float(norm.read().float().abs().mean()) < 0.02:
+    if is_delta(opened.tensors):
         raise CheckpointError(
-            f"{shown(path)}: these are delta weights (its norms are near zero), not a model; fix: `llava delta apply`"
+            f"{shown(path)}: these are delta weights (their norms are near zero), not a model; fix: `llava delta apply`"
         )
     return opened
+
+
+def is_delta(tensors: Mapping[str, Lazy]) -> bool:
+    """Whether weights of a LLaMA are differences: the scales of its norms, around one in a model, are near zero."""
+    norms = [float(t.read().float().abs().mean()) for n, t in tensors.items() if n.endswith("norm.weight")]
+    return bool(norms) and statistics.median(norms) < 0.05
 
 
 def original_config(opened: Opened) -> dict[str, Any]:
@@ -302,10 +326,16 @@ def original_config(opened: Opened) -> dict[str, Any]:
     image = description.image or {}
     inside_tower = "vision_tower" in opened.parts
     tower = description.tower_source or description.facts.get("base", {}).get("vision_tower")
+    kinds = {"llama": ("llava", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
+    if description.language_model["model_type"] not in kinds:
+        raise CheckpointError(
+            f"{shown(opened.path)}: the original code has no {description.language_model['model_type']}; fix: --to hf"
+        )
+    kind, architecture = kinds[description.language_model["model_type"]]
     theta = (description.language_model.get("rope_parameters") or {}).get("rope_theta")
     return {
         **description.language_model, **({"rope_theta": theta} if theta else {}),
-        "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": kind, "architectures": [architecture],
         "mm_vision_tower": tower,
         "mm_hidden_size": description.d_vision, "mm_projector_type": description.projector,
         "mm_vision_select_layer": description.feature_layer, "mm_vision_select_feature": "patch",
@@ -328,13 +358,23 @@ def _write_original(opened: Opened, folder: Path, shard_bytes: int) -> None:
 # ------------------------------------------------------------------------------------------------ projector alone
 
 
-def _is_projector(path: Path) -> bool:
+def _projector_file(path: Path) -> Path | None:
+    """File of a projector: the path itself, `mm_projector.bin`, or the only weights file of a folder."""
     if path.is_dir():
-        return has_file(path, "mm_projector.bin") and not has_file(path, "adapter_config.json")
-    if path.suffix not in (".safetensors", *PICKLES):
-        return False
-    names = open_file(path)
-    return any(n.startswith(_PROJECTOR_PREFIXES) for n in names) and not any(".layers." in n for n in names)
+        if has_weights(path) or has_file(path, "adapter_config.json"):  # releases have mm_projector.bin beside the rest
+            return None
+        if has_file(path, "mm_projector.bin"):
+            return path / "mm_projector.bin"
+        file = single_weights_file(path)
+    else:
+        file = path if path.suffix in (".safetensors", *PICKLES) else None
+    names = open_file(file) if file else {}
+    blind = not any(n.startswith(_PROJECTOR_PREFIXES) for n in names) or any(".layers." in n for n in names)
+    return None if blind else file
+
+
+def _is_projector(path: Path) -> bool:
+    return _projector_file(path) is not None
 
 
 def open_language_model(source: str) -> Opened:
@@ -350,7 +390,8 @@ def open_language_model(source: str) -> Opened:
 
 
 def _read_projector(path: Path, options: Options) -> Opened:
-    file = inside(path, "mm_projector.bin") if path.is_dir() else path
+    file = _projector_file(path)
+    assert file is not None
     found = open_file(file)
     notes: list[str] = []
     projector, names, rest = {}, {}, {}
@@ -371,7 +412,7 @@ def _read_projector(path: Path, options: Options) -> Opened:
     if config:
         description = describe_original(path, config, options, notes)
     else:
-        notes.append("feature layer -2, image first and template v1 assumed: there is no config.json")
+        notes.append("template v1, image position first and feature layer -2 assumed: there is no config.json")
         description = Description(
             {"hidden_size": d_model}, None, options.vision_tower, d_vision, kind, -2, None, dict(ASSUMED)
         )  # fmt: skip
@@ -389,6 +430,7 @@ def _read_projector(path: Path, options: Options) -> Opened:
     opened = Opened(
         "projector", path, description, tensors, names | (base.names if base else {}),
         tokenizer=base.tokenizer if base else tokenizer_folder(path) if path.is_dir() else None, notes=notes,
+        uses_base=base is not None,
     )  # fmt: skip
     return _with_words(in_order(opened), rest, file)
 
@@ -406,13 +448,14 @@ def _with_words(opened: Opened, rest: dict[str, Lazy], file: Path) -> Opened:
             opened.tensors[key] = rows
             opened.names[key] = theirs
         elif rows.shape == (2, words.shape[1]) and opened.tokenizer is not None:
-            places = [_token_id(opened.tokenizer, token) for token in DELIMITERS]
+            places = [_token_id(opened.tokenizer, token, opened.description.language_model) for token in DELIMITERS]
             opened.tensors[key] = words.then(lambda table, p=places, r=rows: _put_rows(table, p, r.read()))  # type: ignore[misc]
             opened.description.facts["image_delimiters"] = DELIMITERS
         else:
             raise CheckpointError(
-                f"{shown(file)}: {theirs} has shape {rows.shape}, the base model's is {words.shape}; fix: --base with "
-                "the language model, extended vocabulary included, that it was trained with"
+                f"{shown(file)}: its word embeddings are {rows.shape}, the base's {words.shape}; fix: --base with a "
+                "language model (and tokenizer) whose vocabulary was extended as in training, or take the projector "
+                "that was trained without image tokens"
             )
     return opened
 
@@ -423,11 +466,8 @@ def _put_rows(table: torch.Tensor, places: list[int], rows: torch.Tensor) -> tor
     return table
 
 
-def _token_id(folder: Path, token: str) -> int:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = tokenizer.get_vocab().get(token)
+def _token_id(folder: Path, token: str, language_model: dict[str, Any]) -> int:
+    found = open_tokenizer(folder, language_model).get_vocab().get(token)
     if found is None:
         raise CheckpointError(f"{shown(folder)}: its tokenizer has no {token}; fix: take the checkpoint's own")
     return int(found)
@@ -444,8 +484,8 @@ def _write_projector(opened: Opened, folder: Path, shard_bytes: int) -> None:
 
 def _pth_of(path: Path) -> Path | None:
     if path.is_dir():
-        bare = not has_file(path, "manifest.json") and not has_file(path, "mm_projector.bin")
-        return _pth_of(single_weights_file(path) or path / "none") if bare else None
+        file = None if has_weights(path) or has_file(path, "manifest.json") else single_weights_file(path)
+        return _pth_of(file) if file else None
     return path if path.suffix in (".pth", ".pt", ".bin") and path.exists() else None
 
 
@@ -459,7 +499,8 @@ def _read_mmpretrain(path: Path, options: Options) -> Opened:
     assert file is not None
     meta = load_pickle(file).get("meta")
     block = meta.get(BLOCK) if isinstance(meta, dict) else None
-    tensors, notes = open_file(file), []
+    tensors = open_file(file)
+    notes: list[str] = []
     tokenizer = tokenizer_folder(path) if path.is_dir() else None
     if block is not None:
         description = Description.from_dict(block, shown(file))
@@ -478,7 +519,7 @@ def _read_mmpretrain(path: Path, options: Options) -> Opened:
         words = tensors.get("model.lang_encoder.model.embed_tokens.weight")
         config["vocab_size"] = words.shape[0] if words else config["vocab_size"]  # the delta's rows, not the base's
         notes.append("feature layer -2: how the weights were trained (mmpretrain itself reads the last layer)")
-        notes.append("template v1, image first; --set changes it")
+        notes.append("template v1 and image position first assumed")
         # mmpretrain's own pipeline resizes straight to a square, whatever the image's shape
         facts = {**ASSUMED, "image_delimiters": None if mlp else DELIMITERS, "image_mode": "resize"}
         description = Description(
@@ -488,7 +529,8 @@ def _read_mmpretrain(path: Path, options: Options) -> Opened:
     def rename(name: str) -> str:
         return to_ours(name, _MMPRETRAIN)
 
-    return open_renamed("mmpretrain", path, tensors, rename, description, tokenizer, notes)
+    opened = open_renamed("mmpretrain", path, tensors, rename, description, tokenizer, notes)
+    return replace(opened, uses_base=block is None)
 
 
 def _write_mmpretrain(opened: Opened, folder: Path, shard_bytes: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llava_core.runtime import CheckpointError, resolve, shown
+from llava_core.runtime import CheckpointError, located, shown
 from llava_core.weights.description import Opened, in_order
 from llava_core.weights.layouts import (
     LAYOUTS,
@@ -29,9 +29,13 @@ from llava_core.weights.layouts import (
 from llava_core.weights.tensors import Lazy, has_file, inside, open_file, read_settings
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_PLAIN: dict[str, tuple[Any, ...]] = {  # what merging by W + scale * B A means; anything else would be merged wrongly
-    "peft_type": ("LORA",), "bias": ("none", None), "fan_in_fan_out": (False, None), "use_dora": (False, None),
-    "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "lora_bias": (False, None),
+_KNOWN = frozenset({  # of peft's settings those that do not change what merging by W + scale * B A means
+    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "task_type", "peft_version",
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "layers_to_transform", "layers_pattern",
+    "megatron_core", "qalora_group_size",
+})  # fmt: skip
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")
 }  # fmt: skip
 
 
@@ -45,9 +49,10 @@ def _bare(name: str) -> str:
 
 
 def _scale(settings: dict[str, Any], where: str) -> float:
-    for name, values in _PLAIN.items():
-        if settings.get(name) not in values:
-            raise CheckpointError(f"{where}: {name} is {settings[name]!r}; only plain LoRA can be merged; use peft")
+    for name, value in settings.items():
+        plain = value in _ONLY[name] if name in _ONLY else name in _KNOWN or not value
+        if not plain:
+            raise CheckpointError(f"{where}: {name} is {value!r}; only plain LoRA can be merged here; fix: use peft")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{where}: r {rank!r} and lora_alpha {alpha!r} give no scale")
@@ -59,9 +64,11 @@ def _read(path: Path, options: Options) -> Opened:
     settings = read_settings(path, where.name)
     scale = _scale(settings, shown(where))
     base_name = options.base or settings.get("base_model_name_or_path")
-    if not base_name or (not options.base and not resolve(base_name).is_dir()):
+    if not isinstance(base_name, str) or (not options.base and not located(base_name).is_dir()):
         raise CheckpointError(f"{shown(where)}: its base model {base_name!r} is not here; fix: --base DIR")
-    base = _base(str(base_name), options)
+    if located(base_name).resolve() == path.resolve():
+        raise CheckpointError(f"{shown(where)}: names itself as its base; fix: --base DIR")
+    base = _base(base_name, options)
     adapters = next((inside(path, name) for name in _ADAPTERS if has_file(path, name)), None)
     if adapters is None:
         raise CheckpointError(f"{shown(path)}: no {_ADAPTERS[0]}; fix: get the adapter whole")
@@ -89,14 +96,15 @@ def _read(path: Path, options: Options) -> Opened:
             "that file from the training output, too"
         )
     description = with_tower_settings(description, notes)
-    return in_order(Opened("lora", path, description, tensors, all_names, left_out, base.tokenizer, notes))
+    opened = Opened("lora", path, description, tensors, all_names, left_out, base.tokenizer, notes, uses_base=True)
+    return in_order(opened)
 
 
 def _base(source: str, options: Options) -> Opened:
     """The base: a plain language model, or a whole LLaVA in any layout."""
     from llava_core.weights.convert import layout_of, open_checkpoint
 
-    folder = resolve(source)
+    folder = located(source)
     if folder.is_dir() and layout_of(folder) is not None:
         return open_checkpoint(folder, Options(vision_tower=options.vision_tower))
     return open_language_model(source)

@@ -1,13 +1,14 @@
 """Weights files, read one tensor at a time and written shard by shard, without trusting them.
 
 safetensors first; `.bin`, `.pth` and `.pt` only through PyTorch's `weights_only` reader, which refuses everything that
-is not a tensor or a plain container. Nothing outside the named folder is opened, whatever an index or a link says.
+is not a tensor or a plain container. No index and no link leads out of the named folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +66,7 @@ def inside(folder: Path, name: str) -> Path:
         CheckpointError: it is missing, no regular file, cannot be read, or lies (or links) outside the folder.
     """
     path = folder / name
-    if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+    if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or "\0" in name:
         raise CheckpointError(f"{shown(folder)}: '{name}' points outside the folder; refused; fix: name plain files")
     try:
         real = path.resolve(strict=True)
@@ -145,9 +146,11 @@ def _open_pickle(path: Path) -> dict[str, Lazy]:
     if isinstance(content.get("state_dict"), Mapping):  # mmengine's checkpoints
         content = dict(content["state_dict"])
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
+        if not isinstance(name, str) or not plain or value.is_quantized:
             raise CheckpointError(
-                f"{shown(path)}: {name!r} is {type(value).__name__}, not a tensor; fix: name a file of weights alone"
+                f"{shown(path)}: {name!r} is {type(value).__name__}, not a plain tensor; fix: name a file of weights "
+                "alone"
             )
     return {name: Lazy.of(tensor) for name, tensor in content.items()}
 
@@ -175,6 +178,11 @@ def load_pickle(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{shown(path)}: holds {type(content).__name__}, not a dict of tensors")
     return dict(content)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a model's weights under one of the usual names, sound or not."""
+    return any(has_file(folder, name) or has_file(folder, f"{name}.index.json") for name in _STEMS)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -262,7 +270,10 @@ class ShardWriter:
         size = tensor.numel() * tensor.itemsize
         if self._held and self._bytes + size > self.shard_bytes:
             self._flush()
-        self._held[name] = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu().contiguous()
+        if any(tensor.data_ptr() == held.data_ptr() for held in self._held.values()):
+            tensor = tensor.clone()  # two names of one tensor; safetensors keeps each for itself
+        self._held[name] = tensor
         self._bytes += size
         self.total_bytes += size
 
@@ -314,6 +325,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     import shutil
 
+    target = Path(os.path.abspath(target))  # "." has no name of its own
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{shown(target)}: exists already; fix: choose another place, or remove it first")
     temporary = target.with_name(f".{target.name}.writing")
