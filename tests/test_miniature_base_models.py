@@ -220,10 +220,12 @@ def test_a_trained_language_model_is_found_again_and_checked(small: None, tmp_pa
     facts = language_model.train_language_model("llm-7b", folder)
     assert (facts["steps"], facts["shape"]["hidden"]) == (3, 128)
     assert 0 < facts["final_loss"] < 20
-    with pytest.raises(CheckpointError, match="no base model here"):
-        checkpoint.base_hash(str(folder))
+    bare = checkpoint.base_hash(str(folder))  # by its weights alone, as a model of others
     training.write_manifest(folder, facts)
     known = checkpoint.base_hash(str(folder))
+    assert known != bare
+    with pytest.raises(CheckpointError, match="no base model here"):
+        checkpoint.base_hash(str(tmp_path / "absent"))
     model, tokenizer = checkpoint.load_language_model(str(folder), torch.float32)
     assert model.config.vocab_size == len(tokenizer)
     assert len(tokenizer("###", add_special_tokens=False)["input_ids"]) == 1
@@ -281,8 +283,9 @@ def test_features_of_unit_size_are_those_of_the_same_tower(tmp_path: Path) -> No
     torch.testing.assert_close(after.pooler_output, before.pooler_output, rtol=1e-2, atol=1e-2)
 
 
-def test_the_towers_image_settings_are_read_back(tmp_path: Path) -> None:
+def test_the_towers_image_settings_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, clip = tiny.base_models(tmp_path)
+    monkeypatch.setattr(contrastive, "IMAGE_SIZE", 32)
     contrastive.write_preprocessor(Path(clip))
     _, processor = checkpoint.load_vision_tower(clip, torch.float32)
     assert (list(processor.mean), list(processor.std)) == contrastive.pixel_statistics()

@@ -78,9 +78,9 @@ def base_hash(source: str) -> str:
         CheckpointError: a file of the model is missing or differs from the manifest's SHA-256.
     """
     folder = located(source)
-    if not folder.is_dir():
+    if not folder.is_dir() and not Path(source).is_absolute():
         return f"name:{fingerprint(source)}"
-    if has_file(folder, "manifest.json") and "files" in read_settings(folder, "manifest.json"):
+    if not folder.is_dir() or (has_file(folder, "manifest.json") and "files" in read_settings(folder, "manifest.json")):
         return f"files:{fingerprint(verify_files(folder))}"
     return f"files:{fingerprint({f.name: sha256_file(f) for f in weight_files(folder)})}"
 
