@@ -17,7 +17,7 @@ import torch
 
 from llava_core.runtime import CheckpointError, shown, write_json
 from llava_core.weights.description import TOKENIZER_FILES, folder_of
-from llava_core.weights.layouts import is_delta, mm_config
+from llava_core.weights.original import is_delta, mm_config
 from llava_core.weights.tensors import (
     SHARD_BYTES,
     Lazy,

@@ -12,7 +12,8 @@ from llava_core.runtime import CheckpointError, CompanionError, shown
 from llava_core.weights.convert import layout_of, open_checkpoint
 from llava_core.weights.delta import DELTA
 from llava_core.weights.description import PARTS, Opened, check, no_downloads, open_tokenizer
-from llava_core.weights.layouts import Options, is_delta
+from llava_core.weights.layouts import Options
+from llava_core.weights.original import is_delta
 from llava_core.weights.tensors import has_file, open_folder
 
 RELEASED_SYSTEMS = {  # system sentences of the released code by the first digits of their SHA-256

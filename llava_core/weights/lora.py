@@ -19,13 +19,11 @@ from llava_core.weights.layouts import (
     LAYOUTS,
     Layout,
     Options,
-    describe_original,
-    from_original,
-    mm_config,
     open_language_model,
     renamed,
     with_tower_settings,
 )
+from llava_core.weights.original import describe_original, from_original, mm_config
 from llava_core.weights.tensors import Lazy, has_file, inside, open_file, read_settings
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
