@@ -259,9 +259,7 @@ def with_bases(opened: Opened, options: Options) -> Opened:
             raise CheckpointError(f"{shown(opened.path)}: neither holds nor names its {part.replace('_', ' ')}")
         wanted, found = str(facts["base_hash"].get(part, "")), base_hash(source)
         if wanted.partition(":")[0] != found.partition(":")[0]:
-            opened.notes.append(
-                f"{part.replace('_', ' ')} {shown(source)}: taken unchecked, for one of the two is a hub id"
-            )
+            opened.notes.append(f"{part.replace('_', ' ')} {shown(source)}: taken unchecked, only its name is recorded")
         elif wanted != found:
             raise CheckpointError(
                 f"{shown(opened.path)}: made with another {part.replace('_', ' ')} than {shown(source)}; fix: restore "
