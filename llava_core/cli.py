@@ -153,7 +153,7 @@ def _delta(args: argparse.Namespace) -> Result:
 def _inspect(args: argparse.Namespace) -> Result:
     from llava_core.weights.inspection import inspect
 
-    return inspect(args.path, _options(args))
+    return inspect(args.path, _options(args), dict(args.set))
 
 
 def _show_inspection(result: Result) -> str:
@@ -380,7 +380,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("--vision-tower", metavar="DIR", help="tower, instead of the one that the files name")
 
     def facts(parser: argparse.ArgumentParser) -> None:
-        text = "what the files do not say, e.g. template=v0"
+        text = "what the files do not say, e.g. template=v0_exact or image_position=last; once for each"
         parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help=text)
 
     def shards(parser: argparse.ArgumentParser) -> None:
@@ -398,13 +398,22 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--verify", action="store_true", help="with --to hf: run both models and compare every module")
     facts(new)
 
-    example = "llava delta apply --base llama-7b --out data/LLaVA-7b LLaVA-7b-delta-v0"
-    into = group("delta", "make or apply delta weights", example)
-    for name, text in (("make", "subtract a base language model"), ("apply", "add a base language model to a delta")):
-        new = command(name, text, example.replace("apply", name), _delta, into=into)
-        new.add_argument("source", type=Path, metavar="DIR", help="the delta" if name == "apply" else "the checkpoint")
+    delta = {
+        "make": (
+            "subtract a base language model", "a checkpoint in the layout 'original'", "a new folder, for the delta",
+            "llava delta make --base llama-7b --out data/LLaVA-7b-delta LLaVA-7b",
+        ),
+        "apply": (
+            "add a base language model to a delta", "the delta", "a new folder, in the layout 'original'",
+            "llava delta apply --base llama-7b --out data/LLaVA-7b LLaVA-7b-delta-v0",
+        ),
+    }  # fmt: skip
+    into = group("delta", "make or apply delta weights", delta["apply"][-1])
+    for name, (text, source, out, example) in delta.items():
+        new = command(name, text, example, _delta, into=into)
+        new.add_argument("source", type=Path, metavar="DIR", help=source)
         new.add_argument("--base", required=True, metavar="DIR", help="the base language model")
-        new.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+        new.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
         new.add_argument("--dry-run", action="store_true", help="say what would be done with each tensor, and stop")
         shards(new)
         new.set_defaults(make=name == "make")
@@ -416,11 +425,18 @@ def _parser() -> argparse.ArgumentParser:
     new = command("inspect", "say what a checkpoint is", example, _inspect, _show_inspection, failed=unsound)
     new.add_argument("path", type=Path, metavar="DIR", help="folder or file of any layout")
     bases(new)
+    facts(new)
 
     example = "llava chat --model runs/finetune/mini/ID/checkpoint --image photo.jpg"
     new = command("chat", "chat about an image in the terminal", example, _chat, interactive=True)
-    new.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint of any layout")
-    new.add_argument("--image", type=Path, required=True, metavar="FILE", help="the image")
+    new.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint of any layout but a delta")
+    new.add_argument(
+        "--image",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the image; a line `/image FILE` takes another, an empty line ends",
+    )
     bases(new)
     facts(new)
     command("demo", "open the chat notebook in JupyterLab", "llava demo", _demo, interactive=True)
@@ -430,10 +446,12 @@ def _parser() -> argparse.ArgumentParser:
         "generate", "greedy generation beside transformers' own", "llava bench generate --model small", _bench_generate,
         failed=lambda result: not result["same_tokens"], into=into,
     )  # fmt: skip
-    new.add_argument("--model", choices=["tiny", "small", "smollm2-135m"], default="small", help="random weights")
+    new.add_argument(
+        "--model", choices=["tiny", "small", "smollm2-135m"], default="small", help="size; the weights are random"
+    )
     new.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N", help="rows at once (default: 1 8)")
-    new.add_argument("--rounds", type=int, default=7, metavar="N", help="timed turns of each (default: 7)")
-    new.add_argument("--device", choices=["cpu", "cuda", "auto"], default="cpu")
+    new.add_argument("--rounds", type=int, default=7, metavar="N", help="repetitions (default: 7)")
+    new.add_argument("--device", choices=["cpu", "cuda", "auto"], default="cpu", help="default: cpu")
 
     new = command("miniature", "write the miniature's data sets", "llava miniature", _miniature, _show_cards)
     new.add_argument("--only", type=_names, metavar="NAME,NAME", help="these sets alone, e.g. mini-coco")

@@ -36,7 +36,8 @@ def weight_map(opened: Opened) -> tuple[list[dict[str, Any]], list[dict[str, Any
         begin = max((_begin(name, names[layout][name]) for layout in layouts), key=len)
         rest = name.removeprefix(begin)
         beginnings = {layout: names[layout][name].removesuffix(rest) for layout in layouts}
-        row = rows.setdefault(begin + str(beginnings), {"ours": begin, **beginnings, "tensors": 0})
+        shown = {layout: beginning or "(nothing)" for layout, beginning in beginnings.items()}
+        row = rows.setdefault(begin + str(beginnings), {"ours": begin, **shown, "tensors": 0})
         row["tensors"] += 1
         module = re.sub(r"layers\.\d+\.", "layers.N.", rest).removesuffix(".weight").removesuffix(".bias")
         if module not in modules.setdefault(begin, []):

@@ -133,7 +133,11 @@ def module_differences(
     return found
 
 
-def first_module(differences: list[ModuleDifference], tolerance: float = 1e-4) -> ModuleDifference | None:
+TOLERANCE = 1e-4
+"""Share of an output's size that two runs in fp32 may differ by and still be the same function."""
+
+
+def first_module(differences: list[ModuleDifference], tolerance: float = TOLERANCE) -> ModuleDifference | None:
     """The first module whose outputs differ by more than a share `tolerance` of their size; None if all agree."""
     return next((d for d in differences if not d.relative <= tolerance), None)
 

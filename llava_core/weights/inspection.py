@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ RELEASED_SYSTEMS = {  # system sentences of the released code by the first digit
 }
 
 
-def inspect(path: Path, options: Options | None = None) -> dict[str, Any]:
+def inspect(path: Path, options: Options | None = None, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Say what a checkpoint is and what is wrong with it.
 
     Args:
         path: folder or file, in any state.
         options: base model and tower, where the files do not hold them.
+        facts: what the files leave open or say wrongly, as in `description.USE_FACTS`.
 
     Returns:
         `path`, `layout`, `parts`, `parameters`, `dtypes`, `template`, `system`, `image`, `facts`, `notes`, `left_out`
@@ -52,7 +54,7 @@ def inspect(path: Path, options: Options | None = None) -> dict[str, Any]:
                 )
                 notes = [f"differences to a language model: `llava delta apply` makes them a model; {recorded}"]
                 return result | {"layout": "delta", "parameters": parameters, "notes": notes}
-            opened = open_checkpoint(path, options)
+            opened = open_checkpoint(path, options, facts)
             result |= _facts(opened)
             if "language_model" in opened.parts:
                 _check_use(opened)
