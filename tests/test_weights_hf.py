@@ -116,7 +116,21 @@ def test_earlier_turns_are_rendered_as_ours(exported) -> None:
     assert decode(rendered) == decode([image_id if t == -200 else t for t in once])
 
 
-def test_what_the_processor_cannot_hold_is_refused(exported, tmp_path) -> None:
-    folder = exported[-1].parent
-    with pytest.raises(CheckpointError, match="cannot be set"):
-        convert(folder / "c", tmp_path / "x", "hf", facts={"colour": 1})
+def test_one_changed_separator_is_another_prompt(exported) -> None:
+    ours, _, processor, _, _ = exported
+    template = processor.chat_template
+    assert "Assistant:" in template or "ASSISTANT:" in template
+    wrong = template.replace("ssistant:", "ssistant :").replace("SSISTANT:", "SSISTANT :")
+    right, other = (
+        processor.apply_chat_template(messages("what"), chat_template=t, add_generation_prompt=True)
+        for t in (template, wrong)
+    )
+    decoded = ours.tokenizer.decode([t for t in prompt_ids(ours, [("what", None)], has_image=True) if t >= 0])
+    plain = right.replace("<image>", "")
+    assert "".join(decoded.split()) == "".join(plain.split())
+    assert right != other
+
+
+def test_facts_that_do_not_exist_cannot_be_set(exported, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="'colour' cannot be set; these can: template"):
+        convert(exported[-1].parent / "c", tmp_path / "x", "hf", facts={"colour": 1})

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llava_core.constants import IMAGE_TOKEN_ID
-from llava_core.data.conversation import TEMPLATES
 from llava_core.runtime import CheckpointError
 from llava_core.weights import checkpoint
 from llava_core.weights.convert import convert, key_map, layout_of, open_checkpoint, targets
-from llava_core.weights.description import Description, Opened, check, expected
+from llava_core.weights.description import Description, Opened, check, expected, tower_config
 from llava_core.weights.divergence import first_divergence, first_module, verify_export
-from llava_core.weights.layouts import LAYOUTS, Options, to_ours, to_theirs
+from llava_core.weights.layouts import LAYOUTS, Options, open_renamed, to_ours, to_theirs
+from llava_core.weights.original import from_original
 from llava_core.weights.tensors import Lazy, numbered
 
 SOURCES = ("original", "original with tower", "mmpretrain", "hf", "llava", "projector")
@@ -260,15 +260,6 @@ def test_the_report_names_the_first_module_that_differs(world, tmp_path) -> None
         convert(source, tmp_path / "x", "original", verify=True)
 
 
-def test_one_changed_separator_gives_another_chat_template() -> None:
-    from dataclasses import replace
-
-    from llava_core.weights.hf import chat_template
-
-    one = TEMPLATES.get("v1")
-    assert chat_template(one, {}) != chat_template(replace(one, bridge=" ASSISTANT: "), {})
-
-
 # ------------------------------------------------------------------------------------------------ sizes of the paper
 
 
@@ -304,17 +295,50 @@ def test_the_key_map_of_7b_and_13b_is_complete(name, layers, width, heads, ffn) 
         check(opened)
 
 
-def test_an_original_index_of_7b_names_every_key(tmp_path) -> None:
-    """Names as the released 1.5 checkpoint's index has them, rotary frequencies of 2023 included."""
+def test_a_release_of_7b_converts_its_whole_key_map(tmp_path) -> None:
+    """Names as the index of a released 1.5 has them, with a tower and the rotary frequencies of 2023."""
     ends = [f"{name}.weight" for name in layouts.LLAMA_LAYER]
+    language = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}
+    tower = tower_config(
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 768,
+        }
+    )
+    description = Description(language, tower, None, 1024, "mlp2x_gelu", -2, None)
+    shapes = expected(description)
+    rules = LAYOUTS.get("original").rules
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     names += [f"model.mm_projector.{k}.{end}" for k in (0, 2) for end in ("weight", "bias")]
     names += [f"model.layers.{k}.{end}" for k in range(32) for end in ends]
-    rules = LAYOUTS.get("original").rules
-    language = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32}
-    description = Description(language, None, "somewhere", 1024, "mlp2x_gelu", -2, None)
-    wanted = expected(description, ("multi_modal_projector", "language_model"))
-    assert {to_ours(n, rules) for n in names} == set(wanted)
+    inside = "model.vision_tower.vision_tower.vision_model."
+    names += [inside + n.removeprefix("vision_tower.") for n in shapes if n.startswith("vision_tower.")]
+    tensors = {n: Lazy(shapes[to_ours(n, rules)], torch.float16, pytest.fail) for n in names}
+    computed = Lazy((64,), torch.float32, pytest.fail)
+    rotary = {f"model.layers.{k}.self_attn.rotary_emb.inv_freq": computed for k in range(32)}
+    rotary[inside + "embeddings.position_ids"] = computed
+
+    def opened(files: dict[str, Lazy]) -> Opened:
+        return open_renamed("original", tmp_path, files, from_original, description, None, [])
+
+    found = opened(tensors | rotary)
+    check(found)
+    assert set(found.tensors) == set(shapes)
+    assert set(found.left_out) == set(rotary)
+    for to in ("hf", "mmpretrain"):
+        theirs = [row[2] for row in key_map(found, to)]
+        assert len(set(theirs)) == len(shapes)
+    lost = tensors.pop("model.layers.31.mlp.up_proj.weight")
+    with pytest.raises(CheckpointError, match=r"layers\.31\.mlp\.up_proj\.weight is missing"):
+        check(opened(tensors))
+    tensors |= {"model.layers.31.mlp.up_proj.weight": lost, "model.layers.32.mlp.up_proj.weight": lost}
+    with pytest.raises(CheckpointError, match=r"model\.layers\.32\.mlp\.up_proj\.weight is unknown"):
+        check(opened(tensors))
 
 
 # ------------------------------------------------------------------------------------------------ shards and memory
