@@ -213,7 +213,7 @@ def test_load_refuses_a_file_with_problems_and_names_them(tmp_path: Path, images
     with pytest.raises(DataError, match="no such file"):
         load_instruct(tmp_path / "nothing.json")
     with pytest.raises(DataError, match=r"neither \.json nor \.jsonl"):
-        check_file(path.rename(tmp_path / "data.parquet"))
+        check_file(path.rename(tmp_path / "data.csv"))
 
 
 def test_subset_takes_seeded_nested_shares_in_file_order(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Instruction records: LLaVA-Instruct JSON or JSONL, checked strictly, read and written.
+"""Instruction records: LLaVA-Instruct JSON, JSONL or parquet, checked strictly, read and written.
 
 A record is ``{"id": str, "image": str (optional), "type": str (optional), "conversations": [{"from", "value"}, ...]}``
 with turns that alternate human / gpt and, where there is an image, one ``<image>`` in the first human value.
@@ -6,10 +6,12 @@ with turns that alternate human / gpt and, where there is an image, one ``<image
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
 import re
+import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +26,7 @@ T = TypeVar("T")
 ROLES = ("human", "gpt")
 PROBLEM_KINDS = {
     "not_json": "the file or the line is no JSON",
+    "not_parquet": "the file is no parquet, or damaged",
     "invalid_utf8": "text that is no valid Unicode",
     "no_records": "the file holds no record",
     "missing_field": "a required field is absent",
@@ -34,9 +37,18 @@ PROBLEM_KINDS = {
     "missing_image": "the image file does not exist",
     "outside_folder": "the image's path leaves the folder of images",
     "unreadable_image": "the image file is empty, truncated or no image",
+    "too_long": "more words than fit into the model's context beside the image",
     "duplicate_id": "the id was used before (a warning: nothing depends on ids being unique)",
 }
 WARNINGS = frozenset({"duplicate_id"})
+FORMATS = (".json", ".jsonl", ".parquet")
+
+MAX_WORDS = 1300
+"""Most words of a record that `check_file` lets pass: the paper trains on 2048 tokens, of which the image takes 256 and the
+template some 50; English text has about 1.35 LLaMA tokens per word. What is longer loses its last turns in training."""
+
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Chinese, Japanese, Korean: a character is a word
+_LONGEST_WORD = 20  # letters; a "word" of 2,000 letters (base64, a URL) counts as 100
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ class Problem:
     """One defect of a data file.
 
     Attributes:
-        line: line where the record starts, from 1; of a syntax error, its own line (None for records of no file).
+        line: line where the record starts, from 1; of a syntax error, its own line; of parquet, the row, from 1 (None
+            for records of no file).
         record: the record's id, or `#` and its position from 0 where it has none; None for the file as a whole.
         kind: a key of `PROBLEM_KINDS`.
         message: what is wrong and how to put it right.
@@ -77,7 +90,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class _Raw:
+class RawRecord:
     """A parsed record, where it stood, and whether its bytes were valid UTF-8."""
 
     line: int | None
@@ -103,6 +116,8 @@ def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
     """
     from llava_core.data.image_processor import ImageError, check_image
 
+    if not decode and _has_plain_header(path):
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata is no fault of the image
@@ -110,6 +125,34 @@ def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
     except ImageError as error:
         return ("missing_image" if error.missing else "unreadable_image"), error.reason
     return None
+
+
+def _has_plain_header(path: Path) -> bool:
+    """Whether the first bytes are those of a JPEG or PNG of usable size; Pillow, ten times slower, judges the rest."""
+    from llava_core.data.image_processor import MAX_ASPECT, MAX_PIXELS
+
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a pipe: no wait
+    except (OSError, ValueError):
+        return False
+    try:
+        head = os.read(file, 4096)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    size = None
+    if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR" and len(head) >= 33:
+        size = struct.unpack_from(">II", head, 16)
+    elif head.startswith(b"\xff\xd8\xff"):
+        at = 2
+        while at + 9 <= len(head) and head[at] == 0xFF:
+            marker, length = struct.unpack_from(">BH", head, at + 1)
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the start of a frame
+                size = struct.unpack_from(">HH", head, at + 5)
+                break
+            at += 2 + length
+    return size is not None and 0 < max(size) <= MAX_ASPECT * min(size) and size[0] * size[1] <= MAX_PIXELS
 
 
 def leaves_folder(name: str) -> bool:
@@ -120,12 +163,26 @@ def leaves_folder(name: str) -> bool:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _read_raw(path: Path, problems: list[Problem]) -> Iterator[_Raw]:
-    """Yield the records of a file one by one; what cannot be parsed is put into `problems`."""
+def read_records(path: Path, problems: list[Problem]) -> Iterator[RawRecord]:
+    """Yield the records of a file one by one; what cannot be parsed is put into `problems`.
+
+    Args:
+        path: a file of one of `FORMATS`.
+        problems: list that is added to.
+
+    Raises:
+        DataError: there is no such file, or its format is another one.
+    """
     if not path.is_file():
         raise DataError(f"{shown(path)}: no such file; check the path or run the step that writes it")
-    if path.suffix not in (".json", ".jsonl"):
-        raise DataError(f"{shown(path)}: neither .json nor .jsonl; convert the records to one of these")
+    if path.suffix not in FORMATS:
+        raise DataError(
+            f"{shown(path)}: neither .json nor .jsonl nor .parquet; `llava data convert` makes one of these of a CSV, a "
+            "folder of images and texts, or a data set on disk"
+        )
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, problems)
+        return
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         text, bad = data.decode(), None
@@ -142,10 +199,80 @@ def _read_raw(path: Path, problems: list[Problem]) -> Iterator[_Raw]:
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
-                    yield _Raw(number, position, json.loads(line), bool(bad and bad.search(line)))
+                    yield RawRecord(number, position, json.loads(line), bool(bad and bad.search(line)))
                 except ValueError as error:
                     problems.append(_not_json(number, position, error))
                 position += 1
+
+
+def _read_parquet(path: Path, problems: list[Problem]) -> Iterator[RawRecord]:
+    parquet = import_pyarrow("parquet")
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row, bad_utf8 in rows_of(batch):
+                    number += 1
+                    # a table has the cell of an absent field too
+                    yield RawRecord(number, number - 1, {k: v for k, v in row.items() if v is not None}, bad_utf8)
+    except (OSError, ValueError, import_pyarrow().ArrowException) as error:
+        message = f"no parquet, or damaged ({error}); write the file again"
+        problems.append(Problem(None, None, "not_parquet", message))
+
+
+def import_pyarrow(module: str = "lib") -> Any:
+    """Import `pyarrow.<module>`.
+
+    Raises:
+        DataError: pyarrow is not installed.
+    """
+    try:
+        return importlib.import_module(f"pyarrow.{module}")
+    except ModuleNotFoundError:
+        raise DataError(
+            "parquet and arrow files are read by pyarrow, which is not installed; fix: pip install 'llava-core[notebooks]'"
+        ) from None
+
+
+def rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The rows of an arrow record batch, and whether the text of each held bytes that are not UTF-8.
+
+    Such bytes, which arrow stores unchecked, become lone surrogates.
+    """
+    try:
+        yield from ((row, False) for row in batch.to_pylist())
+        return
+    except UnicodeDecodeError:
+        pass
+    arrow = import_pyarrow()
+    schema = arrow.schema([field.with_type(_as_bytes(field.type, arrow)) for field in batch.schema])
+    plain = arrow.Table.from_batches([batch]).cast(schema)
+    for k in range(batch.num_rows):
+        try:
+            yield batch.slice(k, 1).to_pylist()[0], False
+        except UnicodeDecodeError:
+            yield _as_text(plain.slice(k, 1).to_pylist()[0]), True
+
+
+def _as_bytes(kind: Any, arrow: Any) -> Any:
+    """The arrow type with bytes in the place of text."""
+    types = import_pyarrow("types")
+    if types.is_string(kind) or types.is_large_string(kind):
+        return arrow.binary() if types.is_string(kind) else arrow.large_binary()
+    if types.is_list(kind):
+        return arrow.list_(_as_bytes(kind.value_type, arrow))
+    if types.is_struct(kind):
+        fields = [kind.field(k) for k in range(kind.num_fields)]
+        return arrow.struct([field.with_type(_as_bytes(field.type, arrow)) for field in fields])
+    return kind
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    if isinstance(value, dict):
+        return {key: _as_text(inner) for key, inner in value.items()}
+    return [_as_text(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _not_json(line: int, position: int, error: ValueError) -> Problem:
@@ -153,7 +280,7 @@ def _not_json(line: int, position: int, error: ValueError) -> Problem:
     return Problem(line, f"#{position}", "not_json", f"no JSON ({reason}); write the record again or remove it")
 
 
-def _read_array(text: str, bad: re.Pattern[str] | None, problems: list[Problem]) -> Iterator[_Raw]:
+def _read_array(text: str, bad: re.Pattern[str] | None, problems: list[Problem]) -> Iterator[RawRecord]:
     """Read a JSON list element by element: each record has its line, and a broken one does not hide the rest."""
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
     begin = text.index("[") + 1
@@ -175,7 +302,7 @@ def _read_array(text: str, bad: re.Pattern[str] | None, problems: list[Problem])
                 end = skip(after)
                 # behind a broken record, a `{` in the record's column may still open a turn of the broken one
                 if not resumed or (isinstance(value, dict) and "conversations" in value):
-                    yield _Raw(line, position, value, bool(bad and bad.search(text, start, after)))
+                    yield RawRecord(line, position, value, bool(bad and bad.search(text, start, after)))
                     position, resumed = position + 1, False
             if text.startswith(",", end):
                 at = end + 1
@@ -199,25 +326,36 @@ def _read_array(text: str, bad: re.Pattern[str] | None, problems: list[Problem])
 # ------------------------------------------------------------------------------------------------ checking
 
 
-class _Checker:
-    """The rules of the format, with what they remember between records."""
+class Checker:
+    """The rules of the format, with what they remember between records.
 
-    def __init__(self, images: str | Path | None, decode: bool) -> None:
+    Args:
+        images: folder of the images; None looks at no file.
+        decode: decode each image too.
+        max_words: most words of a record; None for any number.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+
+    def __init__(self, images: str | Path | None, decode: bool, max_words: int | None = None) -> None:
         self.images = Path(images) if images is not None else None
         self.decode = decode
+        self.max_words = max_words
+        self.named: set[str] = set()
         self.first_use: dict[tuple[str, str | None], tuple[int, str]] = {}
         self.faults: dict[str, tuple[str, str] | None] = {}
         if self.images is not None and not self.images.is_dir():
             raise DataError(f"{shown(self.images)}: no such folder; give the folder that the records' images lie in")
 
-    def check(self, raw: _Raw) -> list[Problem]:
+    def check(self, raw: RawRecord) -> list[Problem]:
         """All problems of one record."""
         record = raw.value
         name = record.get("id") if isinstance(record, dict) else None
         label = name if isinstance(name, str) and name else f"#{raw.position}"
         return [Problem(raw.line, label, kind, message) for kind, message in self._defects(raw, record)]
 
-    def _defects(self, raw: _Raw, record: Any) -> Iterator[tuple[str, str]]:
+    def _defects(self, raw: RawRecord, record: Any) -> Iterator[tuple[str, str]]:
         if not isinstance(record, dict):
             yield "wrong_type", f"a record is an object with id and conversations, not {_type(record)}"
             return
@@ -240,8 +378,20 @@ class _Checker:
             yield "wrong_type", f"conversations is a list of turns, not {_type(turns)}"
         else:
             yield from _dialogue(turns, texts, image is not None)
+            yield from self._length(texts)
 
-    def _identity(self, raw: _Raw, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    def _length(self, texts: list[Any]) -> Iterator[tuple[str, str]]:
+        listed = [text for text in texts if isinstance(text, str)]
+        if self.max_words is None or sum(map(len, listed)) <= self.max_words:
+            return
+        if (words := sum(map(count_words, listed))) > self.max_words:
+            yield (
+                "too_long",
+                f"{words:,} words, of which {self.max_words:,} fit beside the image into 2048 tokens, and training leaves "
+                "out the last turns; split the dialogue, or raise --max-words and train.max_length",
+            )
+
+    def _identity(self, raw: RawRecord, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         name, kind = record.get("id"), record.get("type")
         if "id" not in record:
             yield "missing_field", "id is missing; give each record a string"
@@ -262,12 +412,18 @@ class _Checker:
         elif leaves_folder(name):
             yield "outside_folder", f"image '{name}' leaves the folder of images; give a path relative to that folder"
         elif self.images is not None:
-            known = name in self.faults
-            fault = self.faults[name] if known else image_fault(self.images / name, self.decode)
-            self.faults[name] = fault
+            fault = self.fault(name)
             # a damaged file is one problem however many records use it; a missing one is a problem of each record
-            if fault is not None and not (known and fault[0] == "unreadable_image"):
+            if fault is not None and not (name in self.named and fault[0] == "unreadable_image"):
+                self.named.add(name)
                 yield fault[0], f"image {shown(self.images / name)}: {fault[1]}; restore the file or remove the record"
+
+    def fault(self, name: str) -> tuple[str, str] | None:
+        """What `image_fault` says of an image of the folder, asked once per name."""
+        if name not in self.faults:
+            assert self.images is not None
+            self.faults[name] = image_fault(self.images / name, self.decode)
+        return self.faults[name]
 
 
 def _dialogue(turns: list[Any], texts: list[Any], has_image: bool) -> Iterator[tuple[str, str]]:
@@ -305,6 +461,12 @@ def _dialogue(turns: list[Any], texts: list[Any], has_image: bool) -> Iterator[t
             yield "image_marker", f"{IMAGE_MARKER} stands in turn {place}; move it to turn {first}, the first human one"
 
 
+def count_words(text: str) -> int:
+    """Words of a text, for which no tokenizer is needed: an unspaced script counts by character, a blob by length."""
+    spaced = len(text.split()) if text.isascii() else len(text.split()) + len(_UNSPACED.findall(text))
+    return max(spaced, len(text) // _LONGEST_WORD)
+
+
 def _type(value: Any) -> str:
     return {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "true/false"}.get(
         type(value), "a number"
@@ -331,33 +493,51 @@ def check_records(records: Iterable[Any], images: str | Path | None, decode: boo
     Returns:
         Every problem, in the order of the records; warnings are among them (`Problem.is_error`).
     """
-    checker = _Checker(images, decode)
-    return [problem for k, value in enumerate(records) for problem in checker.check(_Raw(None, k, value))]
+    checker = Checker(images, decode)
+    return [problem for k, value in enumerate(records) for problem in checker.check(RawRecord(None, k, value))]
 
 
-def check_file(path: str | Path, images: str | Path | None = None, decode: bool = True) -> dict[str, Any]:
+def check_file(
+    path: str | Path,
+    images: str | Path | None = None,
+    decode: bool = True,
+    max_words: int | None = MAX_WORDS,
+) -> dict[str, Any]:
     """Find all problems of a file: what `llava data check` reports.
 
+    Args:
+        path: a `.json` list, a `.jsonl` file of one record per line, or a `.parquet` table of one record per row.
+        images: the folder of the images; None looks at no image.
+        decode: decode each image; without it only absent files and wrong headers are noticed.
+        max_words: most words of a record; None for any number.
+
     Returns:
-        `records` (how many could be parsed), `errors`, `warnings` (counts), and `problems`, a list of
-        `{line, record, kind, message}` in the order of the lines.
+        `records` (how many could be parsed), `errors`, `warnings` (counts), `counted` (what the numbers of `line` count:
+        `line`, or `row` of parquet), and `problems`, a list of `{line, record, kind, message}` in the order of the lines.
 
     Raises:
         DataError: the file or the folder of images does not exist.
     """
     problems: list[Problem] = []
-    checker, count = _Checker(images, decode), 0
-    for raw in _read_raw(Path(path), problems):
+    checker, count = Checker(images, decode, max_words), 0
+    for raw in read_records(Path(path), problems):
         problems += checker.check(raw)
         count += 1
-    _note_empty(count, problems)
-    problems.sort(key=lambda problem: problem.line or 0)
+    note_empty(count, problems)
+    return {"records": count, **report(path, problems)}
+
+
+def report(path: str | Path, problems: list[Problem]) -> dict[str, Any]:
+    """The problems of a file as `check_file` returns them."""
+    problems = sorted(problems, key=lambda problem: problem.line or 0)
     errors = sum(problem.is_error for problem in problems)
+    counted = "row" if Path(path).suffix == ".parquet" else "line"
     listed = [asdict(problem) for problem in problems]
-    return {"records": count, "errors": errors, "warnings": len(problems) - errors, "problems": listed}
+    return {"errors": errors, "warnings": len(problems) - errors, "counted": counted, "problems": listed}
 
 
-def _note_empty(count: int, problems: list[Problem]) -> None:
+def note_empty(count: int, problems: list[Problem]) -> None:
+    """Add a problem where a file holds no record and nothing else was wrong."""
     if not count and not problems:
         problems.append(Problem(1, None, "no_records", "the file holds no record; run the step that writes it"))
 
@@ -376,7 +556,7 @@ def load_instruct(
     """Load a file of instruction records; one wrong record is an error that names all of them.
 
     Args:
-        path: a `.json` list or a `.jsonl` file of one record per line.
+        path: a `.json` list, a `.jsonl` file of one record per line, or a `.parquet` table of one record per row.
         images: folder of the images; None keeps their names as they stand and looks at no file.
         subset: share (0 to 1) of each kind to keep, e.g. `{"conversation": 1.0, "detail": 0.05}`; kinds that it does
             not name are left out. Shares are nested: 5 % of a kind is part of its 10 %.
@@ -392,13 +572,13 @@ def load_instruct(
     """
     path = Path(path)
     problems: list[Problem] = []
-    checker, samples = _Checker(images, decode), []
-    for raw in _read_raw(path, problems):
+    checker, samples = Checker(images, decode), []
+    for raw in read_records(path, problems):
         found = [problem for problem in checker.check(raw) if problem.is_error]
         problems += found
         if not found:
             samples.append(_sample(raw.value, checker.images))
-    _note_empty(len(samples), problems)
+    note_empty(len(samples), problems)
     if problems:
         some = "".join(f"\n  {problem}" for problem in problems[:5])
         command = f"llava data check {shown(path)}" + (f" --images {shown(checker.images)}" if checker.images else "")
