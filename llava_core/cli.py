@@ -81,19 +81,46 @@ def _evaluate_captions(args: argparse.Namespace) -> Result:
 
 
 def _data_check(args: argparse.Namespace) -> Result:
+    limits = {"decode": args.decode, "max_words": args.max_words or None}
+    if args.fix is not None:
+        from llava_core.data.repair import fix_file
+
+        return fix_file(args.file, args.fix, args.images, **limits)
     from llava_core.data.instruct import check_file
 
-    return check_file(args.file, args.images)
+    return check_file(args.file, args.images, **limits)
 
 
 def _show_problems(result: Result) -> str:
+    unit = result.get("counted", "line")
+    fixed = [
+        f"{unit} {f['line']}, record {f['record']}: mended: {'; '.join(f['done'])}" for f in result.get("fixed", ())
+    ]
     lines = [
-        f"line {p['line']}, record {p['record']}: {p['kind']}: {p['message']}"
+        f"{unit} {p['line']}, record {p['record']}: {p['kind']}: {p['message']}"
         if p["record"] is not None
         else p["message"]
         for p in result["problems"]
     ]
-    return "\n".join([*lines, f"{result['records']} records, {len(lines)} problems"])
+    total = f"{result['records']} records, {len(lines)} problems"
+    if "fixed" in result:
+        total += f" left, {len(fixed)} records mended, {result['written']} written to {result['out']}"
+    return "\n".join([*fixed, *lines, total])
+
+
+def _data_convert(args: argparse.Namespace) -> Result:
+    from llava_core.data.own_data import convert_data
+
+    return convert_data(
+        args.source,
+        args.to,
+        images=args.images,
+        columns=args.columns,
+        instructions=args.instructions,
+        split=args.split,
+        seed=args.seed,
+        skip=args.skip,
+    )
 
 
 def _generate(args: argparse.Namespace) -> Result:
@@ -210,6 +237,13 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
         raise argparse.ArgumentTypeError(f"'{text}': the value is not valid YAML") from None
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(field.strip() and column.strip() for field, _, column in pairs):
+        raise argparse.ArgumentTypeError(f"'{text}': write FIELD=COLUMN,FIELD=COLUMN, e.g. image=file,answer=caption")
+    return {field.strip(): column.strip() for field, _, column in pairs}
 
 
 def _positive(text: str) -> float:
@@ -337,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--references", type=Path, required=True, metavar="FILE", help="COCO's captions_*.json")
     new.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="COCO's result layout")
 
-    into = group("data", "look at training data", "llava data check chat.json --images images")
+    into = group("data", "check and convert training data", "llava data check chat.json --images images")
     new = command(
         "check",
         "find all problems of an instruction file",
@@ -347,8 +381,45 @@ def _parser() -> argparse.ArgumentParser:
         failed=lambda result: bool(result["errors"]),
         into=into,
     )
-    new.add_argument("file", type=Path, metavar="FILE", help="LLaVA-Instruct JSON or JSONL")
+    new.add_argument("file", type=Path, metavar="FILE", help="LLaVA-Instruct JSON, JSONL or parquet")
     new.add_argument("--images", type=Path, metavar="DIR", help="folder of the images; without it they are not read")
+    new.add_argument(
+        "--no-decode", dest="decode", action="store_false", help="look at the images' headers only: 20 times faster"
+    )
+    new.add_argument(
+        "--max-words",
+        type=int,
+        default=1300,  # instruct.MAX_WORDS, which is not imported before a command runs
+        metavar="N",
+        help="a longer record does not fit into 2048 tokens beside its image (default: 1300; 0: no limit)",
+    )
+    new.add_argument("--fix", type=Path, metavar="OUT", help="write a repaired copy and report what is left")
+    new = command(
+        "convert",
+        "make instruction data of a folder of images and texts, a CSV, or a data set on disk",
+        "llava data convert photos.csv --to data/mine.json --images photos --columns image=file,answer=legend",
+        _data_convert,
+        into=into,
+    )
+    new.add_argument(
+        "source", type=Path, metavar="SRC", help="folder of image + .txt, .csv, .tsv, or save_to_disk folder"
+    )
+    new.add_argument("--to", type=Path, required=True, metavar="OUT", help="the .json, .jsonl or .parquet to write")
+    new.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder of the images (of those in arrow: where to write)"
+    )
+    new.add_argument(
+        "--columns",
+        type=_columns,
+        metavar="FIELD=COLUMN,...",
+        help="for id, image, question, answer, type, conversations; common names are known",
+    )
+    new.add_argument(
+        "--instructions", default="brief", metavar="LIST", help="questions for answers without: brief, detail or a file"
+    )
+    new.add_argument("--split", metavar="NAME", help="part of a data set that has several")
+    new.add_argument("--seed", type=int, default=0, metavar="N", help="decides which instruction a record gets")
+    new.add_argument("--skip", action="store_true", help="leave rows with problems out, and report them")
 
     new = command(
         "generate",

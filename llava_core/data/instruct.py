@@ -44,8 +44,8 @@ WARNINGS = frozenset({"duplicate_id"})
 FORMATS = (".json", ".jsonl", ".parquet")
 
 MAX_WORDS = 1300
-"""Most words of a record that `check_file` lets pass: the paper trains on 2048 tokens, of which the image takes 256 and the
-template some 50; English text has about 1.35 LLaMA tokens per word. What is longer loses its last turns in training."""
+"""Most words of a record that `check_file` lets pass: the paper trains on 2048 tokens, of which the image takes 256 and
+the template some 50; English text has about 1.35 LLaMA tokens per word. What is longer loses its last turns."""
 
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Chinese, Japanese, Korean: a character is a word
 _LONGEST_WORD = 20  # letters; a "word" of 2,000 letters (base64, a URL) counts as 100
@@ -177,8 +177,8 @@ def read_records(path: Path, problems: list[Problem]) -> Iterator[RawRecord]:
         raise DataError(f"{shown(path)}: no such file; check the path or run the step that writes it")
     if path.suffix not in FORMATS:
         raise DataError(
-            f"{shown(path)}: neither .json nor .jsonl nor .parquet; `llava data convert` makes one of these of a CSV, a "
-            "folder of images and texts, or a data set on disk"
+            f"{shown(path)}: neither .json nor .jsonl nor .parquet; `llava data convert` makes one of these of a "
+            "CSV, a folder of images and texts, or a data set on disk"
         )
     if path.suffix == ".parquet":
         yield from _read_parquet(path, problems)
@@ -230,7 +230,8 @@ def import_pyarrow(module: str = "lib") -> Any:
         return importlib.import_module(f"pyarrow.{module}")
     except ModuleNotFoundError:
         raise DataError(
-            "parquet and arrow files are read by pyarrow, which is not installed; fix: pip install 'llava-core[notebooks]'"
+            "parquet and arrow files are read by pyarrow, which is not installed; "
+            "fix: pip install 'llava-core[notebooks]'"
         ) from None
 
 
@@ -377,7 +378,8 @@ class Checker:
         elif not isinstance(turns, list):
             yield "wrong_type", f"conversations is a list of turns, not {_type(turns)}"
         else:
-            yield from _dialogue(turns, texts, image is not None)
+            # an empty name is a problem already, and does not say whether there is to be an image
+            yield from _dialogue(turns, texts, None if image == "" else image is not None)
             yield from self._length(texts)
 
     def _length(self, texts: list[Any]) -> Iterator[tuple[str, str]]:
@@ -387,8 +389,8 @@ class Checker:
         if (words := sum(map(count_words, listed))) > self.max_words:
             yield (
                 "too_long",
-                f"{words:,} words, of which {self.max_words:,} fit beside the image into 2048 tokens, and training leaves "
-                "out the last turns; split the dialogue, or raise --max-words and train.max_length",
+                f"{words:,} words, of which {self.max_words:,} fit beside the image into 2048 tokens, and training "
+                "leaves out the last turns; split the dialogue, or raise --max-words and train.max_length",
             )
 
     def _identity(self, raw: RawRecord, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -426,7 +428,7 @@ class Checker:
         return self.faults[name]
 
 
-def _dialogue(turns: list[Any], texts: list[Any], has_image: bool) -> Iterator[tuple[str, str]]:
+def _dialogue(turns: list[Any], texts: list[Any], has_image: bool | None) -> Iterator[tuple[str, str]]:
     """Defects of the turns: types, roles, empty values, image markers."""
     if not turns:
         yield "role_order", "conversations is empty; give at least a question (human) and an answer (gpt)"
@@ -448,7 +450,7 @@ def _dialogue(turns: list[Any], texts: list[Any], has_image: bool) -> Iterator[t
     elif len(turns) % 2:
         yield "role_order", "the last question has no answer; add a gpt turn or remove the question"
     counts = [text.count(IMAGE_MARKER) if isinstance(text, str) else 0 for text in texts]
-    if "human" in roles:  # otherwise there is no first human turn that could hold the marker
+    if has_image is not None and "human" in roles:  # otherwise there is no first human turn that could hold the marker
         first = roles.index("human")
         if sum(counts) != has_image:
             yield (
@@ -512,8 +514,9 @@ def check_file(
         max_words: most words of a record; None for any number.
 
     Returns:
-        `records` (how many could be parsed), `errors`, `warnings` (counts), `counted` (what the numbers of `line` count:
-        `line`, or `row` of parquet), and `problems`, a list of `{line, record, kind, message}` in the order of the lines.
+        `records` (how many could be parsed), `errors`, `warnings` (counts), `counted` (what the numbers of `line`
+        count: `line`, or `row` of parquet), and `problems`, a list of `{line, record, kind, message}` in the order of
+        the lines.
 
     Raises:
         DataError: the file or the folder of images does not exist.

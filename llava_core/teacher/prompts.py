@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_core.constants import DETAIL_INSTRUCTIONS
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, fingerprint, shown
 from llava_core.teacher.client import Message
@@ -22,24 +23,7 @@ FOLDERS = {"conversation": "conversation", "detail": "detail_description", "comp
 KINDS = tuple(FOLDERS)
 KINDS_WITH_BOXES = ("detail", "complex")
 
-DETAIL_QUESTIONS = (
-    "Describe this image in detail.",
-    "Tell me everything that can be seen in the image.",
-    "Give a complete description of the scene.",
-    "What does this picture show? Leave nothing out.",
-    "Put the whole scene into words.",
-    "Take me through the picture, part by part.",
-    "Write a full account of what is in the photo.",
-    "How would you describe this scene to somebody who cannot see it?",
-    "List and describe what the image contains.",
-    "Say in detail what you see here.",
-    "Paint this picture with words.",
-    "What is there to see, and where? Be thorough.",
-    "Please report all that the image shows.",
-    "Describe the things in this photo and how they are arranged.",
-    "Look closely and tell me about every part of the image.",
-    "I would like a long and careful description of this image.",
-)
+DETAIL_QUESTIONS = DETAIL_INSTRUCTIONS
 """Sixteen ways to ask for a description; the paper draws its own sixteen (Table 12) at random for each record."""
 
 

@@ -1,0 +1,94 @@
+"""Naive expansion: a caption becomes a record when a question that asks for it is put before it.
+
+The question is drawn from wordings of the same request, so that the model does not learn one sentence by heart.
+It depends on the seed and the record's id alone: not on the order of the records, nor on which others there are.
+
+Source: paper, section 3 and appendix F, Tables 11 (brief) and 12 (detailed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from llava_core.constants import BRIEF_INSTRUCTIONS, DETAIL_INSTRUCTIONS, IMAGE_MARKER
+from llava_core.registry import unknown
+from llava_core.runtime import DataError, shown
+
+T = TypeVar("T")
+LISTS = {"brief": BRIEF_INSTRUCTIONS, "detail": DETAIL_INSTRUCTIONS}
+"""Our own wordings, as many as the paper has: 11 that ask for a caption, 16 that ask for a detailed description."""
+
+
+def load_instructions(source: str | Path) -> tuple[str, ...]:
+    """Read a list of instructions: one of ours by name, or a file, such as the official list, of one per line.
+
+    Args:
+        source: `brief`, `detail`, or a UTF-8 text file; its empty lines are skipped, and so is a bullet or a pair of
+            quotation marks around a line.
+
+    Returns:
+        The instructions in the order of the list.
+
+    Raises:
+        DataError: neither a known name nor a file, no UTF-8, no instruction in it, one twice, or one with the marker.
+    """
+    if str(source) in LISTS:
+        return LISTS[str(source)]
+    path = Path(source)
+    if not path.is_file():
+        wrong = unknown("list of instructions", str(source), LISTS)
+        raise DataError(f"{wrong}; or name a text file of one instruction per line")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown(path)}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+    found: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.strip().removeprefix("- ").removeprefix("• ").strip()
+        text = text[1:-1].strip() if len(text) > 1 and text[0] + text[-1] in ('""', "“”") else text
+        if IMAGE_MARKER in text:
+            raise DataError(f"{shown(path)}, line {number}: {IMAGE_MARKER} is put in later; take it out of the line")
+        if text in found:
+            raise DataError(f"{shown(path)}, line {number}: the same instruction as line {found[text]}; remove one")
+        if text:
+            found[text] = number
+    if not found:
+        raise DataError(f"{shown(path)}: no instruction in it; write one per line")
+    return tuple(found)
+
+
+def draw(choices: Sequence[T], record: str, seed: int = 0) -> T:
+    """Choose for a record: by a hash of seed and id, so that each choice is equally probable.
+
+    Args:
+        choices: such as a list of instructions.
+        record: the record's id.
+        seed: another one draws anew.
+    """
+    digest = hashlib.sha256(f"{seed}:{record}".encode(errors="surrogatepass")).digest()
+    return choices[int.from_bytes(digest[:8], "big") % len(choices)]
+
+
+def expand(
+    caption: str, record: str, instructions: Sequence[str], seed: int = 0, image: bool = True
+) -> list[dict[str, str]]:
+    """The two turns of a caption's record.
+
+    Args:
+        caption: the answer.
+        record: the record's id, which decides the question and the side of the image.
+        instructions: the list of questions.
+        seed: another one draws anew.
+        image: put the marker before or after the question, each in half of the records (paper, equation 2).
+
+    Returns:
+        `[{"from": "human", ...}, {"from": "gpt", ...}]`
+    """
+    question = draw(instructions, record, seed)
+    if image:
+        parts = [IMAGE_MARKER, question]
+        question = "\n".join(draw((parts, parts[::-1]), f"side:{record}", seed))
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
