@@ -142,7 +142,10 @@ def test_forty_planted_defects_are_found_once_each_and_only_the_unfixable_are_le
     assert copy["records"] == fixed["written"] == 78  # without the exact duplicate
     assert b"A c\xe4t." in out.read_bytes()  # bytes that are no text are carried over, not guessed
     texts = [
-        turn["value"] for line in before.split(b"\n") if b'"good' in line for turn in json.loads(line)["conversations"]
+        turn["value"]
+        for line in before.split(b"\n")
+        if b'"id": "good' in line
+        for turn in json.loads(line)["conversations"]
     ]
     assert all(json.dumps(text).encode() in out.read_bytes() for text in texts)
 

@@ -8,7 +8,6 @@ a repair moves, renames or leaves out what is there.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import re
@@ -211,65 +210,68 @@ def fix_file(
     if out.exists() and path.exists() and out.samefile(path):
         raise DataError(f"{shown(out)}: the copy would replace the file; give --fix another name")
     problems: list[Problem] = []
-    before, after = Checker(images, decode, max_words), Checker(images, decode, max_words)
-    after.faults = before.faults  # no image is looked at twice
+    checker = Checker(images, decode, max_words)
     place = "row" if path.suffix == ".parquet" else "line"
     fixed: list[dict[str, Any]] = []
-    kept: list[RawRecord] = []
-    seen: set[bytes] = set()
+    values: list[Any] = []
+    lines: list[bytes] = []
+    places: dict[str, list[int]] = {}  # of an id's records in `lines`
     count = 0
     for raw in read_records(path, problems):
         count += 1
-        value, done = mend(raw, before, place) if before.check(raw) else (raw.value, [])
-        digest = _digest(value)
-        if digest in seen:
+        value, done, found = _mended(raw, checker, place)
+        name = value.get("id") if isinstance(value, dict) else None
+        label = name if isinstance(name, str) else f"#{raw.position}"
+        line = _encoded(value, raw)
+        same_id = places.setdefault(label, [])
+        if any(lines[k] == line for k in same_id):
             done.append("duplicate: left out")
         else:
-            seen.add(digest)
-            kept.append(RawRecord(raw.line, raw.position, value, raw.bad_utf8))
-            problems += after.check(kept[-1])
+            same_id.append(len(lines))
+            lines.append(line)
+            problems += found
+            if out.suffix == ".parquet":
+                values.append(value)
         if done:
-            name = value.get("id") if isinstance(value, dict) else None
-            fixed.append(
-                {"line": raw.line, "record": name if isinstance(name, str) else f"#{raw.position}", "done": done}
-            )
+            fixed.append({"line": raw.line, "record": label, "done": done})
     note_empty(count, problems)
-    _write(out, kept)
+    if out.suffix == ".parquet":
+        write_parquet(out, values)
+    elif out.suffix == ".json":
+        atomic_write(out, b"[\n" + b",\n".join(lines) + b"\n]\n")
+    else:
+        atomic_write(out, b"".join(line + b"\n" for line in lines))
     return {
         "records": count,
         **report(path, problems),
         "fixed": fixed,
-        "written": len(kept),
+        "written": len(lines),
         "out": shown(out),
     }
 
 
-def _digest(value: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=repr).encode(), digest_size=16).digest()
+def _mended(raw: RawRecord, checker: Checker, place: str) -> tuple[Any, list[str], list[Problem]]:
+    """A record after its repair, what was done, and the problems that are left."""
+    image = raw.value.get("image") if isinstance(raw.value, dict) else None
+    known = isinstance(image, str) and image in checker.named
+    found = checker.check(raw)
+    if not found:
+        return raw.value, [], found
+    if isinstance(image, str) and not known:
+        checker.named.discard(image)  # so that the second look names the damaged image again
+    value, done = mend(raw, checker, place)
+    return value, done, checker.check(RawRecord(raw.line, raw.position, value, raw.bad_utf8))
 
 
-def _write(out: Path, records: list[RawRecord]) -> None:
-    if out.suffix == ".parquet":
-        write_parquet(out, [record.value for record in records])
-        return
-    lines = [_encoded(record) for record in records]
-    joined = (
-        b"[\n" + b",\n".join(lines) + b"\n]\n" if out.suffix == ".json" else b"".join(line + b"\n" for line in lines)
-    )
-    atomic_write(out, joined)
-
-
-def _encoded(record: RawRecord) -> bytes:
+def _encoded(value: Any, raw: RawRecord) -> bytes:
     """A record as one line of JSON; bytes that are no text stay the bytes that they were."""
     try:
-        return json.dumps(record.value, ensure_ascii=False).encode(
-            errors="surrogateescape" if record.bad_utf8 else "strict"
-        )
+        return json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape" if raw.bad_utf8 else "strict")
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
-        return json.dumps(record.value).encode()
+        return json.dumps(value).encode()
     except TypeError as error:  # the bytes of an image in parquet
         raise DataError(
-            f"row {record.line}: JSON cannot hold what stands there ({error}); "
+            f"row {raw.line}: JSON cannot hold what stands there ({error}); "
             "`llava data convert` writes images that lie in a table into a folder"
         ) from error
 
