@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from llava_core import cli
 from llava_core.constants import IMAGE_MARKER
+from llava_core.data import cache
 from llava_core.data.expansion import LISTS, draw, expand, load_instructions
 from llava_core.data.instruct import PROBLEM_KINDS, check_file, count_words, load_instruct
 from llava_core.data.own_data import convert_data
@@ -414,3 +416,46 @@ def test_the_instruction_is_drawn_by_seed_and_id_alone_and_evenly() -> None:
     assert 400 < first < 600
     assert all(question["value"].count(IMAGE_MARKER) == 1 for question, _ in turns)
     assert IMAGE_MARKER not in expand("A cat.", "1", brief, image=False)[0]["value"]
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+
+def test_a_cached_file_is_not_read_again_until_it_changes(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    path, folder = tmp_path / "mine.json", tmp_path / "cache"
+    records = [record(str(k), image=("good.jpg", None)[k % 2], type="detail") for k in range(5)]
+    for k in (1, 3):
+        records[k]["conversations"][0]["value"] = "Why\u2028?"
+    path.write_text(json.dumps(records))
+    loaded = load_instruct(path, images)
+    first = cache.cached_instruct(path, images, folder=folder)
+    assert list(first) == loaded
+    assert list(first[1::2]) == loaded[1::2]
+    assert first[-1] == loaded[-1]
+    assert list(pickle.loads(pickle.dumps(first[3:]))) == loaded[3:]
+    with pytest.raises(IndexError):
+        first[5]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "iter_instruct", None)  # to read the records would now be an error
+        assert list(cache.cached_instruct(path, images, folder=folder)) == loaded
+        for other in ({"decode": True}, {"images": None}):
+            with pytest.raises(TypeError):
+                cache.cached_instruct(path, **{"images": images, **other}, folder=folder)
+        path.write_text(json.dumps(records[:2]))
+        with pytest.raises(TypeError):
+            cache.cached_instruct(path, images, folder=folder)
+    assert list(cache.cached_instruct(path, images, folder=folder)) == loaded[:2]
+    path.write_text(json.dumps([*records, record("bad", image="absent.jpg")]))
+    files = sorted(folder.iterdir())
+    with pytest.raises(DataError, match="record bad"):
+        cache.cached_instruct(path, images, folder=folder)
+    assert sorted(folder.iterdir()) == files  # nothing half-written
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    path.write_text(json.dumps(records))
+    with pytest.raises(DataError, match="remove it"):
+        cache.cached_instruct(path, images, folder=folder)

@@ -548,6 +548,30 @@ def note_empty(count: int, problems: list[Problem]) -> None:
 # ------------------------------------------------------------------------------------------------ loading, writing
 
 
+def iter_instruct(path: Path, images: str | Path | None = None, decode: bool = False) -> Iterator[Sample]:
+    """Yield the samples of a file one by one, and complain at its end of all that was wrong.
+
+    Args:
+        path, images, decode: as for `load_instruct`.
+
+    Raises:
+        DataError: the file has problems; what was yielded until then is not all of it.
+    """
+    problems: list[Problem] = []
+    checker, count = Checker(images, decode), 0
+    for raw in read_records(path, problems):
+        found = [problem for problem in checker.check(raw) if problem.is_error]
+        problems += found
+        if not found:
+            count += 1
+            yield _sample(raw.value, checker.images)
+    note_empty(count, problems)
+    if problems:
+        some = "".join(f"\n  {problem}" for problem in problems[:5])
+        command = f"llava data check {shown(path)}" + (f" --images {shown(checker.images)}" if checker.images else "")
+        raise DataError(f"{shown(path)}: {len(problems)} problem(s){some}\n  `{command}` lists all of them")
+
+
 def load_instruct(
     path: str | Path,
     images: str | Path | None = None,
@@ -574,18 +598,7 @@ def load_instruct(
         DataError: the file has problems, or no record of a kind that `subset` names.
     """
     path = Path(path)
-    problems: list[Problem] = []
-    checker, samples = Checker(images, decode), []
-    for raw in read_records(path, problems):
-        found = [problem for problem in checker.check(raw) if problem.is_error]
-        problems += found
-        if not found:
-            samples.append(_sample(raw.value, checker.images))
-    note_empty(len(samples), problems)
-    if problems:
-        some = "".join(f"\n  {problem}" for problem in problems[:5])
-        command = f"llava data check {shown(path)}" + (f" --images {shown(checker.images)}" if checker.images else "")
-        raise DataError(f"{shown(path)}: {len(problems)} problem(s){some}\n  `{command}` lists all of them")
+    samples = list(iter_instruct(path, images, decode))
     if subset:
         samples = _subset(samples, subset, seed, path)
     if limit is not None and limit < len(samples):
