@@ -459,3 +459,26 @@ def test_a_cached_file_is_not_read_again_until_it_changes(
     path.write_text(json.dumps(records))
     with pytest.raises(DataError, match="remove it"):
         cache.cached_instruct(path, images, folder=folder)
+
+
+def test_a_large_file_gives_the_same_samples_through_the_cache(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    path, folder = tmp_path / "mine.json", tmp_path / "cache"
+    path.write_text(json.dumps([record(str(k), type=("detail", "complex")[k % 2]) for k in range(40)]))
+    options: dict[str, Any] = {"subset": {"detail": 0.5, "complex": 0.1}, "seed": 3}
+    plain = cache.load_large(path, images, **options, folder=folder)
+    assert plain == load_instruct(path, images, **options)
+    assert not folder.exists()
+    monkeypatch.setattr(cache, "CACHED_FROM", 0)
+    cached = cache.load_large(path, images, **options, folder=folder)
+    assert isinstance(cached, cache.CachedSamples)
+    assert list(cached) == plain
+    rows = [5, 0, 3]
+    assert list(cache.pick(cached, rows)) == cache.pick(plain, rows) == [plain[k] for k in rows]
+    with pytest.raises(DataError, match="did you mean 'detail'"):
+        cache.load_large(path, images, {"details": 1.0}, folder=folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.importlib.util, "find_spec", lambda name: None)
+        assert cache.load_large(path, images, **options, folder=folder) == plain

@@ -6,9 +6,10 @@ the images and how they were checked, so a changed source is checked anew and an
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any, overload
 
 import numpy as np
 
-from llava_core.data.instruct import Sample, import_pyarrow, iter_instruct
+from llava_core.data.instruct import Sample, choose_kinds, import_pyarrow, iter_instruct, load_instruct
 from llava_core.runtime import ROOT, DataError, fingerprint, sha256_file, shown
 
 VERSION = 1  # of the columns
+CACHED_FROM = 2**25
+"""Bytes of a source from which `load_large` uses the cache; what is smaller is read and checked in seconds."""
 _ROWS = 4096  # per record batch: what is unpacked at once
 
 
@@ -59,6 +62,12 @@ class CachedSamples(Sequence[Sample]):
         texts = row["texts"]
         return Sample(row["id"], list(zip(texts[::2], texts[1::2], strict=True)), image, row["kind"])
 
+    @property
+    def kinds(self) -> list[str | None]:
+        """The kind of each sample."""
+        kinds: list[str | None] = self.table["kind"].take(self.indices).to_pylist()
+        return kinds
+
     def select(self, rows: np.ndarray) -> CachedSamples:
         """The samples of these rows of the file, in this order; the file stays mapped once."""
         chosen = object.__new__(CachedSamples)
@@ -67,6 +76,41 @@ class CachedSamples(Sequence[Sample]):
 
     def __reduce__(self) -> tuple[Any, ...]:  # a worker process maps the file itself
         return CachedSamples, (self.path, self.images, self.indices)
+
+
+def load_large(
+    path: str | Path,
+    images: str | Path | None = None,
+    subset: Mapping[str, float] | None = None,
+    seed: int = 0,
+    decode: bool = False,
+    folder: str | Path | None = None,
+) -> Sequence[Sample]:
+    """Load records for a training run: a file of `CACHED_FROM` bytes or more through the cache, a smaller one directly.
+
+    Without pyarrow, which only the cache needs, a large file is loaded directly too. Images are checked when the cache
+    is made: one that goes missing later is found when it is needed.
+
+    Args:
+        path, images, subset, seed, decode: as for `load_instruct`.
+        folder: as for `cached_instruct`.
+
+    Raises:
+        DataError: as `load_instruct`.
+    """
+    path = Path(path)
+    small = not path.is_file() or path.stat().st_size < CACHED_FROM
+    if small or importlib.util.find_spec("pyarrow") is None:
+        return load_instruct(path, images, subset=subset, seed=seed, decode=decode)
+    samples = cached_instruct(path, images, decode, folder)
+    return samples.select(np.array(choose_kinds(samples.kinds, subset, seed, path))) if subset else samples
+
+
+def pick(samples: Sequence[Sample], rows: Sequence[int]) -> Sequence[Sample]:
+    """The samples of these numbers, in this order, without making those that the cache holds."""
+    if isinstance(samples, CachedSamples):
+        return samples.select(samples.indices[np.asarray(rows, dtype=np.int64)])
+    return [samples[k] for k in rows]
 
 
 def cached_instruct(

@@ -13,7 +13,7 @@ import random
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -600,7 +600,7 @@ def load_instruct(
     path = Path(path)
     samples = list(iter_instruct(path, images, decode))
     if subset:
-        samples = _subset(samples, subset, seed, path)
+        samples = [samples[k] for k in choose_kinds([sample.kind for sample in samples], subset, seed, path)]
     if limit is not None and limit < len(samples):
         samples = _choose(samples, limit, f"{seed}:limit")
     return samples
@@ -613,10 +613,20 @@ def _sample(record: dict[str, Any], images: Path | None) -> Sample:
     return Sample(record["id"], list(zip(values[::2], values[1::2], strict=True)), image, record.get("type"))
 
 
-def _subset(samples: list[Sample], shares: Mapping[str, float], seed: int, path: Path) -> list[Sample]:
+def choose_kinds(kinds: Sequence[str | None], shares: Mapping[str, float], seed: int, path: Path) -> list[int]:
+    """Which records a subset keeps, in the order of the file.
+
+    Args:
+        kinds: of each record.
+        shares, seed: `subset` and `seed` of `load_instruct`.
+        path: the file, for messages.
+
+    Raises:
+        DataError: no record of a kind that `shares` names, or a share that is none.
+    """
     places: dict[str, list[int]] = {}
-    for k, sample in enumerate(samples):
-        places.setdefault(sample.kind or "(no type)", []).append(k)
+    for k, name in enumerate(kinds):
+        places.setdefault(name or "(no type)", []).append(k)
     chosen: list[int] = []
     for kind, share in shares.items():
         if kind not in places:
@@ -626,7 +636,7 @@ def _subset(samples: list[Sample], shares: Mapping[str, float], seed: int, path:
             raise DataError(f"{shown(path)}: the share of '{kind}' is {share}; give a number from 0 to 1")
         size = max(1, round(share * len(places[kind]))) if share else 0
         chosen += _choose(places[kind], size, f"{seed}:{kind}")
-    return [samples[k] for k in sorted(chosen)]
+    return sorted(chosen)
 
 
 def _choose(items: list[T], size: int, seed: str) -> list[T]:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from llava_core.config import RunConfig
+from llava_core.data.cache import load_large, pick
 from llava_core.data.conversation import TEMPLATES, Encoded, Turn
 from llava_core.data.image_processor import ImageProcessor, load_image
-from llava_core.data.instruct import Sample, load_instruct
+from llava_core.data.instruct import Sample
 from llava_core.data.scienceqa import format_problem, load_problems
 from llava_core.runtime import CheckpointError, DataError, resolve, resolve_dtype, seed_everything, shown
 from llava_core.weights.checkpoint import Loaded, build, load_into
@@ -30,7 +31,7 @@ class TrainingSet:
     `dropped` tells how many turns were too long, by the number of each sample looked at so far that had any.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     tokenizer: Any
     processor: ImageProcessor
     config: RunConfig
@@ -109,7 +110,7 @@ def training_files(config: RunConfig) -> list[Path]:
     return [folder / name]
 
 
-def load_samples(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
+def load_samples(config: RunConfig) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Training and held-out samples of a run.
 
     Raises:
@@ -131,7 +132,7 @@ def load_samples(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
             for split, limit in (("train", data.limit), ("val", config.scale.eval_samples))
         )
     images = resolve(config.scale.data[f"{data.name}_images"])
-    samples = load_instruct(path, images, subset=data.subset or None, seed=config.experiment.train.seed, decode=True)
+    samples = load_large(path, images, subset=data.subset or None, seed=config.experiment.train.seed, decode=True)
     every = round(1 / HELD_OUT)
-    train = [s for k, s in enumerate(samples) if k % every]
+    train = pick(samples, [k for k in range(len(samples)) if k % every])
     return train[: data.limit], samples[::every][: config.scale.eval_samples]
