@@ -402,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
         into=into,
     )
     new.add_argument(
-        "source", type=Path, metavar="SRC", help="folder of image + .txt, .csv, .tsv, or save_to_disk folder"
+        "source", type=Path, metavar="SRC", help="folder of image + .txt, .csv, .tsv, .parquet, or save_to_disk folder"
     )
     new.add_argument("--to", type=Path, required=True, metavar="OUT", help="the .json, .jsonl or .parquet to write")
     new.add_argument(

@@ -313,6 +313,10 @@ def test_a_csv_by_the_names_of_its_columns(tmp_path: Path, images: Path) -> None
     report = convert_data(path, out, images, columns, skip=True)
     assert report["records"] == 3
     assert [skipped["place"] for skipped in report["skipped"]] == ["line 6", "line 7", "line 8", "line 9"]
+    with path.open("a") as file:
+        file.write('good.jpg,"never closed\n')
+    with pytest.raises(DataError, match=r"line 10: .*quotation marks"):  # --skip would lose what stands behind
+        convert_data(path, out, images, columns, skip=True)
     semicolons = tmp_path / "semi.csv"
     semicolons.write_text("image;caption\na.jpg;A\n")
     with pytest.raises(DataError, match="semicolons"):
@@ -358,6 +362,13 @@ def test_a_data_set_on_disk_with_images_as_bytes(tmp_path: Path) -> None:
     assert records[0]["conversations"][1] == {"from": "gpt", "value": "So."}
     assert records[1]["image"] == records[3]["image"]  # the same bytes are one file
     assert Path(records[1]["image"]).suffix == ".jpg"
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(tables[0], tmp_path / "part.parquet")
+    report = convert_data(tmp_path / "part.parquet", tmp_path / "other" / "part.json")
+    assert report["source"] == "parquet"
+    assert checked(tmp_path / "other" / "part.json", tmp_path / "other" / "images") == [
+        {**item, "id": f"row-{k}"} for k, item in enumerate(records[:2], start=1)
+    ]
     with pytest.raises(DataError, match="choose one with --split"):
         convert_data(tmp_path / "set", out)
     with pytest.raises(DataError, match="unknown split 'val'"):

@@ -1,4 +1,4 @@
-"""Your own data into LLaVA-Instruct: a folder of images and texts, a CSV, or a data set that `datasets` saved to disk.
+"""Your own data into LLaVA-Instruct: a folder of images and texts, a CSV, or a data set in arrow or parquet files.
 
 Every source gives rows of fields; a row becomes a record in one of two ways. It has turns (`conversations` or
 `messages`): they are taken over. Or it has an `answer`, and a `question` or else an instruction drawn by the record's
@@ -81,7 +81,7 @@ def convert_data(
     Args:
         source: a folder of images, each with a text of the same name and the extension `.txt` (an image and its
             caption or description); a `.csv` or `.tsv` file with a line of column names; a folder that the package
-            `datasets` wrote with `save_to_disk`.
+            `datasets` wrote with `save_to_disk`; a `.parquet` file with the columns of one, as hubs offer them.
         out: the file to write, `.json`, `.jsonl` or `.parquet`.
         images: folder of the images. By default the folder itself, or the one that the CSV lies in. Images whose bytes
             lie in a data set are written there; by default into `images` beside `out`.
@@ -145,14 +145,16 @@ def convert_data(
 def _layout(source: Path) -> str:
     if source.is_file() and source.suffix.lower() in (".csv", ".tsv"):
         return "csv"
+    if source.is_file() and source.suffix.lower() == ".parquet":
+        return "parquet"
     if source.is_dir():
         known = ("state.json", "dataset_dict.json")
         return "datasets" if any((source / name).is_file() for name in known) else "folder"
     if not source.exists():
         raise DataError(f"{shown(source)}: no such file or folder; check the path")
     raise DataError(
-        f"{shown(source)}: no known layout; give a .csv or .tsv file, a folder of images and .txt files, or a folder "
-        "that `datasets` wrote with save_to_disk"
+        f"{shown(source)}: no known layout; give a .csv, .tsv or .parquet file, a folder of images and .txt files, or "
+        "a folder that `datasets` wrote with save_to_disk"
     )
 
 
@@ -326,8 +328,9 @@ def _csv(source: Path, out: Path, images: Path | None, columns: dict[str, str], 
             except StopIteration:
                 return
             except csv.Error as error:
-                problems.append(f"line {line}: {error}; the rest cannot be read: correct the quotation marks")
-                return
+                raise DataError(
+                    f"{shown(source)}, line {line}: {error}; the rest cannot be read: correct the quotation marks"
+                ) from error
             if not cells:
                 continue
             number += 1
@@ -374,6 +377,33 @@ def _datasets(source: Path, out: Path, images: Path | None, columns: dict[str, s
                 except (OSError, arrow.ArrowException) as error:
                     raise DataError(f"{shown(file)}: damaged ({error}); copy or save the data set again") from error
 
+    return _table(source, out, images, columns, batches)
+
+
+def _parquet(source: Path, out: Path, images: Path | None, columns: dict[str, str], split: str | None) -> _Source:
+    if split:
+        raise DataError(f"{shown(source)}: a parquet file has no splits; leave --split out")
+    arrow, parquet = import_pyarrow(), import_pyarrow("parquet")
+
+    def batches() -> Iterator[tuple[Path, Any]]:
+        try:
+            with parquet.ParquetFile(source) as file:
+                for batch in file.iter_batches(batch_size=256):
+                    yield source, batch
+        except (OSError, arrow.ArrowException) as error:
+            raise DataError(f"{shown(source)}: no parquet, or damaged ({error}); download it again") from error
+
+    return _table(source, out, images, columns, batches)
+
+
+def _table(
+    source: Path,
+    out: Path,
+    images: Path | None,
+    columns: dict[str, str],
+    batches: Callable[[], Iterator[tuple[Path, Any]]],
+) -> _Source:
+    """The rows of arrow batches, each with its file; images that lie in them as bytes are written to the folder."""
     first = next(batches(), None)
     if first is None:
         raise DataError(f"{shown(source)}: the data set has no rows")
@@ -381,7 +411,8 @@ def _datasets(source: Path, out: Path, images: Path | None, columns: dict[str, s
     kind = first[1].schema.field(chosen["image"]).type if "image" in chosen else None
     types = import_pyarrow("types")
     holds_bytes = kind is not None and (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind))
-    folder = images or (out.parent / "images" if holds_bytes else source)
+    beside = source if source.is_dir() else source.parent
+    folder = images or (out.parent / "images" if holds_bytes else beside)
     if holds_bytes:
         folder.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
@@ -397,7 +428,7 @@ def _datasets(source: Path, out: Path, images: Path | None, columns: dict[str, s
                     fields = {field: values[column] for field, column in chosen.items()}
                     if "image" in fields:
                         try:
-                            fields["image"] = _image_name(fields["image"], folder, source)
+                            fields["image"] = _image_name(fields["image"], folder)
                         except _RowError as error:
                             problems.append(f"{place}: {error}")
                             continue
@@ -423,7 +454,7 @@ def _split_of(source: Path, split: str | None) -> Path:
     return source / split
 
 
-def _image_name(value: Any, folder: Path, source: Path) -> Any:
+def _image_name(value: Any, folder: Path) -> Any:
     """The image's path below the folder; bytes are written there, under a name that their content gives."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes):
@@ -445,4 +476,5 @@ _OPEN: dict[str, Callable[[Path, Path, Path | None, dict[str, str], str | None],
     "folder": _folder,
     "csv": _csv,
     "datasets": _datasets,
+    "parquet": _parquet,
 }
