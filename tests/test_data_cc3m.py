@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-import types
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -18,8 +16,10 @@ import pytest
 from PIL import Image
 
 from llava_core.data import cc3m
-from llava_core.data.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, rule_phrases, select
+from llava_core.data import phrases as noun_phrases
+from llava_core.data.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, select
 from llava_core.data.instruct import check_file
+from llava_core.data.phrases import SpacyModel, rule_phrases
 from llava_core.runtime import ConfigError, DataError
 
 RULES = FilterSettings(phrases="rules")
@@ -195,24 +195,10 @@ def test_eleven_instructions_of_our_own() -> None:
 def test_unknown_setting_and_missing_model_are_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="order = 'rarest'; choose one of static, remaining"):
         FilterSettings(order="rarest")  # type: ignore[arg-type]
-    monkeypatch.setattr(cc3m, "SPACY_MODELS", ("no_such_model",))
+    monkeypatch.setattr(noun_phrases, "SPACY_MODELS", (SpacyModel("no_such_model", "1", None),))
     with pytest.raises(ConfigError, match="pip install"):
         phrase_table(["a dog"], FilterSettings(phrases="spacy"))
     assert phrase_table(["a dog"], FilterSettings(phrases="auto")).extractor == "rules"
-
-
-def test_auto_takes_an_installed_parser_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = types.SimpleNamespace(text="The Dog")
-    parser = types.SimpleNamespace(
-        pipe=lambda texts, batch_size: (types.SimpleNamespace(noun_chunks=[chunk]) for _ in texts)
-    )
-    model = types.ModuleType("fake_model")
-    model.__dict__.update(load=lambda exclude: parser, __version__="1.2")
-    monkeypatch.setitem(sys.modules, "fake_model", model)
-    monkeypatch.setattr(cc3m, "SPACY_MODELS", ("absent_model", "fake_model"))
-    monkeypatch.setattr(cc3m.importlib.util, "find_spec", lambda name: name in ("spacy", "fake_model") or None)
-    table = phrase_table(["x", "y"], FilterSettings())
-    assert (table.extractor, table.phrases, table.captions) == ("spacy (fake_model 1.2)", ["dog"], 2)
 
 
 def test_real_parser_where_it_is_installed() -> None:
