@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import multiprocessing
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,10 +193,8 @@ def extractor_named(name: str = "auto") -> Extractor:
     if name != "rules":
         for model in SPACY_MODELS:
             if importlib.util.find_spec("spacy") and importlib.util.find_spec(model.package):
-                import spacy
-
                 version, digest = _check_model(model)
-                key = fingerprint([FORMAT, model.package, version, digest, spacy.__version__])
+                key = fingerprint([FORMAT, model.package, version, digest, importlib.metadata.version("spacy")])
                 return Extractor(f"spacy ({model.package} {version})", key, model.package)
         if name == "spacy":
             raise ConfigError(
@@ -207,9 +206,9 @@ def extractor_named(name: str = "auto") -> Extractor:
 
 def _check_model(model: SpacyModel) -> tuple[str, str]:
     """Return version and SHA-256 of an installed model, or say that it is not the pinned one."""
-    module = importlib.import_module(model.package)
-    folder = Path(module.__file__ or "").parent
-    version, digest = str(getattr(module, "__version__", "?")), model_sha256(folder)
+    spec = importlib.util.find_spec(model.package)  # nothing is imported: spaCy takes seconds
+    folder = Path((spec and spec.origin) or "").parent
+    version, digest = str(read_json(folder / "meta.json").get("version")), model_sha256(folder)
     wrong = version != model.version and f"version {version} is installed, the pinned one is {model.version}"
     if not wrong and model.sha256 not in (None, digest):
         wrong = f"the SHA-256 of its files is {digest[:12]}..., the pinned one is {str(model.sha256)[:12]}..."
@@ -331,6 +330,11 @@ def extract(captions: Iterable[str], extractor: Extractor, size: int = SHARD) ->
     return Phrases(extractor, [_extract(shard, find) for shard in _parts(captions, size)])
 
 
+def shard_facts(source: Path, extractor: Extractor, size: int = SHARD) -> dict[str, Any]:
+    """What the shards of a file depend on; the fingerprint of it names their folder."""
+    return {"source": sha256_file(source), "extractor": extractor.name, "key": extractor.key, "size": size}
+
+
 def extract_file(
     captions: Callable[[], Iterable[str]],
     source: Path,
@@ -351,9 +355,10 @@ def extract_file(
     Returns:
         The phrases, on disk.
     """
-    facts = {"source": sha256_file(source), "extractor": extractor.name, "key": extractor.key, "size": size}
-    folder, done = cache / fingerprint(facts), cache / fingerprint(facts) / "done.json"
+    facts = shard_facts(source, extractor, size)
+    folder = cache / fingerprint(facts)
     folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "done.json"
     paths = sorted(folder.glob("*.npz"))
     if done.exists() and len(paths) == read_json(done)["shards"]:
         return Phrases(extractor, paths)
