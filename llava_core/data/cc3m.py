@@ -7,12 +7,10 @@ result but no code, and the recipe can be read in several ways; each open point 
 
 from __future__ import annotations
 
-import heapq
 import importlib.util
 import json
 import os
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -340,18 +338,26 @@ def _walk(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, setti
             take(phrase)
         return pooled
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=table.captions))])  # of a caption, in `ids`
-    queue = [int(remaining[p]) * total + int(p) for p in np.flatnonzero(kept)]
-    heapq.heapify(queue)
-    waiting = kept.copy()
-    while queue:
-        left, phrase = divmod(heapq.heappop(queue), total)
-        if not waiting[phrase] or left != remaining[phrase]:
-            continue  # an outdated entry: the phrase has been taken, or waits under a smaller number
-        waiting[phrase] = False
-        touched = Counter(p for row in take(phrase) for p in ids[starts[row] : starts[row + 1]].tolist() if waiting[p])
-        for p, fewer in touched.items():
-            remaining[p] -= fewer
-            heapq.heappush(queue, int(remaining[p]) * total + p)
+    # how many captions of each waiting phrase are left, in blocks whose minima are kept: the next is found in two looks
+    done, width = np.iinfo(np.int64).max // 2, 256
+    left = np.full((-(-total // width), width), done)
+    flat = left.reshape(-1)
+    flat[np.flatnonzero(kept)] = remaining[kept]
+    lowest = left.min(axis=1, initial=done)
+    while len(lowest):
+        block = lowest.argmin()
+        phrase = int(block * width + left[block].argmin())
+        fewest, flat[phrase] = flat[phrase], done
+        if fewest == done:
+            break
+        lowest[block] = left[block].min()
+        fresh = take(phrase) if fewest else ()  # 0: all its captions are in the pool
+        if len(fresh):
+            touched = np.concatenate([ids[starts[row] : starts[row + 1]] for row in fresh])
+            touched = touched[flat[touched] < done]
+            np.subtract.at(flat, touched, 1)
+            blocks = np.unique(touched // width)
+            lowest[blocks] = left[blocks].min(axis=1)
     return pooled
 
 
