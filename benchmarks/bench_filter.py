@@ -38,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(bench_filter.CASES), choices=list(bench_filter.CASES))
     parser.add_argument("--captions", type=int, default=bench_filter.CAPTIONS, help="lines of the planted corpus")
+    parser.add_argument("--corpus", type=Path, help="keep the planted corpus in this folder, or take it from there")
     parser.add_argument("--source", type=Path, help="captions to parse (default: the miniature's)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "filter.csv")
     given = parser.parse_args()
@@ -46,9 +47,10 @@ def main() -> int:
         miniature.ensure(only=["mini-cc3m"])
     rows = []
     for name in given.only:
-        rows += (
-            bench_filter.bench_selection(given.captions) if name == "selection" else bench_filter.CASES[name](source)
-        )
+        if name == "selection":
+            rows += bench_filter.bench_selection(given.captions, given.corpus)
+        else:
+            rows += bench_filter.CASES[name](source)
     table = [SHOWN, *(["" if row[name] is None else str(row[name]) for name in SHOWN] for row in rows)]
     widths = [max(len(line[k]) for line in table) for k in range(len(SHOWN))]
     for line in table:

@@ -280,3 +280,23 @@ def test_eleven_instructions_of_our_own() -> None:
 def test_unknown_setting_is_clear() -> None:
     with pytest.raises(ConfigError, match="order = 'rarest'; choose one of static, remaining"):
         FilterSettings(order="rarest")  # type: ignore[arg-type]
+
+
+def test_no_image_however_broken_stops_the_filter(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "folder.jpg").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(images / "good.jpg")
+    whole = (images / "good.jpg").read_bytes()
+    for name, content in {"cut.jpg": whole[:-300], "empty.jpg": b"", "page.jpg": b"<html>404</html>"}.items():
+        (images / name).write_bytes(content)
+    names = ["good.jpg", "cut.jpg", "empty.jpg", "page.jpg", "folder.jpg", "none.jpg", "a\0b.jpg", "x" * 300, "/etc/x"]
+    path = tmp_path / "a.tsv"
+    path.write_text("".join(f"a dog\tu\t{name}\n" for name in names))
+    available, coverage = cc3m.look_at_images(path, images)
+    assert (coverage.available, coverage.missing + coverage.unreadable) == (
+        int(available.sum()),
+        len(names) - 1 - int(available[1]),
+    )
+    assert available[0]
+    assert not available[2:].any()
+    assert [example["line"] for example in coverage.examples][-7:] == list(range(3, 10))

@@ -8,11 +8,9 @@ result but no code, and the recipe can be read in several ways; each open point 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.instruct import image_fault, leaves_folder
 from llava_core.data.phrases import ARTICLES, PRONOUNS, Phrases, extract, extract_file, extractor_named
+from llava_core.data.streams import json_list, parquet
 from llava_core.runtime import ConfigError, DataError, progress, shown, write_json
 
 Integers = NDArray[np.integer[Any]]
@@ -49,20 +48,26 @@ class FilterSettings:
     """Every choice that the published recipe leaves open, and the two numbers that it gives.
 
     Attributes:
-        phrases: `spacy` (noun chunks of a parser), `rules` (a chunker without a model), `auto` (spaCy if installed).
-        lowercase: count "Dog" and "dog" as one phrase.
-        strip_determiners: count "the dog" and "a dog" as one phrase.
-        drop_pronouns: leave out "it", "who", "something".
-        max_words: leave out longer phrases.
-        count: frequency = captions that contain the phrase, or all its occurrences.
+        phrases: `spacy` (noun chunks of a parser, as in the paper) or `rules` (a chunker without a model). Default
+            `auto`: spaCy if it is installed.
+        lowercase: count "Dog" and "dog" as one phrase. Default yes: CC3M's captions have no capitals, so it matters for
+            other data only.
+        strip_determiners: count "the dog" and "a dog" as one phrase. Default yes: the paper balances concepts, and word
+            by word there are eight times as many phrases as it found.
+        drop_pronouns: leave out "it", "who", "something". Default yes: they name no concept.
+        max_words: leave out longer phrases. Default None: the paper speaks of no limit.
+        count: frequency = `captions` that contain the phrase (default: the draws are of captions, too), or all its
+            `occurrences`.
         min_frequency: leave out rarer phrases (paper: 3).
         cap: take so many captions at random of a phrase that has more (paper: 100).
         order: `static` walks by frequency in all captions, `remaining` by the number of captions not yet in the pool,
-            which shrinks on the way. Equal ones come in the order of their first appearance.
-        draw: what is compared with the cap and drawn from. `all`: all captions of the phrase, in the pool or not (the
-            paper's words; the order of the walk then changes nothing). `unpooled`: those not yet in the pool.
+            which shrinks on the way. Equal ones come in the order of their first appearance. Default `static`: with
+            the default draw both end in the same pool.
+        draw: what is compared with the cap and drawn from. Default `all`: all captions of the phrase, in the pool or
+            not (the paper's words; the order of the walk then changes nothing). `unpooled`: those not yet in the pool.
             `top_up`: as many as its captions in the pool fall short of the cap.
-        unavailable: rows without a readable image go `before` the phrases are counted, or `after` the selection.
+        unavailable: rows without a readable image go `before` the phrases are counted (default: then every kept concept
+            is in the pool), or `after` the selection.
         seed: decides the draws, the instructions and the side of the image.
 
     Source: paper, appendix E and Figure 7.
@@ -494,73 +499,21 @@ def write_pairs(filtered: Filtered, out: str | Path) -> dict[str, Any]:
     if importlib.util.find_spec("pyarrow"):
         names["parquet"] = "pairs.parquet"
     with ExitStack() as stack:
-        parts = {name: stack.enter_context(_whole(out / file)) for name, file in names.items()}
-        chat, metadata = (stack.enter_context(_json_list(parts[name])) for name in ("chat", "metadata"))
-        table = stack.enter_context(_parquet(parts["parquet"])) if "parquet" in parts else None
+        chat, metadata = (stack.enter_context(json_list(out / names[name])) for name in ("chat", "metadata"))
+        columns = ("id", "image", "question", "caption", "url")
+        table = stack.enter_context(parquet(out / names["parquet"], columns)) if "parquet" in names else None
         for row, question in chosen_pairs(filtered):
+            named = {"id": row.id, "image": row.image}
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": row.caption}]
-            chat({"id": row.id, "image": row.image, "conversations": turns})
+            chat({**named, "conversations": turns})
             # the released file adds a caption by BLIP, which the filter does not have
-            about = {"id": row.id, "image": row.image, "caption": row.caption, "blip_caption": None, "url": row.url}
-            metadata(about)
+            metadata({**named, "caption": row.caption, "blip_caption": None, "url": row.url})
             if table is not None:
-                table({"id": row.id, "image": row.image, "question": question, "caption": row.caption, "url": row.url})
+                table({**named, "question": question, "caption": row.caption, "url": row.url})
     files = {"parquet": None, **{name: shown(out / file) for name, file in names.items()}}
     report = {**filtered.report(), **files}
     write_json(out / "report.json", report)
     return report
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write into, which takes its place in the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _json_list(path: Path) -> Iterator[Callable[[Any], None]]:
-    """A list in JSON, one element per line."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("[")
-        between = "\n"
-
-        def add(value: Any) -> None:
-            nonlocal between
-            file.write(between + encode(value))
-            between = ",\n"
-
-        encode = json.JSONEncoder(ensure_ascii=False).encode
-        yield add
-        file.write("\n]\n")
-
-
-@contextmanager
-def _parquet(path: Path, group: int = 50_000) -> Iterator[Callable[[dict[str, str]], None]]:
-    """A parquet file of text columns."""
-    import pyarrow
-    from pyarrow.parquet import ParquetWriter
-
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("id", "image", "question", "caption", "url")])
-    rows: list[dict[str, str]] = []
-    with ParquetWriter(path, schema) as writer:
-
-        def add(row: dict[str, str], most: int = group) -> None:
-            rows.append(row)
-            if len(rows) >= most:
-                flush()
-
-        def flush() -> None:
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-            rows.clear()
-
-        yield add
-        flush()
 
 
 def filter_file(

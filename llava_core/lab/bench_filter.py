@@ -94,8 +94,13 @@ def select_kept(source: str, write: bool = False, **settings: Any) -> dict[str, 
     return {**found, "peak_mib": peak}
 
 
-def bench_selection(captions: int = CAPTIONS) -> list[dict[str, Any]]:
-    """Time counting and selection of a corpus of CC3M's size, in processes of their own; a row per reading."""
+def bench_selection(captions: int = CAPTIONS, corpus: Path | None = None) -> list[dict[str, Any]]:
+    """Time counting and selection of a corpus of CC3M's size, in processes of their own; a row per reading.
+
+    Args:
+        captions: lines of the corpus.
+        corpus: where it stays for the next time; None: it is removed in the end.
+    """
     cases: dict[str, dict[str, Any]] = {
         "select": {},
         "select top_up remaining": {"draw": "top_up", "order": "remaining"},
@@ -104,7 +109,8 @@ def bench_selection(captions: int = CAPTIONS) -> list[dict[str, Any]]:
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        source = plant_corpus(Path(folder), captions)
+        home = corpus or Path(folder) / "corpus"
+        source = home / "train.tsv" if (home / "cache").exists() else plant_corpus(home, captions)
         for case, settings in cases.items():
             found = in_own_process("llava_core.lab.bench_filter:select_kept", source=str(source), **settings)
             rows.append(
