@@ -280,6 +280,8 @@ def test_eleven_instructions_of_our_own() -> None:
 def test_unknown_setting_is_clear() -> None:
     with pytest.raises(ConfigError, match="order = 'rarest'; choose one of static, remaining"):
         FilterSettings(order="rarest")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="cap = 0; write 1 or more"):
+        FilterSettings(cap=0)
 
 
 def test_no_image_however_broken_stops_the_filter(tmp_path: Path) -> None:

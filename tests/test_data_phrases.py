@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +151,20 @@ def test_a_damaged_shard_is_named(source: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"000001\.npz: no shard of phrases .*remove it and run again"):
         phrase_table(found)
+
+
+class Ending(Extractor):
+    """Ends the process that it is started in, as a machine out of memory does."""
+
+    def start(self) -> Callable[[Iterable[str]], Iterator[list[str]]]:
+        os._exit(9)
+
+
+def test_an_ended_worker_and_no_worker_are_clear(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"was ended, perhaps for want of memory; .*run again, with fewer processes"):
+        extract_file(lambda: CAPTIONS, source, Ending("ending", "1"), tmp_path / "cache", 2, size=7)
+    with pytest.raises(ConfigError, match=r"0 processes .*write 1 or more"):
+        extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 0)
 
 
 def test_no_caption_at_all(source: Path, tmp_path: Path) -> None:

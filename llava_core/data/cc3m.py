@@ -97,6 +97,10 @@ class FilterSettings:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"filter setting {name} = '{getattr(self, name)}'; choose one of {', '.join(known)}")
+        for name, least in {"min_frequency": 0, "cap": 1, "max_words": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"filter setting {name} = {value}; write {least} or more")
 
 
 def settings_from(values: Mapping[str, Any]) -> FilterSettings:

@@ -18,6 +18,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -354,7 +355,13 @@ def extract_file(
 
     Returns:
         The phrases, on disk.
+
+    Raises:
+        ConfigError: fewer than one process.
+        DataError: a worker was ended from outside.
     """
+    if processes is not None and processes < 1:
+        raise ConfigError(f"{processes} processes for noun phrases: write 1 or more, or nothing for one per core")
     facts = shard_facts(source, extractor, size)
     folder = cache / fingerprint(facts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -399,7 +406,8 @@ def _spread(work: Iterator[tuple[tuple[str, ...], Path]], extractor: Extractor, 
             yield len(captions)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit the threads of numpy and PyTorch
-    with ProcessPoolExecutor(processes, spawn, _begin_worker, (extractor,)) as pool:
+    pool = ProcessPoolExecutor(processes, spawn, _begin_worker, (extractor,))
+    try:
         running: set[Future[int]] = set()
         for captions, path in chain(first, work):
             running.add(pool.submit(_work, captions, path))
@@ -407,3 +415,10 @@ def _spread(work: Iterator[tuple[tuple[str, ...], Path]], extractor: Extractor, 
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in finished)
         yield from (future.result() for future in running)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{shown(first[0][1].parent)}: a process that finds phrases was ended, perhaps for want of memory; what "
+            "is finished is kept: run again, with fewer processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
