@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -131,12 +132,14 @@ def test_the_filter_equals_the_recipe_done_slowly(settings: FilterSettings, seed
     rng = random.Random(seed)
     names = [*WORDS, *(f"thing{k}" for k in range(rng.randint(0, 12)))]
     weights = rng.sample([1 / (k + 1) for k in range(len(names))], len(names))
-    corpus = [rng.choices(names, weights, k=rng.randint(0, 4)) for _ in range(rows)]
+    drawn = [rng.choices(names, weights, k=rng.randint(0, 4)) for _ in range(rows)]
+    corpus = [[p for p in phrases for _ in range(rng.choice((1, 1, 6)))] for phrases in drawn]  # some stutter
     alive = [rng.random() >= dead for _ in corpus]
     cuts = sorted(rng.choices(range(rows + 1), k=3))
     shards = [Shard.of(corpus[a:b]) for a, b in pairwise([0, *cuts, rows])]
     table = phrase_table(Phrases(extractor_named("rules"), shards), settings)
-    found = select(table, settings, np.array(alive, bool))
+    with mock.patch.object(cc3m, "BLOCK", 3):
+        found = select(table, settings, np.array(alive, bool))
     pool, before, after = reference_filter(corpus, settings, alive)
     assert set(np.flatnonzero(found.pooled).tolist()) == pool
     assert found.frequencies_before == before

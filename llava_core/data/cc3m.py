@@ -24,6 +24,7 @@ from llava_core.data.phrases import ARTICLES, PRONOUNS, Phrases, extract, extrac
 from llava_core.data.streams import json_list, parquet
 from llava_core.runtime import ConfigError, DataError, progress, shown, write_json
 
+BLOCK = 256  # phrases among which the next one is looked for at a time; about the root of their number
 Integers = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
 
@@ -348,7 +349,7 @@ def _walk(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, setti
         return pooled
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=table.captions))])  # of a caption, in `ids`
     # how many captions of each waiting phrase are left, in blocks whose minima are kept: the next is found in two looks
-    done, width = np.iinfo(np.int64).max // 2, 256
+    done, width = np.iinfo(np.int64).max // 2, BLOCK
     left = np.full((-(-total // width), width), done)
     flat = left.reshape(-1)
     flat[np.flatnonzero(kept)] = remaining[kept]

@@ -157,7 +157,7 @@ def bench_extraction(source: Path, captions: int = 2000, rounds: int = 5, clock:
     return _row(case=f"noun phrases, {clock} time", captions=captions, processes=1, **turns)
 
 
-def bench_cores(source: Path, captions: int = 12_000, rounds: int = 3) -> list[dict[str, Any]]:
+def bench_cores(source: Path, captions: int = 6000, rounds: int = 3) -> list[dict[str, Any]]:
     """Time noun phrases on two processes beside one, their start included: by the clock, and by computing time.
 
     A ratio of 2 by the clock is linear, and takes two cores that do nothing else; a ratio of 1 by computing time says
