@@ -80,10 +80,7 @@ class Server:
         self.met[fault] += 1
         if fault in STATUS:
             later = datetime.now(UTC) + timedelta(seconds=1)
-            header = {
-                "429 seconds": "Retry-After: 1\r\n",
-                "429 date": f"Retry-After: {format_datetime(later, True)}\r\n",
-            }
+            when = {"429 seconds": "1", "429 date": format_datetime(later, usegmt=True)}.get(fault)
             body = json.dumps({"error": {"message": "not now", "type": "t", "code": None}}).encode()
             return await self._send(writer, STATUS[fault], body, f"Retry-After: {when}\r\n" if when else "")
         if fault == "closed":
