@@ -23,6 +23,7 @@ from llava_core.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest,
 from llava_core.teacher.client import Cassette, ReplayClient, client_from_name
 from llava_core.teacher.generate import generate
 from llava_core.teacher.live import LiveClient, retry_after
+from llava_core.teacher.recorder import hold
 
 pytest.importorskip("openai", reason="the live teacher speaks through the openai SDK: pip install 'llava-core[live]'")
 
@@ -181,13 +182,11 @@ def test_two_recorders_do_not_share_a_cassette(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     with serving(tmp_path) as server:
         first = client_from_name("record", cassette=tape, base_url=server.url, **QUICK)
-        import llava_core.teacher.recorder as recorder
-
         with pytest.raises(ConfigError, match="another process records to this cassette"):
-            recorder._hold(tape, 0.1)
+            hold(tape, 0.1)
         first.complete(ask())
         first.close()  # type: ignore[attr-defined]
-        recorder._hold(tape, 0.1).close()
+        hold(tape, 0.1).close()
         with pytest.raises(ServerError, match="has ended"):
             first.complete(ask("two"))
 
@@ -233,9 +232,22 @@ def test_replies_under_way_when_the_process_is_killed_are_kept(tmp_path: Path) -
         assert max(Counter(row["text"] for row in server.billed()).values()) == 1
 
 
+def test_an_interrupt_keeps_what_is_under_way_and_waits_for_nothing_else(tmp_path: Path) -> None:
+    with serving(tmp_path, seconds=0.3, faulty=0.5, faults=["429"]) as server:
+        options = QUICK | {"base_url": server.url, "concurrency": 10, "backoff": 60.0}
+        process = start(tmp_path, 60, **options)
+        while not server.billed():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode not in (0, -signal.SIGKILL)
+        hold(tmp_path / "tape.sqlite", 20).close()
+        assert len(Cassette(tmp_path / "tape.sqlite")) == len(server.billed()) > 0
+
+
 @pytest.mark.slow
 def test_two_thousand_requests_with_faults_and_three_kills_are_paid_once_each(tmp_path: Path) -> None:
-    count, settings = 2000, QUICK | {"timeout": 2.0, "retries": 10, "backoff": 0.02, "concurrency": 32}
+    count, settings = 2000, QUICK | {"timeout": 2.0, "retries": 10, "backoff": 0.02, "concurrency": 48}
     with serving(tmp_path, faulty=0.2, malformed=0.02, seconds=0.01, rename_after=1200) as server:
         options = settings | {"base_url": server.url}
         for billed in (300, 900, 1500):

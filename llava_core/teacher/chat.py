@@ -122,7 +122,8 @@ class ChatReply:
 class ChatClient(Protocol):
     """Anything that completes a chat; it may be called from several threads at once.
 
-    A client that gains from it has an attribute `concurrency`: how many requests it likes to have under way.
+    A client that gains from it has an attribute `concurrency`: how many requests it likes to have under way; one that
+    repeats requests has a method `stop()`, after which it begins no further attempt.
     """
 
     def complete(self, request: ChatRequest) -> ChatReply:

@@ -164,7 +164,8 @@ def generate(
     tally = {"requests": 0, "replayed": 0, "retried": 0, "repaired": 0}
     spend, silent, stopped, done = 0.0, 0, None, 0
     with progress(len(jobs), "teacher", unit="record") as bar:
-        for outcome in _concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1)):
+        stop = getattr(client, "stop", lambda: None)
+        for outcome in _concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1), stop):
             if isinstance(outcome.refused, BudgetError):
                 stopped = stopped or str(outcome.refused)
             silent = silent + 1 if outcome.refused and not stopped else 0
@@ -232,7 +233,9 @@ def _ask(client: ChatClient, image: Annotation, kind: str, request: ChatRequest)
     return outcome
 
 
-def _concurrently(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Iterator[_R]:
+def _concurrently(
+    work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]
+) -> Iterator[_R]:
     """Yield the results in the order of the items, with at most `workers` items under way."""
     if workers <= 1:
         yield from map(work, items)
@@ -246,6 +249,9 @@ def _concurrently(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -
                     yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()
+        except KeyboardInterrupt:
+            stop()  # else leaving the pool would wait for all further attempts
+            raise
         finally:
             for future in under_way:
                 future.cancel()

@@ -29,6 +29,7 @@ from llava_core.teacher.chat import (
 CONCURRENCY = 8
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 HOPELESS = (401, 403, 404)  # the next request would meet the same answer
+MANY_LIMITED = 4  # answers 429 in a row, after which all requests wait and not only those that were refused
 LONGEST_WAIT = 60.0  # seconds between two attempts where the server does not say how long
 NO_SDK = "a live teacher needs the package openai: pip install 'llava-core[live]'"
 
@@ -176,7 +177,7 @@ class LiveClient:
                 else:
                     wait += self.backoff * rng.uniform(0.0, 0.25)  # not all at the same moment
                 self._limited = self._limited + 1 if error.limited else self._limited
-                if error.limited and self._limited > 1:
+                if self._limited >= MANY_LIMITED:
                     self._pause_until = max(self._pause_until, time.monotonic() + wait)
                 why = str(error)
             finally:

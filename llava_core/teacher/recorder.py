@@ -89,6 +89,11 @@ class RecorderProcess:
         self._write({"id": number, "request": json.loads(request.canonical)})
         return future.result()
 
+    def stop(self) -> None:
+        """Begin no further attempt; those under way are finished, and kept."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+
     def close(self) -> None:
         """Let the process finish what is under way, and wait for it."""
         self._close()
@@ -174,7 +179,7 @@ def main() -> None:
     try:
         options = json.loads(sys.stdin.buffer.readline())
         path = Path(options.pop("cassette"))
-        held = _hold(path, 2 * float(options.get("timeout", 120.0)) + 30)
+        held = hold(path, 2 * float(options.get("timeout", 120.0)) + 30)
         cassette = Cassette(path)
         live = LiveClient(**options, spent_usd=cassette.spend())
         client = RecordClient(live, cassette)
@@ -194,7 +199,7 @@ def main() -> None:
     return None
 
 
-def _hold(cassette: Path, patience: float) -> sqlite3.Connection:
+def hold(cassette: Path, patience: float) -> sqlite3.Connection:
     """Take the lock of a cassette, which its holder loses by ending in whatever way.
 
     Raises:
