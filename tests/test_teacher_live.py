@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from llava_core.runtime import ROOT, ConfigError, read_json, read_jsonl
+from llava_core import cli
+from llava_core.runtime import ROOT, ConfigError, read_json, read_jsonl, write_jsonl
 from llava_core.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest, ServerError, cost_usd
 from llava_core.teacher.client import Cassette, ReplayClient, client_from_name
 from llava_core.teacher.generate import generate
@@ -176,6 +177,42 @@ def test_the_budget_is_not_passed(tmp_path: Path, faulty: float) -> None:
         again = client_from_name("record", cassette=tmp_path / "tape.sqlite", **settings | {"budget_usd": 0.2})
         with pytest.raises(BudgetError, match=r"raise the budget to go on"):
             again.complete(ask("another"))
+
+
+def test_a_request_that_was_given_up_is_given_up_in_the_replay_too(tmp_path: Path) -> None:
+    tape = tmp_path / "tape.sqlite"
+    with serving(tmp_path, faulty=0.4, faults=["400", "truncated"]) as server:
+        client = client_from_name("record", cassette=tape, base_url=server.url, retries=1, **QUICK)
+        result = generate(images(30), ["detail"], client, tmp_path / "out")
+        client.close()  # type: ignore[attr-defined]
+    assert 0 < result["failed"] < 30
+    assert result["failures"] == {"ChatError": result["failed"]}
+    assert result["records"] == len(server.billed())
+    generate(images(30), ["detail"], ReplayClient(tape), tmp_path / "replayed")
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert Cassette(tape).doubtful() > 0  # truncated replies, which the server may have billed
+
+
+def test_the_command_line_records_and_stops_at_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    rows = [{"id": image.id, "image": image.image, "captions": image.captions, "instances": []} for image in images(9)]
+    annotations = write_jsonl(tmp_path / "a.jsonl", rows)
+    words = ["generate", "--annotations", str(annotations), "--kinds", "detail", "--client", "record", "--json"]
+    with serving(tmp_path) as server:
+        words += ["--base-url", server.url, "--model", "mine", "--price", "30,60", "--concurrency", "2", "--seed", "3"]
+        assert cli.main([*words, "--budget-usd", "0.5", "--out", str(tmp_path / "out")]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["requests"] == result["records"] == len(server.billed()) < 9
+        assert result["spend_usd"] <= 0.5
+        assert result["stopped"].startswith("budget of 0.5 USD")
+        assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+        assert json.loads(capsys.readouterr().out)["records"] == 9 == len(server.billed())
+    with pytest.raises(SystemExit) as left:
+        cli.main([*words, "--price", "cheap", "--out", str(tmp_path / "out")])
+    assert left.value.code == 2
 
 
 def test_two_recorders_do_not_share_a_cassette(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import threading
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from llava_core.runtime import DataError, shown
@@ -14,7 +15,10 @@ from llava_core.teacher.chat import ChatReply, ChatRequest
 _REPLY = (
     "text, model, prompt_tokens, completion_tokens, cost_usd, finish_reason, price_prompt, price_completion, date, kind"
 )
-_TABLE = f"replies (key TEXT PRIMARY KEY, request TEXT NOT NULL, {_REPLY})"
+_TABLES = (
+    f"replies (key TEXT PRIMARY KEY, request TEXT NOT NULL, {_REPLY})",
+    "failures (key TEXT NOT NULL, date TEXT NOT NULL, why TEXT NOT NULL, doubtful_usd REAL NOT NULL, last INTEGER)",
+)
 
 
 class Cassette:
@@ -42,8 +46,10 @@ class Cassette:
                 self._file.execute("PRAGMA journal_mode=WAL")
                 self._file.execute("PRAGMA synchronous=FULL")
                 with self._file:
-                    self._file.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
+                    for table in _TABLES:
+                        self._file.execute(f"CREATE TABLE IF NOT EXISTS {table}")
             self._file.execute(f"SELECT key, request, {_REPLY} FROM replies LIMIT 1")
+            self._file.execute("SELECT key, date, why, doubtful_usd, last FROM failures LIMIT 1")
         except sqlite3.Error as error:
             raise DataError(f"{shown(self.path)}: no cassette of replies ({error}); name another file") from error
 
@@ -61,6 +67,34 @@ class Cassette:
                 f"INSERT OR IGNORE INTO replies (key, request, {_REPLY}) VALUES (?, ?{', ?' * len(values)})",
                 (request.key, request.canonical, *values),
             )
+
+    def fail(self, request: ChatRequest, why: str, doubtful_usd: float = 0.0, last: bool = False) -> None:
+        """Keep that an attempt failed.
+
+        Args:
+            request: got no reply.
+            why: in words.
+            doubtful_usd: what the server may have billed for it at most.
+            last: the request was given up.
+        """
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._lock, self._file:
+            self._file.execute(
+                "INSERT INTO failures (key, date, why, doubtful_usd, last) VALUES (?, ?, ?, ?, ?)",
+                (request.key, date, why, doubtful_usd, last),
+            )
+
+    def given_up(self, request: ChatRequest) -> str | None:
+        """Return why a request was given up, or None."""
+        query = "SELECT why FROM failures WHERE key = ? AND last ORDER BY rowid DESC"
+        with self._lock:
+            row = self._file.execute(query, (request.key,)).fetchone()
+        return row[0] if row else None
+
+    def doubtful(self) -> float:
+        """Return what the server may have billed, at most, for attempts that brought no reply, in USD."""
+        with self._lock:
+            return float(self._file.execute("SELECT TOTAL(doubtful_usd) FROM failures").fetchone()[0])
 
     def __len__(self) -> int:
         with self._lock:

@@ -87,8 +87,11 @@ class ReplayClient:
 
         Raises:
             DataError: this request was never recorded.
+            ChatError: it was given up when it was recorded.
         """
         reply = self.cassette.get(request)
+        if reply is None and (why := self.cassette.given_up(request)):
+            raise ChatError(why)
         if reply is None:
             last = request.messages[-1]["content"][:60]
             raise DataError(
@@ -111,7 +114,7 @@ class RecordClient:
         self._lock = threading.Lock()
         self._under_way: dict[str, Future[ChatReply]] = {}
         if isinstance(inner, LiveClient):
-            inner.on_reply = self.cassette.put
+            inner.on_reply, inner.on_failure = self.cassette.put, self.cassette.fail
 
     def complete(self, request: ChatRequest) -> ChatReply:
         """Reply as `ChatClient` says; when this returns the reply is on disk."""

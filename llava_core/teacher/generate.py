@@ -197,6 +197,10 @@ def generate(
             done += not isinstance(outcome.refused, BudgetError)
             bar.set_postfix_str(f"{spend:.2f} USD, {failed.total()} failed", refresh=False)
             bar.update()
+    models = dict(Counter(row["model"] for row in provenance))
+    if len(models) > 1:
+        named = ", ".join(f"{model} ({n} replies)" for model, n in models.items())
+        print(f"note: not one model answered but {len(models)}: {named}", file=sys.stderr)  # noqa: T201
     return {
         "records": len(records),
         "failed": failed.total(),
@@ -204,7 +208,7 @@ def generate(
         "cost_usd": round(sum(row["cost_usd"] for row in provenance), 6),
         **tally,
         "failures": dict(sorted(failed.items())),
-        "models": dict(Counter(row["model"] for row in provenance)),
+        "models": models,
         "stopped": stopped,
         "unasked": len(jobs) - done,
         "files": _write(out, records, failures, provenance, list(dict.fromkeys(kinds))),

@@ -48,10 +48,11 @@ class Budget:
     Args:
         limit: USD; None for no limit.
         spent: USD that count from the start.
+        doubtful: USD that may have been billed before for nothing; they count too.
     """
 
-    def __init__(self, limit: float | None, spent: float = 0.0) -> None:
-        self.limit, self.spent, self.doubtful, self.reserved = limit, spent, 0.0, 0.0
+    def __init__(self, limit: float | None, spent: float = 0.0, doubtful: float = 0.0) -> None:
+        self.limit, self.spent, self.doubtful, self.reserved = limit, spent, doubtful, 0.0
         self._changed = asyncio.Condition()
 
     async def reserve(self, most: float) -> None:
@@ -97,9 +98,12 @@ class LiveClient:
         budget_usd: stop before more than this is spent; None for no limit. An attempt without an answer, which the
             server may have billed, counts at its highest price.
         spent_usd: counted towards the budget from the start.
+        doubtful_usd: as well.
         concurrency: how many requests a caller should have under way.
         seed: of the jitter.
         on_reply: called with each request and reply as soon as it is there.
+        on_failure: called with each request that failed, why, what the server may have billed at most in USD, and
+            whether it is given up.
 
     Raises:
         ConfigError: the package openai is not installed, or there is no key.
@@ -115,9 +119,11 @@ class LiveClient:
         backoff: float = 1.0,
         budget_usd: float | None = None,
         spent_usd: float = 0.0,
+        doubtful_usd: float = 0.0,
         concurrency: int = CONCURRENCY,
         seed: int = 0,
         on_reply: Callable[[ChatRequest, ChatReply], None] | None = None,
+        on_failure: Callable[[ChatRequest, str, float, bool], None] | None = None,
     ) -> None:
         try:
             import openai
@@ -129,8 +135,9 @@ class LiveClient:
         except openai.OpenAIError as error:
             raise ConfigError(f"the openai SDK: {_one_line(error)}") from error
         self.price, self.timeout, self.retries, self.backoff = price, timeout, retries, backoff
-        self.concurrency, self.seed, self.on_reply = concurrency, seed, on_reply
-        self.budget = Budget(budget_usd, spent_usd)
+        self.concurrency, self.seed = concurrency, seed
+        self.on_reply, self.on_failure = on_reply, on_failure
+        self.budget = Budget(budget_usd, spent_usd, doubtful_usd)
         self._pause_until, self._limited = 0.0, 0
         self._stopped = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -180,11 +187,23 @@ class LiveClient:
                 if self._limited >= MANY_LIMITED:
                     self._pause_until = max(self._pause_until, time.monotonic() + wait)
                 why = str(error)
+                self._fail(request, why, doubtful)
+            except ServerError:
+                raise
+            except ChatError as error:
+                self._fail(request, str(error), last=True)
+                raise
             finally:
                 await self.budget.settle(most, spent, doubtful)
             if attempt < self.retries:
                 await self._sleep(wait)
-        raise ChatError(f"model '{request.model}': no reply in {self.retries + 1} attempts; the last one: {why}")
+        why = f"model '{request.model}': no reply in {self.retries + 1} attempts; the last one: {why}"
+        self._fail(request, why, last=True)
+        raise ChatError(why)
+
+    def _fail(self, request: ChatRequest, why: str, doubtful: float = 0.0, last: bool = False) -> None:
+        if self.on_failure is not None:
+            self.on_failure(request, why, doubtful, last)
 
     async def _sleep(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

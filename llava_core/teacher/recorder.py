@@ -181,7 +181,7 @@ def main() -> None:
         path = Path(options.pop("cassette"))
         held = hold(path, 2 * float(options.get("timeout", 120.0)) + 30)
         cassette = Cassette(path)
-        live = LiveClient(**options, spent_usd=cassette.spend())
+        live = LiveClient(**options, spent_usd=cassette.spend(), doubtful_usd=cassette.doubtful())
         client = RecordClient(live, cassette)
     except CompanionError as error:
         return tell({"error": type(error).__name__, "message": str(error)})
