@@ -54,6 +54,8 @@ class RecorderProcess:
     def __init__(self, cassette: str | Path, concurrency: int = CONCURRENCY, **live: Any) -> None:
         _need_sdk()
         self.path, self.concurrency = Path(cassette).absolute(), concurrency
+        if (earlier := _OPEN.pop(str(self.path), None)) is not None:
+            earlier.close()  # a notebook's cell that runs again would wait for itself
         # a session of its own: neither the terminal's Ctrl-C nor a kill of the caller's group reaches it
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from llava_core.teacher.recorder import main; main()"],
@@ -70,10 +72,16 @@ class RecorderProcess:
         self._gone = threading.Event()
         self._close = weakref.finalize(self, _end, self._process)
         self._write({"cassette": str(self.path), "concurrency": concurrency, **live})
-        hello = json.loads(self._process.stdout.readline() or '{"error": "ChatError", "message": "it did not start"}')
+        hello = {"waiting": True}
+        while "waiting" in hello:
+            hello = json.loads(self._process.stdout.readline() or '{"error": "", "message": "it did not start"}')
+            if "waiting" in hello:
+                note = "waiting for another process that records to it, or for what a killed one had under way"
+                print(f"note: {shown(self.path)}: {note}", file=sys.stderr)  # noqa: T201
         if "error" in hello:
             self._close()
             raise _error(hello)
+        _OPEN[str(self.path)] = self
         shared = (self._process.stdout, self._waiting, self._lock, self._gone)
         threading.Thread(target=_distribute, args=shared, name="recorder", daemon=True).start()
 
@@ -106,6 +114,9 @@ class RecorderProcess:
                 self._stdin.flush()
         except (BrokenPipeError, ValueError) as error:
             raise ServerError(_ENDED) from error
+
+
+_OPEN: weakref.WeakValueDictionary[str, RecorderProcess] = weakref.WeakValueDictionary()
 
 
 def _package_root() -> str:
@@ -179,7 +190,11 @@ def main() -> None:
     try:
         options = json.loads(sys.stdin.buffer.readline())
         path = Path(options.pop("cassette"))
-        held = hold(path, 2 * float(options.get("timeout", 120.0)) + 30)
+        try:
+            held = hold(path, 0.5)
+        except ConfigError:
+            tell({"waiting": True})
+            held = hold(path, 2 * float(options.get("timeout", 120.0)) + 30)
         cassette = Cassette(path)
         live = LiveClient(**options, spent_usd=cassette.spend(), doubtful_usd=cassette.doubtful())
         client = RecordClient(live, cassette)
