@@ -19,19 +19,7 @@ from llava_core.lab import bench_filter
 from llava_core.lab.bench import append_rows
 from llava_core.runtime import resolve
 
-SHOWN = (
-    "case",
-    "captions",
-    "phrases",
-    "pairs",
-    "processes",
-    "ours",
-    "peer",
-    "ratio",
-    "ratio_low",
-    "ratio_high",
-    "peak_mib",
-)
+SHOWN = bench_filter.COLUMNS
 
 
 def main() -> int:

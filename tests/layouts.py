@@ -60,6 +60,16 @@ def language(made: Llava) -> dict[str, torch.Tensor]:
     return {n: t.detach().clone() for n, t in {**found, "lm_head.weight": llm.lm_head.weight}.items()}
 
 
+def plain_base(loaded: checkpoint.Loaded, folder: Path, offset: float = 0.0) -> Path:
+    """The language model alone, as a LLaMA of the hub; `offset` is added to every number."""
+    folder.mkdir()
+    tensors = {n: t + offset for n, t in language(loaded.model).items() if "inv_freq" not in n}
+    save_file(tensors, folder / "model.safetensors")
+    loaded.model.language_model.config.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
 def projector(made: Llava, prefix: str = "model.mm_projector.") -> dict[str, torch.Tensor]:
     """The projector as the original code names it: `weight`, `bias`, or `0.weight` ... `2.bias`."""
     return {prefix + n: t.detach().clone() for n, t in made.multi_modal_projector.state_dict().items()}

@@ -37,6 +37,12 @@ def example_of(parser: argparse.ArgumentParser) -> list[str]:
     return shlex.split(parser.epilog.splitlines()[-1])[1:]
 
 
+def test_the_layouts_that_can_be_asked_for_are_those_that_can_be_written() -> None:
+    from llava_core.weights.convert import targets
+
+    assert set(cli.LAYOUTS) == set(targets())
+
+
 # ------------------------------------------------------------------------------------------------ every command
 
 

@@ -61,12 +61,7 @@ def world(request, tmp_path_factory) -> tuple[Path, checkpoint.Loaded, Options]:
     """A folder with base models, a random model on them, and the options that name the bases."""
     root = tmp_path_factory.mktemp(request.param)
     loaded = layouts.model(root, request.param)
-    base = root / "base"
-    base.mkdir()
-    tensors = {n: t for n, t in layouts.language(loaded.model).items() if "inv_freq" not in n}
-    save_file(tensors, base / "model.safetensors")
-    loaded.model.language_model.config.save_pretrained(base)
-    loaded.tokenizer.save_pretrained(base)
+    base = layouts.plain_base(loaded, root / "base")
     return root, loaded, Options(base=str(base), vision_tower=str(root / "clip"))
 
 

@@ -24,12 +24,7 @@ def world(tmp_path_factory) -> tuple[Path, checkpoint.Loaded, Options]:
     """Base models, a random model, and its language model as a plain LLaMA folder `base`."""
     root = tmp_path_factory.mktemp("lora")
     loaded = layouts.model(root)
-    base = root / "base"
-    base.mkdir()
-    tensors = {n: t for n, t in layouts.language(loaded.model).items() if "inv_freq" not in n}
-    save_file(tensors, base / "model.safetensors")
-    loaded.model.language_model.config.save_pretrained(base)
-    loaded.tokenizer.save_pretrained(base)
+    base = layouts.plain_base(loaded, root / "base")
     return root, loaded, Options(base=str(base), vision_tower=str(root / "clip"))
 
 

@@ -199,11 +199,7 @@ def test_looking_downloads_nothing(original, monkeypatch) -> None:
 
 
 def test_a_model_is_no_delta_and_a_delta_no_model(original, loaded, root, tmp_path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    tensors = {n: t for n, t in layouts.language(loaded.model).items() if "inv_freq" not in n}
-    save_file({n: t + 0.001 for n, t in tensors.items()}, base / "model.safetensors")
-    loaded.model.language_model.config.save_pretrained(base)
+    base = layouts.plain_base(loaded, tmp_path / "base", offset=0.001)
     with pytest.raises(CheckpointError, match="is a model already, no delta"):
         delta.apply(str(base), original, tmp_path / "out")
     delta.make(str(base), original, tmp_path / "delta")
@@ -232,13 +228,7 @@ def test_adapters_on_all_linear_layers_merge_as_peft_does(loaded, root, tmp_path
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base, folder = tmp_path / "base", tmp_path / "lora"
-    base.mkdir()
-    save_file(
-        {n: t for n, t in layouts.language(loaded.model).items() if "inv_freq" not in n}, base / "model.safetensors"
-    )
-    loaded.model.language_model.config.save_pretrained(base)
-    loaded.tokenizer.save_pretrained(base)
+    base, folder = layouts.plain_base(loaded, tmp_path / "base"), tmp_path / "lora"
     config = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for name, p in adapted.named_parameters():

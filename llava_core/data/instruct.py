@@ -45,7 +45,8 @@ FORMATS = (".json", ".jsonl", ".parquet")
 
 MAX_WORDS = 1300
 """Most words of a record that `check_file` lets pass: the paper trains on 2048 tokens, of which the image takes 256 and
-the template some 50; English text has about 1.35 LLaMA tokens per word. What is longer loses its last turns."""
+the template some 50. That English has 1.35 tokens per word is assumed: a coarse bound, for which no tokenizer is
+needed. What is longer loses its last turns."""
 
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Chinese, Japanese, Korean: a character is a word
 _LONGEST_WORD = 20  # letters; a "word" of 2,000 letters (base64, a URL) counts as 100

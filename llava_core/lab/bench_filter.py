@@ -22,9 +22,9 @@ CAPTIONS = 3_318_333  # of CC3M's training file
 # Zipf-Mandelbrot over so many possible phrases: 3.3M captions then have about the 890,000 different ones that a reader
 # of the paper found in CC3M (issue 1176 of haotian-liu/LLaVA)
 POSSIBLE, EXPONENT, SHIFT = 4_000_000, 1.12, 2.7
-PER_CAPTION = (1, 4, 0.475)  # 1 + binomial(4, 0.475) phrases: 2.9 in a caption of ten words
+PER_CAPTION = (1, 4, 0.475)  # 1 + binomial(4, 0.475) phrases, 2.9 on average: assumed, no source gives it for CC3M
 ARTICLES = ("", "a ", "the ")
-_COLUMNS = (
+COLUMNS = (
     "case",
     "captions",
     "phrases",
@@ -216,7 +216,7 @@ def bench_memory(source: Path, times: Sequence[int] = (5, 50)) -> list[dict[str,
 
 def _row(**values: Any) -> dict[str, Any]:
     rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items()}
-    return {**dict.fromkeys(_COLUMNS), **rounded, **circumstances(torch.device("cpu"))}
+    return {**dict.fromkeys(COLUMNS), **rounded, **circumstances(torch.device("cpu"))}
 
 
 CASES: dict[str, Callable[[Path], list[dict[str, Any]]]] = {

@@ -31,6 +31,7 @@ _CODE = (
     "weights/description.py",
     "data/conversation.py",
     "data/image_processor.py",
+    "data/cache.py",
     "data/instruct.py",
     "data/scienceqa.py",
 )

@@ -345,6 +345,11 @@ def _read(path: Path, options: Options) -> Opened:
             raise CheckpointError(
                 f"{shown(path / name)}: damaged (SHA-256 is not the manifest's); fix: copy it again or train again"
             )
+    unlisted = [file.name for file in weight_files(path) if file.name not in manifest["files"]]
+    if unlisted:
+        raise CheckpointError(
+            f"{shown(path / unlisted[0])}: the manifest does not list it; fix: copy the checkpoint again"
+        )
     tensors = open_folder(path)
     strangers = {name.split(".")[0] for name in tensors} ^ set(map(str, manifest["parts"]))
     if strangers:

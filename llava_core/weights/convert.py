@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.runtime import CheckpointError, shown
-from llava_core.weights import checkpoint, hf, lora, mmpretrain, original, projector  # each enters its layout
+from llava_core.weights import checkpoint, hf, lora, mmpretrain, original, projector  # noqa: F401 - enter their layouts
 from llava_core.weights.description import Opened, check, check_facts
 from llava_core.weights.divergence import first_divergence, first_module, verify_export
 from llava_core.weights.layouts import LAYOUTS, Options, to_theirs
 from llava_core.weights.tensors import SHARD_BYTES, whole_folder
 
 _ORDER = ("llava", "lora", "hf", "original", "mmpretrain", "projector")
-assert {checkpoint, hf, lora, mmpretrain, original, projector}
 
 
 def targets() -> list[str]:

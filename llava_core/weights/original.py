@@ -45,6 +45,7 @@ RULES = (
 
 
 def mm_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a folder if it is of the original code, which names its additions `mm_*`; else empty."""
     config = read_settings(path, "config.json") if path.is_dir() and has_file(path, "config.json") else {}
     return config if "mm_vision_tower" in config or "mm_hidden_size" in config else {}
 
@@ -112,6 +113,7 @@ def _template_of(path: Path, notes: list[str]) -> str:
 
 
 def from_original(name: str) -> str:
+    """Our name for one of the original code."""
     return to_ours(name, RULES)
 
 
