@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2
 PORT ?= 8000
 
-EXTRAS := notebooks,book,train,phrases,dev
+EXTRAS := notebooks,book,train,phrases,live,dev
 BIN := $(VENV)/bin
 # what is installed is known by what it was installed from, so neither a checkout nor a clock makes it stale
 STAMP := $(VENV)/.ready-$(firstword $(shell cat pyproject.toml constraints.txt | cksum))

@@ -123,15 +123,26 @@ def _data_convert(args: argparse.Namespace) -> Result:
     )
 
 
+def _price(text: str) -> tuple[float, float]:
+    prompt, reply = (float(part) for part in text.split(","))
+    return prompt, reply
+
+
 def _generate(args: argparse.Namespace) -> Result:
     from llava_core.data.coco import load_annotations
     from llava_core.miniature.offline_chat import respond
     from llava_core.teacher.client import client_from_name
     from llava_core.teacher.generate import generate
 
+    live = {}
+    if args.client in ("record", "live"):
+        live = {"base_url": args.base_url, "budget_usd": args.budget_usd, "price": args.price, "seed": args.seed}
+        live |= {"concurrency": args.concurrency, "timeout": args.timeout}
     # the miniature stands above the teacher, so only here the teacher can meet the offline model
-    client = client_from_name(args.client, responder=respond, cassette=args.cassette or args.out / "cassette.sqlite")
-    return generate(load_annotations(args.annotations), args.kinds, client, args.out, limit=args.limit)
+    tape = args.cassette or args.out / "cassette.sqlite"
+    client = client_from_name(args.client, responder=respond, cassette=tape, **live)
+    images = load_annotations(args.annotations)
+    return generate(images, args.kinds, client, args.out, limit=args.limit, seed=args.seed, model=args.model)
 
 
 def _filter(args: argparse.Namespace) -> Result:
@@ -434,6 +445,15 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--client", choices=["offline", "replay", "record", "live"], default="offline", help="who answers")
     new.add_argument("--cassette", type=Path, metavar="FILE", help="recorded replies; OUT/cassette.sqlite if not given")
     new.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    new.add_argument("--model", default="gpt-4-0314", help="the teacher, by the name that its server knows")
+    new.add_argument("--base-url", metavar="URL", help="a compatible server; OpenAI's if not given")
+    new.add_argument("--budget-usd", type=float, metavar="USD", help="stop before more is spent (record: in all runs)")
+    new.add_argument(
+        "--price", type=_price, metavar="PROMPT,REPLY", help="USD per million tokens, for a model that is not listed"
+    )
+    new.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests under way at once")
+    new.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt")
+    new.add_argument("--seed", type=int, default=0, help="of what is drawn per record, and of the waits")
     new.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the records go")
 
     new = command(

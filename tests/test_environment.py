@@ -65,11 +65,11 @@ def test_the_book_s_theme_stays_below_the_version_that_shows_two_headers() -> No
     assert "0.16.1" in theme.specifier
 
 
-def test_set_up_needs_no_gpu_package_and_no_key() -> None:
+def test_set_up_installs_everything_but_the_gpu_packages() -> None:
     makefile = (ROOT / "Makefile").read_text()
     installed = re.search(r"^EXTRAS := (\S+)$", makefile, re.MULTILINE)
     assert installed is not None
-    assert set(installed.group(1).split(",")) == set(EXTRAS) - {"gpu", "live"}
+    assert set(installed.group(1).split(",")) == set(EXTRAS) - {"gpu"}
 
 
 def test_no_other_file_names_a_version() -> None:

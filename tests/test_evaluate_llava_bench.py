@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llava_core.evaluate.llava_bench import judge, parse_scores, score_reviews, summarize_repeats
 from llava_core.runtime import DataError
+from llava_core.teacher.chat import ChatRequest
 
 PUBLISHED = [(72.8, 82.8, 74.7, 52.6), (72.7, 83.7, 74.7, 51.1), (72.1, 83.5, 72.5, 51.1)]  # all, complex, conv, detail
 
@@ -107,10 +108,10 @@ class Judge:
     """Prefers what stands first, by one point."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[list[dict[str, str]], dict[str, Any]]] = []
+        self.calls: list[ChatRequest] = []
 
-    def complete(self, messages: list[dict[str, str]], **options: Any) -> Any:
-        self.calls.append((messages, options))
+    def complete(self, request: ChatRequest) -> Any:
+        self.calls.append(request)
         return SimpleNamespace(text="8 7\nthe first is better")
 
 
@@ -122,13 +123,13 @@ def test_judging_and_position_swap() -> None:
     assert [r["tuple"] for r in reviews] == [[8, 7], [7, 8]]  # always reference, candidate
     assert score_reviews(reviews)["all"] == 100
     assert score_reviews(reviews[:1])["all"] == 87.5
-    (messages, options), (swapped, _) = client.calls
-    assert options == {"model": "m", "temperature": 0.2, "max_tokens": 1024}
-    prompt = messages[1]["content"]
+    first, swapped = client.calls
+    assert (first.model, first.temperature, first.max_tokens) == ("m", 0.2, 1024)
+    prompt = first.messages[1]["content"]
     marks = ["[Context]", "a red car", "[Question]", "What is it?", "[Assistant 1]", "A car.", "[End of Assistant 1]",
              "[Assistant 2]", "A boat.", "[End of Assistant 2]", "[System]"]  # fmt: skip
     assert [prompt.index(mark) for mark in marks] == sorted(prompt.index(mark) for mark in marks)
-    assert swapped[1]["content"].index("A boat.") < swapped[1]["content"].index("A car.")
+    assert swapped.messages[1]["content"].index("A boat.") < swapped.messages[1]["content"].index("A car.")
     with pytest.raises(DataError, match="question 3: no candidate answer"):
         judge(questions, context, {3: "A car."}, {}, client)
     with pytest.raises(DataError, match=r"no context for image 'a.jpg'"):

@@ -62,7 +62,8 @@ def test_a_refused_reply_is_kept_beside_the_records(tmp_path: Path) -> None:
     client = OfflineClient(lambda messages: "no format at all")
     results = generate_mix(annotated(3), {"conversation": 1.0}, client, tmp_path)
     assert results["conversation"]["failed"] == 3
-    assert [row["error"] for row in read_jsonl(tmp_path / "failures.jsonl")] == ["MissingLabel"] * 3
+    failures = read_jsonl(tmp_path / "failures.jsonl")
+    assert [(row["error"], row["attempt"]) for row in failures] == [("MissingLabel", 1), ("MissingLabel", 2)] * 3
 
 
 def test_data_of_others_are_not_replaced(tmp_path: Path) -> None:

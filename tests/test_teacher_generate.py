@@ -4,10 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,8 +13,9 @@ from llava_core.data.coco import load_annotations
 from llava_core.data.instruct import check_file, load_instruct
 from llava_core.miniature.offline_chat import respond
 from llava_core.runtime import ROOT, ConfigError, DataError, read_json, read_jsonl
-from llava_core.teacher.client import ChatReply, Message, OfflineClient, RecordClient, ReplayClient
-from llava_core.teacher.generate import generate
+from llava_core.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest, Message, ServerError
+from llava_core.teacher.client import OfflineClient, RecordClient, ReplayClient
+from llava_core.teacher.generate import generate, requests_for
 from llava_core.teacher.prompts import DETAIL_QUESTIONS, KINDS, PROMPTS, load_prompts
 
 
@@ -45,7 +44,8 @@ def test_records_are_of_the_official_format_with_two_keys_more(tmp_path: Path) -
         "records": 9, "failed": 0, "requests": 9, "replayed": 0, "spend_usd": 0.0
     }  # fmt: skip
     names = ["conversation_3.json", "detail_3.json", "complex_3.json", "llava_instruct.json"]
-    assert [Path(f).name for f in result["files"]] == [*names, "failures.jsonl", "provenance.jsonl"]
+    others = ["llava_instruct.parquet", "failures.jsonl", "provenance.jsonl"]
+    assert [Path(f).name for f in result["files"]] == [*names, *others]
     every = read_json(tmp_path / "llava_instruct.json")
     assert [(r["id"], r["type"]) for r in every] == [(image.id, kind) for image in IMAGES[:3] for kind in KINDS]
     assert set(every[0]) == {"id", "image", "type", "conversations", "provenance"}
@@ -53,6 +53,10 @@ def test_records_are_of_the_official_format_with_two_keys_more(tmp_path: Path) -
     assert [turn["value"] for turn in every[0]["conversations"][1:]] == ["Red.", "Where?", "There."]
     by_kind = [record for name in names[:3] for record in read_json(tmp_path / name)]
     assert by_kind == sorted(every, key=lambda r: KINDS.index(r["type"]))
+    assert every[0]["provenance"].keys() == {"request", "model", "date", "client", "prompt", "seed"}
+    assert [every[0]["provenance"][key] for key in ("model", "date", "client")] == ["offline", None, "offline"]
+    pq = pytest.importorskip("pyarrow.parquet", reason="the records as columns need pyarrow")
+    assert pq.read_table(tmp_path / "llava_instruct.parquet").to_pylist() == every
     assert (tmp_path / "failures.jsonl").read_text() == ""
     assert {s.kind for s in load_instruct(tmp_path / "llava_instruct.json")} == set(KINDS)
 
@@ -89,22 +93,90 @@ def test_the_image_stands_first_or_last_by_seed_and_record(tmp_path: Path) -> No
     assert len(asked) > 8
 
 
-def test_replies_of_a_wrong_format_are_kept_and_counted(tmp_path: Path) -> None:
-    bad = {"1": "", "2": "Question:\nA?", "3": "Answer:\nA.", "4": "Question:\nA?"}
+BAD = {"1": "", "2": "Question:\nA?", "3": "Answer:\nA.", "4": "Question:\nA?"}
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_replies_of_a_wrong_format_are_kept_counted_and_asked_for_once_more(tmp_path: Path, learns: bool) -> None:
+    asked: list[list[Message]] = []
 
     def sloppy(messages: list[Message]) -> str:
-        return bad.get(messages[-1]["content"], REPLY)
+        asked.append(messages)
+        context = next(m["content"] for m in messages[::-1] if m["content"] in "012345")
+        return REPLY if learns and messages[-1]["content"] != context else BAD.get(context, REPLY)
 
     images = [Image(str(k), f"{k}.jpg", [str(k)]) for k in range(6)]
     result = generate(images, ["conversation"], OfflineClient(sloppy), tmp_path)
-    assert (result["records"], result["failed"]) == (2, 4)
-    assert result["failures"] == {"BadAlternation": 1, "EmptyReply": 1, "MissingAnswer": 2}
+    assert (result["records"], result["failed"]) == ((6, 0) if learns else (2, 4))
+    assert (result["requests"], result["retried"], result["repaired"]) == (10, 4, 4 if learns else 0)
+    assert result["failures"] == ({} if learns else {"BadAlternation": 1, "EmptyReply": 1, "MissingAnswer": 2})
     rows = read_jsonl(tmp_path / "failures.jsonl")
-    assert [(row["id"], row["error"], row["reply"]) for row in rows[:2]] == [
-        ("1", "EmptyReply", ""), ("2", "MissingAnswer", "Question:\nA?")
-    ]  # fmt: skip
-    assert len(read_jsonl(tmp_path / "provenance.jsonl")) == 6
-    assert len(read_json(tmp_path / "conversation_2.json")) == 2
+    first = [(row["id"], row["error"], row["reply"]) for row in rows if row["attempt"] == 1]
+    assert first[:2] == [("1", "EmptyReply", ""), ("2", "MissingAnswer", "Question:\nA?")]
+    assert (len(first), len(rows)) == (4, 4 if learns else 8)
+    assert {row["repaired"] for row in rows} == {learns}
+    provenance = read_jsonl(tmp_path / "provenance.jsonl")
+    assert (len(provenance), len({row["request"] for row in provenance})) == (10, 10)
+    assert {row["context"] for row in provenance} == set("012345")
+    assert len(read_json(tmp_path / f"conversation_{result['records']}.json")) == result["records"]
+    again = next(messages for messages in asked if messages[-1]["content"].startswith("This reply cannot be used"))
+    assert again[-2] == {"role": "user", "content": "1"}  # an empty reply is not quoted
+    assert "(EmptyReply): the reply is empty" in again[-1]["content"]
+    last = next(messages for messages in asked if "(MissingAnswer)" in messages[-1]["content"])
+    assert last[-2] == {"role": "assistant", "content": "Question:\nA?"}
+
+
+class Moody:
+    """Refuses one image, changes its model, and ends its budget."""
+
+    concurrency = 4
+
+    def __init__(self, refused: str = "", broke_after: int = 99) -> None:
+        self.refused, self.left = refused, broke_after
+
+    def complete(self, request: ChatRequest) -> ChatReply:
+        self.left -= 1
+        context = request.messages[-1]["content"]
+        if self.left < 0:
+            raise BudgetError("budget of 1 USD: spent")
+        if context == self.refused or self.refused == "all":
+            raise ChatError("status 400: no")
+        return ChatReply("A car.", "gpt-4-0314" if context < "3" else "gpt-4-0613", 1, 1, 0.125, date="2023-05-01")
+
+
+def test_a_request_without_a_reply_is_a_failure_and_a_changed_model_is_reported(tmp_path: Path) -> None:
+    images = [Image(str(k), f"{k}.jpg", [str(k)], []) for k in range(6)]
+    result = generate(images, ["detail"], Moody("2"), tmp_path)
+    assert (result["records"], result["failed"], result["unasked"], result["stopped"]) == (5, 1, 0, None)
+    assert result["failures"] == {"ChatError": 1}
+    assert result["models"] == {"gpt-4-0314": 2, "gpt-4-0613": 3}
+    assert [r["id"] for r in read_json(tmp_path / "llava_instruct.json")] == list("01345")
+    assert [(r["id"], r["reply"]) for r in read_jsonl(tmp_path / "failures.jsonl")] == [("2", None)]
+    with pytest.raises(ServerError, match="20 requests in a row had no reply; the last one: status 400"):
+        generate([*images] * 5, ["detail"], Moody("all"), tmp_path / "b")
+
+
+def test_at_the_end_of_the_budget_what_was_answered_is_written(tmp_path: Path) -> None:
+    images = [Image(str(k), f"{k}.jpg", [str(k)], []) for k in range(9)]
+    client = Moody(broke_after=5)
+    client.concurrency = 1
+    result = generate(images, ["detail"], client, tmp_path)
+    assert (result["records"], result["failed"], result["unasked"]) == (5, 0, 4)
+    assert (result["stopped"], result["spend_usd"]) == ("budget of 1 USD: spent", 0.625)
+    assert len(read_json(tmp_path / "detail_5.json")) == 5
+
+
+def test_what_will_be_asked_is_known_before(tmp_path: Path) -> None:
+    asked = [request for _, _, request in requests_for(IMAGES[:3], KINDS, model="gpt-4")]
+    sent: list[str] = []
+
+    class Spy:
+        def complete(self, request: ChatRequest) -> ChatReply:
+            sent.append(request.key)
+            return ChatReply(scripted(list(request.messages)), "m", 1, 1)
+
+    generate(IMAGES[:3], KINDS, Spy(), tmp_path, model="gpt-4")
+    assert sent == [request.key for request in asked]
 
 
 def test_files_of_an_earlier_run_do_not_stay_beside_the_new_ones(tmp_path: Path) -> None:
@@ -128,13 +200,14 @@ class Server:
     def __init__(self, log: Path, deadly: int | None = None) -> None:
         self.log, self.deadly, self.served = log, deadly, 0
 
-    def complete(self, messages: Sequence[Message], *, model: str, temperature: float = 0, max_tokens: int = 0) -> Any:
+    def complete(self, request: ChatRequest) -> ChatReply:
+        messages = request.messages
         if self.served == self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         self.served += 1
         with open(self.log, "a") as file:
             file.write(f"{hash((messages[0]['content'], messages[-1]['content']))}\n")
-        return ChatReply(scripted(list(messages)), "gpt-4-0314", 1, 1, 0.5)
+        return ChatReply(scripted(list(messages)), "gpt-4-0314", 1, 1, 0.5, date="2023-05-01T00:00:00+00:00")
 
 
 def test_killed_and_called_again_it_pays_each_request_once(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from llava_core.evaluate.statistics import seeds_interval
 from llava_core.runtime import DataError, read_jsonl, shown
+from llava_core.teacher.chat import ChatRequest
 
 if TYPE_CHECKING:
-    from llava_core.teacher.client import ChatClient
+    from llava_core.teacher.chat import ChatClient
 
 CATEGORIES = ("complex", "conv", "detail")
 CATEGORY_PREFIX = "llava_bench_"
@@ -92,7 +93,7 @@ def judge(
         for order in ("reference_first", "candidate_first")[: 1 + swap]:
             first, second = pair if order == "reference_first" else pair[::-1]
             messages = judge_messages(row["text"], context[row["image"]], first, second)
-            reply = client.complete(messages, model=model, temperature=temperature, max_tokens=max_tokens)
+            reply = client.complete(ChatRequest(messages, model, temperature, max_tokens))
             review = {"id": len(reviews) + 1, "question_id": row["question_id"], "category": row["category"]}
             review |= {"content": reply.text, "order": order, "model": model}
             scores = _review_scores(review)

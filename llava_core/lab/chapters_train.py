@@ -32,7 +32,7 @@ from llava_core.models.generation import GenerationSettings, generate_tokens
 from llava_core.paper.claims import all_claims, claim
 from llava_core.record import RunRecord
 from llava_core.runtime import read_jsonl, resolve, resolve_device, resolve_dtype
-from llava_core.teacher.client import ChatClient, Message, OfflineClient
+from llava_core.teacher.client import ChatClient, ChatRequest, Message, OfflineClient
 from llava_core.train.stages import TrainingSet, build_model
 from llava_core.train.trainer import collate
 from llava_core.weights.checkpoint import Loaded, load
@@ -271,7 +271,9 @@ def science_opinions(
     asked = [p for p in problems if earlier is None or p.id in earlier]
     return {
         p.id: client.complete(
-            science_messages(p, earlier[p.id] if earlier else ()), model="gpt-4", temperature=0.0, max_tokens=1024
+            ChatRequest(
+                science_messages(p, earlier[p.id] if earlier else ()), "gpt-4", temperature=0.0, max_tokens=1024
+            )
         ).text
         for p in asked
     }

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import random
-from collections.abc import Mapping, Sequence
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from llava_core.constants import IMAGE_MARKER
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, progress, shown, write_json, write_jsonl
-from llava_core.teacher.client import MAX_TOKENS, TEMPERATURE, ChatClient, request_key
+from llava_core.runtime import ConfigError, atomic_write, progress, shown, write_json, write_jsonl
+from llava_core.teacher.chat import (
+    MAX_TOKENS,
+    TEMPERATURE,
+    BudgetError,
+    ChatClient,
+    ChatError,
+    ChatReply,
+    ChatRequest,
+    ServerError,
+)
 from llava_core.teacher.parse import ReplyError, parse_detail, parse_dialogue, parse_reasoning
 from llava_core.teacher.prompts import (
     DETAIL_QUESTIONS,
@@ -23,6 +37,9 @@ from llava_core.teacher.prompts import (
 )
 
 MODEL = "gpt-4-0314"
+MOST_SILENT = 20  # requests in a row without a reply, after which the server counts as gone
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Annotation(Protocol):
@@ -36,6 +53,62 @@ class Annotation(Protocol):
     def captions(self) -> Sequence[str]: ...
     @property
     def boxes(self) -> Sequence[tuple[str, Sequence[float]]]: ...
+
+
+def requests_for(
+    annotations: Iterable[Annotation],
+    kinds: Sequence[str],
+    prompts: Mapping[str, Prompt] | None = None,
+    model: str = MODEL,
+    temperature: float = TEMPERATURE,
+    max_tokens: int = MAX_TOKENS,
+) -> Iterator[tuple[Annotation, str, ChatRequest]]:
+    """Yield what `generate` will ask first about each image, e.g. for `llava_core.teacher.chat.estimate`.
+
+    Args:
+        annotations: the images.
+        kinds: of `llava_core.teacher.prompts.KINDS`.
+        prompts: by kind; ours when None.
+        model: asked for by this name.
+        temperature: of the model.
+        max_tokens: of one reply.
+
+    Returns:
+        Image, kind and request, image by image.
+
+    Raises:
+        ConfigError: unknown kind.
+    """
+    prompts = PROMPTS if prompts is None else prompts
+    for kind in kinds:
+        if kind not in KINDS or kind not in prompts:
+            raise ConfigError(unknown("kind of instruction data", kind, [k for k in KINDS if k in prompts]))
+    for image in annotations:
+        for kind in dict.fromkeys(kinds):
+            boxes = image.boxes if kind in KINDS_WITH_BOXES else ()
+            messages = build_messages(kind, context_text(image.captions, boxes), prompts)
+            yield image, kind, ChatRequest(messages, model, temperature, max_tokens)
+
+
+def retry_request(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatRequest:
+    """Return the request that follows a malformed reply: what was said, and what is wrong with it."""
+    said = [{"role": "assistant", "content": reply.text}] if reply.text.strip() else []
+    reason = (
+        f"This reply cannot be used ({type(error).__name__}): {error}.\nReply again, in the format of the examples."
+    )
+    return replace(request, messages=[*request.messages, *said, {"role": "user", "content": reason}])
+
+
+@dataclass
+class _Outcome:
+    """What asking about one image came to: every reply, with what was wrong with it."""
+
+    image: Annotation
+    kind: str
+    request: ChatRequest
+    turns: list[tuple[str, str]] | None = None
+    replies: list[tuple[ChatRequest, ChatReply, ReplyError | None]] = field(default_factory=list)
+    refused: ChatError | None = None  # no reply to the last request
 
 
 def generate(
@@ -52,16 +125,19 @@ def generate(
 ) -> dict[str, Any]:
     """Write instruction data about annotated images.
 
-    Killed and called again with a recording client it goes on where it was: replies that the cassette holds are not
-    asked for again, and the files come out as of an undisturbed run.
+    As many requests are under way at once as the client's attribute `concurrency` says; the files do not depend on it.
+    A malformed reply is kept, and asked for once more with the reason (`retry_request`). Killed and called again with a
+    recording client it goes on where it was: replies that the cassette holds are not asked for again, and the files
+    come out as of an undisturbed run. Where the budget ends, what was answered until then is written.
 
     Args:
         annotations: the images; captions for every kind, boxes for `detail` and `complex`.
         kinds: of `llava_core.teacher.prompts.KINDS`; every image is asked about once per kind.
         client: who answers.
         out: folder; gets `<kind>_<N>.json` per kind and `llava_instruct.json` with all (LLaVA-Instruct records with
-            `type` and `provenance` added), `failures.jsonl` (replies of a wrong format, kept) and `provenance.jsonl`
-            (request, model, tokens and cost per reply). Files of these names from an earlier call are replaced.
+            `type` and `provenance` added), `llava_instruct.parquet` with the same where pyarrow is installed,
+            `failures.jsonl` (malformed and missing replies) and `provenance.jsonl` (request, model, tokens, cost and
+            date per reply). Files of these names from an earlier call are replaced.
         limit: only the first so many images.
         seed: draws where the image stands in the first turn and how a description is asked for, per record.
         prompts: by kind, e.g. of `load_prompts`; ours when None.
@@ -70,65 +146,155 @@ def generate(
         max_tokens: of one reply.
 
     Returns:
-        records; failed (replies that no record came from); requests (sent now) and replayed (from a cassette);
-        spend_usd (paid now); failures (count by error class); files.
+        records; failed (images and kinds that no record came from); requests (sent now) and replayed (from a cassette);
+        spend_usd (paid now) and cost_usd (of all replies used, whenever they were paid); failures (the failed by error
+        class); retried (malformed first replies) and repaired (those whose second one is good); models (replies by
+        snapshot); stopped (why not all was asked, or None) and unasked; files.
 
     Raises:
         ConfigError: unknown kind.
-        ChatError, DataError: the client's; what was answered until then is in its cassette.
+        ServerError, DataError: the client's; what was answered until then is in its cassette.
     """
     prompts, out = PROMPTS if prompts is None else prompts, Path(out)
-    for kind in kinds:
-        if kind not in KINDS or kind not in prompts:
-            raise ConfigError(unknown("kind of instruction data", kind, [k for k in KINDS if k in prompts]))
-    jobs = [(image, kind) for image in annotations[:limit] for kind in dict.fromkeys(kinds)]
+    jobs = list(requests_for(annotations[:limit], kinds, prompts, model, temperature, max_tokens))
     records: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     provenance: list[dict[str, Any]] = []
-    spend, sent = 0.0, 0
-    with progress(len(jobs), "teacher", unit="reply") as bar:
-        for image, kind in jobs:
-            boxes = image.boxes if kind in KINDS_WITH_BOXES else ()
-            messages = build_messages(kind, context_text(image.captions, boxes), prompts)
-            reply = client.complete(messages, model=model, temperature=temperature, max_tokens=max_tokens)
-            spend, sent = (spend, sent) if reply.cached else (spend + reply.cost_usd, sent + 1)
-            key = request_key(messages, model=model, temperature=temperature, max_tokens=max_tokens)
-            source = {"request": key, "model": reply.model, "prompt": prompts[kind].version, "seed": seed}
-            row = {"id": image.id, "image": image.image, "type": kind}
-            # by id and kind, not by position: a record stays the same when other images are added or left out
-            rng = random.Random(f"{seed}-{image.id}-{kind}")
-            try:
-                turns = _turns(kind, reply.text, reply.finish_reason, rng)
-            except ReplyError as error:
-                failures.append(
-                    row | {"error": type(error).__name__, "message": str(error), "reply": reply.text, **source}
-                )
-            else:
-                records.append(row | {"conversations": _conversation(turns, rng), "provenance": source})
-            provenance.append(
-                row
-                | source
-                | {"asked_model": model, "temperature": temperature, "max_tokens": max_tokens}
-                | {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
-                | {"cost_usd": reply.cost_usd, "finish_reason": reply.finish_reason, "context": messages[-1]["content"]}
-            )
-            bar.set_postfix_str(f"{spend:.2f} USD, {len(failures)} failed", refresh=False)
+    failed: Counter[str] = Counter()
+    tally = {"requests": 0, "replayed": 0, "retried": 0, "repaired": 0}
+    spend, silent, stopped, done = 0.0, 0, None, 0
+    with progress(len(jobs), "teacher", unit="record") as bar:
+        stop = getattr(client, "stop", lambda: None)
+        for outcome in _concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1), stop):
+            if isinstance(outcome.refused, BudgetError):
+                stopped = stopped or str(outcome.refused)
+            silent = silent + 1 if outcome.refused and not stopped else 0
+            if silent >= MOST_SILENT:
+                raise ServerError(f"{silent} requests in a row had no reply; the last one: {outcome.refused}")
+            row = {"id": outcome.image.id, "image": outcome.image.image, "type": outcome.kind}
+            rows = [_source(request, reply, prompts[outcome.kind], seed) for request, reply, _ in outcome.replies]
+            for number, ((_, reply, error), source) in enumerate(zip(outcome.replies, rows, strict=True)):
+                tally["replayed" if reply.cached else "requests"] += 1
+                spend += 0.0 if reply.cached else reply.cost_usd
+                provenance.append(row | source | _bill(outcome.request, reply))
+                if error is not None:
+                    kept = {"reply": reply.text, "attempt": number + 1, "repaired": outcome.turns is not None}
+                    failures.append(row | _told(error) | kept | source)
+            tally["retried"] += bool(outcome.replies and outcome.replies[0][2])
+            if outcome.turns is not None:
+                tally["repaired"] += len(outcome.replies) > 1
+                rng = _rng(seed, outcome.image, outcome.kind)
+                turns = outcome.turns
+                if outcome.kind == "detail":
+                    turns = [(rng.choice(DETAIL_QUESTIONS), text) for _, text in turns]
+                records.append(row | {"conversations": _conversation(turns, rng), "provenance": rows[-1]})
+            elif not isinstance(outcome.refused, BudgetError):
+                last = outcome.refused or outcome.replies[-1][2]
+                assert last is not None
+                failed[type(last).__name__] += 1
+                if outcome.refused is not None:
+                    failures.append(row | _told(outcome.refused) | {"reply": None, "request": outcome.request.key})
+            done += not isinstance(outcome.refused, BudgetError)
+            bar.set_postfix_str(f"{spend:.2f} USD, {failed.total()} failed", refresh=False)
             bar.update()
-    errors = [row["error"] for row in failures]
+    models = dict(Counter(row["model"] for row in provenance))
+    if len(models) > 1:
+        named = ", ".join(f"{model} ({n} replies)" for model, n in models.items())
+        print(f"note: not one model answered but {len(models)}: {named}", file=sys.stderr)  # noqa: T201
     return {
         "records": len(records),
-        "failed": len(failures),
+        "failed": failed.total(),
         "spend_usd": round(spend, 6),
-        "requests": sent,
-        "replayed": len(jobs) - sent,
-        "failures": {name: errors.count(name) for name in sorted(set(errors))},
+        "cost_usd": round(sum(row["cost_usd"] for row in provenance), 6),
+        **tally,
+        "failures": dict(sorted(failed.items())),
+        "models": models,
+        "stopped": stopped,
+        "unasked": len(jobs) - done,
         "files": _write(out, records, failures, provenance, list(dict.fromkeys(kinds))),
     }
 
 
-def _turns(kind: str, text: str, finish_reason: str, rng: random.Random) -> list[tuple[str, str]]:
+def _ask(client: ChatClient, image: Annotation, kind: str, request: ChatRequest) -> _Outcome:
+    """Ask, and once more where the reply is malformed."""
+    outcome = _Outcome(image, kind, request)
+    for _ in range(2):
+        try:
+            reply = client.complete(request)
+        except ServerError:
+            raise
+        except ChatError as error:
+            outcome.refused = error
+            return outcome
+        try:
+            outcome.turns = _turns(kind, reply.text, reply.finish_reason)
+        except ReplyError as error:
+            outcome.replies.append((request, reply, error))
+            request = retry_request(request, reply, error)
+        else:
+            outcome.replies.append((request, reply, None))
+            break
+    return outcome
+
+
+def _concurrently(
+    work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]
+) -> Iterator[_R]:
+    """Yield the results in the order of the items, with at most `workers` items under way."""
+    if workers <= 1:
+        yield from map(work, items)
+        return
+    under_way: deque[Future[_R]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="ask") as pool:
+        try:
+            for item in items:
+                under_way.append(pool.submit(work, item))
+                while len(under_way) > 16 * workers:  # a slow one at the head does not keep the others from starting
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except KeyboardInterrupt:
+            stop()  # else leaving the pool would wait for all further attempts
+            raise
+        finally:
+            for future in under_way:
+                future.cancel()
+
+
+def _rng(seed: int, image: Annotation, kind: str) -> random.Random:
+    # by id and kind, not by position: a record stays the same when other images are added or left out
+    return random.Random(f"{seed}-{image.id}-{kind}")
+
+
+def _source(request: ChatRequest, reply: ChatReply, prompt: Prompt, seed: int) -> dict[str, Any]:
+    """Where a record comes from."""
+    named = {"request": request.key, "model": reply.model, "date": reply.date or None, "client": reply.kind}
+    return named | {"prompt": prompt.version, "seed": seed}
+
+
+def _bill(request: ChatRequest, reply: ChatReply) -> dict[str, Any]:
+    """What was asked for and what it cost; the context is the one of the first request."""
+    return {
+        "asked_model": request.model,
+        "temperature": request.temperature,
+        "max_tokens": request.max_tokens,
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "price": [reply.price_prompt, reply.price_completion],
+        "cost_usd": reply.cost_usd,
+        "finish_reason": reply.finish_reason,
+        "context": request.messages[-1]["content"],
+    }
+
+
+def _told(error: Exception) -> dict[str, str]:
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def _turns(kind: str, text: str, finish_reason: str) -> list[tuple[str, str]]:
+    """The turns of a reply; a description has no question yet."""
     if kind == "detail":
-        return [(rng.choice(DETAIL_QUESTIONS), parse_detail(text, finish_reason))]
+        return [("", parse_detail(text, finish_reason))]
     return (parse_reasoning if kind == "complex" else parse_dialogue)(text, finish_reason)
 
 
@@ -156,6 +322,30 @@ def _write(
         part = [record for record in records if record["type"] == kind]
         files.append(write_json(out / f"{kind}_{len(part)}.json", part))
     files.append(write_json(out / "llava_instruct.json", records))
+    files += _write_parquet(out / "llava_instruct.parquet", records)
     files.append(write_jsonl(out / "failures.jsonl", failures))
     files.append(write_jsonl(out / "provenance.jsonl", provenance))
     return [shown(file) for file in files]
+
+
+def _write_parquet(path: Path, records: list[dict[str, Any]]) -> list[Path]:
+    """Write the records as columns; nothing where pyarrow is missing, which is said."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        print(f"note: no {path.name}: the package pyarrow is not installed", file=sys.stderr)  # noqa: T201
+        path.unlink(missing_ok=True)  # of an earlier call
+        return []
+    text = pa.string()
+    source = [("request", text), ("model", text), ("date", text), ("client", text), ("prompt", text)]
+    columns = {
+        "id": text,
+        "image": text,
+        "type": text,
+        "conversations": pa.list_(pa.struct([("from", text), ("value", text)])),
+        "provenance": pa.struct([*source, ("seed", pa.int64())]),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(columns)), buffer, compression="zstd")
+    return [atomic_write(path, buffer.getvalue())]

@@ -1,0 +1,115 @@
+"""Requests and replies in one SQLite file: what was paid for once is never asked for again."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llava_core.runtime import DataError, shown
+from llava_core.teacher.chat import ChatReply, ChatRequest
+
+_REPLY = (
+    "text, model, prompt_tokens, completion_tokens, cost_usd, finish_reason, price_prompt, price_completion, date, kind"
+)
+_TABLES = (
+    f"replies (key TEXT PRIMARY KEY, request TEXT NOT NULL, {_REPLY})",
+    "failures (key TEXT NOT NULL, date TEXT NOT NULL, why TEXT NOT NULL, doubtful_usd REAL NOT NULL, last INTEGER)",
+)
+
+
+class Cassette:
+    """One transaction per reply, on disk (write-ahead log, synchronous) before `put` returns.
+
+    Args:
+        path: the SQLite file; made with its folder where it is missing.
+        read_only: do not make or change it.
+
+    Raises:
+        DataError: the file is missing (read only) or is no cassette.
+    """
+
+    def __init__(self, path: str | Path, read_only: bool = False) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        if not read_only:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        address = f"{self.path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+        if read_only and not os.access(self.path.absolute().parent, os.W_OK):
+            address += "&immutable=1"  # SQLite puts two files beside a log that it reads, and may not do so here
+        try:
+            self._file = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
+            if not read_only:
+                self._file.execute("PRAGMA journal_mode=WAL")
+                self._file.execute("PRAGMA synchronous=FULL")
+                with self._file:
+                    for table in _TABLES:
+                        self._file.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+            self._file.execute(f"SELECT key, request, {_REPLY} FROM replies LIMIT 1")
+            self._file.execute("SELECT key, date, why, doubtful_usd, last FROM failures LIMIT 1")
+        except sqlite3.Error as error:
+            raise DataError(f"{shown(self.path)}: no cassette of replies ({error}); name another file") from error
+
+    def get(self, request: ChatRequest) -> ChatReply | None:
+        """Return the reply to a request, or None."""
+        with self._lock:
+            row = self._file.execute(f"SELECT {_REPLY} FROM replies WHERE key = ?", (request.key,)).fetchone()
+        return replace(ChatReply(*row), cached=True) if row else None
+
+    def put(self, request: ChatRequest, reply: ChatReply) -> None:
+        """Keep a reply; the first one to a request stays."""
+        values = [getattr(reply, name) for name in _REPLY.split(", ")]
+        with self._lock, self._file:
+            self._file.execute(
+                f"INSERT OR IGNORE INTO replies (key, request, {_REPLY}) VALUES (?, ?{', ?' * len(values)})",
+                (request.key, request.canonical, *values),
+            )
+
+    def fail(self, request: ChatRequest, why: str, doubtful_usd: float = 0.0, last: bool = False) -> None:
+        """Keep that an attempt failed.
+
+        Args:
+            request: got no reply.
+            why: in words.
+            doubtful_usd: what the server may have billed for it at most.
+            last: the request was given up.
+        """
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._lock, self._file:
+            self._file.execute(
+                "INSERT INTO failures (key, date, why, doubtful_usd, last) VALUES (?, ?, ?, ?, ?)",
+                (request.key, date, why, doubtful_usd, last),
+            )
+
+    def given_up(self, request: ChatRequest) -> str | None:
+        """Return why a request was given up, or None."""
+        query = "SELECT why FROM failures WHERE key = ? AND last ORDER BY rowid DESC"
+        with self._lock:
+            row = self._file.execute(query, (request.key,)).fetchone()
+        return row[0] if row else None
+
+    def doubtful(self) -> float:
+        """Return what the server may have billed, at most, for attempts that brought no reply, in USD."""
+        with self._lock:
+            return float(self._file.execute("SELECT TOTAL(doubtful_usd) FROM failures").fetchone()[0])
+
+    def __len__(self) -> int:
+        with self._lock:
+            return int(self._file.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
+
+    def spend(self) -> float:
+        """Return what all replies together cost, in USD."""
+        with self._lock:
+            return float(self._file.execute("SELECT TOTAL(cost_usd) FROM replies").fetchone()[0])
+
+    def models(self) -> dict[str, int]:
+        """Return how many replies each model snapshot gave, by its name."""
+        with self._lock:
+            return dict(self._file.execute("SELECT model, COUNT(*) FROM replies GROUP BY model ORDER BY MIN(date)"))
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()

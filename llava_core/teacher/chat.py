@@ -1,0 +1,197 @@
+"""What is asked and what comes back: the records of a chat, its errors, prices, and an estimate beforehand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from llava_core.registry import unknown
+from llava_core.runtime import CompanionError, ConfigError
+
+Message = dict[str, str]
+Price = tuple[float, float]
+TEMPERATURE, MAX_TOKENS = 0.7, 2048  # ours: the paper gives neither
+PRICES: dict[str, Price] = {  # USD per million tokens of prompt and of completion, as OpenAI listed them
+    "gpt-4": (30.0, 60.0),  # 2023
+    "gpt-4-0314": (30.0, 60.0),
+    "gpt-4-0613": (30.0, 60.0),
+    "gpt-4-32k-0314": (60.0, 120.0),
+    "gpt-3.5-turbo-0301": (2.0, 2.0),
+    "gpt-4-turbo": (10.0, 30.0),  # 2024
+    "gpt-4o": (2.5, 10.0),
+    "gpt-4o-mini": (0.15, 0.6),
+}
+CHARACTERS_PER_TOKEN = 4.0  # English text; only estimates use it
+REPLY_TOKENS = 300  # of an expected reply: a dialogue of four turns, a description, or an argued answer
+TOKENS_PER_SECOND = 20.0  # of one reply as it is written; ours, a GPT-4 of 2023
+
+
+class ChatError(CompanionError):
+    """A request got no reply: refused, or given up after all attempts."""
+
+
+class ServerError(ChatError):
+    """No request can succeed: the key is refused, the model unknown, the quota used up, or the server gone."""
+
+
+class BudgetError(ChatError):
+    """The next request could pass the budget; it was not sent."""
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What is asked.
+
+    Attributes:
+        messages: of {role, content}, the last of them a user's.
+        model: the name asked for.
+        temperature: of the model.
+        max_tokens: of the reply.
+    """
+
+    messages: Sequence[Message]
+    model: str
+    temperature: float = TEMPERATURE
+    max_tokens: int = MAX_TOKENS
+
+    @cached_property
+    def canonical(self) -> str:
+        """The request as JSON, the same on every machine."""
+        fields = {
+            "messages": [{"role": m["role"], "content": m["content"]} for m in self.messages],
+            "model": self.model,
+            "temperature": float(self.temperature),
+            "max_tokens": int(self.max_tokens),
+        }
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+    @cached_property
+    def key(self) -> str:
+        """The request's name: SHA-256 of its canonical JSON."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+    def most_tokens(self) -> tuple[int, int]:
+        """Return what prompt and reply have at most: a token is at least one byte of UTF-8."""
+        return sum(len(m["content"].encode()) + 16 for m in self.messages) + 16, self.max_tokens
+
+    def expected_tokens(self) -> tuple[int, int]:
+        """Return about how many tokens prompt and reply have, by the usual length of an English token."""
+        characters = sum(len(m["content"]) for m in self.messages)
+        return round(characters / CHARACTERS_PER_TOKEN) + 4 * len(self.messages), min(REPLY_TOKENS, self.max_tokens)
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """What came back.
+
+    Attributes:
+        text: the reply.
+        model: the snapshot that says it answered; may be another name than the one asked for.
+        prompt_tokens: length of the request.
+        completion_tokens: length of the reply.
+        cost_usd: what this reply cost when it was made.
+        finish_reason: `stop`, or `length` for a reply that was cut off.
+        price_prompt: USD per million tokens of the prompt.
+        price_completion: USD per million tokens of the reply.
+        date: when it arrived (UTC); empty for an offline reply, which is the same on every day.
+        kind: `live`, or `offline` for a function's reply.
+        cached: it comes from a cassette, so that nothing was paid now.
+    """
+
+    text: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float = 0.0
+    finish_reason: str = "stop"
+    price_prompt: float = 0.0
+    price_completion: float = 0.0
+    date: str = ""
+    kind: str = "live"
+    cached: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+class ChatClient(Protocol):
+    """Anything that completes a chat; it may be called from several threads at once.
+
+    A client that gains from it has an attribute `concurrency`: how many requests it likes to have under way; one that
+    repeats requests has a method `stop()`, after which it begins no further attempt.
+    """
+
+    def complete(self, request: ChatRequest) -> ChatReply:
+        """Reply to a request.
+
+        Raises:
+            ChatError: there is no reply to this request; its subclasses say when the next ones need not be tried.
+        """
+        ...
+
+
+def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | None = None) -> Price:
+    """Return USD per million tokens of prompt and of completion.
+
+    Args:
+        model: asked for by this name.
+        prices: by the model's name.
+        price: goes before the table.
+
+    Raises:
+        ConfigError: the table does not name the model.
+    """
+    found = price or prices.get(model)
+    if found is None:
+        raise ConfigError(f"{unknown('price of model', model, prices)}; give price=(prompt, completion)")
+    return found
+
+
+def cost_usd(tokens: tuple[int, int], price: Price) -> float:
+    """Return the cost of prompt and completion tokens in USD."""
+    return (tokens[0] * price[0] + tokens[1] * price[1]) / 1e6
+
+
+def estimate(
+    requests: Iterable[ChatRequest],
+    prices: Mapping[str, Price] = PRICES,
+    concurrency: int = 8,
+    tokens_per_second: float = TOKENS_PER_SECOND,
+) -> dict[str, Any]:
+    """Estimate what requests will cost, before the first is sent.
+
+    Args:
+        requests: each is counted once however often it is named, as a cassette would.
+        prices: USD per million tokens of prompt and completion by model.
+        concurrency: requests under way at once.
+        tokens_per_second: of one reply as it is written.
+
+    Returns:
+        requests; tokens (prompt and completion, expected); usd (expected); usd_most (every reply as long as allowed,
+        every prompt one token per byte); hours. Retries of malformed replies are not in it.
+
+    Raises:
+        ConfigError: the price of a model is not known.
+    """
+    tokens, usd, most, seconds, seen = [0, 0], 0.0, 0.0, 0.0, set()
+    for request in requests:
+        if request.key in seen:
+            continue
+        seen.add(request.key)
+        price, expected = price_of(request.model, prices), request.expected_tokens()
+        tokens = [tokens[0] + expected[0], tokens[1] + expected[1]]
+        usd += cost_usd(expected, price)
+        most += cost_usd(request.most_tokens(), price)
+        seconds += expected[1] / tokens_per_second
+    return {
+        "requests": len(seen),
+        "tokens": {"prompt": tokens[0], "completion": tokens[1], "total": sum(tokens)},
+        "usd": round(usd, 4),
+        "usd_most": round(most, 4),
+        "hours": round(seconds / max(concurrency, 1) / 3600, 4),
+    }

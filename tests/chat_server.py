@@ -1,0 +1,142 @@
+"""A server on this machine that speaks chat completions and misbehaves on purpose; run as a program, it is told how.
+
+A request's fault is drawn from its text and the number of its attempt, so that a second attempt may meet another one.
+What the server bills is a reply that it has sent to the last byte; each one is a line of its log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import time
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+FAULTS = ("429", "429 seconds", "429 date", "500", "stalled", "truncated", "invalid", "closed", "drip")
+STATUS = {"429": 429, "429 seconds": 429, "429 date": 429, "500": 500, "401": 401, "400": 400}
+
+
+class Server:
+    """Answers on 127.0.0.1.
+
+    Args:
+        log: gets a JSON line per billed reply: the request's last message, tokens, and the model that answered.
+        faulty: share of the attempts that meet a fault.
+        faults: which ones, drawn evenly.
+        malformed: share of the replies that are billed and of a wrong format.
+        seconds: a reply takes.
+        stall: seconds of silence of the fault `stalled`, and between two bytes of `drip`.
+        rename_after: after so many replies another snapshot answers.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        faulty: float = 0.0,
+        faults: tuple[str, ...] = FAULTS,
+        malformed: float = 0.0,
+        seconds: float = 0.0,
+        stall: float = 3.0,
+        rename_after: int = 10**9,
+        usage: tuple[int, int] = (1000, 500),
+    ) -> None:
+        self.log, self.faulty, self.faults, self.malformed = log, faulty, tuple(faults), malformed
+        self.seconds, self.stall, self.rename_after, self.usage = seconds, stall, rename_after, usage
+        self.attempts: Counter[str] = Counter()
+        self.billed = self.under_way = self.most_under_way = 0
+        self.times: list[float] = []
+        self.met: Counter[str] = Counter()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests of one connection."""
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while await self._one(reader, writer):
+                pass
+        writer.close()
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        length = next(int(h[15:]) for h in head.split("\r\n") if h.lower().startswith("content-length:"))
+        request = json.loads(await reader.readexactly(length))
+        self.times.append(time.monotonic())
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            return await self._answer(request, writer)
+        finally:
+            self.under_way -= 1
+
+    async def _answer(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        text = "\n".join(m["content"] for m in request["messages"][-3:])
+        self.attempts[text] += 1
+        rng = random.Random(f"{text}-{self.attempts[text]}")
+        fault = rng.choice(self.faults) if rng.random() < self.faulty else ""
+        self.met[fault] += 1
+        if fault in STATUS:
+            later = datetime.now(UTC) + timedelta(seconds=1)
+            when = {"429 seconds": "1", "429 date": format_datetime(later, usegmt=True)}.get(fault)
+            body = json.dumps({"error": {"message": "not now", "type": "t", "code": None}}).encode()
+            return await self._send(writer, STATUS[fault], body, f"Retry-After: {when}\r\n" if when else "")
+        if fault == "closed":
+            return False
+        if fault == "invalid":
+            return await self._send(writer, 200, b'{"choices": [{"mess')
+        if fault == "stalled":
+            await asyncio.sleep(self.stall)
+            return False
+        await asyncio.sleep(self.seconds)
+        model = "gpt-4-0314" if self.billed < self.rename_after else "gpt-4-0613"
+        repaired = request["messages"][-1]["content"].startswith("This reply cannot be used")
+        bad = not repaired and random.Random(text).random() < self.malformed
+        content = "Question:\nA description?" if bad else f"This is {text[-40:]}"
+        usage = {"prompt_tokens": self.usage[0], "completion_tokens": self.usage[1], "total_tokens": sum(self.usage)}
+        answer = {"id": "1", "object": "chat.completion", "created": 1, "model": model, "usage": usage}
+        answer["choices"] = [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+        ]
+        body = json.dumps(answer).encode()
+        if fault == "truncated":
+            await self._send(writer, 200, body[: len(body) // 2], declared=len(body))
+            return False
+        if fault == "drip":
+            await self._send(writer, 200, b"", declared=len(body))
+            for byte in body:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(self.stall / 20)
+            return False  # nobody waits that long
+        await self._send(writer, 200, body)
+        self.billed += 1
+        row = {"text": text, "tokens": self.usage, "model": model}
+        with self.log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return True
+
+    async def _send(
+        self, writer: asyncio.StreamWriter, status: int, body: bytes, more: str = "", declared: int | None = None
+    ) -> bool:
+        size = len(body) if declared is None else declared
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n{more}\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        return True
+
+
+async def main(log: Path, options: dict[str, Any]) -> None:
+    """Say the port on stdout, serve until stdin ends, then say what was met."""
+    server = Server(log, **options)
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    print(listening.sockets[0].getsockname()[1], flush=True)  # noqa: T201
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    seen = {"met": server.met, "most_under_way": server.most_under_way, "times": server.times}
+    print(json.dumps(seen), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), json.loads(sys.argv[2])))
