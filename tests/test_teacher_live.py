@@ -229,8 +229,9 @@ def test_two_recorders_do_not_share_a_cassette(tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import importlib.util, json, sys
+import importlib.util, json, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 spec = importlib.util.spec_from_file_location("here", {here!r})
 here = importlib.util.module_from_spec(spec); sys.modules["here"] = here; spec.loader.exec_module(here)
 folder, options = Path({folder!r}), json.loads({options!r})
