@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from PIL import Image
 
+from llava_core.constants import BRIEF_INSTRUCTIONS
 from llava_core.data import cc3m
 from llava_core.data.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, select
 from llava_core.data.instruct import check_file
@@ -202,7 +203,7 @@ def test_files_have_the_released_format(tmp_path: Path) -> None:
     assert chat[0]["image"] == "GCC_train_000000000.jpg"
     assert chat[0]["conversations"][1]["value"] == "a dog near the café ."
     questions = [record["conversations"][0]["value"] for record in chat]
-    assert {q.replace("<image>", "").strip() for q in questions} <= set(cc3m.BRIEF_INSTRUCTIONS)
+    assert {q.replace("<image>", "").strip() for q in questions} <= set(BRIEF_INSTRUCTIONS)
     assert 0 < sum(q.startswith("<image>\n") for q in questions) < 28
     assert sum(q.startswith("<image>\n") or q.endswith("\n<image>") for q in questions) == 28
     metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
@@ -276,8 +277,20 @@ def test_malformed_line_is_named(tmp_path: Path, line: bytes) -> None:
         filter_captions(path, None, RULES)
 
 
+def test_the_list_of_instructions_is_a_setting(tmp_path: Path) -> None:
+    asks = tmp_path / "asks.txt"
+    asks.write_text("What is it?\nTell me about this.\n")
+    settings = replace(RULES, instructions=str(asks))
+    filter_file(corpus(tmp_path), tmp_path / "out", None, settings)
+    chat = json.loads((tmp_path / "out" / "chat.json").read_text())
+    asked = {record["conversations"][0]["value"].replace("<image>", "").strip() for record in chat}
+    assert asked == {"What is it?", "Tell me about this."}
+    with pytest.raises(DataError, match=r"list of instructions 'breif'.*'brief'"):
+        filter_captions(tmp_path / "none.tsv", None, replace(RULES, instructions="breif"))
+
+
 def test_eleven_instructions_of_our_own() -> None:
-    assert len(set(cc3m.BRIEF_INSTRUCTIONS)) == 11
+    assert len(set(BRIEF_INSTRUCTIONS)) == 11
 
 
 def test_unknown_setting_is_clear() -> None:
@@ -285,23 +298,3 @@ def test_unknown_setting_is_clear() -> None:
         FilterSettings(order="rarest")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cap = 0; write 1 or more"):
         FilterSettings(cap=0)
-
-
-def test_no_image_however_broken_stops_the_filter(tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    (images / "folder.jpg").mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save(images / "good.jpg")
-    whole = (images / "good.jpg").read_bytes()
-    for name, content in {"cut.jpg": whole[:-300], "empty.jpg": b"", "page.jpg": b"<html>404</html>"}.items():
-        (images / name).write_bytes(content)
-    names = ["good.jpg", "cut.jpg", "empty.jpg", "page.jpg", "folder.jpg", "none.jpg", "a\0b.jpg", "x" * 300, "/etc/x"]
-    path = tmp_path / "a.tsv"
-    path.write_text("".join(f"a dog\tu\t{name}\n" for name in names))
-    available, coverage = cc3m.look_at_images(path, images)
-    assert (coverage.available, coverage.missing + coverage.unreadable) == (
-        int(available.sum()),
-        len(names) - 1 - int(available[1]),
-    )
-    assert available[0]
-    assert not available[2:].any()
-    assert [example["line"] for example in coverage.examples][-7:] == list(range(3, 10))

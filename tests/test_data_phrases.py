@@ -163,7 +163,7 @@ class Ending(Extractor):
 def test_an_ended_worker_and_no_worker_are_clear(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"was ended, perhaps for want of memory; .*run again, with fewer processes"):
         extract_file(lambda: CAPTIONS, source, Ending("ending", "1"), tmp_path / "cache", 2, size=7)
-    with pytest.raises(ConfigError, match=r"0 processes .*write 1 or more"):
+    with pytest.raises(ConfigError, match=r"0 processes.*write 1 or more"):
         extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 0)
 
 

@@ -11,15 +11,16 @@ import importlib.util
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_core.constants import BRIEF_INSTRUCTIONS, IMAGE_MARKER
-from llava_core.data.instruct import image_fault, leaves_folder
+from llava_core.constants import IMAGE_MARKER
+from llava_core.data.coverage import Coverage, look_at_images
+from llava_core.data.expansion import load_instructions
 from llava_core.data.phrases import ARTICLES, PRONOUNS, Phrases, extract, extract_file, extractor_named
 from llava_core.data.streams import json_list, parquet
 from llava_core.runtime import ConfigError, DataError, progress, shown, write_json
@@ -54,6 +55,8 @@ class FilterSettings:
             `top_up`: as many as its captions in the pool fall short of the cap.
         unavailable: rows without a readable image go `before` the phrases are counted (default: then every kept concept
             is in the pool), or `after` the selection.
+        instructions: what asks for the caption: a list of `llava_core.data.expansion` by name, or a text file of one
+            instruction per line, such as the official list.
         seed: decides the draws, the instructions and the side of the image.
 
     Source: paper, appendix E and Figure 7.
@@ -70,6 +73,7 @@ class FilterSettings:
     order: Literal["static", "remaining"] = "static"
     draw: Literal["all", "unpooled", "top_up"] = "all"
     unavailable: Literal["before", "after"] = "before"
+    instructions: str = "brief"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -359,46 +363,6 @@ def _walk(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, setti
 # ------------------------------------------------------------------------------------------------ files
 
 
-@dataclass
-class Coverage:
-    """How many rows have a usable image, and examples of those that have not."""
-
-    available: int = 0
-    missing: int = 0
-    unreadable: int = 0
-    examples: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, row: Row, images: Path, decode: bool) -> bool:
-        """Look at a row's image; return whether it can be used."""
-        if leaves_folder(row.image):
-            fault: tuple[str, str] | None = ("missing_image", "the name leaves the folder of images")
-        else:
-            fault = image_fault(images / row.image, decode)
-        if fault is None:
-            self.available += 1
-            return True
-        self.missing += fault[0] == "missing_image"
-        self.unreadable += fault[0] == "unreadable_image"
-        if len(self.examples) < 20:
-            self.examples.append({"line": row.number + 1, "image": row.image, "why": fault[1]})
-        return False
-
-
-def look_at_images(captions: str | Path, images: str | Path, decode: bool = True) -> tuple[Mask, Coverage]:
-    """Look at the image of every row of a TSV; whatever is wrong with one is counted and never stops the work.
-
-    Returns:
-        (captions,) whether its image can be used, and the coverage.
-
-    Raises:
-        DataError: there is no such folder.
-    """
-    if not Path(images).is_dir():
-        raise DataError(f"{shown(images)}: no such folder; give the folder of the images, or none")
-    coverage, rows = Coverage(), progress(read_captions(captions), "images", unit=" images")
-    return np.fromiter((coverage.add(row, Path(images), decode) for row in rows), bool), coverage
-
-
 @dataclass(frozen=True)
 class Filtered:
     """A filtered TSV.
@@ -444,13 +408,18 @@ def filter_captions(
         images: folder of the images; rows without a readable one are reported, not chosen. None: no image is opened.
         settings: how the recipe is read.
         decode: decode each image rather than only look for its file.
-        cache: folder where found phrases are kept, so that a killed run goes on and another reading of the recipe
-            parses nothing. None: one process finds them, in memory.
-        processes: how many find phrases where there is a cache; None for one per core.
+        cache: folder where found phrases and what was seen of images are kept, so that a killed run goes on and another
+            reading of the recipe parses nothing. None: one process finds them, in memory.
+        processes: how many look and find where there is a cache; None for one per core.
     """
     captions, settings = Path(captions), settings or FilterSettings()
     extractor = extractor_named(settings.phrases)
-    available, coverage = (None, None) if images is None else look_at_images(captions, images, decode)
+    load_instructions(settings.instructions)  # a list that cannot be read is known before hours of parsing
+    available = coverage = None
+    if images is not None:
+        seen = None if cache is None else Path(cache) / "images"
+        names = (row.image for row in read_captions(captions))
+        available, coverage = look_at_images(names, images, decode, seen, 1 if cache is None else processes)
 
     def texts() -> Iterator[str]:
         return (row.caption for row in read_captions(captions))
@@ -468,11 +437,12 @@ def chosen_pairs(filtered: Filtered) -> Iterator[tuple[Row, str]]:
     chosen = filtered.selection.pooled
     # drawn for all rows, chosen or not: a record reads the same whatever else is chosen
     generator = np.random.default_rng([filtered.settings.seed, zlib.crc32(b"instructions")])
-    wording = generator.integers(len(BRIEF_INSTRUCTIONS), size=len(chosen))
+    instructions = load_instructions(filtered.settings.instructions)
+    number = generator.integers(len(instructions), size=len(chosen))
     image_last = generator.random(len(chosen)) < 0.5  # paper, equation 2: [question, image] or [image, question]
     for row in read_captions(filtered.source):
         if chosen[row.number]:
-            text = BRIEF_INSTRUCTIONS[wording[row.number]]
+            text = instructions[number[row.number]]
             yield row, f"{text}\n{IMAGE_MARKER}" if image_last[row.number] else f"{IMAGE_MARKER}\n{text}"
 
 

@@ -11,16 +11,11 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
-import multiprocessing
-import os
 import re
-import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llava_core.data.workers import spread
 from llava_core.runtime import (
     ConfigError,
     DataError,
@@ -304,19 +300,11 @@ def _extract(captions: tuple[str, ...], find: Callable[[Iterable[str]], Iterator
     return Shard.of(find(different), [different[caption] for caption in captions])
 
 
-_find: Callable[[Iterable[str]], Iterator[list[str]]]  # of a worker process
+_find: Callable[[Iterable[str]], Iterator[list[str]]]  # of a process
 
 
-def _begin_worker(extractor: Extractor) -> None:
+def _begin(extractor: Extractor) -> None:
     global _find
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:  # a worker whose parent was killed would wait for work for ever
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
     _find = extractor.start()
 
 
@@ -360,8 +348,6 @@ def extract_file(
         ConfigError: fewer than one process.
         DataError: a worker was ended from outside.
     """
-    if processes is not None and processes < 1:
-        raise ConfigError(f"{processes} processes for noun phrases: write 1 or more, or nothing for one per core")
     facts = shard_facts(source, extractor, size)
     folder = cache / fingerprint(facts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -384,41 +370,7 @@ def extract_file(
                 yield shard, folder / f"{number:06d}.npz"
 
     with bar:
-        for count in _spread(missing(), extractor, processes or cores()):
+        for count in spread(_work, missing(), processes, partial(_begin, extractor)):
             bar.update(count)
     write_json(done, {**facts, "captions": total, "shards": -(-total // size)})
     return Phrases(extractor, sorted(folder.glob("*.npz")))
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _spread(work: Iterator[tuple[tuple[str, ...], Path]], extractor: Extractor, processes: int) -> Iterator[int]:
-    """Do the shards, in this process if there is one process or one shard; never more than two each are in memory."""
-    first = list(islice(work, 2))
-    if processes == 1 or len(first) < 2:
-        if first:
-            find = extractor.start()
-        for captions, path in chain(first, work):
-            _extract(captions, find).save(path)
-            yield len(captions)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit the threads of numpy and PyTorch
-    pool = ProcessPoolExecutor(processes, spawn, _begin_worker, (extractor,))
-    try:
-        running: set[Future[int]] = set()
-        for captions, path in chain(first, work):
-            running.add(pool.submit(_work, captions, path))
-            if len(running) >= 2 * processes:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
-        yield from (future.result() for future in running)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"{shown(first[0][1].parent)}: a process that finds phrases was ended, perhaps for want of memory; what "
-            "is finished is kept: run again, with fewer processes"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -6,8 +6,7 @@ import random
 from collections.abc import Sequence
 from itertools import product
 
-from llava_core.constants import IMAGE_MARKER
-from llava_core.data.cc3m import BRIEF_INSTRUCTIONS
+from llava_core.constants import BRIEF_INSTRUCTIONS, IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Segment
 from llava_core.miniature import language, scienceqa, world
 from llava_core.miniature.cc3m import web_caption
