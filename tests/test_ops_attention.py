@@ -1,63 +1,109 @@
+"""The attention op: every backend equals the definition on packed rows with shared beginnings, forward and backward."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
-from llava_core.ops import BACKENDS, attention
+from llava_core.ops import BACKENDS, Segments, attention
+from llava_core.ops.reference import allowed
 from llava_core.runtime import ConfigError
 
-SHAPES = [(1, 2, 2, 7, 8), (2, 4, 2, 13, 16), (1, 6, 1, 5, 32)]
+SHAPES = [(4, 4, 8), (4, 2, 16), (6, 1, 32)]  # heads, kv_heads, head_dim
+
+# each sample is (tokens it shares with the samples of the same letters, its own); written out as `ends`
+TREES = {
+    "one sample": [[7] * 7],
+    "three samples": [[3] * 3 + [4] + [9] * 5],
+    "two that begin alike": [[12] * 5 + [8] * 3 + [12] * 4],
+    # a system text for all, two images under it, the first with three conversations
+    "two levels": [[22] * 3 + [14] * 4 + [9] * 2 + [11] * 2 + [14] * 3 + [22] * 8],
+    "two rows, padded": [[9] * 2 + [5] * 3 + [9] * 4 + [10, 11], [11] * 11],
+    "a root and single tokens": [[6] * 3 + [4, 5, 6]],
+}
 
 
-def _inputs(shape, dtype=torch.float32):
+def tree(name: str) -> Segments:
+    return Segments(torch.tensor(TREES[name], dtype=torch.int32))
+
+
+def inputs(segments: Segments, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    b, heads, kv, t, d = shape
-    q, k, v = (torch.randn(b, h, t, d, dtype=dtype, requires_grad=True) for h in (heads, kv, kv))
-    segments = torch.tensor([[0] * 3 + [1] * (t - 3)] * b)
-    return q, k, v, segments
+    (b, t), (heads, kv, d) = segments.ends.shape, shape
+    return [torch.randn(b, h, t, d, dtype=dtype, requires_grad=True) for h in (heads, kv, kv)]
 
 
-def _run(name, shape, dtype=torch.float32, packed=True):
-    q, k, v, segments = _inputs(shape, dtype)
-    out = attention(q, k, v, segments=segments if packed else None, backend=name)
-    out.float().square().sum().backward()
-    return [out.detach().float(), *(x.grad.float() for x in (q, k, v))]
+def run(
+    name: str, segments: Segments, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    q, k, v = inputs(segments, shape, dtype)
+    out = attention(q, k, v, segments=segments, backend=name)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out.float() * weight).sum().backward()
+    return [out.detach().float(), *(x.grad.float() for x in (q, k, v) if x.grad is not None)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("name", ["sdpa", "per_segment", "auto"])
-def test_backends_equal_the_reference(name, shape, packed) -> None:
-    for got, expected in zip(_run(name, shape, packed=packed), _run("reference", shape, packed=packed), strict=True):
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("backend", ["sdpa", "per_sample", "auto"])
+def test_backends_equal_the_definition(backend: str, name: str, shape: tuple[int, int, int]) -> None:
+    segments = tree(name)
+    for got, expected in zip(run(backend, segments, shape), run("reference", segments, shape), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "per_segment"])
-def test_low_precision_errs_at_most_by_the_ratio_rule(name) -> None:
-    exact = _run("reference", SHAPES[1])
-    plain = _run("reference", SHAPES[1], torch.bfloat16)
-    ours = _run(name, SHAPES[1], torch.bfloat16)
+@pytest.mark.parametrize("backend", ["sdpa", "per_sample", "reference"])
+def test_a_row_without_segments_is_one_sample(backend: str) -> None:
+    q, k, v = inputs(tree("one sample"), SHAPES[1])
+    plain = attention(q, k, v, backend=backend)
+    torch.testing.assert_close(plain, attention(q, k, v, segments=tree("one sample"), backend="reference"))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "per_sample"])
+def test_low_precision_errs_at_most_by_the_ratio_rule(backend: str) -> None:
+    segments = tree("two levels")
+    exact = run("reference", segments, SHAPES[1])
+    plain, ours = (run(name, segments, SHAPES[1], torch.bfloat16) for name in ("reference", backend))
     for k, (e, p, o) in enumerate(zip(exact, plain, ours, strict=True)):
         assert (o - e).abs().max() <= (2 if k == 0 else 3) * (p - e).abs().max() + 1e-6
 
 
-def test_a_wrong_segment_is_seen() -> None:
-    q, k, v, segments = _inputs(SHAPES[1])
-    wrong = segments.clone()
-    wrong[:, 3] = 0
-    right = attention(q, k, v, segments=segments, backend="reference")
-    assert not torch.allclose(attention(q, k, v, segments=wrong, backend="per_segment"), right, atol=1e-4)
+def test_samples_of_rows() -> None:
+    assert tree("two levels").samples == [[[(0, 9)], [(0, 7), (9, 11)], [(0, 7), (11, 14)], [(0, 3), (14, 22)]]]
+    assert tree("three samples").samples == [[[(0, 3)], [(3, 4)], [(4, 9)]]]
+    assert Segments.of([[2, 3], [4]]).ends.tolist() == [[2, 2, 5, 5, 5], [4, 4, 4, 4, 5]]
 
 
-def test_a_packed_row_equals_its_samples() -> None:
-    q, k, v, segments = _inputs(SHAPES[1])
+@pytest.mark.parametrize("name", TREES)
+def test_a_packed_row_equals_its_samples_alone(name: str) -> None:
+    segments = tree(name)
+    q, k, v = inputs(segments, SHAPES[1])
     packed = attention(q, k, v, segments=segments)
-    alone = [attention(q[:, :, s], k[:, :, s], v[:, :, s]) for s in (slice(0, 3), slice(3, None))]
-    torch.testing.assert_close(packed, torch.cat(alone, 2))
+    for b, row in enumerate(segments.samples):
+        for ranges in row:
+            index = torch.cat([torch.arange(first, last) for first, last in ranges])
+            alone = attention(*(x[b : b + 1, :, index] for x in (q, k, v)))
+            torch.testing.assert_close(packed[b : b + 1, :, index], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_segment_is_seen() -> None:
+    q, k, v = inputs(tree("two levels"), SHAPES[1])
+    right = attention(q, k, v, segments=tree("two levels"), backend="reference")
+    for place, end in ((9, 14), (3, 13), (0, 14)):
+        wrong = tree("two levels").ends.clone()
+        wrong[wrong == wrong[0, place]] = end
+        for backend in ("sdpa", "reference"):
+            assert not torch.allclose(attention(q, k, v, segments=Segments(wrong), backend=backend), right, atol=1e-4)
+
+
+def test_who_sees_whom_is_the_definition() -> None:
+    seen = allowed(12, tree("two that begin alike"), torch.device("cpu"))[0, 0]
+    assert seen[9].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 8, 9]
+    assert seen[6].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_unknown_backend_names_the_known() -> None:
-    q, k, v, _ = _inputs(SHAPES[0])
-    with pytest.raises(ConfigError, match="sdpa"):
-        attention(q, k, v, backend="spda")
-    assert BACKENDS.get("sdpa").name == "sdpa"
+    q, k, v = inputs(tree("one sample"), SHAPES[0])
+    with pytest.raises(ConfigError, match="per_sample"):
+        attention(q, k, v, backend="per_smaple")
+    assert {"reference", "sdpa", "per_sample"} <= set(BACKENDS.names())

@@ -14,23 +14,25 @@ import torch
 from torch.nn import functional as F
 
 from llava_core.ops import reference
+from llava_core.ops.per_sample import per_sample
+from llava_core.ops.segments import Segments
 from llava_core.registry import Registry
 from llava_core.runtime import CompanionError
 
 log = logging.getLogger(__name__)
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How an implementation runs, and why it cannot on this device (None: it can)."""
+    """How an implementation runs, and why it cannot for these tensors (None: it can)."""
 
     name: str
     run: Run
-    unavailable: Callable[[torch.device], str | None] = lambda device: None
+    unavailable: Callable[[torch.Tensor], str | None] = lambda q: None
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None) -> torch.Tensor:
     gqa = q.shape[1] != k.shape[1]
     if segments is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
@@ -38,25 +40,18 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
 
 
-def _per_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
-    """One causal SDPA call per run of equal segment numbers: no mask is ever built (segments must be contiguous)."""
-    if segments is None:
-        return _sdpa(q, k, v, None)
-    rows = []
-    for b in range(q.shape[0]):
-        lengths = torch.unique_consecutive(segments[b], return_counts=True)[1].tolist()
-        parts = zip(*(x[b : b + 1].split(lengths, 2) for x in (q, k, v)), strict=True)
-        rows.append(torch.cat([_sdpa(q1, k1, v1, None) for q1, k1, v1 in parts], 2))
-    return torch.cat(rows)
-
-
 BACKENDS: Registry[Backend] = Registry("attention backend")
 for _backend in (
     Backend("sdpa", _sdpa),
-    Backend("per_segment", _per_segment),
+    Backend("per_sample", per_sample),
     Backend("reference", reference.attention),
 ):
     BACKENDS.register(_backend.name)(_backend)
+
+
+def choose(device: torch.device, segments: Segments | None) -> str:
+    """The backend that `auto` stands for."""
+    return "per_sample" if segments is not None and device.type == "cpu" else "sdpa"
 
 
 def attention(
@@ -64,29 +59,29 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    segments: torch.Tensor | None = None,
+    segments: Segments | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Causal attention within segments.
+    """Causal attention within the samples of packed rows, which may have their beginnings in common.
 
     Args:
         q: (B, heads, T, head_dim).
         k, v: (B, kv_heads, T, head_dim).
-        segments: (B, T) integers, equal for tokens of one packed sample; None where a row is one sample.
-        backend: a name in `BACKENDS`, or "auto": per_segment on a CPU with segments, sdpa otherwise.
+        segments: which tokens belong together; None where a row is one sample.
+        backend: a name in `BACKENDS`, or "auto": see `choose`.
 
     Returns:
         (B, heads, T, head_dim).
 
     Raises:
         ConfigError: unknown backend.
-        CompanionError: the named backend cannot run on this device; the message says why.
+        CompanionError: the named backend cannot run here; the message says why.
     """
     if backend == "auto":
-        backend = "per_segment" if segments is not None and q.device.type == "cpu" else "sdpa"
+        backend = choose(q.device, segments)
         log.debug("attention backend auto -> %s", backend)
     chosen = BACKENDS.get(backend)
-    if (reason := chosen.unavailable(q.device)) is not None:
+    if (reason := chosen.unavailable(q)) is not None:
         raise CompanionError(
             f"attention backend '{backend}' cannot run on {q.device}: {reason}; fix: use backend='auto'"
         )

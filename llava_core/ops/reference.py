@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from llava_core.ops.segments import Segments
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
     """Causal softmax attention, written out.
 
     Args:
         q: (B, heads, T, head_dim).
         k, v: (B, kv_heads, T, head_dim); heads is a multiple of kv_heads (grouped-query attention).
-        segments: (B, T) integers; a token attends only to tokens of its own segment. None: one segment per row.
+        segments: which tokens of a packed row belong together. None: one segment per row.
 
     Returns:
         (B, heads, T, head_dim).
@@ -24,7 +26,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch
     return scores.masked_fill(~allowed(q.shape[2], segments, q.device), float("-inf")).softmax(-1) @ v
 
 
-def allowed(length: int, segments: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def allowed(length: int, segments: Segments | None, device: torch.device) -> torch.Tensor:
     """Who may see whom: True at (..., query, key), (T, T) or (B, 1, T, T) with segments."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal if segments is None else causal & (segments[:, None, :, None] == segments[:, None, None, :])
+    position = torch.arange(length, device=device)
+    causal = position[:, None] >= position
+    if segments is None:
+        return causal
+    return causal & (position[:, None] < segments.ends.to(device)[:, None, None, :])
