@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.models.projector import PROJECTORS
 from llava_core.models.vision_tower import image_features, image_token_count
+from llava_core.ops.linear_cross_entropy import linear_cross_entropy
+from llava_core.ops.segments import Segments
 
 TRAINABLE = {"projector": "multi_modal_projector", "language_model": "language_model"}
 
@@ -134,6 +136,38 @@ class Llava(nn.Module):
         return self.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
+
+    def packed_loss(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: Segments,
+        sources: torch.Tensor,
+        targets: torch.Tensor,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`summed_loss` of packed rows; the language model must run `llava_core.ops.interface.packed_attention`.
+
+        Args:
+            input_ids: (B, T) with image blocks.
+            position_ids: (B, T) place of each token in its sample.
+            segments: which tokens belong together.
+            sources: (M,) tokens, counted through all rows, whose hidden states predict.
+            targets: (M,) token ids that they predict.
+            image_features: (N, P, D_vision) of the vision tower, per image block in the rows' order; None for text only.
+
+        Returns:
+            A scalar, in fp32.
+        """
+        projected = None
+        if image_features is not None:
+            weight = next(self.multi_modal_projector.parameters())
+            projected = self.multi_modal_projector(image_features.to(weight.dtype))
+        embeds = self.embed(input_ids, None, projected)
+        decoder, head = self.language_model.get_decoder(), self.language_model.get_output_embeddings()
+        output = decoder(inputs_embeds=embeds, position_ids=position_ids, segments=segments, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, sources)
+        return linear_cross_entropy(hidden, head.weight, targets)
 
     def loss(
         self,
