@@ -64,6 +64,18 @@ class Segments:
         return [_samples(row) for row in self.ends.cpu()]
 
 
+def positions(segments: Segments) -> torch.Tensor:
+    """The position of each token in the samples that it is part of: how many tokens before itself it sees.
+
+    Returns:
+        position_ids (B, T) int64; 0 for padding.
+    """
+    rows, width = segments.ends.shape
+    over = torch.zeros(rows, width + 1, dtype=torch.long, device=segments.ends.device)
+    over.scatter_add_(1, segments.ends.long(), torch.ones_like(over[:, :-1]))
+    return torch.arange(width, device=over.device) - over.cumsum(1)[:, :-1]
+
+
 def _samples(ends: torch.Tensor) -> list[list[tuple[int, int]]]:
     changes = (torch.diff(ends).nonzero().flatten() + 1).tolist()
     starts = [0, *changes]
