@@ -96,4 +96,4 @@ lock: setup ## write constraints.txt and environment.yml from pyproject.toml and
 	$(BIN)/python tools/lock.py
 
 clean: ## remove what can be made again, except .venv
-	rm -rf .venv-ci build dist *.egg-info book/_build book/notebooks data/mini runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv-ci build dist *.egg-info book/_build book/notebooks data/mini data/features runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

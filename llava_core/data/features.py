@@ -138,4 +138,3 @@ class FeatureCache:
         found = np.stack([features[k][layer] for features, k in (self._places[self.key(i)] for i in images)])
         tensor = torch.from_numpy(found)
         return tensor.view(self.dtype) if self.dtype in _STORED else tensor
-

@@ -187,4 +187,3 @@ def _row(
         images=[names[int(row[k])] for k in starts],
         samples=samples,
     )
-

@@ -18,8 +18,8 @@ from llava_core.lab.figures import BLUE, CARD, COLORS, INK, _axes, _styled
 from llava_core.ops import BACKENDS, attention
 from llava_core.ops.reference import allowed
 from llava_core.record import RunRecord
-from llava_core.train.stages import TrainingSet, build_model, load_samples
-from llava_core.train.trainer import Item, Trainer, collate
+from llava_core.train.stages import Item, TrainingSet, build_model, collate, load_samples
+from llava_core.train.trainer import Trainer
 from llava_core.weights.checkpoint import Loaded
 
 if TYPE_CHECKING:

@@ -33,8 +33,7 @@ from llava_core.paper.claims import all_claims, claim
 from llava_core.record import RunRecord
 from llava_core.runtime import read_jsonl, resolve, resolve_device, resolve_dtype
 from llava_core.teacher.client import ChatClient, ChatRequest, Message, OfflineClient
-from llava_core.train.stages import TrainingSet, build_model
-from llava_core.train.trainer import collate
+from llava_core.train.stages import TrainingSet, build_model, collate
 from llava_core.weights.checkpoint import Loaded, load
 
 if TYPE_CHECKING:

@@ -69,7 +69,14 @@ class Llava(nn.Module):
         Returns:
             image_features (N, P, D), in the projector's dtype.
         """
-        features = image_features(self.vision_tower, pixel_values, self.feature_layer)
+        return self.project(self.tower_features(pixel_values))
+
+    def tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features (N, P, D_vision) of images (N, 3, H, W), of the layer that is projected; no graph is kept."""
+        return image_features(self.vision_tower, pixel_values, self.feature_layer)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """The tower's features (N, P, D_vision) as visual tokens (N, P, D), in the projector's dtype."""
         projected: torch.Tensor = self.multi_modal_projector(
             features.to(next(self.multi_modal_projector.parameters()).dtype)
         )
@@ -154,16 +161,12 @@ class Llava(nn.Module):
             segments: which tokens belong together.
             sources: (M,) tokens, counted through all rows, whose hidden states predict.
             targets: (M,) token ids that they predict.
-            image_features: (N, P, D_vision) of the vision tower, per image block in the rows' order; None for text only.
+            image_features: (N, P, D_vision) of the vision tower, per image block in the rows' order, or None.
 
         Returns:
             A scalar, in fp32.
         """
-        projected = None
-        if image_features is not None:
-            weight = next(self.multi_modal_projector.parameters())
-            projected = self.multi_modal_projector(image_features.to(weight.dtype))
-        embeds = self.embed(input_ids, None, projected)
+        embeds = self.embed(input_ids, None, None if image_features is None else self.project(image_features))
         decoder, head = self.language_model.get_decoder(), self.language_model.get_output_embeddings()
         output = decoder(inputs_embeds=embeds, position_ids=position_ids, segments=segments, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, sources)

@@ -10,10 +10,11 @@ from llava_core.config import TrainConfig
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; the paper's weight decay is 0."""
+    """AdamW; the paper's weight decay is 0. Fused: one pass over each parameter instead of a dozen."""
     return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+        parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+        fused=True,
+    )  # fmt: skip
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from llava_core.config import RunConfig
+from llava_core.constants import IGNORE_INDEX
 from llava_core.data.cache import load_large, pick
 from llava_core.data.conversation import TEMPLATES, Encoded, Turn
 from llava_core.data.image_processor import ImageProcessor, load_image
@@ -19,6 +22,8 @@ from llava_core.data.scienceqa import format_problem, load_problems
 from llava_core.runtime import CheckpointError, DataError, resolve, resolve_dtype, seed_everything, shown
 from llava_core.weights.checkpoint import Loaded, build, load_into
 
+Item = tuple[Encoded, "np.ndarray | None"]
+_TOKENIZER = threading.Lock()  # a fast tokenizer is not to be called from two threads at a time
 HELD_OUT = 0.04  # share of a training file kept for the held-out loss where the data set has no split of its own
 
 
@@ -58,10 +63,11 @@ class TrainingSet:
         turns: Sequence[Turn] = sample.turns
         if sample.image is not None:
             turns = template.with_image(turns, experiment.image_position, sample.id)
-        item = template.encode(
-            turns, self.tokenizer, self.n_image_tokens, system=self.system, delimiters=self.image_delimiters,
-            max_length=longest, name=f"sample {sample.id}",
-        )  # fmt: skip
+        with _TOKENIZER:
+            item = template.encode(
+                turns, self.tokenizer, self.n_image_tokens, system=self.system, delimiters=self.image_delimiters,
+                max_length=longest, name=f"sample {sample.id}",
+            )  # fmt: skip
         if all(label < 0 for label in item.labels):
             raise DataError(f"sample {sample.id}: no token is supervised; fix: give its record a non-empty answer")
         if item.dropped_turns:
@@ -73,16 +79,47 @@ class TrainingSet:
             self.dropped[k] = item.dropped_turns
         return item
 
-    def __getitem__(self, k: int) -> tuple[Encoded, np.ndarray | None]:
-        path = self.samples[k].image
-        if path is None:
-            return self.encoded(k), None
+    def pixels(self, path: Path) -> np.ndarray:
+        """What the tower sees of an image: uint8 (H, W, 3)."""
         pixels = self._pixels.get(path)
         if pixels is None:
             pixels = np.asarray(self.processor.visible(load_image(path)))
             if self.cache:
                 self._pixels[path] = pixels
-        return self.encoded(k), pixels
+        return pixels
+
+    def __getitem__(self, k: int) -> Item:
+        path = self.samples[k].image
+        return self.encoded(k), None if path is None else self.pixels(path)
+
+
+@dataclass
+class PaddedBatch:
+    """Padded tensors of some samples: ids, labels, mask (B, T) and pixel values (N, 3, H, W) or None."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    pixel_values: torch.Tensor | None
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        """The batch on a device."""
+        pixels = None if self.pixel_values is None else self.pixel_values.to(device)
+        return PaddedBatch(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device), pixels)
+
+
+def collate(items: Sequence[Item], loaded: Loaded) -> PaddedBatch:
+    """Pad samples on the right and normalise their pixels."""
+    width = max(len(e.input_ids) for e, _ in items)
+    ids = torch.zeros(len(items), width, dtype=torch.long)
+    labels = torch.full((len(items), width), IGNORE_INDEX)
+    mask = torch.zeros(len(items), width, dtype=torch.long)
+    for k, (e, _) in enumerate(items):
+        n = len(e.input_ids)
+        ids[k, :n], labels[k, :n], mask[k, :n] = torch.tensor(e.input_ids), torch.tensor(e.labels), 1
+    pixels = [p for _, p in items if p is not None]
+    values = torch.from_numpy(loaded.processor.normalise(np.stack(pixels))) if pixels else None
+    return PaddedBatch(ids, labels, mask, values)
 
 
 def build_model(config: RunConfig, init_from: Path | None) -> Loaded:

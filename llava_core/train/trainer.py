@@ -1,73 +1,29 @@
-"""The training loop of both stages, plain on purpose: padded micro-batches, AdamW, token-normalised loss, resume."""
+"""The training loop of both stages: packed rows, AdamW, token-normalised loss, resume."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from llava_core.constants import IGNORE_INDEX
-from llava_core.data.conversation import Encoded, coverage
+from llava_core.data.conversation import coverage
+from llava_core.ops.interface import packed_attention
 from llava_core.record import RunRecord
 from llava_core.runtime import CompanionError, progress, rank, resolve_device, shown, world_size
+from llava_core.train.batches import LAYERS, Batch, Batches, RowBatch, open_features, row_loss
 from llava_core.train.distributed import sum_gradients, sum_over_ranks
 from llava_core.train.optim import learning_rate, make_optimizer
 from llava_core.train.stages import TrainingSet, build_model, load_samples
 from llava_core.weights.checkpoint import Loaded, save_checkpoint
 
-Item = tuple[Encoded, np.ndarray | None]
-
 
 class TrainingError(CompanionError):
     """Training went wrong in a way that more steps cannot mend."""
-
-
-@dataclass
-class Batch:
-    """Padded tensors of some samples: ids, labels, mask (B, T) and pixel values (N, 3, H, W) or None."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    attention_mask: torch.Tensor
-    pixel_values: torch.Tensor | None
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device), pixels)
-
-
-def collate(items: Sequence[Item], loaded: Loaded) -> Batch:
-    """Pad samples on the right and normalise their pixels."""
-    width = max(len(e.input_ids) for e, _ in items)
-    ids = torch.zeros(len(items), width, dtype=torch.long)
-    labels = torch.full((len(items), width), IGNORE_INDEX)
-    mask = torch.zeros(len(items), width, dtype=torch.long)
-    for k, (e, _) in enumerate(items):
-        n = len(e.input_ids)
-        ids[k, :n], labels[k, :n], mask[k, :n] = torch.tensor(e.input_ids), torch.tensor(e.labels), 1
-    pixels = [p for _, p in items if p is not None]
-    values = torch.from_numpy(loaded.processor.normalise(np.stack(pixels))) if pixels else None
-    return Batch(ids, labels, mask, values)
-
-
-def supervised_tokens(items: Sequence[Item]) -> int:
-    """Labels that are not ignored."""
-    return sum(label != IGNORE_INDEX for e, _ in items for label in e.labels)
-
-
-def micro_batches(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """Cut a global batch; samples of similar length go together, which changes padding but not the gradient."""
-    ordered = sorted(items, key=lambda item: len(item[0].input_ids))
-    for k in range(0, len(ordered), size):
-        yield ordered[k : k + size]
 
 
 class Trainer:
@@ -89,6 +45,10 @@ class Trainer:
         self.model = loaded.model.to(self.device)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(list(self.trainable.values()), self.config)
+        capacity = self.scale.micro_batch * self.config.max_length
+        cache = open_features(loaded, record.config, train_set, held_out, self.device)
+        layer = LAYERS.index(self.model.feature_layer) if cache is not None else 0
+        self.batches, self.held_out_batches = (Batches(data, capacity, cache, layer) for data in (train_set, held_out))
         self.steps_per_epoch = math.ceil(len(train_set) / self.config.global_batch)
         self.steps = self.steps_per_epoch * self.config.epochs
         self.step, self.seconds = 0, 0.0
@@ -101,40 +61,38 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, save the checkpoint, finish the record and return its summary."""
         self._announce()
-        saved, began, last_eval = time.monotonic(), time.monotonic(), -1
+        with packed_attention(self.model.language_model):
+            self._run()
+        return self._finish()
+
+    def _run(self) -> None:
+        saved, began = time.monotonic(), time.monotonic()
         start_seconds, tokens_seen, samples_seen, waited = self.seconds, 0, 0, 0.0
         evaluate_at = {round(self.steps * q) for q in (0.25, 0.5, 0.75)} | {self.steps}
         bar = progress(self.steps, self.record.config.experiment.name, initial=self.step, disable=rank() > 0)
         if self.step == 0:
             self._log(0, heldout_loss=self.heldout_loss())
-        while self.step < self.steps:
-            fetch = time.monotonic()
-            items = [self.train_set[k] for k in self._indices(self.step)]
-            waited += time.monotonic() - fetch
-            loss, norm, rate = self._train_step(items)
+        for batch, seconds in self.batches.ahead(self._indices(step) for step in range(self.step, self.steps)):
+            waited += seconds
+            loss, norm, rate = self._train_step(batch)
             self.step += 1
-            tokens_seen += sum(len(e.input_ids) for e, _ in items)
-            samples_seen += len(items)
-            self.seconds = start_seconds + time.monotonic() - began
+            tokens_seen += batch.tokens
+            samples_seen += batch.samples
+            passed = time.monotonic() - began
+            self.seconds = start_seconds + passed
             row: dict[str, Any] = {
-                "loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_s": tokens_seen / (time.monotonic() - began),
-                "samples_per_s": samples_seen / (time.monotonic() - began), "seconds": self.seconds,
+                "loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_s": tokens_seen / passed,
+                "samples_per_s": samples_seen / passed, "data_wait": waited / passed, "seconds": self.seconds,
             }  # fmt: skip
             if self.step in evaluate_at:
-                row["heldout_loss"], last_eval = self.heldout_loss(), self.step
+                row["heldout_loss"] = self.heldout_loss()
             self._log(self.step, **row)
             bar.update(1)
-            bar.set_postfix(
-                loss=f"{loss:.3f}",
-                tok_s=f"{row['tokens_per_s']:.0f}",
-                wait=f"{waited / (time.monotonic() - began):.0%}",
-            )
+            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{row['tokens_per_s']:.0f}", wait=f"{row['data_wait']:.0%}")
             if self.step < self.steps and time.monotonic() - saved > self.scale.checkpoint_every_s:
                 self._save_state()
                 saved = time.monotonic()
         bar.close()
-        assert last_eval == self.steps
-        return self._finish()
 
     def _finish(self) -> dict[str, Any]:
         if rank() > 0:
@@ -183,14 +141,15 @@ class Trainer:
         batch = order[k * self.config.global_batch : (k + 1) * self.config.global_batch]
         return [int(i) for i in batch[rank() :: world_size()]]
 
-    def _train_step(self, items: list[Item]) -> tuple[float, float, float]:
+    def _train_step(self, batch: Batch) -> tuple[float, float, float]:
         """One optimizer step; returns loss per supervised token, gradient norm and learning rate."""
         self.model.train()
-        total = sum_over_ranks(supervised_tokens(items))
+        total = sum_over_ranks(batch.supervised)
         loss_sum = 0.0
-        for micro in micro_batches(items, self.scale.micro_batch):
-            loss = self._loss(micro) / total
-            loss.backward()
+        for row in batch.rows:
+            loss = self._loss(row) / total
+            if loss.requires_grad:  # not where only the projector trains and the row has no image
+                loss.backward()
             loss_sum += float(loss.detach())
         sum_gradients(self.trainable.values())
         loss_sum = sum_over_ranks(loss_sum)
@@ -208,17 +167,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return loss_sum, norm, rate
 
-    def _loss(self, items: list[Item]) -> torch.Tensor:
-        batch = collate(items, self.loaded).to(self.device)
-        return self.model.loss(batch.input_ids, batch.labels, batch.pixel_values, batch.attention_mask)
+    def _loss(self, row: RowBatch) -> torch.Tensor:
+        return row_loss(self.model, row, self.loaded.processor, self.device)
 
     @torch.inference_mode()
     def heldout_loss(self) -> float:
-        """Loss per supervised token on the held-out samples."""
+        """Loss per supervised token on the held-out samples; in `packed_attention`, as the training steps."""
         self.model.eval()
-        items = [self.held_out[k] for k in range(len(self.held_out))]
-        total = sum(float(self._loss(micro)) for micro in micro_batches(items, self.scale.micro_batch))
-        return total / max(1, supervised_tokens(items))
+        batch = self.held_out_batches.make(range(len(self.held_out)))
+        return sum(float(self._loss(row)) for row in batch.rows) / max(1, batch.supervised)
 
     # --- resume -----------------------------------------------------------------------------------------------------
 
