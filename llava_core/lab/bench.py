@@ -39,18 +39,26 @@ def in_turns(
         Median seconds of `ours` and `peer`, and the `ratio` peer / ours as the median over the rounds with its lowest
         and highest: above 1 we are faster.
     """
-    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
-    for k in range(rounds):
-        for name, function in (("ours", ours), ("peer", peer))[:: 1 if k % 2 else -1]:
-            begin = now()
-            function()
-            if torch.cuda.is_available():  # works on after a call has returned
-                torch.cuda.synchronize()
-            seconds[name].append(now() - begin)
+    seconds = times_in_turns({"ours": ours, "peer": peer}, rounds, clock)
     ratios = [peer / ours for ours, peer in zip(*seconds.values(), strict=True)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {**medians, "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+
+
+def times_in_turns(
+    functions: Mapping[str, Callable[[], object]], rounds: int, clock: Clock = "wall"
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round; see `in_turns`."""
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for k in range(rounds):
+        for name in list(functions)[:: 1 if k % 2 else -1]:
+            begin = now()
+            functions[name]()
+            if torch.cuda.is_available():  # works on after a call has returned
+                torch.cuda.synchronize()
+            seconds[name].append(now() - begin)
+    return seconds
 
 
 def peak_mib(work: Callable[[], object], device: torch.device) -> float:
