@@ -9,16 +9,15 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from llava_core.config import TrainConfig, load_experiment
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -205,9 +204,8 @@ class Peer:
     def loss(self) -> torch.Tensor:
         """Mean loss over the supervised tokens."""
         device = self.model.lm_head.weight.device
-        loaded = SimpleNamespace(processor=SimpleNamespace(normalise=self.case.normalise))
         pairs = zip(self.case.items, self.case.keys, strict=True)
-        made = collate([(item, self.case.pixels.get(key)) for item, key in pairs], loaded).to(device)
+        made = collate([(item, self.case.pixels.get(key)) for item, key in pairs], self.case.normalise).to(device)
         ids = made.input_ids.masked_fill(made.attention_mask == 0, self.pad_id)
         ids = ids.masked_fill(made.input_ids == IMAGE_TOKEN_ID, self.image_id)
         pixels = None if made.pixel_values is None else made.pixel_values.to(self.model.lm_head.weight.dtype)
@@ -249,11 +247,11 @@ class Ours:
             keys = list(dict.fromkeys(row.images))
             blocks = torch.tensor([keys.index(key) for key in row.images])
             batch = RowBatch(row, torch.stack([self.kept[key] for key in keys]) if keys else None, blocks)
-            total = total + row_loss(self.model, batch, None, self.device)
+            total = total + row_loss(self.model, batch, self.case.normalise, self.device)
         return total
 
     def _padded(self) -> torch.Tensor:
-        batch = collate([(item, None) for item in self.case.items], None).to(self.device)
+        batch = collate([(item, None) for item in self.case.items], self.case.normalise).to(self.device)
         keys = [key for key in self.case.keys if key is not None]
         features = torch.stack([self.kept[key] for key in keys]) if self.kept else self._tower(keys)
         embeds = self.model.embed(batch.input_ids, None, self.model.project(features))
@@ -267,14 +265,8 @@ class Ours:
 
     def step(self) -> float:
         """Forward, backward and update; returns the loss."""
-        with packed_attention(self.model.language_model) if "packed" in self.on else _nothing():
+        with packed_attention(self.model.language_model) if "packed" in self.on else nullcontext():
             return _update(self.loss(), self.parameters, self.optimizer)
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 def _settings() -> TrainConfig:
@@ -293,16 +285,23 @@ def _update(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimizer:
 def apart(case: Case, saving: str = ALL) -> dict[str, float]:
     """How far loss and projector gradient are from transformers', relative, before any step."""
     ours, peer = Ours(case, saving), Peer(case)
-    with packed_attention(case.model.language_model) if "packed" in ours.on else _nothing():
+    with packed_attention(case.model.language_model) if "packed" in ours.on else nullcontext():
         mine = ours.loss()
         a = torch.autograd.grad(mine, list(case.model.multi_modal_projector.parameters()))
     theirs = peer.loss()
     b = torch.autograd.grad(theirs, list(peer.model.model.multi_modal_projector.parameters()))
     gradient = max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True))
-    return {"loss": abs(float(mine) - float(theirs)) / abs(float(theirs)), "gradient": gradient}
+    return {"loss": abs(mine.item() - theirs.item()) / abs(theirs.item()), "gradient": gradient}
 
 
 # ------------------------------------------------------------------------------------------------ measuring
+
+
+def tokens(case: Case, how: str = "shared") -> int:
+    """Tokens of the samples: all (`samples`), those that something depends on (`packed`), each once (`shared`)."""
+    if how == "samples":
+        return sum(len(item.input_ids) for item in case.items)
+    return sum(len(row.input_ids) for row in pack(case.items, case.keys, 10**9, how == "shared"))
 
 
 def step_flops(case: Case, shared: bool = False) -> float:
@@ -316,21 +315,40 @@ def step_flops(case: Case, shared: bool = False) -> float:
         shared: count tokens that several samples have in common once.
     """
     rows = pack(case.items, case.keys, 10**9, shared)
-    tokens, supervised = sum(len(row.input_ids) for row in rows), sum(len(row.targets) for row in rows)
+    length, supervised = sum(len(row.input_ids) for row in rows), sum(len(row.targets) for row in rows)
     decoder, head = case.model.language_model.get_decoder(), case.model.language_model.get_output_embeddings()
     per_token = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, torch.nn.Linear))
     projected = sum(len(row.images) for row in rows) * case.model.n_image_tokens
     projector = sum(p.numel() for p in case.model.multi_modal_projector.parameters())
     passes = 2 * (1 + len(PARTS[case.stage]))
-    return float(passes * (per_token * tokens + head.weight.numel() * supervised) + 4 * projector * projected)
+    return float(passes * (per_token * length + head.weight.numel() * supervised) + 4 * projector * projected)
 
 
-def matmul_rate(like: torch.Tensor, tokens: int = 2048, clock: Clock = "wall") -> float:
+def parts_of_step(ours: Ours, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of the parts of our step; the batch is made by another thread while the step before computes."""
+    parts: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
+    with packed_attention(ours.model.language_model) if "packed" in ours.on else nullcontext():
+        for k in range(rounds + 1):
+            marks = [time.perf_counter()]
+            loss = ours.loss()
+            marks.append(time.perf_counter())
+            loss.backward()
+            marks.append(time.perf_counter())
+            torch.nn.utils.clip_grad_norm_(ours.parameters, 1.0)
+            ours.optimizer.step()
+            ours.optimizer.zero_grad(set_to_none=True)
+            marks.append(time.perf_counter())
+            for name, (begin, end) in zip(parts if k else (), itertools.pairwise(marks), strict=False):
+                parts[name].append(end - begin)
+    return {name: float(np.median(values)) for name, values in parts.items()}
+
+
+def matmul_rate(like: torch.Tensor, height: int = 2048, clock: Clock = "wall") -> float:
     """Measured operations per second of a matrix product of a row's tokens with a square weight."""
     width = 1024 if like.device.type == "cpu" else 4096
-    a, b = (torch.randn(n, width, device=like.device, dtype=like.dtype) for n in (tokens, width))
+    a, b = (torch.randn(n, width, device=like.device, dtype=like.dtype) for n in (height, width))
     seconds = times_in_turns({"matmul": lambda: a @ b}, 9, clock)["matmul"]
-    return 2 * tokens * width**2 / float(np.median(seconds))
+    return 2 * height * width**2 / float(np.median(seconds))
 
 
 def peak_of_step(side: str, name: str, stage: int, samples: int, per_image: int, dtype: str, device: str) -> float:
@@ -381,9 +399,9 @@ def bench_step(
         rows.append(
             {
                 "case": saving, "model": name, "stage": stage, "per_image": per_image, "dtype": dtype, "clock": clock,
-                "samples": samples, "tokens": sum(len(item.input_ids) for item in case.items),
+                "samples": samples, "tokens": tokens(case, "samples"),
                 "padding": round(case.padding, 3),
-                "supervised": round(case.supervised / sum(len(item.input_ids) for item in case.items), 3),
+                "supervised": round(case.supervised / tokens(case, "samples"), 3),
                 "ours": round(ours, 4), "peer": round(float(np.median(seconds[PEER])), 4),
                 "ratio": round(float(np.median(ratios)), 3), "ratio_low": round(min(ratios), 3),
                 "ratio_high": round(max(ratios), 3), "peak_mib": own, "peer_peak_mib": theirs,

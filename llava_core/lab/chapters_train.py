@@ -119,7 +119,7 @@ def what_moves(config: RunConfig, samples: Sequence[Sample], initial: Path | Non
     before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
     loaded.model.train()
     data = TrainingSet(list(samples), loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
-    batch = collate([data[k] for k in range(len(data))], loaded)
+    batch = collate([data[k] for k in range(len(data))], loaded.processor.normalise)
     logits = loaded.model(batch.input_ids, batch.pixel_values, batch.attention_mask, use_cache=False).logits
     _token_losses(logits, batch.labels).mean().backward()
     # plain descent with a large step: in half precision a step of the run's own size may vanish in the rounding
@@ -171,7 +171,7 @@ def sample_losses(loaded: Loaded, config: RunConfig, samples: Sequence[Sample]) 
     data = TrainingSet(list(samples), loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
     size, sums, counts = config.scale.micro_batch, [], []
     for k in range(0, len(data), size):
-        batch = collate([data[j] for j in range(k, min(k + size, len(data)))], loaded).to(
+        batch = collate([data[j] for j in range(k, min(k + size, len(data)))], loaded.processor.normalise).to(
             loaded.model.language_model.device
         )
         logits = loaded.model(batch.input_ids, batch.pixel_values, batch.attention_mask, use_cache=False).logits

@@ -7,6 +7,7 @@ size of the vocabulary is kept but the weight's own gradient, and that only if t
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,9 +84,8 @@ def _chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) 
 
 
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss: torch.Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+    liger = importlib.import_module("liger_kernel.transformers")
+    loss: torch.Tensor = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
     return loss
 
 

@@ -120,18 +120,17 @@ class _Give(torch.autograd.Function):
 
 def per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None) -> torch.Tensor:
     """Attention as `llava_core.ops.attention` says."""
-    groups = q.shape[1] // k.shape[1]
     if segments is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
     plan: Plan = segments.plan(make_plan)
     rows, heads, width, size = q.shape
     # (B x T, heads, head_dim): a view, since heads are split off the features of a token
     slots = [_Take.apply(x.transpose(1, 2).reshape(rows * width, -1, size), plan) for x in (q, k, v)]
     done, begin = [], 0
     for count, longest in plan.calls:
-        parts = [x[begin : begin + count * longest].view(count, longest, -1, size).transpose(1, 2) for x in slots]
-        parts[1:] = [x.repeat_interleave(groups, 1) if groups > 1 else x for x in parts[1:]]
-        out = F.scaled_dot_product_attention(*parts, is_causal=True)
+        own = (x[begin : begin + count * longest].view(count, longest, -1, size).transpose(1, 2) for x in slots)
+        q_own, k_own, v_own = (x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] < heads else x for x in own)
+        out = F.scaled_dot_product_attention(q_own, k_own, v_own, is_causal=True)
         done.append(out.transpose(1, 2).reshape(count * longest, heads, size))
         begin += count * longest
     out = _Give.apply(done[0] if len(done) == 1 else torch.cat(done), plan)

@@ -21,7 +21,7 @@ from llava_core.data.packing import PackedRow, pack
 from llava_core.models.llava import Llava
 from llava_core.ops.segments import Segments
 from llava_core.runtime import rank, resolve, world_size
-from llava_core.train.stages import TrainingSet
+from llava_core.train.stages import Normalise, TrainingSet
 from llava_core.weights.checkpoint import Loaded
 
 LAYERS = (-2, -1)
@@ -127,7 +127,7 @@ def _await(coming: Future[Batch]) -> tuple[Batch, float]:
     return coming.result(), time.monotonic() - begin
 
 
-def row_loss(model: Llava, batch: RowBatch, processor: Any, device: torch.device) -> torch.Tensor:
+def row_loss(model: Llava, batch: RowBatch, normalise: Normalise, device: torch.device) -> torch.Tensor:
     """Loss of a row, summed over its supervised tokens; inside `llava_core.ops.interface.packed_attention`."""
 
     def tensor(numbers: Any) -> torch.Tensor:
@@ -136,7 +136,7 @@ def row_loss(model: Llava, batch: RowBatch, processor: Any, device: torch.device
     row, features = batch.row, batch.images
     if features is not None:
         if features.dtype == torch.uint8:
-            pixels = torch.from_numpy(processor.normalise(features.numpy())).to(device)
+            pixels = torch.from_numpy(normalise(features.numpy())).to(device)
             features = model.tower_features(pixels)
         features = features.to(device, non_blocking=True)
         if len(batch.blocks) != len(features):  # an image that stands in several blocks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from llava_core.runtime import CheckpointError, DataError, resolve, resolve_dtyp
 from llava_core.weights.checkpoint import Loaded, build, load_into
 
 Item = tuple[Encoded, "np.ndarray | None"]
+Normalise = Callable[[np.ndarray], np.ndarray]  # pixels uint8 (N, H, W, 3) -> pixel values (N, 3, H, W)
 _TOKENIZER = threading.Lock()  # a fast tokenizer is not to be called from two threads at a time
 HELD_OUT = 0.04  # share of a training file kept for the held-out loss where the data set has no split of its own
 
@@ -108,7 +109,7 @@ class PaddedBatch:
         return PaddedBatch(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device), pixels)
 
 
-def collate(items: Sequence[Item], loaded: Loaded) -> PaddedBatch:
+def collate(items: Sequence[Item], normalise: Normalise) -> PaddedBatch:
     """Pad samples on the right and normalise their pixels."""
     width = max(len(e.input_ids) for e, _ in items)
     ids = torch.zeros(len(items), width, dtype=torch.long)
@@ -118,7 +119,7 @@ def collate(items: Sequence[Item], loaded: Loaded) -> PaddedBatch:
         n = len(e.input_ids)
         ids[k, :n], labels[k, :n], mask[k, :n] = torch.tensor(e.input_ids), torch.tensor(e.labels), 1
     pixels = [p for _, p in items if p is not None]
-    values = torch.from_numpy(loaded.processor.normalise(np.stack(pixels))) if pixels else None
+    values = torch.from_numpy(normalise(np.stack(pixels))) if pixels else None
     return PaddedBatch(ids, labels, mask, values)
 
 

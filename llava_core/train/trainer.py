@@ -168,7 +168,7 @@ class Trainer:
         return loss_sum, norm, rate
 
     def _loss(self, row: RowBatch) -> torch.Tensor:
-        return row_loss(self.model, row, self.loaded.processor, self.device)
+        return row_loss(self.model, row, self.loaded.processor.normalise, self.device)
 
     @torch.inference_mode()
     def heldout_loss(self) -> float:
