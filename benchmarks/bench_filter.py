@@ -16,10 +16,8 @@ from pathlib import Path
 
 from llava_core import miniature
 from llava_core.lab import bench_filter
-from llava_core.lab.bench import append_rows
+from llava_core.lab.bench import report
 from llava_core.runtime import resolve
-
-SHOWN = bench_filter.COLUMNS
 
 
 def main() -> int:
@@ -39,12 +37,7 @@ def main() -> int:
             rows += bench_filter.bench_selection(given.captions, given.corpus)
         else:
             rows += bench_filter.CASES[name](source)
-    table = [SHOWN, *(["" if row[name] is None else str(row[name]) for name in SHOWN] for row in rows)]
-    widths = [max(len(line[k]) for line in table) for k in range(len(SHOWN))]
-    for line in table:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
-    print(f"appended to {append_rows(given.out, rows)}")
-    return 0
+    return report(rows, bench_filter.COLUMNS, given.out)
 
 
 if __name__ == "__main__":

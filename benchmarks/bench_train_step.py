@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llava_core import miniature
 from llava_core.lab import bench_train_step as bench
-from llava_core.lab.bench import append_rows
+from llava_core.lab.bench import report
 
 
 def main() -> int:
@@ -39,9 +39,7 @@ def main() -> int:
             given.model, stage, samples, given.per_image, given.rounds, given.clock, given.savings, given.dtype,
             given.device, given.memory,
         )  # fmt: skip
-        for row in rows:
-            print("  ".join(f"{name} {row[name]}" for name in bench.COLUMNS if row[name] is not None))
-        print(f"appended to {append_rows(given.out, rows)}")
+        report(rows, bench.COLUMNS, given.out)
     return 0
 
 

@@ -133,3 +133,13 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         writer.writeheader()
     writer.writerows(rows)
     return atomic_write(path, before + text.getvalue())
+
+
+def report(rows: Sequence[Mapping[str, Any]], shown_columns: Sequence[str], out: Path) -> int:
+    """Print some columns of rows as a table and append the rows to a CSV file; returns the exit status 0."""
+    table = [list(shown_columns), *(["" if row[n] is None else str(row[n]) for n in shown_columns] for row in rows)]
+    widths = [max(len(line[k]) for line in table) for k in range(len(shown_columns))]
+    for line in table:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
+    print(f"appended to {append_rows(out, rows)}")
+    return 0

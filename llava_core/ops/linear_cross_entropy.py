@@ -45,17 +45,22 @@ class _Chunked(torch.autograd.Function):
         # summed in fp32: many chunks of a low-precision gradient would round away the small ones
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        size = max(1, CHUNK_NUMBERS // weight.shape[0])
+        in_place = hidden.dtype == torch.float32
+        size = min(len(hidden), max(1, CHUNK_NUMBERS // weight.shape[0]))
+        # one piece of memory for all chunks: fresh pages cost a CPU as much as the arithmetic
+        memory = torch.empty(size, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         for begin in range(0, len(hidden), size):
-            rows, target = hidden[begin : begin + size], targets[begin : begin + size]
-            logits = (rows @ weight.T).float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(-1, target[:, None])).sum()
+            rows, target = hidden[begin : begin + size], targets[begin : begin + size, None]
+            logits = torch.mm(rows, weight.T, out=memory[: len(rows)])
+            wanted = logits.gather(-1, target).float()
+            largest, place = logits.max(-1, keepdim=True)
+            out = logits if in_place else None
+            wrong = torch.softmax(logits, -1, dtype=torch.float32, out=out)
+            # log of the sum of exponentials, from the probability of the likeliest word, which never is 0
+            total += (largest.float() - wrong.gather(-1, place).log() - wanted).sum()
             if of_hidden is None and of_weight is None:
                 continue
-            # softmax less one at the target, in the logits' own memory
-            wrong = logits.sub_(normaliser).exp_()
-            wrong[torch.arange(len(target), device=target.device), target] -= 1
+            wrong.scatter_add_(-1, target, wrong.new_full(target.shape, -1.0))  # less one at the target: the gradient
             wrong = wrong.to(hidden.dtype)
             if of_hidden is not None:
                 torch.mm(wrong, weight, out=of_hidden[begin : begin + len(rows)])
