@@ -131,7 +131,7 @@ def per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segm
     for count, longest in plan.calls:
         parts = [x[begin : begin + count * longest].view(count, longest, -1, size).transpose(1, 2) for x in slots]
         parts[1:] = [x.repeat_interleave(groups, 1) if groups > 1 else x for x in parts[1:]]
-        out = F.scaled_dot_product_attention(*parts, is_causal=True)
+        out = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)
         done.append(out.transpose(1, 2).reshape(count * longest, heads, size))
         begin += count * longest
     out = _Give.apply(done[0] if len(done) == 1 else torch.cat(done), plan)
