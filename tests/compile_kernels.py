@@ -1,7 +1,7 @@
-"""Compile the attention kernels for a GPU that need not be here: `compile_kernels.py CAPABILITY DTYPE HEAD_DIM`.
+"""Compile the attention kernels for a GPU that need not be here: `compile_kernels.py DTYPE HEAD_DIM CAPABILITY ...`.
 
-Prints one JSON object: per kernel the bytes of shared memory it needs. Not a test: it runs in a process of its own,
-because triton decides when it is loaded whether it compiles or interprets.
+Prints one JSON object: per capability and kernel the bytes of shared memory it needs. Not a test: it runs in a process
+of its own, because triton decides when it is loaded whether it compiles or interprets.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ def compiled(function: Any, cut: kernel.Blocks, capability: int, dtype: torch.dt
 
 def main() -> None:
     """Compile all kernels with the table's blocks."""
-    capability, dtype, head_dim = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
+    dtype, head_dim = getattr(torch, sys.argv[1]), int(sys.argv[2])
     cuts = [*kernel.blocks(head_dim, dtype), kernel.Blocks(64, 64, 4, 3)]
     functions = [kernel._forward, kernel._backward_q, kernel._backward_kv, kernel._overlap]
-    found = {}
-    for function, cut in zip(functions, cuts, strict=True):
-        made = compiled(function, cut, capability, dtype, head_dim)
-        found[function.__name__] = {"shared": made.metadata.shared}
+    found: dict[str, dict[str, int]] = {}
+    for capability in sys.argv[3:]:
+        for function, cut in zip(functions, cuts, strict=True):
+            made = compiled(function, cut, int(capability), dtype, head_dim)
+            found.setdefault(capability, {})[function.__name__] = made.metadata.shared
     sys.stdout.write(json.dumps(found))
 
 

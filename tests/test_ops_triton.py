@@ -157,8 +157,8 @@ def test_tensors_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_equal_inputs_give_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "blocks", lambda head_dim, dtype: CUTS["16"])
-    given = inputs(1, 77, (2, 1, 16))
-    first, second = (run("triton", given, made(LARGE)) for _ in range(2))
+    given = inputs(2, 52, (2, 1, 8))
+    first, second = (run("triton", given, made(TWO_ROWS)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -290,13 +290,15 @@ def test_a_broken_kernel_is_seen(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernels_compile_for_gpus_that_are_not_here(capability: int) -> None:
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     """The interpreter takes what the compiler does not; shared memory must do for every GPU of these capabilities."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), str(capability), "bfloat16", "128"]
-    done = subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), "bfloat16", "128", "80", "90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert found.keys() == {"_forward", "_overlap", "_backward_q", "_backward_kv"}
-    assert all(row["shared"] <= 99 * 1024 for row in found.values())
+    assert found.keys() == {"80", "90"}
+    for needed in found.values():
+        assert needed.keys() == {"_forward", "_overlap", "_backward_q", "_backward_kv"}
+        assert all(shared <= 99 * 1024 for shared in needed.values())
