@@ -5,13 +5,11 @@ It equals the definition forward and backward, and every way of breaking it that
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,8 +17,9 @@ import torch
 from test_ops_attention import TREES, tree
 from test_ops_visits import forest
 
+from llava_core.lab import mutants
 from llava_core.ops import BACKENDS, Segments, attention, visits
-from llava_core.runtime import ROOT, CompanionError
+from llava_core.runtime import ROOT, CompanionError, DataError
 
 pytest.importorskip("triton", reason="triton is not installed (the dev extra brings it on Linux, x86-64)")
 
@@ -213,51 +212,6 @@ def test_what_the_kernel_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 
 # ------------------------------------------------------------------------------------------------ broken on purpose
 
-KERNEL, VISITS = Path(kernel.__file__), Path(visits.__file__)
-MUTANTS: dict[str, tuple[Path, str, str]] = {
-    "a sample's end is seen by the next one": (KERNEL, "(queries < ends)", "(queries <= ends)"),
-    "a sample ends one token early": (KERNEL, "(queries < ends)", "(queries < ends - 1)"),
-    "the token after is seen": (KERNEL, "(keys <= queries)", "(keys <= queries + 1)"),
-    "the weighted sum is not rescaled": (KERNEL, "        acc = acc * shrink[:, None]\n", ""),
-    "the sum of exponentials is not rescaled": (KERNEL, "total * shrink + tl", "total + tl"),
-    "a row has the segments of the first": (KERNEL, "return ends.stride(0), visit", "return 0, visit"),
-    "forward skips a block that needs no mask": (
-        KERNEL, "acc, mine, queries, k, k_token, v, v_token, ends, visit, 2,",
-        "acc, mine, queries, k, k_token, v, v_token, ends, visit, 3,",
-    ),
-    "forward skips a block that needs a mask": (
-        KERNEL, "acc, mine, queries, k, k_token, v, v_token, ends, visit, free, stop,",
-        "acc, mine, queries, k, k_token, v, v_token, ends, visit, free, stop - 1,",
-    ),
-    "the gradient of queries skips a block": (
-        KERNEL, "own_delta, queries, k, k_token, v, v_token, ends, visit, 2,",
-        "own_delta, queries, k, k_token, v, v_token, ends, visit, 3,",
-    ),
-    "the gradients of keys skip a block": (
-        KERNEL, "            visit, 2, free, length,", "            visit, 3, free, length,",
-    ),
-    "the gradients of keys are of one query head": (KERNEL, "in range(groups)", "in range(1)"),
-    "the output's overlap is not subtracted": (KERNEL, "(of_p - own_delta[None, :])", "of_p"),
-    "a scale is missing": (KERNEL, "length, sum_k * factor,", "length, sum_k,"),
-    "one visit too few": (VISITS, "(highest > first_q)", "(highest > first_q + 1)"),
-    "a mask too few": (VISITS, "(lowest > last_q)", "(lowest >= last_q)"),
-}  # fmt: skip
-
-
-def mutant(file: Path, old: str, new: str, folder: Path, number: int) -> ModuleType:
-    """The kernel with one place changed, as a module of its own."""
-    text = file.read_text()
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file.name}"
-    text = text.replace(old, new).replace('"llava_core::', f'"broken{number}::')
-    path = folder / f"broken{number}.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
 def right() -> list[torch.Tensor]:
@@ -265,16 +219,12 @@ def right() -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # some break in just this way
-@pytest.mark.parametrize("name", ["the kernel as it is", *MUTANTS])
-def test_a_broken_kernel_is_seen(
-    name: str, right: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["the kernel as it is", *mutants.ATTENTION])
+def test_a_broken_kernel_is_seen(name: str, right: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = kernel
-    if name in MUTANTS:
-        file, old, new = MUTANTS[name]
-        number = list(MUTANTS).index(name)
-        broken = mutant(file, old, new, tmp_path, number)
-        if file == KERNEL:
+    if name in mutants.ATTENTION:
+        broken: Any = mutants.broken_module(mutants.ATTENTION[name])
+        if hasattr(broken, "triton_attention"):
             module = broken
         else:
             monkeypatch.setattr(module, "visits", broken.visits)
@@ -283,7 +233,12 @@ def test_a_broken_kernel_is_seen(
     leaves = [x.requires_grad_(True) for x in qkv]
     out = module.triton_attention(*leaves, made(TWO_ROWS))
     error = worst([out.detach(), *torch.autograd.grad(out, leaves, gradient)], right)
-    assert error > 100 if name in MUTANTS else error < 1
+    assert error > 100 if name in mutants.ATTENTION else error < 1
+
+
+def test_a_mutant_breaks_one_place_or_none() -> None:
+    with pytest.raises(DataError, match="stands there 0 times"):
+        mutants.broken_module(mutants.Mutant("llava_core/ops/visits.py", "no such text", ""))
 
 
 # ------------------------------------------------------------------------------------------------ for a GPU

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -86,8 +87,9 @@ def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments 
     how = {"block_mask": segments.plan(_flex_mask), "enable_gqa": q.shape[1] != k.shape[1]}
     if q.is_cuda:
         return _compiled_flex()(q, k, v, **how)
-    # not compiled, FlexAttention makes all scores: right on a CPU to compare with, and nothing else
-    out: torch.Tensor = flex_attention(q, k, v, **how)
+    with warnings.catch_warnings():  # not compiled it makes all scores: on a CPU to compare with, and nothing else
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        out: torch.Tensor = flex_attention(q, k, v, **how)
     return out
 
 
