@@ -10,6 +10,7 @@ import torch
 from llava_core.lab import bench_generate as bench_of
 from llava_core.lab.bench import append_rows, in_own_process, in_turns, peak_mib
 from llava_core.lab.bench_attention import bench_attention, instruct_cases
+from llava_core.lab.bench_attention import peak as bench_attention_peak
 from llava_core.lab.bench_generate import bench_generate
 from llava_core.ops import BACKENDS
 from llava_core.ops.attention import Backend
@@ -77,7 +78,7 @@ def test_other_weights_write_other_tokens(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_every_way_of_attention_computes_the_same_and_is_a_row() -> None:
-    found = bench_attention(("tiny",), length=96, rows=2, rounds=2, scale=0.08)
+    found = bench_attention(("tiny",), length=96, rows=2, rounds=2, scale=0.08, memory=False)
     rows = found["cases"]
     assert {row["case"] for row in rows} == {"causal", "packed", "packed, shared beginnings"}
     assert {row["candidate"] for row in rows} >= {"padded", "sdpa", "per_sample"}
@@ -85,6 +86,8 @@ def test_every_way_of_attention_computes_the_same_and_is_a_row() -> None:
     assert all(row["ratio"] == 1 for row in rows if row["candidate"] == row["peer"])
     assert min(row["samples"] for row in rows if row["case"] == "packed") > 4
     assert found["ratio"] == max(row["ratio"] for row in rows[-2:])
+    assert found["peak_memory_ratio"] is None
+    assert bench_attention_peak("padded", "tiny", 96, 1, "cpu", 0.08) > 50
 
 
 def test_samples_share_their_beginnings_and_fill_the_rows() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llava_core.lab.bench import Clock, all_in_turns, circumstances, ratios
+from llava_core.lab.bench import Clock, all_in_turns, circumstances, in_own_process, peak_mib, ratios
 from llava_core.ops import BACKENDS, Segments
 from llava_core.registry import Registry
 from llava_core.runtime import resolve_device
@@ -171,6 +171,26 @@ def candidates(case: Case, given: Tensors) -> dict[str, Candidate]:
 # ------------------------------------------------------------------------------------------------ the measurement
 
 
+def rows_of(case: Case, shape: str, device: torch.device) -> list[torch.Tensor]:
+    """Random q, k, v of a case, fp32 on a CPU and bf16 on a GPU; the heads of a token lie together, as projected."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads, kv_heads, head_dim = HEADS.get(shape)
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(case.rows, case.length, h, head_dim, generator=generator).to(device, dtype).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def peak(candidate: str, shape: str, length: int, rows: int, device: str, scale: float) -> float:
+    """Peak memory (MiB) of one candidate on rows with shared beginnings; to be called in a process of its own."""
+    place, case = resolve_device(device), instruct_cases(length, rows, scale=scale)[-1]
+    given = rows_of(case, shape, place)
+    way = padded(case, given) if candidate == "padded" else backend(candidate, case, given)
+    del given
+    return peak_mib(way.forward_backward, place)
+
+
 def bench_attention(
     shapes: Sequence[str] = ("128", "64"),
     length: int = 2048,
@@ -179,6 +199,7 @@ def bench_attention(
     device: str = "cpu",
     clock: Clock = "wall",
     scale: float = 1.0,
+    memory: bool = True,
 ) -> dict[str, Any]:
     """Measure attention forward and backward, in turns, on rows of LLaVA-Instruct-like samples.
 
@@ -190,26 +211,22 @@ def bench_attention(
         device: "cpu" (fp32), "cuda" (bf16) or "auto".
         clock: as in `in_turns`.
         scale: as in `instruct_cases`.
+        memory: also measure the peak, in processes of their own.
 
     Returns:
-        Of the case with shared beginnings and the first shape: `ours` and `peer` (milliseconds of the fastest backend
-        and of the padded batch) and their `ratio`; `device`; `cases`, one row per case, shape and candidate.
+        Of the case with shared beginnings and the first shape: `ours` and `peer` (milliseconds of the fastest backend,
+        the `candidate`, and of the padded batch), their `ratio` and `peak_memory_ratio` (ours / peer, None if not
+        measured); `device`; `cases`, one row per case, shape and candidate.
 
     Raises:
         AssertionError: two candidates do not compute the same.
     """
     place = resolve_device(device)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     facts, found = circumstances(place), []
     for shape in shapes:
         heads, kv_heads, head_dim = HEADS.get(shape)
         for case in instruct_cases(length, rows, scale=scale):
-            generator = torch.Generator().manual_seed(0)
-            # the heads of a token lie together, as a projection leaves them
-            given = [
-                torch.randn(rows, length, h, head_dim, generator=generator).to(place, dtype).transpose(1, 2)
-                for h in (heads, kv_heads, kv_heads)
-            ]
+            given = rows_of(case, shape, place)
             ways = candidates(case, given)
             _agree(ways)
             for way in ways.values():
@@ -221,7 +238,7 @@ def bench_attention(
                 found.append(
                     {
                         **facts, "case": case.name, "shape": shape, "heads": heads, "kv_heads": kv_heads,
-                        "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch."), "rows": rows,
+                        "head_dim": head_dim, "dtype": str(given[0].dtype).removeprefix("torch."), "rows": rows,
                         "length": length, "samples": len(case.samples), "candidate": name,
                         **{key: round(1000 * spread[key], 3) for key in ("ms", "low", "high")}, "peer": peer,
                         **{key: round(value, 3) for key, value in ratios(values, seconds[peer]).items()},
@@ -230,9 +247,14 @@ def bench_attention(
                 )  # fmt: skip
     last = [row for row in found if row["shape"] == shapes[0] and row["case"] == "packed, shared beginnings"]
     best = max(last[1:], key=lambda row: row["ratio"])
+    peaks: list[float] = []
+    if memory:
+        work = {"shape": shapes[0], "length": length, "rows": rows, "device": device, "scale": scale}
+        peaks = [in_own_process(f"{__name__}:peak", candidate=name, **work) for name in (best["candidate"], "padded")]
     return {
         "ratio": best["ratio"], "ours": best["ms"], "peer": last[0]["ms"], "candidate": best["candidate"],
-        "device": facts["device"], "cases": found,
+        "peak_memory_ratio": round(peaks[0] / peaks[1], 3) if peaks else None, "device": facts["device"],
+        "cases": found,
     }  # fmt: skip
 
 

@@ -116,9 +116,9 @@ def _no_triton(q: torch.Tensor) -> str | None:
     if q.device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "a kernel needs a GPU, or TRITON_INTERPRET=1 in the environment, which runs it step by step"
-        from llava_core.ops.triton_attention import INTERPRETED
+        from llava_core.ops.triton_attention import not_interpreted
 
-        return None if INTERPRETED else "TRITON_INTERPRET=1 was set after triton was loaded"
+        return not_interpreted()
     if not q.is_cuda:
         return "the kernel needs a GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):

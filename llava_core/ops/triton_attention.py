@@ -468,6 +468,15 @@ INTERPRETED: bool = not any(isinstance(f, triton.JITFunction) for f in (_forward
 """Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1 before triton is first loaded)."""
 
 
+def not_interpreted() -> str | None:
+    """Why the kernels do not run on CPU tensors; None: they do."""
+    if not INTERPRETED:
+        return "TRITON_INTERPRET=1 was set after triton was loaded"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7):
+        return f"the interpreter of triton {triton.__version__} fails at loops of computed length; 3.7 does not"
+    return None
+
+
 def _tokens_first(like: torch.Tensor) -> torch.Tensor:
     """Memory for (B, heads, T, head_dim) in which the heads of a token lie together, as the next layer reads them."""
     rows, heads, length, size = like.shape
