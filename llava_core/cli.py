@@ -216,6 +216,12 @@ def _bench_generate(args: argparse.Namespace) -> Result:
     return bench_generate(args.model, args.batches, rounds=args.rounds, device=args.device)
 
 
+def _bench_attention(args: argparse.Namespace) -> Result:
+    from llava_core.lab.bench_attention import bench_attention
+
+    return bench_attention(args.shapes, args.length, args.rows, args.rounds, args.device)
+
+
 def _demo(args: argparse.Namespace) -> None:
     notebook = ROOT / "notebooks" / "60_chat_demo.ipynb"
     command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--notebook-dir={ROOT}", str(notebook)]
@@ -545,6 +551,18 @@ def _parser() -> argparse.ArgumentParser:
         "--model", choices=["tiny", "small", "smollm2-135m"], default="small", help="size; the weights are random"
     )
     new.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N", help="rows at once (default: 1 8)")
+    new.add_argument("--rounds", type=int, default=7, metavar="N", help="repetitions (default: 7)")
+    new.add_argument("--device", choices=["cpu", "cuda", "auto"], default="cpu", help="default: cpu")
+    new = command(
+        "attention", "attention over packed rows beside a padded batch", "llava bench attention --shapes 64",
+        _bench_attention, lambda result: _table({k: v for k, v in result.items() if k != "cases"}), into=into,
+    )  # fmt: skip
+    new.add_argument(
+        "--shapes", nargs="+", choices=["vicuna-7b", "llama-3.2-1b", "128", "64", "tiny"], default=["128", "64"],
+        help="heads and their size (default: 128 64)",
+    )  # fmt: skip
+    new.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a row (default: 2048)")
+    new.add_argument("--rows", type=int, default=1, metavar="N", help="rows of the batch (default: 1)")
     new.add_argument("--rounds", type=int, default=7, metavar="N", help="repetitions (default: 7)")
     new.add_argument("--device", choices=["cpu", "cuda", "auto"], default="cpu", help="default: cpu")
 

@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava_core import runtime
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():  # read when triton is first loaded: kernels then run on the CPU, step by step
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 runtime.set_offline()
 
 

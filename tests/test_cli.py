@@ -74,6 +74,7 @@ def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
         ("delta make", "llava_core.weights.delta.make", {"added": 1}),
         ("delta apply", "llava_core.weights.delta.apply", {"added": 1}),
         ("bench generate", "llava_core.lab.bench_generate.bench_generate", {"ratio": 1.1, "same_tokens": True}),
+        ("bench attention", "llava_core.lab.bench_attention.bench_attention", {"ratio": 1.1, "cases": []}),
         ("evaluate llava-bench", "llava_core.evaluate.llava_bench.score_reviews", {"n": 1}),
     ],
 )

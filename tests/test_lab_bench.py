@@ -9,7 +9,11 @@ import torch
 
 from llava_core.lab import bench_generate as bench_of
 from llava_core.lab.bench import append_rows, in_own_process, in_turns, peak_mib
+from llava_core.lab.bench_attention import bench_attention, instruct_cases
+from llava_core.lab.bench_attention import peak as bench_attention_peak
 from llava_core.lab.bench_generate import bench_generate
+from llava_core.ops import BACKENDS
+from llava_core.ops.attention import Backend
 from llava_core.runtime import DataError
 
 CPU = torch.device("cpu")
@@ -71,3 +75,32 @@ def test_other_weights_write_other_tokens(monkeypatch: pytest.MonkeyPatch) -> No
     of = bench_of.peer_model
     monkeypatch.setattr(bench_of, "peer_model", lambda shape, device, ours: of(shape, device))
     assert bench_generate("tiny", (1,), new_tokens=6, rounds=1, memory=False)["same_tokens"] is False
+
+
+def test_every_way_of_attention_computes_the_same_and_is_a_row() -> None:
+    found = bench_attention(("tiny",), length=96, rows=2, rounds=2, scale=0.08, memory=False)
+    rows = found["cases"]
+    assert {row["case"] for row in rows} == {"causal", "packed", "packed, shared beginnings"}
+    assert {row["candidate"] for row in rows} >= {"padded", "sdpa", "per_sample"}
+    assert all(row["low"] <= row["ms"] <= row["high"] for row in rows)
+    assert all(row["ratio"] == 1 for row in rows if row["candidate"] == row["peer"])
+    assert min(row["samples"] for row in rows if row["case"] == "packed") > 4
+    assert found["ratio"] == max(row["ratio"] for row in rows[-2:])
+    assert found["peak_memory_ratio"] is None
+    assert bench_attention_peak("padded", "tiny", 96, 1, "cpu", 0.08) > 50
+
+
+def test_samples_share_their_beginnings_and_fill_the_rows() -> None:
+    for case in instruct_cases(300, rows=2, scale=0.1)[1:]:
+        lengths = [len(tokens) for _, tokens in case.samples]
+        assert all(int(tokens[-1]) < 300 for _, tokens in case.samples)
+        assert (sum(lengths) > 600) == (case.name == "packed, shared beginnings")
+
+
+def test_a_way_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = BACKENDS.get("per_sample").run
+    broken = Backend("per_sample", lambda q, k, v, s: right(q, k, v, None))
+    get = BACKENDS.get
+    monkeypatch.setattr(BACKENDS, "get", lambda name: broken if name == "per_sample" else get(name))
+    with pytest.raises(AssertionError, match="per_sample and padded differ"):
+        bench_attention(("tiny",), length=96, rounds=1, scale=0.08)

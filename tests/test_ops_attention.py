@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from llava_core.ops import BACKENDS, Segments, attention
+from llava_core.ops.attention import _say, choose
 from llava_core.ops.reference import allowed
-from llava_core.runtime import ConfigError
+from llava_core.runtime import CompanionError, ConfigError
 
 SHAPES = [(4, 4, 8), (4, 2, 16), (6, 1, 32)]  # heads, kv_heads, head_dim
 
@@ -102,8 +106,60 @@ def test_who_sees_whom_is_the_definition() -> None:
     assert seen[6].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", TREES)
+def test_flex_attention_equals_the_definition_forward(name: str, shape: tuple[int, int, int]) -> None:
+    q, k, v = (x.detach() for x in inputs(tree(name), shape))
+    for segments in (tree(name), None):
+        out = attention(q, k, v, segments=segments, backend="flex")
+        expected = attention(q, k, v, segments=segments, backend="reference")
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flex_attention_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["llava_core.ops.attention"], "FLEX_BLOCK", 16)  # the name is a function too
+    segments = Segments(torch.tensor([[70] * 20 + [45] * 25 + [70] * 25 + [75] * 5, [30] * 30 + [75] * 45]))
+    q, k, v = (x.detach() for x in inputs(segments, SHAPES[1]))
+    out = attention(q, k, v, segments=segments, backend="flex")
+    torch.testing.assert_close(out, attention(q, k, v, segments=segments, backend="reference"), rtol=1e-5, atol=1e-5)
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    q, k, v = inputs(tree("one sample"), SHAPES[0])
+    with pytest.raises(CompanionError, match="FlexAttention has no backward pass there"):
+        attention(q, k, v, backend="flex")
+    attention(q.detach(), k.detach(), v.detach(), backend="flex")
+    with pytest.raises(ConfigError, match="segments describe rows"):
+        attention(q, k, v, segments=tree("three samples"))
+
+
+def test_auto_takes_the_first_that_can_run_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    segments = tree("two levels")
+    q, k, v = inputs(segments, SHAPES[0])
+    assert choose(q, None)[0] == "sdpa"
+    assert choose(q, segments)[0] == "per_sample"
+    # what a GPU would get: a tensor that says that it lies on one
+    there = SimpleNamespace(device=torch.device("cuda"))
+    could: dict[str, str | None] = {"triton": None, "flex": None}
+    record = lambda name: SimpleNamespace(unavailable=lambda q: could[name])  # noqa: E731
+    monkeypatch.setattr(BACKENDS, "get", record)
+    assert choose(there, segments)[0] == "triton"
+    could["triton"] = "triton is not installed"
+    assert choose(there, segments) == ("flex", "it leaves out what no token sees; triton: triton is not installed")
+    could["flex"] = "not here"
+    assert choose(there, segments)[0] == "sdpa"
+    monkeypatch.undo()
+    _say.cache_clear()
+    with caplog.at_level("INFO", "llava_core.ops.attention"):
+        for _ in range(2):
+            attention(q, k, v, segments=segments)
+    assert [record.message.partition(" (")[0] for record in caplog.records] == ["attention backend auto -> per_sample"]
+
+
 def test_unknown_backend_names_the_known() -> None:
     q, k, v = inputs(tree("one sample"), SHAPES[0])
     with pytest.raises(ConfigError, match="per_sample"):
         attention(q, k, v, backend="per_smaple")
-    assert {"reference", "sdpa", "per_sample"} <= set(BACKENDS.names())
+    assert {"reference", "sdpa", "per_sample", "triton", "flex"} <= set(BACKENDS.names())

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointError
 
-from llava_core.ops import Segments
+from llava_core.ops import BACKENDS, Segments
 from llava_core.ops.interface import NAME, packed_attention
 from llava_core.ops.segments import positions
 from llava_core.runtime import CompanionError, ConfigError
@@ -79,9 +80,11 @@ def test_logits_of_a_packed_row_are_those_of_its_samples(kind: str) -> None:
             torch.testing.assert_close(row[index], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "per_sample"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "per_sample", "triton"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_of_a_packed_row_are_those_of_its_samples(checkpointing: bool, backend: str) -> None:
+    if backend != "auto" and (reason := BACKENDS.get(backend).unavailable(torch.zeros(1, 1, 1, 8))) is not None:
+        pytest.skip(f"{backend}: {reason}")
     model, (ids, segments) = language_model().train(), packed()
     expected = gradients(model, loss_alone(model, ids, segments))
     if checkpointing:
@@ -91,6 +94,15 @@ def test_gradients_of_a_packed_row_are_those_of_its_samples(checkpointing: bool,
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpointed_backward_pass_outside_does_not_go_unseen() -> None:
+    model, (ids, segments) = language_model().train(), packed()
+    model.gradient_checkpointing_enable()
+    with packed_attention(model):
+        loss = loss_packed(model, ids, segments)
+    with pytest.raises(CheckpointError):
+        loss.backward()
 
 
 def test_lora_adapters_and_checkpointing_learn_the_same_from_a_packed_row() -> None:

@@ -39,26 +39,41 @@ def in_turns(
         Median seconds of `ours` and `peer`, and the `ratio` peer / ours as the median over the rounds with its lowest
         and highest: above 1 we are faster.
     """
-    seconds = times_in_turns({"ours": ours, "peer": peer}, rounds, clock)
-    ratios = [peer / ours for ours, peer in zip(*seconds.values(), strict=True)]
+    seconds = all_in_turns({"ours": ours, "peer": peer}, rounds, clock)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {**medians, "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+    return {**medians, **ratios(seconds["ours"], seconds["peer"])}
 
 
-def times_in_turns(
+def all_in_turns(
     functions: Mapping[str, Callable[[], object]], rounds: int, clock: Clock = "wall"
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round; see `in_turns`."""
+    """Time any number of functions in turns, as `in_turns` does two.
+
+    Returns:
+        Name -> seconds of each round.
+    """
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(rounds):
         for name in list(functions)[:: 1 if k % 2 else -1]:
+            _finish()
             begin = now()
             functions[name]()
-            if torch.cuda.is_available():  # works on after a call has returned
-                torch.cuda.synchronize()
+            _finish()
             seconds[name].append(now() - begin)
     return seconds
+
+
+def ratios(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
+    """The `ratio` peer / ours as the median over the rounds, with its lowest and highest."""
+    found = [p / o for o, p in zip(ours, peer, strict=True)]
+    return {"ratio": statistics.median(found), "ratio_low": min(found), "ratio_high": max(found)}
+
+
+def _finish() -> None:
+    """Wait for a GPU, which works on after a call has returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def peak_mib(work: Callable[[], object], device: torch.device) -> float:

@@ -23,7 +23,7 @@ from llava_core.config import TrainConfig, load_experiment
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Encoded
 from llava_core.data.packing import pack
-from llava_core.lab.bench import Clock, circumstances, in_own_process, peak_mib, times_in_turns
+from llava_core.lab.bench import Clock, all_in_turns, circumstances, in_own_process, peak_mib, ratios
 from llava_core.models.llava import Llava
 from llava_core.ops.interface import packed_attention
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
@@ -347,7 +347,7 @@ def matmul_rate(like: torch.Tensor, height: int = 2048, clock: Clock = "wall") -
     """Measured operations per second of a matrix product of a row's tokens with a square weight."""
     width = 1024 if like.device.type == "cpu" else 4096
     a, b = (torch.randn(n, width, device=like.device, dtype=like.dtype) for n in (height, width))
-    seconds = times_in_turns({"matmul": lambda: a @ b}, 9, clock)["matmul"]
+    seconds = all_in_turns({"matmul": lambda: a @ b}, 9, clock)["matmul"]
     return 2 * height * width**2 / float(np.median(seconds))
 
 
@@ -384,7 +384,7 @@ def bench_step(
     sides |= {saving: Ours(case, saving).step for saving in savings}
     for step in sides.values():
         step()
-    seconds = times_in_turns(sides, rounds, clock)
+    seconds = all_in_turns(sides, rounds, clock)
     limit = matmul_rate(next(case.model.parameters()), clock=clock)
     peak = partial(
         in_own_process, "llava_core.lab.bench_train_step:peak_of_step", name=name, stage=stage, samples=samples,
@@ -393,7 +393,6 @@ def bench_step(
     theirs = round(peak(side=PEER)) if memory else None
     rows = []
     for saving in savings:
-        ratios = [peer / ours for ours, peer in zip(seconds[saving], seconds[PEER], strict=True)]
         ours = float(np.median(seconds[saving]))
         own = round(peak(side=saving)) if memory else None
         rows.append(
@@ -403,8 +402,8 @@ def bench_step(
                 "padding": round(case.padding, 3),
                 "supervised": round(case.supervised / tokens(case, "samples"), 3),
                 "ours": round(ours, 4), "peer": round(float(np.median(seconds[PEER])), 4),
-                "ratio": round(float(np.median(ratios)), 3), "ratio_low": round(min(ratios), 3),
-                "ratio_high": round(max(ratios), 3), "peak_mib": own, "peer_peak_mib": theirs,
+                **{name: round(value, 3) for name, value in ratios(seconds[saving], seconds[PEER]).items()},
+                "peak_mib": own, "peer_peak_mib": theirs,
                 "peak_ratio": round(own / theirs, 3) if own and theirs else None,
                 "rate_share": round(step_flops(case, saving == ALL) / ours / limit, 3),
                 "loss_apart": f"{found[saving]['loss']:.1e}",

@@ -6,9 +6,14 @@ run; a backend named explicitly never falls back.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -16,11 +21,16 @@ from torch.nn import functional as F
 from llava_core.ops import reference
 from llava_core.ops.per_sample import per_sample
 from llava_core.ops.segments import Segments
+from llava_core.ops.visits import one_sample, visits
 from llava_core.registry import Registry
-from llava_core.runtime import CompanionError
+from llava_core.runtime import CompanionError, ConfigError
 
 log = logging.getLogger(__name__)
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments | None], torch.Tensor]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+MOST_HEAD_DIM = 128  # what a block of the kernel holds in shared memory
+FLEX_BLOCK = 128  # the size that FlexAttention's own masks have
 
 
 @dataclass(frozen=True)
@@ -40,18 +50,119 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
 
 
+def _flex_mask(segments: Segments) -> Any:
+    """FlexAttention's description of who sees whom, from our own table of visits: nothing of T x T is made."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    ends = segments.ends
+    table = segments.plan(visits, FLEX_BLOCK, FLEX_BLOCK, "q")[:, None]  # one for all heads
+    everything, something = table[..., 0] - 2, table[..., 1] - table[..., 0]
+    blocks = table[..., 2:].contiguous()
+    # blocks that need the mask follow those that need none
+    place = torch.arange(blocks.shape[-1], device=ends.device) + everything[..., None]
+    partial = blocks.gather(-1, place.clamp(max=blocks.shape[-1] - 1).long())
+
+    def seen(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (query < ends[row, key])
+
+    length = ends.shape[1]
+    return BlockMask.from_kv_blocks(
+        something.contiguous(), partial, everything.contiguous(), blocks,
+        BLOCK_SIZE=FLEX_BLOCK, mask_mod=seen, seq_lengths=(length, length),
+    )  # fmt: skip
+
+
+@cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention)
+    return compiled
+
+
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    segments = one_sample(q.shape[0], q.shape[2], q.device) if segments is None else segments.to(q.device)
+    how = {"block_mask": segments.plan(_flex_mask), "enable_gqa": q.shape[1] != k.shape[1]}
+    if q.is_cuda:
+        return _compiled_flex()(q, k, v, **how)
+    with warnings.catch_warnings():  # not compiled it makes all scores: on a CPU to compare with, and nothing else
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        out: torch.Tensor = flex_attention(q, k, v, **how)
+    return out
+
+
+def _no_flex(q: torch.Tensor) -> str | None:
+    if q.device.type == "cpu":
+        return "FlexAttention has no backward pass there, and the queries want a gradient" if q.requires_grad else None
+    return None if q.is_cuda else "FlexAttention needs a CUDA GPU"
+
+
+def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+    from llava_core.ops.triton_attention import triton_attention
+
+    return triton_attention(q, k, v, segments)
+
+
+def _no_triton(q: torch.Tensor) -> str | None:
+    """Why our kernel cannot run for queries like these; None: it can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernel has no {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] > MOST_HEAD_DIM:
+        return f"the kernel's heads have at most {MOST_HEAD_DIM} features, not {q.shape[-1]}"
+    if q.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "a kernel needs a GPU, or TRITON_INTERPRET=1 in the environment, which runs it step by step"
+        from llava_core.ops.triton_attention import not_interpreted
+
+        return not_interpreted()
+    if not q.is_cuda:
+        return "the kernel needs a GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "triton needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
 BACKENDS: Registry[Backend] = Registry("attention backend")
 for _backend in (
     Backend("sdpa", _sdpa),
     Backend("per_sample", per_sample),
+    Backend("triton", _triton, _no_triton),
+    Backend("flex", _flex, _no_flex),
     Backend("reference", reference.attention),
 ):
     BACKENDS.register(_backend.name)(_backend)
 
 
-def choose(device: torch.device, segments: Segments | None) -> str:
-    """The backend that `auto` stands for."""
-    return "per_sample" if segments is not None and device.type == "cpu" else "sdpa"
+def choose(q: torch.Tensor, segments: Segments | None) -> tuple[str, str]:
+    """The backend that `auto` stands for, and why.
+
+    Args:
+        q: (B, heads, T, head_dim).
+        segments: of the rows.
+
+    Returns:
+        A name in `BACKENDS`; the reason, for the log.
+    """
+    if segments is None:
+        return "sdpa", "rows of one sample need nothing but PyTorch's causal kernel"
+    if q.device.type == "cpu":
+        return "per_sample", "a CPU computes a mask's forbidden pairs too; one causal call per length makes none"
+    passed: list[str] = []
+    for name in ("triton", "flex"):
+        reason = BACKENDS.get(name).unavailable(q)
+        if reason is None:
+            return name, "; ".join(["it leaves out what no token sees", *passed])
+        passed.append(f"{name}: {reason}")
+    return "sdpa", "; ".join(["a mask of T x T", *passed])
+
+
+@cache
+def _say(name: str, why: str) -> None:
+    log.info("attention backend auto -> %s (%s)", name, why)
 
 
 def attention(
@@ -74,12 +185,19 @@ def attention(
         (B, heads, T, head_dim).
 
     Raises:
-        ConfigError: unknown backend.
+        ConfigError: unknown backend; segments of other rows.
         CompanionError: the named backend cannot run here; the message says why.
     """
+    if segments is not None and segments.ends.shape != (q.shape[0], q.shape[2]):
+        raise ConfigError(
+            f"segments describe rows of {tuple(segments.ends.shape)}, the queries are {(q.shape[0], q.shape[2])}; "
+            "fix: one row of `ends` per row of the batch"
+        )
     if backend == "auto":
-        backend = choose(q.device, segments)
-        log.debug("attention backend auto -> %s", backend)
+        backend, why = choose(q, segments)
+        if not torch.compiler.is_compiling():
+            _say(backend, why)
+        return BACKENDS.get(backend).run(q, k, v, segments)
     chosen = BACKENDS.get(backend)
     if (reason := chosen.unavailable(q)) is not None:
         raise CompanionError(

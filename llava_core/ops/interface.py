@@ -110,7 +110,7 @@ def packed_attention(language_model: Any, backend: str = "auto") -> Iterator[Non
 
     Inside, the model is called as `language_model(..., segments=segments, position_ids=positions(segments))`. The
     backward pass belongs inside too: gradient checkpointing runs the attention layers again, under the name that is
-    set then.
+    set then, and stops with a CheckpointError where that is another one.
 
     Args:
         language_model: transformers' causal language model, with or without peft's adapters.

@@ -10,8 +10,8 @@ if `k <= q < ends[k]`. Samples without anything in common are nodes without chil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ class Segments:
     """
 
     ends: torch.Tensor
+    # a field and no cached property, whose lock torch.compile cannot follow
+    _plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]]) -> Segments:
@@ -41,19 +43,21 @@ class Segments:
         return cls(ends)
 
     def to(self, device: torch.device | str) -> Segments:
-        """The same on a device."""
-        return self if self.ends.device == torch.device(device) else Segments(self.ends.to(device))
-
-    def plan(self, make: Callable[[Segments], Plan]) -> Plan:
-        """What a backend works out about these rows, once for all layers."""
-        if make not in self._plans:
-            self._plans[make] = make(self)
-        found: Plan = self._plans[make]
+        """The same on a device, copied there once."""
+        there = torch.device(device)
+        if self.ends.device.type == there.type and there.index in (None, self.ends.device.index):
+            return self
+        if there not in self._plans:
+            self._plans[there] = Segments(self.ends.to(there))
+        found: Segments = self._plans[there]
         return found
 
-    @cached_property
-    def _plans(self) -> dict[Any, Any]:
-        return {}
+    def plan(self, make: Callable[..., Plan], *details: Hashable) -> Plan:
+        """What a backend works out about these rows, `make(segments, *details)`, once for all layers."""
+        if (make, details) not in self._plans:
+            self._plans[make, details] = make(self, *details)
+        found: Plan = self._plans[make, details]
+        return found
 
     @cached_property
     def samples(self) -> list[list[list[tuple[int, int]]]]:
