@@ -241,11 +241,11 @@ class BatchClient:
 
     def _wait(self, batch: str, bar: Any) -> Any:
         """Look at a batch until it has ended."""
-        wait, silent, before = self.poll / 60, 0, bar.n
+        wait, silent, before, openai = self.poll / 60, 0, bar.n, self._openai
         while True:
             try:
                 seen = self._sdk.batches.retrieve(batch)
-            except (self._openai.APIConnectionError, self._openai.InternalServerError) as error:
+            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
                 silent += 1
                 if silent >= MOST_SILENT:
                     raise ServerError(f"batch {batch}: {one_line(error)}; {AGAIN}") from error
