@@ -128,21 +128,45 @@ def _price(text: str) -> tuple[float, float]:
     return prompt, reply
 
 
-def _generate(args: argparse.Namespace) -> Result:
+def _requests(args: argparse.Namespace) -> Any:
+    """The jobs of `llava generate` and of its plan, with the prompts that they were made of."""
     from llava_core.data.coco import load_annotations
-    from llava_core.miniature.offline_chat import respond
-    from llava_core.teacher.client import client_from_name
-    from llava_core.teacher.generate import generate
+    from llava_core.teacher.generate import requests_for
+    from llava_core.teacher.prompts import load_prompts
 
-    live = {}
-    if args.client in ("record", "live"):
-        live = {"base_url": args.base_url, "budget_usd": args.budget_usd, "price": args.price, "seed": args.seed}
-        live |= {"concurrency": args.concurrency, "timeout": args.timeout}
-    # the miniature stands above the teacher, so only here the teacher can meet the offline model
+    prompts = load_prompts(args.prompts) if args.prompts else None
+    images = load_annotations(args.annotations, args.split)[: args.limit]
+    return list(requests_for(images, args.kinds, prompts, args.model)), prompts
+
+
+def _generate(args: argparse.Namespace) -> Result:
+    from llava_core.data.expansion import load_instructions
+    from llava_core.miniature.offline_chat import respond
+    from llava_core.teacher.client import PAYING, client_from_name
+    from llava_core.teacher.generate import ask, write
+    from llava_core.teacher.plan import in_words, plan
+
+    jobs, prompts = _requests(args)
+    questions = load_instructions(args.instructions)
     tape = args.cassette or args.out / "cassette.sqlite"
+    live = {}
+    if args.client in PAYING:
+        live = {"base_url": args.base_url, "budget_usd": args.budget_usd, "price": args.price, "timeout": args.timeout}
+        own = {"poll": args.poll} if args.client == "batch" else {"concurrency": args.concurrency, "seed": args.seed}
+        live |= own
+        known = None if args.client == "live" else tape
+        told = plan((job[2] for job in jobs), args.client, known, args.price, args.concurrency)
+        print(in_words(told), file=sys.stderr)
+    # the miniature stands above the teacher, so only here the teacher can meet the offline model
     client = client_from_name(args.client, responder=respond, cassette=tape, **live)
-    images = load_annotations(args.annotations)
-    return generate(images, args.kinds, client, args.out, limit=args.limit, seed=args.seed, model=args.model)
+    return write(ask(jobs, client), args.kinds, args.out, args.seed, prompts, questions)
+
+
+def _plan_generate(args: argparse.Namespace) -> Result:
+    from llava_core.teacher.plan import plan
+
+    jobs, _ = _requests(args)
+    return plan((job[2] for job in jobs), args.client, args.cassette, args.price, args.concurrency)
 
 
 def _filter(args: argparse.Namespace) -> Result:
@@ -432,29 +456,65 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--seed", type=int, default=0, metavar="N", help="decides which instruction a record gets")
     new.add_argument("--skip", action="store_true", help="leave rows with problems out, and report them")
 
+    def asking(parser: argparse.ArgumentParser, cassette: str) -> None:
+        parser.add_argument(
+            "--annotations", type=Path, required=True, metavar="PATH", help="captions and boxes of each image"
+        )
+        parser.add_argument("--split", metavar="NAME", help="which of a folder's splits, e.g. train2014")
+        parser.add_argument(
+            "--kinds", type=_some_of(KINDS), default=list(KINDS), metavar="KIND,KIND", help=f"of {', '.join(KINDS)}"
+        )
+        parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+        parser.add_argument(
+            "--prompts", type=Path, metavar="DIR", help="the released folders of prompts, or ones alike"
+        )
+        parser.add_argument("--model", default="gpt-4-0314", help="the teacher, by the name that its server knows")
+        parser.add_argument("--cassette", type=Path, metavar="FILE", help=cassette)
+        parser.add_argument(
+            "--price",
+            type=_price,
+            metavar="PROMPT,REPLY",
+            help="USD per million tokens, for a model that is not listed",
+        )
+        parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests under way at once")
+
     new = command(
         "generate",
         "write instruction data from captions and boxes",
         "llava generate --annotations caps_boxes.jsonl --kinds conversation,detail --client offline --out data/mine",
         _generate,
     )
-    new.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="captions and boxes of each image")
     new.add_argument(
-        "--kinds", type=_some_of(KINDS), default=list(KINDS), metavar="KIND,KIND", help=f"of {', '.join(KINDS)}"
+        "--client", choices=["offline", "replay", "record", "batch", "live"], default="offline", help="who answers"
     )
-    new.add_argument("--client", choices=["offline", "replay", "record", "live"], default="offline", help="who answers")
-    new.add_argument("--cassette", type=Path, metavar="FILE", help="recorded replies; OUT/cassette.sqlite if not given")
-    new.add_argument("--limit", type=int, metavar="N", help="only the first N images")
-    new.add_argument("--model", default="gpt-4-0314", help="the teacher, by the name that its server knows")
+    asking(new, "recorded replies; OUT/cassette.sqlite if not given")
     new.add_argument("--base-url", metavar="URL", help="a compatible server; OpenAI's if not given")
-    new.add_argument("--budget-usd", type=float, metavar="USD", help="stop before more is spent (record: in all runs)")
     new.add_argument(
-        "--price", type=_price, metavar="PROMPT,REPLY", help="USD per million tokens, for a model that is not listed"
+        "--budget-usd", type=float, metavar="USD", help="stop before more is spent (record, batch: in all runs)"
     )
-    new.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests under way at once")
     new.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt")
+    new.add_argument(
+        "--poll", type=_positive, default=60.0, metavar="SECONDS", help="longest wait between two looks at a batch"
+    )
+    new.add_argument(
+        "--instructions",
+        default="detail",
+        metavar="LIST",
+        help="how a description is asked for: detail, brief or a file",
+    )
     new.add_argument("--seed", type=int, default=0, help="of what is drawn per record, and of the waits")
     new.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the records go")
+
+    into = group("plan", "say beforehand what work will take", "llava plan generate --annotations caps_boxes.jsonl")
+    new = command(
+        "generate",
+        "estimate requests, tokens, USD and hours of `llava generate`; nothing is sent",
+        "llava plan generate --annotations caps_boxes.jsonl --model gpt-4o --client batch",
+        _plan_generate,
+        into=into,
+    )
+    new.add_argument("--client", choices=["record", "batch"], default="record", help="one by one, or at half the price")
+    asking(new, "recorded replies, which cost nothing")
 
     new = command(
         "filter",
