@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WHITE_ON = (*COLORS[:5], COLORS[6])  # dark enough for white letters
-SIZE, CENTER = 380, (190.0, 222.0)
-RINGS = (34.0, 96.0, 152.0)
-LETTER = 11  # height of a letter in the rings
+WIDTH = 460  # of a chart that has the page for itself
+SIZE, CENTER = 380, (190.0, 228.0)
+RINGS = (28.0, 88.0, 166.0)
+LETTERS = (7.5, 11.0)  # heights of a letter in the rings, by the room that there is
 
 
 # ------------------------------------------------------------------------------------------------ verbs and nouns
@@ -65,8 +66,9 @@ def verb_chart(verbs: Verbs, title: str, least: int = 1, most: tuple[int, int] =
     total = sum(sum(nouns.values()) for nouns in drawn.values())
     note = f"{total:,} of {asked:,} questions" + (f"; pairs that occur {least:,} times or more" if least > 1 else "")
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIZE} {SIZE + 14}" width="{SIZE}" role="img" '
-        f'aria-label="{html.escape(title)}: {note}" font-family="DejaVu Sans, Verdana, sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIZE} {SIZE + 28}" width="{WIDTH}" '
+        f'style="max-width: 100%; margin: 4px 0" role="img" aria-label="{html.escape(title)}: {note}" '
+        'font-family="DejaVu Sans, Verdana, sans-serif">',
         f'<rect width="100%" height="100%" rx="10" fill="{CARD}"/>',
         f'<text x="14" y="24" font-size="14" font-weight="bold" fill="{INK}">{html.escape(title)}</text>',
         f'<text x="14" y="42" font-size="11" fill="{MUTED}">{note}</text>',
@@ -99,30 +101,29 @@ def _wedge(
 ) -> tuple[str, ...]:
     """One part of a ring, from and to a share of the full turn, with its word where there is room."""
     (x, y), (low, high) = CENTER, radii
-    # an arc that ends where it began would be none
-    begin, end = (2 * math.pi * min(share, turn[0] + 0.99999) for share in turn)
+    begin, end = (2 * math.pi * share for share in turn)
+    middle, radius = (begin + end) / 2, (low + high) / 2
 
     def at(angle: float, radius: float) -> str:
         return f"{x + radius * math.sin(angle):.1f} {y - radius * math.cos(angle):.1f}"
 
-    far = int(end - begin > math.pi)
-    path = (
-        f"M{at(begin, low)}L{at(begin, high)}A{high} {high} 0 {far} 1 {at(end, high)}"
-        f"L{at(end, low)}A{low} {low} 0 {far} 0 {at(begin, low)}Z"
-    )
+    # in two halves: an arc that ends where it began, as that of a full ring, would be none
+    there = "".join(f"A{high} {high} 0 0 1 {at(angle, high)}" for angle in (middle, end))
+    back = "".join(f"A{low} {low} 0 0 0 {at(angle, low)}" for angle in (middle, begin))
+    path = f"M{at(begin, low)}L{at(begin, high)}{there}L{at(end, low)}{back}Z"
     wedge = (
         f'<path d="{path}" fill="{color}" stroke="{CARD}" stroke-width="1.2"><title>{html.escape(said)}</title></path>'
     )
-    middle, radius = (begin + end) / 2, (low + high) / 2
-    if (end - begin) * radius < LETTER:
+    letter = min((end - begin) * radius, LETTERS[1])
+    if letter < LETTERS[0]:
         return (wedge,)
     # letters run outwards, and are never upside down; a wide wedge has room for a level word
     degrees = 0.0 if end - begin > 1.6 else math.degrees(middle) + (90 if middle > math.pi else -90)
-    room = int((high - low) / (0.62 * LETTER))
+    room = int((high - low) / (0.6 * letter))
     word = word if len(word) <= room else f"{word[: room - 1]}…"
     place = at(middle, radius)
     label = (
-        f'<text transform="translate({place}) rotate({degrees:.1f})" font-size="{LETTER}" fill="{ink}" '
+        f'<text transform="translate({place}) rotate({degrees:.1f})" font-size="{letter:.1f}" fill="{ink}" '
         f'text-anchor="middle" dominant-baseline="central" pointer-events="none">{html.escape(word)}</text>'
     )
     return wedge, label
@@ -187,7 +188,8 @@ def sample_browser(pages: Mapping[str, Sequence[str]]) -> Any:
 
 
 def _row(parts: Sequence[str]) -> str:
-    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{"".join(parts)}</div>'
+    items = "".join(f'<div style="flex: 1 1 300px; max-width: {SIZE}px">{part}</div>' for part in parts)
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{items}</div>'
 
 
 def _leaf(pages: Sequence[str], labels: Sequence[str], name: str) -> Any:
