@@ -36,7 +36,7 @@ from llava_core.runtime import (
 CARD, TWIN = "DATA_CARD.md", "audit.json"
 MAKER = "llava data audit"  # in the twin: a card beside it is ours
 EXAMPLES = 5
-NEAR = 0.9  # least share of word triples that two nearly identical dialogues have in common
+NEAR = 0.9  # of the word triples that either of two nearly identical dialogues has, least share that both have
 LEAK = "a text with"  # begins the name of each fault of this sort
 LEAKS = {
     "a word on captions": r"\bcaption(?:s|ed)?\b",
@@ -169,15 +169,14 @@ def _duplicates(samples: Sequence[Sample]) -> Iterator[Fault]:
     yield from (again, elsewhere, near)
 
 
-def near_duplicates(texts: Iterable[str], least: float = NEAR) -> list[tuple[int, int]]:
-    """Find texts that are nearly the same as an earlier one: by the word triples that they share.
+def near_duplicates(texts: Iterable[str]) -> list[tuple[int, int]]:
+    """Find texts that are nearly the same as an earlier one: at least `NEAR` of their word triples are in both.
 
     Candidates are found by MinHash, 4 bands of 4 (a pair that shares nine tenths is overlooked once in 70 times), and
     compared in full. Case and punctuation do not count.
 
     Args:
         texts: read once.
-        least: shared triples divided by those of either text, from which on two texts count as the same.
 
     Returns:
         (place of the text, place of the first earlier one found), in order.
@@ -193,7 +192,7 @@ def near_duplicates(texts: Iterable[str], least: float = NEAR) -> list[tuple[int
         keys = [(k, lowest[4 * k : 4 * k + 4].tobytes()) for k in range(4)]
         for other in dict.fromkeys(other for key in keys for other in bands.get(key, ())):
             shared = len(np.intersect1d(triples, kept[other], assume_unique=True))
-            if shared >= least * (len(triples) + len(kept[other]) - shared):
+            if shared >= NEAR * (len(triples) + len(kept[other]) - shared):
                 found.append((place, other))
                 break
         else:  # one that is like an earlier text need not stand for itself
@@ -517,12 +516,14 @@ def write_card(audit: Mapping[str, Any], folder: str | Path) -> list[Path]:
         The two files.
 
     Raises:
-        DataError: a card lies there that is not ours.
+        DataError: a card lies there that is not ours, or is that of another file.
     """
     card, twin = Path(folder) / CARD, Path(folder) / TWIN
     for file in (card, twin):
         if file.exists() and not is_ours(twin):
             raise DataError(f"{shown(file)}: written by somebody else, so it is not replaced; name another folder")
+    if twin.exists() and (other := read_json(twin).get("file")) != audit["file"]:
+        raise DataError(f"{shown(card)}: the card of {other}, so it is not replaced; name another folder")
     return [write_json(twin, audit), atomic_write(card, card_text(audit))]
 
 

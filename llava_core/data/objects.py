@@ -54,8 +54,9 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# adjectives or verbs as often as nouns: counted only where a noun phrase with a determiner or a number ends with them
-AMBIGUOUS = _words("bear book fish orange plant remote ship sink ski tie train")
+# adjectives or verbs as often as nouns, and people in general ("rides for people who"): these are counted only where
+# a noun phrase with a determiner or a number ends with them
+AMBIGUOUS = _words("bear book fish orange people plant remote ship sink ski tie train")
 NEGATIONS = _words("no not without never neither nor none nothing cannot lack lacks lacking absent")
 TURNS = _words("but however although though while whereas instead only except rather . ! ? ;")  # where a denial ends
 
@@ -102,12 +103,16 @@ class Vocabulary:
         for form in (word.lower(), plural(word.lower())):
             self.forms.setdefault(tuple(form.split()), category)
 
-    def mentions(self, text: str) -> Iterator[Mention]:
+    def mentions(self, text: str, lenient: bool = False) -> Iterator[Mention]:
         """Find the categories that a text names, in order.
 
         The longest name counts ("teddy bear" is no bear), and of two names in a row the second ("dog bed" is a bed).
         What stands behind "no", "not", "without" and the like in a sentence is denied, until a "but" or its like; a
         leading "No," or "No." denies nothing by itself, since it answers a question.
+
+        Args:
+            text: one or more sentences.
+            lenient: count every word that may name a category, also where it more probably does not.
         """
         words = [word.lower().removesuffix("'s").removesuffix("’s") for word in TOKENS.findall(text)]
         denied, position = False, 0
@@ -119,21 +124,23 @@ class Vocabulary:
                 denied = denied or position > 0 or words[1:2] not in ([","], ["."], [])
             length = self._length(words, position)
             behind = position + length
-            if length and not self._length(words, behind) and self._is_noun(words, position, behind):
+            if length and (lenient or self._is_object(words, position, behind)):
                 name = tuple(words[position:behind])
                 yield Mention(self.forms[name], " ".join(name), denied)
             position = behind if length else position + 1
 
     def named(self, text: str) -> set[str]:
-        """Return the categories that a text names, denied or not."""
-        return {mention.category for mention in self.mentions(text)}
+        """Return the categories that a text may name, denied or not."""
+        return {mention.category for mention in self.mentions(text, lenient=True)}
 
     def _length(self, words: list[str], start: int) -> int:
         """How many words from here on are a name; 0 for none."""
         sizes = range(min(self.longest, len(words) - start), 0, -1)
         return next((size for size in sizes if tuple(words[start : start + size]) in self.forms), 0)
 
-    def _is_noun(self, words: list[str], start: int, end: int) -> bool:
+    def _is_object(self, words: list[str], start: int, end: int) -> bool:
+        if self._length(words, end):
+            return False
         if end - start > 1 or words[start] not in AMBIGUOUS:
             return True
         first = start - 1
