@@ -123,6 +123,21 @@ def _data_convert(args: argparse.Namespace) -> Result:
     )
 
 
+def _data_audit(args: argparse.Namespace) -> Result:
+    from llava_core.data.audit import CARD, TWIN, audit_file, write_card
+    from llava_core.lab.chapters_data import own_folder
+
+    audit = audit_file(args.file, args.annotations, args.images)
+    folder = args.out or own_folder(args.file.parent, CARD, TWIN)
+    return audit | {"files": [shown(file) for file in write_card(audit, folder)]}
+
+
+def _show_audit(result: Result) -> str:
+    lines = [f"{fault['found']:8} of {fault['of']:8} {fault['unit']:8} {fault['fault']}" for fault in result["faults"]]
+    size = f"{result['records']} records, {result['turns']} turns, {result['images']} images"
+    return "\n".join([size, *lines, *filter(None, [result.get("verbs_missing")]), *result["files"]])
+
+
 def _price(text: str) -> tuple[float, float]:
     prompt, reply = (float(part) for part in text.split(","))
     return prompt, reply
@@ -408,7 +423,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--references", type=Path, required=True, metavar="FILE", help="COCO's captions_*.json")
     new.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="COCO's result layout")
 
-    into = group("data", "check and convert training data", "llava data check chat.json --images images")
+    into = group("data", "check, audit and convert training data", "llava data check chat.json --images images")
     new = command(
         "check",
         "find all problems of an instruction file",
@@ -429,6 +444,20 @@ def _parser() -> argparse.ArgumentParser:
         help="a longer record does not fit into 2048 tokens beside its image (default: 1300; 0: no limit)",
     )
     new.add_argument("--fix", type=Path, metavar="OUT", help="write a repaired copy and report what is left")
+    new = command(
+        "audit",
+        "count duplicates, leaks and unsupported objects, and write a data card",
+        "llava data audit chat.json --annotations captions_and_boxes.jsonl",
+        _data_audit,
+        _show_audit,
+        into=into,
+    )
+    new.add_argument("file", type=Path, metavar="FILE", help="LLaVA-Instruct JSON, JSONL or parquet")
+    new.add_argument(
+        "--annotations", type=Path, metavar="PATH", help="captions_<split>.json of COCO, or a .jsonl as for generate"
+    )
+    new.add_argument("--images", type=Path, metavar="DIR", help="folder of the images; without it they are not read")
+    new.add_argument("--out", type=Path, metavar="DIR", help="for DATA_CARD.md and audit.json; default: beside FILE")
     new = command(
         "convert",
         "make instruction data of a folder of images and texts, a CSV, or a data set on disk",

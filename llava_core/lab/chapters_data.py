@@ -166,6 +166,17 @@ def boxed(image: Image, boxes: Iterable[tuple[str, Sequence[float]]], scale: int
     return drawn
 
 
+def image_uri(image: Image) -> str:
+    """Return an image as a data URI, PNG or JPEG, whichever is smaller: drawings are one, photographs the other."""
+    encoded = {}
+    for name, options in {"png": {}, "jpeg": {"quality": 85}}.items():
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, name, **options)
+        encoded[name] = buffer.getvalue()
+    name = min(encoded, key=lambda name: len(encoded[name]))
+    return f"data:image/{name};base64,{base64.b64encode(encoded[name]).decode()}"
+
+
 def dialogue_html(
     image: Image | None, turns: Iterable[tuple[str, str]], names: tuple[str, str] = ("Human", "LLaVA")
 ) -> HTML:
@@ -186,10 +197,7 @@ def dialogue_html(
     )
     picture = ""
     if image is not None:
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        picture = f'<img src="data:image/png;base64,{data}" width="200" alt="" style="border-radius: 8px; flex: none">'
+        picture = f'<img src="{image_uri(image)}" width="200" alt="" style="border-radius: 8px; flex: none">'
     said = f'<div style="flex: 1 1 18em; max-width: 44em">{said}</div>'
     layout = "display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start; margin: .6em 0 1.2em"
     return HTML(f'<div class="companion-dialogue" style="{layout}">{picture}{said}</div>')
