@@ -162,7 +162,7 @@ def test_an_unknown_claim_names_the_nearest() -> None:
         ("against: {chapter: 10_cc3m_filtering}", "against: {}", "evidence 'measured' needs a chapter"),
         ("evidence: recomputed\n    relation", "evidence: impossible\n    relation", "needs `why`"),
         ("instruct-images:", "instruct-total:", "claim 'instruct-total' occurs twice"),
-        ("sqa-txt: *released", "sqa-text: *released", "'sqa-text', which is no cell"),
+        ("sqa-img: *released", "sqa-image: *released", "'sqa-image', which is no cell"),
         ("{sum: [instruct", "{share: [a, b], sum: [instruct", "exactly one of"),
     ],
 )

@@ -102,6 +102,8 @@ class Claim(_Strict):
 
     id: str
     place: str
+    also: str | None = None
+    """Where else it stands."""
     text: str
     """What it says, in our words."""
     value: float
@@ -127,6 +129,8 @@ class Claim(_Strict):
     source: Literal["verified", "secondary", "inferred", "unpublished"]
     flag: str | None = None
     """What is wrong with the printed number."""
+    cell: tuple[str, str] | None = None
+    """Row and column in a table of the paper."""
 
     @model_validator(mode="after")
     def _evidence_has_its_record(self) -> Claim:
@@ -190,7 +194,7 @@ def _cells(group: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, A
             key, suffix = own if whole else f"{name}-{column}", "" if whole else f"-{column}"
             fields = _joined(group, facts, row, cells.pop(key, {}))
             fields |= {"value": value, "text": text.format(row=row["text"], column=facts["text"])}
-            fields |= {"spread": spread} if spread is not None else {}
+            fields |= {"cell": (row["text"], column), "spread": spread}
             if table["minus"]:
                 ids = [f"{of}{suffix}", f"{table['minus']['row']}{suffix}"]
                 fields["computed"] = {"difference": ids, "within": table["minus"]["within"]}
