@@ -47,6 +47,23 @@ def _show_notebooks(result: Result) -> str:
     return "\n".join([*lines, f"book: {result['book'] or 'not built'}"])
 
 
+def _claims(args: argparse.Namespace) -> Result:
+    from llava_core.lab.ledger import claim_rows
+
+    return {"claims": claim_rows(args.ids, args.kind)}
+
+
+def _show_claims(result: Result) -> str:
+    from llava_core.lab.figures import cell_text
+
+    lines = []
+    for row in result["claims"]:
+        here = " ".join(cell_text(row[key]) for key in ("measured", "interval") if row[key] is not None)
+        lines.append(f"{row['id']:34} {row['published']:28} {row['evidence']:14} {here:30} {row['verdict']}".rstrip())
+        lines += [f"{'':34} flag: {row['flag']}"] if row["flag"] else []
+    return "\n".join(lines)
+
+
 def _train(args: argparse.Namespace) -> Result:
     from llava_core.config import load_experiment
     from llava_core.lab.launch import launch
@@ -385,6 +402,16 @@ def _parser() -> argparse.ArgumentParser:
         help="another value for a parameter of the notebooks",
     )
     new.add_argument("--book", choices=["auto", "only", "no"], default="auto", help="build the book too, only, or not")
+
+    new = command(
+        "claims",
+        "list the paper's numbers and what stands behind each",
+        "llava claims --kind measured",
+        _claims,
+        _show_claims,
+    )
+    new.add_argument("ids", nargs="*", metavar="ID", help="only these claims")
+    new.add_argument("--kind", metavar="KIND", help="only claims with this kind of evidence, e.g. recomputed")
 
     new = command("train", "train one experiment", "llava train finetune --set train.seed=1", _train)
     new.add_argument("experiment", metavar="EXPERIMENT", help="a file of configs/experiments, without its extension")

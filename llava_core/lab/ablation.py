@@ -17,6 +17,7 @@ from llava_core.evaluate.answer import answer_questions
 from llava_core.evaluate.statistics import paired_bootstrap, seeds_interval, wilson
 from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
 from llava_core.lab.launch import launch, resolve_run
+from llava_core.lab.ledger import p_text, published_ablation
 from llava_core.paper.claims import all_claims, claim
 from llava_core.record import RunRecord
 from llava_core.registry import unknown
@@ -197,32 +198,33 @@ ABLATIONS = {
 }
 """Name, as in the file name of its chapter -> what is compared; the metric is ScienceQA accuracy on the test split."""
 
+NORMAL_95 = 1.96  # standard errors of a normal distribution to either side that hold 95 %
 FAST_PROBLEMS = 48  # test problems of a `--fast` run
 
 
 def published_difference(name: str) -> dict[str, Any]:
     """The paper's difference of an ablation and how sure it can be, from its two accuracies.
 
-    The test takes the two accuracies as independent. They are of the same questions, so a paired test would see smaller
-    differences, but it needs both models' answers, and those of the ablated ones are not published.
-
     Returns:
-        `{reference, other, effect, z, interval, n}`; a |z| of at least 1.96 is significant at 5 %.
+        As `ledger.published_ablation`; a |z| of at least 1.96 is significant at 5 %.
     """
-    best, change = claim("sqa-accuracy"), claim(ABLATIONS[name].claim)
-    n = int(change.n or 0)
-    first, second = best.value / 100, (best.value + change.value) / 100
-    pooled = (first + second) / 2
-    z = (second - first) / (2 * pooled * (1 - pooled) / n) ** 0.5
-    half = 196 * ((first * (1 - first) + second * (1 - second)) / n) ** 0.5
-    interval = [change.value - half, change.value + half]
+    return published_ablation(ABLATIONS[name].claim)
+
+
+def published_row(name: str) -> dict[str, Any]:
+    """The row of a chapter's table on the paper's own number: both accuracies, the difference, how sure it is."""
+    paper, chosen = published_difference(name), ABLATIONS[name]
+    certain = "beyond" if abs(paper["z"]) >= NORMAL_95 else "within"
     return {
-        "reference": 100 * first,
-        "other": 100 * second,
-        "effect": change.value,
-        "z": z,
-        "interval": interval,
-        "n": n,
+        f"{chosen.reference[0]} (%)": paper["reference"],
+        f"{chosen.other[0]} (%)": paper["other"],
+        "difference": paper["effect"],
+        "standard error": paper["standard_error"],
+        "z": paper["z"],
+        "p": p_text(paper["p"]),
+        "95 % interval": paper["interval"],
+        "questions": paper["n"],
+        "the difference is": f"{certain} what the choice of questions explains",
     }
 
 
