@@ -8,6 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,11 +228,15 @@ def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, A
     return cached_result(record, "grounding", compute)
 
 
-def offline_model() -> ChatClient:
-    """The rule-based stand-in for GPT-4 as teacher, judge and text-only student: it costs nothing and never changes."""
-    from llava_core.miniature.offline_chat import respond
+def offline_model(terse: bool = False) -> ChatClient:
+    """The rule-based stand-in for GPT-4 as teacher, judge and text-only student: it costs nothing and never changes.
 
-    return OfflineClient(respond)
+    Args:
+        terse: as a judge it asks for little and dislikes long answers (`miniature.offline_chat.TERSE`).
+    """
+    from llava_core.miniature.offline_chat import TERSE, THOROUGH, respond
+
+    return OfflineClient(partial(respond, taste=TERSE if terse else THOROUGH))
 
 
 def science_blind(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
