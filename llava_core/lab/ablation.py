@@ -69,7 +69,7 @@ def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, 
 
 
 def science_answers(
-    loaded: Loaded, folder: Path, split: str = "test", limit: int | None = None, look: bool = True
+    loaded: Loaded, folder: Path, split: str = "test", limit: int | None = None, look: bool = True, batch: int = 64
 ) -> dict[str, str]:
     """Answers of a model to a ScienceQA split, by the prompt format of its manifest, second pass included.
 
@@ -79,6 +79,7 @@ def science_answers(
         split: which problems.
         limit: at most so many.
         look: hand out the images; without them the same questions are asked as text.
+        batch: problems answered together (no answer depends on it).
     """
     name = loaded.manifest["prompt_format"]
     problems = load_problems(folder, split)[:limit]
@@ -89,11 +90,13 @@ def science_answers(
         else {"question_id": p.id, "text": asked[p.id].replace(IMAGE_MARKER, "").strip(), "image": None}
         for p in problems
     ]
-    answers = answer_questions(loaded, rows, folder, max_new_tokens=96, desc=f"ScienceQA {name}")
+    answers = answer_questions(loaded, rows, folder, max_new_tokens=96, batch=batch, desc=f"ScienceQA {name}")
     if (bridge := answer_prompt(name)) is None:
         return answers
     begins = {i: text + bridge for i, text in answers.items()}
-    letters = answer_questions(loaded, rows, folder, max_new_tokens=6, begins=begins, desc="ScienceQA, answer")
+    letters = answer_questions(
+        loaded, rows, folder, max_new_tokens=6, batch=batch, begins=begins, desc="ScienceQA, answer"
+    )
     return {i: f"{answers[i]}\n The answer is {letters[i].strip()}" for i in answers}
 
 
