@@ -77,7 +77,7 @@ def _spearman(weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     for x in (a, b):
         below, equal = (x[:, None] < x[None, :]).astype(float), (x[:, None] == x[None, :]).astype(float)
         rank = weights @ (below + equal / 2)  # of each question in every draw, ties with their mean rank
-        ranks.append(rank - (weights * rank).sum(1, keepdims=True) / weights.sum(1, keepdims=True))
+        ranks.append(rank - (weights * rank).sum(1, keepdims=True) / np.maximum(weights.sum(1, keepdims=True), 1))
     (va, vb, both) = ((weights * x * y).sum(1) for x, y in ((ranks[0],) * 2, (ranks[1],) * 2, ranks))
     return _ratio(both, np.sqrt(va * vb))
 
