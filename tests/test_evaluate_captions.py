@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_core.evaluate.captions import bleu, cider, evaluate_files, score, tokenize, write_captions
+from llava_core.evaluate.captions import bleu, cider, compare, evaluate_files, score, tokenize, write_captions
 from llava_core.runtime import DataError
 from llava_core.weights.checkpoint import build
 
@@ -98,6 +98,42 @@ STORED = [  # candidate, then references, already tokens
     ["a man rides a horse", "somebody sits on a horse", "a rider and a horse"],
     ["", "nothing to see here"],
 ]
+
+
+def test_intervals_are_about_the_scores_and_differences_are_paired() -> None:
+    rng = random.Random(0)
+    vocabulary = [
+        "a",
+        "red",
+        "blue",
+        "car",
+        "dog",
+        "house",
+        "drives",
+        "plays",
+        "by",
+        "on",
+        "the",
+        "road",
+        "small",
+        "large",
+        "two",
+    ]
+    references = {k: [" ".join(rng.choices(vocabulary, k=8)) for _ in range(5)] for k in range(50)}
+    first = {k: " ".join(rng.choices(vocabulary, k=7)) for k in references}
+    second = {k: texts[0] if k % 2 else first[k] for k, texts in references.items()}
+    whole, alone = score(references, first), compare(references, first)
+    assert alone["bleu4"]["value"] == pytest.approx(whole["bleu4"])
+    assert alone["cider"]["value"] == pytest.approx(whole["cider"])
+    better = compare(references, first, second)
+    for name in ("bleu4", "cider"):
+        low, high = alone[name]["interval"]
+        assert low < whole[name] < high
+        assert better[name]["value"] == pytest.approx(score(references, second)[name] - whole[name])
+        assert 0 < better[name]["interval"][0] < better[name]["value"] < better[name]["interval"][1]
+    assert compare(references, first, first)["cider"] == {"value": 0, "interval": [0, 0]}
+    with pytest.raises(DataError, match="of the same images"):
+        compare(references, first, {0: "a car"})
 
 
 def halves(lines: list[list[str]]) -> tuple[list[list[list[str]]], list[list[str]]]:

@@ -12,6 +12,7 @@ from scipy import stats
 
 from llava_core.evaluate.judges import agreement, format_agreement, question_scores, relative_difference
 from llava_core.evaluate.llava_bench import score_reviews
+from llava_core.evaluate.resampling import draws
 from llava_core.runtime import DataError
 
 Row = dict[str, Any]
@@ -57,7 +58,7 @@ def test_a_resample_is_what_scipy_says_of_repeated_questions() -> None:
     from llava_core.evaluate import judges
 
     first, second = (np.array(scores, float)[:, 1] for scores in two_judges(15))
-    weights = judges._draws(15, 3, 0)
+    weights = draws(15, 3, 0)
     assert (weights.sum(1) == 15).all()
     assert (weights[0] == 1).all()
     for k, counts in enumerate(weights):

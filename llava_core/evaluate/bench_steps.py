@@ -121,8 +121,10 @@ def _description(row: Mapping[str, Any], where: str) -> str:
     if isinstance(row.get("caption"), str):
         return str(row["caption"])
     try:
+        if not isinstance(row["captions"], list):
+            raise TypeError
         return context_text(row["captions"], [(i["category"], i["bbox"]) for i in row["instances"]])
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise DataError(f"{where}: needs `caption`, or `captions` and `instances` with category and bbox") from None
 
 

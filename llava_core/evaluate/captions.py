@@ -57,23 +57,32 @@ def bleu(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -
         references: per image, its tokenized reference captions.
         candidates: per image, its tokenized candidate caption.
     """
+    counts = [_bleu_counts(refs, candidate) for refs, candidate in zip(references, candidates, strict=True)]
+    return _bleu_of([sum(column) for column in zip(*counts, strict=True)] or [0] * (2 * MAX_N + 2))
+
+
+def _bleu_counts(references: Sequence[Tokens], candidate: Tokens) -> list[int]:
+    """What one image adds: matched and proposed runs of 1 to 4 words, the candidate's and the reference's length."""
     matched, proposed = [0] * MAX_N, [0] * MAX_N
-    length = reference_length = 0
-    for refs, candidate in zip(references, candidates, strict=True):
-        length += len(candidate)
-        reference_length += min((abs(len(ref) - len(candidate)), len(ref)) for ref in refs)[1]
-        most: Counter[tuple[str, ...]] = Counter()
-        for ref in refs:
-            most |= _ngrams(ref)
-        for ngram, count in _ngrams(candidate).items():
-            proposed[len(ngram) - 1] += count
-            matched[len(ngram) - 1] += min(count, most[ngram])
+    most: Counter[tuple[str, ...]] = Counter()
+    for ref in references:
+        most |= _ngrams(ref)
+    for ngram, count in _ngrams(candidate).items():
+        proposed[len(ngram) - 1] += count
+        matched[len(ngram) - 1] += min(count, most[ngram])
+    return [
+        *matched, *proposed, len(candidate), min((abs(len(ref) - len(candidate)), len(ref)) for ref in references)[1]
+    ]  # fmt: skip
+
+
+def _bleu_of(counts: Sequence[float]) -> list[float]:
+    *_, length, reference_length = counts
     # The two small constants are the COCO scorer's: they decide what a corpus without a single match scores.
     ratio = (length + 1e-15) / (reference_length + 1e-9)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, scores = 1.0, []
     for n in range(MAX_N):
-        product *= (matched[n] + 1e-15) / (proposed[n] + 1e-9)
+        product *= (counts[n] + 1e-15) / (counts[MAX_N + n] + 1e-9)
         scores.append(brevity * product ** (1 / (n + 1)))
     return scores
 
@@ -141,6 +150,38 @@ def score(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) 
         "cider": sum(cider(refs, candidates)) / len(candidates),
         "tokenizer": "ptb-like",
     }
+
+
+def compare(
+    references: Mapping[Any, Sequence[str]], first: Mapping[Any, str], second: Mapping[Any, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Score captions, or two sets of captions of the same images, with intervals from drawing the images again.
+
+    Args:
+        references: image id -> reference captions; their document frequencies stay those of all images.
+        first: image id -> caption.
+        second: of the same images.
+
+    Returns:
+        For bleu4 and cider: `{value, interval}` of `first`, or with `second` of the difference second - first.
+
+    Raises:
+        DataError: an image has no references, or the two are of different images.
+    """
+    import numpy as np
+
+    from llava_core.evaluate.resampling import draws, summary
+
+    if not first or not first.keys() <= references.keys() or (second is not None and first.keys() != second.keys()):
+        raise DataError("captions to compare must be of the same images, all of them with references")
+    refs, weights = [[tokenize(ref) for ref in references[key]] for key in first], draws(len(first))
+    found: list[tuple[Any, Any]] = []
+    for captions in filter(None, (first, second)):
+        tokens = [tokenize(captions[key]) for key in first]
+        counts = weights @ np.array([_bleu_counts(own, caption) for own, caption in zip(refs, tokens, strict=True)])
+        found.append((np.array([_bleu_of(row)[-1] for row in counts]), weights @ cider(refs, tokens) / len(first)))
+    values = found[0] if len(found) == 1 else [b - a for a, b in zip(*found, strict=True)]
+    return {name: summary(value) for name, value in zip(("bleu4", "cider"), values, strict=True)}
 
 
 def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llava_core.evaluate.llava_bench import review_rows, review_scores
+from llava_core.evaluate.resampling import SAMPLES, draws, summary
 from llava_core.runtime import DataError
 
 Reviews = str | Path | Iterable[Mapping[str, Any]]
@@ -52,20 +53,6 @@ def question_scores(reviews: Reviews) -> tuple[dict[str, tuple[float, float]], d
     }
 
 
-def _draws(n: int, samples: int, seed: int) -> np.ndarray:
-    """How often each of n questions counts (1 + samples, n): once each, then in every resample."""
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)
-    return np.vstack([np.ones(n, dtype=drawn.dtype), drawn]).astype(float)
-
-
-def _summary(values: np.ndarray) -> dict[str, Any]:
-    """Value and interval out of a statistic of all draws; None for what is not defined."""
-    defined = values[1:][np.isfinite(values[1:])]
-    if not np.isfinite(values[0]) or not len(defined):
-        return {"value": None, "interval": None}
-    return {"value": float(values[0]), "interval": [float(end) for end in np.percentile(defined, [2.5, 97.5])]}
-
-
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Quotient, nan where the divisor is 0 up to rounding."""
     whole = below > 1e-9
@@ -101,7 +88,7 @@ def _kappa(weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarra
     return _ratio(same - chance, 1 - chance), same
 
 
-def agreement(first: Reviews, second: Reviews, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def agreement(first: Reviews, second: Reviews, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
     """Compare two judges, or two repeats of one judge, on the same answers.
 
     Args:
@@ -133,7 +120,7 @@ def agreement(first: Reviews, second: Reviews, samples: int = 2000, seed: int = 
             "the same answers, or compare systems with `relative_difference`"
         )
     a, b = (np.array([table[key] for key in keys]) for table in (scores, others))  # (n, reference and candidate)
-    weights = _draws(len(keys), samples, seed)
+    weights = draws(len(keys), samples, seed)
     rated = (a[:, 0] > 0) & (b[:, 0] > 0)
     quotients = [100 * x[rated, 1] / x[rated, 0] for x in (a, b)]
     columns = {"reference": (a[:, 0], b[:, 0]), "candidate": (a[:, 1], b[:, 1]), "ratio": (quotients[0], quotients[1])}
@@ -148,23 +135,23 @@ def agreement(first: Reviews, second: Reviews, samples: int = 2000, seed: int = 
         own = weights if name != "ratio" else weights[:, rated]
         shift = _ratio(own @ (y - x), own.sum(1))
         found[name] = {
-            "n": len(x), "spearman": _summary(_spearman(own, x, y)), "kendall": _summary(_kendall(own, x, y)),
-            "shift": _summary(shift),
+            "n": len(x), "spearman": summary(_spearman(own, x, y)), "kendall": summary(_kendall(own, x, y)),
+            "shift": summary(shift),
         }  # fmt: skip
     relative = [_relative(weights, table) for table in (a, b)]
     found["relative_score"] = {
-        "first": _summary(relative[0]), "second": _summary(relative[1]), "shift": _summary(relative[1] - relative[0])
+        "first": summary(relative[0]), "second": summary(relative[1]), "shift": summary(relative[1] - relative[0])
     }  # fmt: skip
     verdicts = [np.sign(x[:, 0] - x[:, 1]).astype(int) + 1 for x in (a, b)]  # places in VERDICTS
     kappa, same = _kappa(weights, *verdicts)
     pairs = list(zip(*verdicts, strict=True))
     table = {v: {w: pairs.count((i, j)) for j, w in enumerate(VERDICTS)} for i, v in enumerate(VERDICTS)}
-    found["verdicts"] = {"kappa": _summary(kappa), "same": _summary(same), "table": table}
+    found["verdicts"] = {"kappa": summary(kappa), "same": summary(same), "table": table}
     return found
 
 
 def relative_difference(
-    first: Reviews, second: Reviews, paired: bool = True, samples: int = 2000, seed: int = 0
+    first: Reviews, second: Reviews, paired: bool = True, samples: int = SAMPLES, seed: int = 0
 ) -> dict[str, Any]:
     """Return how many points of the relative score the second set of reviews lies above the first.
 
@@ -186,9 +173,9 @@ def relative_difference(
     values = []
     for k, (table, own) in enumerate(zip(tables, keys, strict=True)):
         scores = np.array([table[key] for key in own])
-        values.append(_relative(_draws(len(own), samples, seed if paired else seed + k), scores))
-    ends = _summary(values[1] - values[0])
-    named = {name: _summary(value)["value"] for name, value in zip(("first", "second"), values, strict=True)}
+        values.append(_relative(draws(len(own), samples, seed if paired else seed + k), scores))
+    ends = summary(values[1] - values[0])
+    named = {name: summary(value)["value"] for name, value in zip(("first", "second"), values, strict=True)}
     return {"n": [len(own) for own in keys], **named, "difference": ends["value"], "interval": ends["interval"]}
 
 

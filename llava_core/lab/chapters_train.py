@@ -336,6 +336,25 @@ def bench_rows(
     return rows
 
 
+def judge_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of two judges' agreement, of what `judges.agreement` returns."""
+    names = {"candidate": "scores of the candidate", "reference": "scores of the reference", "ratio": "their ratio (%)"}
+    measures = {"spearman": "rank correlation (Spearman)", "kendall": "rank correlation (Kendall's tau-b)"}
+    measures["shift"] = "mean of the second minus the first"
+    numbers = [
+        (f"{label}: {text}", found[key]["n"], found[key][measure])
+        for key, label in names.items()
+        for measure, text in measures.items()
+    ]
+    numbers += [("relative score (%): second minus first", found["n"], found["relative_score"]["shift"])]
+    numbers += [("win, tie or loss: Cohen's kappa", found["n"], found["verdicts"]["kappa"])]
+    numbers += [("win, tie or loss: share with the same verdict", found["n"], found["verdicts"]["same"])]
+    return [
+        {"measure": label, "n": n, "value": number["value"], "95 % interval": number["interval"]}
+        for label, n, number in numbers
+    ]
+
+
 def science_baselines(
     problems: Sequence[Problem], train: Sequence[Problem], answers: Mapping[str, Mapping[str, str]]
 ) -> list[dict[str, Any]]:
@@ -509,6 +528,7 @@ __all__ = [
     "factual_folder",
     "grounding_figure",
     "grounding_result",
+    "judge_rows",
     "load_image",
     "load_run",
     "looks_where_asked",
