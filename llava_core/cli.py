@@ -86,15 +86,81 @@ def _show_science_qa(result: Result) -> str:
 
 
 def _evaluate_llava_bench(args: argparse.Namespace) -> Result:
-    from llava_core.evaluate.llava_bench import score_reviews
+    from llava_core.evaluate.llava_bench import score_reviews, summarize_repeats
 
-    return score_reviews(args.reviews)
+    results = [score_reviews(path, released=args.released) for path in args.reviews]
+    return results[0] if len(results) == 1 else {"repeats": summarize_repeats(results), "files": results}
+
+
+def _loaded(args: argparse.Namespace) -> Any:
+    from llava_core.runtime import resolve_device, resolve_dtype
+    from llava_core.weights.checkpoint import load
+
+    device = resolve_device("auto")
+    dtype = resolve_dtype("bfloat16" if device.type == "cuda" else "float32")
+    return load(args.model, dtype, device, _options(args), **dict(args.set))
+
+
+def _chat_client(args: argparse.Namespace) -> Any:
+    from llava_core.miniature.offline_chat import respond
+    from llava_core.teacher.client import client_from_name
+
+    live = {}
+    if args.client in ("record", "live"):
+        live = {"base_url": args.base_url, "budget_usd": args.budget_usd, "price": args.price}
+        live |= {"concurrency": args.concurrency, "timeout": args.timeout}
+    tape = args.cassette or args.out.with_suffix(".sqlite")
+    return client_from_name(args.client, responder=respond, cassette=tape, **live)
+
+
+def _bench_answers(args: argparse.Namespace) -> Result:
+    from llava_core.evaluate.bench_steps import load_bench, write_answers
+
+    bench, settings = load_bench(args.bench, args.limit), {"max_new_tokens": args.max_new_tokens}
+    settings |= {"temperature": args.temperature, "seed": args.seed, "batch": args.batch}
+    return write_answers(_loaded(args), bench, args.out, args.images, **settings)
+
+
+def _bench_reference(args: argparse.Namespace) -> Result:
+    from llava_core.evaluate.bench_steps import load_bench, write_reference
+
+    return write_reference(load_bench(args.bench, args.limit), _chat_client(args), args.out, args.judge)
+
+
+def _bench_judge(args: argparse.Namespace) -> Result:
+    from llava_core.evaluate.bench_steps import load_bench, write_reviews
+
+    bench, client = load_bench(args.bench, args.limit), _chat_client(args)
+    return write_reviews(bench, args.answers, client, args.out, args.reference, args.judge, args.swap)
+
+
+def _evaluate_judges(args: argparse.Namespace) -> Result:
+    from llava_core.evaluate.judges import agreement
+
+    return agreement(args.first, args.second)
+
+
+def _show_judges(result: Result) -> str:
+    from llava_core.evaluate.judges import format_agreement
+
+    return format_agreement(result)
 
 
 def _evaluate_captions(args: argparse.Namespace) -> Result:
-    from llava_core.evaluate.captions import evaluate_files
+    from llava_core.evaluate.captions import evaluate_files, write_captions
 
-    return evaluate_files(args.references, args.predictions)
+    references, images, predictions = args.references, args.images, args.predictions
+    if references is None:
+        from llava_core import miniature
+
+        folder = miniature.ensure(only=["mini-coco"]) / "mini-coco"
+        references, images = folder / "annotations" / "captions_val2014.json", images or folder / "val2014"
+    if args.model is None:
+        return evaluate_files(references, predictions)
+    if images is None or args.out is None:
+        raise CompanionError("a model needs --out FILE for its captions and, with --references, --images DIR")
+    made = write_captions(_loaded(args), references, images, args.out, request=args.request, limit=args.limit)
+    return {**evaluate_files(references, args.out), "file": made["file"], "conditions": made["conditions"]}
 
 
 def _data_check(args: argparse.Namespace) -> Result:
@@ -345,8 +411,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llava-core {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def group(name: str, text: str, example: str) -> Any:
-        inner = commands.add_parser(
+    def group(name: str, text: str, example: str, into: Any = commands) -> Any:
+        inner = into.add_parser(
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
@@ -432,23 +498,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="the answers")
     new.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the questions and right answers")
-    new = command(
-        "llava-bench",
-        "score a judge's reviews",
-        "llava evaluate llava-bench --reviews reviews.jsonl",
-        _evaluate_llava_bench,
-        into=into,
-    )
-    new.add_argument("--reviews", type=Path, required=True, metavar="FILE", help="one review per line")
-    new = command(
-        "captions",
-        "score captions with BLEU-4 and CIDEr",
-        "llava evaluate captions --references captions_val.json --predictions results.json",
-        _evaluate_captions,
-        into=into,
-    )
-    new.add_argument("--references", type=Path, required=True, metavar="FILE", help="COCO's captions_*.json")
-    new.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="COCO's result layout")
+    scoring = into
 
     into = group("data", "check, audit and convert training data", "llava data check chat.json --images images")
     new = command(
@@ -598,6 +648,80 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             "--shard-gb", type=_positive, default=5, metavar="GB", help="largest weights file (default: 5)"
         )
+
+    def answering(parser: argparse.ArgumentParser, alone: Any = None) -> None:
+        text = "a checkpoint of any layout but a delta"
+        (alone or parser).add_argument("--model", type=Path, required=alone is None, metavar="DIR", help=text)
+        parser.add_argument("--limit", type=int, metavar="N", help="only the first N")
+        bases(parser)
+        facts(parser)
+
+    def asking(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--client", choices=["offline", "replay", "record", "live"], default="offline", help="who")
+        parser.add_argument(
+            "--judge", default="gpt-4-0314", metavar="NAME", help="the chat model, as its server knows it"
+        )
+        parser.add_argument("--cassette", type=Path, metavar="FILE", help="recorded replies; beside --out if not given")
+        parser.add_argument("--base-url", metavar="URL", help="a compatible server; OpenAI's if not given")
+        parser.add_argument("--budget-usd", type=float, metavar="USD", help="stop before more is spent")
+        parser.add_argument(
+            "--price", type=_price, metavar="PROMPT,REPLY", help="USD per million tokens, if not listed"
+        )
+        parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests under way at once")
+        parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt")
+        parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+
+    example = "llava evaluate bench answers --model data/LLaVA-7b --bench data/mini/bench-coco --out a.jsonl"
+    steps = group("bench", "LLaVA-Bench step by step: answers, reference, judge, score", example, scoring)
+    folder = "the bench's official files: questions, context, reference answers"
+    new = command("answers", "let a checkpoint answer the questions", example, _bench_answers, into=steps)
+    new.add_argument("--bench", type=Path, required=True, metavar="DIR", help=folder)
+    new.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: images in the bench's)")
+    new.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="answers; a file that is there is continued"
+    )
+    new.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer (default: 1024)")
+    new.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    new.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled answers; each gives another run")
+    new.add_argument("--batch", type=int, default=16, metavar="N", help="questions answered together (default: 16)")
+    answering(new)
+    example = "llava evaluate bench reference --bench data/mini/bench-coco --out reference.jsonl"
+    text = "let a text-only model answer by captions and boxes"
+    new = command("reference", text, example, _bench_reference, into=steps)
+    new.add_argument("--bench", type=Path, required=True, metavar="DIR", help=folder)
+    new.add_argument("--out", type=Path, required=True, metavar="FILE", help="reference answers")
+    asking(new)
+    example = "llava evaluate bench judge --bench data/mini/bench-coco --answers a.jsonl --out reviews.jsonl"
+    new = command("judge", "have answers judged beside reference answers", example, _bench_judge, into=steps)
+    new.add_argument("--bench", type=Path, required=True, metavar="DIR", help=folder)
+    new.add_argument("--answers", type=Path, required=True, metavar="FILE", help="of a checkpoint")
+    new.add_argument("--reference", type=Path, metavar="FILE", help="reference answers, instead of the bench's own")
+    text = "reviews, with a cassette of their own; for a repeat give another name"
+    new.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
+    new.add_argument("--swap", action="store_true", help="judge each pair in both orders")
+    asking(new)
+    for name, place in (("llava-bench", scoring), ("score", steps)):  # the last step; the first is its older name
+        example = f"llava evaluate {'bench score' if place is steps else name} --reviews reviews.jsonl"
+        text = "score a judge's reviews; of several files also mean and standard deviation"
+        new = command(name, text, example, _evaluate_llava_bench, into=place)
+        new.add_argument("--reviews", type=Path, nargs="+", required=True, metavar="FILE", help="a review per line")
+        new.add_argument("--released", action="store_true", help="average failed reviews as -1, as the released script")
+    example, text = "llava evaluate judges a.jsonl b.jsonl", "how far two judges agree on the same answers"
+    new = command("judges", text, example, _evaluate_judges, _show_judges, into=scoring)
+    new.add_argument("first", type=Path, metavar="A", help="one judge's reviews")
+    new.add_argument("second", type=Path, metavar="B", help="another judge's, or a repeat of the first")
+    example = "llava evaluate captions --references captions_val.json --predictions results.json"
+    text = "score captions with BLEU and CIDEr, a file's or a checkpoint's"
+    new = command("captions", text, example, _evaluate_captions, into=scoring)
+    new.add_argument(
+        "--references", type=Path, metavar="FILE", help="COCO's captions_*.json (default: the miniature's)"
+    )
+    either = new.add_mutually_exclusive_group(required=True)
+    either.add_argument("--predictions", type=Path, metavar="FILE", help="captions in COCO's result layout")
+    answering(new, alone=either)
+    new.add_argument("--images", type=Path, metavar="DIR", help="folder of the images that a model captions")
+    new.add_argument("--out", type=Path, metavar="FILE", help="where a model's captions go (.json)")
+    new.add_argument("--request", default="Give this image a caption.", metavar="TEXT", help="what a model is asked")
 
     example = "llava convert llava-v1.5-7b data/llava-hf --to hf"
     new = command("convert", "write a checkpoint in another layout, and compare", example, _convert)

@@ -50,6 +50,7 @@ def answer_questions(
     max_new_tokens: int = 48,
     batch: int = 64,
     temperature: float = 0.0,
+    seed: int = 0,
     begins: Mapping[str, str] | None = None,
     desc: str = "answers",
 ) -> dict[str, str]:
@@ -62,6 +63,7 @@ def answer_questions(
         max_new_tokens: longest answer in tokens.
         batch: rows generated together (result does not depend on it).
         temperature: 0 is greedy; a sampled answer depends on its question's id, not on the batch.
+        seed: of sampled answers; another one gives another run.
         begins: per question id, text the answer already begins with.
 
     Returns:
@@ -92,7 +94,7 @@ def answer_questions(
         values = torch.from_numpy(np.stack(pixels)).to(loaded.model.language_model.device) if pixels else None
         names = [str(r["question_id"]) for r in part]
         # each question has draws of its own: they depend neither on the batch nor on what other questions draw
-        each = [replace(settings, seed=zlib.crc32(name.encode())) for name in names]
+        each = [replace(settings, seed=zlib.crc32(name.encode(), seed)) for name in names]
         texts = generate(loaded.model, loaded.tokenizer, [prompts[name] for name in names], values, each)
         answers |= dict(zip(names, texts, strict=True))
     return {str(r["question_id"]): answers[str(r["question_id"])] for r in rows}

@@ -14,6 +14,7 @@ from llava_core.constants import IMAGE_MARKER
 from llava_core.data.scienceqa import answer_prompt, format_problem, load_problems
 from llava_core.evaluate import llava_bench, science_qa
 from llava_core.evaluate.answer import answer_questions
+from llava_core.evaluate.bench_steps import load_bench
 from llava_core.evaluate.statistics import paired_bootstrap, seeds_interval, wilson
 from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
 from llava_core.lab.launch import launch, resolve_run
@@ -21,8 +22,7 @@ from llava_core.lab.ledger import p_text, published_ablation
 from llava_core.paper.claims import all_claims, claim
 from llava_core.record import RunRecord
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, fingerprint, read_json, read_jsonl, resolve, sha256_file, write_json
-from llava_core.teacher.prompts import context_text
+from llava_core.runtime import ConfigError, fingerprint, read_json, resolve, sha256_file, write_json
 from llava_core.weights.checkpoint import Loaded, load
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, 
 
 
 def science_answers(
-    loaded: Loaded, folder: Path, split: str = "test", limit: int | None = None, look: bool = True
+    loaded: Loaded, folder: Path, split: str = "test", limit: int | None = None, look: bool = True, batch: int = 64
 ) -> dict[str, str]:
     """Answers of a model to a ScienceQA split, by the prompt format of its manifest, second pass included.
 
@@ -80,6 +80,7 @@ def science_answers(
         split: which problems.
         limit: at most so many.
         look: hand out the images; without them the same questions are asked as text.
+        batch: problems answered together (no answer depends on it).
     """
     name = loaded.manifest["prompt_format"]
     problems = load_problems(folder, split)[:limit]
@@ -90,11 +91,13 @@ def science_answers(
         else {"question_id": p.id, "text": asked[p.id].replace(IMAGE_MARKER, "").strip(), "image": None}
         for p in problems
     ]
-    answers = answer_questions(loaded, rows, folder, max_new_tokens=96, desc=f"ScienceQA {name}")
+    answers = answer_questions(loaded, rows, folder, max_new_tokens=96, batch=batch, desc=f"ScienceQA {name}")
     if (bridge := answer_prompt(name)) is None:
         return answers
     begins = {i: text + bridge for i, text in answers.items()}
-    letters = answer_questions(loaded, rows, folder, max_new_tokens=6, begins=begins, desc="ScienceQA, answer")
+    letters = answer_questions(
+        loaded, rows, folder, max_new_tokens=6, batch=batch, begins=begins, desc="ScienceQA, answer"
+    )
     return {i: f"{answers[i]}\n The answer is {letters[i].strip()}" for i in answers}
 
 
@@ -115,21 +118,13 @@ def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limi
 
     def compute() -> dict[str, Any]:
         folder, images = bench_folders(record, bench)
-        questions = read_jsonl(folder / "questions.jsonl")[:limit]
-        answers = answer_questions(load(record.checkpoint), questions, images, max_new_tokens=96, desc=bench)
-        context = {row["image"]: _description(row) for row in read_jsonl(folder / "context.jsonl")}
-        reference = {str(r["question_id"]): r["text"] for r in read_jsonl(folder / "answers_gpt4.jsonl")}
-        reviews = llava_bench.judge(questions, context, reference, answers, client)
+        asked = load_bench(folder, limit)
+        rows, images = asked.rows(images)
+        answers = answer_questions(load(record.checkpoint), rows, images, max_new_tokens=96, desc=bench)
+        reviews, _ = llava_bench.judge(asked.questions, asked.context, asked.reference or {}, answers, client)
         return {**llava_bench.score_reviews(reviews), "answers": answers, "reviews": reviews}
 
     return cached_result(record, bench, compute)
-
-
-def _description(row: dict[str, Any]) -> str:
-    """What the judge reads instead of the image: captions and boxes (COCO), or one long caption (In-the-Wild)."""
-    if "caption" in row:
-        return str(row["caption"])
-    return context_text(row["captions"], [(i["category"], i["bbox"]) for i in row["instances"]])
 
 
 def bench_folders(record: RunRecord, bench: str) -> tuple[Path, Path]:

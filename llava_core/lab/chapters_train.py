@@ -8,6 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,11 +228,15 @@ def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, A
     return cached_result(record, "grounding", compute)
 
 
-def offline_model() -> ChatClient:
-    """The rule-based stand-in for GPT-4 as teacher, judge and text-only student: it costs nothing and never changes."""
-    from llava_core.miniature.offline_chat import respond
+def offline_model(terse: bool = False) -> ChatClient:
+    """The rule-based stand-in for GPT-4 as teacher, judge and text-only student: it costs nothing and never changes.
 
-    return OfflineClient(respond)
+    Args:
+        terse: as a judge it asks for little and dislikes long answers (`miniature.offline_chat.TERSE`).
+    """
+    from llava_core.miniature.offline_chat import TERSE, THOROUGH, respond
+
+    return OfflineClient(partial(respond, taste=TERSE if terse else THOROUGH))
 
 
 def science_blind(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
@@ -329,6 +334,25 @@ def bench_rows(
             row |= {"relative score (%)": found["value"], "95 % interval": found["interval"]}
             rows.append(row | {"published (%)": known[0] if known else None})
     return rows
+
+
+def judge_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of two judges' agreement, of what `judges.agreement` returns."""
+    names = {"candidate": "scores of the candidate", "reference": "scores of the reference", "ratio": "their ratio (%)"}
+    measures = {"spearman": "rank correlation (Spearman)", "kendall": "rank correlation (Kendall's tau-b)"}
+    measures["shift"] = "mean of the second minus the first"
+    numbers = [
+        (f"{label}: {text}", found[key]["n"], found[key][measure])
+        for key, label in names.items()
+        for measure, text in measures.items()
+    ]
+    numbers += [("relative score (%): second minus first", found["n"], found["relative_score"]["shift"])]
+    numbers += [("win, tie or loss: Cohen's kappa", found["n"], found["verdicts"]["kappa"])]
+    numbers += [("win, tie or loss: share with the same verdict", found["n"], found["verdicts"]["same"])]
+    return [
+        {"measure": label, "n": n, "value": number["value"], "95 % interval": number["interval"]}
+        for label, n, number in numbers
+    ]
 
 
 def science_baselines(
@@ -504,6 +528,7 @@ __all__ = [
     "factual_folder",
     "grounding_figure",
     "grounding_result",
+    "judge_rows",
     "load_image",
     "load_run",
     "looks_where_asked",

@@ -196,7 +196,7 @@ def ask(jobs: Sequence[Job], client: ChatClient) -> list[Outcome]:
     spend, failed, silent = 0.0, 0, 0
     with progress(len(jobs), "teacher", unit="record") as bar:
         stop = getattr(client, "stop", lambda: None)
-        for outcome in _concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1), stop):
+        for outcome in concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1), stop):
             outcomes.append(outcome)
             silent = silent + 1 if outcome.refused and outcome.asked else 0
             if silent >= MOST_SILENT:
@@ -315,10 +315,15 @@ def _ask(client: ChatClient, image: Annotation, kind: str, request: ChatRequest)
     return outcome
 
 
-def _concurrently(
-    work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]
-) -> Iterator[_R]:
-    """Yield the results in the order of the items, with at most `workers` items under way."""
+def concurrently(work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]) -> Iterator[_R]:
+    """Yield the results in the order of the items, with at most `workers` items under way.
+
+    Args:
+        work: done with each item, in a thread of its own where there are several workers.
+        items: what there is to do.
+        workers: how many items are under way at once.
+        stop: called when the user interrupts, before what is under way is waited for.
+    """
     if workers <= 1:
         yield from map(work, items)
         return
