@@ -101,15 +101,16 @@ def _loaded(args: argparse.Namespace) -> Any:
     return load(args.model, dtype, device, _options(args), **dict(args.set))
 
 
-def _chat_client(args: argparse.Namespace) -> Any:
+def _chat_client(args: argparse.Namespace, tape: Path) -> Any:
+    """The client that a command names: offline, replay, record, batch or live."""
     from llava_core.miniature.offline_chat import respond
-    from llava_core.teacher.client import client_from_name
+    from llava_core.teacher.client import PAYING, client_from_name
 
-    live = {}
-    if args.client in ("record", "live"):
-        live = {"base_url": args.base_url, "budget_usd": args.budget_usd, "price": args.price}
-        live |= {"concurrency": args.concurrency, "timeout": args.timeout}
-    tape = args.cassette or args.out.with_suffix(".sqlite")
+    live: dict[str, Any] = {}
+    if args.client in PAYING:
+        live = {"base_url": args.base_url, "budget_usd": args.budget_usd, "price": args.price, "timeout": args.timeout}
+        live |= {"poll": args.poll} if args.client == "batch" else {"concurrency": args.concurrency}
+    # the miniature stands above the teacher, so only here the teacher can meet the offline model
     return client_from_name(args.client, responder=respond, cassette=tape, **live)
 
 
@@ -121,16 +122,21 @@ def _bench_answers(args: argparse.Namespace) -> Result:
     return write_answers(_loaded(args), bench, args.out, args.images, **settings)
 
 
+def _beside(args: argparse.Namespace) -> Path:
+    tape: Path = args.cassette or args.out.with_suffix(".sqlite")
+    return tape
+
+
 def _bench_reference(args: argparse.Namespace) -> Result:
     from llava_core.evaluate.bench_steps import load_bench, write_reference
 
-    return write_reference(load_bench(args.bench, args.limit), _chat_client(args), args.out, args.judge)
+    return write_reference(load_bench(args.bench, args.limit), _chat_client(args, _beside(args)), args.out, args.judge)
 
 
 def _bench_judge(args: argparse.Namespace) -> Result:
     from llava_core.evaluate.bench_steps import load_bench, write_reviews
 
-    bench, client = load_bench(args.bench, args.limit), _chat_client(args)
+    bench, client = load_bench(args.bench, args.limit), _chat_client(args, _beside(args))
     return write_reviews(bench, args.answers, client, args.out, args.reference, args.judge, args.swap)
 
 
@@ -239,25 +245,19 @@ def _requests(args: argparse.Namespace) -> Any:
 
 def _generate(args: argparse.Namespace) -> Result:
     from llava_core.data.expansion import load_instructions
-    from llava_core.miniature.offline_chat import respond
-    from llava_core.teacher.client import PAYING, client_from_name
+    from llava_core.teacher.client import PAYING
     from llava_core.teacher.generate import ask, write
     from llava_core.teacher.plan import in_words, plan
 
     jobs, prompts = _requests(args)
     questions = load_instructions(args.instructions)
     tape = args.cassette or args.out / "cassette.sqlite"
-    live = {}
     if args.client in PAYING:
-        live = {"base_url": args.base_url, "budget_usd": args.budget_usd, "price": args.price, "timeout": args.timeout}
-        own = {"poll": args.poll} if args.client == "batch" else {"concurrency": args.concurrency, "seed": args.seed}
-        live |= own
         known = None if args.client == "live" else tape
         told = plan((job[2] for job in jobs), args.client, known, args.price, args.concurrency)
         print(in_words(told), file=sys.stderr)
-    # the miniature stands above the teacher, so only here the teacher can meet the offline model
-    client = client_from_name(args.client, responder=respond, cassette=tape, **live)
-    return write(ask(jobs, client), args.kinds, args.out, args.seed, prompts, questions)
+    records = ask(jobs, _chat_client(args, tape))
+    return write(records, args.kinds, args.out, args.seed, prompts, questions)
 
 
 def _plan_generate(args: argparse.Namespace) -> Result:
@@ -656,7 +656,7 @@ def _parser() -> argparse.ArgumentParser:
         bases(parser)
         facts(parser)
 
-    def asking(parser: argparse.ArgumentParser) -> None:
+    def judging(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--client", choices=["offline", "replay", "record", "live"], default="offline", help="who")
         parser.add_argument(
             "--judge", default="gpt-4-0314", metavar="NAME", help="the chat model, as its server knows it"
@@ -690,7 +690,7 @@ def _parser() -> argparse.ArgumentParser:
     new = command("reference", text, example, _bench_reference, into=steps)
     new.add_argument("--bench", type=Path, required=True, metavar="DIR", help=folder)
     new.add_argument("--out", type=Path, required=True, metavar="FILE", help="reference answers")
-    asking(new)
+    judging(new)
     example = "llava evaluate bench judge --bench data/mini/bench-coco --answers a.jsonl --out reviews.jsonl"
     new = command("judge", "have answers judged beside reference answers", example, _bench_judge, into=steps)
     new.add_argument("--bench", type=Path, required=True, metavar="DIR", help=folder)
@@ -699,7 +699,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "reviews, with a cassette of their own; for a repeat give another name"
     new.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
     new.add_argument("--swap", action="store_true", help="judge each pair in both orders")
-    asking(new)
+    judging(new)
     for name, place in (("llava-bench", scoring), ("score", steps)):  # the last step; the first is its older name
         example = f"llava evaluate {'bench score' if place is steps else name} --reviews reviews.jsonl"
         text = "score a judge's reviews; of several files also mean and standard deviation"
