@@ -1,8 +1,8 @@
 """ScienceQA: the official files, the paper's categories, and the prompt formats that turn a problem into a dialogue.
 
 A format's name says the order of its parts: Q question, C context (hint), M multiple choice, and, where the question
-already tells the reasons, L lecture and E solution (explanation); then, behind the dash, the order of the reply: L, E and
-A answer; P a second prompt. QCM-LEPA is the paper's: reasoning first, then the answer in a pass of its own.
+already tells the reasons, L lecture and E solution (explanation); then, behind the dash, the order of the reply: L, E
+and A answer; P a second prompt. QCM-LEPA is the paper's: reasoning first, then the answer in a pass of its own.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def format_problem(problem: Problem, prompt_format: str, released: bool = False)
     """Turn a problem into a one-turn dialogue.
 
     The released converter departs from its formats' names in some ways, all of which `released` repeats: AL gives the
-    solution and AE the lecture; of three spaces two remain; `Question: ` and `Answer: ` vanish from the whole text, hints
-    and lectures included, where it begins with them; a backslash with an n in a lecture becomes a line break; and a reply
+    solution and AE the lecture; of three spaces two remain; `Question: ` and `Answer: ` vanish from a whole text that
+    begins with them, hints and lectures included; a backslash with an n in a lecture becomes a line break; and a reply
     without reasons may begin with a space. Without `released` a text says what its format's name says.
 
     Args:

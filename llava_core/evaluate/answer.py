@@ -51,7 +51,8 @@ def answer_questions(
     batch: int = 64,
     temperature: float = 0.0,
     begins: Mapping[str, str] | None = None,
-    desc: str = "answers",
+    desc: str | None = "answers",
+    room: int = 0,
 ) -> dict[str, str]:
     """Answer each question once.
 
@@ -59,10 +60,12 @@ def answer_questions(
         loaded: model, tokenizer, image settings, manifest.
         rows: `{question_id, text, image}`; `image` is a file name under `images`, or None to ask without an image.
         images: folder of the images.
-        max_new_tokens: longest answer in tokens.
+        max_new_tokens: longest answer in tokens; fewer where the language model's positions end.
         batch: rows generated together (result does not depend on it).
         temperature: 0 is greedy; a sampled answer depends on its question's id, not on the batch.
         begins: per question id, text the answer already begins with.
+        desc: of the progress bar; None for none.
+        room: positions to leave free behind an answer.
 
     Returns:
         Answer text by question id.
@@ -86,13 +89,17 @@ def answer_questions(
     }
     ordered = sorted(rows, key=lambda r: len(prompts[str(r["question_id"])]))
     answers: dict[str, str] = {}
-    for k in progress(range(0, len(ordered), batch), desc, leave=False):
+    positions = getattr(loaded.model.language_model.config.get_text_config(), "max_position_embeddings", None)
+    for k in progress(range(0, len(ordered), batch), desc or "", leave=False, disable=desc is None):
         part = ordered[k : k + batch]
         pixels = [loaded.processor(load_image((images or Path()) / r["image"])) for r in part if r.get("image")]
         values = torch.from_numpy(np.stack(pixels)).to(loaded.model.language_model.device) if pixels else None
         names = [str(r["question_id"]) for r in part]
         # each question has draws of its own: they depend neither on the batch nor on what other questions draw
         each = [replace(settings, seed=zlib.crc32(name.encode())) for name in names]
+        if positions is not None:
+            left = [max(1, positions - room - len(prompts[name])) for name in names]
+            each = [replace(s, max_new_tokens=min(max_new_tokens, n)) for s, n in zip(each, left, strict=True)]
         texts = generate(loaded.model, loaded.tokenizer, [prompts[name] for name in names], values, each)
         answers |= dict(zip(names, texts, strict=True))
     return {str(r["question_id"]): answers[str(r["question_id"])] for r in rows}

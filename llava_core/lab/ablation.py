@@ -10,17 +10,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_core.config import META, RunConfig, load_experiment, load_scale
-from llava_core.constants import IMAGE_MARKER
-from llava_core.data.scienceqa import answer_prompt, format_problem, load_problems
+from llava_core.data.scienceqa import load_problems
 from llava_core.evaluate import llava_bench, science_qa
 from llava_core.evaluate.answer import answer_questions
+from llava_core.evaluate.predict import ANSWER_TOKENS as SECOND_TOKENS
+from llava_core.evaluate.predict import MAX_NEW_TOKENS, predict_science_qa
 from llava_core.evaluate.statistics import paired_bootstrap, seeds_interval, wilson
 from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
 from llava_core.lab.launch import launch, resolve_run
 from llava_core.paper.claims import all_claims, claim
 from llava_core.record import RunRecord
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, fingerprint, read_json, read_jsonl, resolve, sha256_file, write_json
+from llava_core.runtime import (
+    ConfigError,
+    fingerprint,
+    read_json,
+    read_jsonl,
+    resolve,
+    resolve_device,
+    resolve_dtype,
+    sha256_file,
+    write_json,
+)
 from llava_core.teacher.prompts import context_text
 from llava_core.weights.checkpoint import Loaded, load
 
@@ -68,45 +79,37 @@ def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, 
     return result
 
 
-def science_answers(
-    loaded: Loaded, folder: Path, split: str = "test", limit: int | None = None, look: bool = True
-) -> dict[str, str]:
-    """Answers of a model to a ScienceQA split, by the prompt format of its manifest, second pass included.
+def load_run(record: RunRecord) -> Loaded:
+    """The model of a finished run, on the device and in the dtype of its scale."""
+    scale = record.config.scale
+    return load(record.checkpoint, resolve_dtype(scale.dtype), resolve_device(scale.device))
+
+
+ANSWER_TOKENS = {"mini": (96, 6)}
+"""Scale -> longest first and second reply; elsewhere those of the released evaluation."""
+
+
+def science_result(record: RunRecord, limit: int | None = None, look: bool = True) -> dict[str, Any]:
+    """ScienceQA test accuracy of a finished run, with its subsets and its answers.
 
     Args:
-        loaded: the model.
-        folder: ScienceQA's official files.
-        split: which problems.
-        limit: at most so many.
+        record: the run; its folder gets the file of answers too.
+        limit: ask at most so many problems.
         look: hand out the images; without them the same questions are asked as text.
     """
-    name = loaded.manifest["prompt_format"]
-    problems = load_problems(folder, split)[:limit]
-    asked = {p.id: format_problem(p, name).turns[0][0] for p in problems}
-    rows = [
-        {"question_id": p.id, "text": asked[p.id], "image": str(p.image)}
-        if p.image and look
-        else {"question_id": p.id, "text": asked[p.id].replace(IMAGE_MARKER, "").strip(), "image": None}
-        for p in problems
-    ]
-    answers = answer_questions(loaded, rows, folder, max_new_tokens=96, desc=f"ScienceQA {name}")
-    if (bridge := answer_prompt(name)) is None:
-        return answers
-    begins = {i: text + bridge for i, text in answers.items()}
-    letters = answer_questions(loaded, rows, folder, max_new_tokens=6, begins=begins, desc="ScienceQA, answer")
-    return {i: f"{answers[i]}\n The answer is {letters[i].strip()}" for i in answers}
-
-
-def science_result(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
-    """ScienceQA test accuracy of a finished run, with its subsets and its answers."""
+    name = "science_qa" if look else "science_qa_blind"
 
     def compute() -> dict[str, Any]:
-        folder = record.config.data_path
-        answers = science_answers(load(record.checkpoint), folder, limit=limit)
-        problems = load_problems(folder, "test")[:limit]
-        return {**science_qa.score(problems, answers), "answers": answers}
+        folder, out = record.config.data_path, record.path / f"{name}_answers.jsonl"
+        first, second = ANSWER_TOKENS.get(record.config.scale.name, (MAX_NEW_TOKENS, SECOND_TOKENS))
+        out.unlink(missing_ok=True)  # of other code or data; `llava predict` goes on with its files
+        answers = predict_science_qa(
+            load_run(record), record.checkpoint, folder, out,
+            limit=limit, images=look, max_new_tokens=first, answer_tokens=second,
+        )  # fmt: skip
+        return {**science_qa.score(load_problems(folder, "test")[:limit], answers), "answers": answers}
 
-    return cached_result(record, "science_qa", compute)
+    return cached_result(record, name, compute)
 
 
 def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limit: int | None = None) -> dict[str, Any]:
