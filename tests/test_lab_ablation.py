@@ -109,7 +109,7 @@ def test_two_seeds_that_agree_by_chance_resolve_nothing(
     second = [0.0] * worse + [1.0] * better + [1.0] * (400 - worse - better)
     arms = [ab.Arm("a", "science_qa", [50.0, 52.0]), ab.Arm("b", "x", [50 - worse / 4 + 0.25, 52 - worse / 4 + 0.25])]
     monkeypatch.setattr(ab, "run_arms", lambda *_: arms)
-    monkeypatch.setattr(ab, "question_scores", lambda arm, _: first if arm is arms[0] else second)
+    monkeypatch.setattr(ab, "question_scores", lambda arm, _: [first if arm is arms[0] else second] * 2)
     found = ab.ablate("feature_layer")
     assert found["interval"][0] == found["interval"][1] == pytest.approx(-(worse - better) / 4)
     assert found["widest"][0] < found["interval"][0]

@@ -127,16 +127,6 @@ def test_science_baselines_count_guess_position_and_answers() -> None:
     assert rows["without"]["n"] == 2
 
 
-def test_a_text_only_model_is_shown_both_answers_and_no_image() -> None:
-    problem = _problem("1", 1, Path("x.png"))
-    first, second = show.science_messages(problem), show.science_messages(problem, ("seen it", "cannot see"))
-    assert "<image>" not in first[1]["content"]
-    assert second[1]["content"].startswith(first[1]["content"])
-    assert second[1]["content"].index("seen it") < second[1]["content"].index("cannot see")
-    opinions = show.science_opinions([problem, _problem("2", 0)], show.offline_model(), {"1": ("B", "A")})
-    assert opinions.keys() == {"1"}
-
-
 def test_cards_escape_what_was_said() -> None:
     text = show.cards([Image.new("RGB", (8, 8))], [[("LLaVA", "<b>bold</b>")]]).data
     assert "<b>bold" not in text

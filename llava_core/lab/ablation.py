@@ -15,7 +15,7 @@ from llava_core.evaluate import llava_bench, science_qa
 from llava_core.evaluate.answer import answer_questions
 from llava_core.evaluate.predict import ANSWER_TOKENS as SECOND_TOKENS
 from llava_core.evaluate.predict import MAX_NEW_TOKENS, predict_science_qa
-from llava_core.evaluate.statistics import paired_bootstrap, seeds_interval, wilson
+from llava_core.evaluate.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
 from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
 from llava_core.lab.launch import launch, resolve_run
 from llava_core.paper.claims import all_claims, claim
@@ -263,8 +263,9 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
 
     Returns:
         `arms` (the reference first), `effect`, `interval` over seeds (None for one), `n_seeds`, `question_interval`
-        (same seeds, other questions), `widest` (from the lowest to the highest end of both, None for one seed),
-        `published` (as `published_difference`), `verdict`: of the widest, since two seeds may agree by chance.
+        (same seeds, other questions), `both_interval` (other seeds and questions), `widest` (from the lowest to the
+        highest end of all three, None for one seed), `published` (as `published_difference`), `verdict`: of the widest,
+        since two seeds may agree by chance.
 
     Raises:
         ConfigError: there is no such ablation.
@@ -277,13 +278,17 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
     )
     found = difference(*arms)
     first, second = (question_scores(arm, limit) for arm in arms)
-    over_questions = [100 * end for end in paired_bootstrap(first, second)["interval"]]
-    ends = [*over_questions, *(found["interval"] or ())]
+    over_questions, over_both = (
+        [100 * end for end in result["interval"]]
+        for result in (paired_bootstrap(*(np.mean(s, 0) for s in (first, second))), seeds_and_items(first, second))
+    )
+    ends = [*over_questions, *over_both, *(found["interval"] or ())]
     widest = [min(ends), max(ends)] if found["interval"] else None
     return {
         "arms": arms,
         **found,
         "question_interval": over_questions,
+        "both_interval": over_both,
         "published": published_difference(name),
         "widest": widest,
         "verdict": verdict(widest, claim(chosen.claim).direction),
@@ -311,12 +316,11 @@ def explain(result: Mapping[str, Any], fast: bool = False) -> str:
     return f"{text} Not above a blind guess ({chance:.1f} %): {blind[0]}." if blind else text
 
 
-def question_scores(arm: Arm, limit: int | None = None) -> list[float]:
-    """For each test problem the share of an arm's seeds that answered it right."""
+def question_scores(arm: Arm, limit: int | None = None) -> list[list[float]]:
+    """For each of an arm's seeds, which of the test problems it answered right: a row of 0 and 1 (seeds, problems)."""
     problems = load_problems(arm.records[0].config.data_path, "test")[:limit]
     answers = [science_result(record, limit)["answers"] for record in arm.records]
-    hits = [[science_qa.parse_answer(a[p.id], len(p.choices)) == p.answer for p in problems] for a in answers]
-    return [sum(column) / len(column) for column in zip(*hits, strict=True)]
+    return [[float(science_qa.parse_answer(a[p.id], len(p.choices)) == p.answer) for p in problems] for a in answers]
 
 
 def arm_settings(arms: Sequence[tuple[str, str]], scale: str = "mini") -> list[dict[str, Any]]:
@@ -408,6 +412,7 @@ def ablation_figure(result: dict[str, Any], title: str = "", unit: str = "Scienc
     left.set(xlabel=unit, title=title, ylim=(len(arms) - 0.3, -0.5))
     points = [("here, over seeds", result["effect"], result["interval"], BLUE, "D"),
               ("here, over questions", result["effect"], result["question_interval"], BLUE, "s"),
+              ("here, over both", result["effect"], result["both_interval"], BLUE, "o"),
               ("paper", result["published"]["effect"], result["published"]["interval"], ORANGE, "D")]  # fmt: skip
     for k, (_, value, interval, color, marker) in enumerate(points):
         right.errorbar(value, k, xerr=_reach(value, interval), fmt=marker, color=color, markersize=7, capsize=3)
@@ -456,7 +461,7 @@ def mix_rows(
     """Relative scores of several training mixes, and their differences to the first, in %.
 
     A score is the mean over seeds of 100 x sum of the candidate's scores / sum of the reference's. The interval is of
-    the questions: the same resampled ones for all mixes and seeds, so that differences are paired.
+    the questions and the seeds: the same resampled ones for all mixes, so that differences are paired.
 
     Args:
         reviews: mix -> for each seed the judge's reviews; the first mix is the reference of the differences.
@@ -478,9 +483,11 @@ def mix_rows(
         if not len(own):
             continue
         drawn = own[rng.integers(len(own), size=(samples, len(own)))]
+        seeds = {n: rng.multinomial(n, [1 / n] * n, size=samples).T / n for n in {len(t) for t in pairs.values()}}
         base: np.ndarray | None = None
         for mix, table in pairs.items():
-            value, resampled = (_relative_mean(table[:, pick]) for pick in (own[None], drawn))
+            value = _relative_mean(table[:, own[None]], np.full((len(table), 1), 1 / len(table)))
+            resampled = _relative_mean(table[:, drawn], seeds[len(table)])
             both = np.concatenate([value, resampled])
             base = both if base is None else base
             delta = both - base
@@ -494,10 +501,10 @@ def mix_rows(
     return rows
 
 
-def _relative_mean(table: np.ndarray) -> np.ndarray:
-    """Relative score in % (draws,), mean over seeds, of (seeds, draws, questions, reference and candidate)."""
+def _relative_mean(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Relative score in % (draws,) of (seeds, draws, questions, reference and candidate) by weights (seeds, draws)."""
     sums = table.sum(2, dtype=float)
-    mean: np.ndarray = (100 * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).mean(0)
+    mean: np.ndarray = (100 * weights * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).sum(0)
     return mean
 
 

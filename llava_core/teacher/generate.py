@@ -165,7 +165,7 @@ def generate(
     spend, silent, stopped, done = 0.0, 0, None, 0
     with progress(len(jobs), "teacher", unit="record") as bar:
         stop = getattr(client, "stop", lambda: None)
-        for outcome in _concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1), stop):
+        for outcome in concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1), stop):
             if isinstance(outcome.refused, BudgetError):
                 stopped = stopped or str(outcome.refused)
             silent = silent + 1 if outcome.refused and not stopped else 0
@@ -237,9 +237,7 @@ def _ask(client: ChatClient, image: Annotation, kind: str, request: ChatRequest)
     return outcome
 
 
-def _concurrently(
-    work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]
-) -> Iterator[_R]:
+def concurrently(work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]) -> Iterator[_R]:
     """Yield the results in the order of the items, with at most `workers` items under way."""
     if workers <= 1:
         yield from map(work, items)
