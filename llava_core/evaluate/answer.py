@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from llava_core.weights.checkpoint import Loaded
 
 
-def prompt_ids(loaded: Loaded, turns: Sequence[Turn], has_image: bool, begin: str = "", key: str = "") -> list[int]:
+def prompt_ids(
+    loaded: Loaded,
+    turns: Sequence[Turn],
+    has_image: bool,
+    begin: str = "",
+    key: str = "",
+    most: int | None = None,
+) -> list[int]:
     """Ids of a conversation whose last answer is to be generated.
 
     Args:
@@ -27,6 +34,7 @@ def prompt_ids(loaded: Loaded, turns: Sequence[Turn], has_image: bool, begin: st
             not say where, so the template does: before the question, in `v0_exact` behind it.
         begin: text that the answer already begins with (second pass of ScienceQA).
         key: record id, read by the image position "random".
+        most: of a prompt with more ids than these, `begin` loses its first ones.
 
     Raises:
         DataError: an image delimiter is no token of the tokenizer.
@@ -39,7 +47,8 @@ def prompt_ids(loaded: Loaded, turns: Sequence[Turn], has_image: bool, begin: st
         turns, loaded.tokenizer, loaded.model.n_image_tokens,
         system=manifest.get("system"), delimiters=manifest.get("image_delimiters"),
     ).input_ids  # fmt: skip
-    return ids + (token_ids(loaded.tokenizer, f" {begin}", continues=True) if begin else [])
+    begun = token_ids(loaded.tokenizer, f" {begin}", continues=True) if begin else []
+    return ids + (begun if most is None else begun[max(0, len(ids) + len(begun) - most) :])
 
 
 def answer_questions(
@@ -77,6 +86,7 @@ def answer_questions(
 
     template = TEMPLATES.get(loaded.manifest.get("template", "v0"))
     settings = GenerationSettings(max_new_tokens, temperature, stop=template.stop)
+    positions = getattr(loaded.model.language_model.config.get_text_config(), "max_position_embeddings", None)
     prompts = {
         str(r["question_id"]): prompt_ids(
             loaded,
@@ -84,12 +94,12 @@ def answer_questions(
             bool(r.get("image")),
             (begins or {}).get(str(r["question_id"]), ""),
             str(r["question_id"]),
+            positions and positions - max_new_tokens,
         )
         for r in rows
     }
     ordered = sorted(rows, key=lambda r: len(prompts[str(r["question_id"])]))
     answers: dict[str, str] = {}
-    positions = getattr(loaded.model.language_model.config.get_text_config(), "max_position_embeddings", None)
     for k in progress(range(0, len(ordered), batch), desc or "", leave=False, disable=desc is None):
         part = ordered[k : k + batch]
         pixels = [loaded.processor(load_image((images or Path()) / r["image"])) for r in part if r.get("image")]

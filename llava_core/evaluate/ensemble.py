@@ -1,4 +1,4 @@
-"""LLaVA together with a text-only GPT-4 on ScienceQA: complement, judge, and the bound that no rule can pass.
+"""LLaVA together with a text-only GPT-4 on ScienceQA: complement, judge, and the bound of picking one of the two.
 
 GPT-4 is asked twice at most: first every problem, after two solved examples and without the image; then, where its
 answer and LLaVA's differ, the same problem with both answers. The paper published neither of the two prompts (Table 10
@@ -20,7 +20,7 @@ from llava_core.data.scienceqa import Problem, format_problem
 from llava_core.evaluate.science_qa import DEFAULT_ERA, Answer, Failure, as_questions, parse_answer, tally
 from llava_core.evaluate.statistics import mcnemar, paired_bootstrap
 from llava_core.runtime import DataError, progress
-from llava_core.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest, ServerError
+from llava_core.teacher.chat import PRICES, BudgetError, ChatError, ChatReply, ChatRequest, ServerError, estimate
 from llava_core.teacher.generate import concurrently
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ def run(
 
     Returns:
         systems (see `evaluate`), n, asked_again, bills (of `ask`: gpt4 and requery), spend_usd and cost_usd (of both),
-        texts (gpt4 and requery, by problem id), shots (their ids).
+        listed (`chat.estimate` of the same requests at the model's listed price; None where none is listed), texts
+        (gpt4 and requery, by problem id), shots (their ids).
 
     Raises:
         DataError: LLaVA has not answered every problem; and as in `ask`.
@@ -144,7 +145,8 @@ def run(
     def request(messages: list[Message]) -> ChatRequest:
         return ChatRequest(messages, model, TEMPERATURE, REPLY_TOKENS)
 
-    gpt4, first = ask(client, {p.id: request(solver_messages(p, shots)) for p in problems}, "GPT-4")
+    asked = {p.id: request(solver_messages(p, shots)) for p in problems}
+    gpt4, first = ask(client, asked, "GPT-4")
     again = {}
     for p in problems:
         ours, theirs = (parse_answer(texts.get(p.id, ""), len(p.choices), era) for texts in (llava, gpt4))
@@ -158,6 +160,7 @@ def run(
         "bills": {"gpt4": first, "requery": second},
         "spend_usd": first["spend_usd"] + second["spend_usd"],
         "cost_usd": first["cost_usd"] + second["cost_usd"],
+        "listed": estimate([*asked.values(), *again.values()]) if model in PRICES else None,
         "texts": {"gpt4": gpt4, "requery": requery},
         "shots": [shot.id for shot in shots],
     }
@@ -189,6 +192,8 @@ def evaluate(
     era: str = DEFAULT_ERA,
 ) -> dict[str, dict[str, Any]]:
     """Score both systems, their ensembles and the upper bound (either is right) on the same questions.
+
+    The bound is one of rules that pick one of the two answers: a judge that names a third choice may pass it.
 
     Args:
         problems: as in `science_qa.score`.

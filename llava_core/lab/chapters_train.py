@@ -26,6 +26,7 @@ from llava_core.evaluate import science_qa
 from llava_core.evaluate.answer import answer_questions, prompt_ids
 from llava_core.evaluate.grounding import factual_accuracy, shuffle_images, text_prior
 from llava_core.evaluate.llava_bench import CATEGORY_PREFIX, score_reviews
+from llava_core.evaluate.statistics import paired_bootstrap
 from llava_core.lab.ablation import cached_result, load_run
 from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled
 from llava_core.models.generation import GenerationSettings, generate_tokens
@@ -314,6 +315,26 @@ def science_hits(problems: Sequence[Problem], answers: Mapping[str, str]) -> lis
     return [science_qa.parse_answer(answers[p.id], len(p.choices)) == p.answer for p in problems]
 
 
+def difference_of(problems: Sequence[Problem], first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, Any]:
+    """How many points of accuracy the second answers are above the first: `n`, `effect` and its 95 % `interval`."""
+    found = paired_bootstrap(science_hits(problems, first), science_hits(problems, second))
+    return {"n": found["n"], "effect": 100 * found["difference"], "interval": [100 * end for end in found["interval"]]}
+
+
+def ensemble_rows(systems: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The table of `ensemble.evaluate`'s systems, each beside LLaVA alone and beside the paper's number."""
+    published = {name: f"sqa-{'accuracy' if name == 'llava' else name}" for name in systems}
+    rows = []
+    for name, s in systems.items():
+        against = s.get("against_llava") or dict.fromkeys(("difference", "interval", "p"))
+        row = {"system": name, "accuracy (%)": s["accuracy"], "interval": s["interval"]}
+        row |= {"no answer": s["unparsed"] + s["invalid"], "minus LLaVA": against["difference"]}
+        row |= {"its interval": against["interval"], "McNemar's p": against["p"]}
+        known = all_claims().get(published[name])
+        rows.append(row | {"published (%)": known.value if known else None})
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 
 
@@ -450,6 +471,8 @@ __all__ = [
     "cards",
     "claim_rows",
     "config_rows",
+    "difference_of",
+    "ensemble_rows",
     "factual_folder",
     "grounding_figure",
     "grounding_result",
