@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llava_core.evaluate.predictions import append, checkpoint_id, read_predictions, resume
-from llava_core.evaluate.science_qa import compare_files, evaluate_files
+from llava_core.evaluate.science_qa import compare_files, evaluate_files, read_questions
 from llava_core.runtime import DataError, write_json
 
 SETTINGS: dict[str, Any] = {
@@ -115,3 +117,45 @@ def test_a_checkpoint_is_known_by_its_manifest_wherever_it_lies(tmp_path: Path) 
     write_json(tmp_path / "b" / "manifest.json", manifest | {"files": {"model.safetensors": "1" * 64}})
     assert checkpoint_id(tmp_path / "a") != checkpoint_id(tmp_path / "b")
     assert json.loads((tmp_path / "a" / "manifest.json").read_text()) == manifest
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 9)
+    | st.sampled_from(["", "A", "test", "grade7", "<image>\nA. x\nB. y"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["made_with", "value"]), inner),
+    max_leaves=6,
+)
+ROW = {"question_id": "1", "text": "A", "model_id": "m"}
+HEADER = {"made_with": {"n": 1}}
+PROBLEM = {
+    "choices": ["x", "y"], "answer": 1, "hint": "", "image": None, "subject": "natural science", "grade": "grade7",
+    "split": "test",
+}  # fmt: skip
+TURN = {"id": "1", "conversations": [{"value": "Q?\nA. x\nB. y"}, {"value": "B"}]}
+
+
+def damaged(record: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """The record with one or two fields replaced by anything."""
+    return st.dictionaries(st.sampled_from([*record, "extra"]), ANYTHING, max_size=2).map(lambda new: record | new)
+
+
+CONTENT = st.one_of(
+    ANYTHING,
+    st.lists(damaged(ROW) | damaged(HEADER) | damaged(TURN) | ANYTHING, max_size=3),
+    st.dictionaries(st.sampled_from("12"), damaged(PROBLEM) | ANYTHING),
+    damaged({"outputs": {"1": "A"}, "results": {"1": 0}}),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=CONTENT)
+def test_a_file_of_anything_is_read_or_named(content: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(content))
+    for read in (read_predictions, read_questions):
+        try:
+            assert read(path)
+        except DataError as error:
+            assert "any.json" in str(error)  # noqa: PT017 - either it is read or the message names the file

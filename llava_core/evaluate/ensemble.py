@@ -96,7 +96,7 @@ def ask(client: ChatClient, requests: Mapping[str, ChatRequest], desc: str) -> t
     work = concurrently(
         one, requests.values(), getattr(client, "concurrency", 1), getattr(client, "stop", lambda: None)
     )
-    found = dict(zip(requests, progress(work, desc, total=len(requests), leave=False), strict=True))
+    found = dict(zip(requests, progress(work, desc, total=len(requests), leave=False, delay=1), strict=True))
     replies = {key: reply for key, reply in found.items() if reply is not None}
     fresh = [reply for reply in replies.values() if not reply.cached]
     bill = {

@@ -153,7 +153,7 @@ def _from_problem(identifier: str, problem: Any, where: str) -> Question:
     if not isinstance(choices, list | tuple) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise DataError(f"{where}, problem {identifier}: needs a list `choices` and the index `answer` of one of them")
     subject, grade = _field(problem, "subject"), re.search(r"\d+", str(_field(problem, "grade") or ""))
-    if subject is not None and subject not in SUBJECTS:
+    if subject is not None and str(subject) not in SUBJECTS:
         raise DataError(f"{where}, problem {identifier}: subject {subject!r} is none of {', '.join(SUBJECTS)}")
     return Question(
         id=identifier,
