@@ -306,6 +306,6 @@ def test_ensemble_rules() -> None:
 
 
 def test_evaluate_does_not_import_torch() -> None:
-    names = "captions, ensemble, grounding, llava_bench, science_qa, statistics"
+    names = "captions, ensemble, grounding, llava_bench, predict, predictions, science_qa, statistics"
     code = f"import sys; from llava_core.evaluate import {names}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
