@@ -80,6 +80,15 @@ def test_mixes_are_compared_on_the_same_questions() -> None:
     assert rows["full", "conv"]["n"] == 2
 
 
+def test_the_seeds_of_a_mix_are_resampled_too() -> None:
+    less = [_reviews([6.0] * 6), _reviews([2.0] * 6)]  # no question differs from another, the seeds do
+    reviews = {"full": [_reviews([8.0] * 6)] * 2, "less": less, "none": [_reviews([4.0] * 6)]}
+    found = {r["training data"]: r for r in ab.mix_rows(reviews, dict.fromkeys(reviews, "bench-coco-full"))}
+    assert found["less"]["difference"] == pytest.approx(-50)
+    assert found["less"]["difference interval"] == pytest.approx([-75, -25])
+    assert found["none"]["difference interval"] == pytest.approx([-50, -50])
+
+
 def test_a_failed_review_counts_for_neither_side() -> None:
     rows = _reviews([8.0] * 6)
     rows[0] = {**rows[0], "tuple": None}
