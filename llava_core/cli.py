@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_core import __version__
-from llava_core.runtime import ROOT, CompanionError, shown
+from llava_core.runtime import ROOT, CompanionError, DataError, shown
 
 Result = dict[str, Any]
 KINDS = ("conversation", "detail", "complex")
@@ -76,13 +76,69 @@ def _train(args: argparse.Namespace) -> Result:
 def _evaluate_science_qa(args: argparse.Namespace) -> Result:
     from llava_core.evaluate.science_qa import evaluate_files
 
-    return evaluate_files(args.predictions, args.questions)
+    return evaluate_files(
+        args.predictions,
+        args.questions,
+        era=args.era,
+        split=args.split,
+        subset=args.subset,
+        prompt_format=args.prompt_format,
+        checkpoint=args.checkpoint,
+        released=args.released,
+    )
 
 
 def _show_science_qa(result: Result) -> str:
     from llava_core.evaluate.science_qa import format_report
 
     return format_report(result)
+
+
+def _compare(args: argparse.Namespace) -> Result:
+    from llava_core.evaluate.science_qa import compare_files
+
+    return compare_files(args.first, args.second, args.questions, era=args.era, split=args.split)
+
+
+def _show_comparison(result: Result) -> str:
+    from llava_core.evaluate.science_qa import format_comparison
+
+    return format_comparison(result)
+
+
+def _ensemble(args: argparse.Namespace) -> Result:
+    from llava_core.data.scienceqa import load_problems
+    from llava_core.evaluate import ensemble
+    from llava_core.evaluate.predictions import read_predictions
+
+    problems = load_problems(args.data, args.split, check_images=False)[: args.limit]
+    train = load_problems(args.data, "train", check_images=False)
+    shots = [p for p in train if p.id in args.shots] if args.shots else ensemble.pick_shots(train)
+    if args.shots and len(shots) < len(args.shots):
+        raise DataError(
+            f"--shots {','.join(args.shots)}: not all are problems of the train split of {shown(args.data)}"
+        )
+    answers, tape = read_predictions(args.predictions).answers, args.predictions.with_suffix(".cassette.sqlite")
+    result = ensemble.run(problems, answers, _chat_client(args, args.cassette or tape), shots=shots, model=args.model)
+    return {key: value for key, value in result.items() if key != "texts"}  # the cassette holds them
+
+
+def _show_ensemble(result: Result) -> str:
+    from llava_core.evaluate.ensemble import format_report
+
+    return format_report(result)
+
+
+def _predict_science_qa(args: argparse.Namespace) -> Result:
+    from llava_core.evaluate.predict import predict_science_qa
+    from llava_core.runtime import resolve_device, resolve_dtype
+    from llava_core.weights.checkpoint import load
+
+    loaded = load(args.model, resolve_dtype(args.dtype), resolve_device(args.device), _options(args), **dict(args.set))
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "batch": args.batch}
+    options |= {"images": not args.blind, "released": args.released}
+    answers = predict_science_qa(loaded, args.model, args.data, args.out, split=args.split, limit=args.limit, **options)
+    return {"answers": len(answers), "prompt_format": loaded.manifest["prompt_format"], "out": shown(args.out)}
 
 
 def _evaluate_llava_bench(args: argparse.Namespace) -> Result:
@@ -487,7 +543,67 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--resume", choices=["auto", "never"], default="auto", help="go on, or start anew")
 
+    def teacher(parser: argparse.ArgumentParser, tape: str, name: str = "--model") -> None:
+        parser.add_argument(
+            "--client", choices=["offline", "replay", "record", "live"], default="offline", help="who answers"
+        )
+        parser.add_argument("--cassette", type=Path, metavar="FILE", help=f"recorded replies; {tape} if not given")
+        parser.add_argument(name, default="gpt-4-0314", help="the chat model, by the name that its server knows")
+        parser.add_argument("--base-url", metavar="URL", help="a compatible server; OpenAI's if not given")
+        parser.add_argument(
+            "--budget-usd", type=float, metavar="USD", help="stop before more is spent (record: in all runs)"
+        )
+        parser.add_argument(
+            "--price",
+            type=_price,
+            metavar="PROMPT,REPLY",
+            help="USD per million tokens, for a model that is not listed",
+        )
+        parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests under way at once")
+        parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt")
+        parser.add_argument("--seed", type=int, default=0, help="of what is drawn per record, and of the waits")
+
+    def bases(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--base", metavar="DIR", help="language model of a projector, a LoRA or a .pth")
+        parser.add_argument("--vision-tower", metavar="DIR", help="tower, instead of the one that the files name")
+
+    def facts(parser: argparse.ArgumentParser) -> None:
+        text = "what the files do not say, e.g. template=v0_exact or image_position=last; once for each"
+        parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help=text)
+
+    into = group("predict", "let a model answer a benchmark", "llava predict science-qa --help")
+    new = command(
+        "science-qa",
+        "answer ScienceQA into a file that says how it was made, and go on with one that was interrupted",
+        "llava predict science-qa --model runs/science_qa/mini/ID/checkpoint --out answers.jsonl",
+        _predict_science_qa,
+        into=into,
+    )
+    new.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint of any layout but a delta")
+    data = ROOT / "data" / "mini" / "mini-scienceqa"
+    new.add_argument("--data", type=Path, default=data, metavar="DIR", help="ScienceQA (default: the miniature's)")
+    new.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .jsonl to write")
+    new.add_argument("--split", default="test", metavar="NAME", help="which problems (default: test)")
+    new.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    new.add_argument("--batch", type=int, default=64, metavar="N", help="problems answered together (default: 64)")
+    new.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="longest reply (default: 1024)")
+    new.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
+    new.add_argument("--blind", action="store_true", help="ask without the images")
+    new.add_argument("--released", action="store_true", help="in the words of the released converter, faults included")
+    new.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
+    new.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: float32")
+    bases(new)
+    facts(new)
+
     into = group("evaluate", "score answers, reviews or captions", "llava evaluate llava-bench --reviews reviews.jsonl")
+
+    def reading(parser: argparse.ArgumentParser) -> None:
+        text = "the questions and right answers"
+        parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help=text)
+        text = "whose reading of an answer (default: ours, which never guesses)"
+        parser.add_argument("--era", choices=["ours", "v0", "1.0", "1.5"], default="ours", help=text)
+        parser.add_argument("--split", default="test", metavar="NAME", help="of problems.json (default: test)")
+
     new = command(
         "science-qa",
         "score answers to ScienceQA",
@@ -497,7 +613,40 @@ def _parser() -> argparse.ArgumentParser:
         into=into,
     )
     new.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="the answers")
-    new.add_argument("--questions", type=Path, required=True, metavar="FILE", help="the questions and right answers")
+    reading(new)
+    new.add_argument("--subset", action="store_true", help="score the given questions only, though more are answered")
+    new.add_argument("--prompt-format", metavar="NAME", help="refuse answers made with another one, e.g. QCM-LEPA")
+    new.add_argument("--checkpoint", type=Path, metavar="DIR", help="refuse answers of another model")
+    new.add_argument(
+        "--released",
+        action="store_true",
+        help="score the choices that a released file stores, its random draws included",
+    )
+    new = command(
+        "compare",
+        "compare two files of answers to the same questions of ScienceQA",
+        "llava evaluate compare answers.jsonl other.jsonl --questions problems.json",
+        _compare,
+        _show_comparison,
+        into=into,
+    )
+    new.add_argument("first", type=Path, metavar="A", help="the answers to compare with")
+    new.add_argument("second", type=Path, metavar="B", help="the other answers")
+    reading(new)
+    new = command(
+        "science-qa-ensemble",
+        "join answers to ScienceQA with those of a text-only GPT-4: complement, judge, upper bound",
+        "llava evaluate science-qa-ensemble --predictions answers.jsonl --data data/scienceqa --client replay",
+        _ensemble,
+        _show_ensemble,
+        into=into,
+    )
+    new.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="LLaVA's answers")
+    new.add_argument("--data", type=Path, required=True, metavar="DIR", help="ScienceQA")
+    new.add_argument("--split", default="test", metavar="NAME", help="which problems (default: test)")
+    new.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    new.add_argument("--shots", type=_names, metavar="ID,ID", help="solved examples (default: two of train, drawn)")
+    teacher(new, "PREDICTIONS with the ending .cassette.sqlite")
     scoring = into
 
     into = group("data", "check, audit and convert training data", "llava data check chat.json --images images")
@@ -636,14 +785,6 @@ def _parser() -> argparse.ArgumentParser:
     text = "another reading of the recipe, e.g. draw=top_up; the error for an unknown one lists them"
     new.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help=text)
 
-    def bases(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--base", metavar="DIR", help="language model of a projector, a LoRA or a .pth")
-        parser.add_argument("--vision-tower", metavar="DIR", help="tower, instead of the one that the files name")
-
-    def facts(parser: argparse.ArgumentParser) -> None:
-        text = "what the files do not say, e.g. template=v0_exact or image_position=last; once for each"
-        parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help=text)
-
     def shards(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--shard-gb", type=_positive, default=5, metavar="GB", help="largest weights file (default: 5)"
@@ -655,21 +796,6 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("--limit", type=int, metavar="N", help="only the first N")
         bases(parser)
         facts(parser)
-
-    def judging(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--client", choices=["offline", "replay", "record", "live"], default="offline", help="who")
-        parser.add_argument(
-            "--judge", default="gpt-4-0314", metavar="NAME", help="the chat model, as its server knows it"
-        )
-        parser.add_argument("--cassette", type=Path, metavar="FILE", help="recorded replies; beside --out if not given")
-        parser.add_argument("--base-url", metavar="URL", help="a compatible server; OpenAI's if not given")
-        parser.add_argument("--budget-usd", type=float, metavar="USD", help="stop before more is spent")
-        parser.add_argument(
-            "--price", type=_price, metavar="PROMPT,REPLY", help="USD per million tokens, if not listed"
-        )
-        parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests under way at once")
-        parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one attempt")
-        parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
 
     example = "llava evaluate bench answers --model data/LLaVA-7b --bench data/mini/bench-coco --out a.jsonl"
     steps = group("bench", "LLaVA-Bench step by step: answers, reference, judge, score", example, scoring)
@@ -690,7 +816,8 @@ def _parser() -> argparse.ArgumentParser:
     new = command("reference", text, example, _bench_reference, into=steps)
     new.add_argument("--bench", type=Path, required=True, metavar="DIR", help=folder)
     new.add_argument("--out", type=Path, required=True, metavar="FILE", help="reference answers")
-    judging(new)
+    teacher(new, "OUT with the ending .sqlite", "--judge")
+    new.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     example = "llava evaluate bench judge --bench data/mini/bench-coco --answers a.jsonl --out reviews.jsonl"
     new = command("judge", "have answers judged beside reference answers", example, _bench_judge, into=steps)
     new.add_argument("--bench", type=Path, required=True, metavar="DIR", help=folder)
@@ -699,7 +826,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "reviews, with a cassette of their own; for a repeat give another name"
     new.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
     new.add_argument("--swap", action="store_true", help="judge each pair in both orders")
-    judging(new)
+    teacher(new, "OUT with the ending .sqlite", "--judge")
+    new.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     for name, place in (("llava-bench", scoring), ("score", steps)):  # the last step; the first is its older name
         example = f"llava evaluate {'bench score' if place is steps else name} --reviews reviews.jsonl"
         text = "score a judge's reviews; of several files also mean and standard deviation"

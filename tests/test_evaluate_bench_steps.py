@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from llava_core.evaluate.answer_file import conditions, weights_hash, write_predictions
 from llava_core.evaluate.bench_steps import FILES, load_bench, write_answers, write_reference, write_reviews
 from llava_core.evaluate.llava_bench import score_reviews
-from llava_core.evaluate.predictions import conditions, weights_hash, write_predictions
 from llava_core.miniature.offline_chat import respond
 from llava_core.runtime import DataError, read_jsonl, write_jsonl
 from llava_core.teacher.client import BudgetError, ChatReply, ChatRequest, OfflineClient, RecordClient, ReplayClient

@@ -89,6 +89,15 @@ def test_mixes_are_compared_on_the_same_questions() -> None:
     assert rows["full", "conv"]["n"] == 2
 
 
+def test_the_seeds_of_a_mix_are_resampled_too() -> None:
+    less = [_reviews([6.0] * 6), _reviews([2.0] * 6)]  # no question differs from another, the seeds do
+    reviews = {"full": [_reviews([8.0] * 6)] * 2, "less": less, "none": [_reviews([4.0] * 6)]}
+    found = {r["training data"]: r for r in ab.mix_rows(reviews, dict.fromkeys(reviews, "bench-coco-full"))}
+    assert found["less"]["difference"] == pytest.approx(-50)
+    assert found["less"]["difference interval"] == pytest.approx([-75, -25])
+    assert found["none"]["difference interval"] == pytest.approx([-50, -50])
+
+
 def test_a_failed_review_counts_for_neither_side() -> None:
     rows = _reviews([8.0] * 6)
     rows[0] = {**rows[0], "tuple": None}
@@ -118,7 +127,7 @@ def test_two_seeds_that_agree_by_chance_resolve_nothing(
     second = [0.0] * worse + [1.0] * better + [1.0] * (400 - worse - better)
     arms = [ab.Arm("a", "science_qa", [50.0, 52.0]), ab.Arm("b", "x", [50 - worse / 4 + 0.25, 52 - worse / 4 + 0.25])]
     monkeypatch.setattr(ab, "run_arms", lambda *_: arms)
-    monkeypatch.setattr(ab, "question_scores", lambda arm, _: first if arm is arms[0] else second)
+    monkeypatch.setattr(ab, "question_scores", lambda arm, _: [first if arm is arms[0] else second] * 2)
     found = ab.ablate("feature_layer")
     assert found["interval"][0] == found["interval"][1] == pytest.approx(-(worse - better) / 4)
     assert found["widest"][0] < found["interval"][0]

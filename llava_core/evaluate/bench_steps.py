@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_core.evaluate.answer_file import write_predictions
 from llava_core.evaluate.asking import ask_all
 from llava_core.evaluate.llava_bench import JUDGE_MODEL, judge, score_reviews
-from llava_core.evaluate.predictions import write_predictions
 from llava_core.runtime import DataError, read_jsonl, shown, write_jsonl
 from llava_core.teacher.chat import BudgetError, ChatReply, ChatRequest, Message
 from llava_core.teacher.prompts import context_text

@@ -252,7 +252,7 @@ def write_captions(
     Raises:
         DataError: the files do not fit, or the `.jsonl` holds captions given under other conditions.
     """
-    from llava_core.evaluate.predictions import write_predictions
+    from llava_core.evaluate.answer_file import write_predictions
 
     if Path(out).suffix != ".json":
         raise DataError(f"{shown(out)}: give a name that ends in .json")

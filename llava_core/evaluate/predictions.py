@@ -1,118 +1,187 @@
-"""Answers of a checkpoint in a file that tells how they came about: a call goes on with it, or refuses it.
+"""Files of answers that say how they were made, and the refusal to mix or score what was made otherwise.
 
-A row has the fields of the released answer files: question_id, prompt, text, answer_id, model_id, metadata.
+Ours are JSONL: first a line `{"made_with": {...}}` with the settings, then a line `{question_id, text, made_with}` per
+answer, where `made_with` is the settings' fingerprint. The layouts of the released code, which say nothing of the kind,
+are read too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llava_core.evaluate.answer import answer_questions
-from llava_core.runtime import DataError, fingerprint, read_jsonl, shown, write_jsonl
+from llava_core.runtime import DataError, fingerprint, read_json, read_jsonl, shown, write_jsonl
 
-if TYPE_CHECKING:
-    from llava_core.weights.checkpoint import Loaded
-
-FACTS = ("template", "system", "image_position", "image_delimiters", "prompt_format", "run_id")
+MADE_WITH = "made_with"
+_LAYOUTS = "{outputs: {id: text}} or JSONL of question_id and text"
 
 
-def weights_hash(loaded: Loaded) -> str:
-    """Return 12 hex digits of a model's weights as they lie in memory: the same for every layout of a checkpoint."""
-    import torch
+@dataclass(frozen=True)
+class Predictions:
+    """Answers of a file.
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(loaded.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
+    Attributes:
+        answers: question id -> the model's whole output.
+        made_with: the settings they were made with, or None where the file does not tell.
+        released: the other fields of a released result file (acc, correct, count, results), else empty.
+    """
 
-
-def conditions(loaded: Loaded, **generation: Any) -> dict[str, Any]:
-    """Return what decides an answer besides the question: weights, precision, prompt, image and generation settings."""
-    model = loaded.model.language_model
-    found = {
-        "weights": weights_hash(loaded),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **{name: loaded.manifest.get(name) for name in FACTS},
-        "feature_layer": loaded.model.feature_layer,
-        "image": loaded.processor.to_dict(),
-        **generation,
-    }
-    copied: dict[str, Any] = json.loads(json.dumps(found))  # as a file gives it back: lists, no tuples
-    return copied
+    answers: dict[str, str]
+    made_with: dict[str, Any] | None = None
+    released: dict[str, Any] = field(default_factory=dict)
 
 
-def write_predictions(
-    loaded: Loaded,
-    rows: Sequence[Mapping[str, Any]],
-    images: Path | None,
-    out: str | Path,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch: int = 64,
-    desc: str = "answers",
-) -> dict[str, Any]:
-    """Answer questions into a JSONL file, written anew after each batch; answers that it holds already are kept.
-
-    Args:
-        loaded: model, tokenizer, image settings, manifest.
-        rows: `{question_id, text, image}` as `answer_questions` takes them.
-        images: folder of the images.
-        out: the file.
-        max_new_tokens: longest answer in tokens.
-        temperature: 0 is greedy.
-        seed: of sampled answers; another one gives another run.
-        batch: rows generated together (no answer depends on it).
-        desc: of the progress bar.
-
-    Returns:
-        answers, new (of them, written now), conditions, file.
+def read_predictions(path: str | Path) -> Predictions:
+    """Read a file of ours, the released result file `{outputs: {id: text}}`, or rows `{question_id, text}`.
 
     Raises:
-        DataError: the file holds answers to other questions, or given under other conditions.
+        DataError: the file is missing, empty, of another layout, answers a question twice, or mixes answers that were
+            made with several settings or by several models.
     """
-    out = Path(out)
-    told = conditions(loaded, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    wanted = {str(row["question_id"]): row for row in rows}
-    if len(wanted) != len(rows):
-        raise DataError(f"{shown(out)}: two questions have the same question_id; every one needs its own")
-    done: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(read_jsonl(out) if out.exists() else [], start=1):
-        why = _not_ours(row, wanted, told)
-        if why:
-            raise DataError(f"{shown(out)}, record {number}: {why}; fix: write to another file, or remove this one")
-        done[str(row["question_id"])] = row
-    left = [row for key, row in wanted.items() if key not in done]
-    for k in range(0, len(left), batch):
-        part = left[k : k + batch]
-        texts = answer_questions(
-            loaded, part, images, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch=batch,
-            desc=desc,
-        )  # fmt: skip
-        for row in part:
-            made = {"question_id": row["question_id"], "prompt": row["text"], "text": texts[str(row["question_id"])]}
-            named = {"answer_id": fingerprint([*made.values(), told]), "model_id": told["run_id"] or told["weights"]}
-            done[str(row["question_id"])] = made | named | {"metadata": told}
-        write_jsonl(out, [done[key] for key in wanted if key in done])
-    return {"answers": len(done), "new": len(left), "conditions": told, "file": shown(out)}
+    found = _read(Path(path))
+    if not found.answers:
+        raise DataError(f"{shown(path)}: holds no prediction; was the run that writes it interrupted?")
+    return found
 
 
-def _not_ours(row: Any, wanted: Mapping[str, Mapping[str, Any]], told: Mapping[str, Any]) -> str | None:
-    """Why a row of the file cannot be an earlier answer of this very call."""
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not isinstance(row.get("metadata"), dict):
-        return "not an answer that says in `metadata` how it was given"
-    key, metadata = str(row.get("question_id")), row["metadata"]
-    if key not in wanted:
-        return f"question {key} is not asked now"
-    if row.get("prompt") != wanted[key]["text"]:
-        return f"question {key} was {row.get('prompt')!r} and is now {wanted[key]['text']!r}"
-    for name in [*told, *metadata]:
-        if metadata.get(name) != told.get(name):
-            return f"question {key} was answered with {name} {metadata.get(name)!r}, now it is {told.get(name)!r}"
-    return None
+def _read(path: Path) -> Predictions:
+    content = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("outputs"), dict):
+        rows = [{"question_id": key, "text": text} for key, text in content["outputs"].items()]
+        return Predictions(_texts(path, rows, None), None, {k: v for k, v in content.items() if k != "outputs"})
+    if not isinstance(content, list):
+        raise DataError(f"{shown(path)}: not a prediction file; give {_LAYOUTS}")
+    settings = [row[MADE_WITH] for row in content if _is_header(row)]
+    if any(other != settings[0] for other in settings):
+        names = ", ".join(differences(settings[0], next(s for s in settings if s != settings[0])))
+        raise DataError(f"{shown(path)}: mixes answers made with different settings ({names}); score them one by one")
+    made_with = settings[0] if settings else None
+    return Predictions(_texts(path, [row for row in content if not _is_header(row)], made_with), made_with)
+
+
+def _is_header(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get(MADE_WITH), dict) and "question_id" not in row
+
+
+def _texts(path: Path, rows: list[Any], made_with: Mapping[str, Any] | None) -> dict[str, str]:
+    mark = None if made_with is None else fingerprint(made_with)
+    answers: dict[str, str] = {}
+    models = set()
+    for number, row in enumerate(rows, start=1):
+        where = f"{shown(path)}, record {number}"
+        if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
+            raise DataError(f"{where}: needs `question_id` and a string `text`, has {str(row)[:80]}")
+        if row.get(MADE_WITH) != mark:
+            raise DataError(
+                f"{where}: made with the settings {row.get(MADE_WITH)}, the file's first line says {mark}; answers of "
+                "several runs cannot be scored as one, give each its file with its own first line"
+            )
+        models.add(str(row.get("model_id")))
+        if len(models) > 1:
+            raise DataError(f"{where}: answers of several models ({', '.join(sorted(models))}); give each its own file")
+        identifier = str(row["question_id"])
+        if identifier in answers:
+            raise DataError(f"{where}: question {identifier} is answered twice; keep one answer")
+        answers[identifier] = row["text"]
+    return answers
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return in words where two runs' settings are not the same."""
+    names = sorted(first.keys() | second.keys())
+    return [f"{n}: {first.get(n)!r} and {second.get(n)!r}" for n in names if first.get(n) != second.get(n)]
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def checkpoint_id(path: str | Path) -> str:
+    """What identifies a checkpoint: of ours the hash of its manifest, which holds those of its files; else its files'.
+
+    Raises:
+        CheckpointError: there are no weights.
+    """
+    manifest = Path(path) / "manifest.json"
+    if manifest.is_file() and "base_hash" in (content := read_json(manifest)):
+        return f"manifest:{fingerprint(content)}"
+    from llava_core.weights.checkpoint import base_hash  # brings torch
+
+    return base_hash(str(Path(path).resolve()))
+
+
+def check_made_with(
+    path: str | Path, found: Predictions, prompt_format: str | None = None, checkpoint: str | Path | None = None
+) -> None:
+    """Make sure that answers were made in the way that is asked for.
+
+    Args:
+        path: of the file, for the message.
+        found: what it holds.
+        prompt_format: the name that it must say; None: any.
+        checkpoint: the model that must have made them; None: any.
+
+    Raises:
+        DataError: it says something else, or nothing.
+    """
+    wanted = {"prompt_format": prompt_format, "checkpoint": checkpoint and checkpoint_id(checkpoint)}
+    for name, value in wanted.items():
+        if value is None:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if found.made_with is None:
+            raise DataError(
+                f"{shown(path)}: does not say how its answers were made (a foreign layout), so {option} cannot be "
+                f"checked; leave {option} away to score it on trust"
+            )
+        if (said := found.made_with.get(name)) != value:
+            raise DataError(
+                f"{shown(path)}: its answers were made with {name} {said!r}, not {value!r}; give the file that was, or "
+                f"leave {option} away"
+            )
+
+
+def resume(path: str | Path, made_with: Mapping[str, Any]) -> dict[str, str]:
+    """Begin a file of answers, or go on with one that was interrupted.
+
+    Args:
+        path: JSONL file.
+        made_with: the settings of this run; JSON values only.
+
+    Returns:
+        The answers that the file holds already.
+
+    Raises:
+        DataError: the file was made with other settings or does not say with which; it is left as it is.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        raise DataError(f"{shown(path)}: answers are written as JSONL; name a file that ends in .jsonl")
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole:
+        write_jsonl(path, [{MADE_WITH: dict(made_with)}])
+        return {}
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))  # a killed writer left half a line
+    found = _read(path)
+    settings = json.loads(json.dumps(made_with))
+    if found.made_with != settings:
+        said = "; ".join(differences(found.made_with or {}, settings)) if found.made_with else "it does not say which"
+        raise DataError(
+            f"{shown(path)}: begun with other settings ({said}); name another file, or remove this one to start anew"
+        )
+    return found.answers
+
+
+def append(path: str | Path, answers: Mapping[str, str], made_with: Mapping[str, Any]) -> None:
+    """Add answers to a file that `resume` opened; they are on disk when this returns."""
+    mark = fingerprint(json.loads(json.dumps(made_with)))
+    rows = ({"question_id": key, "text": text, MADE_WITH: mark} for key, text in answers.items())
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())

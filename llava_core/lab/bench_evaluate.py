@@ -15,7 +15,8 @@ from llava_core.evaluate import science_qa
 from llava_core.evaluate.answer import answer_questions
 from llava_core.evaluate.bench_steps import load_bench
 from llava_core.evaluate.llava_bench import judge, score_reviews
-from llava_core.lab.ablation import science_answers
+from llava_core.evaluate.predict import science_answers
+from llava_core.lab.ablation import ANSWER_TOKENS
 from llava_core.lab.bench import Clock, circumstances, in_turns
 from llava_core.miniature.offline_chat import respond
 from llava_core.runtime import DataError
@@ -33,7 +34,8 @@ def _tasks(finetune: Loaded, science: Loaded, limit: int | None) -> dict[str, tu
     problems = load_problems(data / "mini-scienceqa", "test")[:limit]
 
     def answer_science(batch: int) -> dict[str, str]:
-        return science_answers(science, data / "mini-scienceqa", "test", limit, batch=batch)
+        first, second = ANSWER_TOKENS["mini"]
+        return science_answers(science, problems, max_new_tokens=first, answer_tokens=second, batch=batch)
 
     def score_science(answers: dict[str, str]) -> float:
         return float(science_qa.score(problems, answers)["accuracy"])
