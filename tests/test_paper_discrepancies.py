@@ -11,7 +11,7 @@ import torch
 
 from llava_core.config import load_experiment, load_scale
 from llava_core.constants import IMAGE_TOKEN_ID
-from llava_core.data.scienceqa import PROMPT_FORMATS, Problem, answer_prompt, format_problem
+from llava_core.data.scienceqa import Problem, answer_prompt, format_problem
 from llava_core.models.projector import PROJECTORS
 from llava_core.paper.discrepancies import Arm, Pair, all_discrepancies, differing_fields, read_register
 from llava_core.runtime import ROOT, ConfigError
@@ -127,11 +127,14 @@ def test_the_second_pass_begins_as_the_training_reply_goes_on() -> None:
     assert found
     assert reasons == "LECTURE: A lecture.\nSOLUTION: A solution."
     assert letter == " B."
-    assert " ###\nANSWER:" not in reply  # what the released test appended
+    assert " ###\nANSWER:" not in reply
+    assert answer_prompt("QCM-LEPA", released=True) == " ###\nANSWER:"  # what the released test appended
 
 
-def test_the_formats_with_swapped_letters_do_not_exist() -> None:
-    for name in ("QCM-AL", "QCM-AE"):
-        assert name not in PROMPT_FORMATS.names()
-        with pytest.raises(ConfigError, match="QCM-A"):
-            format_problem(problem(), name)
+def test_the_released_converter_swaps_two_letters() -> None:
+    for name, named, swapped in (("QCM-AL", "A lecture.", "A solution."), ("QCM-AE", "A solution.", "A lecture.")):
+        ours, theirs = (format_problem(problem(), name, released=r).turns[0][1] or "" for r in (False, True))
+        assert named in ours
+        assert swapped not in ours
+        assert swapped in theirs
+        assert named not in theirs
