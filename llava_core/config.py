@@ -335,7 +335,12 @@ def _validated(model: type[M], content: Mapping[str, Any], where: Any) -> M:
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{where(field)}: {unknown('key', field, model.model_fields)}") from None
+            part: type[BaseModel] | None = model
+            for name in first["loc"][:-1]:
+                part = _section(part, str(name)) if part and name in part.model_fields else None
+            known = (part or model).model_fields
+            key = f"{first['loc'][-1]}" if part else field
+            raise ConfigError(f"{where(field)}: {unknown('key', key, known)}") from None
         given = "" if first["type"] == "missing" else f" (it is {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where(field)}: {field}: {message}{given}") from None

@@ -128,6 +128,10 @@ def read_jsonl(path: str | Path) -> list[Any]:
                 raise DataError(
                     f"{shown(path)}, line {number}: not JSON ({error.msg}); correct or remove the line"
                 ) from error
+            except (ValueError, RecursionError) as error:  # as in `read_json`
+                raise DataError(
+                    f"{shown(path)}, line {number}: not JSON that anybody wrote ({error}); remove the line"
+                ) from error
     return rows
 
 

@@ -76,6 +76,7 @@ def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
         ("bench generate", "llava_core.lab.bench_generate.bench_generate", {"ratio": 1.1, "same_tokens": True}),
         ("bench attention", "llava_core.lab.bench_attention.bench_attention", {"ratio": 1.1, "cases": []}),
         ("evaluate llava-bench", "llava_core.evaluate.llava_bench.score_reviews", {"n": 1}),
+        ("evaluate bench score", "llava_core.evaluate.llava_bench.score_reviews", {"n": 1}),
     ],
 )
 def test_a_command_calls_its_function_in_a_way_that_it_takes(
@@ -89,6 +90,42 @@ def test_a_command_calls_its_function_in_a_way_that_it_takes(
     assert json.loads(capsys.readouterr().out) == answer
     assert cli.main(example_of(WORKING[name])) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_bench_step_by_step_from_files_to_a_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question_id": k, "image": "a.jpg", "text": "Describe this image.", "category": "detail"} for k in (1, 2)]
+    context = [{"image": "a.jpg", "caption": "A red car on a road."}]
+    for name, content in (("questions", rows), ("context", context), ("answers", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("reference", "answers", "a", "b")}
+
+    def call(*words: str) -> dict[str, Any]:
+        code = cli.main(["evaluate", *words, "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    bench = ["--bench", str(tmp_path)]
+    assert call("bench", "reference", *bench, "--out", files["reference"])["answers"] == 2
+    judging = ["bench", "judge", *bench, "--answers", files["answers"], "--reference", files["reference"]]
+    assert call(*judging, "--out", files["a"], "--swap")["n"] == 4
+    assert call(*judging, "--out", files["b"])["n"] == 2
+    score = call("bench", "score", "--reviews", files["b"])
+    assert score["all"] < 100  # the request itself is no answer
+    repeats = call("bench", "score", "--reviews", files["a"], files["b"], "--released")
+    assert repeats["repeats"]["all"]["n"] == len(repeats["files"]) == 2
+    assert call("judges", files["a"], files["b"])["n"] == 2
+    assert cli.main(["evaluate", "judges", files["a"], files["b"]]) == 0
+    assert "relative score, shift" in capsys.readouterr().out
+    assert cli.main([*["evaluate"], *judging, "--out", files["b"], "--client", "replay"]) == 1
+    assert "b.sqlite: no such cassette" in capsys.readouterr().err
+
+
+def test_captions_of_a_model_need_a_file_to_go_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "refs.json").write_text("{}")
+    assert cli.main(["evaluate", "captions", "--model", "a", "--references", str(tmp_path / "refs.json")]) == 1
+    assert "--out FILE" in capsys.readouterr().err
 
 
 def test_train_reports_the_finished_run(
@@ -210,6 +247,9 @@ def test_a_mistake_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch)
         "nonsense",
         "evaluate",
         "evaluate captions",
+        "evaluate captions --model a --predictions b",
+        "evaluate bench",
+        "evaluate bench judge --bench a --answers b --out c --client psychic",
         "generate --annotations a --out b --kinds detail,poem",
         "generate --annotations a --out b --client psychic",
         "base-models --only vicuna",
@@ -233,7 +273,7 @@ def test_a_wrong_call_is_a_two(words: str, capsys: pytest.CaptureFixture[str]) -
 def test_json_is_alone_on_stdout_whatever_the_work_prints(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def noisy(_: object) -> dict[str, Any]:
+    def noisy(_: object, **__: object) -> dict[str, Any]:
         print("from Python")  # noqa: T201
         subprocess.run([sys.executable, "-c", "print('from a child process')"], check=True)
         return {"n": 1, "path": Path("a/b"), "text": "é"}

@@ -142,7 +142,7 @@ def test_the_answers_and_their_ends_are_supervised_and_nothing_else(tokenizers, 
 
 @pytest.mark.parametrize("kind", ["bytes", "llama, legacy", "unigram"])
 @pytest.mark.parametrize("name", ["v0", "v1"])
-@given(problem=problems(), prompt_format=st.sampled_from(PROMPT_FORMATS.names()))
+@given(problem=problems(), prompt_format=st.sampled_from(PROMPT_FORMATS))
 @settings(max_examples=25, deadline=None)
 def test_so_are_those_of_science_qa(tokenizers, kind, name, problem, prompt_format) -> None:
     check_supervision(TEMPLATES.get(name), format_problem(problem, prompt_format).turns, tokenizers[kind])

@@ -44,30 +44,65 @@ def magnet(tmp_path: Path, **changes: Any) -> Problem:
     return load_problems(folder_of(tmp_path / "sqa", {"7": MAGNET | changes}), "test")[0]
 
 
+LECTURE, SOLUTION = MAGNET["lecture"], MAGNET["solution"]
+REPLIES = {
+    "A": "The answer is B.",
+    "LA": f"{LECTURE} The answer is B.",
+    "EA": f"{SOLUTION} The answer is B.",
+    "LEA": f"{LECTURE} {SOLUTION} The answer is B.",
+    "ELA": f"{SOLUTION} {LECTURE} The answer is B.",
+    "AL": f"The answer is B. BECAUSE: {LECTURE}",
+    "AE": f"The answer is B. BECAUSE: {SOLUTION}",
+    "ALE": f"The answer is B. BECAUSE: {LECTURE} {SOLUTION}",
+    "AEL": f"The answer is B. BECAUSE: {SOLUTION} {LECTURE}",
+    "LEPA": f"LECTURE: {LECTURE}\nSOLUTION: {SOLUTION}\n###\nANSWER: B.",
+}
+
+
 def test_formats_say_what_their_letters_say(tmp_path: Path) -> None:
     problem = magnet(tmp_path)
-    question = (
-        "Will these magnets attract or repel each other?\nContext: Two magnets lie on a table.\nhow do they act?\n"
-        "Options: (A) attract (B) repel\n<image>"
-    )
-    lecture, solution = MAGNET["lecture"], MAGNET["solution"]
-    replies = {
-        "QCM-A": "The answer is B.",
-        "QCM-LA": f"{lecture} The answer is B.",
-        "QCM-EA": f"{solution} The answer is B.",
-        "QCM-LEA": f"{lecture} {solution} The answer is B.",
-        "QCM-ELA": f"{solution} {lecture} The answer is B.",
-        "QCM-ALE": f"The answer is B. BECAUSE: {lecture} {solution}",
-        "QCM-AEL": f"The answer is B. BECAUSE: {solution} {lecture}",
-        "QCM-LEPA": f"LECTURE: {lecture}\nSOLUTION: {solution}\n###\nANSWER: B.",
+    asked, choices = "Will these magnets attract or repel each other?", "Options: (A) attract (B) repel"
+    context = "Context: Two magnets lie on a table.\nQuestion: how do they act?"
+    questions = {
+        "QCM": [asked, context, choices],
+        "CQM": [context, f"Question: {asked}", choices],
+        "QCML": [asked, context, choices, f"BECAUSE: {LECTURE}"],
+        "QCME": [asked, context, choices, f"BECAUSE: {SOLUTION}"],
+        "QCMLE": [asked, context, choices, f"BECAUSE: {LECTURE} {SOLUTION}"],
+        "QCLM": [asked, context, f"BECAUSE: {LECTURE}", choices],
+        "QCEM": [asked, context, f"BECAUSE: {SOLUTION}", choices],
+        "QCLEM": [asked, context, f"BECAUSE: {LECTURE} {SOLUTION}", choices],
     }
-    for name, reply in replies.items():
+    names = {f"{order}-{reply}" for order in questions for reply in REPLIES}
+    assert names == set(PROMPT_FORMATS)
+    for name in names - {"CQM-A"}:
+        order, _, reply = name.partition("-")
         sample = format_problem(problem, name)
-        assert sample.turns == [(question, reply)], name
+        assert sample.turns == [("\n".join([*questions[order], "<image>"]), REPLIES[reply])], name
         assert sample.image == problem.image
-        assert answer_prompt(name) == ("\n###\nANSWER:" if name == "QCM-LEPA" else None)
-    assert set(replies) | {"CQM-A"} == set(PROMPT_FORMATS.names())
-    assert format_problem(problem, "CQM-A").turns[0][0].startswith("<image>\nContext: Two magnets")
+        assert answer_prompt(name) == ("\n###\nANSWER:" if reply == "LEPA" else None)
+    assert format_problem(problem, "CQM-A").turns == [(f"<image>\n{context}\n{asked}\nA. attract\nB. repel", "B")]
+    assert format_problem(problem, "CQM-A", released=True).turns[0][1] == "The answer is B."
+
+
+def test_the_released_converter_departs_from_its_names(tmp_path: Path) -> None:
+    hint, lecture = "Look   here.\nQuestion: how do they act?", "One\\ntwo. Answer: none."
+    problem = magnet(tmp_path, hint=hint, lecture=lecture)
+    asked, replied = format_problem(problem, "QCM-AE", released=True).turns[0]
+    # the word vanishes inside the hint too, of three spaces two remain, and AE tells the lecture
+    assert asked.split("\n")[1:3] == ["Context: Look  here.", "how do they act?"]
+    assert replied == "The answer is B. BECAUSE: One\ntwo. none."
+    assert format_problem(problem, "QCM-AL", released=True).turns[0][1] == REPLIES["AE"]
+    honest = format_problem(problem, "QCM-AL").turns[0]
+    assert honest[0].split("\n")[1:3] == ["Context: Look here.", "Question: how do they act?"]
+    assert honest[1] == "The answer is B. BECAUSE: One\\ntwo. Answer: none."
+    assert format_problem(problem, "CQM-A", released=True).turns[0][0].split("\n")[0] == "Context: Look  here."
+    assert answer_prompt("QCM-LEPA", released=True) == " ###\nANSWER:"
+    bare = magnet(tmp_path / "bare", lecture="", solution="")
+    assert format_problem(bare, "QCM-LEA", released=True).turns[0][1] == " The answer is B."
+    assert format_problem(bare, "QCM-ALE", released=True).turns[0][1] == "The answer is B."
+    assert format_problem(bare, "QCMLE-A", released=True).turns[0][0].endswith("repel\n<image>")
+    assert "BECAUSE" not in format_problem(bare, "QCLM-A").turns[0][0]
 
 
 def test_absent_parts_leave_no_trace(tmp_path: Path) -> None:
@@ -133,7 +168,7 @@ def test_real_problems_make_valid_records_in_every_format(real: list[Problem]) -
     columns = Counter(name for problem in real for name in problem.subsets)
     assert columns["NAT"] + columns["SOC"] + columns["LAN"] == columns["G1-6"] + columns["G7-12"] == 361
     assert columns["IMG"] == sum(problem.image is not None for problem in real) == 167
-    for name in PROMPT_FORMATS.names():
+    for name in PROMPT_FORMATS:
         records = []
         for sample in (format_problem(problem, name) for problem in real):
             texts = zip(("human", "gpt"), sample.turns[0], strict=True)

@@ -13,6 +13,7 @@ from llava_core.data.image_processor import load_image
 from llava_core.data.instruct import Sample
 from llava_core.evaluate import answer as answering
 from llava_core.evaluate.answer import answer_questions, prompt_ids
+from llava_core.models import generation
 from llava_core.runtime import DataError
 from llava_core.train.stages import TrainingSet
 from llava_core.weights.checkpoint import Loaded, build
@@ -131,13 +132,30 @@ def test_what_an_answer_begins_with_goes_to_its_own_question(
     asked: dict[str, str] = {}
     original = answering.prompt_ids
 
-    def spy(model, turns, has_image, begin="", key=""):
+    def spy(model, turns, has_image, begin="", key="", most=None):
         asked[key] = begin
-        return original(model, turns, has_image, begin, key)
+        return original(model, turns, has_image, begin, key, most)
 
     monkeypatch.setattr(answering, "prompt_ids", spy)
     answer_questions(loaded, ROWS, images, max_new_tokens=1, begins={"3": "red", "5": "blue"})
     assert asked == {"7": "", "3": "red", "5": "blue", "9": "", "1": ""}
+
+
+def test_an_answer_ends_where_the_positions_do_and_a_long_beginning_keeps_its_end(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = prompt_ids(loaded, [("what", None)], False, begin="red " * 300 + "blue", most=100)
+    assert len(begun) == 100
+    assert loaded.tokenizer.decode(begun).endswith("red red blue")
+    assert loaded.tokenizer.decode(begun).startswith("<s>A curious human")
+    used: list[int] = []
+    monkeypatch.setattr(
+        generation,
+        "generate",
+        lambda m, t, prompts, p, each: used.append(len(prompts[0]) + each[0].max_new_tokens) or [""],
+    )
+    answer_questions(loaded, ROWS[1:2], max_new_tokens=10_000, room=100)
+    assert used == [256 - 100]
 
 
 def test_an_answer_is_what_plain_forward_passes_say(loaded: Loaded, images: Path) -> None:

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from llava_core.evaluate.captions import bleu, cider, evaluate_files, score, tokenize
+from llava_core.evaluate.captions import bleu, cider, compare, evaluate_files, score, tokenize, write_captions
 from llava_core.runtime import DataError
+from llava_core.weights.checkpoint import build
 
 
 @pytest.mark.parametrize(
     ("caption", "tokens"),
     [
         ("A man's dog doesn't bark.", "a man 's dog does n't bark"),
-        ('Two (2) cats -- "asleep", on a black-and-white sofa...', "two 2 cats asleep on a black-and-white sofa"),
+        (
+            'Two (2) cats -- "asleep", on a black-and-white sofa...',
+            "two -lrb- 2 -rrb- cats asleep on a black-and-white sofa",
+        ),
         (
             "They’re 3.5 m from the U.S. border; it costs $1,000!",
             "they 're 3.5 m from the u.s. border it costs $ 1,000",
         ),
         ("can't", "ca n't"),
+        ("He cannot, he's gonna wait [sic].", "he can not he 's gon na wait -lsb- sic -rsb-"),
+        ("First Ave. and Main st. at 5 p.m.", "first ave. and main st. at 5 p.m."),
+        ("50% of it: black/white t-shirts & 2nd-hand", "50 % of it black/white t-shirts & 2nd-hand"),
         (" . ", ""),
     ],
 )
@@ -74,6 +89,132 @@ def test_cider_ignores_what_every_image_has() -> None:
 def test_empty_captions_score_zero() -> None:
     result = score({1: ["a cat"], 2: ["a dog"]}, {1: "", 2: "."})
     assert result["bleu4"] == result["cider"] == 0
+
+
+STORED = [  # candidate, then references, already tokens
+    ["a red car drives by the house", "a red car drives past a house", "the car is red", "a house and a car"],
+    ["two dogs play on the beach", "two dogs are on a beach", "dogs play on the beach on a sunny day"],
+    ["a clock on a table", "the table has a clock on it", "a small clock stands on a wooden table", "a clock"],
+    ["a man rides a horse", "somebody sits on a horse", "a rider and a horse"],
+    ["", "nothing to see here"],
+]
+
+
+def test_intervals_are_about_the_scores_and_differences_are_paired() -> None:
+    rng = random.Random(0)
+    vocabulary = [
+        "a",
+        "red",
+        "blue",
+        "car",
+        "dog",
+        "house",
+        "drives",
+        "plays",
+        "by",
+        "on",
+        "the",
+        "road",
+        "small",
+        "large",
+        "two",
+    ]
+    references = {k: [" ".join(rng.choices(vocabulary, k=8)) for _ in range(5)] for k in range(50)}
+    first = {k: " ".join(rng.choices(vocabulary, k=7)) for k in references}
+    second = {k: texts[0] if k % 2 else first[k] for k, texts in references.items()}
+    whole, alone = score(references, first), compare(references, first)
+    assert alone["bleu4"]["value"] == pytest.approx(whole["bleu4"])
+    assert alone["cider"]["value"] == pytest.approx(whole["cider"])
+    better = compare(references, first, second)
+    for name in ("bleu4", "cider"):
+        low, high = alone[name]["interval"]
+        assert low < whole[name] < high
+        assert better[name]["value"] == pytest.approx(score(references, second)[name] - whole[name])
+        assert 0 < better[name]["interval"][0] < better[name]["value"] < better[name]["interval"][1]
+    assert compare(references, first, first)["cider"] == {"value": 0, "interval": [0, 0]}
+    with pytest.raises(DataError, match="of the same images"):
+        compare(references, first, {0: "a car"})
+
+
+def halves(lines: list[list[str]]) -> tuple[list[list[list[str]]], list[list[str]]]:
+    return [[words(text) for text in line[1:]] for line in lines], [words(line[0]) for line in lines]
+
+
+def test_stored_numbers_of_the_coco_scorer() -> None:
+    """pycocoevalcap 1.2, its classes Bleu(4) and Cider, on these very tokens."""
+    references, candidates = halves(STORED)
+    assert bleu(references, candidates) == pytest.approx([0.669896867, 0.570913996, 0.464838816, 0.381140745], abs=1e-6)
+    assert cider(references, candidates) == pytest.approx(
+        [2.464467131, 3.849825268, 2.535020802, 1.604183667, 0.0], abs=1e-6
+    )
+
+
+def test_the_scores_are_those_of_pycocoevalcap() -> None:
+    reason = "pycocoevalcap is not installed; benchmarks/results/captions.csv has what was measured with it"
+    peer_bleu = pytest.importorskip("pycocoevalcap.bleu.bleu", reason=reason).Bleu
+    peer_cider = pytest.importorskip("pycocoevalcap.cider.cider", reason=reason).Cider
+    rng = random.Random(0)
+    vocabulary = [f"w{int(rng.paretovariate(0.7))}" for _ in range(40)]
+    drawn = [
+        [" ".join(rng.choices(vocabulary, k=rng.randrange(12))) for _ in range(rng.randint(2, 6))] for _ in range(60)
+    ]
+    for lines in (STORED, drawn):
+        references, candidates = halves(lines)
+        given = {k: line[1:] for k, line in enumerate(lines)}, {k: line[:1] for k, line in enumerate(lines)}
+        assert bleu(references, candidates) == pytest.approx(peer_bleu(4).compute_score(*given, verbose=0)[0], abs=1e-6)
+        assert cider(references, candidates) == pytest.approx(list(peer_cider().compute_score(*given)[1]), abs=1e-6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_has_tokens_without_white_space(text: str) -> None:
+    tokens = tokenize(text)
+    assert all(token and token == token.strip() and len(token.split()) == 1 for token in tokens)
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["annotations", "images", "image_id", "caption", "x"]), inner, max_size=3),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON, JSON)
+def test_any_files_are_scored_or_refused(references: Any, predictions: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [write(Path(folder) / name, value) for name, value in (("r.json", references), ("p.json", predictions))]
+        with contextlib.suppress(DataError):
+            assert evaluate_files(*paths)["n"] > 0
+
+
+def test_a_checkpoint_captions_the_images_of_a_file(tmp_path: Path) -> None:
+    made = build(*tiny.base_models(tmp_path / "bases"), torch.float32)
+    made.model.eval()
+    for k in range(3):
+        Image.new("RGB", (40, 32), (80 * k, 30, 30)).save(tmp_path / f"{k}.png")
+    images = [{"id": k, "file_name": f"{k}.png"} for k in range(3)]
+    annotations = [{"image_id": k, "caption": "a red car"} for k in range(3)]
+    refs = write(tmp_path / "captions.json", {"images": images, "annotations": annotations})
+    out = tmp_path / "said.json"
+    found = write_captions(made, refs, tmp_path, out, limit=2, max_new_tokens=4)
+    assert (found["answers"], found["new"]) == (2, 2)
+    assert [row["image_id"] for row in json.loads(out.read_text())] == [0, 1]
+    assert evaluate_files(refs, out)["missing"] == 1
+    assert write_captions(made, refs, tmp_path, out, max_new_tokens=4)["answers"] == 3
+    with pytest.raises(
+        DataError, match=r"said\.jsonl, record 1: question 0 was answered with max_new_tokens 4, now it is 5"
+    ):
+        write_captions(made, refs, tmp_path, out, max_new_tokens=5)
+    with pytest.raises(DataError, match=r"ends in \.json"):
+        write_captions(made, refs, tmp_path, tmp_path / "said.txt")
+    with pytest.raises(DataError, match=r"image 0: .*0\.png is not there"):
+        write_captions(made, refs, tmp_path / "bases", out)
+    with pytest.raises(DataError, match="no `images`"):
+        write_captions(made, write(tmp_path / "none.json", {"annotations": annotations}), tmp_path, out)
 
 
 def write(path: Path, value: Any) -> Path:

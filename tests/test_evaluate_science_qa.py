@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 
 from llava_core.evaluate import science_qa
 from llava_core.evaluate.ensemble import complement, evaluate, judged
-from llava_core.evaluate.science_qa import INVALID, UNPARSED, evaluate_files, format_report, parse_answer, score
+from llava_core.evaluate.science_qa import (
+    INVALID,
+    UNPARSED,
+    answer_letter,
+    compare_files,
+    evaluate_files,
+    format_comparison,
+    format_report,
+    parse_answer,
+    score,
+)
 from llava_core.runtime import DataError
 
 PROBLEMS: dict[str, Any] = {
@@ -44,7 +54,16 @@ TEST = {key: problem for key, problem in PROBLEMS.items() if problem["split"] ==
         ("B", "v0", UNPARSED),
         ("B", "1.0", UNPARSED),
         ("B", "1.5", 1),
-        (" B\n", "1.5", 1),
+        (" B\n", "1.5", UNPARSED),  # the released evaluation strips a text before it is stored
+        (" B\n", "ours", 1),
+        ("The answer is B", "ours", UNPARSED),
+        ("The answer is Belgium.", "v0", 1),
+        ("The answer is Belgium.", "ours", UNPARSED),
+        ("A. The answer is B.", "1.5", 0),
+        ("A. The answer is B.", "ours", UNPARSED),
+        ("A\nThe answer is B.", "ours", UNPARSED),
+        ("B. The answer is B.", "ours", 1),
+        ("B\nbecause of it", "ours", UNPARSED),
         ("B. the second", "1.5", 1),
         ("D. the fourth", "1.5", INVALID),
         ("Banana", "1.5", UNPARSED),
@@ -57,16 +76,39 @@ def test_parse_answer(text: str, era: str, expected: Any) -> None:
 
 
 def test_unknown_era() -> None:
-    with pytest.raises(ValueError, match="known: v0"):
+    with pytest.raises(ValueError, match="known: ours, v0"):
         parse_answer("B", 2, "v9")
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text(), st.integers(2, 5), st.sampled_from(["v0", "1.5"]))
+PIECES = st.lists(
+    st.one_of(
+        st.text(max_size=8),
+        st.sampled_from(["The answer is ", "A", "B.", "C. ", "\n", ".", " ", "the answer is ", "(D)", "Z", "Answer: "]),
+    ),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(PIECES, st.integers(2, 5), st.sampled_from(science_qa.ERAS))
 def test_parsing_never_fails_nor_leaves_the_choices(text: str, n: int, era: str) -> None:
     for t in (text, f"The answer is {text}.", text[:1] + ". "):
         answer = parse_answer(t, n, era)
         assert answer in (UNPARSED, INVALID) or answer in range(n)
+
+
+@settings(max_examples=400, deadline=None)
+@given(PIECES, st.sampled_from("ABCDE"))
+def test_a_letter_is_in_the_text_and_a_second_one_makes_it_a_failure(text: str, other: str) -> None:
+    for t in (text, f"{text} The answer is {other}."):
+        letter = answer_letter(t)
+        if letter is None:
+            continue
+        opens = t.strip() == letter or t.lstrip().startswith(f"{letter}. ")
+        assert opens or f"The answer is {letter}" in t
+        for second in {*"ABCDE"} - {letter}:
+            assert answer_letter(f"{t}\nThe answer is {second}.") is None
+            assert answer_letter(f"{second}. {t}") in (None, second)  # an opening "X. " may hide what opened before it
 
 
 def test_released_file(reference: Path) -> None:
@@ -85,6 +127,16 @@ def test_released_file(reference: Path) -> None:
     assert "paper's 90.92" in notes
     assert all(text in format_report(result) for text in ("90.90", "1775", "3247"))
     assert evaluate_files(*files, era="v0")["correct"] == 3855
+    assert "(3855 + 0.50) / 4241" in notes
+    assert "scored on trust" in notes
+    released = evaluate_files(*files, released=True)
+    assert (released["correct"], round(released["accuracy"], 2)) == (3856, 90.92)
+    assert {name: round(row["accuracy"], 2) for name, row in released["subsets"].items()} == {
+        "TXT": 89.49, "IMG": 88.00, "NO": 90.66,
+    }  # fmt: skip
+    assert (released["header"]["correct"], released["header"]["count"]) == (3855, 4241)
+    with pytest.raises(DataError, match="does not say how its answers were made"):
+        evaluate_files(*files, prompt_format="QCM-LEPA")
 
 
 def test_both_question_layouts_agree(reference: Path) -> None:
@@ -194,6 +246,51 @@ def test_choices_may_run_over_lines() -> None:
     assert (question.id, question.n_choices, question.answer, question.subsets) == ("7", 3, 2, ["TXT", "IMG"])
 
 
+def test_a_result_file_of_the_later_code_stores_failures_as_minus_one(tmp_path: Path) -> None:
+    outputs = {"1": "Poles repel. The answer is B.", "2": "It cannot be told.", "3": "It is A. The answer is C."}
+    content = {"acc": 33.3, "correct": 1, "count": 3, "results": {"1": 1, "2": -1, "3": -1}, "outputs": outputs}
+    (tmp_path / "later.json").write_text(json.dumps(content))
+    (tmp_path / "q.json").write_text(json.dumps(PROBLEMS))
+    for released in (False, True):
+        result = evaluate_files(tmp_path / "later.json", tmp_path / "q.json", released=released)
+        assert (result["correct"], result["unparsed_ids"], result["invalid_ids"]) == (1, ["2"], ["3"])
+        assert "result map" not in " ".join(result["notes"])
+    rows = [
+        {"question_id": key, "prompt": "p", "text": t, "model_id": "m", "metadata": {}} for key, t in outputs.items()
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert evaluate_files(tmp_path / "rows.jsonl", tmp_path / "q.json")["unparsed"] == 1
+    with pytest.raises(DataError, match="leave --released away"):
+        evaluate_files(tmp_path / "rows.jsonl", tmp_path / "q.json", released=True)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows[:2], rows[2] | {"model_id": "other"}])))
+    with pytest.raises(DataError, match=r"record 3: answers of several models \(m, other\)"):
+        evaluate_files(tmp_path / "rows.jsonl", tmp_path / "q.json")
+
+
+def answer_file(path: Path, answers: dict[str, str]) -> Path:
+    path.write_text(json.dumps({"outputs": answers}))
+    return path
+
+
+def test_two_files_are_compared_question_by_question(tmp_path: Path) -> None:
+    problems = {str(k): PROBLEMS["2"] for k in range(40)}
+    (tmp_path / "q.json").write_text(json.dumps(problems))
+    good = answer_file(tmp_path / "good.json", {str(k): "A" if k < 30 else "B" for k in range(40)})
+    bad = answer_file(tmp_path / "bad.json", {str(k): "A" if k < 20 or k >= 38 else "B" for k in range(40)})
+    result = compare_files(good, bad, tmp_path / "q.json")
+    assert (result["n"], result["first"]["correct"], result["second"]["correct"]) == (40, 30, 22)
+    assert (result["only_first"], result["only_second"]) == (10, 2)
+    assert result["difference"] == pytest.approx(-20)
+    assert result["interval"][0] < -20 < result["interval"][1] < 0
+    assert result["p"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert "-20.00 points" in format_comparison(result)
+    less = answer_file(tmp_path / "less.json", {str(k): "A" for k in range(39)})
+    with pytest.raises(DataError, match=r"good.json answers 1 questions that .*less.json does not \(39\)"):
+        compare_files(less, good, tmp_path / "q.json")
+    part = answer_file(tmp_path / "part.json", {str(k): "B" for k in range(39)})
+    assert compare_files(less, part, tmp_path / "q.json")["notes"][0] == "39 of 40 questions are answered."
+
+
 def test_ensemble_rules() -> None:
     assert complement(0, UNPARSED) == complement(0, INVALID) == 0
     assert complement(0, 1) == 1
@@ -209,6 +306,6 @@ def test_ensemble_rules() -> None:
 
 
 def test_evaluate_does_not_import_torch() -> None:
-    names = "captions, ensemble, grounding, llava_bench, science_qa, statistics"
+    names = "captions, ensemble, grounding, llava_bench, predict, predictions, science_qa, statistics"
     code = f"import sys; from llava_core.evaluate import {names}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,16 @@ from llava_core.runtime import ConfigError
 def test_the_papers_small_differences_are_not_significant() -> None:
     z = {name: ab.published_difference(name)["z"] for name in ab.ABLATIONS}
     assert {name for name, value in z.items() if abs(value) >= 1.96} == {"pretraining"}
-    assert z["feature_layer"] == pytest.approx(-1.503, abs=1e-3)  # 3856 against 3815 of 4241
+    assert z["feature_layer"] == pytest.approx(-1.514, abs=1e-3)  # 3856 against 3815 of 4241
+
+
+def test_the_table_on_the_papers_number_says_how_sure_it_is() -> None:
+    rows = {name: ab.published_row(name) for name in ab.ABLATIONS}
+    assert rows["model_size"]["the difference is"].startswith("within")
+    assert rows["pretraining"]["the difference is"].startswith("beyond")
+    row = rows["feature_layer"]
+    assert (row["layer before the last (%)"], row["last layer (%)"], row["questions"]) == (90.92, 89.96, 4241)
+    assert (row["p"], rows["pretraining"]["p"]) == ("0.130", "< 0.001")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +89,15 @@ def test_mixes_are_compared_on_the_same_questions() -> None:
     assert rows["full", "conv"]["n"] == 2
 
 
+def test_the_seeds_of_a_mix_are_resampled_too() -> None:
+    less = [_reviews([6.0] * 6), _reviews([2.0] * 6)]  # no question differs from another, the seeds do
+    reviews = {"full": [_reviews([8.0] * 6)] * 2, "less": less, "none": [_reviews([4.0] * 6)]}
+    found = {r["training data"]: r for r in ab.mix_rows(reviews, dict.fromkeys(reviews, "bench-coco-full"))}
+    assert found["less"]["difference"] == pytest.approx(-50)
+    assert found["less"]["difference interval"] == pytest.approx([-75, -25])
+    assert found["none"]["difference interval"] == pytest.approx([-50, -50])
+
+
 def test_a_failed_review_counts_for_neither_side() -> None:
     rows = _reviews([8.0] * 6)
     rows[0] = {**rows[0], "tuple": None}
@@ -109,7 +127,7 @@ def test_two_seeds_that_agree_by_chance_resolve_nothing(
     second = [0.0] * worse + [1.0] * better + [1.0] * (400 - worse - better)
     arms = [ab.Arm("a", "science_qa", [50.0, 52.0]), ab.Arm("b", "x", [50 - worse / 4 + 0.25, 52 - worse / 4 + 0.25])]
     monkeypatch.setattr(ab, "run_arms", lambda *_: arms)
-    monkeypatch.setattr(ab, "question_scores", lambda arm, _: first if arm is arms[0] else second)
+    monkeypatch.setattr(ab, "question_scores", lambda arm, _: [first if arm is arms[0] else second] * 2)
     found = ab.ablate("feature_layer")
     assert found["interval"][0] == found["interval"][1] == pytest.approx(-(worse - better) / 4)
     assert found["widest"][0] < found["interval"][0]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +105,30 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mon
     monkeypatch.setattr(BACKENDS, "get", lambda name: broken if name == "per_sample" else get(name))
     with pytest.raises(AssertionError, match="per_sample and padded differ"):
         bench_attention(("tiny",), length=96, rounds=1, scale=0.08)
+
+
+@pytest.mark.parametrize(("depends", "same"), [(False, True), (True, False)])
+def test_the_evaluation_is_timed_and_answers_that_depend_on_the_batch_are_seen(
+    depends: bool, same: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llava_core.lab import bench_evaluate
+
+    asked: list[tuple[int | None, int]] = []
+
+    def tasks(_: object, __: object, limit: int | None) -> dict[str, Any]:
+        def answer(batch: int) -> dict[str, str]:
+            asked.append((limit, batch))
+            return {str(k): f"{batch if depends else 0}" for k in range(limit or 9)}
+
+        return {"set": (answer, len), "other": (answer, len)}
+
+    monkeypatch.setattr(bench_evaluate, "_tasks", tasks)
+    monkeypatch.setattr(bench_evaluate, "load", lambda path: path)
+    found = bench_evaluate.bench_evaluate(tmp_path, tmp_path, limit=4, rounds=2, batch=8, clock="wall")
+    assert found["same_answers"] is same
+    assert [row["set"] for row in found["cases"]] == ["set", "other", "all"]
+    assert [row["questions"] for row in found["cases"]] == [9, 9, 18]
+    assert [row["score"] for row in found["cases"]] == [9, 9, None]
+    assert asked.count((None, 8)) == 2
+    assert asked.count((4, 1)) == asked.count((4, 8)) == 6
+    append_rows(tmp_path / "rows.csv", found["cases"])

@@ -44,7 +44,7 @@ def out(tmp_path: Path) -> Path:
 
 def test_the_book_is_built_from_what_has_run(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = {"claim": "a <claim>", "published": 1.5, "measured": [1, 2], "verdict": "holds", "note": "n"}
-    chapter(out, NAMES[0], "# Alignment\n\nSee [the bench](30_bench.ipynb).", [check])
+    chapter(out, NAMES[0], "# Alignment\n\nClaims: `ablation-7b`.\n\nSee [the bench](30_bench.ipynb).", [check])
     vendor = out.parent / "_vendor" / "mathjax"
     vendor.mkdir(parents=True)
     (vendor / "tex-mml-chtml.js").write_text("/* local */")
@@ -63,6 +63,11 @@ def test_the_book_is_built_from_what_has_run(out: Path, capsys: pytest.CaptureFi
         assert text in page
     chapter_page = (first.parent / "notebooks" / "20_alignment.html").read_text()
     assert "companion.css" in chapter_page
+    assert '<a class="chip measured" href="claims.html#ablation-7b"' in chapter_page
+    assert "`ablation-7b`" in (out / "20_alignment.ipynb").read_text()  # the executed copy is not touched
+    assert '<tr id="ablation-7b">' in (first.parent / "notebooks" / "claims.html").read_text()
+    assert "Masks that drift" in (first.parent / "notebooks" / "differences.html").read_text()
+    assert "{{" not in (first.parent / "bring_your_own_data.html").read_text()
     assert "cdn.jsdelivr.net/npm/mathjax" not in chapter_page
     assert not (first.parent / "notebooks" / "30_bench.html").exists()
     assert "Ablations" not in chapter_page  # a part without chapters has no heading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from llava_core.lab import chapters_data
 from llava_core.lab.chapters_data import (
     boxed,
     dialogue_html,
+    estimate_mix,
     generate_mix,
+    mix_jobs,
     opening_words,
     own_folder,
     paper_model,
@@ -23,7 +26,7 @@ from llava_core.lab.chapters_data import (
 from llava_core.lab.notebooks import Chapter
 from llava_core.miniature.offline_chat import respond
 from llava_core.runtime import DataError, read_jsonl
-from llava_core.teacher.client import OfflineClient
+from llava_core.teacher.client import BudgetError, ChatReply, ChatRequest, OfflineClient, estimate
 
 
 def annotated(count: int) -> list[AnnotatedImage]:
@@ -56,6 +59,40 @@ def test_a_mix_asks_each_kind_about_its_share_and_keeps_the_order_of_the_images(
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(DataError, match=r"detail.*1\.5"):
         generate_mix(images, {"detail": 1.5}, OfflineClient(respond), tmp_path / "c")
+
+
+def test_a_budget_that_ends_leaves_a_mix_of_all_kinds(tmp_path: Path) -> None:
+    class Poor(OfflineClient):
+        def complete(self, request: ChatRequest) -> ChatReply:
+            asked.append(request.model)
+            if len(asked) > 11:
+                raise BudgetError("budget of 5 USD: spent")
+            return super().complete(request)
+
+    asked: list[str] = []
+    shares = {"conversation": 1.0, "detail": 0.5, "complex": 1.0}
+    results = generate_mix(annotated(10), shares, Poor(respond), tmp_path, model="gpt-4o")
+    assert set(asked) == {"gpt-4o"}
+    assert all(result["records"] >= 1 and result["stopped"] == "budget of 5 USD: spent" for result in results.values())
+    assert sum(result["records"] for result in results.values()) == 11
+    assert sum(result["unasked"] for result in results.values()) == 14
+    assert len(load_instruct(tmp_path / "llava_instruct.json")) == 11
+
+
+def test_a_mix_is_estimated_for_several_teachers() -> None:
+    shares, counts = {"conversation": 1.0, "detail": 0.4}, {"conversation": 58_000, "detail": 23_000}
+    images = [replace(image, captions=[f"Car {image.id}."]) for image in annotated(10)]
+    rows = estimate_mix(images, shares, ["gpt-4", "gpt-4o"], counts)
+    assert [row["teacher"] for row in rows] == ["gpt-4", "gpt-4o"]
+    assert [row["requests"] for row in rows] == [14, 14]
+    assert rows[0]["USD per million tokens"] == "30 + 60"
+    whole = "81,000 records (USD)"
+    assert rows[0]["USD"] < rows[0]["USD at most"] < rows[0][whole]
+    assert rows[0]["in batches (USD)"] == pytest.approx(rows[0][whole] / 2)
+    told = estimate(request for _, _, request in mix_jobs(images, shares, "gpt-4"))
+    assert rows[0]["USD"] == pytest.approx(told["usd"], abs=1e-3)
+    [one] = estimate_mix(annotated(1), {"conversation": 1.0}, ["gpt-4"], {"conversation": 1000})
+    assert one["1,000 records (USD)"] == pytest.approx(1000 * one["USD"])
 
 
 def test_a_refused_reply_is_kept_beside_the_records(tmp_path: Path) -> None:

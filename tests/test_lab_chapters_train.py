@@ -11,6 +11,7 @@ from PIL import Image
 from llava_core.config import RunConfig, load_experiment
 from llava_core.data.instruct import Sample
 from llava_core.data.scienceqa import Problem
+from llava_core.evaluate import ensemble
 from llava_core.lab import ablation
 from llava_core.lab import chapters_train as show
 from llava_core.record import RunRecord
@@ -127,14 +128,17 @@ def test_science_baselines_count_guess_position_and_answers() -> None:
     assert rows["without"]["n"] == 2
 
 
-def test_a_text_only_model_is_shown_both_answers_and_no_image() -> None:
-    problem = _problem("1", 1, Path("x.png"))
-    first, second = show.science_messages(problem), show.science_messages(problem, ("seen it", "cannot see"))
-    assert "<image>" not in first[1]["content"]
-    assert second[1]["content"].startswith(first[1]["content"])
-    assert second[1]["content"].index("seen it") < second[1]["content"].index("cannot see")
-    opinions = show.science_opinions([problem, _problem("2", 0)], show.offline_model(), {"1": ("B", "A")})
-    assert opinions.keys() == {"1"}
+def test_a_difference_has_its_interval_and_a_system_its_published_number() -> None:
+    problems = [_problem(str(k), 0) for k in range(20)]
+    first, second = ({p.id: "B" if k < n else "A" for k, p in enumerate(problems)} for n in (15, 5))
+    found = show.difference_of(problems, first, second)
+    assert (found["n"], found["effect"]) == (20, pytest.approx(50))
+    assert 0 < found["interval"][0] < 50 < found["interval"][1]
+    rows = {row["system"]: row for row in show.ensemble_rows(ensemble.evaluate(problems, first, second, {}))}
+    assert rows["llava"]["published (%)"] == 90.92
+    assert rows["judge"]["published (%)"] == 92.53
+    assert rows["llava"]["minus LLaVA"] is None
+    assert rows["gpt4"]["its interval"] == pytest.approx(found["interval"])
 
 
 def test_cards_escape_what_was_said() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from llava_core.data.coco import context_text, load_annotations
+from llava_core.evaluate.bench_steps import reference_messages
 from llava_core.evaluate.llava_bench import judge_messages, parse_scores
 from llava_core.evaluate.science_qa import Failure, parse_answer
 from llava_core.miniature import language
 from llava_core.miniature.benches import full_answer
-from llava_core.miniature.offline_chat import TURNS, read_context, read_scene, respond
+from llava_core.miniature.offline_chat import TERSE, THOROUGH, TURNS, Taste, read_context, read_scene, respond
 from llava_core.miniature.scienceqa import make_problem
 from llava_core.miniature.world import Scene, sample_scene
 from llava_core.runtime import DataError
@@ -245,3 +246,34 @@ def test_a_question_about_an_image_is_declined_unless_somebody_who_sees_has_answ
         assert "cannot see" in choose(text)
         assert choose(f"{text}\nFirst: The answer is B.\nSecond: The answer is A.") == "The answer is A."
     assert choose(f"{QUESTION}\nFirst: The answer is B.\nSecond: The answer is A.") == "The answer is B."
+
+
+def test_a_terse_judge_rewards_short_true_answers_and_a_thorough_one_complete_ones() -> None:
+    scene = SCENES[0]
+    facts = language.facts_of_scene(scene)
+    context, whole = written(captions_of(scene), boxes_of(scene)), language.describe(facts)
+    short = f"There is {language.with_article(facts.groups[0].category)}."
+    prompt = judge_messages("Describe this image in detail.", context, whole, short)
+
+    def ratio(taste: Taste) -> float:
+        scores = parse_scores(respond(prompt, taste))
+        assert scores is not None
+        return scores[1] / scores[0]
+
+    assert ratio(THOROUGH) < 0.8 < 1 < ratio(TERSE)
+    wrong = parse_scores(
+        respond(judge_messages("What do you see?", context, whole, "A sentence without a fact."), TERSE)
+    )
+    assert wrong is not None
+    assert wrong[1] == 1  # short alone earns nothing
+
+
+def test_a_reference_answer_is_right_by_the_context() -> None:
+    for scene in SCENES[:20]:
+        facts, context = language.facts_of_scene(scene), written(captions_of(scene), boxes_of(scene))
+        for qa in language.questions(facts, random.Random(0))[:3]:
+            assert respond(reference_messages(qa.question, context)) == qa.answer
+        if qa := language.reasoning(facts, random.Random(1)):
+            assert respond(reference_messages(qa.question, context)) == qa.answer
+        assert respond(reference_messages("Describe this image in detail.", context)) == language.describe(facts)
+    assert "dog" in respond(reference_messages("What is it?", "A dog sleeps on a sofa."))

@@ -11,7 +11,16 @@ import pytest
 
 from llava_core.runtime import ConfigError, DataError
 from llava_core.teacher.chat import ChatReply, ChatRequest, ServerError, cost_usd, estimate
-from llava_core.teacher.client import CLIENTS, Cassette, OfflineClient, RecordClient, ReplayClient, client_from_name
+from llava_core.teacher.client import (
+    CLIENTS,
+    PAYING,
+    Cassette,
+    OfflineClient,
+    RecordClient,
+    ReplayClient,
+    client_from_name,
+)
+from llava_core.teacher.plan import in_words, plan
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße, what is 2 + 2?"}]
 REQUEST = ChatRequest(MESSAGES, "gpt-4", max_tokens=5)
@@ -144,12 +153,13 @@ def test_clients_by_name(tmp_path: Path) -> None:
         client_from_name("offlin")
     with pytest.raises(ConfigError, match="needs a responder"):
         client_from_name("offline")
-    for name in ("record", "replay"):
+    assert set(PAYING) == set(CLIENTS) - set(made)
+    for name in ("record", "replay", "batch"):
         with pytest.raises(ConfigError, match=f"'{name}' needs a cassette"):
             client_from_name(name)
 
 
-@pytest.mark.parametrize("name", ["live", "record"])
+@pytest.mark.parametrize("name", PAYING)
 def test_without_the_sdk_one_line_says_what_to_install(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,3 +185,28 @@ def test_an_estimate_counts_each_request_once_and_bounds_it() -> None:
     with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give price="):
         estimate([ChatRequest(MESSAGES, "mine")])
     assert estimate([ChatRequest(MESSAGES, "mine")], {"mine": (0.0, 0.0)})["usd_most"] == 0
+
+
+def test_a_plan_counts_what_the_cassette_holds_as_free_and_a_batch_at_half_the_price(tmp_path: Path) -> None:
+    tape = tmp_path / "tape.sqlite"
+    requests = [replace(REQUEST, max_tokens=k) for k in (5, 6, 7)]
+    all_of_them = plan([*requests, REQUEST], cassette=tape)
+    assert (all_of_them["requests"], all_of_them["cached"], all_of_them["memory_gib"]) == (3, 0, 0)
+    assert not tape.exists()
+    RecordClient(Server(), tape).complete(REQUEST)
+    rest = plan(requests, cassette=tape)
+    assert (rest["requests"], rest["cached"]) == (3, 1)
+    assert {key: rest[key] for key in ("tokens", "usd", "usd_most")} == {
+        key: estimate(requests[1:])[key] for key in ("tokens", "usd", "usd_most")
+    }
+    half = plan(requests, "batch", tape)
+    assert half["usd_most"] == pytest.approx(rest["usd_most"] / 2, abs=1e-4)
+    assert (half["hours"], plan(requests[:1], "batch", tape)["hours"]) == (24, 0)
+    own = plan([ChatRequest(MESSAGES, "mine")], price=(1e6, 0.0))
+    assert own["usd"] == own["tokens"]["prompt"]
+    with pytest.raises(ConfigError, match=r"unknown price of model 'mine'"):
+        plan([ChatRequest(MESSAGES, "mine")])
+    said = in_words(half)
+    assert said.startswith("estimate: 3 requests, 1 of them in the cassette; for the others ")
+    assert said.endswith("up to 24.0 hours")
+    assert "up to" not in in_words(rest)

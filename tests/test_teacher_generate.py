@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from llava_core import cli
+from llava_core.constants import DETAIL_INSTRUCTIONS
 from llava_core.data.coco import load_annotations
 from llava_core.data.instruct import check_file, load_instruct
 from llava_core.miniature.offline_chat import respond
@@ -257,3 +261,100 @@ def test_eighty_real_images_become_instruction_data(reference: Path, tmp_path: P
     detail = [s.turns[0][1] for s in samples if s.kind == "detail"]
     assert len(set(detail)) == 80
     assert min(len(t.split()) for t in detail) >= 15
+
+
+@pytest.mark.parametrize("prompts", ["ours", "released"])
+def test_real_images_are_told_in_captions_and_boxes_as_the_paper_says(reference: Path, prompts: str) -> None:
+    images = load_annotations(reference / "coco" / "caps_boxes_coco2014_val_80.jsonl")
+    chosen = load_prompts(reference / "coco" / "prompts") if prompts == "released" else None
+    jobs = list(requests_for(images, KINDS, chosen))
+    assert len(jobs) == 240
+    with_boxes = 0
+    for image, kind, request in jobs:
+        captions, _, boxes = request.messages[-1]["content"].partition("\n\n")
+        assert captions.split("\n") == [" ".join(caption.split()) for caption in image.captions]
+        lines = boxes.split("\n") if boxes else []
+        assert [line.partition(": [")[0] for line in lines] == [
+            name for name, _ in (image.boxes if kind != "conversation" else ())
+        ]
+        assert all(0 <= float(x) <= 1 for line in lines for x in line.partition(": [")[2][:-1].split(", "))
+        with_boxes += bool(lines)
+    assert with_boxes > 150
+
+
+def test_real_images_give_the_same_files_by_seed(reference: Path, tmp_path: Path) -> None:
+    images = load_annotations(reference / "coco" / "caps_boxes_coco2014_val_80.jsonl")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        generate(images, KINDS, OfflineClient(respond), tmp_path / name, seed=seed)
+    for file in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes(), file.name
+    a, c = (read_json(tmp_path / name / "llava_instruct.json") for name in "ac")
+    assert [r["conversations"][1] for r in a] == [r["conversations"][1] for r in c]  # the teacher has no seed
+    changed = sum(x["conversations"][0] != y["conversations"][0] for x, y in zip(a, c, strict=True))
+    assert 80 < changed < 240  # half of the sides, and nearly every way to ask for a description
+
+
+def test_a_description_is_asked_for_in_the_words_that_are_given(tmp_path: Path) -> None:
+    generate(IMAGES, ["detail"], OfflineClient(scripted), tmp_path / "a", detail_questions=["What?", "Which?"])
+    assert {text.replace("<image>", "").strip() for text in first_turns(tmp_path / "a").values()} == {"What?", "Which?"}
+    generate(IMAGES, ["detail"], OfflineClient(scripted), tmp_path / "b", detail_questions=DETAIL_INSTRUCTIONS)
+    generate(IMAGES, ["detail"], OfflineClient(scripted), tmp_path / "c")
+    assert first_turns(tmp_path / "b") == first_turns(tmp_path / "c")
+
+
+class Foresighted(OfflineClient):
+    """Wants to know all requests before it answers one."""
+
+    def __init__(self, responder: Callable[[list[Message]], str]) -> None:
+        super().__init__(responder)
+        self.known: dict[str, ChatReply] = {}
+        self.rounds: list[int] = []
+
+    def prefetch(self, requests: Sequence[ChatRequest]) -> list[ChatReply | None]:
+        self.rounds.append(len(requests))
+        self.known |= {request.key: super(Foresighted, self).complete(request) for request in requests}
+        return [self.known[request.key] for request in requests]
+
+    def complete(self, request: ChatRequest) -> ChatReply:
+        return self.known[request.key]
+
+
+def test_a_client_that_prefetches_gets_all_first_requests_and_then_the_second_ones(tmp_path: Path) -> None:
+    def sloppy(messages: list[Message]) -> str:
+        return BAD.get(messages[-1]["content"], REPLY)
+
+    images = [Image(str(k), f"{k}.jpg", [str(k)]) for k in range(6)]
+    client = Foresighted(sloppy)
+    result = generate(images, ["conversation"], client, tmp_path / "a")
+    assert client.rounds == [6, 4]
+    assert (result["records"], result["repaired"]) == (6, 4)
+    generate(images, ["conversation"], OfflineClient(sloppy), tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_the_command_line_takes_other_prompts_and_other_instructions(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations, folder = reference / "coco" / "caps_boxes_coco2014_val_80.jsonl", reference / "coco" / "prompts"
+    (tmp_path / "list.txt").write_text("Say what you see.\nSay it all.\n")
+    words = ["generate", "--annotations", str(annotations), "--limit", "9", "--json"]
+    more = ["--prompts", str(folder), "--instructions", str(tmp_path / "list.txt")]
+    assert cli.main([*words, "--out", str(tmp_path / "ours")]) == 0
+    assert cli.main([*words, *more, "--out", str(tmp_path / "theirs")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["records"] == 27
+    records = read_json(tmp_path / "theirs" / "llava_instruct.json")
+    versions = {kind: prompt.version for kind, prompt in load_prompts(folder).items()}
+    assert {record["type"]: record["provenance"]["prompt"] for record in records} == versions
+    asked = {r["conversations"][0]["value"].replace("<image>", "").strip() for r in records if r["type"] == "detail"}
+    assert asked == {"Say what you see.", "Say it all."}
+    ours = {r["provenance"]["prompt"] for r in read_json(tmp_path / "ours" / "llava_instruct.json")}
+    assert not ours & set(versions.values())
+    assert cli.main([*words, "--prompts", str(tmp_path), "--out", str(tmp_path / "x")]) == 1
+    assert "system_message.txt" in capsys.readouterr().err
+    # one prompt more or less is another price, which the plan tells
+    for extra in ([], ["--prompts", str(folder)]):
+        assert cli.main(["plan", *words, *extra]) == 0
+    plans = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert plans[0]["requests"] == plans[1]["requests"] == 27
+    assert plans[0]["tokens"]["prompt"] != plans[1]["tokens"]["prompt"]

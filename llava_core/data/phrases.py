@@ -87,12 +87,12 @@ _NOUNS_LIKE_VERBS = _words(  # nouns and adjectives that end like participles or
     family fly lily jelly belly italy july butterfly early ugly lovely friendly elderly holy daily silly lonely curly
     """
 )
-_TOKENS = re.compile(r"\w+(?:['’-]\w+)*|['’]\w+|[^\w\s]")
+TOKENS = re.compile(r"\w+(?:['’-]\w+)*|['’]\w+|[^\w\s]")
 
 
 @lru_cache(maxsize=1 << 20)
-def _word_class(word: str) -> str:
-    """`d` determiner, `x` end of a phrase, `v` participle or adverb, `#` number, `n` the rest: part of a phrase."""
+def word_class(word: str) -> str:
+    """Sort a word: `d` determiner, `x` end of a phrase, `v` participle or adverb, `#` number, `n` the rest."""
     word = word.lower()
     if word in ARTICLES:
         return "d"
@@ -120,8 +120,8 @@ def rule_phrases(caption: str) -> list[str]:
         if "n" in classes or "dv" in classes:
             found.append(" ".join(words[: max(classes.rfind("n"), classes.rfind("v")) + 1]))
 
-    for word in _TOKENS.findall(caption):
-        kind = _word_class(word)
+    for word in TOKENS.findall(caption):
+        kind = word_class(word)
         if kind in "n#" or (kind == "v" and classes in ("d", "d#")):
             words.append(word)
             classes += kind
@@ -151,31 +151,37 @@ SPACY_MODELS = (
 _UNUSED = ("ner", "lemmatizer", "senter")  # noun chunks need tags and dependencies only
 
 
+def noun_chunks(parsed: Any) -> list[str]:
+    """The noun phrases of a text that spaCy has parsed."""
+    return [parsed[start:end].text for start, end, _ in parsed.noun_chunks_iterator(parsed)]
+
+
 @dataclass(frozen=True)
 class Extractor:
-    """How noun phrases are found.
+    """How noun phrases, or other parts of a text, are found.
 
     Attributes:
         name: `rules`, or `spacy` with package and version.
         key: changes with anything that may change a phrase: package, versions and files of the model; the rules.
         package: the spaCy model's import name; None for the rules.
+        read: what is taken from a parsed text; a function of a module, since other processes look it up there.
+        unused: components of the model that it does without.
+        what: what is found, for the progress bar.
     """
 
     name: str
     key: str
     package: str | None = None
+    read: Callable[[Any], list[str]] = noun_chunks
+    unused: tuple[str, ...] = _UNUSED
+    what: str = "noun phrases"
 
     def start(self) -> Callable[[Iterable[str]], Iterator[list[str]]]:
         """Load what is needed; return a function from captions to the phrases of each."""
         if self.package is None:
             return lambda captions: map(rule_phrases, captions)
-        parser = importlib.import_module(self.package).load(exclude=_UNUSED)
-
-        def phrases(captions: Iterable[str]) -> Iterator[list[str]]:
-            for parsed in parser.pipe(captions, batch_size=256):
-                yield [parsed[start:end].text for start, end, _ in parsed.noun_chunks_iterator(parsed)]
-
-        return phrases
+        parser = importlib.import_module(self.package).load(exclude=self.unused)
+        return lambda captions: map(self.read, parser.pipe(captions, batch_size=256))
 
 
 def extractor_named(name: str = "auto") -> Extractor:
@@ -358,7 +364,7 @@ def extract_file(
     for left_over in folder.glob(".*.tmp"):  # of a killed writer
         left_over.unlink(missing_ok=True)
     total, there = 0, {path.name for path in paths}
-    bar = progress(0, f"noun phrases ({extractor.name})", unit=" captions")
+    bar = progress(0, f"{extractor.what} ({extractor.name})", unit=" texts")
 
     def missing() -> Iterator[tuple[tuple[str, ...], Path]]:
         nonlocal total

@@ -1,21 +1,22 @@
 """ScienceQA: the official files, the paper's categories, and the prompt formats that turn a problem into a dialogue.
 
-A format's name says the order of its parts: Q question, C context (hint), M multiple choice; then, behind the dash, the
-order of the reply: L lecture, E solution (explanation), A answer; P a second prompt. QCM-LEPA is the paper's: reasoning
-first, then the answer in a pass of its own.
+A format's name says the order of its parts: Q question, C context (hint), M multiple choice, and, where the question
+already tells the reasons, L lecture and E solution (explanation); then, behind the dash, the order of the reply: L, E
+and A answer; P a second prompt. QCM-LEPA is the paper's: reasoning first, then the answer in a pass of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.instruct import Sample
-from llava_core.registry import Registry, unknown
-from llava_core.runtime import DataError, read_json, shown
+from llava_core.registry import unknown
+from llava_core.runtime import ConfigError, DataError, read_json, shown
 
 LETTERS = "ABCDE"
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -130,92 +131,112 @@ def _parse(name: str, raw: Any, folder: Path) -> Problem:
 
 # ------------------------------------------------------------------------------------------------ prompt formats
 
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """How a problem becomes a question and a reply.
-
-    Attributes:
-        ask: the human turn, image marker included.
-        reply: the turn that a model learns.
-        answer_prompt: what a second pass appends to the generated reasoning; None where one pass does.
-    """
-
-    ask: Callable[[Problem], str]
-    reply: Callable[[Problem], str]
-    answer_prompt: str | None = None
+LETTERED = "CQM-A"
+_INPUTS = ("QCM", "CQM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
+_OUTPUTS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "AEL", "LEPA")
+PROMPT_FORMATS = tuple(f"{order}-{reply}" for order in _INPUTS for reply in _OUTPUTS)
 
 
-PROMPT_FORMATS: Registry[PromptFormat] = Registry("prompt format")
-
-
-def _tidy(text: str) -> str:
-    # one pass, as in the released conversion: of three spaces two remain
-    return text.replace("  ", " ").strip()
-
-
-def _ask_qcm(problem: Problem) -> str:
-    choices = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem.choices, strict=False))
-    text = _tidy(f"Question: {problem.question}\nContext: {problem.hint.strip() or 'N/A'}\nOptions: {choices}\n")
-    text = text.replace("Question: ", "")  # everywhere: the released files have lost the word inside hints too
-    return f"{text}\n{IMAGE_MARKER}" if problem.image else text
-
-
-def _reply_in_order(parts: str) -> Callable[[Problem], str]:
-    """Replies of the letters A, L, E in a given order; reasons behind the answer are introduced by BECAUSE."""
-
-    def reply(problem: Problem) -> str:
-        texts = {"A": f"The answer is {problem.letter}.", "L": problem.lecture, "E": problem.solution}
-        reasons = any(texts[part].strip() for part in parts[1:])
-        words = [texts[part] for part in parts]
-        if parts[0] == "A" and len(parts) > 1:
-            words = [texts["A"], "BECAUSE:", *words[1:]] if reasons else [texts["A"]]
-        return _tidy(" ".join(words))
-
-    return reply
-
-
-def _reply_lepa(problem: Problem) -> str:
-    named = (("LECTURE", problem.lecture), ("SOLUTION", problem.solution))
-    reasons = "".join(f"{name}: {text}\n" for name, text in named if text.strip())
-    return _tidy(f"{reasons}###\nANSWER: {problem.letter}.")
-
-
-def _ask_lettered(problem: Problem) -> str:
-    """LLaVA-1.5's layout of its evaluation file: image first, one lettered choice per line."""
-    lines = [IMAGE_MARKER] if problem.image else []
-    lines += [f"Context: {problem.hint}"] if problem.hint else []
-    choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices, strict=False))
-    return _tidy("\n".join([*lines, problem.question, *choices]))
-
-
-# AL and AE are absent on purpose: the released converter swaps their letters, so the names would mean two things
-for _order in ("A", "LA", "EA", "LEA", "ELA", "ALE", "AEL"):
-    PROMPT_FORMATS.register(f"QCM-{_order}")(PromptFormat(_ask_qcm, _reply_in_order(_order)))
-# the released evaluation appended " ###" here although its training files have a line break before the marks
-PROMPT_FORMATS.register("QCM-LEPA")(PromptFormat(_ask_qcm, _reply_lepa, answer_prompt="\n###\nANSWER:"))
-PROMPT_FORMATS.register("CQM-A")(PromptFormat(_ask_lettered, lambda problem: problem.letter))
-
-
-def format_problem(problem: Problem, prompt_format: str) -> Sample:
+def format_problem(problem: Problem, prompt_format: str, released: bool = False) -> Sample:
     """Turn a problem into a one-turn dialogue.
+
+    The released converter departs from its formats' names in some ways, all of which `released` repeats: AL gives the
+    solution and AE the lecture; of three spaces two remain; `Question: ` and `Answer: ` vanish from a whole text that
+    begins with them, hints and lectures included; a backslash with an n in a lecture becomes a line break; and a reply
+    without reasons may begin with a space. Without `released` a text says what its format's name says.
 
     Args:
         problem: what `load_problems` gave.
-        prompt_format: exact name, e.g. `QCM-LEPA` (the paper's), `QCM-LEA`, `QCM-ALE` (answer first), `QCM-A`.
+        prompt_format: one of `PROMPT_FORMATS`, e.g. `QCM-LEPA` (the paper's), `QCM-LEA`, `QCM-ALE` (answer first).
+            `CQM-A` is the layout of LLaVA-1.5's evaluation file (image first, a lettered line per choice); with
+            `released` it is what the converter calls so.
+        released: as the converter released with the paper writes it.
 
     Returns:
-        The sample; the QCM formats have their image behind the question, as the released conversion wrote them.
+        The sample; all but the lettered layout have their image behind the question, as the converter wrote them.
 
     Raises:
         ConfigError: unknown format.
 
     Source: scripts/convert_sqa_to_llava.py of haotian-liu/LLaVA at 8959d5c; CQM-A: llava_test_CQM-A.json of LLaVA-1.5.
     """
-    layout = PROMPT_FORMATS.get(prompt_format)
-    return Sample(problem.id, [(layout.ask(problem), layout.reply(problem))], problem.image)
+    order, reply = _parts(prompt_format)
+    if prompt_format == LETTERED and not released:
+        return Sample(problem.id, [(_ask_lettered(problem), problem.letter)], problem.image)
+    asked = _ask(problem, order, released) + (f"\n{IMAGE_MARKER}" if problem.image else "")
+    return Sample(problem.id, [(asked, _reply(problem, reply, released))], problem.image)
 
 
-def answer_prompt(prompt_format: str) -> str | None:
-    """Return what follows the generated reasoning in the second pass, or None for formats that need one pass only."""
-    return PROMPT_FORMATS.get(prompt_format).answer_prompt
+def answer_prompt(prompt_format: str, released: bool = False) -> str | None:
+    """Return what follows the generated reasoning in the second pass, or None for formats that need one pass only.
+
+    The released evaluation puts a space where its training files have a line break.
+    """
+    if _parts(prompt_format)[1] != "LEPA":
+        return None
+    return " ###\nANSWER:" if released else "\n###\nANSWER:"
+
+
+def _parts(prompt_format: str) -> tuple[str, str]:
+    if prompt_format not in PROMPT_FORMATS:
+        raise ConfigError(unknown("prompt format", prompt_format, PROMPT_FORMATS))
+    order, _, reply = prompt_format.partition("-")
+    return order, reply
+
+
+def _ask(problem: Problem, order: str, released: bool) -> str:
+    lines = {
+        "Q": f"Question: {problem.question}",
+        "C": f"Context: {problem.hint.strip() or 'N/A'}",
+        "M": "Options: " + " ".join(f"({a}) {b}" for a, b in zip(LETTERS, problem.choices, strict=False)),
+    }
+    asked = []
+    for key, parts in groupby(order, lambda part: "reasons" if part in "LE" else part):
+        reasons = _reasons(problem, "".join(parts), released) if key == "reasons" else ""
+        if key != "reasons" or reasons.strip() or released:
+            asked.append(lines.get(key, f"BECAUSE: {reasons}"))
+    text = _tidy("\n".join(asked), released)
+    return _without_label(text, "Question: ", released)
+
+
+def _reply(problem: Problem, order: str, released: bool) -> str:
+    if order == "LEPA":
+        named = {"LECTURE": _reasons(problem, "L", released), "SOLUTION": _reasons(problem, "E", released)}
+        lines = "".join(f"{name}: {text}\n" for name, text in named.items() if text.strip())
+        return _tidy(f"{lines}###\nANSWER: {problem.letter}.", released)
+    answer = f"The answer is {problem.letter}."
+    if released and order in ("AL", "AE"):
+        order = {"AL": "AE", "AE": "AL"}[order]
+    reasons = _reasons(problem, order.replace("A", ""), released)
+    if order != "A" and order.startswith("A"):
+        text = f"{answer} BECAUSE: {reasons}" if reasons.strip() or released else answer
+    else:
+        text = f"{reasons} {answer}" if order != "A" else answer
+    return _without_label(_tidy(f"Answer: {text}", released), "Answer: ", released)
+
+
+def _reasons(problem: Problem, order: str, released: bool) -> str:
+    texts = {"L": problem.lecture, "E": problem.solution}
+    text = " ".join(texts[part] for part in order)
+    return text.replace("\\n", "\n") if released else text
+
+
+def _tidy(text: str, released: bool) -> str:
+    if not released:
+        return re.sub(" {2,}", " ", text).strip()
+    text = text.replace("  ", " ").strip()
+    # the converter then takes the word away wherever it stands
+    return text.replace("BECAUSE:", "").strip() if text.endswith("BECAUSE:") else text
+
+
+def _without_label(text: str, label: str, released: bool) -> str:
+    if not released:
+        return text.removeprefix(label)
+    return text.replace(label, "") if text.startswith(label) else text
+
+
+def _ask_lettered(problem: Problem) -> str:
+    lines = [IMAGE_MARKER] if problem.image else []
+    lines += [f"Context: {problem.hint}"] if problem.hint else []
+    choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices, strict=False))
+    return _tidy("\n".join([*lines, problem.question, *choices]), released=False)

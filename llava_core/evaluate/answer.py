@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from llava_core.weights.checkpoint import Loaded
 
 
-def prompt_ids(loaded: Loaded, turns: Sequence[Turn], has_image: bool, begin: str = "", key: str = "") -> list[int]:
+def prompt_ids(
+    loaded: Loaded,
+    turns: Sequence[Turn],
+    has_image: bool,
+    begin: str = "",
+    key: str = "",
+    most: int | None = None,
+) -> list[int]:
     """Ids of a conversation whose last answer is to be generated.
 
     Args:
@@ -27,6 +34,7 @@ def prompt_ids(loaded: Loaded, turns: Sequence[Turn], has_image: bool, begin: st
             not say where, so the template does: before the question, in `v0_exact` behind it.
         begin: text that the answer already begins with (second pass of ScienceQA).
         key: record id, read by the image position "random".
+        most: of a prompt with more ids than these, `begin` loses its first ones.
 
     Raises:
         DataError: an image delimiter is no token of the tokenizer.
@@ -39,7 +47,8 @@ def prompt_ids(loaded: Loaded, turns: Sequence[Turn], has_image: bool, begin: st
         turns, loaded.tokenizer, loaded.model.n_image_tokens,
         system=manifest.get("system"), delimiters=manifest.get("image_delimiters"),
     ).input_ids  # fmt: skip
-    return ids + (token_ids(loaded.tokenizer, f" {begin}", continues=True) if begin else [])
+    begun = token_ids(loaded.tokenizer, f" {begin}", continues=True) if begin else []
+    return ids + (begun if most is None else begun[max(0, len(ids) + len(begun) - most) :])
 
 
 def answer_questions(
@@ -50,8 +59,10 @@ def answer_questions(
     max_new_tokens: int = 48,
     batch: int = 64,
     temperature: float = 0.0,
+    seed: int = 0,
     begins: Mapping[str, str] | None = None,
-    desc: str = "answers",
+    desc: str | None = "answers",
+    room: int = 0,
 ) -> dict[str, str]:
     """Answer each question once.
 
@@ -59,10 +70,13 @@ def answer_questions(
         loaded: model, tokenizer, image settings, manifest.
         rows: `{question_id, text, image}`; `image` is a file name under `images`, or None to ask without an image.
         images: folder of the images.
-        max_new_tokens: longest answer in tokens.
+        max_new_tokens: longest answer in tokens; fewer where the language model's positions end.
         batch: rows generated together (result does not depend on it).
         temperature: 0 is greedy; a sampled answer depends on its question's id, not on the batch.
+        seed: of sampled answers; another one gives another run.
         begins: per question id, text the answer already begins with.
+        desc: of the progress bar; None for none.
+        room: positions to leave free behind an answer.
 
     Returns:
         Answer text by question id.
@@ -74,6 +88,7 @@ def answer_questions(
 
     template = TEMPLATES.get(loaded.manifest.get("template", "v0"))
     settings = GenerationSettings(max_new_tokens, temperature, stop=template.stop)
+    positions = getattr(loaded.model.language_model.config.get_text_config(), "max_position_embeddings", None)
     prompts = {
         str(r["question_id"]): prompt_ids(
             loaded,
@@ -81,18 +96,22 @@ def answer_questions(
             bool(r.get("image")),
             (begins or {}).get(str(r["question_id"]), ""),
             str(r["question_id"]),
+            positions and positions - max_new_tokens,
         )
         for r in rows
     }
     ordered = sorted(rows, key=lambda r: len(prompts[str(r["question_id"])]))
     answers: dict[str, str] = {}
-    for k in progress(range(0, len(ordered), batch), desc, leave=False):
+    for k in progress(range(0, len(ordered), batch), desc or "", leave=False, disable=desc is None):
         part = ordered[k : k + batch]
         pixels = [loaded.processor(load_image((images or Path()) / r["image"])) for r in part if r.get("image")]
         values = torch.from_numpy(np.stack(pixels)).to(loaded.model.language_model.device) if pixels else None
         names = [str(r["question_id"]) for r in part]
         # each question has draws of its own: they depend neither on the batch nor on what other questions draw
-        each = [replace(settings, seed=zlib.crc32(name.encode())) for name in names]
+        each = [replace(settings, seed=zlib.crc32(name.encode(), seed)) for name in names]
+        if positions is not None:
+            left = [max(1, positions - room - len(prompts[name])) for name in names]
+            each = [replace(s, max_new_tokens=min(max_new_tokens, n)) for s, n in zip(each, left, strict=True)]
         texts = generate(loaded.model, loaded.tokenizer, [prompts[name] for name in names], values, each)
         answers |= dict(zip(names, texts, strict=True))
     return {str(r["question_id"]): answers[str(r["question_id"])] for r in rows}

@@ -6,20 +6,25 @@ llava/eval/{eval_gpt_review_bench,summarize_gpt_review}.py@181a2f8.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_core.evaluate.asking import ask_all
 from llava_core.evaluate.statistics import seeds_interval
-from llava_core.runtime import DataError, read_jsonl, shown
-from llava_core.teacher.chat import ChatRequest
+from llava_core.runtime import DataError, fingerprint, read_jsonl, shown
+from llava_core.teacher.chat import BudgetError, ChatRequest
 
 if TYPE_CHECKING:
-    from llava_core.teacher.chat import ChatClient
+    from llava_core.teacher.chat import ChatClient, ChatReply
+
+Answers = Mapping[Any, str] | Iterable[Mapping[str, Any]]
 
 CATEGORIES = ("complex", "conv", "detail")
 CATEGORY_PREFIX = "llava_bench_"
+ORDERS = ("reference_first", "candidate_first")
 JUDGE_MODEL, JUDGE_TEMPERATURE, JUDGE_MAX_TOKENS = "gpt-4-0314", 0.2, 1024
 
 JUDGE_SYSTEM = "You are a fair and exact judge of the quality of answers to questions about an image."
@@ -51,16 +56,18 @@ def judge_messages(
 def judge(
     questions: Iterable[Mapping[str, Any]],
     context: Mapping[str, str],
-    reference_answers: Mapping[Any, str] | Iterable[Mapping[str, Any]],
-    candidate_answers: Mapping[Any, str] | Iterable[Mapping[str, Any]],
+    reference_answers: Answers,
+    candidate_answers: Answers,
     client: ChatClient,
     *,
     model: str = JUDGE_MODEL,
     temperature: float = JUDGE_TEMPERATURE,
     max_tokens: int = JUDGE_MAX_TOKENS,
     swap: bool = False,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Have every candidate answer judged beside the reference answer.
+
+    A review that names no two scores is asked for once more; the row keeps the first one under `first`.
 
     Args:
         questions: rows with question_id, image, text and category.
@@ -74,14 +81,17 @@ def judge(
         swap: ask a second time with the candidate first, to cancel a judge's taste for a position.
 
     Returns:
-        Review rows as released (question_id, category, content, tuple), with `order` and `model`. `tuple` is always
-        [reference, candidate], and None where the review names no two scores.
+        Review rows as released (question_id, answer1_id of the reference, answer2_id of the candidate, category,
+        content, tuple), with `order` and where the review comes from (`Asked.source`). `tuple` is always
+        [reference, candidate], and None where there is no review or it names no two scores. Then the tally of
+        `asking.ask_all`; where the budget ended, what was not asked has no row.
 
     Raises:
         DataError: a question lacks a context, a reference or a candidate answer.
+        ServerError: no request can succeed; what was answered until then is in a recording client's cassette.
     """
     references, candidates = _by_id(reference_answers, "reference"), _by_id(candidate_answers, "candidate")
-    reviews: list[dict[str, Any]] = []
+    jobs: list[tuple[dict[str, Any], ChatRequest]] = []
     for row in questions:
         key = str(row["question_id"])
         if row["image"] not in context:
@@ -89,28 +99,40 @@ def judge(
         for name, answers in (("reference", references), ("candidate", candidates)):
             if key not in answers:
                 raise DataError(f"question {key}: no {name} answer; give answers to all questions of the bench")
-        pair = (references[key], candidates[key])
-        for order in ("reference_first", "candidate_first")[: 1 + swap]:
-            first, second = pair if order == "reference_first" else pair[::-1]
-            messages = judge_messages(row["text"], context[row["image"]], first, second)
-            reply = client.complete(ChatRequest(messages, model, temperature, max_tokens))
-            review = {"id": len(reviews) + 1, "question_id": row["question_id"], "category": row["category"]}
-            review |= {"content": reply.text, "order": order, "model": model}
-            scores = _review_scores(review)
-            reviews.append(review | {"tuple": list(scores) if scores else None})
-    return reviews
+        (first, first_id), (second, second_id) = references[key], candidates[key]
+        named = {"question_id": row["question_id"], "answer1_id": first_id, "answer2_id": second_id}
+        for order in ORDERS[: 1 + swap]:
+            pair = (first, second) if order == ORDERS[0] else (second, first)
+            messages = judge_messages(row["text"], context[row["image"]], *pair)
+            request = ChatRequest(messages, model, temperature, max_tokens)
+            jobs.append((named | {"category": row["category"], "order": order}, request))
+    asked, tally = ask_all(client, [request for _, request in jobs], _without_scores, "judge")
+    reviews = []
+    for number, ((row, _), found) in enumerate(zip(jobs, asked, strict=True), start=1):
+        if not isinstance(found.refused, BudgetError):
+            review = {"id": number, **row, "content": found.text}
+            scores = review_scores(review)
+            reviews.append(review | {"tuple": list(scores) if scores else None} | found.source())
+    return reviews, tally
 
 
-def _by_id(answers: Mapping[Any, str] | Iterable[Mapping[str, Any]], what: str) -> dict[str, str]:
+def _without_scores(reply: ChatReply) -> str | None:
+    if parse_scores(reply.text) is None:
+        return "its first line does not hold two scores from 1 to 10 and nothing else"
+    return None
+
+
+def _by_id(answers: Answers, what: str) -> dict[str, tuple[str, str]]:
+    """Question id -> answer and the answer's id, which is made of the text where a row has none."""
     if isinstance(answers, Mapping):
-        return {str(key): text for key, text in answers.items()}
-    texts: dict[str, str] = {}
+        answers = [{"question_id": key, "text": text} for key, text in answers.items()]
+    found: dict[str, tuple[str, str]] = {}
     for row in answers:
         key = str(row["question_id"])
-        if key in texts:
+        if key in found:
             raise DataError(f"question {key} has two {what} answers; keep one")
-        texts[key] = row["text"]
-    return texts
+        found[key] = row["text"], str(row.get("answer_id") or fingerprint(row["text"]))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -150,25 +172,42 @@ def parse_scores(review: str) -> tuple[float, float] | None:
 
 
 def _released_scores(review: str) -> tuple[float, float]:
-    """Parse as the released script does, where a failure becomes a score of -1."""
+    """Parse as the released script does, where a failure becomes a score of -1; so does a number that is none."""
     parts = review.split("\n")[0].replace(",", " ").split(" ")
     try:
         first, second = (float(part) for part in parts)
     except ValueError:
         return -1.0, -1.0
-    return first, second
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else (-1.0, -1.0)
 
 
-def _review_scores(row: Mapping[str, Any], released: bool = False) -> tuple[float, float] | None:
+def review_scores(row: Mapping[str, Any], released: bool = False) -> tuple[float, float] | None:
+    """Return the scores of reference and candidate, or None where a row has none (`released`: -1 and -1)."""
     content, stored = row.get("content"), row.get("tuple", row.get("score"))
     if isinstance(content, str):
         scores = _released_scores(content) if released else parse_scores(content)
-        return scores[::-1] if scores and row.get("order") == "candidate_first" else scores
-    try:  # a row that kept the scores only has them in the order of reference and candidate
-        first, second = (float(score) for score in stored or ())
-    except (TypeError, ValueError):
-        first = second = -1.0
-    return (first, second) if released or min(first, second) >= 0 else None
+        return scores[::-1] if scores and row.get("order") == ORDERS[1] else scores
+    # a row that kept the scores only has them in the order of reference and candidate
+    whole = isinstance(stored, list | tuple) and len(stored) == 2 and all(type(s) in (int, float) for s in stored)
+    if whole and all(0 <= score <= 10 for score in stored):
+        return float(stored[0]), float(stored[1])
+    return (-1.0, -1.0) if released else None
+
+
+def review_rows(reviews: str | Path | Iterable[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+    """Return what errors call the reviews, and the reviews of a file or of rows.
+
+    Raises:
+        DataError: the file is missing, empty or holds something else than reviews.
+    """
+    where = shown(reviews) if isinstance(reviews, str | Path) else "reviews"
+    rows = read_jsonl(reviews) if isinstance(reviews, str | Path) else list(reviews)
+    if not rows:
+        raise DataError(f"{where}: holds no review; give the JSONL that the judge wrote")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping) or not {"content", "tuple", "score"} & row.keys():
+            raise DataError(f"{where}, line {number}: not a review; it needs the judge's text in `content`")
+    return where, rows
 
 
 def score_reviews(reviews: str | Path | Iterable[Mapping[str, Any]], *, released: bool = False) -> dict[str, Any]:
@@ -180,22 +219,22 @@ def score_reviews(reviews: str | Path | Iterable[Mapping[str, Any]], *, released
 
     Returns:
         n (reviews in the means), failed with failed_ids, all, categories (relative scores in %, None where nothing
-        could be scored), reference and candidate (mean scores x 10), counts per category.
+        could be scored), reference and candidate (mean scores x 10), counts per category; mean_of_ratios (in %, the
+        mean over the reviews of candidate / reference, which is another number and not the bench's; None where a
+        reference has 0); orders (relative score of each order of the answers, where there are both).
 
     Raises:
         DataError: the file is missing, empty or holds something else than reviews.
     """
-    where = shown(reviews) if isinstance(reviews, str | Path) else "reviews"
-    rows = read_jsonl(reviews) if isinstance(reviews, str | Path) else list(reviews)
-    if not rows:
-        raise DataError(f"{where}: holds no review; give the JSONL that the judge wrote")
+    _, rows = review_rows(reviews)
     groups: dict[str, list[tuple[float, float]]] = {"all": []}
+    orders: dict[str, list[tuple[float, float]]] = {order: [] for order in ORDERS}
     failed: dict[str, list[Any]] = {"all": []}
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping) or not {"content", "tuple", "score"} & row.keys():
-            raise DataError(f"{where}, line {number}: not a review; it needs the judge's text in `content`")
         names = ["all", *([str(row["category"]).removeprefix(CATEGORY_PREFIX)] if "category" in row else [])]
-        scores = _review_scores(row, released)
+        scores = review_scores(row, released)
+        if scores is not None:
+            orders[ORDERS[row.get("order") == ORDERS[1]]].append(scores)
         for name in names:
             groups.setdefault(name, [])
             failed.setdefault(name, [])
@@ -205,6 +244,7 @@ def score_reviews(reviews: str | Path | Iterable[Mapping[str, Any]], *, released
                 groups[name].append(scores)
     relative = {name: _relative(scores) for name, scores in groups.items()}
     reference, candidate = _means(groups["all"]) or (None, None)
+    ratios = [second / first if first else None for first, second in groups["all"]]
     return {
         "n": len(groups["all"]),
         "failed": len(failed["all"]),
@@ -214,6 +254,8 @@ def score_reviews(reviews: str | Path | Iterable[Mapping[str, Any]], *, released
         "reference": None if reference is None else 10 * reference,
         "candidate": None if candidate is None else 10 * candidate,
         "counts": {name: {"n": len(groups[name]), "failed": len(failed[name])} for name in sorted(relative)},
+        "mean_of_ratios": None if None in ratios or not ratios else 100 * math.fsum(ratios) / len(ratios),  # type: ignore[arg-type]
+        **({"orders": {order: _relative(scores) for order, scores in orders.items()}} if all(orders.values()) else {}),
     }
 
 

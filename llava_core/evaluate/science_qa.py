@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.data.scienceqa import SUBJECTS, SUBSETS
-from llava_core.evaluate.statistics import proportion
-from llava_core.runtime import DataError, read_json, read_jsonl, shown
+from llava_core.evaluate.predictions import check_made_with, differences, read_predictions
+from llava_core.evaluate.statistics import mcnemar, paired_bootstrap, proportion
+from llava_core.runtime import DataError, read_json, shown
 
 PAPER_ACCURACY = 90.92
 """Source: paper Table 7, LLaVA, average; 3856 of 4241."""
 
-SHORTCUTS = {"v0": False, "1.0": False, "1.5": True}
-"""Era of the released scorer -> whether it also takes a bare letter and an answer that begins with `B. `."""
-DEFAULT_ERA = "1.5"
+ERAS = ("ours", "v0", "1.0", "1.5")
+"""Whose reading of an answer: the released scorers' of three eras to the letter, or ours, which never guesses."""
+DEFAULT_ERA = "ours"
 
-# The last dot is a wildcard in the released code too: "The answer is B" at the very end of a text does not match.
-_SENTENCE = re.compile(r"The answer is ([A-Z]).")
-_SHORTCUT = re.compile(r"\s*([A-E])(?:\s*\Z|\. )")
+# The last dot is a wildcard in the released code too: "The answer is B" at the very end of a text does not match, and
+# "The answer is Belgium" is read as B. Ours leaves out the latter.
+_RELEASED_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+_SENTENCE = re.compile(r"The answer is ([A-Z])(?!\w).")
+_RELEASED_OPENING = re.compile(r"([A-E])(?:\Z|\. )")
+_OPENING = re.compile(r"\s*([A-E])(?:(?P<answer>\s*\Z|\. )|\.?\s*\n)")
 
 
 class Failure(Enum):
@@ -67,13 +71,18 @@ def answer_letter(text: str, era: str = DEFAULT_ERA) -> str | None:
 
     Source: llava/eval/eval_science_qa.py, 8959d5c ("v0", "1.0") and from ce1aa08 on ("1.5").
     """
-    if era not in SHORTCUTS:
-        raise ValueError(f"unknown era {era!r}; known: {', '.join(SHORTCUTS)}")
-    shortcut = _SHORTCUT.match(text) if SHORTCUTS[era] else None
-    if shortcut:
-        return shortcut[1]
-    found = _SENTENCE.findall(text)
-    return found[0] if len(found) == 1 else None
+    if era not in ERAS:
+        raise ValueError(f"unknown era {era!r}; known: {', '.join(ERAS)}")
+    if era != "ours":
+        opening = _RELEASED_OPENING.match(text) if era == "1.5" else None
+        sentences = _RELEASED_SENTENCE.findall(text)
+        return opening[1] if opening else sentences[0] if len(sentences) == 1 else None
+    opening, sentences = _OPENING.match(text), _SENTENCE.findall(text)
+    if len(sentences) > 1 or (opening and sentences and sentences != [opening[1]]):
+        return None
+    if sentences:
+        return str(sentences[0])
+    return opening[1] if opening and opening["answer"] is not None else None
 
 
 def parse_answer(text: str, n_choices: int, era: str = DEFAULT_ERA) -> Answer:
@@ -82,7 +91,8 @@ def parse_answer(text: str, n_choices: int, era: str = DEFAULT_ERA) -> Answer:
     Args:
         text: the model's whole output.
         n_choices: how many choices the question has.
-        era: whose reading: "v0" and "1.0" want exactly one sentence `The answer is X.`, "1.5" also takes `X` and `X. `.
+        era: whose reading: "v0" and "1.0" want exactly one sentence `The answer is X.`; "1.5" first takes a text that
+            is `X` or begins with `X. `; "ours" takes the same forms, but nothing where they name different letters.
 
     Returns:
         The index, UNPARSED (not exactly one letter) or INVALID (a letter beyond the choices).
@@ -143,7 +153,7 @@ def _from_problem(identifier: str, problem: Any, where: str) -> Question:
     if not isinstance(choices, list | tuple) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise DataError(f"{where}, problem {identifier}: needs a list `choices` and the index `answer` of one of them")
     subject, grade = _field(problem, "subject"), re.search(r"\d+", str(_field(problem, "grade") or ""))
-    if subject is not None and subject not in SUBJECTS:
+    if subject is not None and str(subject) not in SUBJECTS:
         raise DataError(f"{where}, problem {identifier}: subject {subject!r} is none of {', '.join(SUBJECTS)}")
     return Question(
         id=identifier,
@@ -178,43 +188,6 @@ def _from_conversation(record: Any, where: str) -> Question:
     return Question(identifier, n_choices, answer, has_text, has_image="image" in record)
 
 
-def read_predictions(path: str | Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Read answers: the released result file `{outputs: {id: text}}` or JSONL rows `{question_id, text}`.
-
-    Returns:
-        The texts by question id, and the other fields of a released file (`acc`, `correct`, `results`).
-
-    Raises:
-        DataError: the file is missing, empty, of another layout, or answers a question twice.
-    """
-    path = Path(path)
-    rows: list[Any]
-    header: dict[str, Any] = {}
-    content = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
-    if isinstance(content, dict) and isinstance(content.get("outputs"), dict):
-        rows = [{"question_id": key, "text": text} for key, text in content["outputs"].items()]
-        header = {key: value for key, value in content.items() if key != "outputs"}
-    elif isinstance(content, list):
-        rows = content
-    else:
-        raise DataError(
-            f"{shown(path)}: not a prediction file; give {{outputs: {{id: text}}}} or JSONL of question_id and text"
-        )
-    answers: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
-            raise DataError(
-                f"{shown(path)}, record {number}: needs `question_id` and a string `text`, has {str(row)[:80]}"
-            )
-        identifier = str(row["question_id"])
-        if identifier in answers:
-            raise DataError(f"{shown(path)}, record {number}: question {identifier} is answered twice; keep one answer")
-        answers[identifier] = row["text"]
-    if not answers:
-        raise DataError(f"{shown(path)}: holds no prediction; was the run that writes it interrupted?")
-    return answers, header
-
-
 # ------------------------------------------------------------------------------------------------ scores
 
 
@@ -224,7 +197,8 @@ def tally(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[
     Returns:
         n (all questions), correct, accuracy, interval, unparsed, invalid and missing with their ids,
         accuracy_if_wrong (= accuracy) and accuracy_if_random (the expected accuracy where each unparsed or invalid
-        answer is replaced by a uniform draw among the choices), subsets.
+        answer is replaced by a uniform draw among the choices: 100 (correct + sum of 1 / choices over these) / n),
+        luck (that sum), subsets (name -> n, correct, accuracy, interval).
     """
     questions = list(questions)
     failures: dict[Failure | None, list[str]] = {UNPARSED: [], INVALID: [], None: []}
@@ -252,6 +226,7 @@ def tally(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[
         | {
             "accuracy_if_wrong": whole["accuracy"],
             "accuracy_if_random": 100 * (whole["correct"] + luck) / len(questions) if questions else None,
+            "luck": luck,
             "subsets": subsets,
         }
     )
@@ -281,8 +256,13 @@ def score(
             f"{len(strangers)} of {len(texts)} predictions belong to no question (first: {strangers[0]!r}); "
             "give the questions that were asked, or score a part on purpose (subset=True, --subset)"
         )
-    parsed = {key: parse_answer(text, questions[key].n_choices, era) for key, text in texts.items()}
-    result = tally(questions.values(), parsed)
+    result = tally(questions.values(), {k: parse_answer(t, questions[k].n_choices, era) for k, t in texts.items()})
+    return result | {"era": era, "notes": _notes(result, questions, texts, era)}
+
+
+def _notes(
+    result: Mapping[str, Any], questions: Mapping[str, Question], texts: Mapping[str, str], era: str
+) -> list[str]:
     notes = []
     if result["invalid"]:
         named = [
@@ -295,12 +275,16 @@ def score(
         notes.append(f"{result['unparsed']} unparsed (not exactly one letter), counted as wrong: {ids}.")
     if result["missing"]:
         notes.append(f"{result['missing']} missing (no prediction), counted as wrong: {_some(result['missing_ids'])}.")
-    if result["unparsed"] or result["invalid"]:
+    if result["missing"] and texts:
+        share = 100 * result["correct"] / (result["n"] - result["missing"])
+        notes.append(f"The code released until September 2023 left missing ones out of the count: {share:.2f} %.")
+    if result["luck"]:
         notes.append(
-            "The code released from April to September 2023 drew a random choice for an unparsed or invalid answer, "
-            f"which would give {result['accuracy_if_random']:.2f} % on average instead of {result['accuracy']:.2f} %."
+            "The code released from April to September 2023 drew a random choice for an unparsed or invalid answer: on "
+            f"average 100 x ({result['correct']} + {result['luck']:.2f}) / {result['n']} = "
+            f"{result['accuracy_if_random']:.2f} %, where {result['luck']:.2f} is the sum of 1 / choices over these."
         )
-    return result | {"era": era, "notes": notes}
+    return notes
 
 
 def _some(items: list[str], most: int = 5) -> str:
@@ -314,39 +298,75 @@ def evaluate_files(
     era: str = DEFAULT_ERA,
     split: str = "test",
     subset: bool = False,
+    prompt_format: str | None = None,
+    checkpoint: str | Path | None = None,
+    released: bool = False,
 ) -> dict[str, Any]:
     """Score a file of answers against a file of questions.
 
     Args:
-        predictions: see `read_predictions`.
+        predictions: see `predictions.read_predictions`.
         questions: see `read_questions`.
         era: see `parse_answer`.
         split: see `read_questions`.
         subset: score only the questions of the file, although there are predictions for others.
+        prompt_format: refuse answers that were made with another one, or that do not say with which.
+        checkpoint: likewise for the model.
+        released: score the choices that a released result file stores, random draws included, not its texts.
 
     Returns:
-        `score`'s dict; its notes also compare with the result map that a released file carries.
+        `score`'s dict, `made_with` (the settings of the answers, None where the file does not tell) and `header` (acc,
+        correct and count as a released file states them); the notes also compare texts and stored choices.
 
     Raises:
-        DataError: a file cannot be read, or the two do not belong together.
+        DataError: a file cannot be read, the two do not belong together, or the answers were made otherwise.
     """
     asked = read_questions(questions, split)
-    answers, header = read_predictions(predictions)
+    found = read_predictions(predictions)
+    check_made_with(predictions, found, prompt_format, checkpoint)
     known = {q.id for q in asked}
-    if not known & answers.keys():
+    if not known & found.answers.keys():
         raise DataError(
-            f"{shown(predictions)}: none of its {len(answers)} question ids is in {shown(questions)}; "
+            f"{shown(predictions)}: none of its {len(found.answers)} question ids is in {shown(questions)}; "
             "give the questions that were asked"
         )
-    if subset:
-        answers = {key: text for key, text in answers.items() if key in known}
+    answers = {key: text for key, text in found.answers.items() if key in known or not subset}
     try:
         result = score(asked, answers, era=era)
     except DataError as error:
         raise DataError(f"{shown(predictions)} against {shown(questions)}: {error}") from error
-    if isinstance(header.get("results"), dict):
-        result["notes"] += _compare_with_map(asked, answers, header["results"], result)
+    result |= {"made_with": found.made_with, "header": {k: v for k, v in found.released.items() if k != "results"}}
+    stored = found.released.get("results")
+    if released:
+        if not isinstance(stored, dict):
+            raise DataError(f"{shown(predictions)}: stores no choices (`results`), only texts; leave --released away")
+        texts = {q.id: parse_answer(answers[q.id], q.n_choices, era) for q in asked if q.id in answers}
+        result |= tally(asked, {q.id: _stored(q, stored, texts[q.id]) for q in asked if q.id in texts})
+        result["notes"] = [
+            "The choices are those that the file stores, its random draws included, not its texts; its header says "
+            f"{result['header'].get('correct')} of {result['header'].get('count')}."
+        ]
+    elif isinstance(stored, dict):
+        result["notes"] += _compare_with_map(asked, answers, stored, result)
+    if found.made_with is None:
+        result["notes"].append(
+            "The file does not say with which prompt format, template and checkpoint its answers were made (a foreign "
+            "layout); they are scored on trust."
+        )
+    elif found.made_with.get("n", 0) > len(found.answers):
+        n = found.made_with["n"]
+        result["notes"].append(
+            f"The file holds {len(found.answers)} of {n} answers: the run that writes it has not ended."
+        )
     return result
+
+
+def _stored(question: Question, stored: Mapping[str, Any], text: Answer) -> Answer:
+    """The choice that a result file stores; -1, its failure, is told apart by the text."""
+    value = stored.get(question.id)
+    if isinstance(value, int) and 0 <= value < question.n_choices:
+        return value
+    return text if isinstance(text, Failure) else UNPARSED
 
 
 def _compare_with_map(
@@ -365,6 +385,80 @@ def _compare_with_map(
     if round(accuracy, 2) == PAPER_ACCURACY and len(questions) == 4241:
         note += f". The paper's {PAPER_ACCURACY} % is this same file with that draw counted as an answer"
     return [note + "."]
+
+
+def compare_files(
+    first: str | Path,
+    second: str | Path,
+    questions: str | Path,
+    *,
+    era: str = DEFAULT_ERA,
+    split: str = "test",
+) -> dict[str, Any]:
+    """Compare two files of answers to the same questions.
+
+    Args:
+        first: the reference, as for `evaluate_files`.
+        second: the other.
+        questions: see `read_questions`.
+        era: see `parse_answer`.
+        split: see `read_questions`.
+
+    Returns:
+        n; first and second (`proportion`s); difference (second minus first, in points) and its interval (paired
+        bootstrap over the questions); only_first, only_second and p (McNemar's exact test); notes.
+
+    Raises:
+        DataError: the two answer different questions, or as in `evaluate_files`.
+    """
+    paths, files = (first, second), [read_predictions(path) for path in (first, second)]
+    for one, other in ((0, 1), (1, 0)):
+        alone = [key for key in files[one].answers if key not in files[other].answers]
+        if alone:
+            raise DataError(
+                f"{shown(paths[one])} answers {len(alone)} questions that {shown(paths[other])} does not "
+                f"({_some(alone)}); compare answers to the same questions"
+            )
+    asked = {q.id: q for q in read_questions(questions, split)}
+    strangers = [key for key in files[0].answers if key not in asked]
+    if strangers:
+        raise DataError(
+            f"{shown(first)}: {len(strangers)} questions are not in {shown(questions)} ({_some(strangers)})"
+        )
+    right = [
+        [
+            parse_answer(text, asked[key].n_choices, era) == asked[key].answer
+            for key, text in sorted(found.answers.items())
+        ]
+        for found in files
+    ]
+    if len(right[0]) < 2:
+        raise DataError(f"{shown(first)}: one answer is nothing to compare; give two or more")
+    change = paired_bootstrap(*right)
+    result = {
+        "n": len(right[0]),
+        **{k: proportion(sum(r), len(r)) for k, r in zip(("first", "second"), right, strict=True)},
+    }
+    result |= {"difference": 100 * change["difference"], "interval": [100 * end for end in change["interval"]]}
+    notes = [] if len(asked) == len(right[0]) else [f"{len(right[0])} of {len(asked)} questions are answered."]
+    told = [found.made_with for found in files]
+    notes += [f"{shown(path)} does not say how it was made." for path, t in zip(paths, told, strict=True) if t is None]
+    if all(told):
+        notes += [f"Made with other {line}." for line in differences(told[0] or {}, told[1] or {})]
+    return result | {k: v for k, v in mcnemar(*right).items() if k != "n"} | {"notes": notes}
+
+
+def format_comparison(result: Mapping[str, Any]) -> str:
+    """Return a comparison as text for people."""
+    rows = [
+        f"{name:8}{row['accuracy']:8.2f} %   95 % interval {row['interval'][0]:.2f} to {row['interval'][1]:.2f}"
+        for name, row in ((name, result[name]) for name in ("first", "second"))
+    ]
+    low, high = result["interval"]
+    rows.append(f"second minus first: {result['difference']:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
+    alone = f"right in the first only {result['only_first']}, in the second only {result['only_second']}"
+    rows.append(f"of {result['n']} questions {alone}; McNemar's exact p = {result['p']:.3g}")
+    return "\n".join(rows + [f"- {note}" for note in result["notes"]])
 
 
 def format_report(result: Mapping[str, Any]) -> str:

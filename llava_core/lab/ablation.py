@@ -10,18 +10,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_core.config import META, RunConfig, load_experiment, load_scale
-from llava_core.constants import IMAGE_MARKER
-from llava_core.data.scienceqa import answer_prompt, format_problem, load_problems
+from llava_core.data.scienceqa import load_problems
 from llava_core.evaluate import llava_bench, science_qa
 from llava_core.evaluate.answer import answer_questions
-from llava_core.evaluate.statistics import paired_bootstrap, seeds_interval, wilson
+from llava_core.evaluate.bench_steps import load_bench
+from llava_core.evaluate.predict import ANSWER_TOKENS as SECOND_TOKENS
+from llava_core.evaluate.predict import MAX_NEW_TOKENS, predict_science_qa
+from llava_core.evaluate.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
 from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
 from llava_core.lab.launch import launch, resolve_run
+from llava_core.lab.ledger import p_text, published_ablation
 from llava_core.paper.claims import all_claims, claim
 from llava_core.record import RunRecord
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, fingerprint, read_json, read_jsonl, resolve, sha256_file, write_json
-from llava_core.teacher.prompts import context_text
+from llava_core.runtime import (
+    ConfigError,
+    fingerprint,
+    read_json,
+    resolve,
+    resolve_device,
+    resolve_dtype,
+    sha256_file,
+    write_json,
+)
 from llava_core.weights.checkpoint import Loaded, load
 
 if TYPE_CHECKING:
@@ -68,45 +79,38 @@ def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, 
     return result
 
 
-def science_answers(
-    loaded: Loaded, folder: Path, split: str = "test", limit: int | None = None, look: bool = True
-) -> dict[str, str]:
-    """Answers of a model to a ScienceQA split, by the prompt format of its manifest, second pass included.
+def load_run(record: RunRecord) -> Loaded:
+    """The model of a finished run, on the device and in the dtype of its scale."""
+    scale = record.config.scale
+    return load(record.checkpoint, resolve_dtype(scale.dtype), resolve_device(scale.device))
+
+
+ANSWER_TOKENS = {"mini": (96, 6)}
+"""Scale -> longest first and second reply; elsewhere those of the released evaluation."""
+
+
+def science_result(record: RunRecord, limit: int | None = None, look: bool = True) -> dict[str, Any]:
+    """ScienceQA test accuracy of a finished run, with its subsets and its answers.
 
     Args:
-        loaded: the model.
-        folder: ScienceQA's official files.
-        split: which problems.
-        limit: at most so many.
+        record: the run; its folder gets the file of answers too.
+        limit: ask at most so many problems.
         look: hand out the images; without them the same questions are asked as text.
+        batch: problems answered together (no answer depends on it).
     """
-    name = loaded.manifest["prompt_format"]
-    problems = load_problems(folder, split)[:limit]
-    asked = {p.id: format_problem(p, name).turns[0][0] for p in problems}
-    rows = [
-        {"question_id": p.id, "text": asked[p.id], "image": str(p.image)}
-        if p.image and look
-        else {"question_id": p.id, "text": asked[p.id].replace(IMAGE_MARKER, "").strip(), "image": None}
-        for p in problems
-    ]
-    answers = answer_questions(loaded, rows, folder, max_new_tokens=96, desc=f"ScienceQA {name}")
-    if (bridge := answer_prompt(name)) is None:
-        return answers
-    begins = {i: text + bridge for i, text in answers.items()}
-    letters = answer_questions(loaded, rows, folder, max_new_tokens=6, begins=begins, desc="ScienceQA, answer")
-    return {i: f"{answers[i]}\n The answer is {letters[i].strip()}" for i in answers}
-
-
-def science_result(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
-    """ScienceQA test accuracy of a finished run, with its subsets and its answers."""
+    name = "science_qa" if look else "science_qa_blind"
 
     def compute() -> dict[str, Any]:
-        folder = record.config.data_path
-        answers = science_answers(load(record.checkpoint), folder, limit=limit)
-        problems = load_problems(folder, "test")[:limit]
-        return {**science_qa.score(problems, answers), "answers": answers}
+        folder, out = record.config.data_path, record.path / f"{name}_answers.jsonl"
+        first, second = ANSWER_TOKENS.get(record.config.scale.name, (MAX_NEW_TOKENS, SECOND_TOKENS))
+        out.unlink(missing_ok=True)  # of other code or data; `llava predict` goes on with its files
+        answers = predict_science_qa(
+            load_run(record), record.checkpoint, folder, out,
+            limit=limit, images=look, max_new_tokens=first, answer_tokens=second,
+        )  # fmt: skip
+        return {**science_qa.score(load_problems(folder, "test")[:limit], answers), "answers": answers}
 
-    return cached_result(record, "science_qa", compute)
+    return cached_result(record, name, compute)
 
 
 def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limit: int | None = None) -> dict[str, Any]:
@@ -114,21 +118,13 @@ def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limi
 
     def compute() -> dict[str, Any]:
         folder, images = bench_folders(record, bench)
-        questions = read_jsonl(folder / "questions.jsonl")[:limit]
-        answers = answer_questions(load(record.checkpoint), questions, images, max_new_tokens=96, desc=bench)
-        context = {row["image"]: _description(row) for row in read_jsonl(folder / "context.jsonl")}
-        reference = {str(r["question_id"]): r["text"] for r in read_jsonl(folder / "answers_gpt4.jsonl")}
-        reviews = llava_bench.judge(questions, context, reference, answers, client)
+        asked = load_bench(folder, limit)
+        rows, images = asked.rows(images)
+        answers = answer_questions(load(record.checkpoint), rows, images, max_new_tokens=96, desc=bench)
+        reviews, _ = llava_bench.judge(asked.questions, asked.context, asked.reference or {}, answers, client)
         return {**llava_bench.score_reviews(reviews), "answers": answers, "reviews": reviews}
 
     return cached_result(record, bench, compute)
-
-
-def _description(row: dict[str, Any]) -> str:
-    """What the judge reads instead of the image: captions and boxes (COCO), or one long caption (In-the-Wild)."""
-    if "caption" in row:
-        return str(row["caption"])
-    return context_text(row["captions"], [(i["category"], i["bbox"]) for i in row["instances"]])
 
 
 def bench_folders(record: RunRecord, bench: str) -> tuple[Path, Path]:
@@ -197,32 +193,33 @@ ABLATIONS = {
 }
 """Name, as in the file name of its chapter -> what is compared; the metric is ScienceQA accuracy on the test split."""
 
+NORMAL_95 = 1.96  # standard errors of a normal distribution to either side that hold 95 %
 FAST_PROBLEMS = 48  # test problems of a `--fast` run
 
 
 def published_difference(name: str) -> dict[str, Any]:
     """The paper's difference of an ablation and how sure it can be, from its two accuracies.
 
-    The test takes the two accuracies as independent. They are of the same questions, so a paired test would see smaller
-    differences, but it needs both models' answers, and those of the ablated ones are not published.
-
     Returns:
-        `{reference, other, effect, z, interval, n}`; a |z| of at least 1.96 is significant at 5 %.
+        As `ledger.published_ablation`; a |z| of at least 1.96 is significant at 5 %.
     """
-    best, change = claim("sqa-accuracy"), claim(ABLATIONS[name].claim)
-    n = int(change.n or 0)
-    first, second = best.value / 100, (best.value + change.value) / 100
-    pooled = (first + second) / 2
-    z = (second - first) / (2 * pooled * (1 - pooled) / n) ** 0.5
-    half = 196 * ((first * (1 - first) + second * (1 - second)) / n) ** 0.5
-    interval = [change.value - half, change.value + half]
+    return published_ablation(ABLATIONS[name].claim)
+
+
+def published_row(name: str) -> dict[str, Any]:
+    """The row of a chapter's table on the paper's own number: both accuracies, the difference, how sure it is."""
+    paper, chosen = published_difference(name), ABLATIONS[name]
+    certain = "beyond" if abs(paper["z"]) >= NORMAL_95 else "within"
     return {
-        "reference": 100 * first,
-        "other": 100 * second,
-        "effect": change.value,
-        "z": z,
-        "interval": interval,
-        "n": n,
+        f"{chosen.reference[0]} (%)": paper["reference"],
+        f"{chosen.other[0]} (%)": paper["other"],
+        "difference": paper["effect"],
+        "standard error": paper["standard_error"],
+        "z": paper["z"],
+        "p": p_text(paper["p"]),
+        "95 % interval": paper["interval"],
+        "questions": paper["n"],
+        "the difference is": f"{certain} what the choice of questions explains",
     }
 
 
@@ -260,8 +257,9 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
 
     Returns:
         `arms` (the reference first), `effect`, `interval` over seeds (None for one), `n_seeds`, `question_interval`
-        (same seeds, other questions), `widest` (from the lowest to the highest end of both, None for one seed),
-        `published` (as `published_difference`), `verdict`: of the widest, since two seeds may agree by chance.
+        (same seeds, other questions), `both_interval` (other seeds and questions), `widest` (from the lowest to the
+        highest end of all three, None for one seed), `published` (as `published_difference`), `verdict`: of the widest,
+        since two seeds may agree by chance.
 
     Raises:
         ConfigError: there is no such ablation.
@@ -274,13 +272,17 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
     )
     found = difference(*arms)
     first, second = (question_scores(arm, limit) for arm in arms)
-    over_questions = [100 * end for end in paired_bootstrap(first, second)["interval"]]
-    ends = [*over_questions, *(found["interval"] or ())]
+    over_questions, over_both = (
+        [100 * end for end in result["interval"]]
+        for result in (paired_bootstrap(*(np.mean(s, 0) for s in (first, second))), seeds_and_items(first, second))
+    )
+    ends = [*over_questions, *over_both, *(found["interval"] or ())]
     widest = [min(ends), max(ends)] if found["interval"] else None
     return {
         "arms": arms,
         **found,
         "question_interval": over_questions,
+        "both_interval": over_both,
         "published": published_difference(name),
         "widest": widest,
         "verdict": verdict(widest, claim(chosen.claim).direction),
@@ -308,12 +310,11 @@ def explain(result: Mapping[str, Any], fast: bool = False) -> str:
     return f"{text} Not above a blind guess ({chance:.1f} %): {blind[0]}." if blind else text
 
 
-def question_scores(arm: Arm, limit: int | None = None) -> list[float]:
-    """For each test problem the share of an arm's seeds that answered it right."""
+def question_scores(arm: Arm, limit: int | None = None) -> list[list[float]]:
+    """For each of an arm's seeds, which of the test problems it answered right: a row of 0 and 1 (seeds, problems)."""
     problems = load_problems(arm.records[0].config.data_path, "test")[:limit]
     answers = [science_result(record, limit)["answers"] for record in arm.records]
-    hits = [[science_qa.parse_answer(a[p.id], len(p.choices)) == p.answer for p in problems] for a in answers]
-    return [sum(column) / len(column) for column in zip(*hits, strict=True)]
+    return [[float(science_qa.parse_answer(a[p.id], len(p.choices)) == p.answer) for p in problems] for a in answers]
 
 
 def arm_settings(arms: Sequence[tuple[str, str]], scale: str = "mini") -> list[dict[str, Any]]:
@@ -405,6 +406,7 @@ def ablation_figure(result: dict[str, Any], title: str = "", unit: str = "Scienc
     left.set(xlabel=unit, title=title, ylim=(len(arms) - 0.3, -0.5))
     points = [("here, over seeds", result["effect"], result["interval"], BLUE, "D"),
               ("here, over questions", result["effect"], result["question_interval"], BLUE, "s"),
+              ("here, over both", result["effect"], result["both_interval"], BLUE, "o"),
               ("paper", result["published"]["effect"], result["published"]["interval"], ORANGE, "D")]  # fmt: skip
     for k, (_, value, interval, color, marker) in enumerate(points):
         right.errorbar(value, k, xerr=_reach(value, interval), fmt=marker, color=color, markersize=7, capsize=3)
@@ -453,7 +455,7 @@ def mix_rows(
     """Relative scores of several training mixes, and their differences to the first, in %.
 
     A score is the mean over seeds of 100 x sum of the candidate's scores / sum of the reference's. The interval is of
-    the questions: the same resampled ones for all mixes and seeds, so that differences are paired.
+    the questions and the seeds: the same resampled ones for all mixes, so that differences are paired.
 
     Args:
         reviews: mix -> for each seed the judge's reviews; the first mix is the reference of the differences.
@@ -475,9 +477,11 @@ def mix_rows(
         if not len(own):
             continue
         drawn = own[rng.integers(len(own), size=(samples, len(own)))]
+        seeds = {n: rng.multinomial(n, [1 / n] * n, size=samples).T / n for n in {len(t) for t in pairs.values()}}
         base: np.ndarray | None = None
         for mix, table in pairs.items():
-            value, resampled = (_relative_mean(table[:, pick]) for pick in (own[None], drawn))
+            value = _relative_mean(table[:, own[None]], np.full((len(table), 1), 1 / len(table)))
+            resampled = _relative_mean(table[:, drawn], seeds[len(table)])
             both = np.concatenate([value, resampled])
             base = both if base is None else base
             delta = both - base
@@ -491,10 +495,10 @@ def mix_rows(
     return rows
 
 
-def _relative_mean(table: np.ndarray) -> np.ndarray:
-    """Relative score in % (draws,), mean over seeds, of (seeds, draws, questions, reference and candidate)."""
+def _relative_mean(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Relative score in % (draws,) of (seeds, draws, questions, reference and candidate) by weights (seeds, draws)."""
     sums = table.sum(2, dtype=float)
-    mean: np.ndarray = (100 * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).mean(0)
+    mean: np.ndarray = (100 * weights * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).sum(0)
     return mean
 
 

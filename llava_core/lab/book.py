@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from llava_core.lab import pages
 from llava_core.lab.figures import cell_text
 from llava_core.runtime import (
     CompanionError,
@@ -138,6 +139,13 @@ def _config(source: Path, book: Path, partial: bool) -> dict[str, Any]:
     return config
 
 
+def _content(path: Path) -> str:
+    """A hash of what Sphinx reads: a page's values and chips change with the records that they come from."""
+    if path.suffix not in (".md", ".ipynb"):
+        return sha256_file(path)
+    return fingerprint(pages.rendered(path.read_text(encoding="utf-8"), shown(path), path.suffix == ".ipynb"))
+
+
 def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
     """Build the HTML book from the chapters that have run, every warning an error; do nothing when nothing changed.
 
@@ -158,20 +166,25 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
             raise CompanionError(f"{shown(path)}: no such file, so no book can be built; take it from the repository")
     present = [name for name in names if (out / f"{name}.ipynb").exists() and (out / f"{name}.json").exists()]
     missing = [name for name in names if name not in present]
-    results = _results_page(out, present, missing, scale)
-    page = out / f"{RESULTS}.md"
-    if not page.exists() or page.read_text(encoding="utf-8") != results:
-        atomic_write(page, results)
+    made_pages = {
+        RESULTS: _results_page(out, present, missing, scale),
+        pages.CLAIMS: pages.claims_page(out),
+        pages.DIFFERENCES: pages.differences_page(),
+    }
+    for name, text in made_pages.items():
+        page = out / f"{name}.md"
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            atomic_write(page, text)
 
-    toc = _toc(book / "_toc.yml", [f"{out.name}/{name}" for name in [*present, RESULTS]])
+    toc = _toc(book / "_toc.yml", [f"{out.name}/{name}" for name in [*present, *made_pages]])
     config = _config(source, book, bool(missing))
     build = book / "_build"
     first, stamp, effective = build / "html" / "index.html", build / "built.json", build / "effective"
     made = (build, out)
     files = [f for f in book.rglob("*") if f.is_file() and not any(folder in f.parents for folder in made)]
-    files += [page, *(out / f"{name}.ipynb" for name in present)]
+    files += [*(out / f"{name}.md" for name in made_pages), *(out / f"{name}.ipynb" for name in present)]
     state = {
-        "files": {str(path.relative_to(book)): sha256_file(path) for path in sorted(files)},
+        "files": {str(path.relative_to(book)): _content(path) for path in sorted(files)},
         "toc": toc,
         "config": config,
         "tools": [importlib.metadata.version(tool) for tool in ("jupyter-book", "sphinx", "sphinx-book-theme")],

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from llava_core.lab.notebooks import Chapter
     from llava_core.models.llava import Llava
-    from llava_core.teacher.client import ChatClient
+    from llava_core.teacher.client import ChatClient, ChatRequest
+    from llava_core.teacher.generate import Job
 
 PARTS = ("Read me", "Data", "Training", "Evaluation", "Ablations", "Kernels", "Demo")  # by the first digit of a chapter
 PAPER_TOWER = {
@@ -165,6 +166,17 @@ def boxed(image: Image, boxes: Iterable[tuple[str, Sequence[float]]], scale: int
     return drawn
 
 
+def image_uri(image: Image) -> str:
+    """Return an image as a data URI, PNG or JPEG, whichever is smaller: drawings are one, photographs the other."""
+    encoded = {}
+    for name, options in {"png": {}, "jpeg": {"quality": 85}}.items():
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, name, **options)
+        encoded[name] = buffer.getvalue()
+    name = min(encoded, key=lambda name: len(encoded[name]))
+    return f"data:image/{name};base64,{base64.b64encode(encoded[name]).decode()}"
+
+
 def dialogue_html(
     image: Image | None, turns: Iterable[tuple[str, str]], names: tuple[str, str] = ("Human", "LLaVA")
 ) -> HTML:
@@ -185,10 +197,7 @@ def dialogue_html(
     )
     picture = ""
     if image is not None:
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        picture = f'<img src="data:image/png;base64,{data}" width="200" alt="" style="border-radius: 8px; flex: none">'
+        picture = f'<img src="{image_uri(image)}" width="200" alt="" style="border-radius: 8px; flex: none">'
     said = f'<div style="flex: 1 1 18em; max-width: 44em">{said}</div>'
     layout = "display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start; margin: .6em 0 1.2em"
     return HTML(f'<div class="companion-dialogue" style="{layout}">{picture}{said}</div>')
@@ -227,31 +236,91 @@ def own_folder(folder: Path, data: str, mark: str) -> Path:
     return ROOT / "runs" / "generated" / folder.name
 
 
+def mix_jobs(images: Sequence[Any], shares: Mapping[str, float], model: str, seed: int = 0) -> list[Job]:
+    """Return what is asked for a mix: each kind about its share of the images, image by image.
+
+    Args:
+        images: annotated images.
+        shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
+        model: asked for by this name.
+        seed: decides the shares.
+
+    Raises:
+        DataError: a share is not from 0 to 1.
+    """
+    from llava_core.teacher.generate import requests_for
+
+    order = random.Random(f"mix-{seed}").sample(range(len(images)), len(images))
+    kinds: list[list[str]] = [[] for _ in images]
+    for kind, share in shares.items():
+        if not 0 <= share <= 1:
+            raise DataError(f"the share of '{kind}' is {share}; give a number from 0 to 1")
+        for k in order[: round(share * len(images))]:
+            kinds[k].append(kind)
+    return [job for image, own in zip(images, kinds, strict=True) for job in requests_for([image], own, model=model)]
+
+
+def estimate_mix(
+    images: Sequence[Any], shares: Mapping[str, float], models: Iterable[str], counts: Mapping[str, int], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Estimate what a mix costs with several teachers, and what other numbers of records would.
+
+    Args:
+        images: annotated images.
+        shares: as of `generate_mix`.
+        models: listed in `teacher.chat.PRICES`.
+        counts: kind -> number of records of another mix; its requests are taken to be as long as this one's.
+        seed: decides the shares.
+
+    Returns:
+        A row per model, with the listed price and the batch endpoint's half of it.
+    """
+    from llava_core.teacher.chat import BATCH_PRICE, PRICES, estimate
+
+    rows = []
+    for model in models:
+        asked: dict[str, list[ChatRequest]] = {kind: [] for kind in shares}
+        for _, kind, request in mix_jobs(images, shares, model, seed):
+            asked[kind].append(request)
+        told = {kind: estimate(requests) for kind, requests in asked.items() if requests}
+        other = sum(t["usd"] / t["requests"] * counts.get(kind, 0) for kind, t in told.items())
+        total = {key: sum(t[key] for t in told.values()) for key in ("requests", "usd", "usd_most")}
+        row = {"teacher": model, "USD per million tokens": "{:g} + {:g}".format(*PRICES[model])}
+        row |= {"requests": total["requests"], "USD": total["usd"], "USD at most": total["usd_most"]}
+        rows.append(row | {f"{sum(counts.values()):,} records (USD)": other, "in batches (USD)": other * BATCH_PRICE})
+    return rows
+
+
 def generate_mix(
-    images: Sequence[Any], shares: Mapping[str, float], client: ChatClient, out: Path, seed: int = 0
+    images: Sequence[Any],
+    shares: Mapping[str, float],
+    client: ChatClient,
+    out: Path,
+    seed: int = 0,
+    model: str = "gpt-4-0314",
 ) -> dict[str, Any]:
     """Ask the teacher for each kind about its share of the images, and join the results in one folder.
+
+    All kinds are asked about an image before the next one, so that a budget that ends leaves a mix too.
 
     Args:
         images: annotated images.
         shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
         client: who answers.
         out: gets `llava_instruct.json`, `failures.jsonl`, `provenance.jsonl`, in the order of `images`, and what
-            `teacher.generate` writes for each kind in a folder of the kind's name.
-        seed: decides the shares and everything that `teacher.generate` draws.
+            `teacher.generate.write` writes for each kind in a folder of the kind's name.
+        seed: decides the shares and everything that is drawn per record.
+        model: asked for by this name.
 
     Returns:
-        Per kind the result of `teacher.generate`.
+        Per kind the result of `teacher.generate.write`.
     """
-    from llava_core.teacher.generate import generate
+    from llava_core.teacher.generate import ask, write
 
-    order = random.Random(f"mix-{seed}").sample(range(len(images)), len(images))
+    outcomes = ask(mix_jobs(images, shares, model, seed), client)
     results, records, logs = {}, [], {"failures": [], "provenance": []}  # type: ignore[var-annotated]
-    for kind, share in shares.items():
-        if not 0 <= share <= 1:
-            raise DataError(f"the share of '{kind}' is {share}; give a number from 0 to 1")
-        chosen = [images[k] for k in sorted(order[: round(share * len(images))])]
-        results[kind] = generate(chosen, [kind], client, out / kind, seed=seed)
+    for kind in shares:
+        results[kind] = write([o for o in outcomes if o.kind == kind], [kind], out / kind, seed)
         records += read_json(out / kind / "llava_instruct.json")
         for name, rows in logs.items():
             rows += read_jsonl(out / kind / f"{name}.jsonl")

@@ -8,6 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +17,26 @@ import torch
 from torch.nn import functional as F
 
 from llava_core.config import META, RunConfig, value_of
-from llava_core.constants import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID
+from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.coco import load_annotations
 from llava_core.data.conversation import Encoded
 from llava_core.data.image_processor import load_image
 from llava_core.data.instruct import Sample
-from llava_core.data.scienceqa import Problem, format_problem, load_problems
+from llava_core.data.scienceqa import Problem
 from llava_core.evaluate import science_qa
 from llava_core.evaluate.answer import answer_questions, prompt_ids
 from llava_core.evaluate.grounding import factual_accuracy, shuffle_images, text_prior
 from llava_core.evaluate.llava_bench import CATEGORY_PREFIX, score_reviews
-from llava_core.lab.ablation import cached_result, science_answers
+from llava_core.evaluate.statistics import paired_bootstrap
+from llava_core.lab.ablation import cached_result, load_run
 from llava_core.lab.figures import BLUE, MUTED, ORANGE, _axes, _styled
 from llava_core.models.generation import GenerationSettings, generate_tokens
 from llava_core.paper.claims import all_claims, claim
 from llava_core.record import RunRecord
-from llava_core.runtime import read_jsonl, resolve, resolve_device, resolve_dtype
-from llava_core.teacher.client import ChatClient, ChatRequest, Message, OfflineClient
+from llava_core.runtime import read_jsonl, resolve
+from llava_core.teacher.client import ChatClient, OfflineClient
 from llava_core.train.stages import TrainingSet, build_model, collate
-from llava_core.weights.checkpoint import Loaded, load
+from llava_core.weights.checkpoint import Loaded
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -45,12 +47,6 @@ PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 SEED = 0  # of every exchange of images
 
 # ------------------------------------------------------------------------------------------------ what a run is
-
-
-def load_run(record: RunRecord) -> Loaded:
-    """The model of a finished run, on the device and in the dtype of its scale."""
-    scale = record.config.scale
-    return load(record.checkpoint, resolve_dtype(scale.dtype), resolve_device(scale.device))
 
 
 def claim_rows(names: Sequence[str]) -> list[dict[str, str]]:
@@ -226,56 +222,15 @@ def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, A
     return cached_result(record, "grounding", compute)
 
 
-def offline_model() -> ChatClient:
-    """The rule-based stand-in for GPT-4 as teacher, judge and text-only student: it costs nothing and never changes."""
-    from llava_core.miniature.offline_chat import respond
-
-    return OfflineClient(respond)
-
-
-def science_blind(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
-    """The ScienceQA test questions put to a finished run's model without their images; as `ablation.science_result`."""
-
-    def compute() -> dict[str, Any]:
-        folder = record.config.data_path
-        answers = science_answers(load_run(record), folder, "test", limit, look=False)
-        return {**science_qa.score(load_problems(folder, "test")[:limit], answers), "answers": answers}
-
-    return cached_result(record, "science_qa_blind", compute)
-
-
-def science_messages(problem: Problem, earlier: Sequence[str] = ()) -> list[Message]:
-    """What a text-only model is asked about a ScienceQA problem.
+def offline_model(terse: bool = False) -> ChatClient:
+    """The rule-based stand-in for GPT-4 as teacher, judge and text-only student: it costs nothing and never changes.
 
     Args:
-        problem: asked without its image.
-        earlier: LLaVA's and GPT-4's answers, for the second query of the paper's judge; none for the first.
-
-    Source: paper §5.2 and Table 10 show the roles and the last sentence; the wording was never published, this is ours.
+        terse: as a judge it asks for little and dislikes long answers (`miniature.offline_chat.TERSE`).
     """
-    text = format_problem(problem, "QCM-A").turns[0][0].replace(IMAGE_MARKER, "").strip()
-    if earlier:
-        said = "".join(f"\n\nAssistant {k}:\n{answer}" for k, answer in enumerate(earlier, start=1))
-        text += f"\n\nTwo assistants have answered.{said}\n\nWeigh both, and give your own answer."
-    system = (
-        "You solve multiple-choice questions. Explain first, then end with one sentence of the form: The answer is X."
-    )
-    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    from llava_core.miniature.offline_chat import TERSE, THOROUGH, respond
 
-
-def science_opinions(
-    problems: Sequence[Problem], client: ChatClient, earlier: Mapping[str, Sequence[str]] | None = None
-) -> dict[str, str]:
-    """A text-only model's answers to problems by id; with `earlier` only to those that it names, after reading it."""
-    asked = [p for p in problems if earlier is None or p.id in earlier]
-    return {
-        p.id: client.complete(
-            ChatRequest(
-                science_messages(p, earlier[p.id] if earlier else ()), "gpt-4", temperature=0.0, max_tokens=1024
-            )
-        ).text
-        for p in asked
-    }
+    return OfflineClient(partial(respond, taste=TERSE if terse else THOROUGH))
 
 
 def relative_scores(reviews: Sequence[Mapping[str, Any]], samples: int = 2000) -> dict[str, dict[str, Any]]:
@@ -330,6 +285,25 @@ def bench_rows(
     return rows
 
 
+def judge_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of two judges' agreement, of what `judges.agreement` returns."""
+    names = {"candidate": "scores of the candidate", "reference": "scores of the reference", "ratio": "their ratio (%)"}
+    measures = {"spearman": "rank correlation (Spearman)", "kendall": "rank correlation (Kendall's tau-b)"}
+    measures["shift"] = "mean of the second minus the first"
+    numbers = [
+        (f"{label}: {text}", found[key]["n"], found[key][measure])
+        for key, label in names.items()
+        for measure, text in measures.items()
+    ]
+    numbers += [("relative score (%): second minus first", found["n"], found["relative_score"]["shift"])]
+    numbers += [("win, tie or loss: Cohen's kappa", found["n"], found["verdicts"]["kappa"])]
+    numbers += [("win, tie or loss: share with the same verdict", found["n"], found["verdicts"]["same"])]
+    return [
+        {"measure": label, "n": n, "value": number["value"], "95 % interval": number["interval"]}
+        for label, n, number in numbers
+    ]
+
+
 def science_baselines(
     problems: Sequence[Problem], train: Sequence[Problem], answers: Mapping[str, Mapping[str, str]]
 ) -> list[dict[str, Any]]:
@@ -362,6 +336,26 @@ def science_baselines(
 def science_hits(problems: Sequence[Problem], answers: Mapping[str, str]) -> list[bool]:
     """Whether each problem's answer names the right choice."""
     return [science_qa.parse_answer(answers[p.id], len(p.choices)) == p.answer for p in problems]
+
+
+def difference_of(problems: Sequence[Problem], first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, Any]:
+    """How many points of accuracy the second answers are above the first: `n`, `effect` and its 95 % `interval`."""
+    found = paired_bootstrap(science_hits(problems, first), science_hits(problems, second))
+    return {"n": found["n"], "effect": 100 * found["difference"], "interval": [100 * end for end in found["interval"]]}
+
+
+def ensemble_rows(systems: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The table of `ensemble.evaluate`'s systems, each beside LLaVA alone and beside the paper's number."""
+    published = {name: f"sqa-{'accuracy' if name == 'llava' else name}" for name in systems}
+    rows = []
+    for name, s in systems.items():
+        against = s.get("against_llava") or dict.fromkeys(("difference", "interval", "p"))
+        row = {"system": name, "accuracy (%)": s["accuracy"], "interval": s["interval"]}
+        row |= {"no answer": s["unparsed"] + s["invalid"], "minus LLaVA": against["difference"]}
+        row |= {"its interval": against["interval"], "McNemar's p": against["p"]}
+        known = all_claims().get(published[name])
+        rows.append(row | {"published (%)": known.value if known else None})
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -500,9 +494,12 @@ __all__ = [
     "cards",
     "claim_rows",
     "config_rows",
+    "difference_of",
+    "ensemble_rows",
     "factual_folder",
     "grounding_figure",
     "grounding_result",
+    "judge_rows",
     "load_image",
     "load_run",
     "looks_where_asked",
@@ -511,10 +508,7 @@ __all__ = [
     "relative_scores",
     "sample_losses",
     "science_baselines",
-    "science_blind",
     "science_hits",
-    "science_messages",
-    "science_opinions",
     "what_moves",
     "with_other_images",
 ]

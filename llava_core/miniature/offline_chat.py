@@ -24,11 +24,30 @@ from llava_core.runtime import DataError
 TURNS = 8  # of a conversation about a scene of the miniature
 
 
-def respond(messages: Sequence[dict[str, str]]) -> str:
+@dataclass(frozen=True)
+class Taste:
+    """What a judge values, besides being right.
+
+    Attributes:
+        detail: share of the score of a free answer that rests on how much of the context it says, from 0 to 1.
+        words: an answer of more words loses in proportion, so that one of twice as many keeps half; None: length is
+            free.
+    """
+
+    detail: float = 0.7
+    words: int | None = None
+
+
+THOROUGH = Taste()
+TERSE = Taste(detail=0.2, words=12)  # content with one right sentence
+
+
+def respond(messages: Sequence[dict[str, str]], taste: Taste = THOROUGH) -> str:
     """Reply to a chat.
 
     Args:
         messages: {role, content}; the system message and the last user message decide, examples between are not read.
+        taste: as a judge.
 
     Returns:
         The reply, in the format that the job's prompt asks for.
@@ -40,7 +59,9 @@ def respond(messages: Sequence[dict[str, str]]) -> str:
     user = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
     rng = random.Random(hashlib.sha256(json.dumps([dict(m) for m in messages], sort_keys=True).encode()).hexdigest())
     if "[End of Assistant 2]" in user:
-        return judge(user)
+        return judge(user, taste)
+    if "[Question]" in user:
+        return answer(read_context(_section(user, "[Context]", "[Question]")), _section(user, "[Question]", "[Answer]"))
     if options := _options(user):
         return answer_multiple_choice(user, options)
     context = read_context(user)
@@ -52,7 +73,7 @@ def respond(messages: Sequence[dict[str, str]]) -> str:
         return description(context)
     raise DataError(
         f"the offline model does not know what to do with {user[:60]!r}; it writes conversations, descriptions and "
-        "reasoning questions, judges two answers and answers multiple-choice questions"
+        "reasoning questions, answers questions about a context or with choices, and judges two answers"
     )
 
 
@@ -213,6 +234,18 @@ def reasoning(context: Context, rng: random.Random) -> QA:
     return language.reasoning(context.facts, rng) or QA("How many objects are there in total?", answer, "reasoning")
 
 
+def answer(context: Context, question: str) -> str:
+    """The reference answer to a question: the right one where the question is of the miniature, else a description."""
+    facts = context.facts
+    if facts is None:
+        return everyday.detail(context.photo)
+    for seed in range(64):
+        qa = language.reasoning(facts, random.Random(seed))
+        if qa is not None and qa.question == question:
+            return qa.answer
+    return _right_answer(facts, question) or language.describe(facts)
+
+
 # ------------------------------------------------------------------------------------------------ the judge
 
 _KEYWORDS: dict[str, tuple[str, str]] = {
@@ -229,7 +262,7 @@ _COLORED = re.compile(rf"\bthe (?P<noun>{_either(list(_WORDS))}) (?:is|are) (?P<
 Claims = set[tuple[str, ...]]
 
 
-def judge(prompt: str) -> str:
+def judge(prompt: str, taste: Taste = THOROUGH) -> str:
     """Score two answers from 1 to 10 by the facts in them, whichever stands first.
 
     Where the question has one right answer, giving that counts; elsewhere how much of an answer the context supports
@@ -237,6 +270,7 @@ def judge(prompt: str) -> str:
 
     Args:
         prompt: sections [Context], [Question], [Assistant 1], [Assistant 2] as in LLaVA-Bench.
+        taste: what counts besides.
 
     Returns:
         "a b" on the first line, then why.
@@ -245,7 +279,11 @@ def judge(prompt: str) -> str:
     question = _section(prompt, "[Question]", "[Assistant 1]")
     answers = [_section(prompt, f"[Assistant {k}]", f"[End of Assistant {k}]") for k in (1, 2)]
     right = _right_answer(context.facts, question) if context.facts else None
-    values = [_agreement(a, right, question) for a in answers] if right else _support(context, answers)
+    values = [_agreement(a, right, question) for a in answers] if right else _support(context, answers, taste)
+    if taste.words is not None:
+        values = [
+            value * min(1, taste.words / max(1, len(a.split()))) for a, value in zip(answers, values, strict=True)
+        ]
     scores = [round(2 * (1 + 9 * value)) / 2 for value in values]
     reasons = [f"Assistant {k}: {_verdict(value)}." for k, value in enumerate(values, start=1)]
     return f"{scores[0]:g} {scores[1]:g}\n" + " ".join(reasons)
@@ -291,7 +329,7 @@ def _agreement(answer: str, right: str, question: str) -> float:
     return 0.08 * sort + 0.82 * exact + 0.1 * exact * (len(answer.split()) > 2)
 
 
-def _support(context: Context, answers: Sequence[str]) -> list[float]:
+def _support(context: Context, answers: Sequence[str], taste: Taste) -> list[float]:
     """Accuracy and detail (0 to 1) of free answers: their claims against those of the context."""
     facts = context.facts
     if facts is not None:
@@ -310,7 +348,8 @@ def _support(context: Context, answers: Sequence[str]) -> list[float]:
     values = []
     for claims in said:
         accuracy = len(claims & truth) / len(claims) if claims else 0.0
-        values.append(accuracy * (0.3 + 0.7 * len(claims & sayable) / max(1, len(sayable))) if claims & truth else 0.0)
+        told = len(claims & sayable) / max(1, len(sayable))
+        values.append(accuracy * (1 - taste.detail + taste.detail * told) if claims & truth else 0.0)
     return values
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +20,30 @@ _REPLY = (
 _TABLES = (
     f"replies (key TEXT PRIMARY KEY, request TEXT NOT NULL, {_REPLY})",
     "failures (key TEXT NOT NULL, date TEXT NOT NULL, why TEXT NOT NULL, doubtful_usd REAL NOT NULL, last INTEGER)",
+    "batches (name TEXT PRIMARY KEY, date TEXT NOT NULL, file TEXT NOT NULL, id TEXT, state TEXT NOT NULL)",
+    "asked (key TEXT PRIMARY KEY, request TEXT NOT NULL)",  # of the batch that is open
 )
+
+
+@dataclass(frozen=True)
+class OpenBatch:
+    """A batch that was asked for, and whose replies are not here yet.
+
+    Attributes:
+        name: ours; the server keeps it as metadata.
+        file: the server's id of the uploaded requests.
+        id: the server's id of the batch; None if its creation was not confirmed.
+        requests: what it asks.
+    """
+
+    name: str
+    file: str
+    id: str | None
+    requests: Sequence[ChatRequest]
+
+
+Failure = tuple[ChatRequest, str, float, bool]
+"""The arguments of `Cassette.fail`."""
 
 
 class Cassette:
@@ -61,12 +86,15 @@ class Cassette:
 
     def put(self, request: ChatRequest, reply: ChatReply) -> None:
         """Keep a reply; the first one to a request stays."""
-        values = [getattr(reply, name) for name in _REPLY.split(", ")]
         with self._lock, self._file:
-            self._file.execute(
-                f"INSERT OR IGNORE INTO replies (key, request, {_REPLY}) VALUES (?, ?{', ?' * len(values)})",
-                (request.key, request.canonical, *values),
-            )
+            self._put(request, reply)
+
+    def _put(self, request: ChatRequest, reply: ChatReply) -> None:
+        values = [getattr(reply, name) for name in _REPLY.split(", ")]
+        self._file.execute(
+            f"INSERT OR IGNORE INTO replies (key, request, {_REPLY}) VALUES (?, ?{', ?' * len(values)})",
+            (request.key, request.canonical, *values),
+        )
 
     def fail(self, request: ChatRequest, why: str, doubtful_usd: float = 0.0, last: bool = False) -> None:
         """Keep that an attempt failed.
@@ -77,12 +105,14 @@ class Cassette:
             doubtful_usd: what the server may have billed for it at most.
             last: the request was given up.
         """
-        date = datetime.now(UTC).isoformat(timespec="seconds")
         with self._lock, self._file:
-            self._file.execute(
-                "INSERT INTO failures (key, date, why, doubtful_usd, last) VALUES (?, ?, ?, ?, ?)",
-                (request.key, date, why, doubtful_usd, last),
-            )
+            self._fail(request, why, doubtful_usd, last)
+
+    def _fail(self, request: ChatRequest, why: str, doubtful_usd: float, last: bool) -> None:
+        self._file.execute(
+            "INSERT INTO failures (key, date, why, doubtful_usd, last) VALUES (?, ?, ?, ?, ?)",
+            (request.key, _now(), why, doubtful_usd, last),
+        )
 
     def given_up(self, request: ChatRequest) -> str | None:
         """Return why a request was given up, or None."""
@@ -110,6 +140,49 @@ class Cassette:
         with self._lock:
             return dict(self._file.execute("SELECT model, COUNT(*) FROM replies GROUP BY model ORDER BY MIN(date)"))
 
+    def begin_batch(self, batch: OpenBatch) -> None:
+        """Keep what a batch will ask, before the server is asked to begin with it."""
+        with self._lock, self._file:
+            values = (batch.name, _now(), batch.file, batch.id)
+            self._file.execute("INSERT INTO batches (name, date, file, id, state) VALUES (?, ?, ?, ?, 'open')", values)
+            rows = ((request.key, request.canonical) for request in batch.requests)
+            self._file.executemany("INSERT INTO asked (key, request) VALUES (?, ?)", rows)
+
+    def open_batch(self) -> OpenBatch | None:
+        """Return the batch that is under way, or None."""
+        with self._lock:
+            row = self._file.execute("SELECT name, file, id FROM batches WHERE state = 'open'").fetchone()
+            asked = self._file.execute("SELECT request FROM asked ORDER BY rowid").fetchall() if row else []
+        if row is None:
+            return None
+        name, file, found = row
+        return OpenBatch(name, file, found, [ChatRequest(**json.loads(text)) for (text,) in asked])
+
+    def note_batch(self, batch: OpenBatch) -> None:
+        """Keep the server's ids of the batch under way."""
+        with self._lock, self._file:
+            self._file.execute("UPDATE batches SET file = ?, id = ? WHERE name = ?", (batch.file, batch.id, batch.name))
+
+    def end_batch(
+        self,
+        batch: OpenBatch,
+        state: str,
+        replies: Iterable[tuple[ChatRequest, ChatReply]] = (),
+        failures: Iterable[Failure] = (),
+    ) -> None:
+        """Keep all that came of a batch, in one transaction, and that it is not under way any more."""
+        with self._lock, self._file:
+            for request, reply in replies:
+                self._put(request, reply)
+            for failure in failures:
+                self._fail(*failure)
+            self._file.execute("UPDATE batches SET state = ? WHERE name = ?", (state, batch.name))
+            self._file.execute("DELETE FROM asked")
+
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -25,6 +25,7 @@ PRICES: dict[str, Price] = {  # USD per million tokens of prompt and of completi
     "gpt-4o": (2.5, 10.0),
     "gpt-4o-mini": (0.15, 0.6),
 }
+BATCH_PRICE = 0.5  # of the listed one, for a reply of the batch endpoint
 CHARACTERS_PER_TOKEN = 4.0  # English text; only estimates use it
 REPLY_TOKENS = 300  # of an expected reply: a dialogue of four turns, a description, or an argued answer
 TOKENS_PER_SECOND = 20.0  # of one reply as it is written; ours, a GPT-4 of 2023
@@ -58,9 +59,10 @@ class ChatRequest:
     temperature: float = TEMPERATURE
     max_tokens: int = MAX_TOKENS
 
-    @cached_property
+    @property
     def canonical(self) -> str:
         """The request as JSON, the same on every machine."""
+        # made anew each time: kept, these texts would fill a gigabyte at the paper's number of requests
         fields = {
             "messages": [{"role": m["role"], "content": m["content"]} for m in self.messages],
             "model": self.model,
@@ -98,7 +100,7 @@ class ChatReply:
         price_prompt: USD per million tokens of the prompt.
         price_completion: USD per million tokens of the reply.
         date: when it arrived (UTC); empty for an offline reply, which is the same on every day.
-        kind: `live`, or `offline` for a function's reply.
+        kind: `live`, `batch`, or `offline` for a function's reply.
         cached: it comes from a cassette, so that nothing was paid now.
     """
 
@@ -123,7 +125,8 @@ class ChatClient(Protocol):
     """Anything that completes a chat; it may be called from several threads at once.
 
     A client that gains from it has an attribute `concurrency`: how many requests it likes to have under way; one that
-    repeats requests has a method `stop()`, after which it begins no further attempt.
+    repeats requests has a method `stop()`, after which it begins no further attempt; one that wants to know many
+    requests before it answers the first has a method `prefetch(requests)`, which returns a reply or None for each.
     """
 
     def complete(self, request: ChatRequest) -> ChatReply:

@@ -1,7 +1,8 @@
 """Who answers a prompt: one protocol, and behind it an offline model, a cassette of past replies, or a paid server.
 
 `record` asks the server only what its cassette does not know yet and commits each reply on arrival, in a process of its
-own that outlives a killed caller (`teacher.recorder`): the same request is never paid twice. `replay` needs no server.
+own that outlives a killed caller (`teacher.recorder`): the same request is never paid twice. `batch` does so through
+the server's batch endpoint, at half the price and within a day (`teacher.batch`). `replay` needs no server.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, shown
+from llava_core.teacher.batch import BatchClient
 from llava_core.teacher.cassette import Cassette
 from llava_core.teacher.chat import (
     MAX_TOKENS,
@@ -36,8 +38,10 @@ from llava_core.teacher.recorder import RecorderProcess
 __all__ = [
     "CLIENTS",
     "MAX_TOKENS",
+    "PAYING",
     "PRICES",
     "TEMPERATURE",
+    "BatchClient",
     "BudgetError",
     "Cassette",
     "ChatClient",
@@ -54,7 +58,8 @@ __all__ = [
     "client_from_name",
     "estimate",
 ]
-CLIENTS = ("offline", "replay", "record", "live")
+CLIENTS = ("offline", "replay", "record", "batch", "live")
+PAYING = ("record", "batch", "live")
 
 
 class OfflineClient:
@@ -151,10 +156,10 @@ def client_from_name(
     """Make a client by its name on the command line.
 
     Args:
-        name: one of `CLIENTS`; `live` pays for every request, `record` for each one once.
+        name: one of `CLIENTS`; `live` pays for every request, `record` and `batch` for each one once.
         responder: the offline model, e.g. `llava_core.miniature.offline_chat.respond` (this room may not import it).
-        cassette: SQLite file of `replay` and `record`.
-        live: arguments of `LiveClient`, for `record` and `live`.
+        cassette: SQLite file of `replay`, `record` and `batch`.
+        live: arguments of `LiveClient`, for `record` and `live`, or of `BatchClient`.
 
     Raises:
         ConfigError: unknown name, or the argument that the client needs is missing.
@@ -169,4 +174,6 @@ def client_from_name(
         return LiveClient(**live)
     if cassette is None:
         raise ConfigError(f"the client '{name}' needs a cassette: the SQLite file that holds the replies")
-    return ReplayClient(cassette) if name == "replay" else RecorderProcess(cassette, **live)
+    if name == "replay":
+        return ReplayClient(cassette)
+    return BatchClient(cassette, **live) if name == "batch" else RecorderProcess(cassette, **live)

@@ -55,6 +55,10 @@ class Annotation(Protocol):
     def boxes(self) -> Sequence[tuple[str, Sequence[float]]]: ...
 
 
+Job = tuple[Annotation, str, ChatRequest]
+"""Image, kind of data, and what is asked first."""
+
+
 def requests_for(
     annotations: Iterable[Annotation],
     kinds: Sequence[str],
@@ -62,7 +66,7 @@ def requests_for(
     model: str = MODEL,
     temperature: float = TEMPERATURE,
     max_tokens: int = MAX_TOKENS,
-) -> Iterator[tuple[Annotation, str, ChatRequest]]:
+) -> Iterator[Job]:
     """Yield what `generate` will ask first about each image, e.g. for `llava_core.teacher.chat.estimate`.
 
     Args:
@@ -100,7 +104,7 @@ def retry_request(request: ChatRequest, reply: ChatReply, error: ReplyError) -> 
 
 
 @dataclass
-class _Outcome:
+class Outcome:
     """What asking about one image came to: every reply, with what was wrong with it."""
 
     image: Annotation
@@ -109,6 +113,23 @@ class _Outcome:
     turns: list[tuple[str, str]] | None = None
     replies: list[tuple[ChatRequest, ChatReply, ReplyError | None]] = field(default_factory=list)
     refused: ChatError | None = None  # no reply to the last request
+
+    @property
+    def asked(self) -> bool:
+        """The budget allowed all its requests."""
+        return not isinstance(self.refused, BudgetError)
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why there are no turns; None also where the budget ended."""
+        if self.turns is not None or not self.asked:
+            return None
+        return self.refused or self.replies[-1][2]
+
+    @property
+    def paid(self) -> float:
+        """USD paid now."""
+        return sum(reply.cost_usd for _, reply, _ in self.replies if not reply.cached)
 
 
 def generate(
@@ -122,81 +143,122 @@ def generate(
     model: str = MODEL,
     temperature: float = TEMPERATURE,
     max_tokens: int = MAX_TOKENS,
+    detail_questions: Sequence[str] = DETAIL_QUESTIONS,
 ) -> dict[str, Any]:
-    """Write instruction data about annotated images.
+    """Write instruction data about annotated images: `requests_for`, `ask` and `write` in one.
 
-    As many requests are under way at once as the client's attribute `concurrency` says; the files do not depend on it.
-    A malformed reply is kept, and asked for once more with the reason (`retry_request`). Killed and called again with a
-    recording client it goes on where it was: replies that the cassette holds are not asked for again, and the files
-    come out as of an undisturbed run. Where the budget ends, what was answered until then is written.
+    Killed and called again with a recording client it goes on where it was: replies that the cassette holds are not
+    asked for again, and the files come out as of an undisturbed run. Where the budget ends, what was answered until
+    then is written.
 
     Args:
         annotations: the images; captions for every kind, boxes for `detail` and `complex`.
         kinds: of `llava_core.teacher.prompts.KINDS`; every image is asked about once per kind.
         client: who answers.
-        out: folder; gets `<kind>_<N>.json` per kind and `llava_instruct.json` with all (LLaVA-Instruct records with
-            `type` and `provenance` added), `llava_instruct.parquet` with the same where pyarrow is installed,
-            `failures.jsonl` (malformed and missing replies) and `provenance.jsonl` (request, model, tokens, cost and
-            date per reply). Files of these names from an earlier call are replaced.
+        out: folder; what `write` says.
         limit: only the first so many images.
         seed: draws where the image stands in the first turn and how a description is asked for, per record.
         prompts: by kind, e.g. of `load_prompts`; ours when None.
         model: asked for by this name.
         temperature: of the model.
         max_tokens: of one reply.
+        detail_questions: how a description is asked for; drawn per record.
+
+    Returns:
+        What `write` says.
+
+    Raises:
+        ConfigError: unknown kind.
+        ServerError, DataError: the client's; what was answered until then is in its cassette.
+    """
+    jobs = list(requests_for(annotations[:limit], kinds, prompts, model, temperature, max_tokens))
+    return write(ask(jobs, client), kinds, out, seed, prompts, detail_questions)
+
+
+def ask(jobs: Sequence[Job], client: ChatClient) -> list[Outcome]:
+    """Ask what `requests_for` says, with as many requests under way at once as the client's `concurrency`.
+
+    A malformed reply is kept, and asked for once more with the reason (`retry_request`). A client with `prefetch` gets
+    all first requests together, and then all second ones.
+
+    Args:
+        jobs: image, kind and request.
+        client: who answers.
+
+    Returns:
+        What came of each job, in their order.
+
+    Raises:
+        ServerError, DataError: the client's; what was answered until then is in its cassette.
+    """
+    _prefetch(jobs, client)
+    outcomes: list[Outcome] = []
+    spend, failed, silent = 0.0, 0, 0
+    with progress(len(jobs), "teacher", unit="record") as bar:
+        stop = getattr(client, "stop", lambda: None)
+        for outcome in concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1), stop):
+            outcomes.append(outcome)
+            silent = silent + 1 if outcome.refused and outcome.asked else 0
+            if silent >= MOST_SILENT:
+                raise ServerError(f"{silent} requests in a row had no reply; the last one: {outcome.refused}")
+            spend += outcome.paid
+            failed += outcome.failure is not None
+            bar.set_postfix_str(f"{spend:.2f} USD, {failed} failed", refresh=False)
+            bar.update()
+    return outcomes
+
+
+def write(
+    outcomes: Sequence[Outcome],
+    kinds: Sequence[str],
+    out: str | Path,
+    seed: int = 0,
+    prompts: Mapping[str, Prompt] | None = None,
+    detail_questions: Sequence[str] = DETAIL_QUESTIONS,
+) -> dict[str, Any]:
+    """Write what `ask` brought as instruction data.
+
+    Args:
+        outcomes: of `ask`.
+        kinds: that were asked for.
+        out: folder; gets `<kind>_<N>.json` per kind and `llava_instruct.json` with all (LLaVA-Instruct records with
+            `type` and `provenance` added), `llava_instruct.parquet` with the same where pyarrow is installed,
+            `failures.jsonl` (malformed and missing replies) and `provenance.jsonl` (request, model, tokens, cost and
+            date per reply). Files of these names from an earlier call are replaced.
+        seed: draws where the image stands in the first turn and how a description is asked for, per record.
+        prompts: by kind, that were asked with; ours when None.
+        detail_questions: how a description is asked for.
 
     Returns:
         records; failed (images and kinds that no record came from); requests (sent now) and replayed (from a cassette);
         spend_usd (paid now) and cost_usd (of all replies used, whenever they were paid); failures (the failed by error
         class); retried (malformed first replies) and repaired (those whose second one is good); models (replies by
         snapshot); stopped (why not all was asked, or None) and unasked; files.
-
-    Raises:
-        ConfigError: unknown kind.
-        ServerError, DataError: the client's; what was answered until then is in its cassette.
     """
-    prompts, out = PROMPTS if prompts is None else prompts, Path(out)
-    jobs = list(requests_for(annotations[:limit], kinds, prompts, model, temperature, max_tokens))
+    prompts = PROMPTS if prompts is None else prompts
     records: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     provenance: list[dict[str, Any]] = []
-    failed: Counter[str] = Counter()
     tally = {"requests": 0, "replayed": 0, "retried": 0, "repaired": 0}
-    spend, silent, stopped, done = 0.0, 0, None, 0
-    with progress(len(jobs), "teacher", unit="record") as bar:
-        stop = getattr(client, "stop", lambda: None)
-        for outcome in _concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1), stop):
-            if isinstance(outcome.refused, BudgetError):
-                stopped = stopped or str(outcome.refused)
-            silent = silent + 1 if outcome.refused and not stopped else 0
-            if silent >= MOST_SILENT:
-                raise ServerError(f"{silent} requests in a row had no reply; the last one: {outcome.refused}")
-            row = {"id": outcome.image.id, "image": outcome.image.image, "type": outcome.kind}
-            rows = [_source(request, reply, prompts[outcome.kind], seed) for request, reply, _ in outcome.replies]
-            for number, ((_, reply, error), source) in enumerate(zip(outcome.replies, rows, strict=True)):
-                tally["replayed" if reply.cached else "requests"] += 1
-                spend += 0.0 if reply.cached else reply.cost_usd
-                provenance.append(row | source | _bill(outcome.request, reply))
-                if error is not None:
-                    kept = {"reply": reply.text, "attempt": number + 1, "repaired": outcome.turns is not None}
-                    failures.append(row | _told(error) | kept | source)
-            tally["retried"] += bool(outcome.replies and outcome.replies[0][2])
-            if outcome.turns is not None:
-                tally["repaired"] += len(outcome.replies) > 1
-                rng = _rng(seed, outcome.image, outcome.kind)
-                turns = outcome.turns
-                if outcome.kind == "detail":
-                    turns = [(rng.choice(DETAIL_QUESTIONS), text) for _, text in turns]
-                records.append(row | {"conversations": _conversation(turns, rng), "provenance": rows[-1]})
-            elif not isinstance(outcome.refused, BudgetError):
-                last = outcome.refused or outcome.replies[-1][2]
-                assert last is not None
-                failed[type(last).__name__] += 1
-                if outcome.refused is not None:
-                    failures.append(row | _told(outcome.refused) | {"reply": None, "request": outcome.request.key})
-            done += not isinstance(outcome.refused, BudgetError)
-            bar.set_postfix_str(f"{spend:.2f} USD, {failed.total()} failed", refresh=False)
-            bar.update()
+    for outcome in outcomes:
+        row = {"id": outcome.image.id, "image": outcome.image.image, "type": outcome.kind}
+        rows = [_source(request, reply, prompts[outcome.kind], seed) for request, reply, _ in outcome.replies]
+        for number, ((_, reply, error), source) in enumerate(zip(outcome.replies, rows, strict=True)):
+            tally["replayed" if reply.cached else "requests"] += 1
+            provenance.append(row | source | _bill(outcome.request, reply))
+            if error is not None:
+                kept = {"reply": reply.text, "attempt": number + 1, "repaired": outcome.turns is not None}
+                failures.append(row | _told(error) | kept | source)
+        tally["retried"] += bool(outcome.replies and outcome.replies[0][2])
+        if outcome.turns is not None:
+            tally["repaired"] += len(outcome.replies) > 1
+            rng, turns = _rng(seed, outcome.image, outcome.kind), outcome.turns
+            if outcome.kind == "detail":
+                turns = [(rng.choice(detail_questions), text) for _, text in turns]
+            records.append(row | {"conversations": _conversation(turns, rng), "provenance": rows[-1]})
+        elif outcome.asked and outcome.refused is not None:
+            failures.append(row | _told(outcome.refused) | {"reply": None, "request": outcome.request.key})
+    failed = Counter(type(outcome.failure).__name__ for outcome in outcomes if outcome.failure)
     models = dict(Counter(row["model"] for row in provenance))
     if len(models) > 1:
         named = ", ".join(f"{model} ({n} replies)" for model, n in models.items())
@@ -204,20 +266,36 @@ def generate(
     return {
         "records": len(records),
         "failed": failed.total(),
-        "spend_usd": round(spend, 6),
+        "spend_usd": round(sum(outcome.paid for outcome in outcomes), 6),
         "cost_usd": round(sum(row["cost_usd"] for row in provenance), 6),
         **tally,
         "failures": dict(sorted(failed.items())),
         "models": models,
-        "stopped": stopped,
-        "unasked": len(jobs) - done,
-        "files": _write(out, records, failures, provenance, list(dict.fromkeys(kinds))),
+        "stopped": next((str(outcome.refused) for outcome in outcomes if not outcome.asked), None),
+        "unasked": sum(not outcome.asked for outcome in outcomes),
+        "files": _write(Path(out), records, failures, provenance, list(dict.fromkeys(kinds))),
     }
 
 
-def _ask(client: ChatClient, image: Annotation, kind: str, request: ChatRequest) -> _Outcome:
+def _prefetch(jobs: Sequence[Job], client: ChatClient) -> None:
+    """Have a client that wants to know them beforehand answer all first requests, then those that follow from them."""
+    prefetch = getattr(client, "prefetch", None)
+    if prefetch is None:
+        return
+    repairs = []
+    replies = prefetch([request for _, _, request in jobs])
+    for (_, kind, request), reply in zip(jobs, replies, strict=True):
+        try:
+            if reply is not None:
+                _turns(kind, reply.text, reply.finish_reason)
+        except ReplyError as error:
+            repairs.append(retry_request(request, reply, error))
+    prefetch(repairs)
+
+
+def _ask(client: ChatClient, image: Annotation, kind: str, request: ChatRequest) -> Outcome:
     """Ask, and once more where the reply is malformed."""
-    outcome = _Outcome(image, kind, request)
+    outcome = Outcome(image, kind, request)
     for _ in range(2):
         try:
             reply = client.complete(request)
@@ -237,10 +315,15 @@ def _ask(client: ChatClient, image: Annotation, kind: str, request: ChatRequest)
     return outcome
 
 
-def _concurrently(
-    work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]
-) -> Iterator[_R]:
-    """Yield the results in the order of the items, with at most `workers` items under way."""
+def concurrently(work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]) -> Iterator[_R]:
+    """Yield the results in the order of the items, with at most `workers` items under way.
+
+    Args:
+        work: done with each item, in a thread of its own where there are several workers.
+        items: what there is to do.
+        workers: how many items are under way at once.
+        stop: called when the user interrupts, before what is under way is waited for.
+    """
     if workers <= 1:
         yield from map(work, items)
         return

@@ -34,12 +34,31 @@ LONGEST_WAIT = 60.0  # seconds between two attempts where the server does not sa
 NO_SDK = "a live teacher needs the package openai: pip install 'llava-core[live]'"
 
 
-class _Again(Exception):  # noqa: N818 - not an error yet
+class Again(Exception):  # noqa: N818 - not an error yet
     """An attempt failed in a way that another one may not; `doubtful` if the server may have billed it."""
 
     def __init__(self, why: str, wait: float | None = None, doubtful: bool = False, limited: bool = False) -> None:
         super().__init__(why)
         self.wait, self.doubtful, self.limited = wait, doubtful, limited
+
+
+def open_sdk(
+    client: str, base_url: str | None, api_key: str | None, timeout: float, max_retries: int
+) -> tuple[Any, Any]:
+    """Return the openai package and its client of that name.
+
+    Raises:
+        ConfigError: the package is not installed, or there is no key.
+    """
+    try:
+        import openai
+    except ModuleNotFoundError as error:
+        raise ConfigError(NO_SDK) from error
+    settings = {"base_url": base_url, "api_key": api_key, "timeout": timeout, "max_retries": max_retries}
+    try:
+        return openai, getattr(openai, client)(**settings)
+    except openai.OpenAIError as error:
+        raise ConfigError(f"the openai SDK: {one_line(error)}") from error
 
 
 class Budget:
@@ -125,15 +144,7 @@ class LiveClient:
         on_reply: Callable[[ChatRequest, ChatReply], None] | None = None,
         on_failure: Callable[[ChatRequest, str, float, bool], None] | None = None,
     ) -> None:
-        try:
-            import openai
-        except ModuleNotFoundError as error:
-            raise ConfigError(NO_SDK) from error
-        self._openai = openai
-        try:
-            self._sdk = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)
-        except openai.OpenAIError as error:
-            raise ConfigError(f"the openai SDK: {_one_line(error)}") from error
+        self._openai, self._sdk = open_sdk("AsyncOpenAI", base_url, api_key, timeout, max_retries=0)
         self.price, self.timeout, self.retries, self.backoff = price, timeout, retries, backoff
         self.concurrency, self.seed = concurrency, seed
         self.on_reply, self.on_failure = on_reply, on_failure
@@ -176,7 +187,7 @@ class LiveClient:
                     self.on_reply(request, reply)
                 spent, self._limited = reply.cost_usd, 0
                 return reply
-            except _Again as error:
+            except Again as error:
                 doubtful = most if error.doubtful else 0.0
                 wait = error.wait
                 if wait is None:
@@ -222,24 +233,28 @@ class LiveClient:
                     max_tokens=request.max_tokens,
                 )
         except openai.APIStatusError as error:
-            why = f"status {error.status_code}: {_one_line(error)}"
+            why = f"status {error.status_code}: {one_line(error)}"
             if error.status_code in HOPELESS or error.code == "insufficient_quota":
                 raise ServerError(f"model '{request.model}': {why}") from error
             if error.status_code in RETRIED or error.status_code >= 500:
                 wait = retry_after(error.response.headers.get("retry-after"))
-                raise _Again(why, wait, limited=error.status_code == 429) from error
+                raise Again(why, wait, limited=error.status_code == 429) from error
             raise ChatError(f"model '{request.model}': {why}") from error
         except (openai.APIConnectionError, TimeoutError, OSError) as error:
             silent = isinstance(error, (TimeoutError, openai.APITimeoutError))
-            why = f"no reply in {self.timeout:g} s" if silent else _one_line(error.__cause__ or error)
-            raise _Again(why, doubtful=True) from error
+            why = f"no reply in {self.timeout:g} s" if silent else one_line(error.__cause__ or error)
+            raise Again(why, doubtful=True) from error
         except openai.OpenAIError as error:
-            raise ChatError(f"model '{request.model}': {_one_line(error)}") from error
-        return _read(answer.content, request, price)
+            raise ChatError(f"model '{request.model}': {one_line(error)}") from error
+        return read_reply(answer.content, request, price)
 
 
-def _read(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
-    """The reply in the body of a response of status 200."""
+def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
+    """Return the reply in the body of a response of status 200.
+
+    Raises:
+        Again: there is none; the server may have billed it.
+    """
     try:
         answer: Any = json.loads(body)
         choice = answer["choices"][0]
@@ -252,7 +267,7 @@ def _read(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
         else:  # a server that does not count: about as many as there are
             tokens = request.expected_tokens()[0], round(len(text) / 4) + 1
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Again(f"not a chat completion: {body[:80]!r} ({type(error).__name__})", doubtful=True) from error
+        raise Again(f"not a chat completion: {body[:80]!r} ({type(error).__name__})", doubtful=True) from error
     date = datetime.now(UTC).isoformat(timespec="seconds")
     model = str(answer.get("model") or request.model)
     return ChatReply(text, model, *tokens, cost_usd(tokens, price), str(reason), *price, date)
@@ -281,5 +296,6 @@ def retry_after(value: str | None, now: datetime | None = None) -> float | None:
     return max((date - (now or datetime.now(UTC))).total_seconds(), 0.0)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return what an error says, without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -24,7 +24,10 @@ KINDS = tuple(FOLDERS)
 KINDS_WITH_BOXES = ("detail", "complex")
 
 DETAIL_QUESTIONS = DETAIL_INSTRUCTIONS
-"""Sixteen ways to ask for a description; the paper draws its own sixteen (Table 12) at random for each record."""
+"""Sixteen ways to ask for a description, drawn per record: as many as Table 12 has, and the list of `data.expansion`.
+
+The released descriptions mostly ask otherwise: the thirty of LLaVA-Bench (COCO) have eleven wordings, one of them of
+Table 12. `generate(detail_questions=...)` takes any other list."""
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,9 @@ def main() -> None:
             tell({"waiting": True})
             held = hold(path, 2 * float(options.get("timeout", 120.0)) + 30)
         cassette = Cassette(path)
+        if batch := cassette.open_batch():  # asked one by one they would be paid twice
+            under_way = f"a batch of {len(batch.requests)} requests is under way"
+            raise ConfigError(f"{shown(path)}: {under_way}; let the client 'batch' read it, or name another cassette")
         live = LiveClient(**options, spent_usd=cassette.spend(), doubtful_usd=cassette.doubtful())
         client = RecordClient(live, cassette)
     except CompanionError as error:

@@ -1,0 +1,123 @@
+"""Caption scores beside pycocoevalcap: the same numbers on the same tokens, and what our tokenizer changes.
+
+    python benchmarks/bench_captions.py --coco caps_boxes_coco2014_val_80.jsonl --texts answers.jsonl
+
+Needs pycocoevalcap (not among our dependencies: 100 MB, mostly Java archives of other scores), and Java for the
+tokenizer. `random` and the miniature are always measured. `--coco` is a file of COCO captions as LLaVA-Bench has it;
+`--texts` are JSONL files with `text`, `content` or `output`, of which only tokens are compared. Candidate of an image
+is the first of its captions, the others are references. Prints a table and appends its rows to
+`benchmarks/results/captions.csv`; exits with 1 where BLEU or CIDEr-D differ by more than 1e-6 on the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import random
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_core import miniature
+from llava_core.evaluate.captions import bleu, cider, tokenize
+from llava_core.lab.bench import append_rows, circumstances, in_turns
+from llava_core.runtime import read_json, read_jsonl
+
+SHOWN = ("case", "texts", "differ", "bleu4", "bleu4_ptb", "cider", "cider_ptb", "error", "ratio")
+Captions = list[list[str]]
+
+
+def random_captions(images: int = 200, seed: int = 0) -> Captions:
+    """Captions of few words, so that they have many runs of words in common; some are empty."""
+    rng = random.Random(seed)
+    words = [f"w{int(rng.paretovariate(0.7))}" for _ in range(60)]
+    return [
+        [" ".join(rng.choices(words, k=rng.randrange(12))) for _ in range(rng.randint(2, 6))] for _ in range(images)
+    ]
+
+
+def peer_scores(tokens: list[list[list[str]]]) -> list[float]:
+    """BLEU-1 to 4 and CIDEr-D of pycocoevalcap's own classes; of each image the first caption is the candidate."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    texts = [[" ".join(caption) for caption in captions] for captions in tokens]
+    references, candidates = ({k: own[part] for k, own in enumerate(texts)} for part in (slice(1, None), slice(1)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = Bleu(4).compute_score(references, candidates, verbose=0)[0]
+    return [*map(float, found), float(Cider().compute_score(references, candidates)[0])]
+
+
+def our_scores(tokens: list[list[list[str]]]) -> list[float]:
+    """The same with our code."""
+    references, candidates = [captions[1:] for captions in tokens], [captions[0] for captions in tokens]
+    return [*bleu(references, candidates), sum(cider(references, candidates)) / len(tokens)]
+
+
+def ptb_tokens(texts: list[str]) -> list[list[str]]:
+    """The scorer's own tokens, by Stanford's Java program."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    found = PTBTokenizer().tokenize({k: [{"caption": text}] for k, text in enumerate(texts)})
+    return [found[k][0].split() for k in range(len(texts))]
+
+
+def measure(case: str, captions: Captions, rounds: int) -> dict[str, Any]:
+    """One row; `captions` by image, or a single text each, of which only tokens are compared."""
+    texts = [text for own in captions for text in own]
+    ours = [tokenize(text) for text in texts]
+    row: dict[str, Any] = {**circumstances(torch.device("cpu")), "case": case, "images": len(captions)}
+    row |= dict.fromkeys(("texts", *SHOWN[2:])) | {"texts": len(texts)}
+    theirs = ptb_tokens(texts) if shutil.which("java") else None
+    if theirs is not None:
+        row["differ"] = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    if any(len(own) < 2 for own in captions):
+        return row
+
+    def by_image(tokens: list[list[str]]) -> list[list[list[str]]]:
+        left = iter(tokens)
+        return [[next(left) for _ in own] for own in captions]
+
+    scored, peer = our_scores(by_image(ours)), peer_scores(by_image(ours))
+    row |= {"bleu4": scored[3], "cider": scored[4], "error": max(abs(a - b) for a, b in zip(scored, peer, strict=True))}
+    tokens = by_image(ours)
+    row["ratio"] = in_turns(lambda: our_scores(tokens), lambda: peer_scores(tokens), rounds, "cpu")["ratio"]
+    if theirs is not None:
+        row["bleu4_ptb"], row["cider_ptb"] = peer_scores(by_image(theirs))[3:]
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coco", type=Path, help="JSONL of images with `captions`")
+    parser.add_argument("--texts", type=Path, nargs="*", default=[], help="JSONL with `text` or `content`")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns per case")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "captions.csv")
+    given = parser.parse_args()
+    try:
+        import pycocoevalcap  # noqa: F401
+    except ModuleNotFoundError:
+        print("nothing measured: pycocoevalcap is not installed (pip install pycocoevalcap)", file=sys.stderr)
+        return 0
+    annotated = read_json(miniature.ensure(only=["mini-coco"]) / "mini-coco/annotations/captions_val2014.json")
+    by_image: dict[int, list[str]] = {}
+    for entry in annotated["annotations"]:
+        by_image.setdefault(entry["image_id"], []).append(entry["caption"])
+    cases: dict[str, Captions] = {"random": random_captions(), "mini-coco val": list(by_image.values())}
+    if given.coco:
+        cases["COCO val2014"] = [row["captions"] for row in read_jsonl(given.coco)]
+    for path in given.texts:
+        cases[path.stem] = [[row.get("text") or row.get("content") or row["output"]] for row in read_jsonl(path)]
+    rows = [measure(case, captions, given.rounds) for case, captions in cases.items()]
+    for line in (SHOWN, *([row[name] for name in SHOWN] for row in rows)):
+        print("  ".join(f"{f'{cell:.5g}' if isinstance(cell, float) else cell or 0!s:>14}" for cell in line))
+    print(f"appended to {append_rows(given.out, rows)}")
+    return int(any((row["error"] or 0) > 1e-6 for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
