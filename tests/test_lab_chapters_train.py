@@ -14,8 +14,10 @@ from llava_core.data.scienceqa import Problem
 from llava_core.evaluate import ensemble
 from llava_core.lab import ablation
 from llava_core.lab import chapters_train as show
+from llava_core.ops.interface import packed_attention
 from llava_core.record import RunRecord
 from llava_core.runtime import write_json
+from llava_core.train.batches import Batches
 from llava_core.train.trainer import Trainer, TrainingSet
 from llava_core.weights.checkpoint import Loaded, build
 
@@ -70,9 +72,11 @@ def test_sample_losses_add_up_to_the_trainers_held_out_loss(
     trainer = object.__new__(Trainer)
     trainer.model, trainer.loaded, trainer.scale = loaded.model, loaded, config.scale
     trainer.device = torch.device("cpu")
-    trainer.held_out = TrainingSet(samples, loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
+    held_out = TrainingSet(samples, loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
+    trainer.held_out, trainer.held_out_batches = held_out, Batches(held_out, 512)
     assert len(sums) == len(counts) == 5
-    assert sums.sum() / counts.sum() == pytest.approx(trainer.heldout_loss(), rel=1e-5)
+    with packed_attention(loaded.model.language_model):
+        assert sums.sum() / counts.sum() == pytest.approx(trainer.heldout_loss(), rel=1e-5)
 
 
 def test_with_other_images_leaves_no_sample_its_own(samples: list[Sample]) -> None:
