@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_core.evaluate.answer_file import write_predictions
 from llava_core.evaluate.asking import ask_all
 from llava_core.evaluate.llava_bench import JUDGE_MODEL, judge, score_reviews
+from llava_core.evaluate.predict import MAX_NEW_TOKENS, predict_questions
 from llava_core.runtime import DataError, read_jsonl, shown, write_jsonl
 from llava_core.teacher.chat import BudgetError, ChatReply, ChatRequest, Message
 from llava_core.teacher.prompts import context_text
@@ -26,7 +26,6 @@ FILES = {  # what each file of a bench is called: In-the-Wild and the miniature,
     "context": ("context.jsonl", "caps_boxes_coco2014_val_80.jsonl"),
     "reference": ("answers_gpt4.jsonl", "qa90_gpt4_answer.jsonl"),
 }
-MAX_NEW_TOKENS = 1024  # of the released script
 REFERENCE_SYSTEM = (
     "You answer questions about an image. You are not shown the image itself but what people wrote about it and, where "
     "known, its objects with their boxes (x1, y1, x2, y2, from 0 to 1). Answer as somebody who sees the image would, "
@@ -133,6 +132,7 @@ def _description(row: Mapping[str, Any], where: str) -> str:
 
 def write_answers(
     loaded: Loaded,
+    checkpoint: str | Path,
     bench: Bench,
     out: str | Path,
     images: Path | None = None,
@@ -142,14 +142,13 @@ def write_answers(
     seed: int = 0,
     batch: int = 16,
 ) -> dict[str, Any]:
-    """Let a checkpoint answer a bench; arguments, result and refusals as in `predictions.write_predictions`.
+    """Let a checkpoint answer a bench; arguments, result and refusals as in `predict.predict_questions`.
 
     The released script sampled at temperature 0.2; greedy answers, the default here, are the same in every run.
     """
     rows, images = bench.rows(images)
-    return write_predictions(
-        loaded, rows, images, out, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch=batch
-    )
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    return predict_questions(loaded, checkpoint, rows, images, out, batch=batch, **settings)
 
 
 def write_reference(
