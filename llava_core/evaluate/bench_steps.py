@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_core.evaluate.asking import ask_all
 from llava_core.evaluate.llava_bench import JUDGE_MODEL, judge, score_reviews
 from llava_core.evaluate.predict import MAX_NEW_TOKENS, predict_questions
 from llava_core.runtime import DataError, read_jsonl, shown, write_jsonl
+from llava_core.teacher.asking import ask_all
 from llava_core.teacher.chat import BudgetError, ChatReply, ChatRequest, Message
+from llava_core.teacher.parse import ReplyError
 from llava_core.teacher.prompts import context_text
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def write_reference(
         temperature: of the model.
 
     Returns:
-        answers, file, and the tally of `asking.ask_all`.
+        answers, file, and the tally of `teacher.asking.ask_all`.
 
     Raises:
         DataError: an image has no description.
@@ -176,7 +177,7 @@ def write_reference(
             raise DataError(f"{shown(bench.folder)}: question {row['question_id']}: no context for {row['image']}")
         messages = reference_messages(row["text"], bench.context[row["image"]])
         requests.append(ChatRequest(messages, model, temperature))
-    asked, tally = ask_all(client, requests, _unfinished, "reference")
+    asked, tally = ask_all(client, requests, _check_whole, "reference")
     rows = [
         {"question_id": row["question_id"], "text": found.text, "category": row["category"], **found.source()}
         for row, found in zip(bench.questions, asked, strict=True)
@@ -191,10 +192,9 @@ def reference_messages(question: str, context: str) -> list[Message]:
     return [{"role": "system", "content": REFERENCE_SYSTEM}, {"role": "user", "content": user}]
 
 
-def _unfinished(reply: ChatReply) -> str | None:
-    if not reply.text.strip():
-        return "it is empty"
-    return "it was cut off" if reply.finish_reason == "length" else None
+def _check_whole(reply: ChatReply) -> None:
+    if not reply.text.strip() or reply.finish_reason == "length":
+        raise ReplyError("it was cut off" if reply.text.strip() else "it is empty")
 
 
 def write_reviews(
@@ -221,7 +221,7 @@ def write_reviews(
         swap: judge each pair in both orders.
 
     Returns:
-        `score_reviews` of the reviews, the tally of `asking.ask_all` (its `failed` among it), file.
+        `score_reviews` of the reviews, the tally of `teacher.asking.ask_all` (its `failed` among it), file.
 
     Raises:
         DataError: as `llava_bench.judge`; or no review could be had.
