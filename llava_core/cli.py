@@ -175,7 +175,7 @@ def _bench_answers(args: argparse.Namespace) -> Result:
 
     bench, settings = load_bench(args.bench, args.limit), {"max_new_tokens": args.max_new_tokens}
     settings |= {"temperature": args.temperature, "seed": args.seed, "batch": args.batch}
-    return write_answers(_loaded(args), bench, args.out, args.images, **settings)
+    return write_answers(_loaded(args), args.model, bench, args.out, args.images, **settings)
 
 
 def _beside(args: argparse.Namespace) -> Path:
@@ -221,7 +221,8 @@ def _evaluate_captions(args: argparse.Namespace) -> Result:
         return evaluate_files(references, predictions)
     if images is None or args.out is None:
         raise CompanionError("a model needs --out FILE for its captions and, with --references, --images DIR")
-    made = write_captions(_loaded(args), references, images, args.out, request=args.request, limit=args.limit)
+    options = {"request": args.request, "limit": args.limit}
+    made = write_captions(_loaded(args), args.model, references, images, args.out, **options)
     return {**evaluate_files(references, args.out), "file": made["file"], "conditions": made["conditions"]}
 
 

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_core.evaluate.answer_file import conditions, weights_hash, write_predictions
 from llava_core.evaluate.bench_steps import FILES, load_bench, write_answers, write_reference, write_reviews
 from llava_core.evaluate.llava_bench import score_reviews
+from llava_core.evaluate.predict import predict_questions
+from llava_core.evaluate.predictions import checkpoint_id, read_predictions
 from llava_core.miniature.offline_chat import respond
 from llava_core.runtime import DataError, read_jsonl, write_jsonl
 from llava_core.teacher.client import BudgetError, ChatReply, ChatRequest, OfflineClient, RecordClient, ReplayClient
-from llava_core.weights.checkpoint import Loaded, build
+from llava_core.weights.checkpoint import Loaded, build, save_checkpoint
 
 QUESTIONS = [
     {"question_id": k, "image": f"{k % 2}.png", "text": f"what color {'is' * k}", "category": "conv"} for k in range(5)
@@ -35,6 +36,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     torch.nn.init.normal_(made.model.language_model.get_output_embeddings().weight, std=0.5)
     made.model.eval()
     return made
+
+
+@pytest.fixture(scope="module")
+def model(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("models") / "model", loaded, "full")
 
 
 @pytest.fixture
@@ -125,67 +131,60 @@ def test_any_files_are_read_or_refused(contents: tuple[list[Any], ...]) -> None:
 # ------------------------------------------------------------------------------------------------ answers
 
 
-def test_answers_are_continued_and_say_how_they_came_about(loaded: Loaded, folder: Path, tmp_path: Path) -> None:
+def test_answers_are_continued_and_say_how_they_came_about(
+    loaded: Loaded, model: Path, folder: Path, tmp_path: Path
+) -> None:
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     bench = load_bench(folder)
-    made = write_answers(loaded, bench, whole, max_new_tokens=6)
+    made = write_answers(loaded, model, bench, whole, max_new_tokens=6)
     assert (made["answers"], made["new"]) == (5, 5)
     lines = whole.read_text().splitlines(keepends=True)
-    part.write_text("".join(lines[:2]))
-    again = write_answers(loaded, bench, part, max_new_tokens=6, batch=2)
+    part.write_text("".join(lines[:2]) + lines[2][:50])
+    again = write_answers(loaded, model, bench, part, max_new_tokens=6, batch=2)
     assert (again["answers"], again["new"]) == (5, 3)
     assert part.read_text() == whole.read_text()
     row = json.loads(lines[0])
     assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
-    assert row["metadata"]["weights"] == weights_hash(loaded)
-    assert (row["metadata"]["max_new_tokens"], row["metadata"]["temperature"]) == (6, 0.0)
+    assert row["metadata"] == made["conditions"] == read_predictions(whole).made_with
+    assert row["metadata"]["checkpoint"] == checkpoint_id(model)
+    assert [row["metadata"][k] for k in ("max_new_tokens", "temperature", "dtype")] == [6, 0.0, "float32"]
     assert len({json.loads(line)["answer_id"] for line in lines}) == 5
 
 
-def test_answers_of_another_kind_are_not_continued(loaded: Loaded, folder: Path, tmp_path: Path) -> None:
+def test_answers_of_another_kind_are_not_continued(loaded: Loaded, model: Path, folder: Path, tmp_path: Path) -> None:
     out, bench = tmp_path / "a.jsonl", load_bench(folder)
-    write_answers(loaded, bench, out, max_new_tokens=6)
-    with pytest.raises(
-        DataError, match=r"a\.jsonl, record 1: question 0 was answered with max_new_tokens 6, now it is 7"
-    ):
-        write_answers(loaded, bench, out, max_new_tokens=7)
-    with pytest.raises(DataError, match=r"with temperature 0\.0, now it is 0\.5"):
-        write_answers(loaded, bench, out, max_new_tokens=6, temperature=0.5)
+    write_answers(loaded, model, bench, out, max_new_tokens=6)
+    with pytest.raises(DataError, match=r"a\.jsonl, record 1: question 0 was answered .*\(max_new_tokens: 6 and 7\)"):
+        write_answers(loaded, model, bench, out, max_new_tokens=7)
+    with pytest.raises(DataError, match=r"\(temperature: 0\.0 and 0\.5\)"):
+        write_answers(loaded, model, bench, out, max_new_tokens=6, temperature=0.5)
     other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, {**loaded.manifest, "template": "v1"})
-    with pytest.raises(DataError, match="with template None, now it is 'v1'"):
-        write_answers(other, bench, out, max_new_tokens=6)
+    with pytest.raises(DataError, match=r"\(template: 'v0' and 'v1'\)"):
+        write_answers(other, model, bench, out, max_new_tokens=6)
     weight = loaded.model.multi_modal_projector.weight
     kept = weight.detach().clone()
     with torch.no_grad():
         weight[0, 0] += 1
-    with pytest.raises(DataError, match=r"with weights '[0-9a-f]{12}', now it is '[0-9a-f]{12}'"):
-        write_answers(loaded, bench, out, max_new_tokens=6)
-    with torch.no_grad():
+        changed = save_checkpoint(tmp_path / "changed", loaded, "full")
         weight.copy_(kept)
+    with pytest.raises(DataError, match=r"\(checkpoint: 'manifest:[0-9a-f]{12}' and 'manifest:[0-9a-f]{12}'\)"):
+        write_answers(loaded, changed, bench, out, max_new_tokens=6)
     bench.questions[0]["text"] = "what"
     with pytest.raises(DataError, match="question 0 was 'what color ' and is now 'what'"):
-        write_answers(loaded, bench, out, max_new_tokens=6)
+        write_answers(loaded, model, bench, out, max_new_tokens=6)
     with pytest.raises(DataError, match="record 3: question 2 is not asked now"):
-        write_answers(loaded, load_bench(folder, 2), out, max_new_tokens=6)
-    out.write_text('{"question_id": 0, "text": "yes"}\n')
-    with pytest.raises(DataError, match="record 1: not an answer that says in `metadata`"):
-        write_answers(loaded, bench, out, max_new_tokens=6)
+        write_answers(loaded, model, load_bench(folder, 2), out, max_new_tokens=6)
 
 
-def test_sampled_answers_depend_on_the_seed(loaded: Loaded, folder: Path, tmp_path: Path) -> None:
+def test_sampled_answers_depend_on_the_seed(loaded: Loaded, model: Path, folder: Path, tmp_path: Path) -> None:
     rows, images = load_bench(folder).rows()
     said = []
     for k, seed in enumerate((0, 0, 1)):
         out = tmp_path / f"{k}.jsonl"
-        write_predictions(loaded, rows, images, out, max_new_tokens=8, temperature=1.0, seed=seed, batch=1 + k)
+        settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": seed}
+        predict_questions(loaded, model, rows, images, out, batch=1 + k, **settings)
         said.append([row["text"] for row in read_jsonl(out)])
     assert said[0] == said[1] != said[2]
-
-
-def test_the_conditions_come_back_from_a_file_as_they_were(loaded: Loaded) -> None:
-    told = conditions(loaded, max_new_tokens=3)
-    assert json.loads(json.dumps(told)) == told
-    assert told["dtype"] == "float32"
 
 
 # ------------------------------------------------------------------------------------------------ reference and reviews

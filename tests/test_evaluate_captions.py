@@ -19,7 +19,7 @@ from PIL import Image
 
 from llava_core.evaluate.captions import bleu, cider, compare, evaluate_files, score, tokenize, write_captions
 from llava_core.runtime import DataError
-from llava_core.weights.checkpoint import build
+from llava_core.weights.checkpoint import build, save_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -194,27 +194,26 @@ def test_any_files_are_scored_or_refused(references: Any, predictions: Any) -> N
 def test_a_checkpoint_captions_the_images_of_a_file(tmp_path: Path) -> None:
     made = build(*tiny.base_models(tmp_path / "bases"), torch.float32)
     made.model.eval()
+    model = save_checkpoint(tmp_path / "model", made, "full")
     for k in range(3):
         Image.new("RGB", (40, 32), (80 * k, 30, 30)).save(tmp_path / f"{k}.png")
     images = [{"id": k, "file_name": f"{k}.png"} for k in range(3)]
     annotations = [{"image_id": k, "caption": "a red car"} for k in range(3)]
     refs = write(tmp_path / "captions.json", {"images": images, "annotations": annotations})
     out = tmp_path / "said.json"
-    found = write_captions(made, refs, tmp_path, out, limit=2, max_new_tokens=4)
+    found = write_captions(made, model, refs, tmp_path, out, limit=2, max_new_tokens=4)
     assert (found["answers"], found["new"]) == (2, 2)
     assert [row["image_id"] for row in json.loads(out.read_text())] == [0, 1]
     assert evaluate_files(refs, out)["missing"] == 1
-    assert write_captions(made, refs, tmp_path, out, max_new_tokens=4)["answers"] == 3
-    with pytest.raises(
-        DataError, match=r"said\.jsonl, record 1: question 0 was answered with max_new_tokens 4, now it is 5"
-    ):
-        write_captions(made, refs, tmp_path, out, max_new_tokens=5)
+    assert write_captions(made, model, refs, tmp_path, out, max_new_tokens=4)["answers"] == 3
+    with pytest.raises(DataError, match=r"said\.jsonl, record 1: question 0 was answered .*max_new_tokens: 4 and 5"):
+        write_captions(made, model, refs, tmp_path, out, max_new_tokens=5)
     with pytest.raises(DataError, match=r"ends in \.json"):
-        write_captions(made, refs, tmp_path, tmp_path / "said.txt")
+        write_captions(made, model, refs, tmp_path, tmp_path / "said.txt")
     with pytest.raises(DataError, match=r"image 0: .*0\.png is not there"):
-        write_captions(made, refs, tmp_path / "bases", out)
+        write_captions(made, model, refs, tmp_path / "bases", out)
     with pytest.raises(DataError, match="no `images`"):
-        write_captions(made, write(tmp_path / "none.json", {"annotations": annotations}), tmp_path, out)
+        write_captions(made, model, write(tmp_path / "none.json", {"annotations": annotations}), tmp_path, out)
 
 
 def write(path: Path, value: Any) -> Path:

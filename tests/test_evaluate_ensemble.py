@@ -11,7 +11,7 @@ import pytest
 from llava_core import cli
 from llava_core.data.scienceqa import Problem
 from llava_core.evaluate import ensemble
-from llava_core.evaluate.predictions import append, resume
+from llava_core.evaluate.predictions import write_predictions
 from llava_core.runtime import DataError
 from llava_core.teacher.chat import ChatError, ChatReply, ChatRequest, ServerError
 from llava_core.teacher.client import OfflineClient, RecordClient, ReplayClient
@@ -132,8 +132,8 @@ def test_from_the_command_line(
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     splits = {"test": [p.id for p in PROBLEMS], "train": [p.id for p in SHOTS]}
     (tmp_path / "pid_splits.json").write_text(json.dumps(splits))
-    resume(tmp_path / "llava.jsonl", {"n": 4})
-    append(tmp_path / "llava.jsonl", LLAVA, {"n": 4})
+    rows = [{"question_id": key, "text": "Which?"} for key in LLAVA]
+    write_predictions(tmp_path / "llava.jsonl", rows, {"checkpoint": "manifest:1"}, lambda _: [LLAVA])
     client = OfflineClient(lambda messages: Scripted().complete(ChatRequest(messages, "m")).text)
     monkeypatch.setattr("llava_core.teacher.client.client_from_name", lambda *_, **__: client)
     words = ["evaluate", "science-qa-ensemble", "--predictions", str(tmp_path / "llava.jsonl"), "--data", str(tmp_path)]

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_core.evaluate.asking import ask_all
 from llava_core.evaluate.llava_bench import judge, parse_scores, score_reviews, summarize_repeats
 from llava_core.runtime import DataError
+from llava_core.teacher.asking import ask_all
 from llava_core.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest, ServerError
 
 PUBLISHED = [(72.8, 82.8, 74.7, 52.6), (72.7, 83.7, 74.7, 51.1), (72.1, 83.5, 72.5, 51.1)]  # all, complex, conv, detail

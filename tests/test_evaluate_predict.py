@@ -66,9 +66,7 @@ def test_a_file_says_how_it_was_made_and_is_refused_for_anything_else(
     assert found.answers == answers
     said = found.made_with or {}
     assert (said["prompt_format"], said["template"], said["n"], said["split"]) == ("QCM-LEPA", "v0", 5, "test")
-    assert said["generation"] == {
-        "max_new_tokens": 4, "answer_tokens": 3, "temperature": 0.0, "seed": "CRC-32 of the question's id",
-    }  # fmt: skip
+    assert (said["max_new_tokens"], said["answer_tokens"], said["temperature"], said["seed"]) == (4, 3, 0.0, 0)
     result = evaluate_files(out, questions, prompt_format="QCM-LEPA", checkpoint=checkpoints["QCM-LEPA"])
     assert (result["n"], result["missing"]) == (5, 0)
     with pytest.raises(DataError, match="made with prompt_format 'QCM-LEPA', not 'QCM-ALE'"):
@@ -97,9 +95,9 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(
     assert len(read_predictions(out).answers) == 2
     assert "holds 2 of 5 answers" in evaluate_files(out, folder / "problems.json")["notes"][-1]
     for other in ({"temperature": 0.5}, {"max_new_tokens": 5}, {"images": False}, {"released": True}, {"limit": 3}):
-        with pytest.raises(DataError, match="begun with other settings"):
+        with pytest.raises(DataError, match=r"answers\.jsonl, record 1: question \d was answered with other settings"):
             predict_science_qa(loaded, checkpoint, folder, out, **(SHORT | other))
-    with pytest.raises(DataError, match=r"begun with other settings \(checkpoint: .*; prompt_format"):
+    with pytest.raises(DataError, match=r"other settings than now \(.*checkpoint: .*; prompt_format"):
         predict_science_qa(models["QCM-ALE"], checkpoints["QCM-ALE"], folder, out, **SHORT)
     asked[:] = [0] * 4
     assert predict_science_qa(loaded, checkpoint, folder, out, batch=2, **SHORT) == whole
@@ -167,7 +165,7 @@ def test_from_the_command_line(checkpoints: dict[str, Path], folder: Path, capsy
     assert cli.main([*words, "--max-new-tokens", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answers"] == 5
     assert cli.main([*words, "--max-new-tokens", "4"]) == 1
-    assert "begun with other settings (generation: " in capsys.readouterr().err
+    assert "other settings than now (max_new_tokens: 3 and 4)" in capsys.readouterr().err
     words = ["evaluate", "science-qa", "--predictions", str(out), "--questions", str(folder / "problems.json")]
     assert cli.main([*words, "--prompt-format", "QCM-ALE", "--checkpoint", str(model), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_core.evaluate.predictions import append, checkpoint_id, read_predictions, resume
+from llava_core.evaluate.predictions import checkpoint_id, read_predictions, write_predictions
 from llava_core.evaluate.science_qa import compare_files, evaluate_files, read_questions
 from llava_core.runtime import DataError, write_json
 
@@ -19,17 +21,32 @@ SETTINGS: dict[str, Any] = {
     "template": "v0",
     "checkpoint": "manifest:1",
     "n": 3,
-    "generation": {"temperature": 0.0},
+    "temperature": 0.0,
 }
 PROBLEMS = {str(k): {"choices": ["x", "y"], "answer": 1, "split": "test"} for k in range(3)}
+
+
+ROWS = [{"question_id": key, "text": f"Is it {key}?"} for key in PROBLEMS]
+
+
+def write(path: Path, answers: dict[str, str], settings: dict[str, Any] = SETTINGS) -> list[str]:
+    """Answer questions one by one until there is no answer, as a run that is killed; return what was asked for."""
+    left: list[str] = []
+
+    def answer(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+        left[:] = [row["question_id"] for row in rows]
+        yield from ({key: answers[key]} for key in left)
+
+    with contextlib.suppress(KeyError):
+        write_predictions(path, ROWS, settings, answer)
+    return left
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     """Two of three answers, and the questions."""
     path = tmp_path / "answers.jsonl"
-    assert resume(path, SETTINGS) == {}
-    append(path, {"0": "The answer is B.", "1": "The answer is A."}, SETTINGS)
+    assert write(path, {"0": "The answer is B.", "1": "The answer is A."}) == ["0", "1", "2"]
     return path, write_json(tmp_path / "problems.json", PROBLEMS)
 
 
@@ -54,57 +71,69 @@ def test_a_half_written_file_is_gone_on_with_by_the_same_settings_only(files: tu
     with open(path, "a") as file:
         file.write('{"question_id": "2", "te')  # killed in the middle of a line
     before = path.read_bytes()
-    for name, value in (("template", "v1"), ("checkpoint", "manifest:2"), ("generation", {"temperature": 0.7})):
-        with pytest.raises(DataError, match=f"begun with other settings \\({name}: "):
-            resume(path, SETTINGS | {name: value})
+    for name, value in (("template", "v1"), ("checkpoint", "manifest:2"), ("temperature", 0.7)):
+        with pytest.raises(DataError, match=f"record 1: question 0 .* other settings than now \\({name}: "):
+            write(path, {}, SETTINGS | {name: value})
     assert path.read_bytes() == before[: before.rfind(b"\n") + 1]
-    assert resume(path, SETTINGS).keys() == {"0", "1"}
-    append(path, {"2": "The answer is B."}, SETTINGS)
+    assert write(path, {"2": "The answer is B."}) == ["2"]
     result = evaluate_files(path, questions)
     assert (result["correct"], result["missing"], result["notes"]) == (2, 0, [])
+    assert write(path, {}) == []
 
 
-def test_a_file_killed_within_its_first_line_begins_anew(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"made_with": {"prom')
-    assert resume(tmp_path / "a.jsonl", SETTINGS) == {}
+def test_wherever_a_writer_is_killed_its_file_is_gone_on_with(tmp_path: Path) -> None:
+    answers, whole, path = dict.fromkeys(PROBLEMS, "Größe B."), tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    write(whole, answers)
+    content = whole.read_bytes()
+    for end in range(len(content)):
+        path.write_bytes(content[:end])
+        lines = content.count(b"\n", 0, end) + (content[end:][:1] == b"\n")  # or only the end of a line is missing
+        assert len(write(path, answers)) == 3 - lines
+        assert path.read_bytes() == content
+    path.write_bytes(content[:5])
+    write(path, {})
     with pytest.raises(DataError, match="holds no prediction"):
-        read_predictions(tmp_path / "a.jsonl")
+        read_predictions(path)
 
 
 def test_a_file_that_does_not_say_how_it_was_made_is_not_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "foreign.jsonl"
-    path.write_text('{"question_id": "0", "text": "A"}\n')
-    with pytest.raises(DataError, match="it does not say which"):
-        resume(path, SETTINGS)
+    for content in (
+        '{"question_id": "0", "text": "A"}',
+        '{"question_id": "0", "text": "A", "metadata": {}}\n',
+        "[1]\n",
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match="record 1: not an answer that says in `metadata`"):
+            write(path, {})
+        assert path.read_text() == content
     with pytest.raises(DataError, match=r"name a file that ends in \.jsonl"):
-        resume(tmp_path / "a.json", SETTINGS)
+        write(tmp_path / "a.json", {})
+    with pytest.raises(DataError, match="two questions have the same question_id"):
+        write_predictions(tmp_path / "b.jsonl", ROWS * 2, SETTINGS, lambda _: [])
 
 
 def test_answers_of_several_runs_are_not_scored_as_one(files: tuple[Path, Path]) -> None:
     path, questions = files
-    other, settings = path.with_name("other.jsonl"), SETTINGS | {"template": "v1"}
-    resume(other, settings)
-    append(other, {"2": "The answer is B."}, settings)
-    ours, theirs = path.read_text(), other.read_text()
-    path.write_text(ours + theirs)
-    with pytest.raises(DataError, match=r"mixes answers made with different settings \(template: 'v0' and 'v1'\)"):
-        evaluate_files(path, questions)
-    path.write_text(ours + theirs.split("\n", 1)[1])
-    with pytest.raises(DataError, match="record 3: made with the settings"):
-        evaluate_files(path, questions)
-    path.write_text(ours.split("\n", 1)[1])  # without its first line it is of no foreign layout either
-    with pytest.raises(DataError, match="record 1: made with the settings"):
-        evaluate_files(path, questions)
-    path.write_text(ours + ours)
-    with pytest.raises(DataError, match="question 0 is answered twice"):
-        evaluate_files(path, questions)
+    other = path.with_name("other.jsonl")
+    write(other, dict.fromkeys(PROBLEMS, "The answer is B."), SETTINGS | {"template": "v1"})
+    ours, theirs = path.read_text(), other.read_text().splitlines()[2]
+    for more, message in (
+        (theirs, r"record 3: made with other settings than record 1 \(template: 'v0' and 'v1'\)"),
+        ('{"question_id": "2", "text": "B"}', r"record 3: .* \(one of them does not say which\)"),
+        (ours, "record 3: question 0 is answered twice"),
+    ):
+        path.write_text(ours + more)
+        with pytest.raises(DataError, match=message):
+            evaluate_files(path, questions)
+    with pytest.raises(DataError, match="record 3: question 0 is answered twice"):
+        write(path, {})
 
 
 def test_a_comparison_tells_what_else_differs(files: tuple[Path, Path]) -> None:
     path, questions = files
-    other, settings = path.with_name("other.jsonl"), SETTINGS | {"prompt_format": "QCM-ALE"}
-    resume(other, settings)
-    append(other, {"0": "The answer is B.", "1": "The answer is B."}, settings)
+    other = path.with_name("other.jsonl")
+    write(other, {"0": "The answer is B.", "1": "The answer is B."}, SETTINGS | {"prompt_format": "QCM-ALE"})
     result = compare_files(path, other, questions)
     assert result["notes"][-1] == "Made with other prompt_format: 'QCM-LEPA' and 'QCM-ALE'."
 
@@ -124,11 +153,10 @@ ANYTHING = st.recursive(
     | st.booleans()
     | st.integers(-3, 9)
     | st.sampled_from(["", "A", "test", "grade7", "<image>\nA. x\nB. y"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["made_with", "value"]), inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["checkpoint", "value"]), inner),
     max_leaves=6,
 )
-ROW = {"question_id": "1", "text": "A", "model_id": "m"}
-HEADER = {"made_with": {"n": 1}}
+ROW = {"question_id": "1", "text": "A", "model_id": "m", "metadata": {"checkpoint": "m"}}
 PROBLEM = {
     "choices": ["x", "y"], "answer": 1, "hint": "", "image": None, "subject": "natural science", "grade": "grade7",
     "split": "test",
@@ -143,7 +171,7 @@ def damaged(record: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 CONTENT = st.one_of(
     ANYTHING,
-    st.lists(damaged(ROW) | damaged(HEADER) | damaged(TURN) | ANYTHING, max_size=3),
+    st.lists(damaged(ROW) | damaged(TURN) | ANYTHING, max_size=3),
     st.dictionaries(st.sampled_from("12"), damaged(PROBLEM) | ANYTHING),
     damaged({"outputs": {"1": "A"}, "results": {"1": 0}}),
 )

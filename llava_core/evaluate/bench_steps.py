@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_core.evaluate.answer_file import write_predictions
-from llava_core.evaluate.asking import ask_all
 from llava_core.evaluate.llava_bench import JUDGE_MODEL, judge, score_reviews
+from llava_core.evaluate.predict import MAX_NEW_TOKENS, predict_questions
 from llava_core.runtime import DataError, read_jsonl, shown, write_jsonl
+from llava_core.teacher.asking import ask_all
 from llava_core.teacher.chat import BudgetError, ChatReply, ChatRequest, Message
+from llava_core.teacher.parse import ReplyError
 from llava_core.teacher.prompts import context_text
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ FILES = {  # what each file of a bench is called: In-the-Wild and the miniature,
     "context": ("context.jsonl", "caps_boxes_coco2014_val_80.jsonl"),
     "reference": ("answers_gpt4.jsonl", "qa90_gpt4_answer.jsonl"),
 }
-MAX_NEW_TOKENS = 1024  # of the released script
 REFERENCE_SYSTEM = (
     "You answer questions about an image. You are not shown the image itself but what people wrote about it and, where "
     "known, its objects with their boxes (x1, y1, x2, y2, from 0 to 1). Answer as somebody who sees the image would, "
@@ -133,6 +133,7 @@ def _description(row: Mapping[str, Any], where: str) -> str:
 
 def write_answers(
     loaded: Loaded,
+    checkpoint: str | Path,
     bench: Bench,
     out: str | Path,
     images: Path | None = None,
@@ -142,14 +143,13 @@ def write_answers(
     seed: int = 0,
     batch: int = 16,
 ) -> dict[str, Any]:
-    """Let a checkpoint answer a bench; arguments, result and refusals as in `predictions.write_predictions`.
+    """Let a checkpoint answer a bench; arguments, result and refusals as in `predict.predict_questions`.
 
     The released script sampled at temperature 0.2; greedy answers, the default here, are the same in every run.
     """
     rows, images = bench.rows(images)
-    return write_predictions(
-        loaded, rows, images, out, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch=batch
-    )
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    return predict_questions(loaded, checkpoint, rows, images, out, batch=batch, **settings)
 
 
 def write_reference(
@@ -165,7 +165,7 @@ def write_reference(
         temperature: of the model.
 
     Returns:
-        answers, file, and the tally of `asking.ask_all`.
+        answers, file, and the tally of `teacher.asking.ask_all`.
 
     Raises:
         DataError: an image has no description.
@@ -177,7 +177,7 @@ def write_reference(
             raise DataError(f"{shown(bench.folder)}: question {row['question_id']}: no context for {row['image']}")
         messages = reference_messages(row["text"], bench.context[row["image"]])
         requests.append(ChatRequest(messages, model, temperature))
-    asked, tally = ask_all(client, requests, _unfinished, "reference")
+    asked, tally = ask_all(client, requests, _check_whole, "reference")
     rows = [
         {"question_id": row["question_id"], "text": found.text, "category": row["category"], **found.source()}
         for row, found in zip(bench.questions, asked, strict=True)
@@ -192,10 +192,9 @@ def reference_messages(question: str, context: str) -> list[Message]:
     return [{"role": "system", "content": REFERENCE_SYSTEM}, {"role": "user", "content": user}]
 
 
-def _unfinished(reply: ChatReply) -> str | None:
-    if not reply.text.strip():
-        return "it is empty"
-    return "it was cut off" if reply.finish_reason == "length" else None
+def _check_whole(reply: ChatReply) -> None:
+    if not reply.text.strip() or reply.finish_reason == "length":
+        raise ReplyError("it was cut off" if reply.text.strip() else "it is empty")
 
 
 def write_reviews(
@@ -222,7 +221,7 @@ def write_reviews(
         swap: judge each pair in both orders.
 
     Returns:
-        `score_reviews` of the reviews, the tally of `asking.ask_all` (its `failed` among it), file.
+        `score_reviews` of the reviews, the tally of `teacher.asking.ask_all` (its `failed` among it), file.
 
     Raises:
         DataError: as `llava_bench.judge`; or no review could be had.

@@ -225,6 +225,7 @@ def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str,
 
 def write_captions(
     loaded: Loaded,
+    checkpoint: str | Path,
     references: str | Path,
     images: Path,
     out: str | Path,
@@ -237,7 +238,8 @@ def write_captions(
     """Let a checkpoint caption the images of a COCO caption file, in COCO's result layout.
 
     Args:
-        loaded: model, tokenizer, image settings, manifest.
+        loaded: the model.
+        checkpoint: where it was loaded from.
         references: `captions_*.json`, whose `images` name the files.
         images: folder of the images.
         out: `.json` file for the captions; beside it, as `.jsonl`, how each came about, with which a call goes on.
@@ -247,12 +249,12 @@ def write_captions(
         batch: images captioned together (no caption depends on it).
 
     Returns:
-        As `predictions.write_predictions`; file is `out`.
+        As `predict.predict_questions`; file is `out`.
 
     Raises:
         DataError: the files do not fit, or the `.jsonl` holds captions given under other conditions.
     """
-    from llava_core.evaluate.answer_file import write_predictions
+    from llava_core.evaluate.predict import predict_questions
 
     if Path(out).suffix != ".json":
         raise DataError(f"{shown(out)}: give a name that ends in .json")
@@ -269,7 +271,8 @@ def write_captions(
             raise DataError(f"{where}: {shown(images / row['file_name'])} is not there; name the folder of the images")
         rows.append({"question_id": row["id"], "text": request, "image": row["file_name"]})
     told = Path(out).with_suffix(".jsonl")
-    result = write_predictions(loaded, rows, images, told, max_new_tokens=max_new_tokens, batch=batch, desc="captions")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch": batch, "desc": "captions"}
+    result = predict_questions(loaded, checkpoint, rows, images, told, **options)
     captions = [{"image_id": row["question_id"], "caption": row["text"]} for row in read_jsonl(told)]
     return result | {"file": shown(write_json(out, captions))}
 

@@ -20,8 +20,8 @@ from llava_core.data.scienceqa import Problem, format_problem
 from llava_core.evaluate.science_qa import DEFAULT_ERA, Answer, Failure, as_questions, parse_answer, tally
 from llava_core.evaluate.statistics import mcnemar, paired_bootstrap
 from llava_core.runtime import DataError, progress
+from llava_core.teacher.asking import concurrently
 from llava_core.teacher.chat import PRICES, BudgetError, ChatError, ChatReply, ChatRequest, ServerError, estimate
-from llava_core.teacher.generate import concurrently
 
 if TYPE_CHECKING:
     from llava_core.teacher.chat import ChatClient, Message

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_core.evaluate.asking import ask_all
 from llava_core.evaluate.statistics import seeds_interval
 from llava_core.runtime import DataError, fingerprint, read_jsonl, shown
-from llava_core.teacher.chat import BudgetError, ChatRequest
+from llava_core.teacher.asking import ask_all
+from llava_core.teacher.chat import ChatRequest
+from llava_core.teacher.parse import ReplyError
 
 if TYPE_CHECKING:
     from llava_core.teacher.chat import ChatClient, ChatReply
@@ -84,7 +85,7 @@ def judge(
         Review rows as released (question_id, answer1_id of the reference, answer2_id of the candidate, category,
         content, tuple), with `order` and where the review comes from (`Asked.source`). `tuple` is always
         [reference, candidate], and None where there is no review or it names no two scores. Then the tally of
-        `asking.ask_all`; where the budget ended, what was not asked has no row.
+        `teacher.asking.ask_all`; where the budget ended, what was not asked has no row.
 
     Raises:
         DataError: a question lacks a context, a reference or a candidate answer.
@@ -106,20 +107,19 @@ def judge(
             messages = judge_messages(row["text"], context[row["image"]], *pair)
             request = ChatRequest(messages, model, temperature, max_tokens)
             jobs.append((named | {"category": row["category"], "order": order}, request))
-    asked, tally = ask_all(client, [request for _, request in jobs], _without_scores, "judge")
+    asked, tally = ask_all(client, [request for _, request in jobs], _check_scores, "judge")
     reviews = []
     for number, ((row, _), found) in enumerate(zip(jobs, asked, strict=True), start=1):
-        if not isinstance(found.refused, BudgetError):
+        if not found.unasked:
             review = {"id": number, **row, "content": found.text}
             scores = review_scores(review)
             reviews.append(review | {"tuple": list(scores) if scores else None} | found.source())
     return reviews, tally
 
 
-def _without_scores(reply: ChatReply) -> str | None:
+def _check_scores(reply: ChatReply) -> None:
     if parse_scores(reply.text) is None:
-        return "its first line does not hold two scores from 1 to 10 and nothing else"
-    return None
+        raise ReplyError("its first line does not hold two scores from 1 to 10 and nothing else")
 
 
 def _by_id(answers: Answers, what: str) -> dict[str, tuple[str, str]]:

@@ -1,7 +1,11 @@
-"""A model's answers to ScienceQA: by the prompt format of its manifest, second pass included, in batches, resumable."""
+"""A checkpoint's answers, in batches, into files that are gone on with: any questions; ScienceQA, with its second pass.
+
+How ScienceQA is asked, and whether in two passes, is decided by the prompt format of the checkpoint's manifest.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.scienceqa import Problem, answer_prompt, format_problem, load_problems
 from llava_core.evaluate.answer import answer_questions
-from llava_core.evaluate.predictions import append, checkpoint_id, resume
-from llava_core.runtime import DataError, fingerprint, progress
+from llava_core.evaluate.predictions import checkpoint_id, write_predictions
+from llava_core.runtime import DataError, fingerprint, progress, shown
 
 if TYPE_CHECKING:
     from llava_core.weights.checkpoint import Loaded
@@ -18,6 +22,78 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS, ANSWER_TOKENS = 1024, 64
 """Longest first and second reply. Source: llava/eval/model_vqa_science.py@8959d5c."""
 _BRIDGE_TOKENS = 16  # what the second pass puts between reasoning and answer never needs more
+_USE = {"template": "v0", "system": None, "image_position": "data", "image_delimiters": None, "prompt_format": None}
+
+
+def conditions(loaded: Loaded, checkpoint: str | Path, **more: Any) -> dict[str, Any]:
+    """What decides an answer besides the question: the model, its precision, prompt, image and further settings.
+
+    Args:
+        loaded: the model.
+        checkpoint: where it was loaded from.
+        more: of the generation, say.
+
+    Returns:
+        The settings, as JSON gives them back.
+
+    Raises:
+        CheckpointError: there are no weights at `checkpoint`.
+    """
+    manifest = loaded.manifest
+    found = {
+        "checkpoint": checkpoint_id(checkpoint), "base": manifest.get("base"), "run_id": manifest.get("run_id"),
+        "dtype": str(loaded.model.language_model.dtype).removeprefix("torch."),
+        **{name: manifest.get(name, usual) for name, usual in _USE.items()},
+        "feature_layer": loaded.model.feature_layer, "image": loaded.processor.to_dict(), **more,
+    }  # fmt: skip
+    copied: dict[str, Any] = json.loads(json.dumps(found))  # as a file gives it back: lists, no tuples
+    return copied
+
+
+def predict_questions(
+    loaded: Loaded,
+    checkpoint: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    images: Path | None,
+    out: str | Path,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 64,
+    desc: str = "answers",
+) -> dict[str, Any]:
+    """Answer questions into a file; answers that it holds already are kept.
+
+    Args:
+        loaded: the model.
+        checkpoint: where it was loaded from; the file keeps its hash.
+        rows: `{question_id, text, image}` as `answer_questions` takes them.
+        images: folder of the images.
+        out: JSONL file; see `predictions`.
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 is greedy.
+        seed: of sampled answers; another one gives another run.
+        batch: rows generated together (no answer depends on it).
+        desc: of the progress bar.
+
+    Returns:
+        answers, new (of them, written now), conditions, file.
+
+    Raises:
+        DataError: the file holds answers to other questions, or given under other conditions.
+    """
+    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    told, new = conditions(loaded, checkpoint, **generation), 0
+
+    def answer(left: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+        nonlocal new
+        new = len(left)
+        for k in progress(range(0, new, batch), desc, leave=False):
+            yield answer_questions(loaded, left[k : k + batch], images, batch=batch, desc=None, **generation)
+
+    found = write_predictions(out, rows, told, answer)
+    return {"answers": len(found), "new": new, "conditions": told, "file": shown(out)}
 
 
 def science_answers(loaded: Loaded, problems: Sequence[Problem], **options: Any) -> dict[str, str]:
@@ -34,7 +110,8 @@ def science_answers(loaded: Loaded, problems: Sequence[Problem], **options: Any)
     Raises:
         DataError: the manifest names no prompt format.
     """
-    answers = {key: text for part in _batches(loaded, problems, **options) for key, text in part.items()}
+    rows = _rows(loaded, problems, options)
+    answers = {key: text for part in _batches(loaded, rows, **options) for key, text in part.items()}
     return {problem.id: answers[problem.id] for problem in problems}
 
 
@@ -66,35 +143,16 @@ def predict_science_qa(
         DataError: the file was begun with other settings.
     """
     problems = load_problems(folder, split)[:limit]
-    made_with = _settings(loaded, checkpoint, problems, split, options)
-    known = resume(out, made_with)
-    left = [problem for problem in problems if problem.id not in known]
-    for answers in _batches(loaded, left, **options):
-        append(out, answers, made_with)
-        known |= answers
-    return {problem.id: known[problem.id] for problem in problems}
-
-
-def _settings(
-    loaded: Loaded, checkpoint: str | Path, problems: Sequence[Problem], split: str, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    manifest, released = loaded.manifest, options.get("released", False)
-    name = _prompt_format(loaded)
-    asked = [[p.id, str(p.image and p.image.name), format_problem(p, name, released).turns[0][0]] for p in problems]
-    return {
-        "task": "science_qa", "split": split, "n": len(problems), "questions": fingerprint(asked),
-        "prompt_format": name, "released_texts": released, "images": options.get("images", True),
-        "template": manifest.get("template", "v0"), "system": manifest.get("system"),
-        "image_position": manifest.get("image_position", "data"),
-        "image_delimiters": manifest.get("image_delimiters"),
-        "checkpoint": checkpoint_id(checkpoint), "run_id": manifest.get("run_id"),
-        "dtype": str(loaded.model.language_model.dtype).removeprefix("torch."),
-        "generation": {
-            "max_new_tokens": options.get("max_new_tokens", MAX_NEW_TOKENS),
-            "answer_tokens": options.get("answer_tokens", ANSWER_TOKENS) if answer_prompt(name) else None,
-            "temperature": options.get("temperature", 0.0), "seed": "CRC-32 of the question's id",
-        },
-    }  # fmt: skip
+    rows, name = _rows(loaded, problems, options), _prompt_format(loaded)
+    asked = [[p.id, str(p.image and p.image.name), row["text"]] for p, row in zip(problems, rows, strict=True)]
+    told = conditions(
+        loaded, checkpoint, task="science_qa", split=split, n=len(problems), questions=fingerprint(asked),
+        released_texts=options.get("released", False), images=options.get("images", True),
+        max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
+        answer_tokens=options.get("answer_tokens", ANSWER_TOKENS) if answer_prompt(name) else None,
+        temperature=options.get("temperature", 0.0), seed=0,
+    )  # fmt: skip
+    return write_predictions(out, rows, told, lambda left: _batches(loaded, left, **options))
 
 
 def _prompt_format(loaded: Loaded) -> str:
@@ -104,9 +162,20 @@ def _prompt_format(loaded: Loaded) -> str:
     return str(name)
 
 
+def _rows(loaded: Loaded, problems: Sequence[Problem], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The problems as `answer_questions` takes them."""
+    name, rows = _prompt_format(loaded), []
+    for problem in problems:
+        text = format_problem(problem, name, options.get("released", False)).turns[0][0]
+        look = options.get("images", True) and problem.image is not None
+        text = text if look else text.replace(IMAGE_MARKER, "").strip()
+        rows.append({"question_id": problem.id, "text": text, "image": str(problem.image) if look else None})
+    return rows
+
+
 def _batches(
     loaded: Loaded,
-    problems: Sequence[Problem],
+    rows: Sequence[Mapping[str, Any]],
     *,
     images: bool = True,
     released: bool = False,
@@ -118,12 +187,7 @@ def _batches(
     """Both passes of one batch after the other, so that an interrupted run keeps what it has; like lengths together."""
     name = _prompt_format(loaded)
     bridge = answer_prompt(name, released)
-    rows = []
-    for problem in problems:
-        text, look = format_problem(problem, name, released).turns[0][0], images and problem.image is not None
-        text = text if look else text.replace(IMAGE_MARKER, "").strip()
-        rows.append({"question_id": problem.id, "text": text, "image": str(problem.image) if look else None})
-    rows.sort(key=lambda row: (row["image"] is not None, len(str(row["text"]))))
+    rows = sorted(rows, key=lambda row: (row["image"] is not None, len(row["text"])))
     for k in progress(range(0, len(rows), batch), f"ScienceQA {name}", leave=False):
         part = rows[k : k + batch]
         room = answer_tokens + _BRIDGE_TOKENS if bridge else 0

@@ -1,22 +1,21 @@
-"""Files of answers that say how they were made, and the refusal to mix or score what was made otherwise.
+"""Files of answers that say how they were made, and the refusal to mix, continue or score what was made otherwise.
 
-Ours are JSONL: first a line `{"made_with": {...}}` with the settings, then a line `{question_id, text, made_with}` per
-answer, where `made_with` is the settings' fingerprint. The layouts of the released code, which say nothing of the kind,
-are read too.
+Ours are JSONL with the fields of the released answer files: question_id, prompt, text, answer_id, model_id, metadata.
+The released ones leave `metadata` empty; in ours it holds all settings of the answer, its `checkpoint` among them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_core.runtime import DataError, fingerprint, read_json, read_jsonl, shown, write_jsonl
+from llava_core.runtime import DataError, fingerprint, located, read_json, read_jsonl, sha256_file, shown
 
-MADE_WITH = "made_with"
+_BEGIN = b'{"question_id": '  # of each line of ours
 _LAYOUTS = "{outputs: {id: text}} or JSONL of question_id and text"
 
 
@@ -42,43 +41,35 @@ def read_predictions(path: str | Path) -> Predictions:
         DataError: the file is missing, empty, of another layout, answers a question twice, or mixes answers that were
             made with several settings or by several models.
     """
-    found = _read(Path(path))
-    if not found.answers:
-        raise DataError(f"{shown(path)}: holds no prediction; was the run that writes it interrupted?")
-    return found
-
-
-def _read(path: Path) -> Predictions:
+    path, released = Path(path), {}
     content = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     if isinstance(content, dict) and isinstance(content.get("outputs"), dict):
-        rows = [{"question_id": key, "text": text} for key, text in content["outputs"].items()]
-        return Predictions(_texts(path, rows, None), None, {k: v for k, v in content.items() if k != "outputs"})
+        released = {k: v for k, v in content.items() if k != "outputs"}
+        content = [{"question_id": key, "text": text} for key, text in content["outputs"].items()]
     if not isinstance(content, list):
         raise DataError(f"{shown(path)}: not a prediction file; give {_LAYOUTS}")
-    settings = [row[MADE_WITH] for row in content if _is_header(row)]
-    if any(other != settings[0] for other in settings):
-        names = ", ".join(differences(settings[0], next(s for s in settings if s != settings[0])))
-        raise DataError(f"{shown(path)}: mixes answers made with different settings ({names}); score them one by one")
-    made_with = settings[0] if settings else None
-    return Predictions(_texts(path, [row for row in content if not _is_header(row)], made_with), made_with)
+    if not content:
+        raise DataError(f"{shown(path)}: holds no prediction; was the run that writes it interrupted?")
+    return Predictions(_texts(path, content), _settings(content[0]), released)
 
 
-def _is_header(row: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get(MADE_WITH), dict) and "question_id" not in row
+def _settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How an answer was made; None for one of a foreign layout."""
+    found = row.get("metadata")
+    return found if isinstance(found, dict) and "checkpoint" in found else None
 
 
-def _texts(path: Path, rows: list[Any], made_with: Mapping[str, Any] | None) -> dict[str, str]:
-    mark = None if made_with is None else fingerprint(made_with)
+def _texts(path: Path, rows: Sequence[Any]) -> dict[str, str]:
     answers: dict[str, str] = {}
     models = set()
     for number, row in enumerate(rows, start=1):
         where = f"{shown(path)}, record {number}"
         if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
             raise DataError(f"{where}: needs `question_id` and a string `text`, has {str(row)[:80]}")
-        if row.get(MADE_WITH) != mark:
+        if (said := _settings(row)) != (first := _settings(rows[0])):
+            names = "; ".join(differences(first, said)) if first and said else "one of them does not say which"
             raise DataError(
-                f"{where}: made with the settings {row.get(MADE_WITH)}, the file's first line says {mark}; answers of "
-                "several runs cannot be scored as one, give each its file with its own first line"
+                f"{where}: made with other settings than record 1 ({names}); give each run a file of its own"
             )
         models.add(str(row.get("model_id")))
         if len(models) > 1:
@@ -105,12 +96,15 @@ def checkpoint_id(path: str | Path) -> str:
     Raises:
         CheckpointError: there are no weights.
     """
-    manifest = Path(path) / "manifest.json"
+    path = located(path)
+    manifest = path / "manifest.json"
     if manifest.is_file() and "base_hash" in (content := read_json(manifest)):
         return f"manifest:{fingerprint(content)}"
+    if path.is_file():
+        return f"files:{fingerprint({path.name: sha256_file(path)})}"
     from llava_core.weights.checkpoint import base_hash  # brings torch
 
-    return base_hash(str(Path(path).resolve()))
+    return base_hash(str(path))
 
 
 def check_made_with(
@@ -144,44 +138,91 @@ def check_made_with(
             )
 
 
-def resume(path: str | Path, made_with: Mapping[str, Any]) -> dict[str, str]:
-    """Begin a file of answers, or go on with one that was interrupted.
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_predictions(
+    out: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    answer: Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, str]]],
+) -> dict[str, str]:
+    """Answer questions into a file, or go on with one that was interrupted; each batch is on disk before the next.
 
     Args:
-        path: JSONL file.
-        made_with: the settings of this run; JSON values only.
+        out: JSONL file.
+        rows: `{question_id, text, ...}`, the question as it is asked.
+        settings: what decides an answer besides the question, as JSON gives it back; `checkpoint`, perhaps `run_id`.
+        answer: given the rows without an answer, yields texts by question id, batch by batch.
 
     Returns:
-        The answers that the file holds already.
+        All answers by question id, in the order of the rows.
 
     Raises:
-        DataError: the file was made with other settings or does not say with which; it is left as it is.
+        DataError: the file holds answers to other questions, made with other settings, or that do not say with which;
+            it is left as it is.
     """
-    path = Path(path)
-    if path.suffix != ".jsonl":
-        raise DataError(f"{shown(path)}: answers are written as JSONL; name a file that ends in .jsonl")
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if not whole:
-        write_jsonl(path, [{MADE_WITH: dict(made_with)}])
-        return {}
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))  # a killed writer left half a line
-    found = _read(path)
-    settings = json.loads(json.dumps(made_with))
-    if found.made_with != settings:
-        said = "; ".join(differences(found.made_with or {}, settings)) if found.made_with else "it does not say which"
-        raise DataError(
-            f"{shown(path)}: begun with other settings ({said}); name another file, or remove this one to start anew"
-        )
-    return found.answers
+    out = Path(out)
+    asked = {str(row["question_id"]): row for row in rows}
+    if len(asked) != len(rows):
+        raise DataError(f"{shown(out)}: two questions have the same question_id; every one needs its own")
+    known = _resume(out, asked, settings)
+    model = settings.get("run_id") or settings["checkpoint"]
+    for texts in answer([row for key, row in asked.items() if key not in known]):
+        with open(out, "a", encoding="utf-8") as file:
+            for key, text in texts.items():
+                row = {"question_id": asked[key]["question_id"], "prompt": asked[key]["text"], "text": text}
+                row |= {"answer_id": fingerprint([*row.values(), settings]), "model_id": model, "metadata": settings}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        known |= texts
+    return {key: known[key] for key in asked}
 
 
-def append(path: str | Path, answers: Mapping[str, str], made_with: Mapping[str, Any]) -> None:
-    """Add answers to a file that `resume` opened; they are on disk when this returns."""
-    mark = fingerprint(json.loads(json.dumps(made_with)))
-    rows = ({"question_id": key, "text": text, MADE_WITH: mark} for key, text in answers.items())
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+def _resume(out: Path, asked: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, str]:
+    """The answers that a file holds already, once it is sure that they are of this very run; else it is refused."""
+    if out.suffix != ".jsonl":
+        raise DataError(f"{shown(out)}: answers are written as JSONL; name a file that ends in .jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.touch()
+    content = out.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    last = content[whole:]
+    if cut := not _is_json(last) and (last.startswith(_BEGIN) or _BEGIN.startswith(last)):
+        os.truncate(out, whole)  # a killed writer left half a line
+    known: dict[str, str] = {}
+    for number, row in enumerate(read_jsonl(out), start=1):
+        if why := _not_ours(row, known, asked, settings):
+            raise DataError(
+                f"{shown(out)}, record {number}: {why}; name another file, or remove this one to start anew"
+            )
+        known[str(row["question_id"])] = row["text"]
+    if last and not cut:
+        with open(out, "ab") as file:
+            file.write(b"\n")
+    return known
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _not_ours(
+    row: Any, known: Mapping[str, str], asked: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+) -> str | None:
+    """Why a row of the file cannot be an earlier answer of this very run."""
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or (said := _settings(row)) is None:
+        return "not an answer that says in `metadata` how it was made"
+    key = str(row.get("question_id"))
+    if said != settings:
+        return f"question {key} was answered with other settings than now ({'; '.join(differences(said, settings))})"
+    if key not in asked:
+        return f"question {key} is not asked now"
+    if row.get("prompt") != asked[key]["text"]:
+        return f"question {key} was {row.get('prompt')!r} and is now {asked[key]['text']!r}"
+    return f"question {key} is answered twice" if key in known else None

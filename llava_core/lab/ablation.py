@@ -120,7 +120,7 @@ def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limi
         folder, images = bench_folders(record, bench)
         asked = load_bench(folder, limit)
         rows, images = asked.rows(images)
-        answers = answer_questions(load(record.checkpoint), rows, images, max_new_tokens=96, desc=bench)
+        answers = answer_questions(load_run(record), rows, images, max_new_tokens=96, desc=bench)
         reviews, _ = llava_bench.judge(asked.questions, asked.context, asked.reference or {}, answers, client)
         return {**llava_bench.score_reviews(reviews), "answers": answers, "reviews": reviews}
 

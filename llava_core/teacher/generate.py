@@ -5,26 +5,18 @@ from __future__ import annotations
 import io
 import random
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from llava_core.constants import IMAGE_MARKER
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, atomic_write, progress, shown, write_json, write_jsonl
-from llava_core.teacher.chat import (
-    MAX_TOKENS,
-    TEMPERATURE,
-    BudgetError,
-    ChatClient,
-    ChatError,
-    ChatReply,
-    ChatRequest,
-    ServerError,
-)
+from llava_core.runtime import ConfigError, atomic_write, shown, write_json, write_jsonl
+from llava_core.teacher.asking import Asked, again, ask_each
+from llava_core.teacher.chat import MAX_TOKENS, TEMPERATURE, ChatClient, ChatReply, ChatRequest
 from llava_core.teacher.parse import ReplyError, parse_detail, parse_dialogue, parse_reasoning
 from llava_core.teacher.prompts import (
     DETAIL_QUESTIONS,
@@ -37,9 +29,6 @@ from llava_core.teacher.prompts import (
 )
 
 MODEL = "gpt-4-0314"
-MOST_SILENT = 20  # requests in a row without a reply, after which the server counts as gone
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class Annotation(Protocol):
@@ -96,40 +85,24 @@ def requests_for(
 
 def retry_request(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatRequest:
     """Return the request that follows a malformed reply: what was said, and what is wrong with it."""
-    said = [{"role": "assistant", "content": reply.text}] if reply.text.strip() else []
-    reason = (
-        f"This reply cannot be used ({type(error).__name__}): {error}.\nReply again, in the format of the examples."
-    )
-    return replace(request, messages=[*request.messages, *said, {"role": "user", "content": reason}])
+    wrong = f"This reply cannot be used ({type(error).__name__}): {error}."
+    return again(request, reply, f"{wrong}\nReply again, in the format of the examples.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What asking about one image came to: every reply, with what was wrong with it."""
+    """What asking about one image came to; the value of `found` are its turns."""
 
     image: Annotation
     kind: str
-    request: ChatRequest
-    turns: list[tuple[str, str]] | None = None
-    replies: list[tuple[ChatRequest, ChatReply, ReplyError | None]] = field(default_factory=list)
-    refused: ChatError | None = None  # no reply to the last request
-
-    @property
-    def asked(self) -> bool:
-        """The budget allowed all its requests."""
-        return not isinstance(self.refused, BudgetError)
+    found: Asked
 
     @property
     def failure(self) -> Exception | None:
         """Why there are no turns; None also where the budget ended."""
-        if self.turns is not None or not self.asked:
+        if self.found.good or self.found.unasked:
             return None
-        return self.refused or self.replies[-1][2]
-
-    @property
-    def paid(self) -> float:
-        """USD paid now."""
-        return sum(reply.cost_usd for _, reply, _ in self.replies if not reply.cached)
+        return self.found.refused or self.found.replies[-1][2]
 
 
 def generate(
@@ -191,21 +164,9 @@ def ask(jobs: Sequence[Job], client: ChatClient) -> list[Outcome]:
     Raises:
         ServerError, DataError: the client's; what was answered until then is in its cassette.
     """
-    _prefetch(jobs, client)
-    outcomes: list[Outcome] = []
-    spend, failed, silent = 0.0, 0, 0
-    with progress(len(jobs), "teacher", unit="record") as bar:
-        stop = getattr(client, "stop", lambda: None)
-        for outcome in concurrently(lambda job: _ask(client, *job), jobs, getattr(client, "concurrency", 1), stop):
-            outcomes.append(outcome)
-            silent = silent + 1 if outcome.refused and outcome.asked else 0
-            if silent >= MOST_SILENT:
-                raise ServerError(f"{silent} requests in a row had no reply; the last one: {outcome.refused}")
-            spend += outcome.paid
-            failed += outcome.failure is not None
-            bar.set_postfix_str(f"{spend:.2f} USD, {failed} failed", refresh=False)
-            bar.update()
-    return outcomes
+    asked = [(request, partial(_turns, kind)) for _, kind, request in jobs]
+    found = ask_each(client, asked, retry_request, "teacher", unit="record")
+    return [Outcome(image, kind, one) for (image, kind, _), one in zip(jobs, found, strict=True)]
 
 
 def write(
@@ -241,23 +202,24 @@ def write(
     provenance: list[dict[str, Any]] = []
     tally = {"requests": 0, "replayed": 0, "retried": 0, "repaired": 0}
     for outcome in outcomes:
+        found = outcome.found
         row = {"id": outcome.image.id, "image": outcome.image.image, "type": outcome.kind}
-        rows = [_source(request, reply, prompts[outcome.kind], seed) for request, reply, _ in outcome.replies]
-        for number, ((_, reply, error), source) in enumerate(zip(outcome.replies, rows, strict=True)):
+        rows = [_source(request, reply, prompts[outcome.kind], seed) for request, reply, _ in found.replies]
+        for number, ((_, reply, error), source) in enumerate(zip(found.replies, rows, strict=True)):
             tally["replayed" if reply.cached else "requests"] += 1
-            provenance.append(row | source | _bill(outcome.request, reply))
+            provenance.append(row | source | _bill(found.request, reply))
             if error is not None:
-                kept = {"reply": reply.text, "attempt": number + 1, "repaired": outcome.turns is not None}
+                kept = {"reply": reply.text, "attempt": number + 1, "repaired": found.good}
                 failures.append(row | _told(error) | kept | source)
-        tally["retried"] += bool(outcome.replies and outcome.replies[0][2])
-        if outcome.turns is not None:
-            tally["repaired"] += len(outcome.replies) > 1
-            rng, turns = _rng(seed, outcome.image, outcome.kind), outcome.turns
+        tally["retried"] += bool(found.replies and found.replies[0][2])
+        if found.good:
+            tally["repaired"] += len(found.replies) > 1
+            rng, turns = _rng(seed, outcome.image, outcome.kind), found.value
             if outcome.kind == "detail":
                 turns = [(rng.choice(detail_questions), text) for _, text in turns]
             records.append(row | {"conversations": _conversation(turns, rng), "provenance": rows[-1]})
-        elif outcome.asked and outcome.refused is not None:
-            failures.append(row | _told(outcome.refused) | {"reply": None, "request": outcome.request.key})
+        elif not found.unasked and found.refused is not None:
+            failures.append(row | _told(found.refused) | {"reply": None, "request": found.request.key})
     failed = Counter(type(outcome.failure).__name__ for outcome in outcomes if outcome.failure)
     models = dict(Counter(row["model"] for row in provenance))
     if len(models) > 1:
@@ -266,82 +228,15 @@ def write(
     return {
         "records": len(records),
         "failed": failed.total(),
-        "spend_usd": round(sum(outcome.paid for outcome in outcomes), 6),
+        "spend_usd": round(sum(outcome.found.paid for outcome in outcomes), 6),
         "cost_usd": round(sum(row["cost_usd"] for row in provenance), 6),
         **tally,
         "failures": dict(sorted(failed.items())),
         "models": models,
-        "stopped": next((str(outcome.refused) for outcome in outcomes if not outcome.asked), None),
-        "unasked": sum(not outcome.asked for outcome in outcomes),
+        "stopped": next((str(outcome.found.refused) for outcome in outcomes if outcome.found.unasked), None),
+        "unasked": sum(outcome.found.unasked for outcome in outcomes),
         "files": _write(Path(out), records, failures, provenance, list(dict.fromkeys(kinds))),
     }
-
-
-def _prefetch(jobs: Sequence[Job], client: ChatClient) -> None:
-    """Have a client that wants to know them beforehand answer all first requests, then those that follow from them."""
-    prefetch = getattr(client, "prefetch", None)
-    if prefetch is None:
-        return
-    repairs = []
-    replies = prefetch([request for _, _, request in jobs])
-    for (_, kind, request), reply in zip(jobs, replies, strict=True):
-        try:
-            if reply is not None:
-                _turns(kind, reply.text, reply.finish_reason)
-        except ReplyError as error:
-            repairs.append(retry_request(request, reply, error))
-    prefetch(repairs)
-
-
-def _ask(client: ChatClient, image: Annotation, kind: str, request: ChatRequest) -> Outcome:
-    """Ask, and once more where the reply is malformed."""
-    outcome = Outcome(image, kind, request)
-    for _ in range(2):
-        try:
-            reply = client.complete(request)
-        except ServerError:
-            raise
-        except ChatError as error:
-            outcome.refused = error
-            return outcome
-        try:
-            outcome.turns = _turns(kind, reply.text, reply.finish_reason)
-        except ReplyError as error:
-            outcome.replies.append((request, reply, error))
-            request = retry_request(request, reply, error)
-        else:
-            outcome.replies.append((request, reply, None))
-            break
-    return outcome
-
-
-def concurrently(work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]) -> Iterator[_R]:
-    """Yield the results in the order of the items, with at most `workers` items under way.
-
-    Args:
-        work: done with each item, in a thread of its own where there are several workers.
-        items: what there is to do.
-        workers: how many items are under way at once.
-        stop: called when the user interrupts, before what is under way is waited for.
-    """
-    if workers <= 1:
-        yield from map(work, items)
-        return
-    under_way: deque[Future[_R]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="ask") as pool:
-        try:
-            for item in items:
-                under_way.append(pool.submit(work, item))
-                while len(under_way) > 16 * workers:  # a slow one at the head does not keep the others from starting
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        except KeyboardInterrupt:
-            stop()  # else leaving the pool would wait for all further attempts
-            raise
-        finally:
-            for future in under_way:
-                future.cancel()
 
 
 def _rng(seed: int, image: Annotation, kind: str) -> random.Random:
@@ -374,11 +269,11 @@ def _told(error: Exception) -> dict[str, str]:
     return {"error": type(error).__name__, "message": str(error)}
 
 
-def _turns(kind: str, text: str, finish_reason: str) -> list[tuple[str, str]]:
+def _turns(kind: str, reply: ChatReply) -> list[tuple[str, str]]:
     """The turns of a reply; a description has no question yet."""
     if kind == "detail":
-        return [("", parse_detail(text, finish_reason))]
-    return (parse_reasoning if kind == "complex" else parse_dialogue)(text, finish_reason)
+        return [("", parse_detail(reply.text, reply.finish_reason))]
+    return (parse_reasoning if kind == "complex" else parse_dialogue)(reply.text, reply.finish_reason)
 
 
 def _conversation(turns: Sequence[tuple[str, str]], rng: random.Random) -> list[dict[str, str]]:
