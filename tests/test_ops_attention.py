@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava_core.ops import BACKENDS, Segments, attention
-from llava_core.ops.attention import _say, choose
+from llava_core.ops.attention import Backend, _say, choose, trial
 from llava_core.ops.reference import allowed
 from llava_core.runtime import CompanionError, ConfigError
 
@@ -141,11 +141,15 @@ def test_auto_takes_the_first_that_can_run_and_says_why(
     assert choose(q, None)[0] == "sdpa"
     assert choose(q, segments)[0] == "per_sample"
     # what a GPU would get: a tensor that says that it lies on one
-    there = SimpleNamespace(device=torch.device("cuda"))
+    there = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 3, 4), dtype=torch.bfloat16)
+    failed: dict[str, str | None] = {"triton": None, "flex": None}
+    monkeypatch.setattr(sys.modules["llava_core.ops.attention"], "trial", lambda name, *_: failed[name])
     could: dict[str, str | None] = {"triton": None, "flex": None}
     record = lambda name: SimpleNamespace(unavailable=lambda q: could[name])  # noqa: E731
     monkeypatch.setattr(BACKENDS, "get", record)
     assert choose(there, segments)[0] == "triton"
+    failed["triton"] = "its trial differs from the definition"
+    assert choose(there, segments) == ("flex", f"it leaves out what no token sees; triton: {failed['triton']}")
     could["triton"] = "triton is not installed"
     assert choose(there, segments) == ("flex", "it leaves out what no token sees; triton: triton is not installed")
     could["flex"] = "not here"
@@ -163,3 +167,31 @@ def test_unknown_backend_names_the_known() -> None:
     with pytest.raises(ConfigError, match="per_sample"):
         attention(q, k, v, backend="per_smaple")
     assert {"reference", "sdpa", "per_sample", "triton", "flex"} <= set(BACKENDS.names())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sdpa", "per_sample"])
+def test_a_right_backend_passes_its_trial(name: str, dtype: torch.dtype) -> None:
+    assert trial(name, 16, dtype, torch.device("cpu")) is None
+
+
+def test_a_backend_that_fails_or_errs_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    def forgets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+        return attention(q, k, v, backend="sdpa")
+
+    def stops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+        return attention(q, k.detach() + 0 * k, v, segments=segments, backend="sdpa")
+
+    for name, run, wrong in (
+        ("raises", raises, "its trial ended with RuntimeError: out of resource: shared memory"),
+        ("forgets", forgets, "its trial differs from the definition"),
+        ("stops", stops, "its trial differs from the definition"),
+    ):
+        broken = Backend(name, run)
+        get = BACKENDS.get
+        with monkeypatch.context() as patch:
+            patch.setattr(BACKENDS, "get", lambda asked, b=broken, g=get: b if asked == b.name else g(asked))
+            assert trial(name, 16, torch.float32, torch.device("cpu")) == wrong

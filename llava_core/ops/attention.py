@@ -137,6 +137,42 @@ for _backend in (
     BACKENDS.register(_backend.name)(_backend)
 
 
+@cache
+@torch.compiler.disable
+def trial(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Let a backend compute a small packed row, forward and backward, once per process.
+
+    A kernel is compiled for the GPU at hand; where that fails, or gives something else than the definition, a run of
+    days should begin with another backend instead of ending at its first step.
+
+    Returns:
+        What went wrong, or None.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([[300] * 70 + [160] * 90 + [300] * 140], dtype=torch.int32)
+    shapes = ((4, 300, head_dim), (2, 300, head_dim), (2, 300, head_dim))
+    given = [torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes]
+
+    def run(run: Run, precision: torch.dtype) -> list[torch.Tensor]:
+        q, k, v = (x.to(precision).requires_grad_() for x in given)
+        with torch.enable_grad():
+            out = run(q, k, v, Segments(ends.to(device)))
+            grads = torch.autograd.grad(out.float().square().sum(), [q, k, v])
+        return [x.detach().float() for x in (out, *grads)]
+
+    try:
+        found = run(BACKENDS.get(name).run, dtype)
+    except Exception as error:
+        return f"its trial ended with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    exact, plain = run(reference.attention, torch.float32), run(reference.attention, dtype)
+    for part, (f, e, p) in enumerate(zip(found, exact, plain, strict=True)):
+        # the rule of the tests, with room for the order of the sums
+        allowance = (4 if part == 0 else 6) * float((p - e).abs().max()) + 2e-3 * float(e.abs().max())
+        if not float((f - e).abs().max()) <= allowance:
+            return "its trial differs from the definition"
+    return None
+
+
 def choose(q: torch.Tensor, segments: Segments | None) -> tuple[str, str]:
     """The backend that `auto` stands for, and why.
 
@@ -153,7 +189,7 @@ def choose(q: torch.Tensor, segments: Segments | None) -> tuple[str, str]:
         return "per_sample", "a CPU computes a mask's forbidden pairs too; one causal call per length makes none"
     passed: list[str] = []
     for name in ("triton", "flex"):
-        reason = BACKENDS.get(name).unavailable(q)
+        reason = BACKENDS.get(name).unavailable(q) or trial(name, q.shape[-1], q.dtype, q.device)
         if reason is None:
             return name, "; ".join(["it leaves out what no token sees", *passed])
         passed.append(f"{name}: {reason}")
