@@ -109,7 +109,7 @@ def test_several_rows_and_forests_without_a_pattern(cut: str) -> None:
 
 @pytest.mark.parametrize("length", [1, 16, 45])
 def test_rows_without_segments_are_causal(length: int, cut: str) -> None:
-    equals_the_definition(inputs(2, length, (2, 1, 16)), None)
+    equals_the_definition(inputs(1, length, (2, 1, 16)), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -232,7 +232,9 @@ def test_a_broken_kernel_is_seen(name: str, right: list[torch.Tensor], monkeypat
     *qkv, gradient = inputs(2, 52, (2, 1, 16))
     leaves = [x.requires_grad_(True) for x in qkv]
     out = module.triton_attention(*leaves, made(TWO_ROWS))
-    error = worst([out.detach(), *torch.autograd.grad(out, leaves, gradient)], right)
+    error = worst([out.detach()], right[:1])
+    if error < 1:  # a broken output says enough, and the interpreter takes its time
+        error = worst(list(torch.autograd.grad(out, leaves, gradient)), right[1:])
     assert error > 100 if name in mutants.ATTENTION else error < 1
 
 
