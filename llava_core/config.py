@@ -136,7 +136,8 @@ class ScaleConfig(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"]
     threads: PositiveInt | None
     micro_batch: PositiveInt
-    """Samples per forward pass on one device; never changes the result, only memory and time."""
+    """A forward pass in training takes as many tokens as so many samples of the greatest length, packed, on one device;
+    elsewhere it takes so many samples. Never changes the result, only memory and time."""
     launcher: Literal["in_process", "torchrun", "deepspeed"]
     data: dict[str, str]
     """Where each data set lies; relative to the repository root."""
