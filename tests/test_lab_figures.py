@@ -131,13 +131,6 @@ def test_images_are_taken_back_to_colors_and_cut_into_patches() -> None:
     assert len(figures.attention_over_image(image, [numpy.eye(2)] * 2, ["a", "b"]).axes) == 3
 
 
-def test_the_verb_chart_names_the_most_frequent() -> None:
-    pairs = {("describe", "scene"): 8, ("describe", "image"): 4, ("count", "cars"): 3, ("name", "color"): 1}
-    axes = figures.verb_noun_chart(pairs, "conversation", verbs=2, nouns=1).axes[0]
-    words = [text.get_text() for text in axes.texts if text.get_text()]
-    assert words == ["describe", "count", "scene", "…", "cars"]
-
-
 def test_supervised_tokens_are_marked_and_the_image_is_one_piece() -> None:
     tokens, labels = ["What", "<image>", "<image>", " <b>", "\n"], [-100, -100, -100, 7, 2]
     text = figures.supervised_text_html(tokens, labels).data

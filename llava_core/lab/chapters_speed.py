@@ -48,12 +48,6 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(like: torch.Tensor, size: int = 1024, rounds: int = 7) -> float:
-    """Measured operations per second of a square matrix product, on the device and in the dtype of `like`."""
-    a, b = torch.randn(2, size, size).to(like)
-    return 2 * size**3 / interleaved({"matmul": lambda: a @ b}, rounds)["matmul"]["median"]
-
-
 # ------------------------------------------------------------------------------------------------ the training step
 
 

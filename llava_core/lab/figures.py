@@ -311,45 +311,6 @@ def frequency_plot(before: Any, after: Any, title: str = "", labels: tuple[str, 
     return figure
 
 
-@_styled
-def verb_noun_chart(pairs: Mapping[tuple[str, str], int], title: str = "", verbs: int = 10, nouns: int = 4) -> Figure:
-    """Draw the root verbs of instructions (inner ring) and what they act on (outer ring).
-
-    Args:
-        pairs: (verb, noun) -> how many instructions.
-        title: the figure's title.
-        verbs: how many verbs are named.
-        nouns: how many nouns per verb are named.
-    """
-    by_verb: dict[str, dict[str, int]] = {}
-    for (verb, noun), count in pairs.items():
-        by_verb.setdefault(verb, {})[noun] = by_verb.get(verb, {}).get(noun, 0) + count
-    chosen = sorted(by_verb, key=lambda verb: (-sum(by_verb[verb].values()), verb))[:verbs]
-    figure, (axes,) = _axes(6.4, 6.4)
-    inner, outer, names, shades = [], [], [], []
-    for index, verb in enumerate(chosen):
-        best = sorted(by_verb[verb].items(), key=lambda item: (-item[1], item[0]))
-        rest = sum(count for _, count in best[nouns:])
-        parts = [*best[:nouns], *([("…", rest)] if rest else [])]
-        inner.append(sum(count for _, count in parts))
-        outer += [count for _, count in parts]
-        names += [noun for noun, _ in parts]
-        shades += [(COLORS[index % len(COLORS)], 0.62 - 0.09 * k) for k in range(len(parts))]
-    edge = {"edgecolor": CARD, "linewidth": 1.2}
-    colors = [COLORS[index % len(COLORS)] for index in range(len(chosen))]
-    small = {"fontsize": 9}
-    whole = sum(outer) or 1
-    seen = [name if count / whole > 0.006 else "" for name, count in zip(names, outer, strict=True)]
-    axes.pie(inner, radius=0.68, colors=colors, labels=chosen, labeldistance=0.55, rotatelabels=True,
-             wedgeprops=edge, textprops={"color": "white", "fontsize": 9, "ha": "center", "va": "center"})  # fmt: skip
-    wedges, _ = axes.pie(outer, radius=1.0, labels=seen, labeldistance=1.03, rotatelabels=True,
-                         wedgeprops={**edge, "width": 0.31}, textprops=small)  # fmt: skip
-    for wedge, shade in zip(wedges, shades, strict=True):
-        wedge.set_facecolor(shade)
-    axes.set_title(title, loc="center", pad=28)
-    return figure
-
-
 # ------------------------------------------------------------------------------------------------ images
 
 

@@ -172,29 +172,6 @@ class Llava(nn.Module):
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, sources)
         return linear_cross_entropy(hidden, head.weight, targets)
 
-    def loss(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`summed_loss` of a batch, with logits made for its supervised tokens alone: most tokens are not.
-
-        Args:
-            input_ids, pixel_values, attention_mask: as in `forward`.
-            labels: (B, T), -100 ignored; position t is predicted at t - 1.
-
-        Returns:
-            A scalar, in fp32.
-        """
-        embeds = self.embed(input_ids, pixel_values)
-        decoder, head = self.language_model.get_decoder(), self.language_model.get_output_embeddings()
-        output = decoder(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        logits = head(output.last_hidden_state[:, :-1][supervised])
-        return F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum")
-
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy summed over supervised tokens; the caller divides by the count of the whole global batch.

@@ -124,7 +124,7 @@ class Trainer:
             self._log(
                 0, samples=len(self.train_set), steps=self.steps, supervised_share=coverage(sample),
                 global_batch=f"{self.config.global_batch} = {world_size()} ranks x {per_rank}"
-                f" (micro-batches of {self.scale.micro_batch})",
+                f" (packed rows of up to {self.scale.micro_batch * self.config.max_length} tokens)",
                 trainable=sorted({n.split(".")[0] for n in self.trainable}),
             )  # fmt: skip
 
