@@ -27,6 +27,7 @@ _CODE = (
     "models/projector.py",
     "models/vision_tower.py",
     "ops/attention.py",
+    "ops/fused_layers.py",
     "ops/interface.py",
     "ops/linear_cross_entropy.py",
     "ops/per_sample.py",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.models.projector import PROJECTORS
 from llava_core.models.vision_tower import image_features, image_token_count
+from llava_core.ops.fused_layers import takes_sources
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.ops.segments import Segments
 
@@ -168,8 +169,11 @@ class Llava(nn.Module):
         """
         embeds = self.embed(input_ids, None, None if image_features is None else self.project(image_features))
         decoder, head = self.language_model.get_decoder(), self.language_model.get_output_embeddings()
-        output = decoder(inputs_embeds=embeds, position_ids=position_ids, segments=segments, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, sources)
+        lean = {"sources": sources} if takes_sources(decoder) else {}
+        output = decoder(inputs_embeds=embeds, position_ids=position_ids, segments=segments, use_cache=False, **lean)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        if not lean:
+            hidden = hidden.index_select(0, sources)
         return linear_cross_entropy(hidden, head.weight, targets)
 
 

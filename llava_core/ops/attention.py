@@ -186,7 +186,7 @@ def choose(q: torch.Tensor, segments: Segments | None) -> tuple[str, str]:
     if segments is None:
         return "sdpa", "rows of one sample need nothing but PyTorch's causal kernel"
     if q.device.type == "cpu":
-        return "per_sample", "a CPU computes a mask's forbidden pairs too; one causal call per length makes none"
+        return "per_sample", "a CPU computes a mask's forbidden pairs too; sample by sample there are few"
     passed: list[str] = []
     for name in ("triton", "flex"):
         reason = BACKENDS.get(name).unavailable(q) or trial(name, q.shape[-1], q.dtype, q.device)

@@ -1,13 +1,14 @@
-"""Packed attention without any mask: one causal SDPA call for all samples of about the same length.
+"""Attention of packed rows on a CPU: sample by sample, as matrix products, and nothing that no token sees.
 
-A CPU computes a masked attention as if everything were allowed, and a mask of a packed row is mostly forbidden. So the
-samples are taken out of the row, beginnings that several share as often as they are shared, padded on the right to the
-longest of their call, where causality alone hides the padding; and what is theirs is put back. The layers around, where
-nearly all computing is, still see each shared token once.
+A CPU computes a masked attention as if everything were allowed, and a mask of a packed row is mostly forbidden. So here
+each sample's tokens ask the sample's keys, in blocks, each block up to its own last token; a beginning that several
+samples share asks only once. Short samples that begin alike are stacked, longer ones read where they lie. PyTorch's own
+kernel for a CPU takes longer, above all in the backward pass: it multiplies matrices too small for the machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,106 +17,195 @@ from torch.nn import functional as F
 
 from llava_core.ops.segments import Segments
 
-SLACK, MOST_PADDING = (
-    16,
-    1.125,
-)  # samples of one call: at most so many tokens, or so many times, longer than the shortest
+BLOCK = 128
+"""Queries of a block: with more, more pairs are computed that nobody sees; with fewer, the products are small."""
+
+SLACK, MOST_PADDING = 8, 1.125
+"""Short samples are stacked whose lengths differ by no more than so many tokens, or so many times the shortest."""
+
+KEPT_BYTES = 2**24
+"""A call keeps its probabilities for the backward pass if they are no more than this; else they are computed again."""
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Samples that are computed together, in rows counted as one.
+
+    Attributes:
+        first, last: the tokens of the only sample that no sample before it has computed; of several, of the first one.
+        own: (samples x longest,) these tokens of all of them, the shorter ones padded with any token.
+        seen: (samples x n,) the tokens that they see: what comes before their own, and these.
+        padding: where `own` is padded.
+        samples: how many there are.
+    """
+
+    first: int
+    last: int
+    own: torch.Tensor
+    seen: torch.Tensor
+    padding: torch.Tensor
+    samples: int
+
+    @property
+    def blocks(self) -> list[tuple[slice, int]]:
+        """Own tokens in blocks, and how many keys the last of each sees."""
+        longest, n = len(self.own) // self.samples, len(self.seen) // self.samples
+        ends = [min(begin + BLOCK, longest) for begin in range(0, longest, BLOCK)]
+        return [(slice(begin, end), n - longest + end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+    @property
+    def pairs(self) -> list[int]:
+        """Queries times keys of each block, of all samples."""
+        return [self.samples * (block.stop - block.start) * seen for block, seen in self.blocks]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the tokens of rows (flattened, B x T) go in the calls, and where their outputs come from.
+    """What is to be computed: calls, and tokens that see themselves only, as padding does."""
 
-    Attributes:
-        calls: (samples, length) of each SDPA call; the slots of all calls follow each other.
-        take: (slots,) token of each slot; of padding, any.
-        own: (tokens,) the slot whose output is the token's.
-        owner: (slots,) the token whose output it is, or the number of tokens where it is none's.
-        again: ranges (slot, token, length) of tokens in further slots than their own.
-    """
-
-    calls: list[tuple[int, int]]
-    take: torch.Tensor
-    own: torch.Tensor
-    owner: torch.Tensor
-    again: list[tuple[int, int, int]]
+    calls: list[Call]
+    alone: torch.Tensor
 
 
 def make_plan(segments: Segments) -> Plan:
-    """Put samples of similar lengths together."""
-    rows, width = segments.ends.shape
-    samples = [
-        [(first + b * width, last + b * width) for first, last in ranges]
-        for b, row in enumerate(segments.samples)
-        for ranges in row
-    ]
-    owned = torch.full((rows * width,), -1, dtype=torch.long)
-    order = sorted(range(len(samples)), key=lambda k: _length(samples[k]))
-    groups: list[list[int]] = []
-    for k in order:
-        if not groups or _length(samples[k]) > MOST_PADDING * _length(samples[groups[-1][0]]) + SLACK:
-            groups.append([])
-        groups[-1].append(k)
-    calls, take, again, slot = [], [], [], 0
-    places: dict[int, int] = {}
-    for group in groups:
-        longest = _length(samples[group[-1]])
-        calls.append((len(group), longest))
-        for k in group:
-            places[k] = slot
-            index = torch.cat([torch.arange(first, last) for first, last in samples[k]])
-            take.append(F.pad(index, (0, longest - len(index))))
-            slot += longest
-    for k, ranges in enumerate(samples):  # in the row's order: the first sample that has a token owns it
-        at = places[k]
-        for first, last in ranges:
-            if owned[first] < 0:
-                owned[first:last] = torch.arange(at, at + last - first)
+    """Find out who computes what."""
+    width = segments.ends.shape[1]
+    alike: dict[tuple[Range, ...], list[Range]] = {}  # own tokens, by what comes before them
+    alone = []
+    for b, row in enumerate(segments.samples):
+        done = b * width
+        for ranges in row:
+            places = [(first + b * width, last + b * width) for first, last in ranges]
+            own = (done, done := places[-1][1])
+            before = tuple((first, min(last, own[0])) for first, last in places if first < own[0])
+            if not before and own[1] - own[0] == 1:
+                alone.append(own[0])
             else:
-                # a range may be owned up to where the last sample branched off
-                free = (owned[first:last] < 0).nonzero()
-                shared = int(free[0]) if len(free) else last - first
-                again.append((at, first, shared))
-                owned[first + shared : last] = torch.arange(at + shared, at + last - first)
-            at += last - first
-    owner = torch.full((slot,), rows * width, dtype=torch.long)
-    owner[owned] = torch.arange(rows * width)
-    return Plan(calls, torch.cat(take), owned, owner, again)
+                alike.setdefault(before, []).append(own)
+    calls = []
+    for before, samples in alike.items():
+        stacks: list[list[Range]] = []
+        for own in sorted(samples, key=_length):
+            shortest = _length(stacks[-1][0]) if stacks else 0
+            if not stacks or _length(own) > min(BLOCK, max(shortest + SLACK, MOST_PADDING * shortest)):
+                stacks.append([])
+            stacks[-1].append(own)
+        calls += [_call(stack, before) for stack in stacks]
+    return Plan(calls, torch.tensor(alone, dtype=torch.long))
 
 
-def _length(ranges: list[tuple[int, int]]) -> int:
-    return sum(last - first for first, last in ranges)
+def _length(own: Range) -> int:
+    return own[1] - own[0]
 
 
-class _Take(torch.autograd.Function):
-    """Tokens (T, ...) into slots (S, ...); PyTorch's own gradient adds token by token, which takes longer."""
+def _call(samples: list[Range], before: Sequence[Range]) -> Call:
+    longest = _length(samples[-1])
+    prefix = torch.tensor([token for first, last in before for token in range(first, last)], dtype=torch.long)
+    own = torch.stack([F.pad(torch.arange(*sample), (0, longest - _length(sample))) for sample in samples])
+    padding = torch.arange(longest) >= torch.tensor([_length(sample) for sample in samples])[:, None]
+    seen = torch.cat([prefix.expand(len(samples), -1), own], 1)
+    return Call(*samples[0], own.flatten(), seen.flatten(), padding.flatten().nonzero()[:, 0], len(samples))
+
+
+def _stacked(x: torch.Tensor, tokens: torch.Tensor, call: Call) -> torch.Tensor:
+    """The tokens `call.own` or `call.seen` of x (tokens, heads, head_dim), as (samples x heads, ..., head_dim)."""
+    if call.samples == 1 and len(tokens) == call.last - call.first:
+        return x[call.first : call.last].transpose(0, 1)
+    rows = x.index_select(0, tokens)
+    if tokens is call.own:
+        rows.index_fill_(0, call.padding, 0)
+    return rows.unflatten(0, (call.samples, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _add_back(part: torch.Tensor, tokens: torch.Tensor, call: Call, x: torch.Tensor) -> None:
+    """The reverse of `_stacked`, added to x."""
+    rows = part.unflatten(0, (call.samples, -1)).transpose(1, 2).flatten(0, 1)
+    if tokens is call.own:
+        rows.index_fill_(0, call.padding, 0)
+    x.index_add_(0, tokens, rows)
+
+
+def _probabilities(q: torch.Tensor, keys: torch.Tensor, future: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Softmax of the scores of queries q (heads, m, head_dim), the last m of the keys, in a piece of memory."""
+    group, m, n = len(q) // len(keys), q.shape[1], keys.shape[1]
+    scores = memory[: len(q) * m * n].view(len(q), m, n)
+    for j in range(group):
+        torch.bmm(q[j::group], keys.transpose(1, 2), out=scores[j::group])
+    scores[:, :, n - m :].add_(future[:m, :m])
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _summed_products(a: torch.Tensor, b: torch.Tensor, group: int) -> torch.Tensor:
+    """a^T b per head, summed over the query heads of a key's head."""
+    total = torch.bmm(a[::group].transpose(1, 2), b[::group])
+    for j in range(1, group):
+        total.add_(torch.bmm(a[j::group].transpose(1, 2), b[j::group]))
+    return total
+
+
+class _PerSample(torch.autograd.Function):
+    """On q (tokens, heads, head_dim), already divided by the root of head_dim; k, v (tokens, kv_heads, head_dim)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        ctx.plan = plan
-        return x.index_select(0, plan.take)
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+        heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        sizes = [heads * pairs for call in plan.calls for pairs in call.pairs]
+        keep = any(ctx.needs_input_grad) and sum(sizes) * q.element_size() <= KEPT_BYTES
+        memory, at = q.new_empty(sum(sizes) if keep else max(sizes, default=0)), 0
+        future = q.new_full((BLOCK, BLOCK), float("-inf")).triu_(1)
+        out = torch.zeros_like(q)
+        for call in plan.calls:
+            queries, keys, values = (_stacked(x, t, call) for x, t in ((q, call.own), (k, call.seen), (v, call.seen)))
+            made = torch.empty_like(queries) if call.samples > 1 else _stacked(out, call.own, call)
+            for block, n in call.blocks:
+                p = _probabilities(queries[:, block], keys[:, :n], future, memory[at:])
+                at += p.numel() if keep else 0
+                for j in range(group):
+                    torch.bmm(p[j::group], values[:, :n], out=made[j::group, block])
+            if call.samples > 1:
+                _add_back(made, call.own, call, out)
+        if len(plan.alone):
+            out[plan.alone] = v[plan.alone].repeat_interleave(group, 1)
+        ctx.plan, ctx.future = plan, future
+        ctx.save_for_backward(q, k, v, memory if keep else None)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (grad,) = grads
-        total = grad.index_select(0, ctx.plan.own)
-        for slot, token, length in ctx.plan.again:
-            total[token : token + length] += grad[slot : slot + length]
-        return total, None
-
-
-class _Give(torch.autograd.Function):
-    """Outputs of slots (S, ...) to the tokens that own them (T, ...)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        ctx.plan = plan
-        return x.index_select(0, plan.own)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (grad,) = grads
-        return torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])]).index_select(0, ctx.plan.owner), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,), plan, (q, k, v, kept) = grads, ctx.plan, ctx.saved_tensors
+        heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        most = max((heads * pairs for call in plan.calls for pairs in call.pairs), default=0)
+        of_p, at = q.new_empty(most), 0
+        memory = q.new_empty(most) if kept is None else kept
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for call in plan.calls:
+            queries, g = _stacked(q, call.own, call), _stacked(grad, call.own, call)
+            keys, values = _stacked(k, call.seen, call), _stacked(v, call.seen, call)
+            of_queries = torch.empty_like(queries) if call.samples > 1 else _stacked(dq, call.own, call)
+            of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
+            for block, n in call.blocks:
+                if kept is None:
+                    p = _probabilities(queries[:, block], keys[:, :n], ctx.future, memory)
+                else:
+                    p = memory[at:][: len(queries) * (block.stop - block.start) * n].view(len(queries), -1, n)
+                    at += p.numel()
+                ds = of_p[: p.numel()].view_as(p)
+                for j in range(group):
+                    torch.bmm(g[j::group, block], values[:, :n].transpose(1, 2), out=ds[j::group])
+                of_values[:, :n].add_(_summed_products(p, g[:, block], group))
+                ds = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype)
+                of_keys[:, :n].add_(_summed_products(ds, queries[:, block], group))
+                for j in range(group):
+                    torch.bmm(ds[j::group], keys[:, :n], out=of_queries[j::group, block])
+            if call.samples > 1:
+                _add_back(of_queries, call.own, call, dq)
+            _add_back(of_keys, call.seen, call, dk)
+            _add_back(of_values, call.seen, call, dv)
+        if len(plan.alone):
+            dv[plan.alone] = grad[plan.alone].unflatten(1, (-1, group)).sum(2)
+        return dq, dk, dv, None
 
 
 def per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None) -> torch.Tensor:
@@ -125,13 +215,5 @@ def per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segm
     plan: Plan = segments.plan(make_plan)
     rows, heads, width, size = q.shape
     # (B x T, heads, head_dim): a view, since heads are split off the features of a token
-    slots = [_Take.apply(x.transpose(1, 2).reshape(rows * width, -1, size), plan) for x in (q, k, v)]
-    done, begin = [], 0
-    for count, longest in plan.calls:
-        own = (x[begin : begin + count * longest].view(count, longest, -1, size).transpose(1, 2) for x in slots)
-        q_own, k_own, v_own = (x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] < heads else x for x in own)
-        out = F.scaled_dot_product_attention(q_own, k_own, v_own, is_causal=True)
-        done.append(out.transpose(1, 2).reshape(count * longest, heads, size))
-        begin += count * longest
-    out = _Give.apply(done[0] if len(done) == 1 else torch.cat(done), plan)
-    return out.view(rows, width, heads, size).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2).reshape(rows * width, -1, size) for x in (q * size**-0.5, k, v))
+    return _PerSample.apply(q, k, v, plan).view(rows, width, heads, size).transpose(1, 2)  # type: ignore[no-untyped-call]

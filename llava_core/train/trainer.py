@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from llava_core.data.conversation import coverage
+from llava_core.ops.fused_layers import fused_layers
 from llava_core.ops.interface import packed_attention
 from llava_core.record import RunRecord
 from llava_core.runtime import CompanionError, progress, rank, resolve_device, shown, world_size
@@ -61,7 +62,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, save the checkpoint, finish the record and return its summary."""
         self._announce()
-        with packed_attention(self.model.language_model):
+        with packed_attention(self.model.language_model), fused_layers(self.model.language_model):
             self._run()
         return self._finish()
 
