@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -107,6 +109,38 @@ def test_micro_batches_do_not_change_the_run(world: Path) -> None:
         if "loss" in a:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_epoch_shuffles_samples_or_images(world: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    images = ["a", "b", "c", None, "a", "d", None, "b", "a", "e", "f", "c"]
+
+    class Samples:
+        samples = [SimpleNamespace(image=image) for image in images]  # noqa: RUF012
+
+        def __len__(self) -> int:
+            return len(images)
+
+    def order(name: str, seed: int = 0) -> list[list[int]]:
+        config = load_experiment("pretrain", "mini", {"train.order": name, "train.seed": seed, "train.global_batch": 4})
+        made = object.__new__(training.Trainer)
+        made.config, made.steps_per_epoch, made.train_set = config.experiment.train, 3, Samples()
+        shares = []
+        for rank in range(ranks):
+            monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(training, "world_size", lambda: ranks)
+            shares.append([made._indices(step) for step in range(3)])
+        return [[k for share in shares for k in share[step]] for step in range(3)]
+
+    for name in ("samples", "images"):
+        steps = order(name)
+        assert [len(step) for step in steps] == [4, 4, 4]
+        assert sorted(k for step in steps for k in step) == list(range(12))
+        assert order(name, 1) != steps == order(name)
+    together = [images[k] for step in order("images") for k in step]
+    changes = sum(a != b or a is None for a, b in pairwise(together))
+    assert changes == len({*images} - {None}) + images.count(None) - 1
+    assert together != [images[k] for step in order("samples") for k in step]
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -345,7 +345,8 @@ def step_flops(case: Case, shared: bool = False) -> float:
     """Floating-point operations that a step cannot do without: matrix products of real tokens.
 
     A weight costs 2 per token forward, 2 for the gradient that passes through it and 2 for its own. The head, and what
-    of the last layer follows attention, count at supervised positions; the tower, whose features are kept, attention scores, norms and padding do not count.
+    of the last layer follows attention, count at supervised positions; the tower, whose features are kept, attention
+    scores, norms and padding do not count.
 
     Args:
         case: the step.
@@ -354,7 +355,10 @@ def step_flops(case: Case, shared: bool = False) -> float:
     rows = pack(case.items, case.keys, 10**9, shared)
     length, supervised = sum(len(row.input_ids) for row in rows), sum(len(row.targets) for row in rows)
     decoder, head = case.model.language_model.get_decoder(), case.model.language_model.get_output_embeddings()
-    per_token, last = _weights(decoder), _weights(decoder.layers[-1].mlp) + _weights(decoder.layers[-1].self_attn.o_proj)
+    per_token, last = (
+        _weights(decoder),
+        _weights(decoder.layers[-1].mlp) + _weights(decoder.layers[-1].self_attn.o_proj),
+    )
     projected = sum(len(row.images) for row in rows) * case.model.n_image_tokens
     projector = sum(p.numel() for p in case.model.multi_modal_projector.parameters())
     passes = 2 * (1 + len(PARTS[case.stage]))

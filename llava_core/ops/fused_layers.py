@@ -99,7 +99,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _turned(grads[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, sin, -1), None, None
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
@@ -161,7 +162,7 @@ def _kind(module: nn.Module) -> str | None:
     """What a module is in one of `FAMILIES`; None: something else."""
     name = type(module).__name__
     kind = next((name.removeprefix(family) for family in FAMILIES if name.startswith(family)), None)
-    if kind == "MLP" and module.config.hidden_act not in ("silu", "swish"):
+    if kind == "MLP" and getattr(module.config, "hidden_act", None) not in ("silu", "swish"):
         return None
     return kind
 

@@ -216,4 +216,4 @@ def per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segm
     rows, heads, width, size = q.shape
     # (B x T, heads, head_dim): a view, since heads are split off the features of a token
     q, k, v = (x.transpose(1, 2).reshape(rows * width, -1, size) for x in (q * size**-0.5, k, v))
-    return _PerSample.apply(q, k, v, plan).view(rows, width, heads, size).transpose(1, 2)  # type: ignore[no-untyped-call]
+    return _PerSample.apply(q, k, v, plan).view(rows, width, heads, size).transpose(1, 2)

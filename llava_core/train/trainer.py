@@ -57,6 +57,8 @@ class Trainer:
         if resume and self.state_file.exists():
             self._restore()
 
+    _epoch: tuple[int, np.ndarray] = (-1, np.empty(0))  # a number and its order
+
     # --- one run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
@@ -138,9 +140,22 @@ class Trainer:
     def _indices(self, step: int) -> list[int]:
         """This rank's share of the samples of an optimizer step: a seeded shuffle per epoch, so position = step."""
         epoch, k = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, self._shuffled(epoch)
+        batch = self._epoch[1][k * self.config.global_batch : (k + 1) * self.config.global_batch]
+        return [int(i) for i in np.array_split(batch, world_size())[rank()]]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.train_set))
-        batch = order[k * self.config.global_batch : (k + 1) * self.config.global_batch]
-        return [int(i) for i in batch[rank() :: world_size()]]
+        if self.config.order == "samples":
+            return order
+        # every sample moves up behind the first one of its image; those without an image stay by themselves
+        images = [self.train_set.samples[k].image for k in order]
+        first: dict[Any, int] = {}
+        places = [
+            position if image is None else first.setdefault(image, position) for position, image in enumerate(images)
+        ]
+        return order[np.argsort(places, kind="stable")]
 
     def _train_step(self, batch: Batch) -> tuple[float, float, float]:
         """One optimizer step; returns loss per supervised token, gradient norm and learning rate."""
