@@ -14,6 +14,7 @@ from unittest.mock import MagicMock, create_autospec
 import pytest
 
 from llava_core import cli
+from llava_core.cli import lab, weights
 from llava_core.runtime import DataError
 
 
@@ -40,7 +41,7 @@ def example_of(parser: argparse.ArgumentParser) -> list[str]:
 def test_the_layouts_that_can_be_asked_for_are_those_that_can_be_written() -> None:
     from llava_core.weights.convert import targets
 
-    assert set(cli.LAYOUTS) == set(targets())
+    assert set(weights.LAYOUTS) == set(targets())
 
 
 # ------------------------------------------------------------------------------------------------ every command
@@ -194,7 +195,7 @@ def test_chat_writes_to_the_terminal_itself(
 
 def test_demo_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     run = create_autospec(subprocess.run, return_value=subprocess.CompletedProcess([], 0))
-    monkeypatch.setattr(cli.subprocess, "run", run)
+    monkeypatch.setattr(lab.subprocess, "run", run)
     assert cli.main(["demo"]) == 0
     assert "--ServerApp.ip=127.0.0.1" in run.call_args.args[0]
     run.return_value = subprocess.CompletedProcess([], 3)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from paid import annotations, images, start
 
 from llava_core import cli
-from llava_core.runtime import ROOT, ConfigError, read_json, read_jsonl, write_jsonl
+from llava_core.runtime import ConfigError, read_json, read_jsonl
 from llava_core.teacher.batch import BatchClient
 from llava_core.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest, ServerError, cost_usd
 from llava_core.teacher.client import Cassette, RecorderProcess, ReplayClient, client_from_name
@@ -29,18 +28,6 @@ pytest.importorskip("openai", reason="the batch client speaks through the openai
 
 QUICK: dict[str, Any] = {"api_key": "none", "poll": 0.06, "timeout": 20.0}
 EACH = cost_usd((1000, 500), PRICES["gpt-4-0314"]) / 2
-
-
-@dataclass
-class Image:
-    id: str
-    image: str
-    captions: list[str]
-    boxes: list[tuple[str, tuple[float, ...]]] = field(default_factory=list)
-
-
-def images(count: int) -> list[Image]:
-    return [Image(f"{k:06d}", f"{k:06d}.jpg", [f"Car number {k}"]) for k in range(count)]
 
 
 def ask(*texts: str, model: str = "gpt-4-0314", **settings: Any) -> list[ChatRequest]:
@@ -233,9 +220,7 @@ def test_the_command_line_says_its_estimate_and_stops_at_its_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    rows = [{"id": image.id, "image": image.image, "captions": image.captions, "instances": []} for image in images(9)]
-    annotations = write_jsonl(tmp_path / "a.jsonl", rows)
-    words = ["--annotations", str(annotations), "--kinds", "detail", "--client", "batch", "--json"]
+    words = ["--annotations", annotations(tmp_path, 9), "--kinds", "detail", "--client", "batch", "--json"]
     tape = ["--cassette", str(tmp_path / "tape.sqlite")]
     assert cli.main(["plan", "generate", *words, *tape]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -259,25 +244,6 @@ def test_the_command_line_says_its_estimate_and_stops_at_its_budget(
 
 # ------------------------------------------------------------------------------------------------ kills
 
-PROGRAM = """
-import importlib.util, json, sys
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("here", {here!r})
-here = importlib.util.module_from_spec(spec); sys.modules["here"] = here; spec.loader.exec_module(here)
-folder = Path({folder!r})
-client = here.BatchClient(folder / "tape.sqlite", base_url={url!r}, **here.QUICK)
-print(json.dumps(here.generate(here.images(12), ["detail"], client, folder / "out")))
-"""
-
-
-def start(folder: Path, server: Running) -> subprocess.Popen[str]:
-    code = PROGRAM.format(here=__file__, folder=str(folder), url=server.url)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-
-
 # when the process is killed, and how many batches the server made in all (one each for first and second requests)
 STAGES = {"upload": 2, "create": 2, "poll": 2, "content": 2, "late create": 2}
 
@@ -285,7 +251,7 @@ STAGES = {"upload": 2, "create": 2, "poll": 2, "content": 2, "late create": 2}
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_any_stage_it_pays_each_request_once(tmp_path: Path, stage: str) -> None:
     with serving(tmp_path, stall=stage, malformed=["4"], ends=["expired"]) as server:
-        killed = start(tmp_path, server)
+        killed = start("batch", tmp_path, 12, base_url=server.url, **QUICK)
         while not server.events()[stage.removeprefix("late ")]:
             assert killed.poll() is None, "it ended before it was killed"
             time.sleep(0.01)
@@ -300,7 +266,7 @@ def test_killed_at_any_stage_it_pays_each_request_once(tmp_path: Path, stage: st
         if stage != "upload":  # one by one, the same requests would be paid again
             with pytest.raises(ConfigError, match="a batch of 12 requests is under way; let the client 'batch'"):
                 client_from_name("record", cassette=tmp_path / "tape.sqlite", base_url=server.url, api_key="none")
-        with start(tmp_path, server) as process:
+        with start("batch", tmp_path, 12, base_url=server.url, **QUICK) as process:
             result = json.loads(process.communicate()[0])
         assert (result["records"], result["failed"], result["repaired"]) == (12, 0, 1)
         assert set(server.billed().values()) == {1}

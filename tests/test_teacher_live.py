@@ -11,15 +11,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from paid import annotations, images, start
 
 from llava_core import cli
-from llava_core.runtime import ROOT, ConfigError, read_json, read_jsonl, write_jsonl
+from llava_core.runtime import ConfigError, read_json, read_jsonl
 from llava_core.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest, ServerError, cost_usd
 from llava_core.teacher.client import Cassette, ReplayClient, client_from_name
 from llava_core.teacher.generate import generate
@@ -30,18 +30,6 @@ pytest.importorskip("openai", reason="the live teacher speaks through the openai
 
 PRICE = PRICES["gpt-4-0314"]
 QUICK: dict[str, Any] = {"api_key": "none", "timeout": 5.0, "backoff": 0.01}
-
-
-@dataclass
-class Image:
-    id: str
-    image: str
-    captions: list[str]
-    boxes: list[tuple[str, tuple[float, ...]]] = field(default_factory=list)
-
-
-def images(count: int) -> list[Image]:
-    return [Image(f"{k:06d}", f"{k:06d}.jpg", [f"Car number {k}."]) for k in range(count)]
 
 
 class Running:
@@ -198,9 +186,7 @@ def test_the_command_line_records_and_stops_at_its_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    rows = [{"id": image.id, "image": image.image, "captions": image.captions, "instances": []} for image in images(9)]
-    annotations = write_jsonl(tmp_path / "a.jsonl", rows)
-    words = ["generate", "--annotations", str(annotations), "--kinds", "detail", "--client", "record", "--json"]
+    words = ["generate", "--annotations", annotations(tmp_path, 9), "--kinds", "detail", "--client", "record", "--json"]
     with serving(tmp_path) as server:
         words += ["--base-url", server.url, "--model", "mine", "--price", "30,60", "--concurrency", "2", "--seed", "3"]
         assert cli.main([*words, "--budget-usd", "0.5", "--out", str(tmp_path / "out")]) == 0
@@ -228,26 +214,6 @@ def test_two_recorders_do_not_share_a_cassette(tmp_path: Path) -> None:
             first.complete(ask("two"))
 
 
-PROGRAM = """
-import importlib.util, json, signal, sys
-from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
-spec = importlib.util.spec_from_file_location("here", {here!r})
-here = importlib.util.module_from_spec(spec); sys.modules["here"] = here; spec.loader.exec_module(here)
-folder, options = Path({folder!r}), json.loads({options!r})
-client = here.client_from_name("record", cassette=folder / "tape.sqlite", **options)
-print(json.dumps(here.generate(here.images({count}), ["detail"], client, folder / "out")))
-"""
-
-
-def start(folder: Path, count: int, **options: Any) -> subprocess.Popen[str]:
-    code = PROGRAM.format(here=__file__, folder=str(folder), options=json.dumps(options), count=count)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    # a group of its own, so that the kill meets whatever the process started and did not set free
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, process_group=0, **pipes)
-
-
 def kill_at(process: subprocess.Popen[str], server: Running, billed: int, later: float = 0.0) -> None:
     while len(server.log.read_bytes().splitlines() if server.log.exists() else []) < billed:
         assert process.poll() is None, "it ended before it was killed"
@@ -261,8 +227,8 @@ def kill_at(process: subprocess.Popen[str], server: Running, billed: int, later:
 def test_replies_under_way_when_the_process_is_killed_are_kept(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.4) as server:
         options = QUICK | {"base_url": server.url, "concurrency": 10}
-        kill_at(start(tmp_path, 60, **options), server, 10, later=0.2)
-        with start(tmp_path, 60, **options) as process:
+        kill_at(start("record", tmp_path, 60, **options), server, 10, later=0.2)
+        with start("record", tmp_path, 60, **options) as process:
             result = json.loads(process.communicate()[0])
         assert (result["records"], result["requests"] + result["replayed"]) == (60, 60)
         # ten were there, and the ten that the server was writing when the process died
@@ -273,7 +239,7 @@ def test_replies_under_way_when_the_process_is_killed_are_kept(tmp_path: Path) -
 def test_an_interrupt_keeps_what_is_under_way_and_waits_for_nothing_else(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.3, faulty=0.5, faults=["429"]) as server:
         options = QUICK | {"base_url": server.url, "concurrency": 10, "backoff": 60.0}
-        process = start(tmp_path, 60, **options)
+        process = start("record", tmp_path, 60, **options)
         while not server.billed():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -289,9 +255,9 @@ def test_two_thousand_requests_with_faults_and_three_kills_are_paid_once_each(tm
     with serving(tmp_path, faulty=0.2, malformed=0.02, seconds=0.01, rename_after=1200) as server:
         options = settings | {"base_url": server.url}
         for billed in (300, 900, 1500):
-            kill_at(start(tmp_path, count, **options), server, billed)
+            kill_at(start("record", tmp_path, count, **options), server, billed)
             assert not (tmp_path / "out").exists()
-        with start(tmp_path, count, **options) as process:
+        with start("record", tmp_path, count, **options) as process:
             result = json.loads(process.communicate()[0])
         paid, met = server.billed(), server.stop()["met"]
     assert all(count >= 10 for count in met.values()), met

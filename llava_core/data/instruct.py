@@ -485,21 +485,6 @@ def _encodable(text: Any) -> bool:
     return True
 
 
-def check_records(records: Iterable[Any], images: str | Path | None, decode: bool = False) -> list[Problem]:
-    """Find all problems of records in memory.
-
-    Args:
-        records: parsed records.
-        images: the folder of their images; None skips the look at the files.
-        decode: decode each image (slow for large sets) instead of only looking for it.
-
-    Returns:
-        Every problem, in the order of the records; warnings are among them (`Problem.is_error`).
-    """
-    checker = Checker(images, decode)
-    return [problem for k, value in enumerate(records) for problem in checker.check(RawRecord(None, k, value))]
-
-
 def check_file(
     path: str | Path,
     images: str | Path | None = None,

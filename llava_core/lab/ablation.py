@@ -393,7 +393,7 @@ def ablation_figure(result: dict[str, Any], title: str = "", unit: str = "Scienc
         title: the figure's title.
         unit: of the arms' values.
     """
-    figure, (left, right) = _axes(7.6, 2.7, 1, 2)
+    figure, (left, right) = _axes(7.6, 2.7, 1, 2, grid="x")
     arms: list[Arm] = result["arms"]
     for k, arm in enumerate(arms):
         color = (BLUE, ORANGE)[k]
@@ -413,9 +413,6 @@ def ablation_figure(result: dict[str, Any], title: str = "", unit: str = "Scienc
     right.axvline(0, color=MUTED, linestyle="--", linewidth=1.2)
     right.set_yticks(range(len(points)), [name for name, *_ in points])
     right.set(xlabel=f"{arms[1].name} minus {arms[0].name} (points)", ylim=(len(points) - 0.5, -0.5))
-    for axes in (left, right):
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", visible=True)
     return figure
 
 
@@ -507,7 +504,7 @@ def mix_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Relative scores by kind of question, one line per training mix, the paper's as open diamonds."""
     mixes = list(dict.fromkeys(row["training data"] for row in rows))
     kinds = list(dict.fromkeys(row["questions"] for row in rows))
-    figure, axes = _axes(8.2, 1.2 + 0.36 * len(mixes), 1, len(kinds))
+    figure, axes = _axes(8.2, 1.2 + 0.36 * len(mixes), 1, len(kinds), grid="x")
     for ax, kind in zip(axes, kinds, strict=True):
         for row in (r for r in rows if r["questions"] == kind):
             y, value = mixes.index(row["training data"]), row["relative score (%)"]
@@ -522,9 +519,7 @@ def mix_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
             ylim=(len(mixes) - 0.5, -0.5),
         )
         ax.set_yticks(range(len(mixes)), mixes if ax is axes[0] else [""] * len(mixes))
-        ax.grid(axis="y", visible=False)
-        ax.grid(axis="x", visible=True)
     axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel("score relative to the reference (%)", fontsize=10)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11.5)
+    figure.suptitle(title, x=0.01, ha="left")
     return figure

@@ -187,7 +187,7 @@ def parity_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Errors of the backends beside what the ratio rule allows, from the rows of `parity_rows`."""
     places = list(dict.fromkeys((row["dtype"], row["of"]) for row in rows))
     names = list(dict.fromkeys(row["backend"] for row in rows))
-    figure, (axes,) = _axes(height=0.9 + 0.36 * len(places))
+    figure, (axes,) = _axes(height=0.9 + 0.36 * len(places), grid="x")
     for k, name in enumerate(names):
         own = [row for row in rows if row["backend"] == name]
         offset = 0.6 * ((k + 0.5) / len(names) - 0.5)
@@ -201,8 +201,6 @@ def parity_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     axes.set_yticks(range(len(places)), [f"{part}, {dtype}" for dtype, part in places])
     axes.set(xscale="log", xlabel="largest error against the definition in float32", title=title)
     axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", visible=True)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

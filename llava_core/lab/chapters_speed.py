@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import torch
-
+from llava_core.lab.bench import all_in_turns
 from llava_core.lab.figures import BLUE, CARD, COLORS, INK, _axes, _styled
 
 if TYPE_CHECKING:
@@ -30,22 +28,8 @@ def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int = 7) 
     """
     for function in functions.values():
         function()
-    _wait()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for k in range(rounds):
-        names = list(functions)
-        for name in names if k % 2 else names[::-1]:
-            begin = time.perf_counter()
-            functions[name]()
-            _wait()
-            seconds[name].append(time.perf_counter() - begin)
+    seconds = all_in_turns(functions, rounds)
     return {n: {"median": statistics.median(s), "low": min(s), "high": max(s)} for n, s in seconds.items()}
-
-
-def _wait() -> None:
-    """Wait for a GPU, which works on after a call has returned."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 # ------------------------------------------------------------------------------------------------ the training step

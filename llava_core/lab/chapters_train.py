@@ -365,7 +365,7 @@ def ensemble_rows(systems: Mapping[str, Mapping[str, Any]]) -> list[dict[str, An
 def grounding_figure(result: Mapping[str, Any], title: str = "") -> Figure:
     """Accuracy by kind of question with the right and with another image, intervals of 95 %, and the text prior."""
     kinds = ["all", *result["right"]["by_kind"]]
-    figure, (axes,) = _axes(height=0.9 + 0.5 * len(kinds))
+    figure, (axes,) = _axes(height=0.9 + 0.5 * len(kinds), grid="x")
     for name, color, marker, shift in (("right", BLUE, "o", -0.14), ("shuffled", ORANGE, "s", 0.14)):
         rows = [result[name] if kind == "all" else result[name]["by_kind"][kind] for kind in kinds]
         values = [row["accuracy"] for row in rows]
@@ -388,8 +388,6 @@ def grounding_figure(result: Mapping[str, Any], title: str = "") -> Figure:
     axes.set_yticks(range(len(kinds)), [f"{kind} ({n})" for kind, n in zip(kinds, counts, strict=True)])
     axes.set(xlabel="right answers (%)", title=title, xlim=(-2, 102))
     axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", visible=True)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

@@ -192,12 +192,19 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return styled
 
 
-def _axes(width: float = 7.2, height: float = 3.6, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure that pyplot does not know (so nothing shows it a second time) and its axes, row by row."""
+def _axes(
+    width: float = 7.2, height: float = 3.6, rows: int = 1, columns: int = 1, grid: str = "y"
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure that pyplot does not know (so nothing shows it a second time) and its axes, row by row.
+
+    Where the values lie on x, the grid belongs to x too.
+    """
+    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    with matplotlib.rc_context({"axes.grid.axis": grid}):
+        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 # ------------------------------------------------------------------------------------------------ charts
@@ -256,7 +263,7 @@ def bars_with_intervals(
         baseline: a value to compare with.
         baseline_label: what the value is.
     """
-    figure, (axes,) = _axes(height=0.9 + 0.42 * len(rows))
+    figure, (axes,) = _axes(height=0.9 + 0.42 * len(rows), grid="x")
     ends = []
     for index, row in enumerate(rows):
         value, low, high = (float(row[key]) if row.get(key) is not None else None for key in ("value", "low", "high"))
@@ -277,8 +284,6 @@ def bars_with_intervals(
     axes.set_yticks(range(len(rows)), [str(row["label"]) for row in rows])
     axes.set(xlabel=unit, title=title, xlim=(min(0.0, *(float(row["value"]) for row in rows)), max(ends) * 1.12 or 1))
     axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", visible=True)
     if published or baseline is not None:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -331,7 +336,7 @@ def sample_grid(images: Sequence[Any], captions: Sequence[str] = (), columns: in
         if index < len(texts):
             axes[index].text(0, -0.04, texts[index], transform=axes[index].transAxes, va="top", fontsize=8.5)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11.5)
+        figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
@@ -375,7 +380,7 @@ def patch_grid(image: Any, processed: Any, patch: int, title: str = "") -> Figur
     for ax in (left, right):
         ax.axis("off")
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11.5)
+        figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
@@ -406,7 +411,7 @@ def attention_over_image(image: Any, weights: Sequence[Any], labels: Sequence[st
         ax.imshow(scaled, cmap="inferno", alpha=0.15 + 0.6 * scaled, extent=extent, interpolation="bilinear")
         ax.set_title(label, fontweight="normal", fontsize=10, loc="center", pad=4)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11.5)
+        figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 

@@ -99,7 +99,6 @@ def _surfaces() -> dict[str, tuple[str, str, bool]]:
 
 
 _SURFACES = _surfaces()
-_PERSON_WORDS = {"person", *_OTHER_WORDS["person"].split(", ")}
 
 
 def _either(words: Iterable[str]) -> str:

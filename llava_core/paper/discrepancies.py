@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from llava_core.config import META, _fields, _read_yaml, _Strict, _validated, load_experiment, value_of
+from llava_core.config import _read_yaml, _Strict, _validated
 from llava_core.runtime import shown
 
 REGISTER = Path(__file__).with_name("discrepancies.yaml")
@@ -75,19 +75,3 @@ def read_register(path: Path = REGISTER) -> dict[str, Discrepancy]:
 def all_discrepancies() -> dict[str, Discrepancy]:
     """Every entry by id."""
     return read_register()
-
-
-def differing_fields(pair: Pair, scale: str = "a100x8") -> dict[str, tuple[Any, Any]]:
-    """Resolve both runs of a pair and compare them.
-
-    Args:
-        pair: the two runs.
-        scale: where both are resolved; the paper's own by default, which changes nothing.
-
-    Returns:
-        Dotted field -> its two values, for each field that decides the result and differs.
-    """
-    first, second = (load_experiment(arm.experiment, scale, arm.set).experiment for arm in (pair.first, pair.second))
-    values = {field: (value_of(first, field), value_of(second, field)) for field in _fields()}
-
-    return {field: both for field, both in values.items() if field not in META and both[0] != both[1]}

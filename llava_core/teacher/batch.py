@@ -35,7 +35,7 @@ from llava_core.teacher.chat import (
     cost_usd,
     price_of,
 )
-from llava_core.teacher.live import RETRIED, Again, one_line, open_sdk, read_reply
+from llava_core.teacher.live import Again, may_pass, one_line, open_sdk, read_reply
 from llava_core.teacher.recorder import hold
 
 ENDPOINT, WINDOW_HOURS = "/v1/chat/completions", 24
@@ -199,7 +199,7 @@ class BatchClient:
                 return self._note(batch, made.id)
             except (openai.APIConnectionError, openai.APIStatusError) as error:
                 status, why = getattr(error, "status_code", 500), one_line(error)
-                if (status not in RETRIED and status < 500) or error.code == "insufficient_quota":
+                if not may_pass(status) or error.code == "insufficient_quota":
                     self._tape.end_batch(batch, "refused")
                     with self._told("creating a batch", endpoint=True):
                         raise
@@ -354,6 +354,6 @@ def _read_line(line: dict[str, Any], request: ChatRequest, price: Price) -> Chat
         return replace(read_reply(json.dumps(body).encode(), request, price), kind="batch")
     error = line.get("error") or body.get("error") or {}
     why = f"{f'status {status}' if status else error.get('code')}: {error.get('message')}"
-    if status is None or status in RETRIED or status >= 500:
+    if status is None or may_pass(status):
         raise Again(why)
     raise ChatError(f"model '{request.model}': {why}")

@@ -27,7 +27,6 @@ from llava_core.teacher.chat import (
 )
 
 CONCURRENCY = 8
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 HOPELESS = (401, 403, 404)  # the next request would meet the same answer
 MANY_LIMITED = 4  # answers 429 in a row, after which all requests wait and not only those that were refused
 LONGEST_WAIT = 60.0  # seconds between two attempts where the server does not say how long
@@ -236,7 +235,7 @@ class LiveClient:
             why = f"status {error.status_code}: {one_line(error)}"
             if error.status_code in HOPELESS or error.code == "insufficient_quota":
                 raise ServerError(f"model '{request.model}': {why}") from error
-            if error.status_code in RETRIED or error.status_code >= 500:
+            if may_pass(error.status_code):
                 wait = retry_after(error.response.headers.get("retry-after"))
                 raise Again(why, wait, limited=error.status_code == 429) from error
             raise ChatError(f"model '{request.model}': {why}") from error
@@ -247,6 +246,11 @@ class LiveClient:
         except openai.OpenAIError as error:
             raise ChatError(f"model '{request.model}': {one_line(error)}") from error
         return read_reply(answer.content, request, price)
+
+
+def may_pass(status: int) -> bool:
+    """Whether another attempt may meet another answer than this status."""
+    return status in (408, 409, 425, 429) or status >= 500
 
 
 def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
