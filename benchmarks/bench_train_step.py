@@ -1,7 +1,7 @@
 """A training step beside transformers' own LLaVA in a plain padded loop, saving by saving.
 
 python benchmarks/bench_train_step.py --model 135m --stage 2 --per-image 2
-python benchmarks/bench_train_step.py --model mini --stage 1 --savings head features packed shared
+python benchmarks/bench_train_step.py --model mini --stage 1 --savings head features packed shared fused
 python benchmarks/bench_train_step.py --model 7b --stage 1 --device cuda --dtype bfloat16 --clock wall
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 
 from llava_core.ops import BACKENDS, Segments, attention
 from llava_core.ops.attention import Backend, _say, choose, trial
+from llava_core.ops.per_sample import Plan
 from llava_core.ops.reference import allowed
 from llava_core.runtime import CompanionError, ConfigError
 
+plans = importlib.import_module("llava_core.ops.per_sample")
 SHAPES = [(4, 4, 8), (4, 2, 16), (6, 1, 32)]  # heads, kv_heads, head_dim
 
 # each sample is (tokens it shares with the samples of the same letters, its own); written out as `ends`
@@ -54,6 +58,57 @@ def test_backends_equal_the_definition(backend: str, name: str, shape: tuple[int
     segments = tree(name)
     for got, expected in zip(run(backend, segments, shape), run("reference", segments, shape), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+# samples of many blocks, stacks of several that begin alike and are not as long as each other, single tokens
+FOREST = [[300] * 20 + [60] * 40 + [95] * 35 + [132] * 37 + [300] * 100 + [260] * 28 + [300] * 40 + [301, 302]]
+
+
+@pytest.mark.parametrize("kept", [0, 2**24])
+@pytest.mark.parametrize("block", [5, 32, 128])
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_samples_in_blocks_and_stacks_equal_the_definition(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], block: int, kept: int
+) -> None:
+    monkeypatch.setattr(plans, "BLOCK", block)
+    monkeypatch.setattr(plans, "KEPT_BYTES", kept)
+    for ends in (FOREST, [[40] * 40 + [75] * 35 + [112] * 37, [112] * 112]):
+        segments = Segments(torch.tensor(ends, dtype=torch.int32))
+        for got, expected in zip(run("per_sample", segments, shape), run("reference", segments, shape), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_short_samples_that_begin_alike_are_stacked() -> None:
+    plan = plans.make_plan(Segments(torch.tensor(FOREST, dtype=torch.int32)))
+    assert sorted(call.samples for call in plan.calls) == [1, 1, 1, 2]
+    assert plan.alone.tolist() == [300, 301]
+    padded = [{*call.padding.tolist()} for call in plan.calls]
+    own = [t for call, pads in zip(plan.calls, padded, strict=True) for k, t in enumerate(call.own) if k not in pads]
+    assert sorted(int(t) for t in own) == [*range(300)]
+
+
+@pytest.mark.parametrize("name", ["no mask", "padding left in", "a prefix one token short"])
+def test_a_broken_plan_is_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    real = plans.make_plan
+
+    def broken(segments: Segments) -> Plan:
+        plan = real(segments)
+        if name == "padding left in":
+            return replace(plan, calls=[replace(call, padding=call.padding[:0]) for call in plan.calls])
+        if name == "a prefix one token short":
+            begun = [call for call in plan.calls if len(call.seen) > len(call.own)]
+            shorter = [replace(call, seen=call.seen.view(call.samples, -1)[:, 1:].flatten()) for call in begun]
+            return replace(plan, calls=[*(call for call in plan.calls if len(call.seen) == len(call.own)), *shorter])
+        return plan
+
+    monkeypatch.setattr(plans, "make_plan", broken)
+    if name == "no mask":
+        right = plans._probabilities
+        monkeypatch.setattr(plans, "_probabilities", lambda q, k, future, m: right(q, k, torch.zeros_like(future), m))
+    segments = Segments(torch.tensor([[119] * 20 + [50] * 30 + [83] * 33 + [119] * 36], dtype=torch.int32))
+    expected = run("reference", segments, SHAPES[1])
+    found = run("per_sample", segments, SHAPES[1])
+    assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) > 1e-3
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "per_sample", "reference"])

@@ -15,6 +15,7 @@ from llava_core.lab.figures import CARD, COLORS, INK, _axes, _styled
 from llava_core.lab.mutants import ATTENTION, broken_module
 from llava_core.ops import BACKENDS, Segments, attention
 from llava_core.ops.attention import choose
+from llava_core.ops.per_sample import make_plan
 from llava_core.ops.reference import allowed
 from llava_core.ops.visits import states
 from llava_core.runtime import resolve
@@ -63,7 +64,7 @@ def pair_counts(segments: Segments, block: int = BLOCK) -> dict[str, int]:
     return {
         "needed, packed": int(seen.sum()),
         f"packed, blocks of {block}": int((states(segments, block, block) < 2).sum()) * block**2,
-        "packed, sample by sample": sum(len(tokens) ** 2 for tokens in samples),
+        "packed, sample by sample": sum(sum(call.pairs) for call in make_plan(segments).calls),
         "padded": len(samples) * max(map(len, samples)) ** 2,
         "packed, all": rows * width**2,
     }
