@@ -143,6 +143,40 @@ def test_an_epoch_shuffles_samples_or_images(world: Path, monkeypatch: pytest.Mo
     assert together != [images[k] for step in order("samples") for k in step]
 
 
+def test_a_run_that_runs_out_of_memory_goes_on_without_its_activations(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed = _run("finetune", train__seed=4)
+    for folder in world.glob("runs/finetune"):
+        folder.rename(world / "kept")
+    real, failed = training.Trainer._loss, []
+
+    def loss(self, row):
+        summed = real(self, row)
+        if self.step == 2 and summed.requires_grad and not failed:
+            summed.backward(retain_graph=True)  # what a pass that fails half-way leaves behind
+            failed.append(self.model.language_model.is_gradient_checkpointing)
+            raise torch.OutOfMemoryError("made up")
+        return summed
+
+    monkeypatch.setattr(training.Trainer, "_loss", loss)
+    record = _run("finetune", train__seed=4)
+    assert failed == [False]
+    assert "out of memory" in capsys.readouterr().err
+    assert [r["step"] for r in record.metrics() if r.get("activation_checkpointing")] == [2]
+    losses, expected = ([r["loss"] for r in run.metrics() if "loss" in r] for run in (
+        record, undisturbed.__class__(world / "kept" / "mini" / undisturbed.run_id)))  # fmt: skip
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+    def always(self, row):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(training.Trainer, "_loss", always)
+    monkeypatch.setattr(training.Trainer, "heldout_loss", lambda self: 0.0)
+    with pytest.raises(training.TrainingError, match=r"no memory for a row of up to 768 tokens.*micro_batch"):
+        _run("finetune", train__seed=9)
+
+
 def test_a_killed_run_resumes_to_the_same_numbers(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = _run(train__seed=5)
     numbers = [(r["step"], r["loss"]) for r in undisturbed.metrics() if "loss" in r]

@@ -161,12 +161,12 @@ class Trainer:
         """One optimizer step; returns loss per supervised token, gradient norm and learning rate."""
         self.model.train()
         total = sum_over_ranks(batch.supervised)
-        loss_sum = 0.0
-        for row in batch.rows:
-            loss = self._loss(row) / total
-            if loss.requires_grad:  # not where only the projector trains and the row has no image
-                loss.backward()
-            loss_sum += float(loss.detach())
+        loss_sum = None
+        while loss_sum is None:
+            try:
+                loss_sum = self._add_gradients(batch, total)
+            except torch.OutOfMemoryError as error:
+                self._recompute_activations(error)  # or, where it does that already, ends the run
         sum_gradients(self.trainable.values())
         loss_sum = sum_over_ranks(loss_sum)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), self.config.grad_clip))
@@ -182,6 +182,29 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss_sum, norm, rate
+
+    def _add_gradients(self, batch: Batch, total: float) -> float:
+        loss_sum = 0.0
+        for row in batch.rows:
+            loss = self._loss(row) / total
+            if loss.requires_grad:  # not where only the projector trains and the row has no image
+                loss.backward()
+            loss_sum += float(loss.detach())
+        return loss_sum
+
+    def _recompute_activations(self, error: torch.OutOfMemoryError) -> None:
+        """Activations that do not fit are computed again in the backward pass, which takes a third longer or so."""
+        decoder = self.model.language_model
+        if decoder.is_gradient_checkpointing:
+            longest = self.scale.micro_batch * self.config.max_length
+            raise TrainingError(
+                f"step {self.step}: no memory for a row of up to {longest} tokens, even with its activations computed "
+                "again; fix: lower micro_batch in the scale, or train.max_length"
+            ) from error
+        sys.stderr.write(f"step {self.step}: out of memory; from here on activations are computed again when needed\n")
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        self._log(self.step, activation_checkpointing=True)
+        self.optimizer.zero_grad(set_to_none=True)  # what the failed pass had already added
 
     def _loss(self, row: RowBatch) -> torch.Tensor:
         return row_loss(self.model, row, self.loaded.processor.normalise, self.device)
