@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from llava_core.ops.segments import Segments
 
-BLOCK = 128
+BLOCK = 96
 """Queries of a block: with more, more pairs are computed that nobody sees; with fewer, the products are small."""
 
-SLACK, MOST_PADDING = 8, 1.125
-"""Short samples are stacked whose lengths differ by no more than so many tokens, or so many times the shortest."""
+STACKED, SLACK, MOST_PADDING = 128, 8, 1.125
+"""Samples of at most so many own tokens are stacked, if the longest has no more than so many, or so many times, more
+than the shortest."""
 
 KEPT_BYTES = 2**24
 """A call keeps its probabilities for the backward pass if they are no more than this; else they are computed again."""
@@ -89,7 +90,7 @@ def make_plan(segments: Segments) -> Plan:
         stacks: list[list[Range]] = []
         for own in sorted(samples, key=_length):
             shortest = _length(stacks[-1][0]) if stacks else 0
-            if not stacks or _length(own) > min(BLOCK, max(shortest + SLACK, MOST_PADDING * shortest)):
+            if not stacks or _length(own) > min(STACKED, max(shortest + SLACK, MOST_PADDING * shortest)):
                 stacks.append([])
             stacks[-1].append(own)
         calls += [_call(stack, before) for stack in stacks]
