@@ -93,7 +93,7 @@ class TrainConfig(_Strict):
     """Largest norm of the gradient."""
     max_length: PositiveInt
     """Tokens per sample, image positions included; what is longer loses its end."""
-    order: Literal["samples", "images"]
+    order: Literal["samples", "images"] = "samples"
     """What an epoch shuffles; "images" keeps the samples of an image together, so that a row computes it once for those
     that begin with it."""
     seed: int = Field(ge=0)

@@ -127,6 +127,20 @@ def test_low_precision_errs_at_most_by_the_ratio_rule(backend: str) -> None:
         assert (o - e).abs().max() <= (2 if k == 0 else 3) * (p - e).abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_errs_no_more_than_pytorchs_kernel(dtype: torch.dtype) -> None:
+    segments, shape = Segments(torch.tensor(FOREST, dtype=torch.int32)), (4, 2, 16)
+    exact = run("reference", segments, shape)
+    kernel, ours = (run(name, segments, shape, dtype) for name in ("sdpa", "per_sample"))
+    for e, p, o in zip(exact, kernel, ours, strict=True):
+        assert (o - e).abs().mean() <= 1.5 * (p - e).abs().mean()
+
+
+def test_per_sample_is_for_a_cpu() -> None:
+    assert BACKENDS.get("per_sample").unavailable(torch.empty(1, 1, 1, 8)) is None
+    assert "CPU" in str(BACKENDS.get("per_sample").unavailable(torch.empty(1, 1, 1, 8, device="meta")))
+
+
 def test_samples_of_rows() -> None:
     assert tree("two levels").samples == [[[(0, 9)], [(0, 7), (9, 11)], [(0, 7), (11, 14)], [(0, 3), (14, 22)]]]
     assert tree("three samples").samples == [[[(0, 3)], [(3, 4)], [(4, 9)]]]

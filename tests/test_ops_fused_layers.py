@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from llava_core.ops import Segments, fused_layers
 from llava_core.ops.interface import packed_attention
 from llava_core.ops.segments import positions
+from llava_core.runtime import ConfigError
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -193,12 +194,51 @@ def test_a_module_that_somebody_has_replaced_is_left_to_them() -> None:
     assert [module for module in model.modules() if "forward" in vars(module)] == [norm]
 
 
+def test_the_last_layer_of_a_replaced_attention_or_of_a_shortened_decoder_is_left_alone() -> None:
+    model = language_model()
+    decoder = model.get_decoder()
+    theirs = decoder.layers[-1].self_attn.forward
+    decoder.layers[-1].self_attn.forward = lambda *given, **more: theirs(*given, **more)
+    with fused_layers.fused_layers(model):
+        assert not fused_layers.takes_sources(decoder)
+    decoder = (model := language_model()).get_decoder()
+    decoder.config.num_hidden_layers = 2
+    with fused_layers.fused_layers(model):
+        assert not fused_layers.takes_sources(decoder)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+def test_a_sliding_window_is_refused_as_before(kind: str) -> None:
+    more: dict[str, Any] = (
+        {"layer_types": 3 * ["sliding_attention"], "use_sliding_window": True} if kind == "Qwen2" else {}
+    )
+    with pytest.raises(ConfigError, match="a sliding window of 8"):
+        learned(language_model(kind, sliding_window=8, **more), fused=True)
+
+
+def test_every_layer_is_checkpointed() -> None:
+    model, calls = language_model(), []
+    for layer in model.get_decoder().layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda module, *_: calls.append(module))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    learned(model, fused=True, sources=True)
+    assert [calls.count(layer.mlp.gate_proj) for layer in model.get_decoder().layers] == [2, 2, 2]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    out = fused_layers._RMSNorm.apply(x, torch.ones(8), 1e-6)
+    (grad,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_what_computes_something_else_is_left_alone() -> None:
     changed = {}
     for name in ("silu", "gelu"):
         with fused_layers.fused_layers(model := language_model(hidden_act=name)):
             changed[name] = [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
-    each = 3 * ["LlamaAttention"] + ["LlamaDecoderLayer"] + 7 * ["LlamaRMSNorm"]
+    each = 3 * ["LlamaAttention"] + 7 * ["LlamaRMSNorm"]
     assert sorted(changed["gelu"]) == each
     assert sorted(changed["silu"]) == sorted([*each, *3 * ["LlamaMLP"]])
     with fused_layers.fused_layers(model := language_model("Gemma")):

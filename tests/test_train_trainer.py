@@ -173,7 +173,9 @@ def test_a_run_that_runs_out_of_memory_goes_on_without_its_activations(
 
     monkeypatch.setattr(training.Trainer, "_loss", always)
     monkeypatch.setattr(training.Trainer, "heldout_loss", lambda self: 0.0)
-    with pytest.raises(training.TrainingError, match=r"no memory for a row of up to 768 tokens.*micro_batch"):
+    with pytest.raises(
+        training.TrainingError, match=r"no memory for a row of up to 768 tokens and its images.*micro_batch"
+    ):
         _run("finetune", train__seed=9)
 
 

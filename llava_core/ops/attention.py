@@ -129,7 +129,7 @@ def _no_triton(q: torch.Tensor) -> str | None:
 BACKENDS: Registry[Backend] = Registry("attention backend")
 for _backend in (
     Backend("sdpa", _sdpa),
-    Backend("per_sample", per_sample),
+    Backend("per_sample", per_sample, lambda q: None if q.device.type == "cpu" else "it is written for a CPU"),
     Backend("triton", _triton, _no_triton),
     Backend("flex", _flex, _no_flex),
     Backend("reference", reference.attention),

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -50,6 +52,7 @@ class _RMSNorm(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         rows, weight, rstd = ctx.saved_tensors
         grad, precise = grads[0].reshape(rows.shape), rstd.dtype
@@ -79,6 +82,7 @@ class _SwiGLU(torch.autograd.Function):
         return out.view(gate.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         g, u, d = (x.reshape(-1, x.shape[-1]) for x in (gate, up, grads[0]))
@@ -98,6 +102,7 @@ class _Rotate(torch.autograd.Function):
         return _turned(x, cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turned(grads[0], cos, sin, -1), None, None
@@ -136,7 +141,8 @@ def _attention(
     q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
     out, _ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](
         self, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask,
-        dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **kwargs,
+        dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,
+        sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)), **kwargs,
     )  # fmt: skip
     return self.o_proj(_wanted(out.flatten(2), wanted)), None
 
@@ -180,21 +186,38 @@ def fused_layers(language_model: Any) -> Iterator[None]:
     decoder = language_model.get_decoder()
     changed = []
     for module in decoder.modules():
-        kind = _kind(module)
-        replacement = REPLACED.get(kind) if kind else None
-        if kind == "DecoderLayer" and module is decoder.layers[-1]:
-            replacement = _last_layer
+        replacement = REPLACED.get(_kind(module) or "")
         if replacement is not None and "forward" not in vars(module):  # somebody else has replaced it
             module.forward = MethodType(replacement, module)
             changed.append(module)
+    last: Any = _last(decoder)
+    whole: Any = None
+    if last is not None and last.self_attn in changed and "forward" not in vars(last):
+        # by its class: transformers' checkpointing of a layer is, from 5.23 on, in the forward of its class
+        whole = type(last)
+        last.__class__ = _with_sources(whole)
     try:
         yield
     finally:
         for module in changed:
             del module.forward
+        if last is not None and whole is not None:
+            last.__class__ = whole
+
+
+def _last(decoder: Any) -> Any:
+    """The layer whose outputs are the decoder's; None: this is not such a decoder."""
+    layers = getattr(decoder, "layers", None)
+    if not layers or len(layers) != decoder.config.num_hidden_layers or _kind(layers[-1]) != "DecoderLayer":
+        return None
+    return layers[-1]
+
+
+@cache
+def _with_sources(layer: Any) -> Any:
+    return type(layer.__name__, (layer,), {"forward": _last_layer, "takes_sources": True})
 
 
 def takes_sources(decoder: Any) -> bool:
     """Whether a decoder can be called with `sources`, and then gives the hidden states of these tokens only."""
-    last = getattr(decoder, "layers", [None])[-1]
-    return getattr(getattr(last, "forward", None), "__func__", None) is _last_layer
+    return getattr(_last(decoder), "takes_sources", False)

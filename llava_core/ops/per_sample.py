@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llava_core.ops.segments import Segments
@@ -35,9 +36,9 @@ class Call:
     """Samples that are computed together, in rows counted as one.
 
     Attributes:
-        first, last: the tokens of the only sample that no sample before it has computed; of several, of the first one.
-        own: (samples x longest,) these tokens of all of them, the shorter ones padded with any token.
-        seen: (samples x n,) the tokens that they see: what comes before their own, and these.
+        first, last: where there is one sample: the range of its own tokens, which no sample before it has computed.
+        own: (samples x longest,) own tokens of all of them, the shorter ones padded with any token.
+        seen: (samples x n,) the tokens that these see: what comes before their own, and these.
         padding: where `own` is padded.
         samples: how many there are.
     """
@@ -174,6 +175,7 @@ class _PerSample(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,), plan, (q, k, v, kept) = grads, ctx.plan, ctx.saved_tensors
         heads, group = q.shape[1], q.shape[1] // k.shape[1]
@@ -213,6 +215,8 @@ def per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segm
     """Attention as `llava_core.ops.attention` says."""
     if segments is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
+    if q.dtype in (torch.bfloat16, torch.float16):  # rounded scores err five times as much, and take no less time
+        return per_sample(q.float(), k.float(), v.float(), segments).to(q.dtype)
     plan: Plan = segments.plan(make_plan)
     rows, heads, width, size = q.shape
     # (B x T, heads, head_dim): a view, since heads are split off the features of a token

@@ -193,16 +193,18 @@ class Trainer:
         return loss_sum
 
     def _recompute_activations(self, error: torch.OutOfMemoryError) -> None:
-        """Activations that do not fit are computed again in the backward pass, which takes a third longer or so."""
+        """Activations that a GPU has no room for are computed again in the backward pass, which takes longer."""
         decoder = self.model.language_model
         if decoder.is_gradient_checkpointing:
             longest = self.scale.micro_batch * self.config.max_length
             raise TrainingError(
-                f"step {self.step}: no memory for a row of up to {longest} tokens, even with its activations computed "
-                "again; fix: lower micro_batch in the scale, or train.max_length"
+                f"step {self.step}: no memory for a row of up to {longest} tokens and its images, even with "
+                "activations computed again; fix: lower micro_batch in the scale or, where that is 1, train.max_length"
             ) from error
         sys.stderr.write(f"step {self.step}: out of memory; from here on activations are computed again when needed\n")
-        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        # the name of transformers 5.23, and the one before
+        enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         self._log(self.step, activation_checkpointing=True)
         self.optimizer.zero_grad(set_to_none=True)  # what the failed pass had already added
 
