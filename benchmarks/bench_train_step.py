@@ -11,7 +11,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava_core import miniature
 from llava_core.lab import bench_train_step as bench
 from llava_core.lab.bench import report
 
@@ -31,12 +30,9 @@ def main() -> int:
     parser.add_argument("--peer", default=bench.PEER, choices=[bench.PEER])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.csv")
     given = parser.parse_args()
-    if given.model == "mini":
-        miniature.ensure()
     for stage in given.stage:
-        samples = given.samples or (16 if given.model == "mini" else 8)  # mini: its runs' own global batch
         rows = bench.bench_step(
-            given.model, stage, samples, given.per_image, given.rounds, given.clock, given.savings, given.dtype,
+            given.model, stage, given.samples, given.per_image, given.rounds, given.clock, given.savings, given.dtype,
             given.device, given.memory,
         )  # fmt: skip
         report(rows, bench.COLUMNS, given.out)

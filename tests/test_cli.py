@@ -93,6 +93,31 @@ def test_a_command_calls_its_function_in_a_way_that_it_takes(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("bench train-step", "llava_core.lab.bench_train_step.bench_step"),
+        ("bench loss", "llava_core.lab.bench_parts.bench_loss"),
+    ],
+)
+def test_a_benchmark_says_its_headline(
+    name: str, target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, function = target.rpartition(".")
+    row = {"ratio": 1.1, "ours": 1.0, "peer": 1.1, "device": "cpu", "peak_mib": 1, "peer_peak_mib": 4}
+    stub = create_autospec(getattr(importlib.import_module(module), function), return_value=[{**row, "ratio": 9}, row])
+    monkeypatch.setattr(target, stub)
+    assert cli.main([*example_of(WORKING[name]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {key: found[key] for key in ("ratio", "ours", "peer", "device")} == {
+        key: row[key] for key in ("ratio", "ours", "peer", "device")
+    }
+    assert found["peak_memory_ratio"] == 0.25
+    assert [case["ratio"] for case in found["cases"]] == [9, 1.1]
+    assert cli.main(example_of(WORKING[name])) == 0
+    assert "cases" not in capsys.readouterr().out
+
+
 def test_bench_step_by_step_from_files_to_a_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"question_id": k, "image": "a.jpg", "text": "Describe this image.", "category": "detail"} for k in (1, 2)]
     context = [{"image": "a.jpg", "caption": "A red car on a road."}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from typing import Any
 
 from llava_core.cli.arguments import Commands, Parser, Result, command, group, options, table
 from llava_core.runtime import ROOT, CompanionError
@@ -36,12 +37,35 @@ def _bench_attention(args: argparse.Namespace) -> Result:
     return bench_attention(args.shapes, args.length, args.rows, args.rounds, args.device)
 
 
-def _show_attention(result: Result) -> str:
+def _bench_train_step(args: argparse.Namespace) -> Result:
+    from llava_core.lab.bench import headline
+    from llava_core.lab.bench_train_step import bench_step
+
+    sizes = args.model, args.stage, args.samples, args.per_image
+    return headline(bench_step(*sizes, rounds=args.rounds, dtype=args.dtype, **_place(args)))
+
+
+def _bench_loss(args: argparse.Namespace) -> Result:
+    from llava_core.lab.bench import headline
+    from llava_core.lab.bench_parts import bench_loss
+
+    return headline(bench_loss(args.rows, rounds=args.rounds, **_place(args)))
+
+
+def _place(args: argparse.Namespace) -> dict[str, Any]:
+    """Device and clock: computing time on a CPU, where other programs run too."""
+    from llava_core.runtime import resolve_device
+
+    device = resolve_device(args.device).type
+    return {"device": device, "clock": "cpu" if device == "cpu" else "wall"}
+
+
+def _without_cases(result: Result) -> str:
     return table({key: value for key, value in result.items() if key != "cases"})
 
 
-def _repeating(parser: Parser) -> None:
-    parser.number("--rounds", 7, "repetitions")
+def _repeating(parser: Parser, rounds: int = 7) -> None:
+    parser.number("--rounds", rounds, "repetitions")
     parser.choice("--device", ["cpu", "cuda", "auto"], "cpu")
 
 
@@ -61,9 +85,23 @@ def add(commands: Commands) -> None:
     new.option("--batches", "N", "rows at once (default: 1 8)", type=int, nargs="+", default=[1, 8])
     _repeating(new)
     example, text = "llava bench attention --shapes 64", "attention over packed rows beside a padded batch"
-    new = command(into, "attention", text, example, _bench_attention, _show_attention)
+    new = command(into, "attention", text, example, _bench_attention, _without_cases)
     known, text = ["vicuna-7b", "llama-3.2-1b", "128", "64", "tiny"], "heads and their size (default: 128 64)"
     new.add_argument("--shapes", nargs="+", choices=known, default=["128", "64"], help=text)
     new.number("--length", 2048, "tokens of a row")
     new.number("--rows", 1, "rows of the batch")
     _repeating(new)
+    example = "llava bench train-step --model 135m --stage 2 --peer transformers"
+    text = "an optimizer step beside transformers' own model in a plain padded loop"
+    new = command(into, "train-step", text, example, _bench_train_step, _without_cases)
+    new.choice("--model", ["mini", "135m", "7b"], "mini", "size (default: mini); other weights than mini's are random")
+    new.add_argument("--stage", type=int, choices=[1, 2], default=2, help="of the training (default: 2)")
+    new.choice("--peer", ["transformers"], "transformers")
+    new.option("--samples", "N", "of the step (default: 16 at mini, 8 elsewhere)", type=int)
+    new.number("--per-image", 1, "samples of one image")
+    new.choice("--dtype", ["float32", "bfloat16"], "float32")
+    _repeating(new, 3)
+    example, text = "llava bench loss --rows 512", "loss and gradients in chunks beside all logits at once"
+    new = command(into, "loss", text, example, _bench_loss, _without_cases)
+    new.number("--rows", 1024, "supervised positions")
+    _repeating(new, 5)

@@ -150,6 +150,15 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return atomic_write(path, before + text.getvalue())
 
 
+def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a command says of a benchmark's rows: ratio (above 1: faster), seconds and memory of the last, and all."""
+    last = rows[-1]
+    peaks = last["peak_mib"], last["peer_peak_mib"]
+    memory = round(peaks[0] / peaks[1], 3) if all(peaks) else None
+    said = {name: last[name] for name in ("ratio", "ours", "peer", "device")}
+    return {**said, "peak_memory_ratio": memory, "cases": [*rows]}
+
+
 def report(rows: Sequence[Mapping[str, Any]], shown_columns: Sequence[str], out: Path) -> int:
     """Print some columns of rows as a table and append the rows to a CSV file; returns the exit status 0."""
     table = [list(shown_columns), *(["" if row[n] is None else str(row[n]) for n in shown_columns] for row in rows)]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llava_core import miniature
 from llava_core.config import TrainConfig, load_experiment
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Encoded
@@ -184,6 +185,7 @@ def _turns(rng: random.Random, stage: int) -> list[tuple[int, int]]:
 
 def _miniature(stage: int, samples: int) -> Case:
     """The first samples of the miniature's training, with its models."""
+    miniature.ensure()
     config = load_experiment({1: "pretrain", 2: "finetune"}[stage], "mini", {"init_from": None} if stage == 2 else {})
     loaded = build_model(config, None)
     data = TrainingSet(
@@ -421,7 +423,7 @@ def peak_of_step(side: str, name: str, stage: int, samples: int, per_image: int,
 def bench_step(
     name: str = "135m",
     stage: int = 2,
-    samples: int = 8,
+    samples: int | None = None,
     per_image: int = 1,
     rounds: int = 3,
     clock: Clock = "cpu",
@@ -432,9 +434,21 @@ def bench_step(
 ) -> list[dict[str, Any]]:
     """Time the step with each of some savings beside transformers' step, in turns, and measure both peaks.
 
+    Args:
+        name: `mini`, or one of `SIZES`.
+        stage: 1 or 2.
+        samples: of the optimizer step; None: 16 at mini, its runs' own global batch, and 8 elsewhere.
+        per_image: samples of one image.
+        rounds: timed turns.
+        clock: `cpu` is computing time, `wall` the clock's.
+        savings: names in `SAVINGS`, each with all before it.
+        dtype, device: of the weights.
+        memory: measure the peaks too, each in a process of its own.
+
     Returns:
         A row per saving, in the order of `savings`.
     """
+    samples = samples or (16 if name == "mini" else 8)
     case = make_case(name, stage, samples, per_image, dtype, device)
     found = {saving: apart(case, saving) for saving in savings}
     sides: dict[str, Callable[[], object]] = {PEER: Peer(case).step}
