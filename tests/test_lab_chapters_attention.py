@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,15 @@ from llava_core.ops.attention import Backend
 from llava_core.runtime import ROOT
 
 ROW = show.shared_row([(6, [4, 7]), (3, [5])])
+
+
+def test_what_the_chapter_imports_loads_no_compiler() -> None:
+    """Triton reads at its import whether it is to interpret, so the chapter must come first; and it takes seconds."""
+    modules = "chapters_attention", "chapters_speed", "figures"
+    code = f"import sys; from llava_core.lab import {', '.join(modules)}; from llava_core.ops import BACKENDS; "
+    code += "print([name for name in ('triton', 'torch._dynamo') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_row_of_images_with_several_samples() -> None:

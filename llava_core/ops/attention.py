@@ -138,7 +138,6 @@ for _backend in (
 
 
 @cache
-@torch.compiler.disable
 def trial(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Let a backend compute a small packed row, forward and backward, once per process.
 
@@ -189,7 +188,9 @@ def choose(q: torch.Tensor, segments: Segments | None) -> tuple[str, str]:
         return "per_sample", "a CPU computes a mask's forbidden pairs too; sample by sample there are few"
     passed: list[str] = []
     for name in ("triton", "flex"):
-        reason = BACKENDS.get(name).unavailable(q) or trial(name, q.shape[-1], q.dtype, q.device)
+        reason = BACKENDS.get(name).unavailable(q)
+        if reason is None and not torch.compiler.is_compiling():  # a compiler would trace the trial into the model
+            reason = trial(name, q.shape[-1], q.dtype, q.device)
         if reason is None:
             return name, "; ".join(["it leaves out what no token sees", *passed])
         passed.append(f"{name}: {reason}")
