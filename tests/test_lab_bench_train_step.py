@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,18 @@ def test_every_saving_leaves_loss_and_gradient_as_they_are(tmp_path: Path, stage
     found = apart(case(tmp_path, stage), saving)
     assert found["loss"] < 1e-5
     assert found["gradient"] < 1e-4
+
+
+@pytest.mark.parametrize(("samples", "padding"), [(8, 1.5), (16, 1.7)])
+def test_the_samples_of_stage_two_have_the_lengths_that_are_said(samples: int, padding: float) -> None:
+    rng, n_image = random.Random(1), 196
+    fixed = bench.SYSTEM_TOKENS + n_image
+    drawn = [[fixed + sum(map(sum, bench._turns(rng, 2))) for _ in range(samples)] for _ in range(2000)]
+    tokens = sum(map(sum, drawn))
+    assert tokens / (2000 * samples) - fixed == pytest.approx(110, abs=4)
+    assert samples * sum(map(max, drawn)) / tokens == pytest.approx(padding, abs=0.05)
+    chosen = [len(item.input_ids) for item in bench._typical(2, samples, n_image)]
+    assert samples * max(chosen) / sum(chosen) == pytest.approx(padding, abs=0.06)
 
 
 def test_loss_curves_of_both_sides_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

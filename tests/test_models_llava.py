@@ -7,7 +7,6 @@ import tiny
 import torch
 
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from llava_core.models.llava import summed_loss
 from llava_core.models.vision_tower import image_features
 from llava_core.runtime import CheckpointError, ConfigError
 from llava_core.weights import checkpoint
@@ -56,13 +55,13 @@ def test_padding_does_not_change_the_loss(loaded) -> None:
     ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * 4, 9, 10, 11]])
     labels = torch.tensor([[IGNORE_INDEX] * 6 + [10, 11]])
     pixels = torch.randn(1, 3, 32, 32)
-    plain = summed_loss(loaded.model(ids, pixels).logits, labels)
+    plain = tiny.summed_loss(loaded.model(ids, pixels).logits, labels)
     padded_ids, padded_labels = (
         torch.nn.functional.pad(ids, (0, 5)),
         torch.nn.functional.pad(labels, (0, 5), value=IGNORE_INDEX),
     )
     mask = torch.tensor([[1] * 8 + [0] * 5])
-    padded = summed_loss(loaded.model(padded_ids, pixels, mask).logits, padded_labels)
+    padded = tiny.summed_loss(loaded.model(padded_ids, pixels, mask).logits, padded_labels)
     torch.testing.assert_close(plain, padded, rtol=1e-5, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
+import tiny
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from llava_core.models.llava import Llava, summed_loss
+from llava_core.models.llava import Llava
 
 IMAGE_ID, PAD_ID, VOCABULARY = 95, 0, 96
 
@@ -106,7 +107,7 @@ def results(shape: Shape, models: Sequence[torch.nn.Module]) -> list[tuple[torch
             input_ids=ids.masked_fill(ids == IMAGE_TOKEN_ID, image_id), pixel_values=pixels, attention_mask=mask,
             position_ids=positions, **theirs,
         ).logits  # fmt: skip
-        found.append((logits[mask.bool()], summed_loss(logits, labels)))
+        found.append((logits[mask.bool()], tiny.summed_loss(logits, labels)))
     return found
 
 

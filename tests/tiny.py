@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
+from llava_core.constants import IGNORE_INDEX
 from llava_core.runtime import sha256_file
 
 WORDS = (
@@ -72,3 +74,18 @@ def base_models(root: Path) -> tuple[str, str]:
         files = {f.name: sha256_file(f) for f in sorted(folder.iterdir())}
         (folder / "manifest.json").write_text(json.dumps({"files": files}))
     return str(llm), str(clip)
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The definition of a batch's loss: cross-entropy of all logits, summed over supervised tokens.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), -100 ignored; position t is predicted at t - 1.
+
+    Returns:
+        A scalar, in fp32.
+    """
+    return F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )

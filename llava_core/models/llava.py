@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.models.projector import PROJECTORS
 from llava_core.models.vision_tower import image_features, image_token_count
 from llava_core.ops.fused_layers import takes_sources
@@ -154,7 +153,9 @@ class Llava(nn.Module):
         targets: torch.Tensor,
         image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`summed_loss` of packed rows; the language model must run `llava_core.ops.interface.packed_attention`.
+        """Cross-entropy summed over supervised tokens of packed rows; the caller divides by those of the global batch.
+
+        The language model must run `llava_core.ops.interface.packed_attention`.
 
         Args:
             input_ids: (B, T) with image blocks.
@@ -175,18 +176,3 @@ class Llava(nn.Module):
         if not lean:
             hidden = hidden.index_select(0, sources)
         return linear_cross_entropy(hidden, head.weight, targets)
-
-
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over supervised tokens; the caller divides by the count of the whole global batch.
-
-    Args:
-        logits: (B, T, V).
-        labels: (B, T), -100 ignored; position t is predicted at t - 1.
-
-    Returns:
-        A scalar, in fp32.
-    """
-    return F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )

@@ -215,7 +215,7 @@ def per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segm
     """Attention as `llava_core.ops.attention` says."""
     if segments is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
-    if q.dtype in (torch.bfloat16, torch.float16):  # rounded scores err five times as much, and take no less time
+    if q.dtype in (torch.bfloat16, torch.float16):  # scores rounded to it err more than PyTorch's kernel
         return per_sample(q.float(), k.float(), v.float(), segments).to(q.dtype)
     plan: Plan = segments.plan(make_plan)
     rows, heads, width, size = q.shape
