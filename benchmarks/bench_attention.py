@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from llava_core.lab.bench import append_rows
-from llava_core.lab.bench_attention import HEADS, bench_attention
+from benchmarks.lib.bench import append_rows
+from benchmarks.lib.bench_attention import HEADS, bench_attention
 
 SHOWN = ("case", "shape", "samples", "candidate", "ms", "low", "high", "peer", "ratio", "ratio_low", "ratio_high")
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from llava_core import miniature
-from llava_core.evaluate.captions import bleu, cider, tokenize
-from llava_core.lab.bench import append_rows, circumstances, in_turns
+from benchmarks.lib.bench import append_rows, circumstances, in_turns
+from companion import miniature
+from companion.evaluation.captions import bleu, cider, tokenize
 from llava_core.runtime import read_json, read_jsonl
 
 SHOWN = ("case", "texts", "differ", "bleu4", "bleu4_ptb", "cider", "cider_ptb", "error", "ratio")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from llava_core.lab.bench import append_rows
-from llava_core.lab.bench_evaluate import bench_evaluate
-from llava_core.lab.launch import launch, resolve_run
+from benchmarks.lib.bench import append_rows
+from benchmarks.lib.bench_evaluate import bench_evaluate
+from llava_core.train.launch import launch, resolve_run
 
 SHOWN = ("set", "questions", "seconds", "cpu_seconds", "score", "ratio", "ratio_low", "ratio_high", "same_answers")
 

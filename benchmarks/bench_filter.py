@@ -14,9 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava_core import miniature
-from llava_core.lab import bench_filter
-from llava_core.lab.bench import report
+from benchmarks.lib import bench_filter
+from benchmarks.lib.bench import report
+from companion import miniature
 from llava_core.runtime import resolve
 
 

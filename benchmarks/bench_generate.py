@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from llava_core.lab.bench import append_rows
-from llava_core.lab.bench_generate import SHAPES, bench_generate
+from benchmarks.lib.bench import append_rows
+from benchmarks.lib.bench_generate import SHAPES, bench_generate
 
 SHOWN = ("batch", "prompt", "new_tokens", "ours", "peer", "ratio", "ratio_low", "ratio_high", "peak_memory_ratio")
 

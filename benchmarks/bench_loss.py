@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava_core.lab import bench_parts
-from llava_core.lab.bench import report
+from benchmarks.lib import bench_parts
+from benchmarks.lib.bench import report
 
 
 def main() -> int:

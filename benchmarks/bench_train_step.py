@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava_core.lab import bench_train_step as bench
-from llava_core.lab.bench import report
+from benchmarks.lib import bench_train_step as bench
+from benchmarks.lib.bench import report
 
 
 def main() -> int:

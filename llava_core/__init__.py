@@ -19,7 +19,6 @@ V      entries of the vocabulary
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,10 +32,11 @@ def load(path: str | Path, **options: Any) -> Any:
 
     Args:
         path: folder, or file where the layout is one.
-        options: as in `llava_core.lab.chat.open_assistant`: `device`, `dtype`, `base`, `vision_tower`, `template`, ...
+        options: as in `llava_core.chat.open_assistant`: `device`, `dtype`, `base`, `vision_tower`, `template`, ...
 
     Returns:
-        A `llava_core.lab.chat.Assistant`.
+        A `llava_core.chat.Assistant`.
     """
-    # the front door opens upwards, but only when somebody walks through: `import llava_core` loads no torch
-    return importlib.import_module("llava_core.lab.chat").open_assistant(path, **options)
+    from llava_core.chat import open_assistant  # here, so that `import llava_core` loads no torch
+
+    return open_assistant(path, **options)

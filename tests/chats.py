@@ -10,10 +10,10 @@ import tiny
 import torch
 from PIL import Image
 
+from llava_core import chat
+from llava_core.checkpoints.checkpoint import Loaded, build
 from llava_core.constants import IMAGE_TOKEN_ID
-from llava_core.lab import chat
 from llava_core.models import generation
-from llava_core.weights.checkpoint import Loaded, build
 
 
 @pytest.fixture(scope="module")

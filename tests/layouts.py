@@ -11,8 +11,8 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+from llava_core.checkpoints import checkpoint
 from llava_core.models.llava import Llava
-from llava_core.weights import checkpoint
 
 LLAMA_LAYER = (
     "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_core.data.coco import AnnotatedImage
+from companion.data_tools.coco import AnnotatedImage
 from llava_core.runtime import ROOT, write_jsonl
 
 PROGRAM = """
 import json, signal, sys
 from pathlib import Path
 from paid import images
-from llava_core.teacher.client import client_from_name
-from llava_core.teacher.generate import generate
+from companion.teacher.client import client_from_name
+from companion.teacher.generate import generate
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 name, folder, count, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 client = client_from_name(name, cassette=folder / "tape.sqlite", **options)

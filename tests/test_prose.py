@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from llava_core.evaluate.statistics import CONFIDENCE
-from llava_core.lab.ablation import NORMAL_95
-from llava_core.paper.claims import all_claims
+from companion.ablations import NORMAL_95
+from companion.evaluation.statistics import CONFIDENCE
+from companion.paper.claims import all_claims
 from llava_core.runtime import ROOT
 
 RULES = (  # pattern, why its digits are no value, an example
@@ -82,7 +82,7 @@ def texts() -> dict[str, str]:
 def test_every_number_in_prose_has_something_behind_it() -> None:
     known = values()
     found = {place: numbers for place, text in texts().items() if (numbers := unexplained(text, known))}
-    assert found == {}, "render it ({{ claim:... }}, {{ record:... }}; llava_core/lab/pages.py), or leave it out"
+    assert found == {}, "render it ({{ claim:... }}, {{ record:... }}; companion/book/pages.py), or leave it out"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[why for _, why, _ in RULES])

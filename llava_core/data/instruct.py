@@ -115,7 +115,7 @@ def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
         None for a file that `load_image` reads, else a problem kind (`missing_image` or `unreadable_image`) and the
         reason.
     """
-    from llava_core.data.image_processor import ImageError, check_image
+    from llava_core.data.images import ImageError, check_image
 
     if not decode and _has_plain_header(path):
         return None
@@ -130,7 +130,7 @@ def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
 
 def _has_plain_header(path: Path) -> bool:
     """Whether the first bytes are those of a JPEG or PNG of usable size; Pillow, ten times slower, judges the rest."""
-    from llava_core.data.image_processor import MAX_ASPECT, MAX_PIXELS
+    from llava_core.data.images import MAX_ASPECT, MAX_PIXELS
 
     try:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))  # a pipe: no wait

@@ -13,7 +13,7 @@ from llava_core.models.projector import PROJECTORS
 from llava_core.models.vision_tower import image_features, image_token_count
 from llava_core.ops.fused_layers import takes_sources
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
-from llava_core.ops.segments import Segments
+from llava_core.ops.packed_mask import Segments
 
 TRAINABLE = {"projector": "multi_modal_projector", "language_model": "language_model"}
 
@@ -155,7 +155,7 @@ class Llava(nn.Module):
     ) -> torch.Tensor:
         """Cross-entropy summed over supervised tokens of packed rows; the caller divides by those of the global batch.
 
-        The language model must run `llava_core.ops.interface.packed_attention`.
+        The language model must run `llava_core.ops.transformers_backend.packed_attention`.
 
         Args:
             input_ids: (B, T) with image blocks.

@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from llava_core.ops import reference
-from llava_core.ops.per_sample import per_sample
-from llava_core.ops.segments import Segments
-from llava_core.ops.visits import one_sample, visits
+from llava_core.ops.block_mask import one_sample, visits
+from llava_core.ops.cpu_varlen import per_sample
+from llava_core.ops.packed_mask import Segments
 from llava_core.registry import Registry
 from llava_core.runtime import CompanionError, ConfigError
 

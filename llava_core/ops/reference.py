@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llava_core.ops.segments import Segments
+from llava_core.ops.packed_mask import Segments
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:

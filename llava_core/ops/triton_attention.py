@@ -13,7 +13,7 @@ Sums, scores and exponentials are in fp32, products in the dtype of the inputs; 
 unless `torch.set_float32_matmul_precision` allows TF32.
 
 Source: Dao et al. 2022 (the online softmax, the recomputation), Dao 2023 (the order of the loops); which tokens see
-each other is ours, see `llava_core.ops.segments`.
+each other is ours, see `llava_core.ops.packed_mask`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from llava_core.ops.segments import Segments
-from llava_core.ops.visits import one_sample, visits
+from llava_core.ops.block_mask import one_sample, visits
+from llava_core.ops.packed_mask import Segments
 
 LOG2_E = 1.4426950408889634
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from llava_core.record import RunRecord
-from llava_core.train.distributed import start
+from llava_core.train.engine import start
 from llava_core.train.trainer import train_record
 
 

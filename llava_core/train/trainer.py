@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from llava_core.checkpoints.checkpoint import Loaded, save_checkpoint
 from llava_core.data.conversation import coverage
 from llava_core.ops.fused_layers import fused_layers
-from llava_core.ops.interface import packed_attention
+from llava_core.ops.transformers_backend import packed_attention
 from llava_core.record import RunRecord
 from llava_core.runtime import CompanionError, progress, rank, resolve_device, shown, world_size
-from llava_core.train.batches import LAYERS, Batch, Batches, RowBatch, open_features, row_loss
-from llava_core.train.distributed import sum_gradients, sum_over_ranks
-from llava_core.train.optim import learning_rate, make_optimizer
-from llava_core.train.stages import TrainingSet, build_model, load_samples
-from llava_core.weights.checkpoint import Loaded, save_checkpoint
+from llava_core.train.dataset import TrainingSet, build_model, load_samples
+from llava_core.train.engine import sum_gradients, sum_over_ranks
+from llava_core.train.loader import LAYERS, Batch, Batches, RowBatch, open_features, row_loss
+from llava_core.train.optimizer import learning_rate, make_optimizer
 
 
 class TrainingError(CompanionError):

@@ -1,0 +1,169 @@
+"""Benchmarks against a peer: turns in one process, peak memory in processes of their own, one CSV row per case."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import importlib
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llava_core.runtime import DataError, atomic_write, environment, shown
+
+Clock = Literal["wall", "cpu"]
+
+
+def in_turns(
+    ours: Callable[[], object], peer: Callable[[], object], rounds: int, clock: Clock = "wall"
+) -> dict[str, float]:
+    """Time two functions in turns, so that whatever else the machine does hits both alike.
+
+    Args:
+        ours, peer: what is timed; each has run before, so that nothing is counted that happens once.
+        rounds: timed turns; who begins changes with each.
+        clock: "wall"; or "cpu", the time that this process computed: on one thread a busy machine does not change it.
+
+    Returns:
+        Median seconds of `ours` and `peer`, and the `ratio` peer / ours as the median over the rounds with its lowest
+        and highest: above 1 we are faster.
+    """
+    seconds = all_in_turns({"ours": ours, "peer": peer}, rounds, clock)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {**medians, **ratios(seconds["ours"], seconds["peer"])}
+
+
+def all_in_turns(
+    functions: Mapping[str, Callable[[], object]], rounds: int, clock: Clock = "wall"
+) -> dict[str, list[float]]:
+    """Time any number of functions in turns, as `in_turns` does two.
+
+    Returns:
+        Name -> seconds of each round.
+    """
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for k in range(rounds):
+        for name in list(functions)[:: 1 if k % 2 else -1]:
+            _finish()
+            begin = now()
+            functions[name]()
+            _finish()
+            seconds[name].append(now() - begin)
+    return seconds
+
+
+def ratios(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
+    """The `ratio` peer / ours as the median over the rounds, with its lowest and highest."""
+    found = [p / o for o, p in zip(ours, peer, strict=True)]
+    return {"ratio": statistics.median(found), "ratio_low": min(found), "ratio_high": max(found)}
+
+
+def _finish() -> None:
+    """Wait for a GPU, which works on after a call has returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_mib(work: Callable[[], object], device: torch.device) -> float:
+    """Highest memory while `work` runs, with all that lay in memory before: MiB of this process, or on the GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew at what is held now
+    work()
+    with suppress(OSError):
+        # not ru_maxrss, into which a child process inherits what its parent held
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def in_own_process(function: str, **arguments: Any) -> Any:
+    """Call `module:name` in a fresh process and return its result, a JSON value.
+
+    Args:
+        function: importable name.
+        arguments: JSON values.
+    """
+    code = "import sys; from benchmarks.lib.bench import _serve; _serve(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, function, json.dumps(arguments)]
+    # glibc returns large blocks at once where this is set; else its peak differs by several % from run to run
+    settings = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
+    if answer.returncode:
+        raise RuntimeError(f"{function} failed in its own process:\n{answer.stderr[-2000:]}")
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def _serve(function: str, arguments: str) -> None:
+    module, _, name = function.partition(":")
+    print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(arguments))))
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What every row of a benchmark tells: date, device, machine, threads and versions."""
+    found = environment()
+    return {
+        "date": found["date"], "device": device_name(device), "cpu": found["cpu"], "cores": found["cores"],
+        "threads": torch.get_num_threads(), "torch": found["packages"]["torch"],
+        "transformers": found["packages"]["transformers"],
+    }  # fmt: skip
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Append rows to a CSV file, whole or not at all; the first ones write its header.
+
+    Raises:
+        DataError: the file has other columns.
+    """
+    columns = list(rows[0])
+    before = path.read_text() if path.exists() else ""
+    if before and before.splitlines()[0].split(",") != columns:
+        raise DataError(f"{shown(path)}: its columns are not {', '.join(columns)}; fix: move the file away")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if not before:
+        writer.writeheader()
+    writer.writerows(rows)
+    return atomic_write(path, before + text.getvalue())
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a command says of a benchmark's rows: ratio (above 1: faster), seconds and memory of the last, and all."""
+    last = rows[-1]
+    peaks = last["peak_mib"], last["peer_peak_mib"]
+    memory = round(peaks[0] / peaks[1], 3) if all(peaks) else None
+    said = {name: last[name] for name in ("ratio", "ours", "peer", "device")}
+    return {**said, "peak_memory_ratio": memory, "cases": [*rows]}
+
+
+def report(rows: Sequence[Mapping[str, Any]], shown_columns: Sequence[str], out: Path) -> int:
+    """Print some columns of rows as a table and append the rows to a CSV file; returns the exit status 0."""
+    table = [list(shown_columns), *(["" if row[n] is None else str(row[n]) for n in shown_columns] for row in rows)]
+    widths = [max(len(line[k]) for line in table) for k in range(len(shown_columns))]
+    for line in table:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
+    print(f"appended to {append_rows(out, rows)}")
+    return 0

@@ -1,0 +1,140 @@
+"""Parts of a training step by themselves: the loss without logits, the tower's kept features, the loader."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.lib.bench import Clock, circumstances, in_own_process, in_turns, peak_mib
+from benchmarks.lib.bench_train_step import Ours, make_case
+from llava_core.data.feature_cache import FeatureCache
+from llava_core.ops.linear_cross_entropy import linear_cross_entropy
+from llava_core.train.dataset import TrainingSet, build_model, load_samples
+from llava_core.train.launch import resolve_run
+from llava_core.train.loader import Batches, open_features
+
+COLUMNS = ("case", "size", "ours", "peer", "ratio", "ratio_low", "ratio_high", "peak_mib", "peer_peak_mib")
+
+
+def _row(device: torch.device, **values: Any) -> dict[str, Any]:
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
+    return {**dict.fromkeys(COLUMNS), **rounded, **circumstances(device)}
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+
+def _loss_step(backend: str, rows: int, width: int, words: int, device: str, train_head: bool) -> Any:
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, width, device=device, requires_grad=True)
+    weight = torch.randn(words, width, device=device, requires_grad=train_head)
+    targets = torch.randint(0, words, (rows,), device=device)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        linear_cross_entropy(hidden, weight, targets, backend=backend).backward()
+
+    return step
+
+
+def loss_peak(**arguments: Any) -> float:
+    """Peak memory in MiB of loss and gradients, inputs included; in a process of its own."""
+    step = _loss_step(**arguments)
+    return peak_mib(step, torch.device(arguments["device"]))
+
+
+def bench_loss(
+    rows: int = 1024, width: int = 576, words: int = 49_152, rounds: int = 5, clock: Clock = "cpu", device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Time loss and gradients in chunks beside all logits at once, with a frozen and with a trained head."""
+    found = []
+    for train_head in (False, True):
+        sizes: dict[str, Any] = {"rows": rows, "width": width, "words": words, "device": device}
+        steps = {name: _loss_step(name, **sizes, train_head=train_head) for name in ("chunked", "reference")}
+        for step in steps.values():
+            step()
+        turns = in_turns(steps["chunked"], steps["reference"], rounds, clock)
+        peaks = {
+            name: in_own_process("benchmarks.lib.bench_parts:loss_peak", backend=name, train_head=train_head, **sizes)
+            for name in steps
+        }
+        found.append(
+            _row(
+                torch.device(device), case=f"loss, head {'trained' if train_head else 'frozen'}, {clock} time",
+                size=f"{rows} x {width} x {words}", peak_mib=round(peaks["chunked"]),
+                peer_peak_mib=round(peaks["reference"]), **turns,
+            )
+        )  # fmt: skip
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ kept features
+
+
+def bench_features(
+    model: str = "135m", images: int = 16, rounds: int = 5, clock: Clock = "cpu"
+) -> list[dict[str, Any]]:
+    """Time reading kept features beside running the tower.
+
+    Raises:
+        AssertionError: they are not the same to the bit.
+    """
+    case = make_case(model, 1, images)
+    ours, keys = Ours(case, "head"), list(case.pixels)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{key}.raw" for key in keys]
+        for path, key in zip(paths, keys, strict=True):
+            path.write_bytes(case.pixels[key].tobytes())
+        live = ours._tower(keys)
+        cache = FeatureCache(Path(folder) / "kept", {"model": model}, (1, *live.shape[1:]), live.dtype)
+        cache.fill(paths, lambda some: live[[paths.index(path) for path in some]][:, None])
+        assert torch.equal(cache.get(paths), live)
+        turns = in_turns(lambda: cache.get(paths), lambda: ours._tower(keys), rounds, clock)
+    size = f"{images} images of {cache.bytes_per_image()} bytes"
+    return [_row(live.device, case=f"features, {model}, {clock} time", size=size, **turns)]
+
+
+# ------------------------------------------------------------------------------------------------ the loader
+
+
+def bench_loader(steps: int = 20) -> list[dict[str, Any]]:
+    """Seconds of making a batch (`ours`) beside those of the step that computes meanwhile (`peer`), at mini.
+
+    A ratio above 1 says that the loader is never waited for.
+    """
+    found = []
+    for name, stage in (("pretrain", 1), ("finetune", 2)):
+        config = resolve_run(name, "mini", init_from=None) if stage == 2 else resolve_run(name, "mini")
+        loaded = build_model(config, None)
+        train, held = (
+            TrainingSet(samples, loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens, cache=True)
+            for samples in load_samples(config)
+        )
+        cache = open_features(loaded, config, train, held, torch.device("cpu"))
+        size = config.experiment.train.global_batch
+        batches = Batches(train, config.scale.micro_batch * config.experiment.train.max_length, cache)
+        order = np.random.default_rng(0).permutation(len(train))
+        step = Ours(make_case("mini", stage, size)).step
+        step()
+        seconds: dict[str, list[float]] = {"batch": [], "step": []}
+        for k in range(steps):
+            begin = time.perf_counter()
+            batches.make([int(n) for n in order[k * size : (k + 1) * size]])
+            made = time.perf_counter()
+            step()
+            seconds["batch"].append(made - begin)
+            seconds["step"].append(time.perf_counter() - made)
+        ratios = np.divide(seconds["step"], seconds["batch"])
+        found.append(
+            _row(
+                torch.device("cpu"), case=f"loader, mini, stage {stage}, wall time", size=f"{size} samples",
+                ours=float(np.median(seconds["batch"])), peer=float(np.median(seconds["step"])),
+                ratio=float(np.median(ratios)), ratio_low=float(ratios.min()), ratio_high=float(ratios.max()),
+            )
+        )  # fmt: skip
+    return found

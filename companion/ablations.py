@@ -1,0 +1,532 @@
+"""Ablations: arms that differ in one field, several seeds each, one metric, the difference with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from companion.data_tools.scienceqa import load_problems
+from companion.evaluation import llava_bench, science_qa
+from companion.evaluation.bench_steps import load_bench
+from companion.evaluation.predict import ANSWER_TOKENS as SECOND_TOKENS
+from companion.evaluation.predict import MAX_NEW_TOKENS, predict_science_qa
+from companion.evaluation.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
+from companion.paper.claims import all_claims, claim
+from companion.paper.ledger import p_text, published_ablation
+from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
+from llava_core.checkpoints.checkpoint import Loaded, load
+from llava_core.config import META, RunConfig, load_experiment, load_scale
+from llava_core.inference import answer_questions
+from llava_core.record import RunRecord
+from llava_core.registry import unknown
+from llava_core.runtime import (
+    ConfigError,
+    fingerprint,
+    read_json,
+    resolve,
+    resolve_device,
+    resolve_dtype,
+    sha256_file,
+    write_json,
+)
+from llava_core.train.launch import launch, resolve_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Arm:
+    """One variant: its values per seed (in points) and the runs behind them."""
+
+    name: str
+    experiment: str
+    values: list[float] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+    records: list[RunRecord] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def interval(self) -> list[float] | None:
+        """95 % t interval of the mean over seeds, cut to what a percentage can be; None for one seed."""
+        found = seeds_interval(self.values)["interval"]
+        return found and [max(0.0, found[0]), min(100.0, found[1])]
+
+
+CODE_ROOT = Path(__file__).resolve().parents[1]
+_EVALUATION_CODE = (
+    "llava_core/data", "llava_core/models", "llava_core/checkpoints",
+    "companion/data_tools", "companion/evaluation", "companion/teacher", "companion/miniature",
+)  # fmt: skip
+
+
+def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """An evaluation's result, stored in its run's folder: measured once, read by every chapter that shows it.
+
+    It is measured again when the code that evaluates or the miniature's data are others than then.
+    """
+    path = record.path / f"{name}.json"
+    files = [file for folder in _EVALUATION_CODE for file in sorted((CODE_ROOT / folder).rglob("*.py"))]
+    files += sorted(resolve(f"data/{record.config.scale.name}").glob("*/card.json"))
+    measured_with = fingerprint([sha256_file(file) for file in [Path(__file__), *files]])
+    if path.is_file():
+        found: dict[str, Any] = read_json(path)
+        if found["measured_with"] == measured_with:
+            return found
+    result = {**compute(), "measured_with": measured_with}
+    write_json(path, result)
+    return result
+
+
+def load_run(record: RunRecord) -> Loaded:
+    """The model of a finished run, on the device and in the dtype of its scale."""
+    scale = record.config.scale
+    return load(record.checkpoint, resolve_dtype(scale.dtype), resolve_device(scale.device))
+
+
+ANSWER_TOKENS = {"mini": (96, 6)}
+"""Scale -> longest first and second reply; elsewhere those of the released evaluation."""
+
+
+def science_result(record: RunRecord, limit: int | None = None, look: bool = True) -> dict[str, Any]:
+    """ScienceQA test accuracy of a finished run, with its subsets and its answers.
+
+    Args:
+        record: the run; its folder gets the file of answers too.
+        limit: ask at most so many problems.
+        look: hand out the images; without them the same questions are asked as text.
+        batch: problems answered together (no answer depends on it).
+    """
+    name = "science_qa" if look else "science_qa_blind"
+
+    def compute() -> dict[str, Any]:
+        folder, out = record.config.data_path, record.path / f"{name}_answers.jsonl"
+        first, second = ANSWER_TOKENS.get(record.config.scale.name, (MAX_NEW_TOKENS, SECOND_TOKENS))
+        out.unlink(missing_ok=True)  # of other code or data; `llava predict` goes on with its files
+        answers = predict_science_qa(
+            load_run(record), record.checkpoint, folder, out,
+            limit=limit, images=look, max_new_tokens=first, answer_tokens=second,
+        )  # fmt: skip
+        return {**science_qa.score(load_problems(folder, "test")[:limit], answers), "answers": answers}
+
+    return cached_result(record, name, compute)
+
+
+def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limit: int | None = None) -> dict[str, Any]:
+    """LLaVA-Bench scores of a finished run: its answers, the judge's reviews, relative scores in %."""
+
+    def compute() -> dict[str, Any]:
+        folder, images = bench_folders(record, bench)
+        asked = load_bench(folder, limit)
+        rows, images = asked.rows(images)
+        answers = answer_questions(load_run(record), rows, images, max_new_tokens=96, desc=bench)
+        reviews, _ = llava_bench.judge(asked.questions, asked.context, asked.reference or {}, answers, client)
+        return {**llava_bench.score_reviews(reviews), "answers": answers, "reviews": reviews}
+
+    return cached_result(record, bench, compute)
+
+
+def bench_folders(record: RunRecord, bench: str) -> tuple[Path, Path]:
+    """Folder of a bench and folder of its images."""
+    folder = resolve(record.config.scale.data[bench])
+    return folder, resolve(record.config.scale.data.get(f"{bench}_images", str(folder / "images")))
+
+
+def run_arms(
+    arms: Sequence[tuple[str, str]],
+    metric: Callable[[RunRecord], float],
+    scale: str = "mini",
+    fast: bool = False,
+    seeds: Sequence[int] | None = None,
+) -> list[Arm]:
+    """Train and measure every arm with every seed.
+
+    Args:
+        arms: (name shown, experiment) pairs; the first is the reference.
+        metric: value in points of a finished run.
+        scale: scale of the runs.
+        fast: one seed and the `--fast` budget.
+        seeds: the scale's seeds when None.
+
+    Returns:
+        The arms with their values.
+    """
+    chosen = list(seeds if seeds is not None else load_scale(scale).seeds)[: 1 if fast else None]
+    made = [Arm(name, experiment) for name, experiment in arms]
+    for seed in chosen:  # seed by seed, so that an interrupted chapter has complete comparisons first
+        for arm in made:
+            record = launch(resolve_run(arm.experiment, scale, fast, train__seed=seed))
+            arm.values.append(metric(record))
+            arm.runs.append(record.run_id)
+            arm.records.append(record)
+    return made
+
+
+def difference(reference: Arm, other: Arm) -> dict[str, Any]:
+    """Mean difference over seeds (other minus reference, same seeds paired) with its 95 % t interval, in points."""
+    found = seeds_interval([b - a for a, b in zip(reference.values, other.values, strict=True)])
+    return {"effect": found["mean"], "interval": found["interval"], "n_seeds": found["n"]}
+
+
+# ------------------------------------------------------------------------------------------------ the paper's ablations
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A row of the paper's Table 8: the claim, and (name shown, experiment) of the reference and of the other arm."""
+
+    claim: str
+    reference: tuple[str, str]
+    other: tuple[str, str]
+
+
+ABLATIONS = {
+    "feature_layer": Ablation(
+        "ablation-last-layer", ("layer before the last", "science_qa"), ("last layer", "feature_layer_last_science_qa")
+    ),
+    "cot_order": Ablation("ablation-answer-first", ("reasons first", "science_qa"), ("answer first", "answer_first")),
+    "pretraining": Ablation(
+        "ablation-no-pretraining", ("with stage 1", "science_qa"), ("without stage 1", "no_pretraining")
+    ),
+    "model_size": Ablation("ablation-7b", ("larger model", "science_qa_13b"), ("smaller model", "science_qa_7b")),
+}
+"""Name, as in the file name of its chapter -> what is compared; the metric is ScienceQA accuracy on the test split."""
+
+NORMAL_95 = 1.96  # standard errors of a normal distribution to either side that hold 95 %
+FAST_PROBLEMS = 48  # test problems of a `--fast` run
+
+
+def published_difference(name: str) -> dict[str, Any]:
+    """The paper's difference of an ablation and how sure it can be, from its two accuracies.
+
+    Returns:
+        As `ledger.published_ablation`; a |z| of at least 1.96 is significant at 5 %.
+    """
+    return published_ablation(ABLATIONS[name].claim)
+
+
+def published_row(name: str) -> dict[str, Any]:
+    """The row of a chapter's table on the paper's own number: both accuracies, the difference, how sure it is."""
+    paper, chosen = published_difference(name), ABLATIONS[name]
+    certain = "beyond" if abs(paper["z"]) >= NORMAL_95 else "within"
+    return {
+        f"{chosen.reference[0]} (%)": paper["reference"],
+        f"{chosen.other[0]} (%)": paper["other"],
+        "difference": paper["effect"],
+        "standard error": paper["standard_error"],
+        "z": paper["z"],
+        "p": p_text(paper["p"]),
+        "95 % interval": paper["interval"],
+        "questions": paper["n"],
+        "the difference is": f"{certain} what the choice of questions explains",
+    }
+
+
+def verdict(interval: Sequence[float] | None, direction: str | None = "below 0") -> str:
+    """Say whether a measured difference has the paper's sign: agrees, disagrees, or not resolved.
+
+    Args:
+        interval: 95 % interval of the difference; None (one seed) resolves nothing.
+        direction: the claim's, "below 0" or "above 0".
+    """
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return "not resolved"
+    return "agrees" if (interval[1] < 0) == (direction == "below 0") else "disagrees"
+
+
+def difference_check(what: str, published: Any, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
+    """The row of the table of results for a difference; `found` has `effect`, `interval` or `widest`, and `verdict`."""
+    holds = {"agrees": True, "disagrees": False, "not resolved": None}[found["verdict"]]
+    row = check(what, published, found.get("widest") or found["interval"] or found["effect"], holds, note)
+    return row if holds is not None else {**row, "verdict": "not resolved"}
+
+
+def verdict_check(name: str, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
+    """The row for a difference that is a claim of the ledger."""
+    known = claim(name)
+    return {**difference_check(known.text, known.shown, found, note), "id": name, "place": known.place}
+
+
+def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[int] | None = None) -> dict[str, Any]:
+    """Train and measure both arms of an ablation.
+
+    Args:
+        name: in `ABLATIONS`.
+        scale, fast, seeds: as in `run_arms`.
+
+    Returns:
+        `arms` (the reference first), `effect`, `interval` over seeds (None for one), `n_seeds`, `question_interval`
+        (same seeds, other questions), `both_interval` (other seeds and questions), `widest` (from the lowest to the
+        highest end of all three, None for one seed), `published` (as `published_difference`), `verdict`: of the widest,
+        since two seeds may agree by chance.
+
+    Raises:
+        ConfigError: there is no such ablation.
+    """
+    if name not in ABLATIONS:
+        raise ConfigError(unknown("ablation", name, ABLATIONS))
+    chosen, limit = ABLATIONS[name], FAST_PROBLEMS if fast else None
+    arms = run_arms(
+        (chosen.reference, chosen.other), lambda run: float(science_result(run, limit)["accuracy"]), scale, fast, seeds
+    )
+    found = difference(*arms)
+    first, second = (question_scores(arm, limit) for arm in arms)
+    over_questions, over_both = (
+        [100 * end for end in result["interval"]]
+        for result in (paired_bootstrap(*(np.mean(s, 0) for s in (first, second))), seeds_and_items(first, second))
+    )
+    ends = [*over_questions, *over_both, *(found["interval"] or ())]
+    widest = [min(ends), max(ends)] if found["interval"] else None
+    return {
+        "arms": arms,
+        **found,
+        "question_interval": over_questions,
+        "both_interval": over_both,
+        "published": published_difference(name),
+        "widest": widest,
+        "verdict": verdict(widest, claim(chosen.claim).direction),
+    }
+
+
+_MEANING = {
+    "agrees": "The measured difference has the paper's sign, and its interval leaves out zero.",
+    "disagrees": "The measured difference has the other sign than the paper's, and its interval leaves out zero.",
+    "not resolved": "Over seeds or over questions the interval of the difference contains zero.",
+}
+
+
+def explain(result: Mapping[str, Any], fast: bool = False) -> str:
+    """What `ablate` found, in words, and whether its arms have learned enough for a comparison."""
+    n, arms = result["n_seeds"], result["arms"]
+    problems = load_problems(arms[0].records[0].config.data_path, "test")[: FAST_PROBLEMS if fast else None]
+    chance = 100 * sum(1 / len(p.choices) for p in problems) / len(problems)
+    meaning = "There is one seed only." if n == 1 else _MEANING[result["verdict"]]
+    text = f"**{result['verdict'].capitalize()}.** {meaning} ({n} {'seed' if n == 1 else 'seeds'} per arm)"
+    right = [round(arm.mean * len(problems) / 100) for arm in arms]
+    blind = [arm.name for arm, k in zip(arms, right, strict=True) if 100 * wilson(k, len(problems))[0] <= chance]
+    if len(blind) == len(arms):
+        return f"{text} No arm is above a blind guess ({chance:.1f} %): at this scale the claim cannot be tested."
+    return f"{text} Not above a blind guess ({chance:.1f} %): {blind[0]}." if blind else text
+
+
+def question_scores(arm: Arm, limit: int | None = None) -> list[list[float]]:
+    """For each of an arm's seeds, which of the test problems it answered right: a row of 0 and 1 (seeds, problems)."""
+    problems = load_problems(arm.records[0].config.data_path, "test")[:limit]
+    answers = [science_result(record, limit)["answers"] for record in arm.records]
+    return [[float(science_qa.parse_answer(a[p.id], len(p.choices)) == p.answer) for p in problems] for a in answers]
+
+
+def arm_settings(arms: Sequence[tuple[str, str]], scale: str = "mini") -> list[dict[str, Any]]:
+    """The settings in which the arms' resolved runs, and the runs that they start from, are not alike."""
+    runs = {name: load_experiment(experiment, scale) for name, experiment in arms}
+    rows = []
+    starts = {name: first for name, run in runs.items() if (first := run.upstream()) is not None}
+    for stage, configs in (("this run", runs), ("the run it starts from", starts)):
+        if len(configs) < len(runs):
+            continue  # one arm starts from nothing, which `starts from stage 1` says
+        flat = {name: _settings(config) for name, config in configs.items()}
+        for setting in sorted({key for found in flat.values() for key in found}):
+            values = {name: found.get(setting) for name, found in flat.items()}
+            if len({repr(value) for value in values.values()}) > 1:
+                rows.append({"in": stage, "setting": setting, **{n: str(v) for n, v in values.items()}})
+    return rows
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted settings of a run; that it starts from another run is one of them, that run's name is not."""
+    content = config.experiment.model_dump(exclude={*META, "init_from"})
+    flat = {f"{s}.{f}" if f else s: v for s, part in content.items()
+            for f, v in (part.items() if isinstance(part, dict) else [("", part)])}  # fmt: skip
+    return {**flat, "starts from stage 1": config.experiment.init_from is not None}
+
+
+def loss_rows(arms: Sequence[Arm], shares: Sequence[float] = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)) -> list[dict[str, Any]]:
+    """Training loss of each arm at equal steps: mean over seeds of a window of 2 % of the run that ends there."""
+    rows = []
+    for share in shares:
+        row: dict[str, Any] = {}
+        for arm in arms:
+            means = []
+            for record in arm.records:
+                losses = [r["loss"] for r in record.metrics() if "loss" in r]
+                end = max(1, round(share * len(losses)))
+                part = losses[max(0, end - max(1, round(0.02 * len(losses)))) : end]
+                means.append(sum(part) / len(part))
+            row |= {"step": end, arm.name: sum(means) / len(means)}
+        rows.append(row)
+    return rows
+
+
+def heldout_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Held-out loss of each arm, mean over seeds, at the steps where it was measured."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for arm in arms:
+        for record in arm.records:
+            for row in record.metrics():
+                if "heldout_loss" in row:
+                    found.setdefault(row["step"], {}).setdefault(arm.name, []).append(row["heldout_loss"])
+    return [{"step": step, **{n: sum(v) / len(v) for n, v in means.items()}} for step, means in sorted(found.items())]
+
+
+def arm_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """One row per arm: its values per seed, mean, interval and runs."""
+    rows = []
+    for arm in arms:
+        values = ", ".join(f"{v:.1f}" for v in arm.values)
+        row = {"arm": arm.name, "accuracy per seed (%)": values, "mean (%)": arm.mean}
+        rows.append(row | {"95 % interval over seeds": arm.interval, "runs": ", ".join(arm.runs)})
+    return rows
+
+
+def _reach(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:
+    """An interval as Matplotlib's error bars want it."""
+    return None if interval is None else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
+
+
+@_styled
+def ablation_figure(result: dict[str, Any], title: str = "", unit: str = "ScienceQA test accuracy (%)") -> Figure:
+    """The arms' values seed by seed with mean and interval, and the difference beside the paper's.
+
+    Args:
+        result: as `ablate` returns it.
+        title: the figure's title.
+        unit: of the arms' values.
+    """
+    figure, (left, right) = _axes(7.6, 2.7, 1, 2, grid="x")
+    arms: list[Arm] = result["arms"]
+    for k, arm in enumerate(arms):
+        color = (BLUE, ORANGE)[k]
+        # seeds a little apart, so that equal values are all seen
+        places = [k + 0.16 + 0.09 * j for j in range(len(arm.values))]
+        left.plot(arm.values, places, "o", color=color, markersize=5, alpha=0.6)
+        reach = _reach(arm.mean, arm.interval)
+        left.errorbar(arm.mean, k, xerr=reach, fmt="D", color=color, markersize=7, capsize=3)
+    left.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    left.set(xlabel=unit, title=title, ylim=(len(arms) - 0.3, -0.5))
+    points = [("here, over seeds", result["effect"], result["interval"], BLUE, "D"),
+              ("here, over questions", result["effect"], result["question_interval"], BLUE, "s"),
+              ("here, over both", result["effect"], result["both_interval"], BLUE, "o"),
+              ("paper", result["published"]["effect"], result["published"]["interval"], ORANGE, "D")]  # fmt: skip
+    for k, (_, value, interval, color, marker) in enumerate(points):
+        right.errorbar(value, k, xerr=_reach(value, interval), fmt=marker, color=color, markersize=7, capsize=3)
+    right.axvline(0, color=MUTED, linestyle="--", linewidth=1.2)
+    right.set_yticks(range(len(points)), [name for name, *_ in points])
+    right.set(xlabel=f"{arms[1].name} minus {arms[0].name} (points)", ylim=(len(points) - 0.5, -0.5))
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------ the mix of data kinds
+
+KINDS = ("all", "conv", "detail", "complex")
+MIXES = {
+    "full": ("instruct_full", "bench-coco-full"),
+    "detail + complex": ("instruct_detail_complex", "bench-coco-detail-complex"),
+    "conversation + some": ("instruct_conv_some", "bench-coco-conv-some"),
+    "conversation": ("instruct_conversation_only", "bench-coco-conversation"),
+    "none": ("pretrain", "bench-coco-none"),
+}
+"""Rows of the paper's Table 4: name -> experiment, claim id."""
+
+
+def run_mixes(scale: str = "mini", fast: bool = False, n_seeds: int = 2) -> dict[str, list[RunRecord]]:
+    """Train every mix of instruction data; the first seed is the experiment's own, so its full mix is chapter 21's run.
+
+    Returns:
+        Mix -> its finished runs, one per seed; `none` has one, stage 1 as all the others start from it.
+    """
+    first = load_experiment("finetune", scale).experiment.train.seed
+    seeds = [first, *(s for s in load_scale(scale).seeds if s != first)][: 1 if fast else n_seeds]
+    records: dict[str, list[RunRecord]] = {mix: [] for mix in MIXES}
+    for seed in seeds:
+        for mix, (experiment, _) in MIXES.items():
+            if mix != "none":
+                records[mix].append(launch(resolve_run(experiment, scale, fast, train__seed=seed)))
+    records["none"] = [launch(resolve_run("pretrain", scale, fast))]
+    return records
+
+
+def mix_rows(
+    reviews: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], published: Mapping[str, str], samples: int = 2000
+) -> list[dict[str, Any]]:
+    """Relative scores of several training mixes, and their differences to the first, in %.
+
+    A score is the mean over seeds of 100 x sum of the candidate's scores / sum of the reference's. The interval is of
+    the questions and the seeds: the same resampled ones for all mixes, so that differences are paired.
+
+    Args:
+        reviews: mix -> for each seed the judge's reviews; the first mix is the reference of the differences.
+        published: mix -> claim id of its score over all questions.
+        samples: resamples.
+    """
+    rng = np.random.default_rng(0)
+    first = next(iter(reviews.values()))[0]
+    keys = [str(r["question_id"]) for r in first]
+    kinds = np.array([str(r["category"]).removeprefix(llava_bench.CATEGORY_PREFIX) for r in first])
+    pairs = {}
+    for mix, runs in reviews.items():
+        found = [{str(r["question_id"]): r["tuple"] for r in run} for run in runs]
+        # (seeds, questions, reference and candidate); a review that could not be read counts for neither side
+        pairs[mix] = np.array([[scores[key] or (0, 0) for key in keys] for scores in found])
+    rows: list[dict[str, Any]] = []
+    for kind in KINDS:
+        own = np.flatnonzero((kinds == kind) | (kind == "all"))
+        if not len(own):
+            continue
+        drawn = own[rng.integers(len(own), size=(samples, len(own)))]
+        seeds = {n: rng.multinomial(n, [1 / n] * n, size=samples).T / n for n in {len(t) for t in pairs.values()}}
+        base: np.ndarray | None = None
+        for mix, table in pairs.items():
+            value = _relative_mean(table[:, own[None]], np.full((len(table), 1), 1 / len(table)))
+            resampled = _relative_mean(table[:, drawn], seeds[len(table)])
+            both = np.concatenate([value, resampled])
+            base = both if base is None else base
+            delta = both - base
+            known = [c for c in (published[mix], f"{published[mix]}-{kind}") if c in all_claims()][kind != "all" :]
+            rows.append({
+                "training data": mix, "questions": kind, "n": len(own), "relative score (%)": float(value[0]),
+                "95 % interval": np.percentile(resampled, [2.5, 97.5]).tolist(), "difference": float(delta[0]),
+                "difference interval": np.percentile(delta[1:], [2.5, 97.5]).tolist(),
+                "published (%)": claim(known[0]).value if known else None,
+            })  # fmt: skip
+    return rows
+
+
+def _relative_mean(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Relative score in % (draws,) of (seeds, draws, questions, reference and candidate) by weights (seeds, draws)."""
+    sums = table.sum(2, dtype=float)
+    mean: np.ndarray = (100 * weights * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).sum(0)
+    return mean
+
+
+@_styled
+def mix_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Relative scores by kind of question, one line per training mix, the paper's as open diamonds."""
+    mixes = list(dict.fromkeys(row["training data"] for row in rows))
+    kinds = list(dict.fromkeys(row["questions"] for row in rows))
+    figure, axes = _axes(8.2, 1.2 + 0.36 * len(mixes), 1, len(kinds), grid="x")
+    for ax, kind in zip(axes, kinds, strict=True):
+        for row in (r for r in rows if r["questions"] == kind):
+            y, value = mixes.index(row["training data"]), row["relative score (%)"]
+            ax.errorbar(value, y, xerr=_reach(value, row["95 % interval"]), fmt="o", color=BLUE, capsize=3,
+                        label="here" if y == 0 else None)  # fmt: skip
+            if row["published (%)"] is not None:
+                ax.plot(row["published (%)"], y, "D", color=ORANGE, fillstyle="none", markersize=8, markeredgewidth=1.6,
+                        label="published" if y == 0 else None)  # fmt: skip
+        ax.set(
+            title=kind,
+            xlim=(0, 1.05 * max(100.0, *(r["95 % interval"][1] for r in rows))),
+            ylim=(len(mixes) - 0.5, -0.5),
+        )
+        ax.set_yticks(range(len(mixes)), mixes if ax is axes[0] else [""] * len(mixes))
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.supxlabel("score relative to the reference (%)", fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure

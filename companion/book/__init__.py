@@ -1,0 +1,1 @@
+"""The book: run the notebooks, build the pages, serve every script locally."""

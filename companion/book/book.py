@@ -1,0 +1,215 @@
+"""Build the Jupyter Book from the executed notebooks, with a page of results in front."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from companion.book import pages
+from companion.plots.figures import cell_text
+from llava_core.runtime import (
+    CompanionError,
+    DataError,
+    atomic_write,
+    fingerprint,
+    read_json,
+    sha256_file,
+    shown,
+    write_json,
+)
+
+RESULTS = "results"
+VERDICT_CLASSES = {"holds": "holds", "does not hold": "fails"}
+
+
+def chapter_checks(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Collect the rows (claim, published, measured, verdict) of the chapters that have saved their numbers."""
+    rows = []
+    for name in names:
+        with contextlib.suppress(DataError):
+            rows += [{"notebook": name, **row} for row in read_json(out / f"{name}.json").get("checks", [])]
+    return rows
+
+
+def _title(copy: Path) -> str:
+    for cell in read_json(copy)["cells"]:
+        if cell["cell_type"] == "markdown" and (match := re.search(r"^# +(.+)$", "".join(cell["source"]), re.M)):
+            return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", match[1]).strip()  # the text of a link, not the link
+    return copy.stem
+
+
+def _results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
+    """Write the page that sets every measured number beside the published one, and say what departs from the paper."""
+    from llava_core.config import load_scale
+
+    config = load_scale(scale)
+    lines = ["# Results at a glance", "", f"Measured at the scale `{scale}`: {config.title}.", ""]
+    without = []
+    for name in present:
+        numbers = read_json(out / f"{name}.json")
+        if not numbers.get("checks"):
+            without.append(f"[{_title(out / f'{name}.ipynb')}]({name}.ipynb)")
+            continue
+        lines += [f"## [{_title(out / f'{name}.ipynb')}]({name}.ipynb)", ""]
+        if numbers.get("scale") not in (None, scale) or numbers.get("fast"):
+            how = "a shortened run" if numbers.get("fast") else "a run"
+            lines += [f"*From {how} at the scale `{numbers.get('scale')}`.*", ""]
+        lines += ['<table class="companion results"><thead><tr><th>Claim</th><th>Published</th><th>Measured</th>']
+        lines += ["<th>Verdict</th></tr></thead><tbody>"]
+        for row in numbers["checks"]:
+            verdict = str(row["verdict"])
+            small = ". ".join(str(row[key]) for key in ("place", "note") if row.get(key))
+            note = f"<small>{html.escape(small)}</small>" if small else ""
+            lines.append(
+                f"<tr><td>{html.escape(str(row['claim']))}{note}</td>"
+                f"<td>{html.escape(cell_text(row['published']))}</td>"
+                f"<td>{html.escape(cell_text(row['measured']))}</td>"
+                f'<td><span class="verdict {VERDICT_CLASSES.get(verdict, "open")}">{html.escape(verdict)}</span></td>'
+                "</tr>"
+            )
+        lines += ["</tbody></table>", ""]
+        if numbers.get("runs"):
+            shown_runs = ", ".join(f"`{run}`" for run in numbers["runs"][:6])
+            more = len(numbers["runs"]) - 6
+            lines += [f"Runs: {shown_runs}{f' and {more} more' if more > 0 else ''}.", ""]
+    if without:
+        lines += [f"These chapters measure no claim: {', '.join(without)}.", ""]
+    if config.stand_ins:
+        lines += [
+            f"## What stands for the paper's data and models at `{scale}`",
+            "",
+            "| in the paper | here |",
+            "|---|---|",
+        ]
+        lines += [f"| `{name}` | {why} |" for name, why in config.stand_ins.items()] + [""]
+    if config.departs:
+        lines += [f"## Where `{scale}` departs from the paper", ""]
+        lines += ["Nothing else differs from the paper's values, which stand beside their sources in `configs/`.", ""]
+        lines += ["| experiment | field | value here | why |", "|---|---|---|---|"]
+        for experiment, departs in config.departs.items():
+            who = "all" if experiment == "*" else f"`{experiment}`"
+            for key, value in departs.set.items():
+                lines.append(f"| {who} | `{key}` | {value} | {departs.why} |".replace("\n", " "))
+        lines.append("")
+    if missing:
+        lines += ["## Not in this book yet", "", "These chapters have not run:", ""]
+        lines += [f"- `{name}`" for name in missing] + [""]
+    return "\n".join(lines)
+
+
+def _toc(source: Path, pages: Sequence[str]) -> dict[str, Any]:
+    """Replace each `glob` of the table of contents by the pages that are there, and drop empty parts."""
+    toc: dict[str, Any] = yaml.safe_load(source.read_text(encoding="utf-8"))
+    parts = []
+    for part in toc.get("parts", []):
+        chapters: list[Any] = []
+        for entry in part["chapters"]:
+            found = [{"file": page} for page in pages if fnmatch(page, entry["glob"])] if "glob" in entry else [entry]
+            chapters += found
+        if chapters:
+            parts.append({**part, "chapters": chapters})
+    return {**toc, "parts": parts}
+
+
+def _config(source: Path, book: Path, partial: bool) -> dict[str, Any]:
+    """Add the local copies of MathJax and of the widgets' viewer where `companion.book.vendor` has put them."""
+    config: dict[str, Any] = yaml.safe_load(source.read_text(encoding="utf-8"))
+    sphinx = config.setdefault("sphinx", {}).setdefault("config", {})
+    vendor = book / "_vendor"
+    if vendor.is_dir():
+        sphinx.setdefault("html_static_path", []).append("_vendor")
+    if (vendor / "mathjax" / "tex-mml-chtml.js").exists():
+        sphinx["mathjax_path"] = "mathjax/tex-mml-chtml.js"
+    if (vendor / "embed.js").exists():
+        sphinx["nb_ipywidgets_js"] = {"embed.js": {}}
+    if partial:  # a page may point at a chapter that has not run
+        sphinx.setdefault("suppress_warnings", []).extend(["myst.xref_missing", "ref.doc"])
+    return config
+
+
+def _content(path: Path) -> str:
+    """A hash of what Sphinx reads: a page's values and chips change with the records that they come from."""
+    if path.suffix not in (".md", ".ipynb"):
+        return sha256_file(path)
+    return fingerprint(pages.rendered(path.read_text(encoding="utf-8"), shown(path), path.suffix == ".ipynb"))
+
+
+def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
+    """Build the HTML book from the chapters that have run, every warning an error; do nothing when nothing changed.
+
+    Args:
+        out: the folder of executed copies; the book's pages are in its parent, the configuration beside that.
+        names: all chapters in order; those without an executed copy are left out, and a line says so.
+        scale: the scale that the page of results speaks of.
+
+    Returns:
+        The path of the first page.
+
+    Raises:
+        CompanionError: the book's own files are missing, or the build had warnings; the message quotes them.
+    """
+    book, source = out.parent, out.parent.parent / "jupyter_book_config.yml"
+    for path in (book / "_toc.yml", source):
+        if not path.exists():
+            raise CompanionError(f"{shown(path)}: no such file, so no book can be built; take it from the repository")
+    present = [name for name in names if (out / f"{name}.ipynb").exists() and (out / f"{name}.json").exists()]
+    missing = [name for name in names if name not in present]
+    made_pages = {
+        RESULTS: _results_page(out, present, missing, scale),
+        pages.CLAIMS: pages.claims_page(out),
+        pages.DIFFERENCES: pages.differences_page(),
+    }
+    for name, text in made_pages.items():
+        page = out / f"{name}.md"
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            atomic_write(page, text)
+
+    toc = _toc(book / "_toc.yml", [f"{out.name}/{name}" for name in [*present, *made_pages]])
+    config = _config(source, book, bool(missing))
+    build = book / "_build"
+    first, stamp, effective = build / "html" / "index.html", build / "built.json", build / "effective"
+    made = (build, out)
+    files = [f for f in book.rglob("*") if f.is_file() and not any(folder in f.parents for folder in made)]
+    files += [*(out / f"{name}.md" for name in made_pages), *(out / f"{name}.ipynb" for name in present)]
+    state = {
+        "files": {str(path.relative_to(book)): _content(path) for path in sorted(files)},
+        "toc": toc,
+        "config": config,
+        "tools": [importlib.metadata.version(tool) for tool in ("jupyter-book", "sphinx", "sphinx-book-theme")],
+    }
+    made_of = {"made of": fingerprint(state)}
+    if first.exists() and stamp.exists() and read_json(stamp) == made_of:
+        print("the book is up to date", file=sys.stderr)
+        return first
+    if missing:
+        print(f"the book leaves out what has not run: {', '.join(missing)}", file=sys.stderr)
+
+    print(f"building the book of {len(present)} chapters", file=sys.stderr, flush=True)
+    for folder in ("html", ".doctrees", "jupyter_execute"):
+        shutil.rmtree(build / folder, ignore_errors=True)  # pages of chapters that are gone would stay
+    stamp.unlink(missing_ok=True)
+    for name, content in (("_config.yml", config), ("_toc.yml", toc)):
+        atomic_write(effective / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(book), "--all"]
+    command += ["--config", str(effective / "_config.yml"), "--toc", str(effective / "_toc.yml"), "-W", "--keep-going"]
+    environment: Mapping[str, str] = {**os.environ, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, cwd=book.parent, env=environment, capture_output=True, text=True)
+    log = atomic_write(build / "build.log", done.stdout + done.stderr)
+    if done.returncode != 0 or not first.exists():
+        text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+        told = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|Error:", line)]
+        raise CompanionError("\n".join([f"the book could not be built; the whole log is {shown(log)}", *told[:10]]))
+    write_json(stamp, made_of)
+    return first

@@ -1,0 +1,332 @@
+"""The notebooks, what each depends on, and so which of them must run.
+
+What a finished one depended on is kept in `<out>/.state/<name>.json`: its source, parameters, the package code that it
+imports, the configurations, the base models' manifests and the notebooks before it. `make_plan` compares and says what
+changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_core.config import load_scale
+from llava_core.runtime import ROOT, ConfigError, DataError, fingerprint, read_json, sha256_file, shown, verify_files
+
+CODE_ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("llava_core", "companion", "benchmarks")
+"""What the package gives out itself and imports only when it is called."""
+
+
+@dataclass
+class Chapter:
+    """One notebook and what decides whether it must run.
+
+    Args:
+        name: the file's name without its extension, e.g. `20_feature_alignment`.
+        needs: the names of the notebooks that must have run before.
+        declared: the names that its cell tagged `parameters` assigns.
+        given: the parameters of this call.
+        parts: one hash for each thing that the result depends on.
+        reason: why it must run; None when it is up to date.
+        expected_s: seconds that it took last time, or that its author promises; None when nobody knows.
+    """
+
+    name: str
+    path: Path
+    content: dict[str, Any]
+    needs: list[str]
+    declared: list[str]
+    given: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
+    reason: str | None = None
+    expected_s: float | None = None
+    status: str = "waiting"
+    seconds: float | None = None
+    error: str | None = None
+
+    @property
+    def number(self) -> str:
+        return self.name.partition("_")[0]
+
+
+# ------------------------------------------------------------------------------------------------ reading notebooks
+
+
+def source_of(cell: Mapping[str, Any]) -> str:
+    return "".join(cell["source"])  # a list of lines, or one string: both are valid
+
+
+def _code(cell: Mapping[str, Any]) -> ast.Module:
+    """Return a cell's syntax tree without its IPython magics; empty when it is not Python (the run will say so)."""
+    lines = ["pass" if re.match(r"\s*[%!?]", line) else line for line in source_of(cell).splitlines()]
+    with contextlib.suppress(SyntaxError):
+        return ast.parse("\n".join(lines))
+    return ast.Module(body=[], type_ignores=[])
+
+
+def _assigned(tree: ast.Module) -> list[str]:
+    targets: list[ast.expr] = []
+    for statement in tree.body:
+        if isinstance(statement, ast.AnnAssign):
+            targets.append(statement.target)
+        elif isinstance(statement, ast.Assign):
+            targets.extend(statement.targets)
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def read_chapters(folder: Path) -> dict[str, Chapter]:
+    """Read all notebooks `NN_name.ipynb` of a folder, each after the ones that it needs.
+
+    Raises:
+        ConfigError: a notebook needs one that does not exist, or two need each other.
+        DataError: a file is not a notebook.
+    """
+    found: dict[str, Chapter] = {}
+    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+        content = read_json(path)
+        if not isinstance(content, dict) or not isinstance(content.get("cells"), list):
+            raise DataError(f"{shown(path)}: not a notebook of format 4; save it again with JupyterLab")
+        tagged = [c for c in content["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
+        facts = content.get("metadata", {}).get("companion", {})
+        declared = [name for cell in tagged for name in _assigned(_code(cell))]
+        found[path.stem] = Chapter(path.stem, path, content, list(facts.get("needs", [])), declared)
+    if not found:
+        raise ConfigError(f"{shown(folder)}: no notebooks NN_name.ipynb here")
+
+    ordered: dict[str, Chapter] = {}
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            raise ConfigError(f"notebooks need each other in a circle: {' -> '.join([*trail, name])}")
+        for need in found[name].needs:
+            if need not in found:
+                raise ConfigError(f"{name} needs '{need}', which is not in {shown(folder)}; known: {', '.join(found)}")
+            visit(need, (*trail, name))
+        ordered.setdefault(name, found[name])
+
+    for name in found:
+        visit(name, ())
+    return ordered
+
+
+# ------------------------------------------------------------------------------------------------ what changed
+
+
+@functools.lru_cache(maxsize=1024)
+def _module(path: Path, changed_ns: int) -> tuple[str, tuple[str, ...]]:
+    """Return a hash of a module's meaning (comments and layout do not count) and the names that it imports."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return hashlib.sha256(text.encode()).hexdigest()[:12], ()
+    parents = path.relative_to(CODE_ROOT).with_suffix("").parts[: -1 if path.name != "__init__.py" else None]
+    package = [part for part in parents if part != "__init__"]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12], tuple(_imported(tree, package))
+
+
+def _imported(tree: ast.AST, package: Sequence[str] = ()) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = list(package[: len(package) - node.level + 1]) if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)  # an attribute finds no file and drops out
+
+
+def imported_code(names: Iterable[str]) -> dict[str, str]:
+    """Return the package's files that imports reach, with a hash of each.
+
+    Args:
+        names: dotted names that a notebook imports; those outside the package are ignored.
+
+    Returns:
+        Path from the repository root -> hash; modules reached through other modules, the `__init__` files on the way
+        and the data files beside a reached module are among them.
+    """
+    todo = [name for name in names if name.partition(".")[0] in PACKAGES]
+    seen: set[Path] = set()
+    hashes: dict[str, str] = {}
+    while todo:
+        name = todo.pop()
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            stem = CODE_ROOT.joinpath(*parts[:end])
+            path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+            if path in seen or not path.is_file():
+                continue
+            seen.add(path)
+            hashes[shown(path)], more = _module(path, path.stat().st_mtime_ns)
+            todo.extend(name for name in more if name.partition(".")[0] in PACKAGES)
+    for folder in {path.parent for path in seen}:
+        for path in folder.iterdir():
+            if path.suffix in (".yaml", ".json", ".txt", ".mplstyle", ".svg"):
+                hashes[shown(path)] = sha256_file(path)[:12]
+    return hashes
+
+
+def _parts(chapter: Chapter, shared: Mapping[str, str], before: Mapping[str, Chapter]) -> dict[str, str]:
+    cells = [(c["cell_type"], source_of(c), c.get("metadata", {}).get("tags", [])) for c in chapter.content["cells"]]
+    code = [c for c in chapter.content["cells"] if c["cell_type"] == "code"]
+    parts = {
+        "the notebook": fingerprint(cells),
+        "its parameters": fingerprint(chapter.given),
+        **imported_code(name for cell in code for name in _imported(_code(cell))),
+        **shared,
+        **{need: fingerprint(before[need].parts) for need in chapter.needs},
+    }
+    for name, value in chapter.given.items():
+        if isinstance(value, str) and len(value) < 1024 and (path := ROOT / value).is_file():
+            parts[f"the file of parameter '{name}'"] = sha256_file(path)[:12]
+    return parts
+
+
+def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
+    """Return a hash of each file that any notebook may read; writes the miniature's data where they are not in order.
+
+    Written here once, so that no two notebooks find them missing at the same time; a dry run only says so.
+
+    Raises:
+        CheckpointError: a base model is damaged or absent, which would stop one notebook after the other.
+    """
+    data = sorted((ROOT / "data" / scale).glob("*/card.json"))
+    stale = False
+    if scale == "mini":
+        from companion import miniature
+
+        folder = miniature.default_root()
+        if dry_run:
+            stale = any(miniature.stale(folder, name, 0, miniature.Sizes()) for name in miniature.SETS)
+        else:
+            miniature.ensure()
+        data = sorted(folder.glob("*/card.json"))
+    manifests = [ROOT / model / "manifest.json" for model in load_scale(scale).models.values() if scale == "mini"]
+    for manifest in manifests:
+        verify_files(manifest.parent)
+    files = [*(ROOT / "configs").rglob("*.yaml"), *manifests, *data]
+    parts = {shown(path): sha256_file(path)[:12] for path in sorted(files)}
+    return parts | ({"the miniature's data": "to be written"} if stale else {})
+
+
+def state_path(out: Path, name: str) -> Path:
+    return out / ".state" / f"{name}.json"
+
+
+def read_state(out: Path, name: str) -> dict[str, Any]:
+    path = state_path(out, name)
+    with contextlib.suppress(DataError):  # a damaged state only means that the notebook runs once more
+        state = read_json(path) if path.exists() else {}
+        return state if isinstance(state, dict) else {}
+    return {}
+
+
+def _reason(chapter: Chapter, out: Path, state: Mapping[str, Any]) -> str | None:
+    """Say why a notebook must run, or None when everything that it depends on is as it was."""
+    if "parts" not in state:
+        return "first run"
+    old = state["parts"]
+    changed = [name for name in {**old, **chapter.parts} if old.get(name) != chapter.parts.get(name)]
+    if changed:
+        more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
+        return f"changed: {', '.join(changed[:2])}{more}"
+    for file, expected in state.get("outputs", {}).items():
+        if not (out / file).is_file():
+            return f"{file} is gone"
+        if sha256_file(out / file) != expected:
+            return f"{file} was changed after the run"
+    for run in state.get("runs", []):
+        if not any((folder / "summary.json").exists() for folder in [ROOT / run, *ROOT.glob(f"runs/*/*/{run}")]):
+            return f"the record of run {run} is gone"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def choose(chapters: Mapping[str, Chapter], only: Any, start: Any) -> list[str]:
+    known = f"known: {', '.join(chapters)}"
+    names = list(chapters)
+    if start is not None:
+        number = f"{start}".partition("_")[0].zfill(2)
+        names = [name for name in names if chapters[name].number >= number]
+        if not number.isdigit() or not names:
+            raise ConfigError(f"no notebook from '{start}' on; {known}")
+    if only is None:
+        return names
+    listed = only.split(",") if isinstance(only, str) else [f"{part}" for part in only]
+    wanted = [part.strip().removesuffix(".ipynb") for part in listed if part.strip()]
+    wanted = [part.zfill(2) if part.isdigit() else part for part in wanted]
+    for part in wanted:
+        if not any(part in (name, chapters[name].number) for name in names):
+            raise ConfigError(f"no notebook '{part}'; {known}")
+    return [name for name in names if name in wanted or chapters[name].number in wanted]
+
+
+def with_needs(chapters: Mapping[str, Chapter], chosen: Sequence[str]) -> dict[str, Chapter]:
+    kept = set(chosen)
+    for name in reversed(list(chapters)):
+        if name in kept:
+            kept.update(chapters[name].needs)
+    return {name: chapter for name, chapter in chapters.items() if name in kept}
+
+
+def give_parameters(
+    chapters: Mapping[str, Chapter], chosen: Sequence[str], fixed: Mapping[str, Any], extra: Mapping[str, Any]
+) -> None:
+    """Hand every notebook its parameters; papermill would only log a name that no notebook knows."""
+    for chapter in chapters.values():
+        if missing := [name for name in fixed if name not in chapter.declared]:
+            raise ConfigError(
+                f"{shown(chapter.path)}: its cell tagged 'parameters' must assign {' and '.join(missing)}; "
+                f"it has {', '.join(chapter.declared) or 'none'}"
+            )
+        own = {name: value for name, value in extra.items() if chapter.name in chosen and name in chapter.declared}
+        chapter.given = {**fixed, **own}
+    for name in extra:
+        if name in fixed or not any(name in chapters[chapter].declared for chapter in chosen):
+            known = "; ".join(
+                f"{c} has {', '.join(p for p in chapters[c].declared if p not in fixed) or 'none'}" for c in chosen
+            )
+            raise ConfigError(f"unknown notebook parameter '{name}' (beside {', '.join(fixed)}): {known}")
+
+
+def make_plan(
+    chapters: dict[str, Chapter], out: Path, shared: Mapping[str, str], duration: str, chosen: Sequence[str]
+) -> list[Chapter]:
+    """Find out which of the chosen notebooks, and of those that they need, must run.
+
+    Args:
+        chapters: the notebooks, each after the ones that it needs.
+        out: where the executed copies and the states are.
+        shared: hashes of the files that every notebook depends on.
+        duration: the key of earlier durations, such as `mini-fast`.
+        chosen: the names that were asked for.
+
+    Returns:
+        The chapters in a runnable order: all chosen ones, and the needed ones that are not up to date; a chapter with
+        a `reason` must run.
+    """
+    for name, chapter in chapters.items():
+        chapter.parts = _parts(chapter, shared, chapters)
+        state = read_state(out, name)
+        promised = chapter.content.get("metadata", {}).get("companion", {}).get("seconds", {})
+        chapter.expected_s = state.get("durations", {}).get(duration, promised.get(duration))
+        chapter.reason = _reason(chapter, out, state)
+        if chapter.reason is None and (first := next((n for n in chapter.needs if chapters[n].reason), None)):
+            chapter.reason = f"{first} runs again"
+
+    included = set(chosen)
+    for name in reversed(list(chapters)):
+        if name in included:
+            included.update(need for need in chapters[name].needs if chapters[need].reason is not None)
+    return [chapter for name, chapter in chapters.items() if name in included]

@@ -1,0 +1,1 @@
+"""Convert checkpoints, apply deltas, inspect them."""

@@ -1,0 +1,189 @@
+"""Where two checkpoints, or two models, first differ, in the order of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_core.checkpoints.description import Opened
+from llava_core.constants import IMAGE_TOKEN_ID
+from llava_core.runtime import CheckpointError, progress
+
+_IN_MEMORY = (  # our modules -> those of LlavaForConditionalGeneration
+    ("multi_modal_projector.0", "model.multi_modal_projector.linear_1"),
+    ("multi_modal_projector.2", "model.multi_modal_projector.linear_2"),
+    ("multi_modal_projector", "model.multi_modal_projector"),
+    ("vision_tower", "model.vision_tower"),
+    ("language_model.lm_head", "lm_head"),
+    ("language_model.model", "model.language_model"),
+)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two checkpoints differ first.
+
+    Attributes:
+        name: tensor, under our name.
+        reason: "missing", "shape" or "values".
+        largest: largest absolute difference, for values.
+        text: the detail for a reader.
+    """
+
+    name: str
+    reason: str
+    largest: float
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}"
+
+
+def first_divergence(one: Opened, other: Opened, tolerance: float = 0.0) -> Divergence | None:
+    """The first tensor that two checkpoints do not share; None if they are equal. One tensor of each is in memory.
+
+    Args:
+        one: the tensors that count; of a tower or language model that only `other` holds, nothing is said.
+        other: compared with it.
+        tolerance: largest absolute difference that is still equal.
+    """
+    for name in progress(list(one.tensors), "comparing", leave=False, disable=None):
+        mine = one.tensors[name]
+        if name not in other.tensors:
+            return Divergence(name, "missing", float("nan"), "is missing in the second")
+        theirs = other.tensors[name]
+        if mine.shape != theirs.shape:
+            return Divergence(name, "shape", float("nan"), f"has shape {mine.shape} and {theirs.shape}")
+        a, b = mine.read(), theirs.read()
+        if not torch.equal(a, b):
+            largest = float((a.double() - b.double()).abs().max())
+            if not largest <= tolerance:
+                return Divergence(name, "values", largest, f"differs by up to {largest:.3g}")
+    extra = [name for name in other.tensors if name not in one.tensors and name.split(".")[0] in one.parts]
+    return Divergence(extra[0], "missing", float("nan"), "is missing in the first") if extra else None
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+@dataclass(frozen=True)
+class ModuleDifference:
+    """Output of one module in two models.
+
+    Attributes:
+        name: of our module.
+        shape: of its output.
+        largest: largest absolute difference.
+        size: largest absolute value of ours, to judge the difference by.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    largest: float
+    size: float
+
+    @property
+    def relative(self) -> float:
+        """The difference as a share of the output's size."""
+        return self.largest / max(self.size, 1e-30)
+
+
+def module_differences(
+    ours: Any, theirs: Any, image_token: int, words: int = 9, seed: int = 0
+) -> list[ModuleDifference]:
+    """Run one random image and some random words through our model and transformers' LLaVA, and compare each module.
+
+    Args:
+        ours: `Llava`.
+        theirs: LlavaForConditionalGeneration with the same weights.
+        image_token: id of the image token in `theirs`.
+        words: length of the text around the image.
+        seed: of image and words.
+
+    Returns:
+        One entry per module that both have, in the order of the forward pass.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size, vocabulary = ours.vision_tower.config.image_size, ours.language_model.config.vocab_size
+    text = torch.randint(3, min(vocabulary, image_token), (words,), generator=generator).tolist()
+    ids = torch.tensor([[text[0], *[IMAGE_TOKEN_ID] * ours.n_image_tokens, *text[1:]]])
+    pixels = torch.randn(1, 3, size, size, generator=generator).to(ours.language_model.dtype)
+    with torch.inference_mode(), _outputs(ours) as mine, _outputs(theirs) as other:
+        ours(ids, pixels)
+        theirs(input_ids=ids.masked_fill(ids == IMAGE_TOKEN_ID, image_token), pixel_values=pixels)
+    found = []
+    for name, value in mine.items():
+        partner = other.get(_in_memory(name))
+        if partner is None or partner.numel() < value.numel():
+            continue
+        partner = partner.reshape(*value.shape[:-1], -1)[..., : value.shape[-1]]  # the export may have spare words
+        if name.endswith("embed_tokens"):  # what stands at the image's places is replaced, so it may differ
+            value, partner = value[ids != IMAGE_TOKEN_ID], partner[ids != IMAGE_TOKEN_ID]
+        difference = (value.double() - partner.double()).abs().max()
+        found.append(ModuleDifference(name, tuple(value.shape), float(difference), float(value.abs().max())))
+    compared = {d.name for d in found}
+    for name in ("vision_tower.encoder.layers.0", "multi_modal_projector", "language_model.model.layers.0"):
+        if name not in compared or "language_model.lm_head" not in compared:
+            raise CheckpointError(f"{name} or the output layer was not found in both models, so nothing is compared")
+    return found
+
+
+TOLERANCE = 1e-4
+"""Share of an output's size that two runs in fp32 may differ by and still be the same function."""
+
+
+def first_module(differences: list[ModuleDifference], tolerance: float = TOLERANCE) -> ModuleDifference | None:
+    """The first module whose outputs differ by more than a share `tolerance` of their size; None if all agree."""
+    return next((d for d in differences if not d.relative <= tolerance), None)
+
+
+def verify_export(source: Opened, folder: Path) -> list[ModuleDifference]:
+    """Load a checkpoint here and its export in transformers, both in fp32, and compare all modules.
+
+    Args:
+        source: opened checkpoint with all parts.
+        folder: its export in the layout "hf".
+
+    Returns:
+        What `module_differences` found.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    from llava_core.checkpoints.checkpoint import assemble, quiet
+
+    with quiet():
+        theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return module_differences(assemble(source, torch.float32).eval(), theirs, theirs.config.image_token_id)
+
+
+def _in_memory(name: str) -> str:
+    for ours, theirs in _IN_MEMORY:
+        if name == ours or name.startswith(f"{ours}."):
+            return theirs + name[len(ours) :]
+    return name
+
+
+@contextmanager
+def _outputs(model: Any) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The first tensor that each module gives out, in the order in which modules end."""
+    found: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                found.setdefault(name, value.detach())
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

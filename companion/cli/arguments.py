@@ -1,0 +1,219 @@
+"""What commands share: how one is added, the arguments that several of them take, and what these stand for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+Commands = Any  # what argparse's `add_subparsers` gives
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        found = names(text)
+        if not found or not set(found) <= set(known):
+            raise argparse.ArgumentTypeError(f"'{text}': choose from {', '.join(known)}, with commas between")
+        return found
+
+    return parse
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"'{text}': write KEY=VALUE, e.g. train.learning_rate=0.001")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"'{text}': the value is not valid YAML") from None
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}': give a number above 0")
+    return value
+
+
+def _price(text: str) -> tuple[float, float]:
+    prompt, reply = (float(part) for part in text.split(","))
+    return prompt, reply
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with a help as every command has it and the arguments that several commands take."""
+
+    def __init__(self, text: str, example: str, **more: Any) -> None:
+        super().__init__(
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **more,
+        )
+
+    def option(self, name: str, metavar: str, text: str, **more: Any) -> None:
+        self.add_argument(name, metavar=metavar, help=text, **more)
+
+    def path(self, name: str, metavar: str, text: str, **more: Any) -> None:
+        self.option(name, metavar, text, type=Path, **more)
+
+    def number(self, name: str, default: int, text: str) -> None:
+        self.option(name, "N", f"{text} (default: {default})", type=int, default=default)
+
+    def switch(self, name: str, text: str) -> None:
+        self.add_argument(name, action="store_true", help=text)
+
+    def choice(self, name: str, known: Sequence[str], default: str, text: str = "") -> None:
+        self.add_argument(name, choices=known, default=default, help=text or f"default: {default}")
+
+    def assignments(self, text: str, *names: str, metavar: str = "KEY=VALUE") -> None:
+        options = names or ("--set",)
+        self.add_argument(*options, action="append", default=[], type=_assignment, metavar=metavar, help=text)
+
+    def images(self, more: str) -> None:
+        self.path("--images", "DIR", f"folder of the images{more}")
+
+    def limit(self, what: str = "") -> None:
+        self.option("--limit", "N", f"only the first N{what}", type=int)
+
+    def scale(self) -> None:
+        self.add_argument("--scale", default="mini", help="hardware and data: mini (default), gpu or a100x8")
+
+    # a checkpoint; `options` and `loaded` read these
+
+    def checkpoint(self, either: Any = None) -> None:
+        text = "a checkpoint of any layout but a delta"
+        (either or self).add_argument("--model", type=Path, required=either is None, metavar="DIR", help=text)
+
+    def bases(self) -> None:
+        self.option("--base", "DIR", "language model of a projector, a LoRA or a .pth")
+        self.option("--vision-tower", "DIR", "tower, instead of the one that the files name")
+
+    def facts(self) -> None:
+        self.assignments("what the files do not say, e.g. template=v0_exact or image_position=last; once for each")
+
+    # a chat model; `chat_client` reads these
+
+    def client(self, *more: str) -> None:
+        self.choice("--client", ["offline", "replay", "record", *more, "live"], "offline", "who answers")
+
+    def chat_model(self, text: str, name: str = "--model") -> None:
+        self.add_argument(name, default="gpt-4-0314", help=f"the {text}, by the name that its server knows")
+
+    def cassette(self, more: str) -> None:
+        self.path("--cassette", "FILE", f"recorded replies{more}")
+
+    def server(self, recording: str = "record") -> None:
+        self.option("--base-url", "URL", "a compatible server; OpenAI's if not given")
+        self.option("--budget-usd", "USD", f"stop before more is spent ({recording}: in all runs)", type=float)
+
+    def pace(self) -> None:
+        self.option("--price", "PROMPT,REPLY", "USD per million tokens, for a model that is not listed", type=_price)
+        self.option("--concurrency", "N", "requests under way at once", type=int, default=8)
+
+    def timeout(self) -> None:
+        self.option("--timeout", "SECONDS", "of one attempt", type=float, default=120.0)
+
+    def seed(self) -> None:
+        self.add_argument("--seed", type=int, default=0, help="of what is drawn per record, and of the waits")
+
+    def teacher(self, tape: str, name: str = "--model") -> None:
+        self.client()
+        self.cassette(f"; {tape} if not given")
+        self.chat_model("chat model", name)
+        self.server()
+        self.pace()
+        self.timeout()
+        self.seed()
+
+
+# ------------------------------------------------------------------------------------------------ what they stand for
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """These arguments, for a function that calls them by the same names."""
+    return {name: getattr(args, name) for name in names}
+
+
+def options(args: argparse.Namespace) -> Any:
+    """What `Parser.bases` asked for."""
+    from llava_core.checkpoints.formats.common import Options
+
+    return Options(base=args.base, vision_tower=args.vision_tower)
+
+
+def loaded(args: argparse.Namespace, device: str = "auto", dtype: str | None = None) -> Any:
+    """The model that is asked for; without a dtype in the one that suits the device."""
+    from llava_core.checkpoints.checkpoint import load
+    from llava_core.runtime import resolve_device, resolve_dtype
+
+    place = resolve_device(device)
+    number_type = resolve_dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
+    return load(args.model, number_type, place, options(args), **dict(args.set))
+
+
+def chat_client(args: argparse.Namespace, tape: Path) -> Any:
+    """The client that a command names: offline, replay, record, batch or live."""
+    from companion.miniature.offline_chat import respond
+    from companion.teacher.client import PAYING, client_from_name
+
+    live: dict[str, Any] = {}
+    if args.client in PAYING:
+        waiting = "poll" if args.client == "batch" else "concurrency"
+        live = given(args, "base_url", "budget_usd", "price", "timeout", waiting)
+    # the miniature stands above the teacher, so only here the teacher can meet the offline model
+    return client_from_name(args.client, responder=respond, cassette=tape, **live)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def group(into: Commands, name: str, text: str, example: str) -> Commands:
+    return into.add_parser(name, help=text, text=text, example=example).add_subparsers(metavar="COMMAND", required=True)
+
+
+def table(result: Result) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+    return "\n".join(f"{key:16} {text(value)}" for key, value in result.items())
+
+
+def command(
+    into: Commands,
+    name: str,
+    text: str,
+    example: str,
+    run: Callable[[argparse.Namespace], Result | None],
+    show: Callable[[Result], str] = table,
+    failed: Callable[[Result], bool] = lambda result: False,
+    interactive: bool = False,
+) -> Parser:
+    """Add a command: what `run` gives is printed by `show`, and is exit code 1 where `failed` says so."""
+    new: Parser = into.add_parser(name, help=text, text=text, example=example)
+    if not interactive:
+        new.switch("--json", "print one JSON object on stdout and nothing else")
+    new.set_defaults(run=run, show=show, failed=failed, interactive=interactive)
+    return new

@@ -1,0 +1,206 @@
+"""`llava data`, `generate`, `plan` and `filter`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, positive, some_of
+from llava_core.runtime import shown
+
+KINDS = ("conversation", "detail", "complex")
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def _check(args: argparse.Namespace) -> Result:
+    limits = {"decode": args.decode, "max_words": args.max_words or None}
+    if args.fix is not None:
+        from companion.data_tools.repair import fix_file
+
+        return fix_file(args.file, args.fix, args.images, **limits)
+    from llava_core.data.instruct import check_file
+
+    return check_file(args.file, args.images, **limits)
+
+
+def _show_problems(result: Result) -> str:
+    unit = result.get("counted", "line")
+    fixed = [
+        f"{unit} {f['line']}, record {f['record']}: mended: {'; '.join(f['done'])}" for f in result.get("fixed", ())
+    ]
+    lines = [
+        f"{unit} {p['line']}, record {p['record']}: {p['kind']}: {p['message']}"
+        if p["record"] is not None
+        else p["message"]
+        for p in result["problems"]
+    ]
+    total = f"{result['records']} records, {len(lines)} problems"
+    if "fixed" in result:
+        total += f" left, {len(fixed)} records mended, {result['written']} written to {result['out']}"
+    return "\n".join([*fixed, *lines, total])
+
+
+def _audit(args: argparse.Namespace) -> Result:
+    from companion.data_tools.audit import CARD, TWIN, audit_file, write_card
+    from companion.plots.chapters_data import own_folder
+
+    audit = audit_file(args.file, args.annotations, args.images)
+    folder = args.out or own_folder(args.file.parent, CARD, TWIN)
+    return audit | {"files": [shown(file) for file in write_card(audit, folder)]}
+
+
+def _show_audit(result: Result) -> str:
+    lines = [f"{fault['found']:8} of {fault['of']:8} {fault['unit']:8} {fault['fault']}" for fault in result["faults"]]
+    size = f"{result['records']} records, {result['turns']} turns, {result['images']} images"
+    return "\n".join([size, *lines, *filter(None, [result.get("verbs_missing")]), *result["files"]])
+
+
+def _convert(args: argparse.Namespace) -> Result:
+    from companion.data_tools.own_data import convert_data
+
+    chosen = given(args, "images", "columns", "instructions", "split", "seed", "skip")
+    return convert_data(args.source, args.to, **chosen)
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(field.strip() and column.strip() for field, _, column in pairs):
+        raise argparse.ArgumentTypeError(f"'{text}': write FIELD=COLUMN,FIELD=COLUMN, e.g. image=file,answer=caption")
+    return {field.strip(): column.strip() for field, _, column in pairs}
+
+
+def _add_data(commands: Commands) -> None:
+    example = "llava data check chat.json --images images"
+    into = group(commands, "data", "check, audit and convert training data", example)
+    instructions, unread = "LLaVA-Instruct JSON, JSONL or parquet", "; without it they are not read"
+
+    text = "find all problems of an instruction file"
+    new = command(into, "check", text, example, _check, _show_problems, lambda result: bool(result["errors"]))
+    new.path("file", "FILE", instructions)
+    new.images(unread)
+    new.add_argument("--no-decode", dest="decode", action="store_false", help="look at the images' headers only")
+    # 1300 is instruct.MAX_WORDS, which is not imported before a command runs
+    text = "a longer record does not fit into 2048 tokens beside its image (default: 1300; 0: no limit)"
+    new.option("--max-words", "N", text, type=int, default=1300)
+    new.path("--fix", "OUT", "write a repaired copy and report what is left")
+
+    example = "llava data audit chat.json --annotations captions_and_boxes.jsonl"
+    text = "count duplicates, leaks and unsupported objects, and write a data card"
+    new = command(into, "audit", text, example, _audit, _show_audit)
+    new.path("file", "FILE", instructions)
+    new.path("--annotations", "PATH", "captions_<split>.json of COCO, or a .jsonl as for generate")
+    new.images(unread)
+    new.path("--out", "DIR", "for DATA_CARD.md and audit.json; default: beside FILE")
+
+    example = "llava data convert photos.csv --to data/mine.json --images photos --columns image=file,answer=legend"
+    text = "make instruction data of a folder of images and texts, a CSV, or a data set on disk"
+    new = command(into, "convert", text, example, _convert)
+    new.path("source", "SRC", "folder of image + .txt, .csv, .tsv, .parquet, or save_to_disk folder")
+    new.path("--to", "OUT", "the .json, .jsonl or .parquet to write", required=True)
+    new.images(" (of those in arrow: where to write)")
+    text = "for id, image, question, answer, type, conversations; common names are known"
+    new.option("--columns", "FIELD=COLUMN,...", text, type=_columns)
+    new.option("--instructions", "LIST", "questions for answers without: brief, detail or a file", default="brief")
+    new.option("--split", "NAME", "part of a data set that has several")
+    new.option("--seed", "N", "decides which instruction a record gets", type=int, default=0)
+    new.switch("--skip", "leave rows with problems out, and report them")
+
+
+# ------------------------------------------------------------------------------------------------ generate, plan
+
+
+def _requests(args: argparse.Namespace) -> Any:
+    """The jobs of `llava generate` and of its plan, with the prompts that they were made of."""
+    from companion.data_tools.coco import load_annotations
+    from companion.teacher.generate import requests_for
+    from companion.teacher.prompts import load_prompts
+
+    prompts = load_prompts(args.prompts) if args.prompts else None
+    images = load_annotations(args.annotations, args.split)[: args.limit]
+    return list(requests_for(images, args.kinds, prompts, args.model)), prompts
+
+
+def _generate(args: argparse.Namespace) -> Result:
+    from companion.teacher.client import PAYING
+    from companion.teacher.generate import ask, write
+    from companion.teacher.plan import in_words, plan
+    from llava_core.data.expansion import load_instructions
+
+    jobs, prompts = _requests(args)
+    questions = load_instructions(args.instructions)
+    tape = args.cassette or args.out / "cassette.sqlite"
+    if args.client in PAYING:
+        known = None if args.client == "live" else tape
+        told = plan((job[2] for job in jobs), args.client, known, args.price, args.concurrency)
+        print(in_words(told), file=sys.stderr)
+    records = ask(jobs, chat_client(args, tape))
+    return write(records, args.kinds, args.out, args.seed, prompts, questions)
+
+
+def _plan_generate(args: argparse.Namespace) -> Result:
+    from companion.teacher.plan import plan
+
+    jobs, _ = _requests(args)
+    return plan((job[2] for job in jobs), args.client, args.cassette, args.price, args.concurrency)
+
+
+def _asking(parser: Parser, tape: str) -> None:
+    parser.path("--annotations", "PATH", "captions and boxes of each image", required=True)
+    parser.option("--split", "NAME", "which of a folder's splits, e.g. train2014")
+    parser.option("--kinds", "KIND,KIND", f"of {', '.join(KINDS)}", type=some_of(KINDS), default=list(KINDS))
+    parser.limit(" images")
+    parser.path("--prompts", "DIR", "the released folders of prompts, or ones alike")
+    parser.chat_model("teacher")
+    parser.cassette(tape)
+    parser.pace()
+
+
+def _add_generate(commands: Commands) -> None:
+    file = "--annotations caps_boxes.jsonl"
+    example = f"llava generate {file} --kinds conversation,detail --client offline --out data/mine"
+    new = command(commands, "generate", "write instruction data from captions and boxes", example, _generate)
+    new.client("batch")
+    _asking(new, "; OUT/cassette.sqlite if not given")
+    new.server("record, batch")
+    new.timeout()
+    new.option("--poll", "SECONDS", "longest wait between two looks at a batch", type=positive, default=60.0)
+    new.option("--instructions", "LIST", "how a description is asked for: detail, brief or a file", default="detail")
+    new.seed()
+    new.path("--out", "DIR", "where the records go", required=True)
+
+    example = f"llava plan generate {file}"
+    into = group(commands, "plan", "say beforehand what work will take", example)
+    text = "estimate requests, tokens, USD and hours of `llava generate`; nothing is sent"
+    new = command(into, "generate", text, f"{example} --model gpt-4o --client batch", _plan_generate)
+    new.choice("--client", ["record", "batch"], "record", "one by one, or at half the price")
+    _asking(new, ", which cost nothing")
+
+
+# ------------------------------------------------------------------------------------------------ filter
+
+
+def _filter(args: argparse.Namespace) -> Result:
+    from companion.data_tools.cc3m import filter_file, settings_from
+
+    settings = settings_from(dict(args.set))
+    return filter_file(args.captions, args.out, args.images, settings, True, args.cache, args.processes)
+
+
+def _add_filter(commands: Commands) -> None:
+    example = "llava filter --captions Train_GCC-training.tsv --out data/cc595k"
+    new = command(commands, "filter", "choose caption pairs by their noun phrases", example, _filter)
+    new.path("--captions", "FILE", "CC3M's TSV", required=True)
+    new.images(", if they are there")
+    new.path("--out", "DIR", "where chat.json and metadata.json go", required=True)
+    new.path("--cache", "DIR", "where found phrases are kept (default: OUT/phrases)")
+    new.option("--processes", "N", "how many find phrases (default: one per core)", type=int)
+    new.assignments("another reading of the recipe, e.g. draw=top_up; the error for an unknown one lists them")
+
+
+def add(commands: Commands) -> None:
+    _add_data(commands)
+    _add_generate(commands)
+    _add_filter(commands)

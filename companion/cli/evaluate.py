@@ -1,0 +1,169 @@
+"""`llava predict` and `evaluate`, but for LLaVA-Bench."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from companion.cli import llava_bench
+from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, loaded, names
+from llava_core.runtime import ROOT, CompanionError, DataError, shown
+
+
+def _predict_science_qa(args: argparse.Namespace) -> Result:
+    from companion.evaluation.predict import predict_science_qa
+
+    model = loaded(args, args.device, args.dtype)
+    chosen = given(args, "split", "limit", "max_new_tokens", "temperature", "batch", "released")
+    answers = predict_science_qa(model, args.model, args.data, args.out, images=not args.blind, **chosen)
+    return {"answers": len(answers), "prompt_format": model.manifest["prompt_format"], "out": shown(args.out)}
+
+
+def _score(args: argparse.Namespace) -> Result:
+    from companion.evaluation.science_qa import evaluate_files
+
+    chosen = given(args, "era", "split", "subset", "prompt_format", "checkpoint", "released")
+    return evaluate_files(args.predictions, args.questions, **chosen)
+
+
+def _show_score(result: Result) -> str:
+    from companion.evaluation.science_qa import format_report
+
+    return format_report(result)
+
+
+def _compare(args: argparse.Namespace) -> Result:
+    from companion.evaluation.science_qa import compare_files
+
+    return compare_files(args.first, args.second, args.questions, era=args.era, split=args.split)
+
+
+def _show_comparison(result: Result) -> str:
+    from companion.evaluation.science_qa import format_comparison
+
+    return format_comparison(result)
+
+
+def _ensemble(args: argparse.Namespace) -> Result:
+    from companion.data_tools.scienceqa import load_problems
+    from companion.evaluation import ensemble
+    from companion.evaluation.predictions import read_predictions
+
+    problems = load_problems(args.data, args.split, check_images=False)[: args.limit]
+    train = load_problems(args.data, "train", check_images=False)
+    shots = [p for p in train if p.id in args.shots] if args.shots else ensemble.pick_shots(train)
+    if args.shots and len(shots) < len(args.shots):
+        raise DataError(
+            f"--shots {','.join(args.shots)}: not all are problems of the train split of {shown(args.data)}"
+        )
+    answers, tape = read_predictions(args.predictions).answers, args.predictions.with_suffix(".cassette.sqlite")
+    result = ensemble.run(problems, answers, chat_client(args, args.cassette or tape), shots=shots, model=args.model)
+    return {key: value for key, value in result.items() if key != "texts"}  # the cassette holds them
+
+
+def _show_ensemble(result: Result) -> str:
+    from companion.evaluation.ensemble import format_report
+
+    return format_report(result)
+
+
+def _problems(parser: Parser) -> None:
+    parser.option("--split", "NAME", "which problems (default: test)", default="test")
+    parser.limit(" problems")
+
+
+def _reading(parser: Parser) -> None:
+    parser.path("--questions", "FILE", "the questions and right answers", required=True)
+    text = "whose reading of an answer (default: ours, which never guesses)"
+    parser.choice("--era", ["ours", "v0", "1.0", "1.5"], "ours", text)
+    parser.option("--split", "NAME", "of problems.json (default: test)", default="test")
+
+
+def _add_predict(commands: Commands) -> None:
+    into = group(commands, "predict", "let a model answer a benchmark", "llava predict science-qa --help")
+    example = "llava predict science-qa --model runs/science_qa/mini/ID/checkpoint --out answers.jsonl"
+    text = "answer ScienceQA into a file that says how it was made, and go on with one that was interrupted"
+    new = command(into, "science-qa", text, example, _predict_science_qa)
+    new.checkpoint()
+    new.path("--data", "DIR", "ScienceQA (default: the miniature's)", default=ROOT / "data/mini/mini-scienceqa")
+    new.path("--out", "FILE", "the .jsonl to write", required=True)
+    _problems(new)
+    new.number("--batch", 64, "problems answered together")
+    new.number("--max-new-tokens", 1024, "longest reply")
+    new.option("--temperature", "T", "default: 0, greedy", type=float, default=0.0)
+    new.switch("--blind", "ask without the images")
+    new.switch("--released", "in the words of the released converter, faults included")
+    new.choice("--device", ["auto", "cpu", "cuda"], "auto")
+    new.choice("--dtype", ["float32", "bfloat16", "float16"], "float32")
+    new.bases()
+    new.facts()
+
+
+def _add_science_qa(into: Commands) -> None:
+    example = "llava evaluate science-qa --predictions answers.json --questions problems.json"
+    new = command(into, "science-qa", "score answers to ScienceQA", example, _score, _show_score)
+    new.path("--predictions", "FILE", "the answers", required=True)
+    _reading(new)
+    new.switch("--subset", "score the given questions only, though more are answered")
+    new.option("--prompt-format", "NAME", "refuse answers made with another one, e.g. QCM-LEPA")
+    new.path("--checkpoint", "DIR", "refuse answers of another model")
+    new.switch("--released", "score the choices that a released file stores, its random draws included")
+
+    example = "llava evaluate compare answers.jsonl other.jsonl --questions problems.json"
+    text = "compare two files of answers to the same questions of ScienceQA"
+    new = command(into, "compare", text, example, _compare, _show_comparison)
+    new.path("first", "A", "the answers to compare with")
+    new.path("second", "B", "the other answers")
+    _reading(new)
+
+    example = "llava evaluate science-qa-ensemble --predictions answers.jsonl --data data/scienceqa --client replay"
+    text = "join answers to ScienceQA with those of a text-only GPT-4: complement, judge, upper bound"
+    new = command(into, "science-qa-ensemble", text, example, _ensemble, _show_ensemble)
+    new.path("--predictions", "FILE", "LLaVA's answers", required=True)
+    new.path("--data", "DIR", "ScienceQA", required=True)
+    _problems(new)
+    new.option("--shots", "ID,ID", "solved examples (default: two of train, drawn)", type=names)
+    new.teacher("PREDICTIONS with the ending .cassette.sqlite")
+
+
+def _captions(args: argparse.Namespace) -> Result:
+    from companion.evaluation.captions import evaluate_files, write_captions
+
+    references, images, predictions = args.references, args.images, args.predictions
+    if references is None:
+        from companion import miniature
+
+        folder = miniature.ensure(only=["mini-coco"]) / "mini-coco"
+        references, images = folder / "annotations" / "captions_val2014.json", images or folder / "val2014"
+    if args.model is None:
+        return evaluate_files(references, predictions)
+    if images is None or args.out is None:
+        raise CompanionError("a model needs --out FILE for its captions and, with --references, --images DIR")
+    chosen = given(args, "request", "limit")
+    made = write_captions(loaded(args), args.model, references, images, args.out, **chosen)
+    return {**evaluate_files(references, args.out), "file": made["file"], "conditions": made["conditions"]}
+
+
+def _add_captions(into: Commands) -> None:
+    example = "llava evaluate captions --references captions_val.json --predictions results.json"
+    text = "score captions with BLEU and CIDEr, a file's or a checkpoint's"
+    new = command(into, "captions", text, example, _captions)
+    new.path("--references", "FILE", "COCO's captions_*.json (default: the miniature's)")
+    either = new.add_mutually_exclusive_group(required=True)
+    either.add_argument("--predictions", type=Path, metavar="FILE", help="captions in COCO's result layout")
+    new.checkpoint(either)
+    new.limit()
+    new.bases()
+    new.facts()
+    new.images(" that a model captions")
+    new.path("--out", "FILE", "where a model's captions go (.json)")
+    new.option("--request", "TEXT", "what a model is asked", default="Give this image a caption.")
+
+
+def add(commands: Commands) -> None:
+    _add_predict(commands)
+    example = "llava evaluate llava-bench --reviews reviews.jsonl"
+    into = group(commands, "evaluate", "score answers, reviews or captions", example)
+    _add_science_qa(into)
+    llava_bench.add(into)
+    _add_captions(into)

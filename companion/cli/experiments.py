@@ -1,0 +1,69 @@
+"""`llava reproduce`, `claims` and `train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from companion.cli.arguments import Commands, Result, command, given, names
+from llava_core.runtime import shown
+
+
+def _reproduce(args: argparse.Namespace) -> Result:
+    from companion.book import pipeline
+
+    chosen = given(args, "scale", "fast", "only", "start", "dry_run", "book")
+    return pipeline.reproduce(**chosen, parameters=dict(args.parameter))
+
+
+def _show_notebooks(result: Result) -> str:
+    lines = [f"{notebook['status']:10}  {notebook['name']}" for notebook in result["notebooks"]]
+    return "\n".join([*lines, f"book: {result['book'] or 'not built'}"])
+
+
+def _claims(args: argparse.Namespace) -> Result:
+    from companion.paper.ledger import claim_rows
+
+    return {"claims": claim_rows(args.ids, args.kind)}
+
+
+def _show_claims(result: Result) -> str:
+    from companion.plots.figures import cell_text
+
+    lines = []
+    for row in result["claims"]:
+        here = " ".join(cell_text(row[key]) for key in ("measured", "interval") if row[key] is not None)
+        lines.append(f"{row['id']:34} {row['published']:28} {row['evidence']:14} {here:30} {row['verdict']}".rstrip())
+        lines += [f"{'':34} flag: {row['flag']}"] if row["flag"] else []
+    return "\n".join(lines)
+
+
+def _train(args: argparse.Namespace) -> Result:
+    from llava_core.config import load_experiment
+    from llava_core.train.launch import launch
+
+    record = launch(load_experiment(args.experiment, args.scale, dict(args.set)), resume=args.resume == "auto")
+    numbers = {key: record.summary.get(key) for key in ("final_loss", "samples_per_s")}
+    return {"run": shown(record.path), **numbers, "checkpoint": shown(record.checkpoint)}
+
+
+def add(commands: Commands) -> None:
+    example, text = "llava reproduce --only 20,21", "run the notebooks that are not up to date, and build the book"
+    new = command(commands, "reproduce", text, example, _reproduce, _show_notebooks, lambda r: bool(r["failed"]))
+    new.scale()
+    new.switch("--fast", "the shortest runs that still show every step")
+    new.option("--only", "N,N", "only these notebooks, by number or name", type=names)
+    new.option("--from", "N", "this notebook and all after it", dest="start")
+    new.switch("--dry-run", "say what would run, and run nothing")
+    new.assignments("another value for a parameter of the notebooks", "-p", "--parameter", metavar="NAME=VALUE")
+    new.choice("--book", ["auto", "only", "no"], "auto", "build the book too, only, or not")
+
+    text = "list the paper's numbers and what stands behind each"
+    new = command(commands, "claims", text, "llava claims --kind measured", _claims, _show_claims)
+    new.option("ids", "ID", "only these claims", nargs="*")
+    new.option("--kind", "KIND", "only claims with this kind of evidence, e.g. recomputed")
+
+    new = command(commands, "train", "train one experiment", "llava train finetune --set train.seed=1", _train)
+    new.option("experiment", "EXPERIMENT", "a file of configs/experiments, without its extension")
+    new.scale()
+    new.assignments("another value for one field")
+    new.choice("--resume", ["auto", "never"], "auto", "go on, or start anew")

@@ -1,0 +1,106 @@
+"""`llava evaluate bench`, `llava-bench` and `judges`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, loaded
+
+
+def _answers(args: argparse.Namespace) -> Result:
+    from companion.evaluation.bench_steps import load_bench, write_answers
+
+    bench, chosen = load_bench(args.bench, args.limit), given(args, "max_new_tokens", "temperature", "seed", "batch")
+    return write_answers(loaded(args), args.model, bench, args.out, args.images, **chosen)
+
+
+def _beside(args: argparse.Namespace) -> Path:
+    tape: Path = args.cassette or args.out.with_suffix(".sqlite")
+    return tape
+
+
+def _reference(args: argparse.Namespace) -> Result:
+    from companion.evaluation.bench_steps import load_bench, write_reference
+
+    return write_reference(load_bench(args.bench, args.limit), chat_client(args, _beside(args)), args.out, args.judge)
+
+
+def _judge(args: argparse.Namespace) -> Result:
+    from companion.evaluation.bench_steps import load_bench, write_reviews
+
+    bench, client = load_bench(args.bench, args.limit), chat_client(args, _beside(args))
+    return write_reviews(bench, args.answers, client, args.out, args.reference, args.judge, args.swap)
+
+
+def _judges(args: argparse.Namespace) -> Result:
+    from companion.evaluation.judges import agreement
+
+    return agreement(args.first, args.second)
+
+
+def _show_judges(result: Result) -> str:
+    from companion.evaluation.judges import format_agreement
+
+    return format_agreement(result)
+
+
+def _score(args: argparse.Namespace) -> Result:
+    from companion.evaluation.llava_bench import score_reviews, summarize_repeats
+
+    results = [score_reviews(path, released=args.released) for path in args.reviews]
+    return results[0] if len(results) == 1 else {"repeats": summarize_repeats(results), "files": results}
+
+
+def _bench(parser: Parser) -> None:
+    parser.path("--bench", "DIR", "the bench's official files: questions, context, reference answers", required=True)
+
+
+def _asking(parser: Parser) -> None:
+    parser.teacher("OUT with the ending .sqlite", "--judge")
+    parser.limit(" questions")
+
+
+def add(commands: Commands) -> None:
+    example = "llava evaluate bench answers --model data/LLaVA-7b --bench data/mini/bench-coco --out a.jsonl"
+    text = "LLaVA-Bench step by step: answers, reference, judge, score"
+    steps = group(commands, "bench", text, example)
+    new = command(steps, "answers", "let a checkpoint answer the questions", example, _answers)
+    _bench(new)
+    new.images(" (default: images in the bench's)")
+    new.path("--out", "FILE", "answers; a file that is there is continued", required=True)
+    new.number("--max-new-tokens", 1024, "longest answer")
+    new.option("--temperature", "T", "0, the default, is greedy", type=float, default=0.0)
+    new.option("--seed", "N", "of sampled answers; each gives another run", type=int, default=0)
+    new.number("--batch", 16, "questions answered together")
+    new.checkpoint()
+    new.limit()
+    new.bases()
+    new.facts()
+
+    example = "llava evaluate bench reference --bench data/mini/bench-coco --out reference.jsonl"
+    text = "let a text-only model answer by captions and boxes"
+    new = command(steps, "reference", text, example, _reference)
+    _bench(new)
+    new.path("--out", "FILE", "reference answers", required=True)
+    _asking(new)
+
+    example = "llava evaluate bench judge --bench data/mini/bench-coco --answers a.jsonl --out reviews.jsonl"
+    new = command(steps, "judge", "have answers judged beside reference answers", example, _judge)
+    _bench(new)
+    new.path("--answers", "FILE", "of a checkpoint", required=True)
+    new.path("--reference", "FILE", "reference answers, instead of the bench's own")
+    new.path("--out", "FILE", "reviews, with a cassette of their own; for a repeat give another name", required=True)
+    new.switch("--swap", "judge each pair in both orders")
+    _asking(new)
+
+    text = "score a judge's reviews; of several files also mean and standard deviation"
+    for into, name, call in ((commands, "llava-bench", "llava-bench"), (steps, "score", "bench score")):
+        new = command(into, name, text, f"llava evaluate {call} --reviews reviews.jsonl", _score)
+        new.path("--reviews", "FILE", "a review per line", nargs="+", required=True)
+        new.switch("--released", "average failed reviews as -1, as the released script")
+
+    example, text = "llava evaluate judges a.jsonl b.jsonl", "how far two judges agree on the same answers"
+    new = command(commands, "judges", text, example, _judges, _show_judges)
+    new.path("first", "A", "one judge's reviews")
+    new.path("second", "B", "another judge's, or a repeat of the first")

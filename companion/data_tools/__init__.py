@@ -1,0 +1,1 @@
+"""Data sets of the paper, checked and turned into LLaVA-Instruct records."""

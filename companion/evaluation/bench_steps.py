@@ -1,0 +1,240 @@
+"""LLaVA-Bench step by step, each from files to a file: answers of a checkpoint, reference answers, reviews.
+
+Source: paper Section 5.1; llava/eval/{model_vqa,eval_gpt_review_bench}.py@181a2f8. Scores are made by `llava_bench`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from companion.evaluation.llava_bench import JUDGE_MODEL, judge, score_reviews
+from companion.evaluation.predict import MAX_NEW_TOKENS, predict_questions
+from companion.teacher.asking import ask_all
+from companion.teacher.chat import BudgetError, ChatReply, ChatRequest, Message
+from companion.teacher.parse import ReplyError
+from companion.teacher.prompts import context_text
+from llava_core.runtime import DataError, read_jsonl, shown, write_jsonl
+
+if TYPE_CHECKING:
+    from companion.teacher.chat import ChatClient
+    from llava_core.checkpoints.checkpoint import Loaded
+
+FILES = {  # what each file of a bench is called: In-the-Wild and the miniature, COCO
+    "questions": ("questions.jsonl", "qa90_questions.jsonl"),
+    "context": ("context.jsonl", "caps_boxes_coco2014_val_80.jsonl"),
+    "reference": ("answers_gpt4.jsonl", "qa90_gpt4_answer.jsonl"),
+}
+REFERENCE_SYSTEM = (
+    "You answer questions about an image. You are not shown the image itself but what people wrote about it and, where "
+    "known, its objects with their boxes (x1, y1, x2, y2, from 0 to 1). Answer as somebody who sees the image would, "
+    "and do not speak of captions or boxes."
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A bench as its files have it.
+
+    Attributes:
+        folder: where they lie.
+        questions: rows with question_id, image, text, category.
+        context: image -> its description for who cannot see it.
+        reference: rows with question_id and text; None where the folder has no reference answers.
+    """
+
+    folder: Path
+    questions: list[dict[str, Any]]
+    context: dict[str, str]
+    reference: list[dict[str, Any]] | None
+
+    def rows(self, images: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
+        """The questions with the names of image files that exist, and their folder: `images` or the bench's own.
+
+        Raises:
+            DataError: an image is missing.
+        """
+        images = images or self.folder / "images"
+        found = []
+        for row in self.questions:
+            names = (row["image"], f"COCO_val2014_{row['image']}")  # the bench leaves COCO's prefix out
+            name = next((name for name in names if (images / name).is_file()), None)
+            if name is None:
+                raise DataError(
+                    f"{shown(images / row['image'])}: no such image (question {row['question_id']}); name the folder "
+                    "of the bench's images, COCO val2014 for the questions about COCO"
+                )
+            found.append({**row, "image": name})
+        return found, images
+
+
+def load_bench(folder: str | Path, limit: int | None = None) -> Bench:
+    """Read the official files of LLaVA-Bench (COCO), LLaVA-Bench (In-the-Wild) or one of the miniature's benches.
+
+    Args:
+        folder: holds questions, context and perhaps reference answers under their official names (`FILES`).
+        limit: only the first questions.
+
+    Raises:
+        DataError: a file is missing, there are two for one purpose, or a row is not of the format.
+    """
+    folder = Path(folder)
+    paths = {name: _one_of(folder, name) for name in FILES}
+    if paths["questions"] is None or paths["context"] is None:
+        names = " and ".join(" or ".join(FILES[name]) for name in ("questions", "context") if paths[name] is None)
+        raise DataError(f"{shown(folder)}: no {names}; give the folder of LLaVA-Bench's official files")
+    questions = _rows(paths["questions"], {"image": str, "text": str, "category": str}, unique=True)
+    context = {}
+    for number, row in enumerate(_rows(paths["context"], {"image": str}), start=1):
+        context[row["image"]] = _description(row, f"{shown(paths['context'])}, record {number}")
+    reference = _rows(paths["reference"], {"text": str}, unique=True) if paths["reference"] else None
+    return Bench(folder, questions[:limit], context, reference)
+
+
+def _one_of(folder: Path, what: str) -> Path | None:
+    found = [folder / name for name in FILES[what] if (folder / name).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{shown(folder)}: {found[0].name} and {found[1].name}; give each bench a folder of its own")
+    return found[0] if found else None
+
+
+def _rows(path: Path, fields: Mapping[str, type], unique: bool = False) -> list[dict[str, Any]]:
+    """Rows of a JSONL file with these fields; `unique`: each with a question_id of its own."""
+    rows, seen = read_jsonl(path), set()
+    for number, row in enumerate(rows, start=1):
+        where = f"{shown(path)}, record {number}"
+        wrong = [n for n, kind in fields.items() if not isinstance(row, dict) or not isinstance(row.get(n), kind)]
+        if wrong or (unique and not isinstance(row.get("question_id"), int | str)):
+            raise DataError(f"{where}: needs {', '.join([*fields, *(['question_id'] if unique else [])])}")
+        if unique and str(row["question_id"]) in seen:
+            raise DataError(f"{where}: question {row['question_id']} has a row already; keep one")
+        seen.add(str(row.get("question_id")))
+    if not rows:
+        raise DataError(f"{shown(path)}: is empty; copy it again")
+    return rows
+
+
+def _description(row: Mapping[str, Any], where: str) -> str:
+    """What the judge reads instead of the image: one long caption (In-the-Wild), or captions and boxes (COCO)."""
+    if isinstance(row.get("caption"), str):
+        return str(row["caption"])
+    try:
+        if not isinstance(row["captions"], list):
+            raise TypeError
+        return context_text(row["captions"], [(i["category"], i["bbox"]) for i in row["instances"]])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        raise DataError(f"{where}: needs `caption`, or `captions` and `instances` with category and bbox") from None
+
+
+# ------------------------------------------------------------------------------------------------ the steps
+
+
+def write_answers(
+    loaded: Loaded,
+    checkpoint: str | Path,
+    bench: Bench,
+    out: str | Path,
+    images: Path | None = None,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 16,
+) -> dict[str, Any]:
+    """Let a checkpoint answer a bench; arguments, result and refusals as in `predict.predict_questions`.
+
+    The released script sampled at temperature 0.2; greedy answers, the default here, are the same in every run.
+    """
+    rows, images = bench.rows(images)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    return predict_questions(loaded, checkpoint, rows, images, out, batch=batch, **settings)
+
+
+def write_reference(
+    bench: Bench, client: ChatClient, out: str | Path, model: str = JUDGE_MODEL, temperature: float = 0.0
+) -> dict[str, Any]:
+    """Let a text-only model answer a bench by the images' descriptions: reference answers as the paper's GPT-4 gave.
+
+    Args:
+        bench: questions and descriptions.
+        client: any chat client.
+        out: JSONL file for rows with question_id, text, category and where the text comes from.
+        model: asked for by this name.
+        temperature: of the model.
+
+    Returns:
+        answers, file, and the tally of `teacher.asking.ask_all`.
+
+    Raises:
+        DataError: an image has no description.
+        ServerError: no request can succeed.
+    """
+    requests = []
+    for row in bench.questions:
+        if row["image"] not in bench.context:
+            raise DataError(f"{shown(bench.folder)}: question {row['question_id']}: no context for {row['image']}")
+        messages = reference_messages(row["text"], bench.context[row["image"]])
+        requests.append(ChatRequest(messages, model, temperature))
+    asked, tally = ask_all(client, requests, _check_whole, "reference")
+    rows = [
+        {"question_id": row["question_id"], "text": found.text, "category": row["category"], **found.source()}
+        for row, found in zip(bench.questions, asked, strict=True)
+        if found.good
+    ]
+    return {"answers": len(rows), **tally, "file": shown(write_jsonl(out, rows))}
+
+
+def reference_messages(question: str, context: str) -> list[Message]:
+    """Return the chat messages that ask for a reference answer; the wording is ours, the paper's was not published."""
+    user = f"[Context]\n{context}\n\n[Question]\n{question}\n\n[Answer]"
+    return [{"role": "system", "content": REFERENCE_SYSTEM}, {"role": "user", "content": user}]
+
+
+def _check_whole(reply: ChatReply) -> None:
+    if not reply.text.strip() or reply.finish_reason == "length":
+        raise ReplyError("it was cut off" if reply.text.strip() else "it is empty")
+
+
+def write_reviews(
+    bench: Bench,
+    answers: str | Path,
+    client: ChatClient,
+    out: str | Path,
+    reference: str | Path | None = None,
+    model: str = JUDGE_MODEL,
+    swap: bool = False,
+) -> dict[str, Any]:
+    """Have the answers of a file judged beside reference answers.
+
+    To judge again, as the paper did three times, call it with another `out` and a recording client with another
+    cassette: a cassette answers the same request with the same review.
+
+    Args:
+        bench: questions, descriptions, and the reference answers unless `reference` names others.
+        answers: JSONL file of question_id and text.
+        client: any chat client.
+        out: JSONL file for the reviews.
+        reference: JSONL file of question_id and text.
+        model: the judge, asked for by this name.
+        swap: judge each pair in both orders.
+
+    Returns:
+        `score_reviews` of the reviews, the tally of `teacher.asking.ask_all` (its `failed` among it), file.
+
+    Raises:
+        DataError: as `llava_bench.judge`; or no review could be had.
+    """
+    given = _rows(Path(reference), {"text": str}, unique=True) if reference else bench.reference
+    if given is None:
+        raise DataError(f"{shown(bench.folder)}: no reference answers; fix: llava evaluate bench reference")
+    candidate = _rows(Path(answers), {"text": str}, unique=True)
+    reviews, tally = judge(bench.questions, bench.context, given, candidate, client, model=model, swap=swap)
+    if not reviews:
+        raise BudgetError(f"{shown(out)}: no review: {tally['stopped']}")
+    file = shown(write_jsonl(out, reviews))
+    return {**score_reviews(reviews), **{k: v for k, v in tally.items() if k != "failed"}, "file": file}
+
+
+__all__ = ["Bench", "load_bench", "reference_messages", "write_answers", "write_reference", "write_reviews"]

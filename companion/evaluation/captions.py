@@ -1,0 +1,283 @@
+"""Caption scores without Java: corpus BLEU-1 to 4 and CIDEr-D, as the COCO caption scorer defines them.
+
+Source: Papineni et al. 2002 (BLEU), Vedantam et al. 2015 (CIDEr-D), Chen et al. 2015 (the COCO server's choices:
+reference length closest to the candidate's, sigma 6, tf-idf counts over the evaluated images, factor 10).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_core.runtime import DataError, read_json, read_jsonl, shown, write_json
+
+if TYPE_CHECKING:
+    from llava_core.checkpoints.checkpoint import Loaded
+
+Tokens = Sequence[str]
+MAX_N = 4
+SIGMA = 6.0
+REQUEST = "Give this image a caption."
+
+_CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
+_JOINED = re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(gim|lem)(me)\b")
+_TOKEN = re.compile(
+    r"(?:mr|mrs|ms|dr|st|mt|ave|vs|etc)\.|n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:]\d+)+|(?:[^\W\d_]\.){2,}|\w+(?:[-/']\w+)*|[^\w\s]"
+)
+_PUNCTUATION = set("'`\".?!,:-;…–—“”‘’")
+# The scorer drops the treebank's names of brackets in capitals only, while its tokenizer writes them small: they stay.
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+
+
+def tokenize(caption: str) -> list[str]:
+    """Split a caption nearly as the Penn Treebank does, in lower case and without punctuation.
+
+    `don't` becomes `do n't`, `man's` becomes `man 's`, `cannot` becomes `can not`; hyphenated words, decimals and
+    abbreviations such as `u.s.` stay whole. Web addresses, markup, currencies other than the dollar and the rarer
+    abbreviations are split otherwise than by the scorer's own tokenizer; `benchmarks/results/captions.csv` tells how
+    often that happens in COCO's captions and what it does to the scores.
+    """
+    text = _CONTRACTION.sub(r" \1", caption.lower().replace("’", "'"))
+    text = _JOINED.sub(lambda found: " ".join(filter(None, found.groups())), text)
+    return [_BRACKETS.get(token, token) for token in _TOKEN.findall(text) if token not in _PUNCTUATION]
+
+
+def _ngrams(tokens: Tokens) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(tokens[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(tokens) - n + 1))
+
+
+def bleu(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -> list[float]:
+    """Return corpus BLEU-1 to BLEU-4 (0 to 1).
+
+    Args:
+        references: per image, its tokenized reference captions.
+        candidates: per image, its tokenized candidate caption.
+    """
+    counts = [_bleu_counts(refs, candidate) for refs, candidate in zip(references, candidates, strict=True)]
+    return _bleu_of([sum(column) for column in zip(*counts, strict=True)] or [0] * (2 * MAX_N + 2))
+
+
+def _bleu_counts(references: Sequence[Tokens], candidate: Tokens) -> list[int]:
+    """What one image adds: matched and proposed runs of 1 to 4 words, the candidate's and the reference's length."""
+    matched, proposed = [0] * MAX_N, [0] * MAX_N
+    most: Counter[tuple[str, ...]] = Counter()
+    for ref in references:
+        most |= _ngrams(ref)
+    for ngram, count in _ngrams(candidate).items():
+        proposed[len(ngram) - 1] += count
+        matched[len(ngram) - 1] += min(count, most[ngram])
+    return [
+        *matched, *proposed, len(candidate), min((abs(len(ref) - len(candidate)), len(ref)) for ref in references)[1]
+    ]  # fmt: skip
+
+
+def _bleu_of(counts: Sequence[float]) -> list[float]:
+    *_, length, reference_length = counts
+    # The two small constants are the COCO scorer's: they decide what a corpus without a single match scores.
+    ratio = (length + 1e-15) / (reference_length + 1e-9)
+    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    product, scores = 1.0, []
+    for n in range(MAX_N):
+        product *= (counts[n] + 1e-15) / (counts[MAX_N + n] + 1e-9)
+        scores.append(brevity * product ** (1 / (n + 1)))
+    return scores
+
+
+def cider(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -> list[float]:
+    """Return CIDEr-D of every image (0 to 10); the corpus score is their mean.
+
+    Args:
+        references: per image, its tokenized reference captions; they also give the document frequencies.
+        candidates: per image, its tokenized candidate caption.
+    """
+    counted = [[_ngrams(ref) for ref in refs] for refs in references]
+    frequency: Counter[tuple[str, ...]] = Counter(ngram for refs in counted for ngram in set().union(*refs))
+    log_images = math.log(len(references)) if references else 0.0
+
+    def vectors(counts: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
+        parts: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_N)]
+        for ngram, count in counts.items():
+            parts[len(ngram) - 1][ngram] = count * (log_images - math.log(max(1, frequency[ngram])))
+        norms = [math.sqrt(sum(value**2 for value in part.values())) for part in parts]
+        # the scorer measures length in bigrams
+        return parts, norms, sum(count for ngram, count in counts.items() if len(ngram) == 2)
+
+    scores = []
+    for refs, candidate in zip(counted, candidates, strict=True):
+        mine, my_norms, my_length = vectors(_ngrams(candidate))
+        total = 0.0
+        for ref in refs:
+            theirs, norms, their_length = vectors(ref)
+            similar = 0.0
+            for n in range(MAX_N):
+                if my_norms[n] and norms[n]:
+                    dot = sum(min(v, theirs[n][g]) * theirs[n][g] for g, v in mine[n].items() if g in theirs[n])
+                    similar += dot / (my_norms[n] * norms[n])
+            total += similar / MAX_N * math.exp(-((my_length - their_length) ** 2) / (2 * SIGMA**2))
+        scores.append(10 * total / len(refs))
+    return scores
+
+
+def score(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) -> dict[str, Any]:
+    """Score captions held in memory.
+
+    Args:
+        references: image id -> reference captions.
+        captions: image id -> candidate caption; images without one are left out and counted.
+
+    Returns:
+        n (images scored), missing, bleu1 to bleu4 (0 to 1), cider (0 to 10), tokenizer.
+
+    Raises:
+        DataError: there is no caption, or one for an image without references.
+    """
+    strangers = [key for key in captions if not references.get(key)]
+    if strangers:
+        raise DataError(f"image {strangers[0]!r} has a caption but no reference ({len(strangers)} such images)")
+    if not captions:
+        raise DataError("no caption to score")
+    refs = [[tokenize(ref) for ref in references[key]] for key in captions]
+    candidates = [tokenize(caption) for caption in captions.values()]
+    bleus = bleu(refs, candidates)
+    return {
+        "n": len(candidates),
+        "missing": len(references) - len(candidates),
+        **{f"bleu{n}": value for n, value in enumerate(bleus, start=1)},
+        "cider": sum(cider(refs, candidates)) / len(candidates),
+        "tokenizer": "ptb-like",
+    }
+
+
+def compare(
+    references: Mapping[Any, Sequence[str]], first: Mapping[Any, str], second: Mapping[Any, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Score captions, or two sets of captions of the same images, with intervals from drawing the images again.
+
+    Args:
+        references: image id -> reference captions; their document frequencies stay those of all images.
+        first: image id -> caption.
+        second: of the same images.
+
+    Returns:
+        For bleu4 and cider: `{value, interval}` of `first`, or with `second` of the difference second - first.
+
+    Raises:
+        DataError: an image has no references, or the two are of different images.
+    """
+    import numpy as np
+
+    from companion.evaluation.resampling import draws, summary
+
+    if not first or not first.keys() <= references.keys() or (second is not None and first.keys() != second.keys()):
+        raise DataError("captions to compare must be of the same images, all of them with references")
+    refs, weights = [[tokenize(ref) for ref in references[key]] for key in first], draws(len(first))
+    found: list[tuple[Any, Any]] = []
+    for captions in filter(None, (first, second)):
+        tokens = [tokenize(captions[key]) for key in first]
+        counts = weights @ np.array([_bleu_counts(own, caption) for own, caption in zip(refs, tokens, strict=True)])
+        found.append((np.array([_bleu_of(row)[-1] for row in counts]), weights @ cider(refs, tokens) / len(first)))
+    values = found[0] if len(found) == 1 else [b - a for a, b in zip(*found, strict=True)]
+    return {name: summary(value) for name, value in zip(("bleu4", "cider"), values, strict=True)}
+
+
+def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str, Any]:
+    """Score a COCO result file against a COCO caption file.
+
+    Args:
+        references: `captions_*.json` with annotations of image_id and caption.
+        predictions: a JSON list of rows with image_id and caption, one per image.
+
+    Returns:
+        See `score`.
+
+    Raises:
+        DataError: a file cannot be read, is of another layout, or the two do not belong together.
+    """
+    annotated, rows = read_json(references), read_json(predictions)
+    annotations = annotated.get("annotations") if isinstance(annotated, dict) else None
+    if not isinstance(annotations, list) or not annotations:
+        raise DataError(f"{shown(references)}: no `annotations`; give COCO's captions_*.json")
+    if not isinstance(rows, list) or not rows:
+        raise DataError(
+            f"{shown(predictions)}: not a list of captions; give COCO's result layout [{{image_id, caption}}]"
+        )
+    refs: dict[str, list[str]] = defaultdict(list)
+    for number, row in enumerate(annotations):
+        identifier, caption = _caption_row(row, f"{shown(references)}, annotation {number}")
+        refs[identifier].append(caption)
+    captions: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        identifier, caption = _caption_row(row, f"{shown(predictions)}, record {number}")
+        if identifier in captions:
+            raise DataError(f"{shown(predictions)}, record {number}: image {identifier} has a second caption; keep one")
+        if identifier not in refs:
+            raise DataError(
+                f"{shown(predictions)}, record {number}: image {identifier} is not in {shown(references)}; "
+                "give the caption file of the same images"
+            )
+        captions[identifier] = caption
+    return score(refs, captions)
+
+
+def write_captions(
+    loaded: Loaded,
+    checkpoint: str | Path,
+    references: str | Path,
+    images: Path,
+    out: str | Path,
+    *,
+    request: str = REQUEST,
+    limit: int | None = None,
+    max_new_tokens: int = 40,
+    batch: int = 64,
+) -> dict[str, Any]:
+    """Let a checkpoint caption the images of a COCO caption file, in COCO's result layout.
+
+    Args:
+        loaded: the model.
+        checkpoint: where it was loaded from.
+        references: `captions_*.json`, whose `images` name the files.
+        images: folder of the images.
+        out: `.json` file for the captions; beside it, as `.jsonl`, how each came about, with which a call goes on.
+        request: what the model is asked about each image.
+        limit: only the first so many images.
+        max_new_tokens: longest caption in tokens.
+        batch: images captioned together (no caption depends on it).
+
+    Returns:
+        As `predict.predict_questions`; file is `out`.
+
+    Raises:
+        DataError: the files do not fit, or the `.jsonl` holds captions given under other conditions.
+    """
+    from companion.evaluation.predict import predict_questions
+
+    if Path(out).suffix != ".json":
+        raise DataError(f"{shown(out)}: give a name that ends in .json")
+    content = read_json(references)
+    listed = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(listed, list) or not listed:
+        raise DataError(f"{shown(references)}: no `images`; give COCO's captions_*.json")
+    rows = []
+    for number, row in enumerate(listed[:limit]):
+        where = f"{shown(references)}, image {number}"
+        if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("file_name"), str):
+            raise DataError(f"{where}: needs `id` and `file_name`, has {str(row)[:80]}")
+        if not (images / row["file_name"]).is_file():
+            raise DataError(f"{where}: {shown(images / row['file_name'])} is not there; name the folder of the images")
+        rows.append({"question_id": row["id"], "text": request, "image": row["file_name"]})
+    told = Path(out).with_suffix(".jsonl")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch": batch, "desc": "captions"}
+    result = predict_questions(loaded, checkpoint, rows, images, told, **options)
+    captions = [{"image_id": row["question_id"], "caption": row["text"]} for row in read_jsonl(told)]
+    return result | {"file": shown(write_json(out, captions))}
+
+
+def _caption_row(row: Any, where: str) -> tuple[str, str]:
+    if not isinstance(row, dict) or "image_id" not in row or not isinstance(row.get("caption"), str):
+        raise DataError(f"{where}: needs `image_id` and a string `caption`, has {str(row)[:80]}")
+    return str(row["image_id"]), row["caption"]

@@ -1,0 +1,96 @@
+"""Does the model look at the image? Short factual answers with the right image, with a wrong one, and with none.
+
+A row of questions is {question_id, image, text, answer, kind}. A model that reads the text only reaches `text_prior`;
+one that looks falls back to about that number when `shuffle_images` hands it images of other questions.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from companion.evaluation.statistics import proportion
+from llava_core.runtime import DataError
+
+Row = Mapping[str, Any]
+
+
+def normalize(answer: str) -> str:
+    """Return an answer without case, punctuation and extra white space: what an exact match compares."""
+    return " ".join(re.sub(r"[^\w\s]", " ", answer.casefold()).split())
+
+
+def factual_accuracy(questions: Sequence[Row], answers: Mapping[Any, str]) -> dict[str, Any]:
+    """Score short answers by exact match after `normalize`.
+
+    Args:
+        questions: the rows asked.
+        answers: question id -> the model's answer, one for every row.
+
+    Returns:
+        `{n, correct, accuracy, interval, by_kind}` in percent; by_kind holds the first four for every kind.
+
+    Raises:
+        DataError: ids of questions and answers differ, or an id occurs twice.
+    """
+    ids = [str(row["question_id"]) for row in questions]
+    texts = {str(key): text for key, text in answers.items()}
+    if not ids or len(set(ids)) != len(ids):
+        raise DataError("questions: none, or two with the same question_id; every row needs its own")
+    different = set(ids) ^ texts.keys()
+    if different:
+        raise DataError(
+            f"answers do not fit the questions: {len(different)} ids are on one side only, such as {min(different)!r}"
+        )
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    for identifier, row in zip(ids, questions, strict=True):
+        by_kind[str(row["kind"])].append(normalize(texts[identifier]) == normalize(row["answer"]))
+    whole = proportion(sum(map(sum, by_kind.values())), len(ids))
+    return whole | {"by_kind": {kind: proportion(sum(hits), len(hits)) for kind, hits in sorted(by_kind.items())}}
+
+
+def text_prior(train_questions: Sequence[Row], questions: Sequence[Row]) -> dict[str, Any]:
+    """Score the best that text alone offers: the most frequent training answer to the same question text.
+
+    A text never asked in training gets the most frequent answer of its kind, and an unknown kind that of all. Ties go
+    to the answer that is first in the alphabet.
+
+    Returns:
+        As `factual_accuracy`.
+
+    Raises:
+        DataError: there is no training question.
+    """
+    if not train_questions:
+        raise DataError("text prior: no training question to count answers in")
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for row in train_questions:
+        for key in _prior_keys(row):
+            counts[key][normalize(row["answer"])] += 1
+    best = {key: min(answers, key=lambda a: (-answers[a], a)) for key, answers in counts.items()}
+    return factual_accuracy(
+        questions, {row["question_id"]: next(best[key] for key in _prior_keys(row) if key in best) for row in questions}
+    )
+
+
+def _prior_keys(row: Row) -> tuple[tuple[str, str], ...]:
+    return ("text", normalize(row["text"])), ("kind", str(row["kind"])), ("all", "")
+
+
+def shuffle_images(questions: Sequence[Row], seed: int) -> list[dict[str, Any]]:
+    """Return the rows with images exchanged so that no question keeps its own.
+
+    Questions that share an image share the new one, so each image still comes with as many questions as another had.
+
+    Raises:
+        DataError: all questions have the same image, or one has none.
+    """
+    images = sorted({row["image"] for row in questions if row.get("image")}, key=str)
+    if len(images) < 2 or not all(row.get("image") for row in questions):
+        raise DataError("shuffled images: every question needs an image, and there must be at least two different ones")
+    random.Random(seed).shuffle(images)
+    other = dict(zip(images, images[1:] + images[:1], strict=True))  # one cycle has no fixed point
+    return [dict(row) | {"image": other[row["image"]]} for row in questions]

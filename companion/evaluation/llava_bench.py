@@ -1,0 +1,278 @@
+"""LLaVA-Bench: a judge that reads captions instead of the image scores a reference and a candidate, 1 to 10 each.
+
+The relative score is the ratio of mean scores, candidate to reference, in percent. Source: paper Section 5.1;
+llava/eval/{eval_gpt_review_bench,summarize_gpt_review}.py@181a2f8.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from companion.evaluation.statistics import seeds_interval
+from companion.teacher.asking import ask_all
+from companion.teacher.chat import ChatRequest
+from companion.teacher.parse import ReplyError
+from llava_core.runtime import DataError, fingerprint, read_jsonl, shown
+
+if TYPE_CHECKING:
+    from companion.teacher.chat import ChatClient, ChatReply
+
+Answers = Mapping[Any, str] | Iterable[Mapping[str, Any]]
+
+CATEGORIES = ("complex", "conv", "detail")
+CATEGORY_PREFIX = "llava_bench_"
+ORDERS = ("reference_first", "candidate_first")
+JUDGE_MODEL, JUDGE_TEMPERATURE, JUDGE_MAX_TOKENS = "gpt-4-0314", 0.2, 1024
+
+JUDGE_SYSTEM = "You are a fair and exact judge of the quality of answers to questions about an image."
+JUDGE_RULE = (
+    "Above are a description of an image, a question about it, and what two AI assistants answered. You cannot see the "
+    "image; rely on the description. Judge how helpful, relevant, accurate and detailed each answer is, and give each "
+    "assistant one overall score from 1 (poor) to 10 (excellent). The order of the assistants must not matter. "
+    "On the first line write only the two scores, Assistant 1's and then Assistant 2's, separated by a space. "
+    "From the second line on explain both scores."
+)
+
+# ------------------------------------------------------------------------------------------------ asking
+
+
+def judge_messages(
+    question: str, context: str, first: str, second: str, rule: str = JUDGE_RULE
+) -> list[dict[str, str]]:
+    """Return the chat messages that ask a judge to score two answers; the sections are those of the released prompt."""
+    sections = [
+        f"[Context]\n{context}",
+        f"[Question]\n{question}",
+        f"[Assistant 1]\n{first}\n\n[End of Assistant 1]",
+        f"[Assistant 2]\n{second}\n\n[End of Assistant 2]",
+        f"[System]\n{rule}",
+    ]
+    return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": "\n\n".join(sections)}]
+
+
+def judge(
+    questions: Iterable[Mapping[str, Any]],
+    context: Mapping[str, str],
+    reference_answers: Answers,
+    candidate_answers: Answers,
+    client: ChatClient,
+    *,
+    model: str = JUDGE_MODEL,
+    temperature: float = JUDGE_TEMPERATURE,
+    max_tokens: int = JUDGE_MAX_TOKENS,
+    swap: bool = False,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Have every candidate answer judged beside the reference answer.
+
+    A review that names no two scores is asked for once more; the row keeps the first one under `first`.
+
+    Args:
+        questions: rows with question_id, image, text and category.
+        context: image (the question's field) -> its description: captions, for COCO also boxes.
+        reference_answers: question id -> text, or rows with question_id and text.
+        candidate_answers: likewise.
+        client: any chat client of `companion.teacher`.
+        model: the judge's name, handed to the client.
+        temperature: of the judge.
+        max_tokens: of one review.
+        swap: ask a second time with the candidate first, to cancel a judge's taste for a position.
+
+    Returns:
+        Review rows as released (question_id, answer1_id of the reference, answer2_id of the candidate, category,
+        content, tuple), with `order` and where the review comes from (`Asked.source`). `tuple` is always
+        [reference, candidate], and None where there is no review or it names no two scores. Then the tally of
+        `teacher.asking.ask_all`; where the budget ended, what was not asked has no row.
+
+    Raises:
+        DataError: a question lacks a context, a reference or a candidate answer.
+        ServerError: no request can succeed; what was answered until then is in a recording client's cassette.
+    """
+    references, candidates = _by_id(reference_answers, "reference"), _by_id(candidate_answers, "candidate")
+    jobs: list[tuple[dict[str, Any], ChatRequest]] = []
+    for row in questions:
+        key = str(row["question_id"])
+        if row["image"] not in context:
+            raise DataError(f"question {key}: no context for image {row['image']!r}; the files do not belong together")
+        for name, answers in (("reference", references), ("candidate", candidates)):
+            if key not in answers:
+                raise DataError(f"question {key}: no {name} answer; give answers to all questions of the bench")
+        (first, first_id), (second, second_id) = references[key], candidates[key]
+        named = {"question_id": row["question_id"], "answer1_id": first_id, "answer2_id": second_id}
+        for order in ORDERS[: 1 + swap]:
+            pair = (first, second) if order == ORDERS[0] else (second, first)
+            messages = judge_messages(row["text"], context[row["image"]], *pair)
+            request = ChatRequest(messages, model, temperature, max_tokens)
+            jobs.append((named | {"category": row["category"], "order": order}, request))
+    asked, tally = ask_all(client, [request for _, request in jobs], _check_scores, "judge")
+    reviews = []
+    for number, ((row, _), found) in enumerate(zip(jobs, asked, strict=True), start=1):
+        if not found.unasked:
+            review = {"id": number, **row, "content": found.text}
+            scores = review_scores(review)
+            reviews.append(review | {"tuple": list(scores) if scores else None} | found.source())
+    return reviews, tally
+
+
+def _check_scores(reply: ChatReply) -> None:
+    if parse_scores(reply.text) is None:
+        raise ReplyError("its first line does not hold two scores from 1 to 10 and nothing else")
+
+
+def _by_id(answers: Answers, what: str) -> dict[str, tuple[str, str]]:
+    """Question id -> answer and the answer's id, which is made of the text where a row has none."""
+    if isinstance(answers, Mapping):
+        answers = [{"question_id": key, "text": text} for key, text in answers.items()]
+    found: dict[str, tuple[str, str]] = {}
+    for row in answers:
+        key = str(row["question_id"])
+        if key in found:
+            raise DataError(f"question {key} has two {what} answers; keep one")
+        found[key] = row["text"], str(row.get("answer_id") or fingerprint(row["text"]))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ scoring
+
+# What may stand around two scores without making them doubtful; anything else on their line makes the review fail.
+# A colon or dash counts only after a word: in "1: 8" the 1 would be a number of a list, not a score.
+_LABEL = re.compile(r"assistant\s*([12])\b(?:'s)?", re.IGNORECASE)
+_FILLER = re.compile(
+    r"(?:(?:assistant\s*[12]\b(?:'s)?|\b(?:overall|final|scores?|ratings?|the|of|for|is|and|vs)\b)[\s*_]*)+[:=-]?"
+    r"|(?<=\d)\s*(?:/|out of)\s*10(?:\.0+)?(?![\w.])|[\s,;|*_]",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"(?<![\w.-])(?:10|\d)(?:\.\d+)?(?![\w/.])")
+
+
+def parse_scores(review: str) -> tuple[float, float] | None:
+    """Return the two scores that a review opens with, or None where they are not beyond doubt.
+
+    Accepted: `8 7.5`, `8, 9`, `8/10 9/10`, `Scores: 8 and 9`, `Assistant 1: 8` and `Assistant 2: 9` on one line or on
+    two, and lines without any digit before them. A line that mixes other words with digits is not read.
+    """
+    found: list[float] = []
+    labels: list[str] = []
+    for line in review.splitlines():
+        if not any(c.isdigit() for c in line):
+            continue
+        labels += _LABEL.findall(line)
+        bare = _FILLER.sub(" ", line.strip(" \t*_`()[]."))
+        if _NUMBER.sub("", bare).strip():
+            return None
+        found += [float(number) for number in _NUMBER.findall(bare)]
+        if len(found) >= 2:
+            break
+    if len(found) != 2 or max(found) > 10 or labels not in ([], ["1", "2"]):
+        return None
+    return found[0], found[1]
+
+
+def _released_scores(review: str) -> tuple[float, float]:
+    """Parse as the released script does, where a failure becomes a score of -1; so does a number that is none."""
+    parts = review.split("\n")[0].replace(",", " ").split(" ")
+    try:
+        first, second = (float(part) for part in parts)
+    except ValueError:
+        return -1.0, -1.0
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else (-1.0, -1.0)
+
+
+def review_scores(row: Mapping[str, Any], released: bool = False) -> tuple[float, float] | None:
+    """Return the scores of reference and candidate, or None where a row has none (`released`: -1 and -1)."""
+    content, stored = row.get("content"), row.get("tuple", row.get("score"))
+    if isinstance(content, str):
+        scores = _released_scores(content) if released else parse_scores(content)
+        return scores[::-1] if scores and row.get("order") == ORDERS[1] else scores
+    # a row that kept the scores only has them in the order of reference and candidate
+    whole = isinstance(stored, list | tuple) and len(stored) == 2 and all(type(s) in (int, float) for s in stored)
+    if whole and all(0 <= score <= 10 for score in stored):
+        return float(stored[0]), float(stored[1])
+    return (-1.0, -1.0) if released else None
+
+
+def review_rows(reviews: str | Path | Iterable[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+    """Return what errors call the reviews, and the reviews of a file or of rows.
+
+    Raises:
+        DataError: the file is missing, empty or holds something else than reviews.
+    """
+    where = shown(reviews) if isinstance(reviews, str | Path) else "reviews"
+    rows = read_jsonl(reviews) if isinstance(reviews, str | Path) else list(reviews)
+    if not rows:
+        raise DataError(f"{where}: holds no review; give the JSONL that the judge wrote")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping) or not {"content", "tuple", "score"} & row.keys():
+            raise DataError(f"{where}, line {number}: not a review; it needs the judge's text in `content`")
+    return where, rows
+
+
+def score_reviews(reviews: str | Path | Iterable[Mapping[str, Any]], *, released: bool = False) -> dict[str, Any]:
+    """Score a file, or rows, of reviews: 100 x mean candidate / mean reference, means rounded to three decimals.
+
+    Args:
+        reviews: JSONL path or rows; `content` (the judge's text) counts, `tuple` only where there is no text.
+        released: average failed reviews as -1 and -1, as the released script does, instead of leaving them out.
+
+    Returns:
+        n (reviews in the means), failed with failed_ids, all, categories (relative scores in %, None where nothing
+        could be scored), reference and candidate (mean scores x 10), counts per category; mean_of_ratios (in %, the
+        mean over the reviews of candidate / reference, which is another number and not the bench's; None where a
+        reference has 0); orders (relative score of each order of the answers, where there are both).
+
+    Raises:
+        DataError: the file is missing, empty or holds something else than reviews.
+    """
+    _, rows = review_rows(reviews)
+    groups: dict[str, list[tuple[float, float]]] = {"all": []}
+    orders: dict[str, list[tuple[float, float]]] = {order: [] for order in ORDERS}
+    failed: dict[str, list[Any]] = {"all": []}
+    for number, row in enumerate(rows, start=1):
+        names = ["all", *([str(row["category"]).removeprefix(CATEGORY_PREFIX)] if "category" in row else [])]
+        scores = review_scores(row, released)
+        if scores is not None:
+            orders[ORDERS[row.get("order") == ORDERS[1]]].append(scores)
+        for name in names:
+            groups.setdefault(name, [])
+            failed.setdefault(name, [])
+            if scores is None:
+                failed[name].append(row.get("question_id", number))
+            else:
+                groups[name].append(scores)
+    relative = {name: _relative(scores) for name, scores in groups.items()}
+    reference, candidate = _means(groups["all"]) or (None, None)
+    ratios = [second / first if first else None for first, second in groups["all"]]
+    return {
+        "n": len(groups["all"]),
+        "failed": len(failed["all"]),
+        "failed_ids": failed["all"],
+        "all": relative.pop("all"),
+        "categories": {name: relative[name] for name in sorted(relative)},
+        "reference": None if reference is None else 10 * reference,
+        "candidate": None if candidate is None else 10 * candidate,
+        "counts": {name: {"n": len(groups[name]), "failed": len(failed[name])} for name in sorted(relative)},
+        "mean_of_ratios": None if None in ratios or not ratios else 100 * math.fsum(ratios) / len(ratios),  # type: ignore[arg-type]
+        **({"orders": {order: _relative(scores) for order, scores in orders.items()}} if all(orders.values()) else {}),
+    }
+
+
+def _means(scores: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    if not scores:
+        return None
+    reference, candidate = (round(sum(column) / len(scores), 3) for column in zip(*scores, strict=True))
+    return reference, candidate
+
+
+def _relative(scores: Sequence[tuple[float, float]]) -> float | None:
+    means = _means(scores)
+    return 100 * means[1] / means[0] if means and means[0] else None
+
+
+def summarize_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return mean, sample standard deviation and interval over repeated `score_reviews`, for all and each category."""
+    names = sorted({name for result in results for name in result["categories"]})
+    columns = {"all": [r["all"] for r in results]} | {n: [r["categories"].get(n) for r in results] for n in names}
+    return {name: seeds_interval(values) for name, values in columns.items() if None not in values}

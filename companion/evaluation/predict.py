@@ -1,0 +1,200 @@
+"""A checkpoint's answers, in batches, into files that are gone on with: any questions; ScienceQA, with its second pass.
+
+How ScienceQA is asked, and whether in two passes, is decided by the prompt format of the checkpoint's manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from companion.data_tools.scienceqa import Problem, answer_prompt, format_problem, load_problems
+from companion.evaluation.predictions import checkpoint_id, write_predictions
+from llava_core.constants import IMAGE_MARKER
+from llava_core.inference import answer_questions
+from llava_core.runtime import DataError, fingerprint, progress, shown
+
+if TYPE_CHECKING:
+    from llava_core.checkpoints.checkpoint import Loaded
+
+MAX_NEW_TOKENS, ANSWER_TOKENS = 1024, 64
+"""Longest first and second reply. Source: llava/eval/model_vqa_science.py@8959d5c."""
+_BRIDGE_TOKENS = 16  # what the second pass puts between reasoning and answer never needs more
+_USE = {"template": "v0", "system": None, "image_position": "data", "image_delimiters": None, "prompt_format": None}
+
+
+def conditions(loaded: Loaded, checkpoint: str | Path, **more: Any) -> dict[str, Any]:
+    """What decides an answer besides the question: the model, its precision, prompt, image and further settings.
+
+    Args:
+        loaded: the model.
+        checkpoint: where it was loaded from.
+        more: of the generation, say.
+
+    Returns:
+        The settings, as JSON gives them back.
+
+    Raises:
+        CheckpointError: there are no weights at `checkpoint`.
+    """
+    manifest = loaded.manifest
+    found = {
+        "checkpoint": checkpoint_id(checkpoint), "base": manifest.get("base"), "run_id": manifest.get("run_id"),
+        "dtype": str(loaded.model.language_model.dtype).removeprefix("torch."),
+        **{name: manifest.get(name, usual) for name, usual in _USE.items()},
+        "feature_layer": loaded.model.feature_layer, "image": loaded.processor.to_dict(), **more,
+    }  # fmt: skip
+    copied: dict[str, Any] = json.loads(json.dumps(found))  # as a file gives it back: lists, no tuples
+    return copied
+
+
+def predict_questions(
+    loaded: Loaded,
+    checkpoint: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    images: Path | None,
+    out: str | Path,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 64,
+    desc: str = "answers",
+) -> dict[str, Any]:
+    """Answer questions into a file; answers that it holds already are kept.
+
+    Args:
+        loaded: the model.
+        checkpoint: where it was loaded from; the file keeps its hash.
+        rows: `{question_id, text, image}` as `answer_questions` takes them.
+        images: folder of the images.
+        out: JSONL file; see `predictions`.
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 is greedy.
+        seed: of sampled answers; another one gives another run.
+        batch: rows generated together (no answer depends on it).
+        desc: of the progress bar.
+
+    Returns:
+        answers, new (of them, written now), conditions, file.
+
+    Raises:
+        DataError: the file holds answers to other questions, or given under other conditions.
+    """
+    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    told, new = conditions(loaded, checkpoint, **generation), 0
+
+    def answer(left: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+        nonlocal new
+        new = len(left)
+        for k in progress(range(0, new, batch), desc, leave=False):
+            yield answer_questions(loaded, left[k : k + batch], images, batch=batch, desc=None, **generation)
+
+    found = write_predictions(out, rows, told, answer)
+    return {"answers": len(found), "new": new, "conditions": told, "file": shown(out)}
+
+
+def science_answers(loaded: Loaded, problems: Sequence[Problem], **options: Any) -> dict[str, str]:
+    """Answer problems and return the texts by id, in the order of the problems.
+
+    Args:
+        loaded: the model; the manifest's `prompt_format` decides how it is asked and whether in two passes.
+        problems: what `load_problems` gave.
+        options: images (True; without them the same questions are asked as text), released (False; ask in the words of
+            the released converter, see `format_problem`), max_new_tokens (1024; fewer where the model's positions end),
+            answer_tokens (64; of a second pass), temperature (0.0, greedy; the released evaluation of the paper's time
+            drew at 0.7), batch (64; the answers do not depend on it).
+
+    Raises:
+        DataError: the manifest names no prompt format.
+    """
+    rows = _rows(loaded, problems, options)
+    answers = {key: text for part in _batches(loaded, rows, **options) for key, text in part.items()}
+    return {problem.id: answers[problem.id] for problem in problems}
+
+
+def predict_science_qa(
+    loaded: Loaded,
+    checkpoint: str | Path,
+    folder: str | Path,
+    out: str | Path,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    **options: Any,
+) -> dict[str, str]:
+    """Answer a split of ScienceQA into a file that says how it was made; an interrupted file is gone on with.
+
+    Args:
+        loaded: the model.
+        checkpoint: where it was loaded from; the file keeps its hash.
+        folder: ScienceQA's official files.
+        out: JSONL file; see `predictions`.
+        split: which problems.
+        limit: at most so many of them.
+        options: as in `science_answers`.
+
+    Returns:
+        The answers by problem id, in the order of the split.
+
+    Raises:
+        DataError: the file was begun with other settings.
+    """
+    problems = load_problems(folder, split)[:limit]
+    rows, name = _rows(loaded, problems, options), _prompt_format(loaded)
+    asked = [[p.id, str(p.image and p.image.name), row["text"]] for p, row in zip(problems, rows, strict=True)]
+    told = conditions(
+        loaded, checkpoint, task="science_qa", split=split, n=len(problems), questions=fingerprint(asked),
+        released_texts=options.get("released", False), images=options.get("images", True),
+        max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
+        answer_tokens=options.get("answer_tokens", ANSWER_TOKENS) if answer_prompt(name) else None,
+        temperature=options.get("temperature", 0.0), seed=0,
+    )  # fmt: skip
+    return write_predictions(out, rows, told, lambda left: _batches(loaded, left, **options))
+
+
+def _prompt_format(loaded: Loaded) -> str:
+    name = loaded.manifest.get("prompt_format")
+    if name is None:
+        raise DataError("the checkpoint names no prompt format; say which it was trained with (prompt_format=QCM-LEPA)")
+    return str(name)
+
+
+def _rows(loaded: Loaded, problems: Sequence[Problem], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The problems as `answer_questions` takes them."""
+    name, rows = _prompt_format(loaded), []
+    for problem in problems:
+        text = format_problem(problem, name, options.get("released", False)).turns[0][0]
+        look = options.get("images", True) and problem.image is not None
+        text = text if look else text.replace(IMAGE_MARKER, "").strip()
+        rows.append({"question_id": problem.id, "text": text, "image": str(problem.image) if look else None})
+    return rows
+
+
+def _batches(
+    loaded: Loaded,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    images: bool = True,
+    released: bool = False,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    answer_tokens: int = ANSWER_TOKENS,
+    temperature: float = 0.0,
+    batch: int = 64,
+) -> Iterator[dict[str, str]]:
+    """Both passes of one batch after the other, so that an interrupted run keeps what it has; like lengths together."""
+    name = _prompt_format(loaded)
+    bridge = answer_prompt(name, released)
+    rows = sorted(rows, key=lambda row: (row["image"] is not None, len(row["text"])))
+    for k in progress(range(0, len(rows), batch), f"ScienceQA {name}", leave=False):
+        part = rows[k : k + batch]
+        room = answer_tokens + _BRIDGE_TOKENS if bridge else 0
+        common: dict[str, Any] = {"batch": batch, "temperature": temperature, "desc": None}
+        answers = answer_questions(loaded, part, max_new_tokens=max_new_tokens, room=room, **common)
+        if bridge is not None:
+            begins = {key: text + bridge for key, text in answers.items()}
+            letters = answer_questions(loaded, part, max_new_tokens=answer_tokens, begins=begins, **common)
+            answers = {key: f"{text}\n The answer is {letters[key].strip()}" for key, text in answers.items()}
+        yield answers

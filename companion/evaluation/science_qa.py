@@ -1,0 +1,475 @@
+"""ScienceQA: read the letter out of each answer and score it, with everything unreadable counted in the open."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from companion.data_tools.scienceqa import SUBJECTS, SUBSETS
+from companion.evaluation.predictions import check_made_with, differences, read_predictions
+from companion.evaluation.statistics import mcnemar, paired_bootstrap, proportion
+from llava_core.runtime import DataError, read_json, shown
+
+PAPER_ACCURACY = 90.92
+"""Source: paper Table 7, LLaVA, average; 3856 of 4241."""
+
+ERAS = ("ours", "v0", "1.0", "1.5")
+"""Whose reading of an answer: the released scorers' of three eras to the letter, or ours, which never guesses."""
+DEFAULT_ERA = "ours"
+
+# The last dot is a wildcard in the released code too: "The answer is B" at the very end of a text does not match, and
+# "The answer is Belgium" is read as B. Ours leaves out the latter.
+_RELEASED_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+_SENTENCE = re.compile(r"The answer is ([A-Z])(?!\w).")
+_RELEASED_OPENING = re.compile(r"([A-E])(?:\Z|\. )")
+_OPENING = re.compile(r"\s*([A-E])(?:(?P<answer>\s*\Z|\. )|\.?\s*\n)")
+
+
+class Failure(Enum):
+    """Why an answer gives no choice; not an integer, so that it can never index one."""
+
+    UNPARSED = "unparsed"
+    INVALID = "invalid"
+
+
+UNPARSED, INVALID = Failure.UNPARSED, Failure.INVALID
+Answer = int | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What scoring needs to know of a question; `answer` is the index of the right choice."""
+
+    id: str
+    n_choices: int
+    answer: int
+    has_text: bool
+    has_image: bool
+    subject: str | None = None
+    grade: int | None = None
+
+    @property
+    def subsets(self) -> list[str]:
+        """Return the columns of the paper's Table 7 that the question belongs to (IMG and TXT may both hold)."""
+        names = [name for name, held in (("TXT", self.has_text), ("IMG", self.has_image)) if held] or ["NO"]
+        if self.subject is not None:
+            names.append(self.subject)
+        if self.grade is not None:
+            names.append("G1-6" if self.grade <= 6 else "G7-12")
+        return names
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def answer_letter(text: str, era: str = DEFAULT_ERA) -> str | None:
+    """Return the capital letter that an answer names, or None where it names none or more than one.
+
+    Source: llava/eval/eval_science_qa.py, 8959d5c ("v0", "1.0") and from ce1aa08 on ("1.5").
+    """
+    if era not in ERAS:
+        raise ValueError(f"unknown era {era!r}; known: {', '.join(ERAS)}")
+    if era != "ours":
+        opening = _RELEASED_OPENING.match(text) if era == "1.5" else None
+        sentences = _RELEASED_SENTENCE.findall(text)
+        return opening[1] if opening else sentences[0] if len(sentences) == 1 else None
+    opening, sentences = _OPENING.match(text), _SENTENCE.findall(text)
+    if len(sentences) > 1 or (opening and sentences and sentences != [opening[1]]):
+        return None
+    if sentences:
+        return str(sentences[0])
+    return opening[1] if opening and opening["answer"] is not None else None
+
+
+def parse_answer(text: str, n_choices: int, era: str = DEFAULT_ERA) -> Answer:
+    """Return the index of the choice that an answer names.
+
+    Args:
+        text: the model's whole output.
+        n_choices: how many choices the question has.
+        era: whose reading: "v0" and "1.0" want exactly one sentence `The answer is X.`; "1.5" first takes a text that
+            is `X` or begins with `X. `; "ours" takes the same forms, but nothing where they name different letters.
+
+    Returns:
+        The index, UNPARSED (not exactly one letter) or INVALID (a letter beyond the choices).
+    """
+    letter = answer_letter(text, era)
+    if letter is None:
+        return UNPARSED
+    index = ord(letter) - ord("A")
+    return index if index < n_choices else INVALID
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def read_questions(path: str | Path, split: str = "test") -> list[Question]:
+    """Read ScienceQA's `problems.json`, or the CQM-A question file of LLaVA-1.5.
+
+    Args:
+        path: the file.
+        split: which problems of a `problems.json` to take; a file that names no split is taken whole.
+
+    Raises:
+        DataError: the file is missing, empty, of another layout, or holds no problem of the split.
+    """
+    content = read_json(path)
+    if not content:
+        raise DataError(f"{shown(path)}: empty; give problems.json or llava_test_CQM-A.json")
+    if isinstance(content, list):
+        return [_from_conversation(record, f"{shown(path)}, record {i}") for i, record in enumerate(content)]
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{shown(path)}: neither a dict of problems nor a list of conversations; give a ScienceQA question file"
+        )
+    wanted = {key: p for key, p in content.items() if not isinstance(p, dict) or p.get("split", split) == split}
+    if not wanted:
+        splits = sorted({str(p.get("split")) for p in content.values()})
+        raise DataError(f"{shown(path)}: no problem of split {split!r}; the file has {', '.join(splits)}")
+    return as_questions(wanted, shown(path))
+
+
+def as_questions(problems: Mapping[str, Any] | Iterable[Any], where: str = "problems") -> list[Question]:
+    """Return questions from a `problems.json` mapping or from objects with the same fields and an `id`.
+
+    Raises:
+        DataError: a field is missing or the right answer is not one of the choices.
+    """
+    if isinstance(problems, Mapping):
+        return [_from_problem(str(key), problem, where) for key, problem in problems.items()]
+    return [p if isinstance(p, Question) else _from_problem(str(_field(p, "id")), p, where) for p in problems]
+
+
+def _field(problem: Any, name: str) -> Any:
+    return problem.get(name) if isinstance(problem, Mapping) else getattr(problem, name, None)
+
+
+def _from_problem(identifier: str, problem: Any, where: str) -> Question:
+    choices, answer = _field(problem, "choices"), _field(problem, "answer")
+    if not isinstance(choices, list | tuple) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise DataError(f"{where}, problem {identifier}: needs a list `choices` and the index `answer` of one of them")
+    subject, grade = _field(problem, "subject"), re.search(r"\d+", str(_field(problem, "grade") or ""))
+    if subject is not None and str(subject) not in SUBJECTS:
+        raise DataError(f"{where}, problem {identifier}: subject {subject!r} is none of {', '.join(SUBJECTS)}")
+    return Question(
+        id=identifier,
+        n_choices=len(choices),
+        answer=answer,
+        has_text=bool(_field(problem, "hint")),
+        has_image=bool(_field(problem, "image")),
+        subject=SUBJECTS[subject] if subject is not None else None,
+        grade=int(grade[0]) if grade else None,
+    )
+
+
+def _from_conversation(record: Any, where: str) -> Question:
+    try:
+        identifier = str(record["id"])
+        human, letter = (str(record["conversations"][i]["value"]) for i in (0, 1))
+    except (KeyError, IndexError, TypeError) as error:
+        raise DataError(f"{where}: needs `id` and two `conversations`, as llava_test_CQM-A.json has them") from error
+    n_choices = 0
+    for line in human.split("\n"):  # a choice may run over several lines, so every lettered line in order counts one
+        if line.startswith("A. "):
+            n_choices = 1
+        elif n_choices and line.startswith(f"{chr(ord('A') + n_choices)}. "):
+            n_choices += 1
+    answer = ord(letter) - ord("A") if re.fullmatch("[A-Z]", letter) else -1
+    if not 0 <= answer < n_choices:
+        raise DataError(
+            f"{where} (question {identifier}): the right answer {letter[:20]!r} is none of its {n_choices} lettered "
+            "lines `A. ...`; give the CQM-A layout or problems.json"
+        )
+    has_text = human.removeprefix("<image>\n").startswith("Context:")
+    return Question(identifier, n_choices, answer, has_text, has_image="image" in record)
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def tally(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[str, Any]:
+    """Count parsed answers, over all questions and over the columns of Table 7.
+
+    Returns:
+        n (all questions), correct, accuracy, interval, unparsed, invalid and missing with their ids,
+        accuracy_if_wrong (= accuracy) and accuracy_if_random (the expected accuracy where each unparsed or invalid
+        answer is replaced by a uniform draw among the choices: 100 (correct + sum of 1 / choices over these) / n),
+        luck (that sum), subsets (name -> n, correct, accuracy, interval).
+    """
+    questions = list(questions)
+    failures: dict[Failure | None, list[str]] = {UNPARSED: [], INVALID: [], None: []}
+    right: dict[str, bool] = {}
+    luck = 0.0
+    for question in questions:
+        answer = answers.get(question.id)
+        right[question.id] = answer == question.answer
+        if answer is None or isinstance(answer, Failure):
+            failures[answer].append(question.id)
+            luck += 1 / question.n_choices if answer else 0
+    if len(right) != len(questions):
+        raise DataError("two questions have the same id; each id may occur once")
+    subsets = {}
+    for name in SUBSETS:
+        inside = [right[q.id] for q in questions if name in q.subsets]
+        if inside:
+            subsets[name] = proportion(sum(inside), len(inside))
+    whole = proportion(sum(right.values()), len(questions))
+    counts = {"unparsed": failures[UNPARSED], "invalid": failures[INVALID], "missing": failures[None]}
+    return (
+        whole
+        | {name: len(ids) for name, ids in counts.items()}
+        | {f"{name}_ids": ids for name, ids in counts.items()}
+        | {
+            "accuracy_if_wrong": whole["accuracy"],
+            "accuracy_if_random": 100 * (whole["correct"] + luck) / len(questions) if questions else None,
+            "luck": luck,
+            "subsets": subsets,
+        }
+    )
+
+
+def score(
+    problems: Mapping[str, Any] | Iterable[Any], answers: Mapping[Any, str], *, era: str = DEFAULT_ERA
+) -> dict[str, Any]:
+    """Score answers held in memory.
+
+    Args:
+        problems: a `problems.json` mapping, problem objects with its fields and an `id`, or `Question`s.
+        answers: question id -> the model's whole output.
+        era: see `parse_answer`.
+
+    Returns:
+        `tally`'s dict with `era` and `notes`, sentences that explain what did not count.
+
+    Raises:
+        DataError: an answer belongs to no question.
+    """
+    questions = {q.id: q for q in as_questions(problems)}
+    texts = {str(key): text for key, text in answers.items()}
+    strangers = [key for key in texts if key not in questions]
+    if strangers:
+        raise DataError(
+            f"{len(strangers)} of {len(texts)} predictions belong to no question (first: {strangers[0]!r}); "
+            "give the questions that were asked, or score a part on purpose (subset=True, --subset)"
+        )
+    result = tally(questions.values(), {k: parse_answer(t, questions[k].n_choices, era) for k, t in texts.items()})
+    return result | {"era": era, "notes": _notes(result, questions, texts, era)}
+
+
+def _notes(
+    result: Mapping[str, Any], questions: Mapping[str, Question], texts: Mapping[str, str], era: str
+) -> list[str]:
+    notes = []
+    if result["invalid"]:
+        named = [
+            f"question {key} names option {answer_letter(texts[key], era)} of {questions[key].n_choices} choices"
+            for key in result["invalid_ids"]
+        ]
+        notes.append(f"{result['invalid']} invalid, counted as wrong: {_some(named)}.")
+    if result["unparsed"]:
+        ids = _some(result["unparsed_ids"])
+        notes.append(f"{result['unparsed']} unparsed (not exactly one letter), counted as wrong: {ids}.")
+    if result["missing"]:
+        notes.append(f"{result['missing']} missing (no prediction), counted as wrong: {_some(result['missing_ids'])}.")
+    if result["missing"] and texts:
+        share = 100 * result["correct"] / (result["n"] - result["missing"])
+        notes.append(f"The code released until September 2023 left missing ones out of the count: {share:.2f} %.")
+    if result["luck"]:
+        notes.append(
+            "The code released from April to September 2023 drew a random choice for an unparsed or invalid answer: on "
+            f"average 100 x ({result['correct']} + {result['luck']:.2f}) / {result['n']} = "
+            f"{result['accuracy_if_random']:.2f} %, where {result['luck']:.2f} is the sum of 1 / choices over these."
+        )
+    return notes
+
+
+def _some(items: list[str], most: int = 5) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def evaluate_files(
+    predictions: str | Path,
+    questions: str | Path,
+    *,
+    era: str = DEFAULT_ERA,
+    split: str = "test",
+    subset: bool = False,
+    prompt_format: str | None = None,
+    checkpoint: str | Path | None = None,
+    released: bool = False,
+) -> dict[str, Any]:
+    """Score a file of answers against a file of questions.
+
+    Args:
+        predictions: see `predictions.read_predictions`.
+        questions: see `read_questions`.
+        era: see `parse_answer`.
+        split: see `read_questions`.
+        subset: score only the questions of the file, although there are predictions for others.
+        prompt_format: refuse answers that were made with another one, or that do not say with which.
+        checkpoint: likewise for the model.
+        released: score the choices that a released result file stores, random draws included, not its texts.
+
+    Returns:
+        `score`'s dict, `made_with` (the settings of the answers, None where the file does not tell) and `header` (acc,
+        correct and count as a released file states them); the notes also compare texts and stored choices.
+
+    Raises:
+        DataError: a file cannot be read, the two do not belong together, or the answers were made otherwise.
+    """
+    asked = read_questions(questions, split)
+    found = read_predictions(predictions)
+    check_made_with(predictions, found, prompt_format, checkpoint)
+    known = {q.id for q in asked}
+    if not known & found.answers.keys():
+        raise DataError(
+            f"{shown(predictions)}: none of its {len(found.answers)} question ids is in {shown(questions)}; "
+            "give the questions that were asked"
+        )
+    answers = {key: text for key, text in found.answers.items() if key in known or not subset}
+    try:
+        result = score(asked, answers, era=era)
+    except DataError as error:
+        raise DataError(f"{shown(predictions)} against {shown(questions)}: {error}") from error
+    result |= {"made_with": found.made_with, "header": {k: v for k, v in found.released.items() if k != "results"}}
+    stored = found.released.get("results")
+    if released:
+        if not isinstance(stored, dict):
+            raise DataError(f"{shown(predictions)}: stores no choices (`results`), only texts; leave --released away")
+        texts = {q.id: parse_answer(answers[q.id], q.n_choices, era) for q in asked if q.id in answers}
+        result |= tally(asked, {q.id: _stored(q, stored, texts[q.id]) for q in asked if q.id in texts})
+        result["notes"] = [
+            "The choices are those that the file stores, its random draws included, not its texts; its header says "
+            f"{result['header'].get('correct')} of {result['header'].get('count')}."
+        ]
+    elif isinstance(stored, dict):
+        result["notes"] += _compare_with_map(asked, answers, stored, result)
+    if found.made_with is None:
+        result["notes"].append(
+            "The file does not say with which prompt format, template and checkpoint its answers were made (a foreign "
+            "layout); they are scored on trust."
+        )
+    elif found.made_with.get("n", 0) > len(found.answers):
+        n = found.made_with["n"]
+        result["notes"].append(
+            f"The file holds {len(found.answers)} of {n} answers: the run that writes it has not ended."
+        )
+    return result
+
+
+def _stored(question: Question, stored: Mapping[str, Any], text: Answer) -> Answer:
+    """The choice that a result file stores; -1, its failure, is told apart by the text."""
+    value = stored.get(question.id)
+    if isinstance(value, int) and 0 <= value < question.n_choices:
+        return value
+    return text if isinstance(text, Failure) else UNPARSED
+
+
+def _compare_with_map(
+    questions: list[Question], answers: Mapping[str, str], stored: Mapping[str, Any], result: Mapping[str, Any]
+) -> list[str]:
+    """Explain where the choices that a released file stores differ from what its texts say."""
+    failed = {*result["unparsed_ids"], *result["invalid_ids"]}
+    stored_right = sum(q.id in answers and stored.get(q.id) == q.answer for q in questions)
+    if stored_right == result["correct"]:
+        return []
+    drawn = [q.id for q in questions if q.id in failed and stored.get(q.id) == q.answer]
+    accuracy = 100 * stored_right / len(questions)
+    note = f"The file's own result map has {stored_right} right ({accuracy:.2f} %), its texts {result['correct']}"
+    if stored_right - result["correct"] == len(drawn):
+        note += f": the map holds a random draw, by luck right, where the text gave no choice (question {_some(drawn)})"
+    if round(accuracy, 2) == PAPER_ACCURACY and len(questions) == 4241:
+        note += f". The paper's {PAPER_ACCURACY} % is this same file with that draw counted as an answer"
+    return [note + "."]
+
+
+def compare_files(
+    first: str | Path,
+    second: str | Path,
+    questions: str | Path,
+    *,
+    era: str = DEFAULT_ERA,
+    split: str = "test",
+) -> dict[str, Any]:
+    """Compare two files of answers to the same questions.
+
+    Args:
+        first: the reference, as for `evaluate_files`.
+        second: the other.
+        questions: see `read_questions`.
+        era: see `parse_answer`.
+        split: see `read_questions`.
+
+    Returns:
+        n; first and second (`proportion`s); difference (second minus first, in points) and its interval (paired
+        bootstrap over the questions); only_first, only_second and p (McNemar's exact test); notes.
+
+    Raises:
+        DataError: the two answer different questions, or as in `evaluate_files`.
+    """
+    paths, files = (first, second), [read_predictions(path) for path in (first, second)]
+    for one, other in ((0, 1), (1, 0)):
+        alone = [key for key in files[one].answers if key not in files[other].answers]
+        if alone:
+            raise DataError(
+                f"{shown(paths[one])} answers {len(alone)} questions that {shown(paths[other])} does not "
+                f"({_some(alone)}); compare answers to the same questions"
+            )
+    asked = {q.id: q for q in read_questions(questions, split)}
+    strangers = [key for key in files[0].answers if key not in asked]
+    if strangers:
+        raise DataError(
+            f"{shown(first)}: {len(strangers)} questions are not in {shown(questions)} ({_some(strangers)})"
+        )
+    right = [
+        [
+            parse_answer(text, asked[key].n_choices, era) == asked[key].answer
+            for key, text in sorted(found.answers.items())
+        ]
+        for found in files
+    ]
+    if len(right[0]) < 2:
+        raise DataError(f"{shown(first)}: one answer is nothing to compare; give two or more")
+    change = paired_bootstrap(*right)
+    result = {
+        "n": len(right[0]),
+        **{k: proportion(sum(r), len(r)) for k, r in zip(("first", "second"), right, strict=True)},
+    }
+    result |= {"difference": 100 * change["difference"], "interval": [100 * end for end in change["interval"]]}
+    notes = [] if len(asked) == len(right[0]) else [f"{len(right[0])} of {len(asked)} questions are answered."]
+    told = [found.made_with for found in files]
+    notes += [f"{shown(path)} does not say how it was made." for path, t in zip(paths, told, strict=True) if t is None]
+    if all(told):
+        notes += [f"Made with other {line}." for line in differences(told[0] or {}, told[1] or {})]
+    return result | {k: v for k, v in mcnemar(*right).items() if k != "n"} | {"notes": notes}
+
+
+def format_comparison(result: Mapping[str, Any]) -> str:
+    """Return a comparison as text for people."""
+    rows = [
+        f"{name:8}{row['accuracy']:8.2f} %   95 % interval {row['interval'][0]:.2f} to {row['interval'][1]:.2f}"
+        for name, row in ((name, result[name]) for name in ("first", "second"))
+    ]
+    low, high = result["interval"]
+    rows.append(f"second minus first: {result['difference']:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
+    alone = f"right in the first only {result['only_first']}, in the second only {result['only_second']}"
+    rows.append(f"of {result['n']} questions {alone}; McNemar's exact p = {result['p']:.3g}")
+    return "\n".join(rows + [f"- {note}" for note in result["notes"]])
+
+
+def format_report(result: Mapping[str, Any]) -> str:
+    """Return a result as a table for people."""
+    lines = [f"{'':8}{'right':>7}{'of':>7}{'%':>8}   95 % interval"]
+    for name, row in {"all": result, **result["subsets"]}.items():
+        low, high = row["interval"]
+        lines.append(f"{name:8}{row['correct']:7}{row['n']:7}{row['accuracy']:8.2f}   {low:.2f} to {high:.2f}")
+    lines.append(f"unparsed {result['unparsed']}, invalid {result['invalid']}, missing {result['missing']}")
+    lines.append(
+        f"failures counted as wrong {result['accuracy_if_wrong']:.2f} %, "
+        f"expected if drawn at random {result['accuracy_if_random']:.2f} %"
+    )
+    return "\n".join(lines + [f"- {note}" for note in result.get("notes", [])])

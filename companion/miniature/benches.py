@@ -1,0 +1,174 @@
+"""The two benches of the miniature, in LLaVA-Bench's file formats: questions, context for the judge, reference answers.
+
+bench-coco asks about val scenes of mini-coco; bench-wild about scenes whose pairings of category and color occur in no
+training image. The reference answers are the text-only teacher's: right, since written from the scene's own facts.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from companion.miniature import coco, language
+from companion.miniature.world import Scene, sample_scene
+from llava_core.runtime import write_jsonl
+
+DETAIL_REQUESTS = (
+    "Describe this image in detail.",
+    "Tell me everything that can be seen in the image.",
+    "Give a complete description of the scene.",
+)
+_FORMS = (  # question that language.questions asks -> statement that holds its answer {0}, in small letters
+    (r"What color (is|are) the (.+)\?", "the {2} {1} {0}"),
+    (r"How many .+ (are there)\?", "there {be} {0} {name} in the image"),
+    (r"Is there an? (.+)\?", "{0}, there is {some} {1} in the image"),
+    (r"Where (is|are) the (.+)\?", "the {2} {1} {0}"),
+    (r"What is (.+)\?", "there {be} {0} {1}"),
+    (r"What place does the image show\?", "the image shows {0}"),
+    (r"(Is|Are) the (.+) to the left of the (.+)\?", "{0}, the {2} {1} {no}to the left of the {3}"),
+)
+
+
+def full_answer(qa: language.QA) -> str:
+    """The answer of a factual question as a whole sentence: "Red." to the color of a car becomes "The car is red."."""
+    short = qa.answer.rstrip(".")
+    short = short[:1].lower() + short[1:]
+    for pattern, form in _FORMS:
+        if found := re.fullmatch(pattern, qa.question):
+            groups = [g.lower() if g in ("Is", "Are") else g for g in found.groups()]
+            one = short.split()[0] in ("one", "a", "an")
+            plural = qa.question.removeprefix("How many ").removesuffix(" are there?")
+            singular = next((c for c in language.CATEGORIES if language.plural(c) == plural), plural)
+            words = {
+                "be": "is" if one else "are",
+                "name": singular if one else plural,
+                "no": "" if short == "yes" else "not ",
+                "some": language.with_article(groups[0]).split()[0] if short == "yes" else "no",
+            }
+            return language.sentence(form.format(short, *groups, **words))
+    return qa.answer
+
+
+class _Bench:
+    """Collects the rows of one bench; question ids count from 0 in the order of asking."""
+
+    def __init__(self, seed: int, name: str, prefix: str = "") -> None:
+        self.rng, self.prefix = random.Random(f"{name}-{seed}"), prefix
+        self.questions: list[dict[str, Any]] = []
+        self.answers: list[dict[str, Any]] = []
+
+    def ask(self, image: str, category: str, text: str, answer: str) -> None:
+        row = {"question_id": len(self.questions), "text": text, "category": self.prefix + category}
+        self.questions.append({"question_id": row["question_id"], "image": image} | row)
+        self.answers.append(row | {"text": answer})
+
+    def conv(self, image: str, scene: Scene) -> None:
+        qa = language.questions(language.facts_of_scene(scene), self.rng)[0]
+        self.ask(image, "conv", qa.question, full_answer(qa))
+
+    def detail(self, image: str, scene: Scene) -> None:
+        self.ask(image, "detail", self.rng.choice(DETAIL_REQUESTS), language.describe(language.facts_of_scene(scene)))
+
+    def complex(self, image: str, scene: Scene, which: int = 0) -> None:
+        qa = _reasonings(scene)[which]
+        self.ask(image, "complex", qa.question, qa.answer)
+
+    def save(self, root: Path, context: list[dict[str, Any]]) -> dict[str, int]:
+        write_jsonl(root / "questions.jsonl", self.questions)
+        write_jsonl(root / "answers_gpt4.jsonl", self.answers)
+        write_jsonl(root / "context.jsonl", context)
+        asked = Counter(str(q["category"]) for q in self.questions)
+        return {"images": len(context), "questions": len(self.questions), **dict(sorted(asked.items()))}
+
+
+def _reasonings(scene: Scene) -> list[language.QA]:
+    """The distinct reasoning questions that a scene allows, in a fixed order."""
+    facts = language.facts_of_scene(scene)
+    found: dict[str, language.QA] = {}
+    for attempt in range(12):
+        if qa := language.reasoning(facts, random.Random(f"reasoning-{scene.id}-{attempt}")):
+            found.setdefault(qa.question, qa)
+    return [found[question] for question in sorted(found)]
+
+
+def _pick(candidates: Callable[[int], Scene], n: int, reasonings: int, limit: int) -> list[Scene]:
+    """The first `n` candidates that allow that many reasoning questions."""
+    found: list[Scene] = []
+    for k in range(limit):
+        if len(found) < n and len(_reasonings(scene := candidates(k))) >= reasonings:
+            found.append(scene)
+    return found
+
+
+def write_bench_coco(root: Path, *, seed: int, images: int, train: int, val: int) -> dict[str, int]:
+    """Write bench-coco: three questions (conv, detail, complex) about each of some val scenes of mini-coco.
+
+    Args:
+        root: folder of the set, made if missing.
+        seed: of mini-coco.
+        images: how many scenes; fewer are taken where val has fewer that allow a reasoning question.
+        train: train images of mini-coco (with `val` decides its image ids).
+        val: val images of mini-coco.
+
+    Returns:
+        Counts of images and questions, in all and by category.
+    """
+    members = coco.scenes(seed, train, val)["val"]
+    random.Random(f"bench-coco-scenes-{seed}").shuffle(members)
+    bench, context, jobs = _Bench(seed, "bench-coco"), [], []
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    for scene in _pick(members.__getitem__, images, 1, len(members)):
+        image = f"{scene.id:012d}.jpg"
+        bench.conv(image, scene)
+        bench.detail(image, scene)
+        bench.complex(image, scene)
+        boxes = [{"category": i.category, "bbox": [round(v, 3) for v in coco.visible_box(i)]} for i in scene.items]
+        texts = coco.captions_of(scene, seed)
+        context.append({"id": image[:-4], "image": image, "captions": texts, "instances": boxes})
+        jobs.append((scene, root / "images" / image))
+    coco.render(jobs, "drawing bench-coco")
+    return bench.save(root, context)
+
+
+def write_bench_wild(root: Path, *, seed: int, images: int) -> dict[str, int]:
+    """Write bench-wild: scenes with held-out pairings of category and color, 5 questions for every 2 of them.
+
+    Args:
+        root: folder of the set, made if missing.
+        seed: decides every file.
+        images: how many scenes; of 24 come 28 complex, 17 conv and 15 detail questions, as in the official bench.
+
+    Returns:
+        Counts of images and questions, in all and by category.
+    """
+    n_conv, n_detail, n_twice = (round(images * share / 24) for share in (17, 15, 4))
+    # Scene ids above COCO's, so that no scene of mini-coco shares a number, and three groups in every third one.
+    one = _pick(lambda k: sample_scene(600_000 + k, seed, (2, 3, None)[k % 3], "ood"), images - n_twice, 1, 50 * images)
+    two = _pick(lambda k: sample_scene(700_000 + k, seed, 2 + k % 2, "ood"), n_twice, 2, 50 * images)
+    members = one + two
+    order = random.Random(f"bench-wild-{seed}")
+    order.shuffle(members)
+    with_conv = {s.id for s in order.sample(members, n_conv)}
+    with_detail = {s.id for s in order.sample(members, n_detail)}
+    bench, context, jobs = _Bench(seed, "bench-wild", "llava_bench_"), [], []
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(members, start=1):
+        image = f"{number:03d}.jpg"
+        if scene.id in with_conv:
+            bench.conv(image, scene)
+        if scene.id in with_detail:
+            bench.detail(image, scene)
+        for which in range(1 + (scene in two)):
+            bench.complex(image, scene, which)
+        caption = language.describe(language.facts_of_scene(scene))
+        context.append({"id": image[:-4], "image": image, "caption": caption})
+        jobs.append((scene, root / "images" / image))
+    coco.render(jobs, "drawing bench-wild")
+    return bench.save(root, context)
+
+
+__all__ = ["full_answer", "write_bench_coco", "write_bench_wild"]

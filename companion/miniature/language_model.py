@@ -1,0 +1,246 @@
+"""The language models of the miniature, trained from scratch: a text-only Llama in two sizes, in place of Vicuna.
+
+They read only text: captions, dialogues about scenes told in sentences or as rasters of word sums, science sentences.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from companion.miniature import language, world
+from companion.miniature.reading import document
+from companion.miniature.training import fit, train_tokenizer
+from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from llava_core.data.conversation import Segment, encode
+from llava_core.runtime import seed_everything
+
+VOCABULARY = 1024
+
+
+@dataclass(frozen=True)
+class LanguageModelSize:
+    """Shape and training budget of one language model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    steps: int
+    batch: int = 32
+    rates: tuple[float, float] = (1e-3, 6e-3)
+
+
+SIZES = {
+    "llm-7b": LanguageModelSize(128, 5, 4, 352, steps=1500),
+    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=1500),
+}
+
+
+def document_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:
+    """Texts that the language models' tokenizer is trained on: documents as they are and in lower case."""
+    rng = random.Random(f"tokenizer-{seed}")
+    for _ in range(count):
+        segments, patches = document(rng)
+        text = "".join(s.text for s in segments)
+        yield from (text, text.lower(), "".join(f" {words}" for words in patches))
+
+
+def _text_batches(
+    tokenizer: Any, batch: int, make: Callable[[], tuple[list[Segment], list[str]]], seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Batches (ids, labels, words): documents of similar length together, right-padded, so no mask is needed.
+
+    ids and labels are (batch, T); words is (patches, 4), the word ids of each patch in the order of the batch, -1 for
+    none.
+    """
+    order = random.Random(f"order-{seed}")
+    known: dict[str, list[int]] = {}
+
+    def word_ids(patch: str) -> list[int]:
+        if patch not in known:
+            known[patch] = (tokenizer(f" {patch}", add_special_tokens=False)["input_ids"][-4:] + [-1] * 4)[:4]
+        return known[patch]
+
+    while True:
+        made = (make() for _ in range(batch * 16))
+        pool = sorted(((encode(s, tokenizer, len(p)), p) for s, p in made), key=lambda e: len(e[0].input_ids))
+        rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
+        order.shuffle(rows)
+        for row in rows:
+            width = max(len(e.input_ids) for e, _ in row)
+            ids = torch.full((batch, width), tokenizer.pad_token_id)
+            labels = torch.full((batch, width), IGNORE_INDEX)
+            for k, (e, _) in enumerate(row):
+                ids[k, : len(e.input_ids)] = torch.tensor(e.input_ids)
+                labels[k, : len(e.labels)] = torch.tensor(e.labels)
+            words = [word_ids(patch) for _, patches in row for patch in patches]
+            yield ids, labels, torch.tensor(words, dtype=torch.long).reshape(-1, 4)
+
+
+def embed_with_patches(embedding: nn.Module, ids: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, T, D) of ids, each patch being the sum of those of its words, some louder than others.
+
+    Args:
+        embedding: of the language model.
+        ids: (B, T), patches as `IMAGE_TOKEN_ID`.
+        words: (patches, 4) word ids in the order of the patches, -1 for none.
+    """
+    embeds = embedding(ids.clamp(min=0))
+    loudness = (0.4 + 1.2 * torch.rand(words.shape)) * (words >= 0)
+    patches = (embedding(words.clamp(min=0)) * loudness[..., None]).sum(1)
+    return embeds.masked_scatter((ids == IMAGE_TOKEN_ID)[..., None], patches)
+
+
+@torch.no_grad()
+def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
+    """Begin training with attention that can look things up: a tiny model needs thousands of steps to find it alone.
+
+    The residual stream gets a constant (dimension 0), a word part A, parts B, C, D for the words one, two and three
+    places before, and a part S for what was found. Layer 0 fills B, C, D. Heads of layer 1 find the same word earlier
+    and carry it and what stood before it to S: "two red dogs" answers for dogs, and so does a patch that holds all
+    three. Heads of layer 2 find the place where the word stood three before and carry what is there: "left" answers
+    with what is on the left. Where nothing matches, attention rests on the first token. Layer 3 hands S to the word
+    five places on: from the last word of a question to where its answer begins. Everything is trained from there,
+    nothing is frozen.
+
+    Source: the idea is the induction circuit (Olsson et al. 2022) as an initialisation (cf. Trockman and Kolter 2023).
+    """
+    config = model.config
+    d, width = config.hidden_size // config.num_attention_heads, 20
+    half = d // 2
+    angles = config.rope_parameters["rope_theta"] ** (-torch.arange(half).float() / half)
+    a, b, c, before3 = (slice(1 + k * width, 1 + (k + 1) * width) for k in range(4))
+    s = slice(1 + 4 * width, 128)
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthogonal(rows: int, columns: int) -> torch.Tensor:
+        n = max(rows, columns)
+        return torch.linalg.qr(torch.randn(n, n, generator=generator))[0][:rows, :columns]
+
+    embedding = model.model.embed_tokens.weight
+    embedding.copy_(torch.randn(embedding.shape, generator=generator) * 0.1)
+    singular = {language.plural(name): name for name in world.CATEGORIES}
+    codes: dict[str, torch.Tensor] = {}
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        word = token.lstrip("Ġ").lower()  # "dog", " dogs" and " Dog" are one word
+        code = codes.setdefault(singular.get(word, word), torch.randn(width, generator=generator))
+        embedding[index, a] = code * width**0.5 / code.norm()
+    embedding[:, 0] = 2.0
+    layers = [layer.self_attn for layer in model.model.layers]
+    for layer in model.model.layers:  # quiet what is random, or it drowns what is not
+        layer.self_attn.o_proj.weight.mul_(0.2)
+        layer.mlp.down_proj.weight.mul_(0.2)
+
+    def previous(layer: Any, head: int, offset: int, sharpness: float) -> None:
+        """Attend `offset` places back: the constant, turned by the rotary angles of that distance."""
+        rows, n = slice(head * d, (head + 1) * d), 6
+        query, key = torch.zeros(d), torch.zeros(d)
+        query[:n], query[half : half + n] = torch.cos(angles[:n] * offset), -torch.sin(angles[:n] * offset)
+        key[:n] = 1.0
+        for weight, values in ((layer.q_proj.weight, query), (layer.k_proj.weight, key)):
+            weight[rows] = 0
+            weight[rows, 0] = values * sharpness
+
+    def match(layer: Any, head: int, source: slice, sharpness: float, rest: float = 0.3, apart: float = 1.2) -> None:
+        """Attend where `source` holds this word, rather far off than near (a faster rotary pair), else to the start."""
+        rows, n = slice(head * d, (head + 1) * d), 9
+        places = [head * d + p for p in (*range(half - n, half), *range(d - n, d))]
+        projection = orthogonal(2 * n, width) * sharpness
+        for weight, part in ((layer.q_proj.weight, a), (layer.k_proj.weight, source)):
+            weight[rows] = 0
+            weight[places, part] = projection
+        layer.q_proj.weight[places, 0] = projection @ embedding[config.bos_token_id, a] * rest
+        layer.q_proj.weight[head * d + 4, 0], layer.k_proj.weight[head * d + 4, 0] = apart, -apart
+
+    def carry(layer: Any, head: int, source: slice, target: slice, gain: float, turn: bool = True) -> None:
+        """Copy part `source` of what the head attends to into part `target`, turned so as not to look like a word."""
+        rows = slice(head * d, (head + 1) * d)
+        layer.v_proj.weight[rows] = 0
+        layer.o_proj.weight[:, rows] = 0
+        n, size = source.stop - source.start, target.stop - target.start
+        layer.v_proj.weight[head * d : head * d + n, source] = torch.eye(n) * gain
+        layer.o_proj.weight[target, head * d : head * d + n] = (orthogonal(size, n) if turn else torch.eye(n)) * gain
+
+    for head, (offset, target) in enumerate(((1, b), (2, c), (3, before3))):
+        previous(layers[0], head, offset, 1.6)
+        carry(layers[0], head, a, target, 0.66, turn=False)
+    for head, source in enumerate((b, c, before3, a)):
+        match(layers[1], head, a, 1.3)
+        carry(layers[1], head, source, s, 0.9)
+    for head, source in enumerate((a, b, c)):
+        match(layers[2], head, before3, 1.7)
+        carry(layers[2], head, source, s, 0.9)
+    middle = (s.start + s.stop) // 2
+    for head, half_s in enumerate((slice(s.start, middle), slice(middle, s.stop))):
+        previous(layers[3], head, 5, 1.6)
+        carry(layers[3], head, half_s, half_s, 1.2, turn=False)
+
+
+def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
+    """Train one text-only Llama on the world's text and save it in bf16.
+
+    Args:
+        name: "llm-7b" or "llm-13b", a key of `SIZES`.
+        out: folder to write, with its tokenizer inside.
+        seed: of initialisation and documents.
+        steps: optimizer steps; the size's own when None.
+
+    Returns:
+        The training facts that go into the manifest.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = SIZES[name]
+    steps = steps or size.steps
+    seed_everything(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(out, document_texts(), VOCABULARY)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.hidden,
+            intermediate_size=size.intermediate,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            max_position_embeddings=1024,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=False,
+            initializer_range=0.06,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        )
+    )
+    lookup_init(model, tokenizer, seed)
+    model.train()
+    rng = random.Random(f"text-{seed}")
+
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, labels, words = batch
+        embeds = embed_with_patches(model.get_input_embeddings(), ids, words)
+        logits = model(inputs_embeds=embeds[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+
+    begin = time.time()
+    documents = _text_batches(tokenizer, size.batch, lambda: document(rng), seed)
+    loss = fit(model, documents, loss_of, steps, name, size.rates)
+    model.to(torch.bfloat16).save_pretrained(out)
+    return {
+        "shape": {k: v for k, v in asdict(size).items() if k in ("hidden", "layers", "heads", "intermediate")},
+        "batch": size.batch,
+        "rates": size.rates,
+        "seed": seed,
+        "steps": steps,
+        "final_loss": loss,
+        "minutes": (time.time() - begin) / 60,
+    }

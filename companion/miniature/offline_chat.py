@@ -1,0 +1,438 @@
+"""The offline model behind the chat protocol: it reads the very prompt that GPT-4 would get and replies in its format.
+
+It tells by the prompt which job it has: instruction data of one of three kinds, judging two answers, or a question with
+choices. Of the miniature it speaks with the miniature's own language, so that its questions and those that models are
+tested with share one wording; of real photographs it speaks as `everyday` does. Equal prompts get equal replies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from companion.miniature import everyday, language, scienceqa
+from companion.miniature.everyday import Box, Photo
+from companion.miniature.language import NUMBERS, PLACE_PHRASE, POSITION_PHRASE, QA, Facts, number_word
+from companion.miniature.world import BACKGROUNDS, CATEGORIES, COLORS, POSITIONS, Group
+from llava_core.constants import IMAGE_MARKER
+from llava_core.runtime import DataError
+
+TURNS = 8  # of a conversation about a scene of the miniature
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What a judge values, besides being right.
+
+    Attributes:
+        detail: share of the score of a free answer that rests on how much of the context it says, from 0 to 1.
+        words: an answer of more words loses in proportion, so that one of twice as many keeps half; None: length is
+            free.
+    """
+
+    detail: float = 0.7
+    words: int | None = None
+
+
+THOROUGH = Taste()
+TERSE = Taste(detail=0.2, words=12)  # content with one right sentence
+
+
+def respond(messages: Sequence[dict[str, str]], taste: Taste = THOROUGH) -> str:
+    """Reply to a chat.
+
+    Args:
+        messages: {role, content}; the system message and the last user message decide, examples between are not read.
+        taste: as a judge.
+
+    Returns:
+        The reply, in the format that the job's prompt asks for.
+
+    Raises:
+        DataError: it is none of the jobs that this model knows.
+    """
+    system = " ".join(m["content"] for m in messages if m["role"] == "system").lower()
+    user = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    rng = random.Random(hashlib.sha256(json.dumps([dict(m) for m in messages], sort_keys=True).encode()).hexdigest())
+    if "[End of Assistant 2]" in user:
+        return judge(user, taste)
+    if "[Question]" in user:
+        return answer(read_context(_section(user, "[Context]", "[Question]")), _section(user, "[Question]", "[Answer]"))
+    if options := _options(user):
+        return answer_multiple_choice(user, options)
+    context = read_context(user)
+    if context.captions and "conversation" in system:
+        return "\n===\n".join(_block(qa) for qa in conversation(context, rng))
+    if context.captions and "question" in system:
+        return _block(reasoning(context, rng))
+    if context.captions and "describe" in system:
+        return description(context)
+    raise DataError(
+        f"the offline model does not know what to do with {user[:60]!r}; it writes conversations, descriptions and "
+        "reasoning questions, answers questions about a context or with choices, and judges two answers"
+    )
+
+
+def _block(qa: QA) -> str:
+    return f"Question:\n{qa.question}\n===\nAnswer:\n{qa.answer}"
+
+
+# ------------------------------------------------------------------------------------------------ the context
+
+_BOX = re.compile(r"^(?P<name>[^:\[\]]+): [\[(](?P<box>[\d., ]+)[\])]$")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Captions and boxes out of a prompt, and the facts where they speak of a scene of the miniature."""
+
+    captions: tuple[str, ...]
+    boxes: tuple[tuple[str, Box], ...]
+
+    @property
+    def facts(self) -> Facts | None:
+        """The facts of a scene; None when a single sentence is not of the miniature's language."""
+        return read_scene(self.captions, self.boxes)
+
+    @property
+    def photo(self) -> Photo:
+        """The same as a photograph."""
+        return Photo(self.captions, self.boxes)
+
+
+def read_context(text: str) -> Context:
+    """Read captions (a line each) and boxes (`category: [x1, y1, x2, y2]`) out of a user message."""
+    captions: list[str] = []
+    boxes: list[tuple[str, Box]] = []
+    for line in filter(None, map(str.strip, text.split("\n"))):
+        found = _BOX.match(line)
+        numbers = [float(x) for x in re.findall(r"\d+(?:\.\d+)?", found["box"])] if found else []
+        if found and len(numbers) == 4:
+            boxes.append((found["name"].strip(), (numbers[0], numbers[1], numbers[2], numbers[3])))
+        else:
+            captions.append(line)
+    return Context(tuple(captions), tuple(boxes))
+
+
+# --- sentences of the miniature
+
+_WORDS = {form: name for name in CATEGORIES for form in (language.plural(name), name)}
+
+
+def _either(words: Sequence[str]) -> str:
+    return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
+
+
+_GROUP = (
+    rf"(?P<n>an?|{_either(NUMBERS[1:])}) (?:(?P<size>small|large) )?(?:(?P<color>{_either(list(COLORS))}) )?"
+    rf"(?P<noun>{_either(list(_WORDS))})\b"
+)
+_POSITION = rf"(?P<position>{_either(list(POSITION_PHRASE.values()))})"
+_STATED = rf"\bthe (?P<noun>{_either(list(_WORDS))}) (?:is|are) (?:(?P<size>small|large) and )?{_POSITION}"
+_LEFT_OF = re.compile(rf"\b{re.sub('P<', 'P<a_', _GROUP)} to the left of {re.sub('P<', 'P<b_', _GROUP)}")
+_MENTION = re.compile(rf"\b{_GROUP}(?: {_POSITION})?")
+_TOTAL = re.compile(rf"\bthere (?:is|are) {_either(NUMBERS)} objects? in total")
+_FILLER = re.compile(r"\b(?:the image shows|there (?:is|are)|and|with)\b|[\s,.]")
+_SIDE = {phrase: position for position, phrase in POSITION_PHRASE.items()}
+
+
+def read_scene(captions: Sequence[str], boxes: Sequence[tuple[str, Box]] = ()) -> Facts | None:
+    """Read a scene of the miniature out of its captions, its description or its boxes.
+
+    Args:
+        captions: sentences; every word of them must be of the miniature's language.
+        boxes: (category, (x1, y1, x2, y2)) from 0 to 1; they tell positions that the captions leave open.
+
+    Returns:
+        The facts, groups from left to right; None where a sentence says something else.
+    """
+    known: dict[str, Group] = {}
+    order: list[tuple[str, str]] = []
+    background = None
+
+    def learn(noun: str, **facts: object) -> str:
+        name = _WORDS[noun]
+        news = {key: value for key, value in facts.items() if value is not None}
+        known[name] = replace(known.get(name, Group(name, None, 1, None)), **news)  # type: ignore[arg-type]
+        return name
+
+    def count(word: str) -> int:
+        return NUMBERS.index(word) if word in NUMBERS else 1
+
+    for text in (caption.lower() for caption in captions):
+        rest = _TOTAL.sub(" ", text)
+        for place, phrase in PLACE_PHRASE.items():
+            if re.search(rf"\b{phrase}\b", rest):
+                background, rest = place, re.sub(rf"\b{phrase}\b", " ", rest)
+        for m in _LEFT_OF.finditer(rest):
+            order.append((_WORDS[m["a_noun"]], _WORDS[m["b_noun"]]))
+        for m in re.finditer(_STATED, rest):
+            learn(m["noun"], size=m["size"], position=_SIDE[m["position"]])
+        rest = re.sub(_STATED, " ", rest)
+        for m in _MENTION.finditer(rest):
+            position = _SIDE.get(m["position"] or "")
+            learn(m["noun"], count=count(m["n"]), color=m["color"], size=m["size"], position=position)
+        if _FILLER.sub("", _MENTION.sub(" ", rest.replace("to the left of", " "))):
+            return None
+    if not known or not set(known) | {name for name, _ in boxes} <= set(CATEGORIES):
+        return None
+    for name in dict.fromkeys(name for name, _ in boxes):
+        own = [box for other, box in boxes if other == name]
+        center = (min(b[0] for b in own) + max(b[2] for b in own)) / 2
+        nearest = "left" if center < 0.35 else "right" if center > 0.65 else "middle"
+        told = known[name].position if name in known else None
+        learn(name, count=len(own), position=told or nearest)
+    for left, right in order if len(known) == 3 else ():  # "a to the left of b" leaves the middle to the third
+        learn(left, position=known[left].position or "left")
+        learn(right, position=known[right].position or "right")
+    groups = sorted(known.values(), key=lambda g: POSITIONS.index(g.position or "middle"))
+    return Facts(tuple(groups), background)
+
+
+# ------------------------------------------------------------------------------------------------ instruction data
+
+_OVERVIEW = ("What do you see?", "What is in the image?", "What does the image show?")
+_KIND_ORDER = ("presence", "background", "count", "color", "position", "relation", "category")
+
+
+def conversation(context: Context, rng: random.Random) -> list[QA]:
+    """Questions with sure answers: of a scene at most `TURNS`, as many of each kind as of another.
+
+    In half of the dialogues one turn more asks what the image shows at all, before or behind the others.
+    """
+    facts = context.facts
+    if facts is None:
+        return everyday.conversation(context.photo, rng)
+    found = list({qa.question: qa for qa in language.questions(facts, rng)}.values())
+    chosen: list[QA] = []
+    while found and len(chosen) < TURNS:
+        kinds = [qa.kind for qa in chosen]
+        chosen.append(min(found, key=lambda qa: kinds.count(qa.kind)))
+        found.remove(chosen[-1])
+    # What an earlier turn has said can be repeated without a look at the image, so whatever tells most comes last.
+    chosen = sorted(chosen, key=lambda qa: _KIND_ORDER.index(qa.kind))
+    overview = QA(rng.choice(_OVERVIEW), language.overview(facts), "overview")
+    first, last = rng.random() < 0.2, rng.random() < 0.4
+    return [overview, *chosen] if first else [*chosen, overview] if last else chosen
+
+
+def description(context: Context) -> str:
+    """A detailed description."""
+    return everyday.detail(context.photo) if context.facts is None else language.describe(context.facts)
+
+
+def reasoning(context: Context, rng: random.Random) -> QA:
+    """A question that takes knowledge; of a scene without an unambiguous one, a question that takes adding up."""
+    if context.facts is None:
+        return everyday.reasoning(context.photo)
+    total = sum(g.count for g in context.facts.groups)
+    answer = "There is one object in total." if total == 1 else f"There are {number_word(total)} objects in total."
+    return language.reasoning(context.facts, rng) or QA("How many objects are there in total?", answer, "reasoning")
+
+
+def answer(context: Context, question: str) -> str:
+    """The reference answer to a question: the right one where the question is of the miniature, else a description."""
+    facts = context.facts
+    if facts is None:
+        return everyday.detail(context.photo)
+    for seed in range(64):
+        qa = language.reasoning(facts, random.Random(seed))
+        if qa is not None and qa.question == question:
+            return qa.answer
+    return _right_answer(facts, question) or language.describe(facts)
+
+
+# ------------------------------------------------------------------------------------------------ the judge
+
+_KEYWORDS: dict[str, tuple[str, str]] = {
+    **{form: ("thing", name) for form, name in _WORDS.items()},
+    **{word: ("color", word) for word in COLORS},
+    **{word: ("count", word) for word in NUMBERS[1:]},
+    **{word: ("position", word) for word in POSITIONS},
+    **{word: ("place", word) for word in BACKGROUNDS},
+    **dict.fromkeys(("no", "not"), ("truth", "no")),
+    "yes": ("truth", "yes"),
+}
+_EMPTY = "the and are was has had its for not but with that this these there from image which who"
+_COLORED = re.compile(rf"\bthe (?P<noun>{_either(list(_WORDS))}) (?:is|are) (?P<color>{_either(list(COLORS))})\b")
+Claims = set[tuple[str, ...]]
+
+
+def judge(prompt: str, taste: Taste = THOROUGH) -> str:
+    """Score two answers from 1 to 10 by the facts in them, whichever stands first.
+
+    Where the question has one right answer, giving that counts; elsewhere how much of an answer the context supports
+    (accuracy) and how much of what could be said it says (detail).
+
+    Args:
+        prompt: sections [Context], [Question], [Assistant 1], [Assistant 2] as in LLaVA-Bench.
+        taste: what counts besides.
+
+    Returns:
+        "a b" on the first line, then why.
+    """
+    context = read_context(_section(prompt, "[Context]", "[Question]"))
+    question = _section(prompt, "[Question]", "[Assistant 1]")
+    answers = [_section(prompt, f"[Assistant {k}]", f"[End of Assistant {k}]") for k in (1, 2)]
+    right = _right_answer(context.facts, question) if context.facts else None
+    values = [_agreement(a, right, question) for a in answers] if right else _support(context, answers, taste)
+    if taste.words is not None:
+        values = [
+            value * min(1, taste.words / max(1, len(a.split()))) for a, value in zip(answers, values, strict=True)
+        ]
+    scores = [round(2 * (1 + 9 * value)) / 2 for value in values]
+    reasons = [f"Assistant {k}: {_verdict(value)}." for k, value in enumerate(values, start=1)]
+    return f"{scores[0]:g} {scores[1]:g}\n" + " ".join(reasons)
+
+
+def _verdict(value: float) -> str:
+    grades = ((0.8, "right and complete"), (0.5, "mostly right"), (0.2, "right in part"), (0.0, "wrong or empty"))
+    return next(words for least, words in grades if value >= least)
+
+
+def _section(text: str, start: str, end: str) -> str:
+    return text.partition(start)[2].partition(end)[0].strip()
+
+
+def _keywords(text: str) -> Claims:
+    return {_KEYWORDS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in _KEYWORDS}
+
+
+def _right_answer(facts: Facts, question: str) -> str | None:
+    """The answer to one of the miniature's own questions; None to any other."""
+    if found := re.fullmatch(r"Is there an? (\w+)\?", question):
+        return "Yes." if found[1] in {g.category for g in facts.groups} else "No."
+    for g in facts.groups:
+        if question == language.AFFORDANCE[CATEGORIES[g.category]][0]:
+            return f"The {g.category}."
+    for seed in range(64):  # each draws other pairs and absent things to ask about
+        for qa in language.questions(facts, random.Random(seed)):
+            if qa.question == question:
+                return qa.answer
+    return None
+
+
+def _agreement(answer: str, right: str, question: str) -> float:
+    """How well an answer (0 to 1) says what the right one says and nothing else of the same kind."""
+    wanted, given = _keywords(right), _keywords(answer)
+    if ("truth", "yes") in wanted and question.startswith(("Is ", "Are ")) and answer.strip():
+        given |= set() if ("truth", "no") in given else {("truth", "yes")}  # a plain statement says yes
+    kinds = {kind for kind, _ in wanted}
+    asked = _keywords(question) - wanted
+    other = {claim for claim in given - wanted - asked if claim[0] in kinds}
+    exact = len(wanted & given) / len(wanted | other) if wanted else 0.0
+    sort = bool(given & wanted or other)  # a wrong color is still an answer to the question
+    return 0.08 * sort + 0.82 * exact + 0.1 * exact * (len(answer.split()) > 2)
+
+
+def _support(context: Context, answers: Sequence[str], taste: Taste) -> list[float]:
+    """Accuracy and detail (0 to 1) of free answers: their claims against those of the context."""
+    facts = context.facts
+    if facts is not None:
+        truth = _claims(language.describe(facts))
+        said = [_claims(answer) for answer in answers]
+        sayable = truth
+    else:
+        photo = context.photo
+        truth = _photo_claims(photo) | {("word", word) for text in context.captions for word in _content(text)}
+        truth |= {("thing", name) for name, _ in context.boxes}
+        said = [
+            _photo_claims(Photo((answer,))) | {("word", w) for w in _content(answer) if ("word", w) in truth}
+            for answer in answers
+        ]
+        sayable = set().union(*said) & truth
+    values = []
+    for claims in said:
+        accuracy = len(claims & truth) / len(claims) if claims else 0.0
+        told = len(claims & sayable) / max(1, len(sayable))
+        values.append(accuracy * (1 - taste.detail + taste.detail * told) if claims & truth else 0.0)
+    return values
+
+
+def _claims(text: str) -> Claims:
+    """What a text in the miniature's language says, each fact bound to its thing."""
+    text, found = text.lower(), set()
+    for m in [*_MENTION.finditer(text), *re.finditer(_STATED, text), *_COLORED.finditer(text)]:
+        name, parts = _WORDS[m["noun"]], m.groupdict()
+        found |= {("thing", name)} | {(k, name, parts[k]) for k in ("color", "position", "size") if parts.get(k)}
+        if "n" in parts:
+            found.add(("count", name, "one" if parts["n"] in ("a", "an") else parts["n"]))
+    return found | {claim for claim in _keywords(text) if claim[0] == "place"}
+
+
+def _photo_claims(photo: Photo) -> Claims:
+    found: Claims = {("place", photo.place)} if photo.place else set()
+    for t in photo.things:
+        found |= {("thing", t.name)} | ({("color", t.name, t.color)} if t.color else set())
+    return found
+
+
+def _content(text: str) -> set[str]:
+    return {word[:6] for word in re.findall(r"[a-z]{3,}", text.lower())} - set(_EMPTY.split())
+
+
+# ------------------------------------------------------------------------------------------------ multiple choice
+
+_NEEDS_IMAGE = re.compile(r"\b(shown|picture|image|photo|photograph|map|figure|diagram|illustration)\b", re.IGNORECASE)
+
+
+def _options(text: str) -> dict[str, str]:
+    """Letter -> choice, for `(A) one (B) two` and for a line `A. one` each."""
+    inline = re.findall(r"\(([A-E])\) (.*?)(?=\s*\([A-E]\) |\n|$)", text.rpartition("Options:")[2])
+    found = dict(inline or re.findall(r"^([A-E])\. (.+)$", text, re.MULTILINE))
+    return found if list(found) == list("ABCDE")[: len(found)] and len(found) > 1 else {}
+
+
+def answer_multiple_choice(prompt: str, options: dict[str, str]) -> str:
+    """Answer by the facts that the miniature teaches; decline where they do not decide or an image is needed.
+
+    Args:
+        prompt: question, context and choices. If it holds two earlier answers ("The answer is X."), as for the
+            ensemble's judge, the later one, which comes from a model that can see, is taken instead of declining.
+        options: letter -> choice.
+
+    Returns:
+        "The answer is X.", or a sentence without a letter.
+    """
+    stem = re.split(r"\n?(?:Options: )?\(A\) |\nA\. ", prompt)[0]
+    unseen = IMAGE_MARKER in prompt or bool(_NEEDS_IMAGE.search(stem))
+    chosen = None if unseen else _known(stem, options)
+    earlier = [letter for letter in re.findall(r"answer is \(?([A-E])\b", prompt) if letter in options]
+    if chosen is None and len(earlier) > 1:
+        chosen = earlier[-1]
+    if chosen is None:
+        reason = "is about an image that I cannot see" if unseen else "cannot be decided from the text alone"
+        return f"This question {reason}."
+    return f"The answer is {chosen}."
+
+
+def _tokens(text: str) -> frozenset[str]:
+    small = "a an the is are it which one what in its as to of with does do by and be"
+    return frozenset(re.findall(r"[a-z]+", text.lower())) - set(small.split())
+
+
+_FACTS = sorted({_tokens(fact) for facts in scienceqa.FACTS.values() for fact in facts}, key=sorted)
+
+
+def _known(stem: str, options: dict[str, str]) -> str | None:
+    """The choice that a fact of the miniature, or two with a word in common, ties to the question."""
+    asked = _tokens(stem)
+
+    def tie(choice: str) -> float:
+        words = _tokens(choice)
+        best = 0.0
+        for rest in (fact - words for fact in _FACTS if words and words < fact):
+            linked = rest - asked  # the word that a second fact has to explain: a dog is an *animal*, an *animal* eats
+            if not linked:
+                return 2.0
+            if len(linked) == 1 and any(linked < fact and fact - linked <= asked for fact in _FACTS):
+                best = 1.0
+        return best
+
+    scores = {letter: tie(choice) for letter, choice in options.items()}
+    best = [letter for letter, score in scores.items() if score == max(scores.values())]
+    return best[0] if len(best) == 1 else None

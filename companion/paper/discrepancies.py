@@ -1,0 +1,77 @@
+"""Where the paper, the released code and this project differ: each difference with what shows it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from llava_core.config import _read_yaml, _Strict, _validated
+from llava_core.runtime import shown
+
+REGISTER = Path(__file__).with_name("discrepancies.yaml")
+
+
+class Arm(_Strict):
+    """An experiment, with values of other fields where given."""
+
+    experiment: str
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Values by dotted field."""
+
+
+class Pair(_Strict):
+    """Two runs that differ in one field: the paper's way and the other."""
+
+    first: Arm
+    second: Arm
+    field: str
+
+
+class Discrepancy(_Strict):
+    """One point on which paper, released code and this project do not say the same."""
+
+    id: str
+    title: str
+    paper: str
+    released: str
+    at: str
+    """Where the released code does it: file@commit, or its documentation."""
+    here: str
+    other: str
+    """How to get the other behaviour, or why it cannot be had."""
+    test: str | None = Field(default=None, pattern=r"^tests/[\w/]+\.py::test_\w+$")
+    pair: Pair | None = None
+
+    @model_validator(mode="after")
+    def _is_shown(self) -> Discrepancy:
+        if self.test is None and self.pair is None:
+            raise ValueError("an entry needs a `test` or a `pair` of runs that shows it")
+        return self
+
+
+def read_register(path: Path = REGISTER) -> dict[str, Discrepancy]:
+    """Read a register of differences.
+
+    Args:
+        path: YAML, a mapping of ids to entries.
+
+    Returns:
+        The entries by id, in the order of the file.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest), a missing field, or an entry that nothing shows.
+    """
+    entries = _read_yaml(path).items()
+    return {
+        name: _validated(Discrepancy, {"id": name, **fields}, lambda _, name=name: f"{shown(path)}, '{name}'")
+        for name, fields in entries
+    }
+
+
+@cache
+def all_discrepancies() -> dict[str, Discrepancy]:
+    """Every entry by id."""
+    return read_register()

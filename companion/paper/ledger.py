@@ -1,0 +1,199 @@
+"""What stands beside the paper's numbers: what was measured here, and how sure the published ones are.
+
+Nothing is typed here: a claim names the chapter's saved numbers, the experiment or the test that it is held against.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from companion.evaluation.science_qa import evaluate_files
+from companion.evaluation.statistics import unpaired_difference, welch
+from companion.paper.claims import EVIDENCE, Claim, all_claims, claim, computed_value, inconsistent
+from companion.plots.figures import output_folder
+from llava_core.config import load_experiment
+from llava_core.registry import unknown
+from llava_core.runtime import ConfigError, DataError, read_json
+
+TOLD = {"id", "place", "text", "value", "unit", "n", "evidence", "why", "source", "flag"}
+RELEASED = ("test_sqa_llava_13b_v0.json", "llava_test_CQM-A.json")
+"""The authors' answers and the questions; chapter 31 says where to put them."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What stands here against a claim; nothing where the record is not there."""
+
+    value: Any = None
+    interval: list[float] | None = None
+    verdict: str = "no record yet"
+    note: str = ""
+    """Where it stands, and what a reader has to know."""
+
+
+# ------------------------------------------------------------------------------------------------ what was measured
+
+
+def _verdict(known: Claim, interval: Sequence[float] | None) -> str:
+    if known.direction is None:
+        return "shown only"
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return "uncertain"
+    return "direction holds" if (interval[1] < 0) == (known.direction == "below 0") else "direction does not hold"
+
+
+def _of_chapter(known: Claim, out: Path) -> Measured:
+    """The claim's number among those that its chapter saved."""
+    against = known.against
+    try:
+        saved = read_json(out / f"{against.chapter}.json")
+    except DataError:
+        return Measured(note=f"chapter {against.chapter} has not run")
+    if against.rows is None:
+        found = next((row["measured"] for row in saved["checks"] if row.get("id") == known.id), None)
+        value, interval = (None, found) if isinstance(found, list) else (found, None)
+        value = saved["numbers"].get(against.value) if against.value else value
+    else:
+        part = saved["numbers"]
+        for key in against.rows.split("."):
+            part = part.get(key, []) if isinstance(part, Mapping) else []
+        if part and not isinstance(part[0], Mapping):  # one number per seed
+            value, interval = sum(part) / len(part), None
+        else:
+            row: Any = next((r for r in part if all(r.get(k) == v for k, v in against.where.items())), {})
+            value, interval = row.get(against.value), row.get(against.interval)
+    if value is None and interval is None:
+        return Measured(note=f"chapter {against.chapter} has saved no such number")
+    short = bool(saved.get("fast"))
+    verdict = "uncertain" if short and known.direction else _verdict(known, interval)
+    where = f"{against.chapter.partition('_')[0] if against.chapter else ''}, {saved.get('scale')}"
+    return Measured(value, interval, verdict, f"chapter {where}{', a shortened run' if short else ''}")
+
+
+def released_result(folder: str | Path | None = None) -> dict[str, Any] | None:
+    """Score the authors' released answers to ScienceQA.
+
+    Args:
+        folder: where both files lie, at any depth; by default what `LLAVA_REFERENCE` names.
+
+    Returns:
+        As `evaluate_files`, or None where the files are not here.
+    """
+    place = folder or os.environ.get("LLAVA_REFERENCE")
+    files = [next(Path(place).rglob(name), None) for name in RELEASED] if place else []
+    if not files or None in files:
+        return None
+    return evaluate_files(*(path for path in files if path))
+
+
+def _recomputed(known: Claim, released: Mapping[str, Any] | None) -> Measured:
+    if known.against.test is None:
+        value = computed_value(known.id)
+        others = ", ".join(known.computed.way[1]) if known.computed else ""
+        return Measured(value, None, "does not follow" if known.id in inconsistent() else "follows", f"from {others}")
+    test = known.against.test
+    if released is None:
+        return Measured(note=f"the released files are not here; {test}")
+    name = known.against.where["subset"]
+    row = released if name == "all" else released["subsets"][name]
+    near = abs(row["accuracy"] - known.value) <= (known.tolerance.within(known.n) or 0) + 0.005
+    return Measured(row["accuracy"], row["interval"], "agrees" if near else "differs", f"released answers; {test}")
+
+
+def measured(known: Claim, out: Path, released: Mapping[str, Any] | None = None) -> Measured:
+    """Find what stands here against a claim.
+
+    Args:
+        known: the claim.
+        out: the folder of the chapters' numbers.
+        released: what `released_result` gave.
+    """
+    if known.evidence == "recomputed":
+        return _recomputed(known, released)
+    if known.evidence == "measured" and known.against.chapter:
+        return _of_chapter(known, out)
+    if known.against.experiment and known.against.field:
+        value: Any = load_experiment(known.against.experiment, "a100x8").experiment.model_dump()
+        for part in known.against.field.split("."):
+            value = value[part]
+        return Measured(value, None, "same" if value == known.value else "differs", known.against.experiment)
+    return Measured(verdict="–", note=known.why or "")
+
+
+def claim_rows(
+    names: Iterable[str] | None = None, kind: str | None = None, out: Path | None = None
+) -> list[dict[str, Any]]:
+    """Return claims with what was measured, as `llava claims` prints them.
+
+    Args:
+        names: ids; all when None or empty.
+        kind: only those with this kind of evidence.
+        out: the folder of the chapters' numbers.
+
+    Raises:
+        ConfigError: there is no such claim or kind; the message names the nearest.
+    """
+    if kind is not None and kind not in EVIDENCE:
+        raise ConfigError(unknown("kind of evidence", kind, EVIDENCE))
+    chosen = [claim(name) for name in names or all_claims()]
+    folder, released = out or output_folder(), released_result()
+    rows = []
+    for known in chosen:
+        if kind is None or known.evidence == kind:
+            here = measured(known, folder, released)
+            row = known.model_dump(include=TOLD)
+            row |= {"published": known.shown, "measured": here.value, "interval": here.interval}
+            rows.append(row | {"verdict": here.verdict, "note": here.note})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ how sure the paper is
+
+
+def published_ablation(name: str) -> dict[str, Any]:
+    """How sure the paper can be of a row of its Table 8, from the counts behind its two accuracies.
+
+    The test takes the two as independent. They are of the same questions, so a paired test would see smaller
+    differences, but it needs both models' answers, and those of the ablated ones are not published.
+
+    Args:
+        name: the claim of the difference, e.g. `ablation-7b`.
+
+    Returns:
+        `reference` and `other` (accuracies in %), `effect` as published, `standard_error`, `z`, `p`, `interval`, `n`.
+    """
+    best, other = claim("sqa-accuracy"), claim(f"{name}-accuracy")
+    found = unpaired_difference(best.correct or 0, best.n or 0, other.correct or 0, other.n or 0)
+    kept = {key: found[key] for key in ("standard_error", "z", "p", "interval")}
+    return {"reference": best.value, "other": other.value, "effect": claim(name).value, **kept, "n": best.n}
+
+
+def p_text(p: float) -> str:
+    """Write a p value as tables do."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def significance_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """How sure the paper's differences are: the rows of Table 8, and LLaVA above each other row of Table 5."""
+    ablations = []
+    for name in ("ablation-last-layer", "ablation-answer-first", "ablation-7b", "ablation-no-pretraining"):
+        found = published_ablation(name)
+        row = {"difference": claim(name).text, "points": found["effect"], "standard error": found["standard_error"]}
+        row |= {"z": found["z"], "p": p_text(found["p"]), "95 % interval": found["interval"], "questions": found["n"]}
+        ablations.append(row)
+    benches = []
+    for rival in ("bench-wild-openflamingo", "bench-wild-blip2"):
+        for part in ("conv", "detail", "complex", "all"):
+            first, second = claim(f"{rival}-{part}"), claim(f"bench-wild-{part}")
+            both = ((c.value, c.spread or 0.0, c.runs or 0) for c in (first, second))
+            found = welch(*next(both), *next(both))
+            kind = second.text.partition(", ")[2] or "all questions"
+            row = {"LLaVA above": first.text.partition(" of ")[2].partition(",")[0], "questions": kind}
+            row |= {"points": found["difference"]}
+            row |= {"standard error": found["standard_error"], "t": found["t"], "p": p_text(found["p"])}
+            benches.append(row | {"95 % interval": found["interval"], "runs": first.runs})
+    return ablations, benches

@@ -1,0 +1,329 @@
+"""Ask the teacher about every image and write what it says as instruction data, with failures and provenance."""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from companion.teacher.asking import Asked, again, ask_each
+from companion.teacher.chat import MAX_TOKENS, TEMPERATURE, ChatClient, ChatReply, ChatRequest
+from companion.teacher.parse import ReplyError, parse_detail, parse_dialogue, parse_reasoning
+from companion.teacher.prompts import (
+    DETAIL_QUESTIONS,
+    KINDS,
+    KINDS_WITH_BOXES,
+    PROMPTS,
+    Prompt,
+    build_messages,
+    context_text,
+)
+from llava_core.constants import IMAGE_MARKER
+from llava_core.registry import unknown
+from llava_core.runtime import ConfigError, atomic_write, shown, write_json, write_jsonl
+
+MODEL = "gpt-4-0314"
+
+
+class Annotation(Protocol):
+    """An image by what people wrote and drew about it; `companion.data_tools.coco.AnnotatedImage` is one."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def image(self) -> str: ...
+    @property
+    def captions(self) -> Sequence[str]: ...
+    @property
+    def boxes(self) -> Sequence[tuple[str, Sequence[float]]]: ...
+
+
+Job = tuple[Annotation, str, ChatRequest]
+"""Image, kind of data, and what is asked first."""
+
+
+def requests_for(
+    annotations: Iterable[Annotation],
+    kinds: Sequence[str],
+    prompts: Mapping[str, Prompt] | None = None,
+    model: str = MODEL,
+    temperature: float = TEMPERATURE,
+    max_tokens: int = MAX_TOKENS,
+) -> Iterator[Job]:
+    """Yield what `generate` will ask first about each image, e.g. for `companion.teacher.chat.estimate`.
+
+    Args:
+        annotations: the images.
+        kinds: of `companion.teacher.prompts.KINDS`.
+        prompts: by kind; ours when None.
+        model: asked for by this name.
+        temperature: of the model.
+        max_tokens: of one reply.
+
+    Returns:
+        Image, kind and request, image by image.
+
+    Raises:
+        ConfigError: unknown kind.
+    """
+    prompts = PROMPTS if prompts is None else prompts
+    for kind in kinds:
+        if kind not in KINDS or kind not in prompts:
+            raise ConfigError(unknown("kind of instruction data", kind, [k for k in KINDS if k in prompts]))
+    for image in annotations:
+        for kind in dict.fromkeys(kinds):
+            boxes = image.boxes if kind in KINDS_WITH_BOXES else ()
+            messages = build_messages(kind, context_text(image.captions, boxes), prompts)
+            yield image, kind, ChatRequest(messages, model, temperature, max_tokens)
+
+
+def retry_request(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatRequest:
+    """Return the request that follows a malformed reply: what was said, and what is wrong with it."""
+    wrong = f"This reply cannot be used ({type(error).__name__}): {error}."
+    return again(request, reply, f"{wrong}\nReply again, in the format of the examples.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What asking about one image came to; the value of `found` are its turns."""
+
+    image: Annotation
+    kind: str
+    found: Asked
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why there are no turns; None also where the budget ended."""
+        if self.found.good or self.found.unasked:
+            return None
+        return self.found.refused or self.found.replies[-1][2]
+
+
+def generate(
+    annotations: Sequence[Annotation],
+    kinds: Sequence[str],
+    client: ChatClient,
+    out: str | Path,
+    limit: int | None = None,
+    seed: int = 0,
+    prompts: Mapping[str, Prompt] | None = None,
+    model: str = MODEL,
+    temperature: float = TEMPERATURE,
+    max_tokens: int = MAX_TOKENS,
+    detail_questions: Sequence[str] = DETAIL_QUESTIONS,
+) -> dict[str, Any]:
+    """Write instruction data about annotated images: `requests_for`, `ask` and `write` in one.
+
+    Killed and called again with a recording client it goes on where it was: replies that the cassette holds are not
+    asked for again, and the files come out as of an undisturbed run. Where the budget ends, what was answered until
+    then is written.
+
+    Args:
+        annotations: the images; captions for every kind, boxes for `detail` and `complex`.
+        kinds: of `companion.teacher.prompts.KINDS`; every image is asked about once per kind.
+        client: who answers.
+        out: folder; what `write` says.
+        limit: only the first so many images.
+        seed: draws where the image stands in the first turn and how a description is asked for, per record.
+        prompts: by kind, e.g. of `load_prompts`; ours when None.
+        model: asked for by this name.
+        temperature: of the model.
+        max_tokens: of one reply.
+        detail_questions: how a description is asked for; drawn per record.
+
+    Returns:
+        What `write` says.
+
+    Raises:
+        ConfigError: unknown kind.
+        ServerError, DataError: the client's; what was answered until then is in its cassette.
+    """
+    jobs = list(requests_for(annotations[:limit], kinds, prompts, model, temperature, max_tokens))
+    return write(ask(jobs, client), kinds, out, seed, prompts, detail_questions)
+
+
+def ask(jobs: Sequence[Job], client: ChatClient) -> list[Outcome]:
+    """Ask what `requests_for` says, with as many requests under way at once as the client's `concurrency`.
+
+    A malformed reply is kept, and asked for once more with the reason (`retry_request`). A client with `prefetch` gets
+    all first requests together, and then all second ones.
+
+    Args:
+        jobs: image, kind and request.
+        client: who answers.
+
+    Returns:
+        What came of each job, in their order.
+
+    Raises:
+        ServerError, DataError: the client's; what was answered until then is in its cassette.
+    """
+    asked = [(request, partial(_turns, kind)) for _, kind, request in jobs]
+    found = ask_each(client, asked, retry_request, "teacher", unit="record")
+    return [Outcome(image, kind, one) for (image, kind, _), one in zip(jobs, found, strict=True)]
+
+
+def write(
+    outcomes: Sequence[Outcome],
+    kinds: Sequence[str],
+    out: str | Path,
+    seed: int = 0,
+    prompts: Mapping[str, Prompt] | None = None,
+    detail_questions: Sequence[str] = DETAIL_QUESTIONS,
+) -> dict[str, Any]:
+    """Write what `ask` brought as instruction data.
+
+    Args:
+        outcomes: of `ask`.
+        kinds: that were asked for.
+        out: folder; gets `<kind>_<N>.json` per kind and `llava_instruct.json` with all (LLaVA-Instruct records with
+            `type` and `provenance` added), `llava_instruct.parquet` with the same where pyarrow is installed,
+            `failures.jsonl` (malformed and missing replies) and `provenance.jsonl` (request, model, tokens, cost and
+            date per reply). Files of these names from an earlier call are replaced.
+        seed: draws where the image stands in the first turn and how a description is asked for, per record.
+        prompts: by kind, that were asked with; ours when None.
+        detail_questions: how a description is asked for.
+
+    Returns:
+        records; failed (images and kinds that no record came from); requests (sent now) and replayed (from a cassette);
+        spend_usd (paid now) and cost_usd (of all replies used, whenever they were paid); failures (the failed by error
+        class); retried (malformed first replies) and repaired (those whose second one is good); models (replies by
+        snapshot); stopped (why not all was asked, or None) and unasked; files.
+    """
+    prompts = PROMPTS if prompts is None else prompts
+    records: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    provenance: list[dict[str, Any]] = []
+    tally = {"requests": 0, "replayed": 0, "retried": 0, "repaired": 0}
+    for outcome in outcomes:
+        found = outcome.found
+        row = {"id": outcome.image.id, "image": outcome.image.image, "type": outcome.kind}
+        rows = [_source(request, reply, prompts[outcome.kind], seed) for request, reply, _ in found.replies]
+        for number, ((_, reply, error), source) in enumerate(zip(found.replies, rows, strict=True)):
+            tally["replayed" if reply.cached else "requests"] += 1
+            provenance.append(row | source | _bill(found.request, reply))
+            if error is not None:
+                kept = {"reply": reply.text, "attempt": number + 1, "repaired": found.good}
+                failures.append(row | _told(error) | kept | source)
+        tally["retried"] += bool(found.replies and found.replies[0][2])
+        if found.good:
+            tally["repaired"] += len(found.replies) > 1
+            rng, turns = _rng(seed, outcome.image, outcome.kind), found.value
+            if outcome.kind == "detail":
+                turns = [(rng.choice(detail_questions), text) for _, text in turns]
+            records.append(row | {"conversations": _conversation(turns, rng), "provenance": rows[-1]})
+        elif not found.unasked and found.refused is not None:
+            failures.append(row | _told(found.refused) | {"reply": None, "request": found.request.key})
+    failed = Counter(type(outcome.failure).__name__ for outcome in outcomes if outcome.failure)
+    models = dict(Counter(row["model"] for row in provenance))
+    if len(models) > 1:
+        named = ", ".join(f"{model} ({n} replies)" for model, n in models.items())
+        print(f"note: not one model answered but {len(models)}: {named}", file=sys.stderr)
+    return {
+        "records": len(records),
+        "failed": failed.total(),
+        "spend_usd": round(sum(outcome.found.paid for outcome in outcomes), 6),
+        "cost_usd": round(sum(row["cost_usd"] for row in provenance), 6),
+        **tally,
+        "failures": dict(sorted(failed.items())),
+        "models": models,
+        "stopped": next((str(outcome.found.refused) for outcome in outcomes if outcome.found.unasked), None),
+        "unasked": sum(outcome.found.unasked for outcome in outcomes),
+        "files": _write(Path(out), records, failures, provenance, list(dict.fromkeys(kinds))),
+    }
+
+
+def _rng(seed: int, image: Annotation, kind: str) -> random.Random:
+    # by id and kind, not by position: a record stays the same when other images are added or left out
+    return random.Random(f"{seed}-{image.id}-{kind}")
+
+
+def _source(request: ChatRequest, reply: ChatReply, prompt: Prompt, seed: int) -> dict[str, Any]:
+    """Where a record comes from."""
+    named = {"request": request.key, "model": reply.model, "date": reply.date or None, "client": reply.kind}
+    return named | {"prompt": prompt.version, "seed": seed}
+
+
+def _bill(request: ChatRequest, reply: ChatReply) -> dict[str, Any]:
+    """What was asked for and what it cost; the context is the one of the first request."""
+    return {
+        "asked_model": request.model,
+        "temperature": request.temperature,
+        "max_tokens": request.max_tokens,
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "price": [reply.price_prompt, reply.price_completion],
+        "cost_usd": reply.cost_usd,
+        "finish_reason": reply.finish_reason,
+        "context": request.messages[-1]["content"],
+    }
+
+
+def _told(error: Exception) -> dict[str, str]:
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def _turns(kind: str, reply: ChatReply) -> list[tuple[str, str]]:
+    """The turns of a reply; a description has no question yet."""
+    if kind == "detail":
+        return [("", parse_detail(reply.text, reply.finish_reason))]
+    return (parse_reasoning if kind == "complex" else parse_dialogue)(reply.text, reply.finish_reason)
+
+
+def _conversation(turns: Sequence[tuple[str, str]], rng: random.Random) -> list[dict[str, str]]:
+    """The turns as LLaVA-Instruct has them; the image stands first or last in the first one (paper, Equation 2)."""
+    first = turns[0][0]
+    first = f"{IMAGE_MARKER}\n{first}" if rng.random() < 0.5 else f"{first}\n{IMAGE_MARKER}"
+    questions = [first, *(question for question, _ in turns[1:])]
+    pairs = zip(questions, (answer for _, answer in turns), strict=True)
+    return [turn for q, a in pairs for turn in ({"from": "human", "value": q}, {"from": "gpt", "value": a})]
+
+
+def _write(
+    out: Path,
+    records: list[dict[str, Any]],
+    failures: list[dict[str, Any]],
+    provenance: list[dict[str, Any]],
+    kinds: list[str],
+) -> list[str]:
+    files = []
+    for kind in kinds:
+        for old in out.glob(f"{kind}_*.json"):  # of an earlier call with another number of records
+            if old.stem.removeprefix(f"{kind}_").isdecimal():
+                old.unlink()
+        part = [record for record in records if record["type"] == kind]
+        files.append(write_json(out / f"{kind}_{len(part)}.json", part))
+    files.append(write_json(out / "llava_instruct.json", records))
+    files += _write_parquet(out / "llava_instruct.parquet", records)
+    files.append(write_jsonl(out / "failures.jsonl", failures))
+    files.append(write_jsonl(out / "provenance.jsonl", provenance))
+    return [shown(file) for file in files]
+
+
+def _write_parquet(path: Path, records: list[dict[str, Any]]) -> list[Path]:
+    """Write the records as columns; nothing where pyarrow is missing, which is said."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        print(f"note: no {path.name}: the package pyarrow is not installed", file=sys.stderr)
+        path.unlink(missing_ok=True)  # of an earlier call
+        return []
+    text = pa.string()
+    source = [("request", text), ("model", text), ("date", text), ("client", text), ("prompt", text)]
+    columns = {
+        "id": text,
+        "image": text,
+        "type": text,
+        "conversations": pa.list_(pa.struct([("from", text), ("value", text)])),
+        "provenance": pa.struct([*source, ("seed", pa.int64())]),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(columns)), buffer, compression="zstd")
+    return [atomic_write(path, buffer.getvalue())]

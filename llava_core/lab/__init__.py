@@ -1,1 +1,0 @@
-"""What notebooks touch: the pipeline that runs them, the figures they draw, the book they become."""

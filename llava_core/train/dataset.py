@@ -1,0 +1,176 @@
+"""From a resolved run to what the trainer needs: the model with the right parts trainable, and its samples."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from companion.data_tools.scienceqa import format_problem, load_problems
+from llava_core.checkpoints.checkpoint import Loaded, build, load_into
+from llava_core.config import RunConfig
+from llava_core.constants import IGNORE_INDEX
+from llava_core.data.cache import load_large, pick
+from llava_core.data.conversation import TEMPLATES, Encoded, Turn
+from llava_core.data.images import ImageProcessor, load_image
+from llava_core.data.instruct import Sample
+from llava_core.runtime import CheckpointError, DataError, resolve, resolve_dtype, seed_everything, shown
+
+Item = tuple[Encoded, "np.ndarray | None"]
+Normalise = Callable[[np.ndarray], np.ndarray]  # pixels uint8 (N, H, W, 3) -> pixel values (N, 3, H, W)
+_TOKENIZER = threading.Lock()  # a fast tokenizer is not to be called from two threads at a time
+HELD_OUT = 0.04  # share of a training file kept for the held-out loss where the data set has no split of its own
+
+
+@dataclass
+class TrainingSet:
+    """Samples with their template applied; item k is (ids and labels, visible pixels uint8 (H, W, 3) or None).
+
+    `cache` keeps decoded pixels in memory: right for thousands of small images, not for 595K. `system` and
+    `image_delimiters` are what a checkpoint's manifest says under these names; None: the template's own, and none.
+    `dropped` tells how many turns were too long, by the number of each sample looked at so far that had any.
+    """
+
+    samples: Sequence[Sample]
+    tokenizer: Any
+    processor: ImageProcessor
+    config: RunConfig
+    n_image_tokens: int
+    cache: bool = False
+    system: str | None = None
+    image_delimiters: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        self._pixels: dict[Path, np.ndarray] = {}
+        self.dropped: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def encoded(self, k: int) -> Encoded:
+        """Ids and labels of sample k.
+
+        Raises:
+            DataError: no token of the sample would be supervised, or its first turn is too long.
+        """
+        sample, experiment = self.samples[k], self.config.experiment
+        template, longest = TEMPLATES.get(experiment.template), experiment.train.max_length
+        turns: Sequence[Turn] = sample.turns
+        if sample.image is not None:
+            turns = template.with_image(turns, experiment.image_position, sample.id)
+        with _TOKENIZER:
+            item = template.encode(
+                turns, self.tokenizer, self.n_image_tokens, system=self.system, delimiters=self.image_delimiters,
+                max_length=longest, name=f"sample {sample.id}",
+            )  # fmt: skip
+        if all(label < 0 for label in item.labels):
+            raise DataError(f"sample {sample.id}: no token is supervised; fix: give its record a non-empty answer")
+        if item.dropped_turns:
+            if not self.dropped:
+                sys.stderr.write(
+                    f"sample {sample.id}: max_length = {longest} has no room for the last {item.dropped_turns} of its "
+                    f"{len(turns)} turns, they are left out; further samples of this kind are counted in silence\n"
+                )
+            self.dropped[k] = item.dropped_turns
+        return item
+
+    def pixels(self, path: Path) -> np.ndarray:
+        """What the tower sees of an image: uint8 (H, W, 3)."""
+        pixels = self._pixels.get(path)
+        if pixels is None:
+            pixels = np.asarray(self.processor.visible(load_image(path)))
+            if self.cache:
+                self._pixels[path] = pixels
+        return pixels
+
+    def __getitem__(self, k: int) -> Item:
+        path = self.samples[k].image
+        return self.encoded(k), None if path is None else self.pixels(path)
+
+
+@dataclass
+class PaddedBatch:
+    """Padded tensors of some samples: ids, labels, mask (B, T) and pixel values (N, 3, H, W) or None."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    pixel_values: torch.Tensor | None
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        """The batch on a device."""
+        pixels = None if self.pixel_values is None else self.pixel_values.to(device)
+        return PaddedBatch(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device), pixels)
+
+
+def collate(items: Sequence[Item], normalise: Normalise) -> PaddedBatch:
+    """Pad samples on the right and normalise their pixels."""
+    width = max(len(e.input_ids) for e, _ in items)
+    ids = torch.zeros(len(items), width, dtype=torch.long)
+    labels = torch.full((len(items), width), IGNORE_INDEX)
+    mask = torch.zeros(len(items), width, dtype=torch.long)
+    for k, (e, _) in enumerate(items):
+        n = len(e.input_ids)
+        ids[k, :n], labels[k, :n], mask[k, :n] = torch.tensor(e.input_ids), torch.tensor(e.labels), 1
+    pixels = [p for _, p in items if p is not None]
+    values = torch.from_numpy(normalise(np.stack(pixels))) if pixels else None
+    return PaddedBatch(ids, labels, mask, values)
+
+
+def build_model(config: RunConfig, init_from: Path | None) -> Loaded:
+    """Base models with a fresh projector (seeded), or with the projector of the run that this one starts from."""
+    experiment = config.experiment
+    seed_everything(experiment.train.seed)
+    loaded = build(
+        config.model_source(experiment.model.language_model), config.model_source(experiment.model.vision_tower),
+        resolve_dtype(config.scale.dtype), experiment.model.projector, experiment.model.feature_layer,
+    )  # fmt: skip
+    if experiment.init_from is not None:
+        if init_from is None:
+            raise CheckpointError(f"{experiment.name} starts from {experiment.init_from}; fix: train that one first")
+        load_into(loaded.model, init_from, ("multi_modal_projector.",))
+    loaded.model.set_trainable(experiment.train.trainable)
+    return loaded
+
+
+def training_files(config: RunConfig) -> list[Path]:
+    """The files that decide what a run is trained on; their checksums are part of its id."""
+    folder = config.data_path
+    if config.experiment.data.name == "scienceqa":
+        return [folder / "problems.json", folder / "pid_splits.json"]
+    name = {"cc595k": "chat.json", "instruct158k": "llava_instruct.json"}[config.experiment.data.name]
+    return [folder / name]
+
+
+def load_samples(config: RunConfig) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Training and held-out samples of a run.
+
+    Raises:
+        DataError: a file is missing (the message says which notebook writes it) or a record is wrong.
+    """
+    data, (path, *_) = config.experiment.data, training_files(config)
+    if not path.is_file():
+        maker = {
+            "cc595k": "notebook 10_cc3m_filtering (`llava filter`)",
+            "instruct158k": "notebook 11_gpt4_instruction_data (`llava generate`)",
+            "scienceqa": "`llava miniature`, or the ScienceQA download",
+        }[data.name]
+        raise DataError(f"{shown(path)}: not found; fix: run {maker}, which writes it")
+    if data.name == "scienceqa":
+        return tuple(  # type: ignore[return-value]
+            [format_problem(p, data.prompt_format or "QCM-LEPA") for p in load_problems(config.data_path, split)][
+                :limit
+            ]
+            for split, limit in (("train", data.limit), ("val", config.scale.eval_samples))
+        )
+    images = resolve(config.scale.data[f"{data.name}_images"])
+    samples = load_large(path, images, subset=data.subset or None, seed=config.experiment.train.seed, decode=True)
+    every = round(1 / HELD_OUT)
+    train = pick(samples, [k for k in range(len(samples)) if k % every])
+    return train[: data.limit], samples[::every][: config.scale.eval_samples]

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.lib import bench_generate as bench_of
+from benchmarks.lib.bench import append_rows, in_own_process, in_turns, peak_mib
+from benchmarks.lib.bench_attention import bench_attention, instruct_cases
+from benchmarks.lib.bench_attention import peak as bench_attention_peak
+from benchmarks.lib.bench_generate import bench_generate
+from llava_core.ops import BACKENDS
+from llava_core.ops.attention import Backend
+from llava_core.runtime import DataError
+
+CPU = torch.device("cpu")
+
+
+def test_the_slower_peer_gives_a_ratio_above_one_and_both_begin_in_turn() -> None:
+    order: list[str] = []
+
+    def work(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    found = in_turns(lambda: work("ours", 0.01), lambda: work("peer", 0.03), 4)
+    assert 1.5 < found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
+    assert found["peer"] > found["ours"] > 0.009
+    assert sorted([tuple(order[k : k + 2]) for k in range(0, 8, 2)]) == [("ours", "peer")] * 2 + [("peer", "ours")] * 2
+    idle = in_turns(lambda: time.sleep(0.05), lambda: sum(range(10**6)), 3, clock="cpu")
+    assert idle["ours"] < idle["peer"]
+
+
+def test_the_peak_is_that_of_the_work() -> None:
+    before = peak_mib(lambda: None, CPU)
+    held = torch.ones(2**22)  # 16 MiB that stay
+    high = peak_mib(lambda: torch.ones(48 * 2**18).sum(), CPU)  # 48 MiB for a moment
+    after = peak_mib(lambda: None, CPU)
+    assert high - before > 50
+    assert high - after > 30
+    del held
+
+
+def test_a_function_in_its_own_process() -> None:
+    assert in_own_process("json:dumps", obj=[1, "a"]) == '[1, "a"]'
+    with pytest.raises(RuntimeError, match="no_such_name"):
+        in_own_process("json:no_such_name")
+
+
+def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "x.csv"
+    append_rows(path, [{"a": 1, "b": "x, y"}])
+    append_rows(path, [{"a": 2, "b": None}, {"a": 3, "b": "z"}])
+    with path.open() as file:
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": ""}, {"a": "3", "b": "z"}]
+    with pytest.raises(DataError, match="columns are not a, c"):
+        append_rows(path, [{"a": 1, "c": 2}])
+
+
+def test_both_models_write_the_same_tokens_and_every_case_is_a_row() -> None:
+    found = bench_generate("tiny", (1, 3), new_tokens=6, rounds=1, memory=False)
+    assert found["same_tokens"] is True
+    assert found["peak_memory_ratio"] is None
+    assert [row["batch"] for row in found["cases"]] == [1, 3]
+    assert all(row["ours"] > 0 and row["peer"] > 0 for row in found["cases"])
+    assert found["ratio"] == min(row["ratio"] for row in found["cases"])
+    assert found["device"] == "cpu"
+    assert bench_of.peak("ours", "tiny", 1, 2, "cpu") > 50
+
+
+def test_other_weights_write_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = bench_of.peer_model
+    monkeypatch.setattr(bench_of, "peer_model", lambda shape, device, ours: of(shape, device))
+    assert bench_generate("tiny", (1,), new_tokens=6, rounds=1, memory=False)["same_tokens"] is False
+
+
+def test_every_way_of_attention_computes_the_same_and_is_a_row() -> None:
+    found = bench_attention(("tiny",), length=96, rows=2, rounds=2, scale=0.08, memory=False)
+    rows = found["cases"]
+    assert {row["case"] for row in rows} == {"causal", "packed", "packed, shared beginnings"}
+    assert {row["candidate"] for row in rows} >= {"padded", "sdpa", "per_sample"}
+    assert all(row["low"] <= row["ms"] <= row["high"] for row in rows)
+    assert all(row["ratio"] == 1 for row in rows if row["candidate"] == row["peer"])
+    assert min(row["samples"] for row in rows if row["case"] == "packed") > 4
+    assert found["ratio"] == max(row["ratio"] for row in rows[-2:])
+    assert found["peak_memory_ratio"] is None
+    assert bench_attention_peak("padded", "tiny", 96, 1, "cpu", 0.08) > 50
+
+
+def test_samples_share_their_beginnings_and_fill_the_rows() -> None:
+    for case in instruct_cases(300, rows=2, scale=0.1)[1:]:
+        lengths = [len(tokens) for _, tokens in case.samples]
+        assert all(int(tokens[-1]) < 300 for _, tokens in case.samples)
+        assert (sum(lengths) > 600) == (case.name == "packed, shared beginnings")
+
+
+def test_a_way_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = BACKENDS.get("per_sample").run
+    broken = Backend("per_sample", lambda q, k, v, s: right(q, k, v, None))
+    get = BACKENDS.get
+    monkeypatch.setattr(BACKENDS, "get", lambda name: broken if name == "per_sample" else get(name))
+    with pytest.raises(AssertionError, match="per_sample and padded differ"):
+        bench_attention(("tiny",), length=96, rounds=1, scale=0.08)
+
+
+@pytest.mark.parametrize(("depends", "same"), [(False, True), (True, False)])
+def test_the_evaluation_is_timed_and_answers_that_depend_on_the_batch_are_seen(
+    depends: bool, same: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from benchmarks.lib import bench_evaluate
+
+    asked: list[tuple[int | None, int]] = []
+
+    def tasks(_: object, __: object, limit: int | None) -> dict[str, Any]:
+        def answer(batch: int) -> dict[str, str]:
+            asked.append((limit, batch))
+            return {str(k): f"{batch if depends else 0}" for k in range(limit or 9)}
+
+        return {"set": (answer, len), "other": (answer, len)}
+
+    monkeypatch.setattr(bench_evaluate, "_tasks", tasks)
+    monkeypatch.setattr(bench_evaluate, "load", lambda path: path)
+    found = bench_evaluate.bench_evaluate(tmp_path, tmp_path, limit=4, rounds=2, batch=8, clock="wall")
+    assert found["same_answers"] is same
+    assert [row["set"] for row in found["cases"]] == ["set", "other", "all"]
+    assert [row["questions"] for row in found["cases"]] == [9, 9, 18]
+    assert [row["score"] for row in found["cases"]] == [9, 9, None]
+    assert asked.count((None, 8)) == 2
+    assert asked.count((4, 1)) == asked.count((4, 8)) == 6
+    append_rows(tmp_path / "rows.csv", found["cases"])

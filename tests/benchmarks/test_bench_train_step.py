@@ -1,0 +1,100 @@
+"""The training step beside transformers' own: the same function, with every saving on or off."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from benchmarks.lib import bench_train_step as bench
+from benchmarks.lib.bench_train_step import ALL, PEER, SAVINGS, Case, Ours, Peer, apart
+from llava_core.checkpoints.checkpoint import build
+from llava_core.data.conversation import TEMPLATES
+from llava_core.runtime import ConfigError
+
+QUESTIONS = ("what color is the car", "what color is the dog ? A red car", "is the dog blue")
+
+
+def case(folder: Path, stage: int) -> Case:
+    """A tiny model and four samples of three images, one with its image after the question, and one of text only."""
+    loaded = build(*tiny.base_models(folder), torch.float32)
+    loaded.model.set_trainable(bench.PARTS[stage])
+    template, n = TEMPLATES.get("v0"), loaded.model.n_image_tokens
+    turns = [f"<image>\n{question}" for question in QUESTIONS] + [f"{QUESTIONS[0]}\n<image>", QUESTIONS[1]]
+    items = [template.encode([(turn, "blue and red")], loaded.tokenizer, n) for turn in turns]
+    keys = ["a", "a", "b", "c", None]
+    draw = torch.Generator().manual_seed(0)
+    pixels = {
+        key: torch.randint(0, 255, (32, 32, 3), dtype=torch.uint8, generator=draw).numpy() for key in ("a", "b", "c")
+    }
+    return Case(loaded.model, items, keys, pixels, loaded.processor.normalise, stage)
+
+
+@pytest.mark.parametrize("saving", SAVINGS)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_saving_leaves_loss_and_gradient_as_they_are(tmp_path: Path, stage: int, saving: str) -> None:
+    found = apart(case(tmp_path, stage), saving)
+    assert found["loss"] < 1e-5
+    assert found["gradient"] < 1e-4
+
+
+@pytest.mark.parametrize(("samples", "padding"), [(8, 1.5), (16, 1.7)])
+def test_the_samples_of_stage_two_have_the_lengths_that_are_said(samples: int, padding: float) -> None:
+    rng, n_image = random.Random(1), 196
+    fixed = bench.SYSTEM_TOKENS + n_image
+    drawn = [[fixed + sum(map(sum, bench._turns(rng, 2))) for _ in range(samples)] for _ in range(2000)]
+    tokens = sum(map(sum, drawn))
+    assert tokens / (2000 * samples) - fixed == pytest.approx(110, abs=4)
+    assert samples * sum(map(max, drawn)) / tokens == pytest.approx(padding, abs=0.05)
+    chosen = [len(item.input_ids) for item in bench._typical(2, samples, n_image)]
+    assert samples * max(chosen) / sum(chosen) == pytest.approx(padding, abs=0.06)
+
+
+def test_loss_curves_of_both_sides_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench._settings()
+    monkeypatch.setattr(bench, "_settings", lambda: real.model_copy(update={"learning_rate": 1e-3}))
+    made = case(tmp_path, 2)
+    peer, ours = Peer(made), Ours(made)
+    curves = [[side.step() for _ in range(8)] for side in (peer, ours)]
+    assert curves[0][-1] < 0.95 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_a_peer_that_reads_another_layer_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, real = case(tmp_path, 1), Peer.__init__
+
+    def another(self: Peer, case: Case) -> None:
+        real(self, case)
+        self.model.model.config.vision_feature_layer = -1
+
+    monkeypatch.setattr(Peer, "__init__", another)
+    assert apart(made)["gradient"] > 1e-3
+
+
+def test_what_is_counted(tmp_path: Path) -> None:
+    one, two = case(tmp_path / "one", 1), case(tmp_path / "two", 2)
+    assert bench.tokens(two, "samples") > bench.tokens(two, "packed") > bench.tokens(two, "shared")
+    assert 0 < bench.step_flops(one) < bench.step_flops(two)
+    assert bench.step_flops(two, shared=True) < bench.step_flops(two)
+    assert two.padding > 1
+
+
+def test_a_row_per_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "make_case", lambda *_, **__: case(tmp_path, 2))
+    rows = bench.bench_step("tiny", 2, rounds=2, savings=("packed", ALL), memory=False)
+    assert [row["case"] for row in rows] == ["packed", ALL]
+    for row in rows:
+        assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert float(row["loss_apart"]) < 1e-5
+        assert set(bench.COLUMNS) < set(row)
+
+
+def test_unknown_names_are_clear(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no model '8b'; choose one of mini, 135m, 7b"):
+        bench.make_case("8b", 1)
+    with pytest.raises(ConfigError, match="no saving 'pack'; choose one of head, features, packed, shared"):
+        Ours(case(tmp_path, 1), "pack")
+    assert PEER not in SAVINGS

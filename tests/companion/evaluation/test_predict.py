@@ -1,0 +1,177 @@
+"""Answers to ScienceQA: what a file of them says, in two passes where the format wants them, resumed by batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from companion import cli
+from companion.data_tools.scienceqa import load_problems
+from companion.evaluation import predict
+from companion.evaluation.predict import predict_science_qa, science_answers
+from companion.evaluation.predictions import read_predictions
+from companion.evaluation.science_qa import evaluate_files
+from llava_core.checkpoints.checkpoint import Loaded, build, load, save_checkpoint
+from llava_core.runtime import DataError
+
+SHORT = {"max_new_tokens": 4, "answer_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model, said to be trained with either format."""
+    root = tmp_path_factory.mktemp("models")
+    made = build(*tiny.base_models(root), torch.float32)
+    torch.nn.init.normal_(made.model.language_model.get_output_embeddings().weight, std=0.5)
+    facts = {"template": "v0", "image_position": "data", "run_id": "1"}
+    return {
+        name: save_checkpoint(root / name, made, "full", prompt_format=name, **facts)
+        for name in ("QCM-LEPA", "QCM-ALE")
+    }
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints: dict[str, Path]) -> dict[str, Loaded]:
+    return {name: load(path) for name, path in checkpoints.items()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    problems: dict[str, dict[str, Any]] = {}
+    for k in range(5):
+        problems[str(k)] = {
+            "question": "what is " + "the color " * k, "choices": ["red", "blue"], "answer": 0, "split": "test",
+            "subject": "natural science", "grade": "grade1", "image": "image.png" if k % 2 else None,
+        }  # fmt: skip
+        if k % 2:
+            (tmp_path / "images" / "test" / str(k)).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (60 * k, 0, 90)).save(tmp_path / "images" / "test" / str(k) / "image.png")
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"test": list(problems), "train": []}))
+    return tmp_path
+
+
+def test_a_file_says_how_it_was_made_and_is_refused_for_anything_else(
+    checkpoints: dict[str, Path], models: dict[str, Loaded], folder: Path
+) -> None:
+    out, questions = folder / "answers.jsonl", folder / "problems.json"
+    answers = predict_science_qa(models["QCM-LEPA"], checkpoints["QCM-LEPA"], folder, out, **SHORT)
+    found = read_predictions(out)
+    assert found.answers == answers
+    said = found.made_with or {}
+    assert (said["prompt_format"], said["template"], said["n"], said["split"]) == ("QCM-LEPA", "v0", 5, "test")
+    assert (said["max_new_tokens"], said["answer_tokens"], said["temperature"], said["seed"]) == (4, 3, 0.0, 0)
+    result = evaluate_files(out, questions, prompt_format="QCM-LEPA", checkpoint=checkpoints["QCM-LEPA"])
+    assert (result["n"], result["missing"]) == (5, 0)
+    with pytest.raises(DataError, match="made with prompt_format 'QCM-LEPA', not 'QCM-ALE'"):
+        evaluate_files(out, questions, prompt_format="QCM-ALE")
+    with pytest.raises(DataError, match="made with checkpoint"):
+        evaluate_files(out, questions, checkpoint=checkpoints["QCM-ALE"])
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(
+    checkpoints: dict[str, Path], models: dict[str, Loaded], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, checkpoint, out = models["QCM-LEPA"], checkpoints["QCM-LEPA"], folder / "answers.jsonl"
+    whole = science_answers(loaded, load_problems(folder, "test"), **SHORT)
+    asked: list[int] = []
+    original = predict.answer_questions
+
+    def dies(*args: Any, **options: Any) -> dict[str, str]:
+        asked.append(len(args[1]))
+        if len(asked) == 4:  # within the second batch, between its two passes
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(predict, "answer_questions", dies)
+    with pytest.raises(KeyboardInterrupt):
+        predict_science_qa(loaded, checkpoint, folder, out, batch=2, **SHORT)
+    assert len(read_predictions(out).answers) == 2
+    assert "holds 2 of 5 answers" in evaluate_files(out, folder / "problems.json")["notes"][-1]
+    for other in ({"temperature": 0.5}, {"max_new_tokens": 5}, {"images": False}, {"released": True}, {"limit": 3}):
+        with pytest.raises(DataError, match=r"answers\.jsonl, record 1: question \d was answered with other settings"):
+            predict_science_qa(loaded, checkpoint, folder, out, **(SHORT | other))
+    with pytest.raises(DataError, match=r"other settings than now \(.*checkpoint: .*; prompt_format"):
+        predict_science_qa(models["QCM-ALE"], checkpoints["QCM-ALE"], folder, out, **SHORT)
+    asked[:] = [0] * 4
+    assert predict_science_qa(loaded, checkpoint, folder, out, batch=2, **SHORT) == whole
+    assert asked[4:] == [2, 2, 1, 1]  # two passes over the three that were left
+
+
+def test_two_passes_only_where_the_format_wants_them(models: dict[str, Loaded], folder: Path) -> None:
+    problems = load_problems(folder, "test")
+    second, one = (science_answers(models[name], problems, **SHORT) for name in ("QCM-LEPA", "QCM-ALE"))
+    assert all("\n The answer is " in text for text in second.values())
+    assert not any("The answer is" in text for text in one.values())
+    assert {key: text.split("\n The answer is ")[0] for key, text in second.items()} == one
+
+
+def test_the_answer_prompt_follows_the_reasoning(
+    models: dict[str, Loaded], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, str]] = []
+
+    def scripted(loaded: Any, rows: Any, begins: Any = None, **_: Any) -> dict[str, str]:
+        begun.append(begins or {})
+        return {row["question_id"]: " B." if begins else "SOLUTION: blue." for row in rows}
+
+    monkeypatch.setattr(predict, "answer_questions", scripted)
+    answers = science_answers(models["QCM-LEPA"], load_problems(folder, "test"))
+    assert set(answers.values()) == {"SOLUTION: blue.\n The answer is B."}
+    assert set(begun[1].values()) == {"SOLUTION: blue.\n###\nANSWER:"}
+    science_answers(models["QCM-LEPA"], load_problems(folder, "test"), released=True)
+    assert set(begun[3].values()) == {"SOLUTION: blue. ###\nANSWER:"}
+
+
+def test_answers_do_not_depend_on_the_batch_and_reasoning_leaves_room_for_an_answer(
+    models: dict[str, Loaded], folder: Path
+) -> None:
+    problems = load_problems(folder, "test")
+    options = {"max_new_tokens": 1000, "answer_tokens": 2}  # the tiny model has 256 positions
+    together = science_answers(models["QCM-LEPA"], problems, **options)
+    assert together == science_answers(models["QCM-LEPA"], problems, batch=2, **options)
+    assert list(together) == ["0", "1", "2", "3", "4"]
+    blind = science_answers(models["QCM-ALE"], problems, images=False, **SHORT)
+    seeing = science_answers(models["QCM-ALE"], problems, **SHORT)
+    assert all((blind[p.id] == seeing[p.id]) or p.image for p in problems)
+
+
+def test_a_checkpoint_without_a_prompt_format_is_refused(models: dict[str, Loaded], folder: Path) -> None:
+    bare = Loaded(models["QCM-ALE"].model, models["QCM-ALE"].tokenizer, models["QCM-ALE"].processor, {})
+    with pytest.raises(DataError, match="names no prompt format"):
+        science_answers(bare, load_problems(folder, "test"))
+
+
+def test_from_the_command_line(checkpoints: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = checkpoints["QCM-ALE"], folder / "answers.jsonl"
+    words = [
+        "predict",
+        "science-qa",
+        "--model",
+        str(model),
+        "--data",
+        str(folder),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
+    assert cli.main([*words, "--max-new-tokens", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] == 5
+    assert cli.main([*words, "--max-new-tokens", "4"]) == 1
+    assert "other settings than now (max_new_tokens: 3 and 4)" in capsys.readouterr().err
+    words = ["evaluate", "science-qa", "--predictions", str(out), "--questions", str(folder / "problems.json")]
+    assert cli.main([*words, "--prompt-format", "QCM-ALE", "--checkpoint", str(model), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 5
+    assert cli.main([*words, "--prompt-format", "QCM-LEPA"]) == 1
+    assert "made with prompt_format 'QCM-ALE', not 'QCM-LEPA'" in capsys.readouterr().err
+    words = ["evaluate", "compare", str(out), str(out), "--questions", str(folder / "problems.json"), "--json"]
+    assert cli.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["n"], result["difference"], result["p"]) == (5, 0, 1)

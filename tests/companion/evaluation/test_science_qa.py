@@ -1,0 +1,311 @@
+"""Letters out of answers, the released result file to the digit, and every failure counted apart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from companion.evaluation import science_qa
+from companion.evaluation.ensemble import complement, evaluate, judged
+from companion.evaluation.science_qa import (
+    INVALID,
+    UNPARSED,
+    answer_letter,
+    compare_files,
+    evaluate_files,
+    format_comparison,
+    format_report,
+    parse_answer,
+    score,
+)
+from llava_core.runtime import DataError
+
+PROBLEMS: dict[str, Any] = {
+    "1": {"choices": ["x", "y"], "answer": 1, "hint": "h", "image": "image.png", "subject": "natural science",
+          "grade": "grade6", "split": "test"},
+    "2": {"choices": ["x", "y", "z", "w"], "answer": 0, "hint": "", "image": None, "subject": "social science",
+          "grade": "grade7", "split": "test"},
+    "3": {"choices": ["x", "y"], "answer": 0, "hint": "", "image": "image.png", "subject": "language science",
+          "grade": "grade12", "split": "test"},
+    "4": {"choices": ["x", "y"], "answer": 0, "hint": "", "image": None, "subject": "language science",
+          "grade": "grade1", "split": "train"},
+}  # fmt: skip
+TEST = {key: problem for key, problem in PROBLEMS.items() if problem["split"] == "test"}
+
+
+@pytest.mark.parametrize(
+    ("text", "era", "expected"),
+    [
+        ("Assistant: because.\n The answer is B.", "v0", 1),
+        ("The answer is B", "v0", UNPARSED),  # the released pattern wants one more character
+        ("The answer is B\n", "v0", UNPARSED),
+        ("The answer is B!", "v0", 1),
+        ("The answer is B. The answer is B.", "v0", UNPARSED),
+        ("The answer is b.", "v0", UNPARSED),
+        ("The answer is D.", "v0", INVALID),
+        ("B", "v0", UNPARSED),
+        ("B", "1.0", UNPARSED),
+        ("B", "1.5", 1),
+        (" B\n", "1.5", UNPARSED),  # the released evaluation strips a text before it is stored
+        (" B\n", "ours", 1),
+        ("The answer is B", "ours", UNPARSED),
+        ("The answer is Belgium.", "v0", 1),
+        ("The answer is Belgium.", "ours", UNPARSED),
+        ("A. The answer is B.", "1.5", 0),
+        ("A. The answer is B.", "ours", UNPARSED),
+        ("A\nThe answer is B.", "ours", UNPARSED),
+        ("B. The answer is B.", "ours", 1),
+        ("B\nbecause of it", "ours", UNPARSED),
+        ("B. the second", "1.5", 1),
+        ("D. the fourth", "1.5", INVALID),
+        ("Banana", "1.5", UNPARSED),
+        ("A and B", "1.5", UNPARSED),
+        ("", "1.5", UNPARSED),
+    ],
+)
+def test_parse_answer(text: str, era: str, expected: Any) -> None:
+    assert parse_answer(text, 2, era) == expected
+
+
+def test_unknown_era() -> None:
+    with pytest.raises(ValueError, match="known: ours, v0"):
+        parse_answer("B", 2, "v9")
+
+
+PIECES = st.lists(
+    st.one_of(
+        st.text(max_size=8),
+        st.sampled_from(["The answer is ", "A", "B.", "C. ", "\n", ".", " ", "the answer is ", "(D)", "Z", "Answer: "]),
+    ),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(PIECES, st.integers(2, 5), st.sampled_from(science_qa.ERAS))
+def test_parsing_never_fails_nor_leaves_the_choices(text: str, n: int, era: str) -> None:
+    for t in (text, f"The answer is {text}.", text[:1] + ". "):
+        answer = parse_answer(t, n, era)
+        assert answer in (UNPARSED, INVALID) or answer in range(n)
+
+
+@settings(max_examples=400, deadline=None)
+@given(PIECES, st.sampled_from("ABCDE"))
+def test_a_letter_is_in_the_text_and_a_second_one_makes_it_a_failure(text: str, other: str) -> None:
+    for t in (text, f"{text} The answer is {other}."):
+        letter = answer_letter(t)
+        if letter is None:
+            continue
+        opens = t.strip() == letter or t.lstrip().startswith(f"{letter}. ")
+        assert opens or f"The answer is {letter}" in t
+        for second in {*"ABCDE"} - {letter}:
+            assert answer_letter(f"{t}\nThe answer is {second}.") is None
+            assert answer_letter(f"{second}. {t}") in (None, second)  # an opening "X. " may hide what opened before it
+
+
+def test_released_file(reference: Path) -> None:
+    folder = reference / "scienceqa"
+    files = folder / "test_sqa_llava_13b_v0.json", folder / "llava_test_CQM-A.json"
+    result = evaluate_files(*files)
+    assert (result["n"], result["correct"]) == (4241, 3855)
+    assert round(result["accuracy"], 2) == 90.90
+    assert result["accuracy_if_random"] == pytest.approx(100 * 3855.5 / 4241)
+    assert (result["unparsed"], result["invalid_ids"], result["missing"]) == (0, ["3247"], 0)
+    counts = {name: (row["correct"], row["n"]) for name, row in result["subsets"].items()}
+    assert counts == {"IMG": (1775, 2017), "TXT": (1831, 2046), "NO": (1300, 1435)}
+    notes = " ".join(result["notes"])
+    assert "question 3247 names option D of 2 choices" in notes
+    assert "3856 right (90.92 %)" in notes
+    assert "paper's 90.92" in notes
+    assert all(text in format_report(result) for text in ("90.90", "1775", "3247"))
+    assert evaluate_files(*files, era="v0")["correct"] == 3855
+    assert "(3855 + 0.50) / 4241" in notes
+    assert "scored on trust" in notes
+    released = evaluate_files(*files, released=True)
+    assert (released["correct"], round(released["accuracy"], 2)) == (3856, 90.92)
+    assert {name: round(row["accuracy"], 2) for name, row in released["subsets"].items()} == {
+        "TXT": 89.49, "IMG": 88.00, "NO": 90.66,
+    }  # fmt: skip
+    assert (released["header"]["correct"], released["header"]["count"]) == (3855, 4241)
+    with pytest.raises(DataError, match="does not say how its answers were made"):
+        evaluate_files(*files, prompt_format="QCM-LEPA")
+
+
+def test_both_question_layouts_agree(reference: Path) -> None:
+    folder = reference / "scienceqa"
+    lettered = {q.id: q for q in science_qa.read_questions(folder / "llava_test_CQM-A.json")}
+    problems = science_qa.read_questions(folder / "problems_test_part.json")
+    assert len(problems) == 361
+    for q in problems:
+        other = lettered[q.id]
+        assert (q.n_choices, q.answer, q.has_text, q.has_image) == (
+            other.n_choices, other.answer, other.has_text, other.has_image,
+        )  # fmt: skip
+    predictions = folder / "test_sqa_llava_13b_v0.json"
+    with pytest.raises(DataError, match="3880 of 4241 predictions belong to no question"):
+        evaluate_files(predictions, folder / "problems_test_part.json")
+    part = evaluate_files(predictions, folder / "problems_test_part.json", subset=True)
+    assert (part["n"], part["correct"]) == (361, 320)
+    assert sum(part["subsets"][name]["n"] for name in ("NAT", "SOC", "LAN")) == 361
+    assert sum(part["subsets"][name]["correct"] for name in ("G1-6", "G7-12")) == 320
+
+
+def test_failures_are_counted_apart_and_never_guessed() -> None:
+    result = score(TEST, {1: "The answer is B.", "2": "I do not know."})
+    assert (result["n"], result["correct"], result["unparsed"], result["invalid"], result["missing"]) == (3, 1, 1, 0, 1)
+    assert result["accuracy"] == result["accuracy_if_wrong"] == pytest.approx(100 / 3)
+    assert result["accuracy_if_random"] == pytest.approx(100 * 1.25 / 3)  # a missing answer is not drawn
+    assert (result["unparsed_ids"], result["missing_ids"]) == (["2"], ["3"])
+    assert {name: row["n"] for name, row in result["subsets"].items()} == {
+        "NAT": 1, "SOC": 1, "LAN": 1, "TXT": 1, "IMG": 2, "NO": 1, "G1-6": 1, "G7-12": 2,
+    }  # fmt: skip
+    low, high = result["interval"]
+    assert 0 < low < result["accuracy"] < high < 100
+
+
+def test_objects_with_the_same_fields_score_alike() -> None:
+    objects = [SimpleNamespace(id=key, **p | {"grade": int(p["grade"][5:])}) for key, p in TEST.items()]
+    answers = {"1": "B", "2": "C", "3": "A"}
+    assert score(objects, answers) == score(TEST, answers)
+    assert score(TEST, answers)["correct"] == 2
+
+
+def test_a_scorer_that_guesses_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"1": "Q", "2": "The answer is E.", "3": "A"}
+    honest = score(TEST, answers)
+    monkeypatch.setattr(science_qa, "parse_answer", lambda text, n, era: max("ABCDE".find(text[-2:-1]), 0) % n)
+    assert score(TEST, answers)["correct"] > honest["correct"] == 1
+
+
+def test_split_and_jsonl(tmp_path: Path) -> None:
+    questions, predictions = tmp_path / "problems.json", tmp_path / "answers.jsonl"
+    questions.write_text(json.dumps(PROBLEMS))
+    rows = [{"question_id": key, "text": "A"} for key in TEST]
+    predictions.write_text("\n".join(map(json.dumps, rows)))
+    assert (evaluate_files(predictions, questions)["n"], evaluate_files(predictions, questions)["correct"]) == (3, 2)
+    with pytest.raises(DataError, match=r"no problem of split 'val'; the file has test, train"):
+        evaluate_files(predictions, questions, split="val")
+    with pytest.raises(DataError, match="none of its 3 question ids"):
+        evaluate_files(predictions, questions, split="train")
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        ([], "no prediction"),
+        ({"outputs": {}}, "no prediction"),
+        ({"answers": 3}, "not a prediction file"),
+        ([{"question_id": 1}], "record 1: needs"),
+        ([{"question_id": "1", "text": None}], "record 1: needs"),
+        (
+            [{"question_id": 1, "text": "A"}, {"question_id": "1", "text": "B"}],
+            "record 2: question 1 is answered twice",
+        ),
+        ([{"question_id": "1", "text": "A"}, {"question_id": "99", "text": "A"}], "first: '99'"),
+    ],
+)
+def test_bad_predictions_name_file_and_record(tmp_path: Path, predictions: Any, message: str) -> None:
+    (tmp_path / "q.json").write_text(json.dumps(PROBLEMS))
+    (tmp_path / "answers.json").write_text(json.dumps(predictions))
+    with pytest.raises(DataError, match=message) as caught:
+        evaluate_files(tmp_path / "answers.json", tmp_path / "q.json")
+    assert "answers.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("questions", "message"),
+    [
+        ([], "empty"),
+        (3, "neither"),
+        ([{"id": "1"}], "record 0: needs"),
+        ([{"id": "1", "conversations": [{"value": "Q?\nA. x\nB. y"}, {"value": "C"}]}], "question 1.*none of its 2"),
+        ({"1": {"choices": ["x"], "answer": 1}}, "problem 1: needs"),
+        ({"1": {"choices": ["x"], "answer": 0, "subject": "alchemy"}}, "subject 'alchemy'"),
+    ],
+)
+def test_bad_questions_name_file_and_record(tmp_path: Path, questions: Any, message: str) -> None:
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    with pytest.raises(DataError, match=message) as caught:
+        science_qa.read_questions(tmp_path / "q.json")
+    assert "q.json" in str(caught.value)
+
+
+def test_choices_may_run_over_lines() -> None:
+    text = "<image>\nContext: c\nWhich poem?\nA. one line\nanother\nB. two\nlines\nC. three"
+    question = science_qa._from_conversation(
+        {"id": 7, "image": "7/image.png", "conversations": [{"value": text}, {"value": "C"}]}, "here"
+    )
+    assert (question.id, question.n_choices, question.answer, question.subsets) == ("7", 3, 2, ["TXT", "IMG"])
+
+
+def test_a_result_file_of_the_later_code_stores_failures_as_minus_one(tmp_path: Path) -> None:
+    outputs = {"1": "Poles repel. The answer is B.", "2": "It cannot be told.", "3": "It is A. The answer is C."}
+    content = {"acc": 33.3, "correct": 1, "count": 3, "results": {"1": 1, "2": -1, "3": -1}, "outputs": outputs}
+    (tmp_path / "later.json").write_text(json.dumps(content))
+    (tmp_path / "q.json").write_text(json.dumps(PROBLEMS))
+    for released in (False, True):
+        result = evaluate_files(tmp_path / "later.json", tmp_path / "q.json", released=released)
+        assert (result["correct"], result["unparsed_ids"], result["invalid_ids"]) == (1, ["2"], ["3"])
+        assert "result map" not in " ".join(result["notes"])
+    rows = [
+        {"question_id": key, "prompt": "p", "text": t, "model_id": "m", "metadata": {}} for key, t in outputs.items()
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert evaluate_files(tmp_path / "rows.jsonl", tmp_path / "q.json")["unparsed"] == 1
+    with pytest.raises(DataError, match="leave --released away"):
+        evaluate_files(tmp_path / "rows.jsonl", tmp_path / "q.json", released=True)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows[:2], rows[2] | {"model_id": "other"}])))
+    with pytest.raises(DataError, match=r"record 3: answers of several models \(m, other\)"):
+        evaluate_files(tmp_path / "rows.jsonl", tmp_path / "q.json")
+
+
+def answer_file(path: Path, answers: dict[str, str]) -> Path:
+    path.write_text(json.dumps({"outputs": answers}))
+    return path
+
+
+def test_two_files_are_compared_question_by_question(tmp_path: Path) -> None:
+    problems = {str(k): PROBLEMS["2"] for k in range(40)}
+    (tmp_path / "q.json").write_text(json.dumps(problems))
+    good = answer_file(tmp_path / "good.json", {str(k): "A" if k < 30 else "B" for k in range(40)})
+    bad = answer_file(tmp_path / "bad.json", {str(k): "A" if k < 20 or k >= 38 else "B" for k in range(40)})
+    result = compare_files(good, bad, tmp_path / "q.json")
+    assert (result["n"], result["first"]["correct"], result["second"]["correct"]) == (40, 30, 22)
+    assert (result["only_first"], result["only_second"]) == (10, 2)
+    assert result["difference"] == pytest.approx(-20)
+    assert result["interval"][0] < -20 < result["interval"][1] < 0
+    assert result["p"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert "-20.00 points" in format_comparison(result)
+    less = answer_file(tmp_path / "less.json", {str(k): "A" for k in range(39)})
+    with pytest.raises(DataError, match=r"good.json answers 1 questions that .*less.json does not \(39\)"):
+        compare_files(less, good, tmp_path / "q.json")
+    part = answer_file(tmp_path / "part.json", {str(k): "B" for k in range(39)})
+    assert compare_files(less, part, tmp_path / "q.json")["notes"][0] == "39 of 40 questions are answered."
+
+
+def test_ensemble_rules() -> None:
+    assert complement(0, UNPARSED) == complement(0, INVALID) == 0
+    assert complement(0, 1) == 1
+    assert judged(0, 0, 1) == 0  # agreement is not asked again
+    assert judged(0, 1, UNPARSED) == 0
+    assert judged(0, 1, 2) == 2
+    llava, gpt4 = {"1": "A", "2": "A", "3": "B"}, {"1": "B", "2": "no image", "3": "B"}
+    result = evaluate(TEST, llava, gpt4, requery={"1": "B"})
+    assert {name: row["correct"] for name, row in result.items()} == {
+        "llava": 1, "gpt4": 1, "complement": 2, "upper_bound": 2, "judge": 2,
+    }  # fmt: skip
+    assert "judge" not in evaluate(TEST, llava, gpt4)
+
+
+def test_evaluate_does_not_import_torch() -> None:
+    names = "captions, ensemble, grounding, llava_bench, predict, predictions, science_qa, statistics"
+    code = f"import sys; from companion.evaluation import {names}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

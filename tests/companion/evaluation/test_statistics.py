@@ -1,0 +1,118 @@
+"""Intervals and tests against known values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from companion.evaluation.statistics import (
+    mcnemar,
+    paired_bootstrap,
+    proportion,
+    seeds_and_items,
+    seeds_interval,
+    unpaired_difference,
+    welch,
+    wilson,
+)
+
+
+def test_wilson() -> None:
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 0) == (0, 1)
+    assert wilson(10, 10)[1] == pytest.approx(1)
+    assert proportion(8, 10)["interval"] == pytest.approx([49.02, 94.33], abs=0.01)
+    assert proportion(0, 0)["accuracy"] is None
+    with pytest.raises(ValueError, match="11 correct of 10"):
+        wilson(11, 10)
+
+
+def test_mcnemar_is_exact() -> None:
+    first = [True] * 9 + [False] + [True] * 5
+    second = [False] * 9 + [True] + [True] * 5
+    result = mcnemar(first, second)
+    assert (result["n"], result["only_first"], result["only_second"]) == (15, 9, 1)
+    assert result["p"] == pytest.approx(22 / 1024)
+    assert mcnemar([True], [True])["p"] == 1
+
+
+def test_paired_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=500)
+    second = first + 0.1 + rng.normal(scale=0.05, size=500)
+    result = paired_bootstrap(list(first), list(second), samples=2000)
+    low, high = result["interval"]
+    assert low < result["difference"] < high
+    # pairing removes the items' own spread (about 1): the width is that of the differences (0.05)
+    assert high - low == pytest.approx(2 * 1.96 * 0.05 / 500**0.5, rel=0.15)
+    assert result == paired_bootstrap(list(first), list(second), samples=2000)
+    assert paired_bootstrap([0, 1], [1, 2])["interval"] == [1, 1]
+    with pytest.raises(ValueError, match="paired"):
+        paired_bootstrap([1, 2], [1])
+
+
+def test_seeds_interval() -> None:
+    result = seeds_interval([1, 2, 3])
+    assert (result["n"], result["mean"], result["std"]) == (3, 2, 1)
+    assert result["interval"] == pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-4)
+    assert seeds_interval([5])["interval"] is None
+    with pytest.raises(ValueError, match="no value"):
+        seeds_interval([])
+
+
+def test_unpaired_difference() -> None:
+    found = unpaired_difference(80, 100, 60, 100)
+    assert found["difference"] == pytest.approx(-20)
+    # pooled 0.7: the square root of 0.21 x 2 / 100
+    assert found["standard_error"] == pytest.approx(6.4807, abs=1e-4)
+    assert found["z"] == pytest.approx(-3.0861, abs=1e-4)
+    assert found["p"] == pytest.approx(0.002028, abs=1e-6)
+    assert found["interval"] == pytest.approx([-32.396, -7.604], abs=1e-3)
+    assert unpaired_difference(60, 100, 80, 100)["z"] == -found["z"]
+    assert unpaired_difference(5, 5, 7, 7)["z"] == 0
+    with pytest.raises(ValueError, match="6 correct of 5"):
+        unpaired_difference(6, 5, 1, 5)
+    with pytest.raises(ValueError, match="0 correct of 0"):
+        unpaired_difference(0, 0, 1, 5)
+
+
+def test_welch_of_summaries_is_welch_of_the_runs() -> None:
+    from scipy import stats
+
+    first, second = [19.0, 19.5, 18.7], [66.0, 69.6, 66.3]
+    summary = [x for runs in (first, second) for x in (float(np.mean(runs)), float(np.std(runs, ddof=1)), len(runs))]
+    found, runs = welch(*summary), stats.ttest_ind(second, first, equal_var=False)
+    assert (found["t"], found["p"]) == pytest.approx((runs.statistic, runs.pvalue))
+    assert found["freedom"] == pytest.approx(runs.df)
+    assert found["interval"] == pytest.approx(list(runs.confidence_interval()))
+    assert found["difference"] == pytest.approx(np.mean(second) - np.mean(first))
+    with pytest.raises(ValueError, match="1 and 3 runs"):
+        welch(1, 1, 1, 2, 1, 3)
+
+
+def test_seeds_and_items_takes_in_both_levels() -> None:
+    rng = np.random.default_rng(0)
+    n_seeds, n = 8, 400
+    seed_effects, item_effects = rng.normal(scale=0.2, size=(n_seeds, 1)), rng.normal(scale=1.0, size=(1, n))
+    difference = 0.5 + seed_effects + item_effects
+    first = rng.normal(size=(n_seeds, n))
+    result = seeds_and_items(first.tolist(), (first + difference).tolist(), samples=4000)
+    low, high = result["interval"]
+    assert (result["n_seeds"], result["n"]) == (n_seeds, n)
+    assert result["difference"] == pytest.approx(difference.mean())
+    variance = seed_effects.var() / n_seeds + item_effects.var() / n
+    assert high - low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
+    # either level alone is narrower
+    items_only = paired_bootstrap(first.mean(0).tolist(), (first + difference).mean(0).tolist(), samples=4000)
+    assert items_only["interval"][1] - items_only["interval"][0] < 0.9 * (high - low)
+
+
+def test_seeds_and_items_of_one_seed_is_the_paired_bootstrap() -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.integers(0, 2, size=(2, 300)).astype(float).tolist()
+    alone, paired = seeds_and_items([first], [second]), paired_bootstrap(first, second)
+    assert alone["difference"] == pytest.approx(paired["difference"])
+    assert alone["interval"] == pytest.approx(paired["interval"], abs=0.01)
+    assert seeds_and_items([first], [second]) == alone
+    with pytest.raises(ValueError, match="seeds and items"):
+        seeds_and_items([first], [second, second])

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from companion.data_tools.coco import context_text, load_annotations
+from companion.evaluation.bench_steps import reference_messages
+from companion.evaluation.llava_bench import judge_messages, parse_scores
+from companion.evaluation.science_qa import Failure, parse_answer
+from companion.miniature import language
+from companion.miniature.benches import full_answer
+from companion.miniature.offline_chat import TERSE, THOROUGH, TURNS, Taste, read_context, read_scene, respond
+from companion.miniature.scienceqa import make_problem
+from companion.miniature.world import Scene, sample_scene
+from companion.teacher.parse import parse_detail, parse_dialogue, parse_reasoning
+from companion.teacher.prompts import build_messages
+from companion.teacher.prompts import context_text as written
+from llava_core.runtime import DataError
+
+SCENES = [sample_scene(k, seed=5, split="ood" if k % 3 == 0 else "train") for k in range(200)]
+
+
+def captions_of(scene: Scene) -> list[str]:
+    return language.captions(scene, random.Random(scene.id))
+
+
+def boxes_of(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
+    return [(item.category, item.box) for item in scene.items]
+
+
+def ask(kind: str, scene: Scene) -> str:
+    return respond(build_messages(kind, written(captions_of(scene), () if kind == "conversation" else boxes_of(scene))))
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_captions_and_boxes_are_read_back() -> None:
+    scene = SCENES[0]
+    context = read_context(written(captions_of(scene), boxes_of(scene)))
+    assert context.captions == tuple(captions_of(scene))
+    assert context.boxes == tuple((c, tuple(round(x, 3) for x in box)) for c, box in boxes_of(scene))
+    assert read_context("A sign: stop.\n\nstop sign: [0.1, 0.2, 0.3, 0.4]").captions == ("A sign: stop.",)
+
+
+def test_every_scene_is_known_exactly_from_captions_and_boxes_and_from_its_description() -> None:
+    for scene in SCENES:
+        facts = language.facts_of_scene(scene)
+        assert read_scene(captions_of(scene), boxes_of(scene)) == facts
+        assert read_scene([language.describe(facts)]) == facts
+
+
+def test_captions_alone_give_nothing_wrong() -> None:
+    open_positions = 0
+    for scene in SCENES:
+        read = read_scene(captions_of(scene))
+        assert read is not None
+        assert read.background == scene.background
+        for group in read.groups:
+            truth = next(g for g in scene.groups if g.category == group.category)
+            assert (group.color, group.count, group.size) == (truth.color, truth.count, truth.size)
+            assert group.position in (truth.position, None)
+            open_positions += group.position is None
+        assert len(read.groups) == len(scene.groups)
+    assert open_positions < 100
+
+
+@pytest.mark.parametrize(
+    "captions", [["A red car on a beach.", "A man rides a horse."], ["A red zebra."], [], ["On a beach."]]
+)
+def test_what_is_not_of_the_miniature_is_left_to_the_language_for_photographs(captions: list[str]) -> None:
+    assert read_scene(captions) is None
+
+
+# ------------------------------------------------------------------------------------------------ instruction data
+
+
+def test_conversations_have_the_wording_and_the_answers_of_the_miniature() -> None:
+    kinds: Counter[str] = Counter()
+    overviews = 0
+    for scene in SCENES[:40]:
+        facts = language.facts_of_scene(scene)
+        true = {qa.question: qa for seed in range(300) for qa in language.questions(facts, random.Random(seed))}
+        turns = parse_dialogue(ask("conversation", scene))
+        shown = [k for k, (_, answer) in enumerate(turns) if answer.startswith("The image shows ")]
+        for k in shown:  # of what the captions tell, so the order may be another
+            assert sorted(re.findall(r"\w+", turns[k][1])) == sorted(re.findall(r"\w+", language.overview(facts)))
+        assert shown in ([], [0], [len(turns) - 1])
+        overviews += len(shown)
+        turns = [turn for k, turn in enumerate(turns) if k not in shown]
+        assert 4 <= len(turns) <= TURNS
+        assert len({question for question, _ in turns}) == len(turns)
+        for question, answer in turns:
+            assert true[question].answer == answer
+            kinds[true[question].kind] += 1
+    assert set(kinds) == {"presence", "count", "color", "background", "position", "category", "relation"}
+    assert kinds["presence"] < 0.3 * kinds.total()
+    assert 8 < overviews < 34
+
+
+def test_yes_and_no_are_about_as_frequent() -> None:
+    answers = Counter(
+        a for scene in SCENES for _, a in parse_dialogue(ask("conversation", scene)) if a in ("Yes.", "No.")
+    )
+    assert 0.4 < answers["Yes."] / answers.total() < 0.6
+
+
+def test_descriptions_and_reasoning_are_those_of_the_miniature() -> None:
+    sums = 0
+    for scene in SCENES:
+        facts = language.facts_of_scene(scene)
+        assert parse_detail(ask("detail", scene)) == language.describe(facts)
+        [(question, answer)] = parse_reasoning(ask("complex", scene))
+        known = {qa for seed in range(30) if (qa := language.reasoning(facts, random.Random(seed)))}
+        if known:
+            assert (question, answer) in {(qa.question, qa.answer) for qa in known}
+        else:
+            sums += 1
+            assert answer in language.describe(facts)
+    assert 0 < sums < 50
+
+
+def test_equal_prompts_get_equal_replies_and_others_other_ones() -> None:
+    chat = build_messages("conversation", written(captions_of(SCENES[1])))
+    assert respond(chat) == respond(json.loads(json.dumps(chat)))
+    other = [{"role": "system", "content": chat[0]["content"] + " Please."}, *chat[1:]]
+    assert respond(chat) != respond(other)
+
+
+def test_a_prompt_that_is_none_of_its_jobs_is_an_error() -> None:
+    for messages in (
+        [{"role": "user", "content": "Write a poem."}],
+        [{"role": "system", "content": "Describe the picture."}, {"role": "user", "content": ""}],
+    ):
+        with pytest.raises(DataError, match="does not know what to do"):
+            respond(messages)
+
+
+# ------------------------------------------------------------------------------------------------ judging
+
+
+def scores(question: str, context: str, first: str, second: str) -> tuple[float, float]:
+    review = respond(judge_messages(question, context, first, second))
+    assert re.fullmatch(r"\d+(\.5)? \d+(\.5)?\n.+", review)
+    found = parse_scores(review)
+    swapped = parse_scores(respond(judge_messages(question, context, second, first)))
+    assert found is not None
+    assert swapped == found[::-1]
+    assert all(1 <= score <= 10 for score in found)
+    return found
+
+
+def test_a_right_answer_scores_above_a_wrong_one_whatever_the_question() -> None:
+    for scene, other in zip(SCENES[:15], SCENES[60:75], strict=True):
+        facts, context = language.facts_of_scene(scene), written(captions_of(scene), boxes_of(scene))
+        rng = random.Random(scene.id)
+        for qa in language.questions(facts, rng):
+            others = language.questions(language.facts_of_scene(other), rng) + language.questions(facts, rng)
+            wrong = [x.answer for x in others if x.kind == qa.kind and x.answer != qa.answer]
+            right = full_answer(qa)
+            assert scores(qa.question, context, right, qa.answer)[1] >= 9 <= scores(qa.question, context, right, "")[0]
+            if wrong:  # "a red car" for "two red cars" is right in part
+                assert scores(qa.question, context, right, wrong[0])[1] <= (8 if qa.kind == "category" else 3)
+        true, false = language.describe(facts), language.describe(language.facts_of_scene(other))
+        high, low = scores("Describe this image in detail.", context, true, false)
+        assert high == 10
+        assert low <= 5
+        assert 3 < scores("Describe this image in detail.", context, true, captions_of(scene)[0])[1] < 10
+        if reason := language.reasoning(facts, rng):
+            assert scores(reason.question, context, reason.answer, "The zebra, because it is nice.") >= (9, 1)
+
+
+def test_a_scene_of_the_wild_bench_is_judged_by_its_description() -> None:
+    facts = language.facts_of_scene(SCENES[0])
+    group = facts.groups[0]
+    name = group.category if group.count == 1 else language.plural(group.category)
+    question = f"What color {'is' if group.count == 1 else 'are'} the {name}?"
+    wrong = next(color for color in language.COLORS if color != group.color)
+    high, low = scores(question, language.describe(facts), f"It is {group.color}.", f"It is {wrong}.")
+    assert high >= 9
+    assert low < 3
+
+
+def test_naming_every_color_is_no_right_answer() -> None:
+    context = "A red car on a street.\nA red car."
+    every = " or ".join(language.COLORS)
+    right, vague = scores("What color is the car?", context, "The car is red.", f"It is {every}.")
+    assert right == 10
+    assert vague < 4
+
+
+def test_on_the_real_bench_reference_answers_beat_those_to_other_questions(reference: Path) -> None:
+    folder = reference / "coco"
+    images = {a.id: a for a in load_annotations(folder / "caps_boxes_coco2014_val_80.jsonl")}
+    rows = [json.loads(line) for line in (folder / "qa90_questions.jsonl").read_text().splitlines()]
+    answers = [json.loads(line)["text"] for line in (folder / "qa90_gpt4_answer.jsonl").read_text().splitlines()]
+    won = []
+    for k, row in enumerate(rows):
+        image = images[Path(row["image"]).stem[-12:]]
+        high, low = scores(row["text"], context_text(image), answers[k], answers[(k + 3) % 90])
+        won.append(high > low + 1)
+    assert sum(won) >= 86
+    high, low = scores(
+        rows[0]["text"], context_text(images[Path(rows[0]["image"]).stem[-12:]]), answers[0], "I see nothing"
+    )
+    assert (high, low) == (10, 1)
+
+
+# ------------------------------------------------------------------------------------------------ multiple choice
+
+QUESTION = "Which word rhymes with cat?\nContext: N/A\nOptions: (A) dog (B) hat (C) tree\n"
+
+
+def choose(text: str) -> str:
+    return respond([{"role": "user", "content": text}])
+
+
+def test_a_question_of_knowledge_is_answered_by_a_letter() -> None:
+    assert choose(QUESTION) == "The answer is B."
+    assert choose("Which word rhymes with cat?\nA. hat\nB. lake") == "The answer is A."
+    assert choose("Which one needs food?\nContext: \nOptions: (A) car (B) tree (C) horse\n") == "The answer is C."
+
+
+def test_it_knows_much_of_what_needs_no_image_and_declines_the_rest() -> None:
+    rng, outcomes = random.Random(0), Counter[str]()
+    for _ in range(300):
+        problem = make_problem(rng)
+        choices = " ".join(f"({letter}) {c}" for letter, c in zip("ABCDE", problem["choices"], strict=False))
+        image = "\n<image>" if problem["image"] else ""
+        reply = choose(f"{problem['question']}\nContext: {problem['hint'] or 'N/A'}\nOptions: {choices}\n{image}")
+        answer = parse_answer(reply, len(problem["choices"]))
+        right = "declined" if isinstance(answer, Failure) else "right" if answer == problem["answer"] else "wrong"
+        outcomes[f"{'seen' if image else 'read'} {right}"] += 1
+    assert outcomes["seen right"] == outcomes["seen wrong"] == 0
+    assert outcomes["read right"] > 10 * outcomes["read wrong"]
+    assert outcomes["read right"] > 0.3 * (outcomes.total() - outcomes["seen declined"])
+
+
+def test_a_question_about_an_image_is_declined_unless_somebody_who_sees_has_answered() -> None:
+    for text in (QUESTION + "<image>", QUESTION.replace("Which", "In this picture, which")):
+        assert "cannot see" in choose(text)
+        assert choose(f"{text}\nFirst: The answer is B.\nSecond: The answer is A.") == "The answer is A."
+    assert choose(f"{QUESTION}\nFirst: The answer is B.\nSecond: The answer is A.") == "The answer is B."
+
+
+def test_a_terse_judge_rewards_short_true_answers_and_a_thorough_one_complete_ones() -> None:
+    scene = SCENES[0]
+    facts = language.facts_of_scene(scene)
+    context, whole = written(captions_of(scene), boxes_of(scene)), language.describe(facts)
+    short = f"There is {language.with_article(facts.groups[0].category)}."
+    prompt = judge_messages("Describe this image in detail.", context, whole, short)
+
+    def ratio(taste: Taste) -> float:
+        scores = parse_scores(respond(prompt, taste))
+        assert scores is not None
+        return scores[1] / scores[0]
+
+    assert ratio(THOROUGH) < 0.8 < 1 < ratio(TERSE)
+    wrong = parse_scores(
+        respond(judge_messages("What do you see?", context, whole, "A sentence without a fact."), TERSE)
+    )
+    assert wrong is not None
+    assert wrong[1] == 1  # short alone earns nothing
+
+
+def test_a_reference_answer_is_right_by_the_context() -> None:
+    for scene in SCENES[:20]:
+        facts, context = language.facts_of_scene(scene), written(captions_of(scene), boxes_of(scene))
+        for qa in language.questions(facts, random.Random(0))[:3]:
+            assert respond(reference_messages(qa.question, context)) == qa.answer
+        if qa := language.reasoning(facts, random.Random(1)):
+            assert respond(reference_messages(qa.question, context)) == qa.answer
+        assert respond(reference_messages("Describe this image in detail.", context)) == language.describe(facts)
+    assert "dog" in respond(reference_messages("What is it?", "A dog sleeps on a sofa."))

@@ -1,0 +1,119 @@
+"""What stands beside the paper's numbers is read from saved numbers, and judged by its interval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from companion.cli import main
+from companion.paper import ledger
+from companion.paper.claims import all_claims, claim
+from llava_core.runtime import ConfigError
+
+
+def save(out: Path, chapter: str, numbers: Any = None, checks: Any = (), fast: bool = False) -> None:
+    saved = {"scale": "mini", "fast": fast, "numbers": numbers or {}, "checks": list(checks)}
+    (out / f"{chapter}.json").write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize(
+    ("interval", "fast", "verdict"),
+    [
+        ([-3.0, -1.0], False, "direction holds"),
+        ([1.0, 3.0], False, "direction does not hold"),
+        ([-1.0, 3.0], False, "uncertain"),
+        ([-1.0, 0.0], False, "uncertain"),
+        ([-3.0, -1.0], True, "uncertain"),
+    ],
+)
+def test_a_direction_is_judged_by_its_interval_and_never_after_a_shortened_run(
+    interval: list[float], fast: bool, verdict: str, tmp_path: Path
+) -> None:
+    check = {"id": "ablation-7b", "measured": interval}
+    save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [check], fast)
+    found = ledger.measured(claim("ablation-7b"), tmp_path)
+    assert (found.value, found.interval, found.verdict) == (-2.0, interval, verdict)
+    assert ("shortened" in found.note) is fast
+
+
+def test_one_seed_has_no_interval_and_decides_nothing(tmp_path: Path) -> None:
+    save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [{"id": "ablation-7b", "measured": -2.0}])
+    assert ledger.measured(claim("ablation-7b"), tmp_path).verdict == "uncertain"
+
+
+def test_a_cell_of_a_table_is_found_among_the_rows_of_its_chapter(tmp_path: Path) -> None:
+    rows = [
+        {"training data": mix, "questions": kind, "relative score (%)": score, "95 % interval": [score - 1, score + 1],
+         "difference": score - 50, "difference interval": [score - 51, score - 49]}
+        for mix, kind, score in (("full", "conv", 50.0), ("none", "conv", 20.0), ("none", "all", 30.0))
+    ]  # fmt: skip
+    save(tmp_path, "44_ablation_instruction_data", {"scores": rows})
+    found = {i: ledger.measured(claim(i), tmp_path) for i in ("bench-coco-none-conv", "bench-coco-none", "change-none")}
+    assert found["bench-coco-none-conv"].value == 20
+    assert found["bench-coco-none"].value == 30
+    assert found["bench-coco-none"].verdict == "shown only"
+    assert (found["change-none"].value, found["change-none"].verdict) == (-20, "direction holds")
+    missing = ledger.measured(claim("bench-coco-full-detail"), tmp_path)
+    assert missing.value is None
+    assert "no such number" in missing.note
+
+
+def test_without_a_record_nothing_is_shown(tmp_path: Path) -> None:
+    found = ledger.measured(claim("ablation-7b"), tmp_path)
+    assert (found.value, found.interval, found.verdict) == (None, None, "no record yet")
+    assert "43_ablation_model_size has not run" in found.note
+
+
+def test_seeds_are_averaged(tmp_path: Path) -> None:
+    save(tmp_path, "43_ablation_model_size", {"smaller model": [40.0, 44.0]})
+    assert ledger.measured(claim("ablation-7b-accuracy"), tmp_path).value == 42
+
+
+def test_released_answers_are_scored_where_they_lie(reference: Path, tmp_path: Path) -> None:
+    released = ledger.released_result(reference)
+    ids = [c.id for c in all_claims().values() if c.against.test]
+    assert set(ids) == {"sqa-accuracy", "sqa-txt", "sqa-img", "sqa-no"}
+    found = {i: ledger.measured(claim(i), tmp_path, released) for i in ids}
+    assert {f.verdict for f in found.values()} == {"agrees"}
+    assert found["sqa-no"].value == pytest.approx(100 * 1300 / 1435)
+    worse = {**(released or {}), "accuracy": 90.0}
+    assert ledger.measured(claim("sqa-accuracy"), tmp_path, worse).verdict == "differs"
+    assert ledger.released_result(tmp_path) is None
+
+
+def test_a_setting_is_compared_with_its_experiment_and_a_sum_with_its_parts(tmp_path: Path) -> None:
+    batch = claim("stage2-batch")
+    assert ledger.measured(batch, tmp_path).verdict == "same"
+    assert ledger.measured(batch.model_copy(update={"value": 128.0}), tmp_path).verdict == "differs"
+    assert (ledger.measured(claim("whole-cost"), tmp_path).value, claim("whole-cost").value) == (144, 144)
+
+
+def test_the_papers_differences_have_their_standard_errors() -> None:
+    ablations, benches = ledger.significance_rows()
+    assert [abs(row["z"]) >= 1.96 for row in ablations] == [False, False, False, True]
+    unsure = [row for row in benches if row["95 % interval"][0] < 0]
+    assert [(row["LLaVA above"], row["questions"]) for row in unsure] == [("BLIP-2", "conversation")]
+    above = {(row["LLaVA above"], row["questions"]): row["points"] for row in benches}
+    assert above["BLIP-2", "all questions"] == pytest.approx(29.2)
+
+
+def test_the_command_line_prints_them(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("LLAVA_OUT", str(tmp_path))
+    save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [{"id": "ablation-7b", "measured": [-3.0, -1.0]}])
+    assert main(["claims", "ablation-7b", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["claims"]
+    told = {key: row[key] for key in ("id", "value", "evidence", "measured", "interval", "verdict")}
+    assert told == {
+        "id": "ablation-7b", "value": -1.08, "evidence": "measured", "measured": -2.0, "interval": [-3.0, -1.0],
+        "verdict": "direction holds",
+    }  # fmt: skip
+    assert main(["claims", "--kind", "impossible"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert len(lines) == sum(c.evidence == "impossible" for c in all_claims().values())
+    assert main(["claims", "ablation-7"]) == 1
+    assert "did you mean 'ablation-7b'" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="did you mean 'measured'"):
+        ledger.claim_rows(kind="mesured")

@@ -1,0 +1,299 @@
+"""The batch endpoint, played by a server on this machine that keeps its own account."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paid import annotations, images, start
+
+from companion import cli
+from companion.teacher.batch import BatchClient
+from companion.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest, ServerError, cost_usd
+from companion.teacher.client import Cassette, RecorderProcess, ReplayClient, client_from_name
+from companion.teacher.generate import generate
+from companion.teacher.recorder import hold
+from llava_core.runtime import ConfigError, read_json, read_jsonl
+
+pytest.importorskip("openai", reason="the batch client speaks through the openai SDK: pip install 'llava-core[live]'")
+
+QUICK: dict[str, Any] = {"api_key": "none", "poll": 0.06, "timeout": 20.0}
+EACH = cost_usd((1000, 500), PRICES["gpt-4-0314"]) / 2
+
+
+def ask(*texts: str, model: str = "gpt-4-0314", **settings: Any) -> list[ChatRequest]:
+    return [ChatRequest([{"role": "user", "content": text}], model, **settings) for text in texts]
+
+
+class Running:
+    """The server as a process."""
+
+    def __init__(self, folder: Path, port: str) -> None:
+        self.folder, self.url = folder, f"http://127.0.0.1:{port}/v1"
+
+    def billed(self) -> Counter[str]:
+        """How often each request was billed."""
+        return Counter(row["key"] for row in self.read("billed.jsonl"))
+
+    def events(self) -> Counter[str]:
+        return Counter(self.read("events.jsonl"))
+
+    def read(self, name: str) -> list[Any]:
+        return read_jsonl(self.folder / name) if (self.folder / name).exists() else []
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **options: Any) -> Iterator[Running]:
+    program = [sys.executable, str(Path(__file__).parents[2] / "batch_server.py"), str(folder), json.dumps(options)]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield Running(folder, process.stdout.readline().strip())
+        finally:
+            process.kill()
+
+
+def batch_client(folder: Path, server: Running, **options: Any) -> BatchClient:
+    return BatchClient(folder / "tape.sqlite", base_url=server.url, **QUICK | options)
+
+
+# ------------------------------------------------------------------------------------------------ one batch
+
+
+def test_replies_find_their_requests_at_half_the_price(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        client = batch_client(tmp_path, server)
+        requests = ask(*(f"car {k}" for k in range(7)), "car 3")
+        replies = client.prefetch(requests)
+        assert [reply.text for reply in replies if reply] == [f"This is {r.messages[-1]['content']}" for r in requests]
+        assert server.billed() == {request.key: 1 for request in requests}
+        first, again = client.complete(requests[3]), client.complete(requests[3])
+        assert (first.cached, again.cached) == (False, True)
+        assert (first.kind, first.model, first.price_prompt, first.price_completion) == ("batch", "gpt-4-0314", 15, 30)
+        assert first.cost_usd == pytest.approx(EACH)
+        assert first.date.endswith("+00:00")
+        assert Cassette(tmp_path / "tape.sqlite").spend() == pytest.approx(7 * EACH)
+        # a request that nobody named before becomes a batch of its own
+        assert client.complete(*ask("a bus")).text == "This is a bus"
+        assert server.events()["create"] == 2
+
+
+def test_limits_of_a_file_and_one_model_for_each(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        cars, others = ask(*(f"car {k}" for k in range(5))), ask("a bus", "a van", model="gpt-4")
+        assert all(batch_client(tmp_path, server, most_requests=4).prefetch([*cars, *others]))
+        small = batch_client(tmp_path, server, most_bytes=800)
+        assert all(small.prefetch(ask("bus 1", "bus 2", "bus 3", "bus 4", "bus " + 800 * "x", "bus 5")))
+        made = [(row["requests"], row["model"]) for row in server.read("made.jsonl")]
+        assert made == [(n, "gpt-4-0314" if k != 2 else "gpt-4") for k, n in enumerate((4, 1, 2, 3, 1, 1, 1))]
+        sizes = [row["bytes"] for row in server.read("made.jsonl")][3:]
+        assert [size <= 800 for size in sizes] == [True, True, False, True]  # the long one is sent alone
+        assert set(server.billed().values()) == {1}
+
+
+@pytest.mark.parametrize("end", ["expired", "cancelled"])
+def test_what_a_batch_did_not_get_to_is_asked_again_and_not_for_ever(tmp_path: Path, end: str) -> None:
+    requests = ask(*(f"car {k}" for k in range(8)))
+    with serving(tmp_path, ends=[end] * 2) as server:
+        assert all(batch_client(tmp_path, server).prefetch(requests))  # 4, 2, and the last 2
+        assert server.events()["create"] == 3
+    with serving(tmp_path, ends=[end] * 9) as server:
+        client = batch_client(tmp_path, server)
+        others = ask(*(f"bus {k}" for k in range(8)))
+        assert client.prefetch(others)[-1] is None
+        assert server.events()["create"] == 3 + 3
+        with pytest.raises(ChatError, match=r"no reply in 3 batches; the last one: .*(too late|cancelled without it)"):
+            client.complete(others[-1])
+        assert max(server.billed().values()) == 1
+        tape = Cassette(tmp_path / "tape.sqlite")
+        assert tape.spend() == pytest.approx(EACH * server.billed().total())
+        assert tape.doubtful() == 0
+        assert (tape.open_batch(), tape.given_up(requests[0])) == (None, None)
+        with pytest.raises(ChatError, match="no reply in 3 batches"):
+            ReplayClient(tmp_path / "tape.sqlite").complete(others[-1])
+
+
+def test_a_request_with_an_error_is_given_up_or_asked_again(tmp_path: Path) -> None:
+    requests = ask("car one", "car two", "car three")
+    with serving(tmp_path, faults={"two": 400, "three": 500}) as server:
+        client = batch_client(tmp_path, server)
+        replies = client.prefetch(requests)
+        assert [reply is not None for reply in replies] == [True, False, False]
+        with pytest.raises(ChatError, match=r"model 'gpt-4-0314': status 400: not this one"):
+            client.complete(requests[1])
+        with pytest.raises(ChatError, match=r"no reply in 3 batches; the last one: status 500"):
+            client.complete(requests[2])
+        assert server.events()["create"] == 3
+        assert server.billed() == {requests[0].key: 1}
+
+
+def test_a_file_that_is_refused_says_why_and_costs_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path, refuse="line 1 is not to our taste") as server:
+        wrong = r"batch_1: the server refused its file and billed nothing: line 1: line 1 is not to our taste \(invalid"
+        with pytest.raises(ServerError, match=wrong):
+            batch_client(tmp_path, server).prefetch(ask("one"))
+        assert Cassette(tmp_path / "tape.sqlite").open_batch() is None
+    with serving(tmp_path) as server:
+        assert all(batch_client(tmp_path, server).prefetch(ask("one")))
+
+
+def test_an_account_that_lets_few_tokens_wait_gets_smaller_batches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(tmp_path, most=3) as server:
+        assert all(batch_client(tmp_path, server).prefetch(ask(*(f"car {k}" for k in range(9)))))
+        assert server.events()["create"] == 2 + 5  # 9 and 4 refused; then 2, 2, 2, 2, 1
+        assert server.billed().total() == 9
+    assert "next: 4 requests" in capsys.readouterr().err
+
+
+def test_a_server_without_the_endpoint_names_the_other_client(tmp_path: Path) -> None:
+    with serving(tmp_path, missing=True) as server:
+        with pytest.raises(
+            ServerError, match=r"^the server has no batch endpoint \(status 404\); use the client 'reco"
+        ):
+            batch_client(tmp_path, server).prefetch(ask("one"))
+        # and that one is not kept from working
+        client = client_from_name("record", cassette=tmp_path / "tape.sqlite", base_url=server.url, api_key="none")
+        assert isinstance(client, RecorderProcess)
+        client.close()
+
+
+def test_a_cassette_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("companion.teacher.batch.PATIENCE", 0.1)
+    with serving(tmp_path) as server:
+        held, another = hold(tmp_path / "tape.sqlite", 0.1), "another process records to this cassette"
+        with contextlib.closing(held), pytest.raises(ConfigError, match=another):
+            batch_client(tmp_path, server).prefetch(ask("one"))
+        assert not server.events()
+        assert all(batch_client(tmp_path, server).prefetch(ask("one")))
+
+
+def test_the_budget_bounds_every_batch(tmp_path: Path) -> None:
+    requests = ask(*(f"{1200 * 'x'} {k}" for k in range(40)), max_tokens=500)
+    most = cost_usd(requests[-1].most_tokens(), PRICES["gpt-4-0314"]) / 2
+    with serving(tmp_path) as server:
+        client = batch_client(tmp_path, server, budget_usd=10 * most)
+        replies = client.prefetch(requests)
+        spent = Cassette(tmp_path / "tape.sqlite").spend()
+        assert spent == pytest.approx(EACH * server.billed().total())
+        assert 0 < sum(reply is not None for reply in replies) == server.billed().total() < 40
+        assert spent <= 10 * most < spent + most
+        with pytest.raises(BudgetError, match=r"budget of .* spent, and the next request may cost .*raise the budget"):
+            client.complete(requests[-1])
+        first = server.events()["create"]
+        assert all(batch_client(tmp_path, server, budget_usd=9.0).prefetch(requests))
+        assert server.events()["create"] == first + 1
+        assert max(server.billed().values()) == 1
+        with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give price="):
+            client.prefetch(ask("one", model="mine"))
+        own = batch_client(tmp_path, server, price=(2.0, 4.0)).complete(*ask("one", model="mine"))
+        assert own.cost_usd == pytest.approx(0.002)
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+
+def test_malformed_replies_are_repaired_in_a_second_batch(tmp_path: Path) -> None:
+    with serving(tmp_path, malformed=["2", "5"]) as server:
+        result = generate(images(7), ["detail"], batch_client(tmp_path, server), tmp_path / "out")
+        assert server.events()["create"] == 2
+        assert (result["records"], result["retried"], result["repaired"], result["requests"]) == (7, 2, 2, 9)
+        assert result["spend_usd"] == pytest.approx(EACH * server.billed().total()) == pytest.approx(9 * EACH)
+        assert {r["provenance"]["client"] for r in read_json(tmp_path / "out" / "detail_7.json")} == {"batch"}
+    again = generate(images(7), ["detail"], ReplayClient(tmp_path / "tape.sqlite"), tmp_path / "replayed")
+    assert (again["requests"], again["replayed"], again["spend_usd"]) == (0, 9, 0)
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_the_command_line_says_its_estimate_and_stops_at_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    words = ["--annotations", annotations(tmp_path, 9), "--kinds", "detail", "--client", "batch", "--json"]
+    tape = ["--cassette", str(tmp_path / "tape.sqlite")]
+    assert cli.main(["plan", "generate", *words, *tape]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["requests"], told["cached"], told["hours"], told["client"]) == (9, 0, 24, "batch")
+    with serving(tmp_path) as server:
+        run = ["generate", *words, *tape, "--base-url", server.url, "--poll", "0.06", "--out", str(tmp_path / "out")]
+        assert cli.main([*run, "--budget-usd", f"{1.6 * told['usd_most'] / 9}"]) == 0
+        said = capsys.readouterr()
+        assert f"estimate: 9 requests, 0 of them in the cassette; for the others {told['tokens']['prompt']}" in said.err
+        result = json.loads(said.out)
+        assert 0 < result["requests"] == result["records"] == server.billed().total() < 9
+        assert result["stopped"].startswith("budget of ")
+        assert cli.main(["plan", "generate", *words, *tape]) == 0
+        assert json.loads(capsys.readouterr().out)["cached"] == result["records"]
+        assert cli.main(run) == 0
+        assert json.loads(capsys.readouterr().out)["records"] == 9 == server.billed().total()
+    assert cli.main(["plan", "generate", *words, *tape]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["cached"], told["usd"], told["hours"], told["tokens"]["total"]) == (9, 0, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------ kills
+
+# when the process is killed, and how many batches the server made in all (one each for first and second requests)
+STAGES = {"upload": 2, "create": 2, "poll": 2, "content": 2, "late create": 2}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_stage_it_pays_each_request_once(tmp_path: Path, stage: str) -> None:
+    with serving(tmp_path, stall=stage, malformed=["4"], ends=["expired"]) as server:
+        killed = start("batch", tmp_path, 12, base_url=server.url, **QUICK)
+        while not server.events()[stage.removeprefix("late ")]:
+            assert killed.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+        killed.kill()
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+        tape = Cassette(tmp_path / "tape.sqlite")
+        assert len(tape) == 0
+        assert (tape.open_batch() is None) == (stage == "upload")
+        tape.close()
+        if stage != "upload":  # one by one, the same requests would be paid again
+            with pytest.raises(ConfigError, match="a batch of 12 requests is under way; let the client 'batch'"):
+                client_from_name("record", cassette=tmp_path / "tape.sqlite", base_url=server.url, api_key="none")
+        with start("batch", tmp_path, 12, base_url=server.url, **QUICK) as process:
+            result = json.loads(process.communicate()[0])
+        assert (result["records"], result["failed"], result["repaired"]) == (12, 0, 1)
+        assert set(server.billed().values()) == {1}
+        assert server.billed().total() == 13 == result["requests"] + result["replayed"]
+        tape = Cassette(tmp_path / "tape.sqlite")
+        assert tape.spend() == pytest.approx(13 * EACH) == pytest.approx(result["cost_usd"])
+        assert tape.doubtful() == 0
+        # the first one expires half-way and is followed by one more; one for the repair
+        assert server.events()["create"] == (4 if stage == "late create" else 3)
+        assert server.events()["delete"] == (stage == "late create")
+
+
+def test_a_creation_whose_answer_is_lost_is_found_in_the_list(tmp_path: Path) -> None:
+    with serving(tmp_path, lost=1) as server:
+        assert all(batch_client(tmp_path, server).prefetch(ask("one", "two")))
+        assert server.events()["create"] == 1
+        assert set(server.billed().values()) == {1}
+
+
+def test_an_output_that_cannot_be_read_is_not_paid_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(tmp_path) as server:
+        client = batch_client(tmp_path, server)
+        files = client._sdk.files
+        content = files.content
+        with monkeypatch.context() as broken:
+            broken.setattr(files, "content", lambda file: type("Half", (), {"content": content(file).content[:-9]}))
+            with pytest.raises(ServerError, match=r"tape.sqlite: batch batch_1, file file-output\S+, line 1: no JSON"):
+                client.prefetch(ask("one"))
+        assert client.complete(*ask("one")).text == "This is one"
+        assert server.billed().total() == 1

@@ -1,0 +1,283 @@
+"""The paid server, played by one on this machine that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paid import annotations, images, start
+
+from companion import cli
+from companion.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest, ServerError, cost_usd
+from companion.teacher.client import Cassette, ReplayClient, client_from_name
+from companion.teacher.generate import generate
+from companion.teacher.live import LiveClient, retry_after
+from companion.teacher.recorder import hold
+from llava_core.runtime import ConfigError, read_json, read_jsonl
+
+pytest.importorskip("openai", reason="the live teacher speaks through the openai SDK: pip install 'llava-core[live]'")
+
+PRICE = PRICES["gpt-4-0314"]
+QUICK: dict[str, Any] = {"api_key": "none", "timeout": 5.0, "backoff": 0.01}
+
+
+class Running:
+    """The server as a process."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
+        assert process.stdout is not None
+        self.url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+
+    def billed(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.log) if self.log.exists() else []
+
+    def stop(self) -> dict[str, Any]:
+        said: dict[str, Any] = json.loads(self.process.communicate()[0])
+        return said
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **options: Any) -> Iterator[Running]:
+    program = [sys.executable, str(Path(__file__).parents[2] / "chat_server.py"), str(folder / "billed.jsonl")]
+    process = subprocess.Popen(
+        [*program, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield Running(process, folder / "billed.jsonl")
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def ask(text: str = "one", **settings: Any) -> ChatRequest:
+    return ChatRequest([{"role": "user", "content": text}], "gpt-4-0314", **settings)
+
+
+def usd(rows: list[dict[str, Any]]) -> float:
+    return sum(cost_usd(tuple(row["tokens"]), PRICE) for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------ one client
+
+
+def test_a_reply_is_priced_by_its_tokens_and_names_its_snapshot(tmp_path: Path) -> None:
+    with serving(tmp_path, rename_after=1) as server:
+        client = LiveClient(server.url, **QUICK)
+        replies = [client.complete(ask(text)) for text in ("one", "two")]
+        assert [(r.text, r.model) for r in replies] == [("This is one", "gpt-4-0314"), ("This is two", "gpt-4-0613")]
+        assert (replies[0].prompt_tokens, replies[0].completion_tokens) == (1000, 500)
+        assert replies[0].cost_usd == pytest.approx(0.06)
+        assert (replies[0].price_prompt, replies[0].price_completion, replies[0].kind) == (30.0, 60.0, "live")
+        assert abs((datetime.now(UTC) - datetime.fromisoformat(replies[0].date)).total_seconds()) < 60
+        own = LiveClient(server.url, price=(1.0, 2.0), **QUICK)
+        assert own.complete(ChatRequest(ask().messages, "mine")).cost_usd == pytest.approx(0.002)
+        with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give price="):
+            client.complete(ChatRequest(ask().messages, "mine"))
+        assert len(server.billed()) == 3
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "stalled", "truncated", "invalid", "closed", "drip"])
+def test_a_server_that_always_fails_is_given_up_with_its_reason(tmp_path: Path, fault: str) -> None:
+    with serving(tmp_path, faulty=1.0, faults=[fault]) as server:
+        client = LiveClient(server.url, retries=2, **QUICK | {"timeout": 0.4})
+        said = {"429": "status 429", "500": "status 500", "stalled": "no reply in 0.4 s", "drip": "no reply in 0.4 s"}
+        said["invalid"] = "not a chat completion"
+        with pytest.raises(ChatError, match=f"no reply in 3 attempts; the last one: .*{said.get(fault, '')}"):
+            client.complete(ask())
+        assert len(server.stop()["times"]) == 3
+        assert not server.billed()
+
+
+@pytest.mark.parametrize("fault", ["429 seconds", "429 date"])
+def test_the_wait_is_what_the_server_asks_for(tmp_path: Path, fault: str) -> None:
+    with serving(tmp_path, faulty=1.0, faults=[fault]) as server:
+        with pytest.raises(ChatError):
+            LiveClient(server.url, retries=1, **QUICK).complete(ask())
+        first, second = server.stop()["times"]
+        # a date has whole seconds, so that it may be almost one second sooner
+        assert (0.95 if fault == "429 seconds" else 0.0) <= second - first < 2
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    now = datetime(2023, 4, 17, 12, 0, 0, tzinfo=UTC)
+    assert retry_after("3", now) == 3
+    assert retry_after("0.5", now) == 0.5
+    assert retry_after("Mon, 17 Apr 2023 12:00:20 GMT", now) == 20
+    assert retry_after("Mon, 17 Apr 2023 11:00:00 GMT", now) == 0
+    assert [retry_after(value, now) for value in (None, "soon", "", "inf")] == [None] * 4
+
+
+@pytest.mark.parametrize(("fault", "error"), [("401", ServerError), ("400", ChatError)])
+def test_what_cannot_help_is_not_repeated(tmp_path: Path, fault: str, error: type[ChatError]) -> None:
+    with serving(tmp_path, faulty=1.0, faults=[fault]) as server:
+        with pytest.raises(ChatError, match=rf"^model 'gpt-4-0314': status {fault}: .*not now") as caught:
+            LiveClient(server.url, **QUICK).complete(ask())
+        assert type(caught.value) is error
+        assert len(server.stop()["times"]) == 1
+
+
+def test_a_missing_key_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in ("live", "record"):
+        with pytest.raises(ConfigError, match=r"(?i)the openai SDK: .*OPENAI_API_KEY"):
+            client_from_name(name, cassette=tmp_path / "tape.sqlite")
+
+
+# ------------------------------------------------------------------------------------------------ many requests
+
+
+def test_at_most_so_many_requests_are_under_way(tmp_path: Path) -> None:
+    with serving(tmp_path, seconds=0.1) as server:
+        client = client_from_name("record", cassette=tmp_path / "t.sqlite", base_url=server.url, concurrency=6, **QUICK)
+        generate(images(40), ["detail"], client, tmp_path / "out")
+        assert server.stop()["most_under_way"] == 6
+
+
+@pytest.mark.parametrize("faulty", [0.0, 0.3])
+def test_the_budget_is_not_passed(tmp_path: Path, faulty: float) -> None:
+    options: dict[str, Any] = {"faulty": faulty, "faults": ["429", "500", "truncated"], "usage": [1000, 100]}
+    with serving(tmp_path, **options) as server:
+        settings = QUICK | {"base_url": server.url, "concurrency": 5, "budget_usd": 1.5}
+        client = client_from_name("record", cassette=tmp_path / "tape.sqlite", **settings)
+        result = generate(images(100), ["detail"], client, tmp_path / "out", max_tokens=100)
+        assert "budget of 1.5 USD" in result["stopped"]
+        assert result["records"] + result["unasked"] == 100
+        assert result["spend_usd"] == pytest.approx(usd(server.billed()))
+        assert result["spend_usd"] <= 1.5
+        if not faulty:  # the next one could have passed it
+            assert result["spend_usd"] + cost_usd(ask(max_tokens=100).most_tokens(), (30, 60)) + 0.3 > 1.5
+        client.close()  # type: ignore[attr-defined]
+        again = client_from_name("record", cassette=tmp_path / "tape.sqlite", **settings | {"budget_usd": 0.2})
+        with pytest.raises(BudgetError, match=r"raise the budget to go on"):
+            again.complete(ask("another"))
+
+
+def test_a_request_that_was_given_up_is_given_up_in_the_replay_too(tmp_path: Path) -> None:
+    tape = tmp_path / "tape.sqlite"
+    with serving(tmp_path, faulty=0.4, faults=["400", "truncated"]) as server:
+        client = client_from_name("record", cassette=tape, base_url=server.url, retries=1, **QUICK)
+        result = generate(images(30), ["detail"], client, tmp_path / "out")
+        client.close()  # type: ignore[attr-defined]
+    assert 0 < result["failed"] < 30
+    assert result["failures"] == {"ChatError": result["failed"]}
+    assert result["records"] == len(server.billed())
+    generate(images(30), ["detail"], ReplayClient(tape), tmp_path / "replayed")
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert Cassette(tape).doubtful() > 0  # truncated replies, which the server may have billed
+
+
+def test_the_command_line_records_and_stops_at_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    words = ["generate", "--annotations", annotations(tmp_path, 9), "--kinds", "detail", "--client", "record", "--json"]
+    with serving(tmp_path) as server:
+        words += ["--base-url", server.url, "--model", "mine", "--price", "30,60", "--concurrency", "2", "--seed", "3"]
+        assert cli.main([*words, "--budget-usd", "0.5", "--out", str(tmp_path / "out")]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["requests"] == result["records"] == len(server.billed()) < 9
+        assert result["spend_usd"] <= 0.5
+        assert result["stopped"].startswith("budget of 0.5 USD")
+        assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+        assert json.loads(capsys.readouterr().out)["records"] == 9 == len(server.billed())
+    with pytest.raises(SystemExit) as left:
+        cli.main([*words, "--price", "cheap", "--out", str(tmp_path / "out")])
+    assert left.value.code == 2
+
+
+def test_two_recorders_do_not_share_a_cassette(tmp_path: Path) -> None:
+    tape = tmp_path / "tape.sqlite"
+    with serving(tmp_path) as server:
+        first = client_from_name("record", cassette=tape, base_url=server.url, **QUICK)
+        with pytest.raises(ConfigError, match="another process records to this cassette"):
+            hold(tape, 0.1)
+        first.complete(ask())
+        first.close()  # type: ignore[attr-defined]
+        hold(tape, 0.1).close()
+        with pytest.raises(ServerError, match="has ended"):
+            first.complete(ask("two"))
+
+
+def kill_at(process: subprocess.Popen[str], server: Running, billed: int, later: float = 0.0) -> None:
+    while len(server.log.read_bytes().splitlines() if server.log.exists() else []) < billed:
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.003)
+    time.sleep(later)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_replies_under_way_when_the_process_is_killed_are_kept(tmp_path: Path) -> None:
+    with serving(tmp_path, seconds=0.4) as server:
+        options = QUICK | {"base_url": server.url, "concurrency": 10}
+        kill_at(start("record", tmp_path, 60, **options), server, 10, later=0.2)
+        with start("record", tmp_path, 60, **options) as process:
+            result = json.loads(process.communicate()[0])
+        assert (result["records"], result["requests"] + result["replayed"]) == (60, 60)
+        # ten were there, and the ten that the server was writing when the process died
+        assert result["replayed"] == 20
+        assert max(Counter(row["text"] for row in server.billed()).values()) == 1
+
+
+def test_an_interrupt_keeps_what_is_under_way_and_waits_for_nothing_else(tmp_path: Path) -> None:
+    with serving(tmp_path, seconds=0.3, faulty=0.5, faults=["429"]) as server:
+        options = QUICK | {"base_url": server.url, "concurrency": 10, "backoff": 60.0}
+        process = start("record", tmp_path, 60, **options)
+        while not server.billed():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode not in (0, -signal.SIGKILL)
+        hold(tmp_path / "tape.sqlite", 20).close()
+        assert len(Cassette(tmp_path / "tape.sqlite")) == len(server.billed()) > 0
+
+
+@pytest.mark.slow
+def test_two_thousand_requests_with_faults_and_three_kills_are_paid_once_each(tmp_path: Path) -> None:
+    count, settings = 2000, QUICK | {"timeout": 2.0, "retries": 10, "backoff": 0.02, "concurrency": 48}
+    with serving(tmp_path, faulty=0.2, malformed=0.02, seconds=0.01, rename_after=1200) as server:
+        options = settings | {"base_url": server.url}
+        for billed in (300, 900, 1500):
+            kill_at(start("record", tmp_path, count, **options), server, billed)
+            assert not (tmp_path / "out").exists()
+        with start("record", tmp_path, count, **options) as process:
+            result = json.loads(process.communicate()[0])
+        paid, met = server.billed(), server.stop()["met"]
+    assert all(count >= 10 for count in met.values()), met
+    assert len(met) == 10
+    assert 0.17 < 1 - met[""] / sum(met.values()) < 0.23
+    # every record exactly once, none paid twice
+    records = read_json(tmp_path / "out" / "llava_instruct.json")
+    assert [record["id"] for record in records] == [image.id for image in images(count)]
+    assert (result["records"], result["failed"], result["retried"]) == (count, 0, result["repaired"])
+    assert 10 < result["repaired"] < 100
+    assert max(Counter(row["text"] for row in paid).values()) == 1
+    assert len(paid) == count + result["repaired"] == len(Cassette(tmp_path / "tape.sqlite"))
+    # the spend is the server's count
+    assert result["cost_usd"] == pytest.approx(usd(paid))
+    assert Cassette(tmp_path / "tape.sqlite").spend() == pytest.approx(usd(paid))
+    assert result["requests"] + result["replayed"] == len(paid)
+    assert result["models"] == dict(Counter(row["model"] for row in paid))
+    assert sorted(result["models"]) == ["gpt-4-0314", "gpt-4-0613"]
+    # and a replay, which needs no server, writes the same files
+    again = generate(images(count), ["detail"], ReplayClient(tmp_path / "tape.sqlite"), tmp_path / "replayed")
+    assert (again["requests"], again["spend_usd"], again["cost_usd"]) == (0, 0.0, result["cost_usd"])
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from companion import ablations as ab
+from llava_core.config import load_experiment
+from llava_core.record import RunRecord
+from llava_core.runtime import ConfigError
+
+
+def test_the_papers_small_differences_are_not_significant() -> None:
+    z = {name: ab.published_difference(name)["z"] for name in ab.ABLATIONS}
+    assert {name for name, value in z.items() if abs(value) >= 1.96} == {"pretraining"}
+    assert z["feature_layer"] == pytest.approx(-1.514, abs=1e-3)  # 3856 against 3815 of 4241
+
+
+def test_the_table_on_the_papers_number_says_how_sure_it_is() -> None:
+    rows = {name: ab.published_row(name) for name in ab.ABLATIONS}
+    assert rows["model_size"]["the difference is"].startswith("within")
+    assert rows["pretraining"]["the difference is"].startswith("beyond")
+    row = rows["feature_layer"]
+    assert (row["layer before the last (%)"], row["last layer (%)"], row["questions"]) == (90.92, 89.96, 4241)
+    assert (row["p"], rows["pretraining"]["p"]) == ("0.130", "< 0.001")
+
+
+@pytest.mark.parametrize(
+    ("interval", "direction", "expected"),
+    [
+        ([-3, -1], "below 0", "agrees"),
+        ([1, 3], "below 0", "disagrees"),
+        ([1, 3], "above 0", "agrees"),
+        ([-1, 3], "below 0", "not resolved"),
+        (None, "below 0", "not resolved"),
+    ],
+)
+def test_verdicts(interval, direction, expected) -> None:
+    assert ab.verdict(interval, direction) == expected
+
+
+def test_a_difference_pairs_the_seeds() -> None:
+    found = ab.difference(ab.Arm("a", "x", [90.0, 80.0, 70.0]), ab.Arm("b", "y", [89.0, 79.2, 68.8]))
+    assert found["effect"] == pytest.approx(-1)
+    assert found["interval"][1] < 0  # unpaired, the scatter of 10 points between seeds would hide it
+    row = ab.verdict_check("ablation-7b", {**found, "verdict": "not resolved"})
+    assert (row["verdict"], row["id"]) == ("not resolved", "ablation-7b")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("feature_layer", {"model.feature_layer"}),
+        ("cot_order", {"data.prompt_format"}),
+        ("pretraining", {"starts from stage 1"}),
+        ("model_size", {"model.language_model"}),
+    ],
+)
+def test_arms_differ_in_one_setting(name, settings) -> None:
+    chosen = ab.ABLATIONS[name]
+    rows = ab.arm_settings((chosen.reference, chosen.other), "mini")
+    assert {row["setting"] for row in rows} == settings
+
+
+def test_an_unknown_ablation_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="feature_layer"):
+        ab.ablate("feature_layers")
+
+
+def _reviews(scores):
+    kinds = ("conv", "detail", "complex")
+    return [{"question_id": k, "category": kinds[k % 3], "tuple": [8.0, s]} for k, s in enumerate(scores)]
+
+
+def test_mixes_are_compared_on_the_same_questions() -> None:
+    full = [[2.0, 4.0, 8.0, 6.0, 7.0, 3.0], [4.0, 4.0, 8.0, 6.0, 7.0, 1.0]]
+    reviews = {"full": [_reviews(run) for run in full], "less": [_reviews([s - 1 for s in run]) for run in full]}
+    rows = {
+        (r["training data"], r["questions"]): r for r in ab.mix_rows(reviews, dict.fromkeys(reviews, "bench-coco-full"))
+    }
+    assert rows["full", "all"]["relative score (%)"] == pytest.approx(62.5)
+    less = rows["less", "all"]
+    assert less["difference"] == pytest.approx(-12.5)
+    # one point less on every question is no matter of which questions are asked, though the scores themselves scatter
+    assert less["difference interval"] == pytest.approx([-12.5, -12.5])
+    assert less["95 % interval"][1] - less["95 % interval"][0] > 5
+    assert rows["full", "detail"]["published (%)"] == 75.3
+    assert rows["full", "conv"]["n"] == 2
+
+
+def test_the_seeds_of_a_mix_are_resampled_too() -> None:
+    less = [_reviews([6.0] * 6), _reviews([2.0] * 6)]  # no question differs from another, the seeds do
+    reviews = {"full": [_reviews([8.0] * 6)] * 2, "less": less, "none": [_reviews([4.0] * 6)]}
+    found = {r["training data"]: r for r in ab.mix_rows(reviews, dict.fromkeys(reviews, "bench-coco-full"))}
+    assert found["less"]["difference"] == pytest.approx(-50)
+    assert found["less"]["difference interval"] == pytest.approx([-75, -25])
+    assert found["none"]["difference interval"] == pytest.approx([-50, -50])
+
+
+def test_a_failed_review_counts_for_neither_side() -> None:
+    rows = _reviews([8.0] * 6)
+    rows[0] = {**rows[0], "tuple": None}
+    found = ab.mix_rows({"full": [rows]}, {"full": "bench-coco-full"})
+    assert found[0]["relative score (%)"] == pytest.approx(100)
+
+
+def test_a_cached_result_is_measured_again_by_other_code(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, calls = RunRecord.open(load_experiment("pretrain", "mini")), []
+
+    def compute():
+        calls.append(1)
+        return {"value": len(calls)}
+
+    for version, expected in (("a", 1), ("a", 1), ("b", 2)):
+        monkeypatch.setattr(ab, "sha256_file", lambda path, version=version: f"{version}-{path}")
+        assert ab.cached_result(record, "x", compute)["value"] == expected
+    assert ab.cached_result(record, "y", compute)["value"] == 3  # another name is another result
+
+
+@pytest.mark.parametrize(("worse", "expected"), [(2, "not resolved"), (160, "agrees")])
+def test_two_seeds_that_agree_by_chance_resolve_nothing(
+    monkeypatch: pytest.MonkeyPatch, worse: int, expected: str
+) -> None:
+    better = 1  # questions that the ablated arm alone answers; its accuracy falls equally with both seeds
+    first = [1.0] * worse + [0.0] * better + [1.0] * (400 - worse - better)
+    second = [0.0] * worse + [1.0] * better + [1.0] * (400 - worse - better)
+    arms = [ab.Arm("a", "science_qa", [50.0, 52.0]), ab.Arm("b", "x", [50 - worse / 4 + 0.25, 52 - worse / 4 + 0.25])]
+    monkeypatch.setattr(ab, "run_arms", lambda *_: arms)
+    monkeypatch.setattr(ab, "question_scores", lambda arm, _: [first if arm is arms[0] else second] * 2)
+    found = ab.ablate("feature_layer")
+    assert found["interval"][0] == found["interval"][1] == pytest.approx(-(worse - better) / 4)
+    assert found["widest"][0] < found["interval"][0]
+    assert found["verdict"] == expected
+    assert ab.difference_check("x", None, found)["measured"] == found["widest"]
+
+
+@pytest.mark.parametrize(
+    ("means", "said"),
+    [
+        ((38.0, 39.0), "No arm is above a blind guess (50.0 %)"),
+        ((80.0, 45.0), "Not above a blind guess (50.0 %): other."),
+        ((80.0, 70.0), "(2 seeds per arm)"),
+    ],
+)
+def test_the_verdict_in_words_tells_of_arms_that_have_learned_nothing(
+    means: tuple[float, float], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ab, "load_problems", lambda *_: [SimpleNamespace(choices=["a", "b"])] * 200)
+    record = SimpleNamespace(config=SimpleNamespace(data_path=None))
+    arms = [SimpleNamespace(name=n, mean=m, records=[record]) for n, m in zip(("full", "other"), means, strict=True)]
+    text = ab.explain({"n_seeds": 2, "arms": arms, "verdict": "not resolved"})
+    assert text.startswith("**Not resolved.** Over seeds or over questions")
+    assert said in text
+    assert ab.explain({"n_seeds": 1, "arms": arms, "verdict": "not resolved"}).startswith(
+        "**Not resolved.** There is one"
+    )

@@ -1,0 +1,136 @@
+"""An export in transformers' own class, with its own processor: our pixels, our prompt, our greedy tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import layouts
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
+
+from companion.checkpoints.convert import convert
+from llava_core.checkpoints import checkpoint
+from llava_core.inference import prompt_ids
+from llava_core.models.generation import GenerationSettings, generate_tokens
+from llava_core.runtime import CheckpointError
+
+NEW = 12
+QUESTIONS = ("what color is the car", "what dog", "is the car red and the dog blue")
+
+
+KINDS = [
+    ("v0", "linear", "last", False),
+    ("v1", "mlp2x_gelu", "first", False),
+    ("v0_exact", "linear", "last", True),
+    ("v1", "linear", "first", True),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
+def exported(request, tmp_path_factory) -> tuple[checkpoint.Loaded, Any, Any, list[Image.Image], Path]:
+    """Our model, transformers' model and processor of the same checkpoint, and images of several shapes."""
+    template, projector, position, delimited = request.param
+    root = tmp_path_factory.mktemp("exported")
+    loaded = layouts.model(root, projector, delimiters=delimited)
+    facts = {"template": template, "image_position": position}
+    facts |= {"image_delimiters": layouts.DELIMITERS} if delimited else {}
+    saved = checkpoint.save_checkpoint(root / "c", loaded, "full", **facts)
+    convert(saved, root / "hf", "hf")
+    ours = checkpoint.load(saved)
+    theirs = LlavaForConditionalGeneration.from_pretrained(root / "hf").eval()
+    processor = AutoProcessor.from_pretrained(root / "hf")
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 255, (h, w, 3), dtype=np.uint8) for h, w in ((40, 64), (77, 33), (32, 32))]
+    return ours, theirs, processor, [Image.fromarray(p) for p in pixels], root / "hf"
+
+
+def messages(question: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+def our_tokens(loaded: checkpoint.Loaded, question: str, image: Image.Image) -> list[int]:
+    ids = prompt_ids(loaded, [(question, None)], has_image=True)
+    pixels = torch.from_numpy(loaded.processor(image))[None]
+    return [int(t[0]) for t in generate_tokens(loaded.model, [ids], pixels, GenerationSettings(NEW))]
+
+
+def until(tokens: list[int], stops: list[int]) -> list[int]:
+    """The tokens up to the first stop, so that rows of a batch can be compared."""
+    return tokens[: next((k for k, t in enumerate(tokens) if t in stops), len(tokens))]
+
+
+def test_the_processor_gives_our_pixels_and_our_prompt(exported) -> None:
+    ours, _, processor, images, _ = exported
+    for question, image in zip(QUESTIONS, images, strict=True):
+        text = processor.apply_chat_template(messages(question), add_generation_prompt=True)
+        batch = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
+        np.testing.assert_allclose(batch["pixel_values"][0].numpy(), ours.processor(image), atol=2e-6)
+        image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+        ids = [-200 if t == image_id else t for t in batch["input_ids"][0].tolist()]
+        assert ids == prompt_ids(ours, [(question, None)], has_image=True)
+        delimiters = ours.tokenizer.convert_tokens_to_ids(ours.manifest.get("image_delimiters") or [])
+        assert [ids[ids.index(-200) - 1], ids[::-1][ids[::-1].index(-200) - 1]] == delimiters or not delimiters
+
+
+def test_it_gives_our_greedy_tokens_one_by_one_and_batched(exported) -> None:
+    ours, theirs, processor, images, _ = exported
+    stops = theirs.generation_config.eos_token_id
+    wanted = [until(our_tokens(ours, q, i), stops) for q, i in zip(QUESTIONS, images, strict=True)]
+    assert len({tuple(w) for w in wanted}) == len(wanted)
+    texts = [processor.apply_chat_template(messages(q), add_generation_prompt=True) for q in QUESTIONS]
+    for question, image, tokens in zip(texts, images, wanted, strict=True):
+        batch = processor(images=image, text=question, return_tensors="pt", add_special_tokens=False)
+        made = theirs.generate(**batch, max_new_tokens=NEW)[0, batch["input_ids"].shape[1] :].tolist()
+        assert until(made, stops) == tokens
+    batch = processor(images=images, text=texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    made = theirs.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
+    assert [until(row, stops) for row in made] == wanted
+
+
+def test_it_works_in_the_pipeline(exported) -> None:
+    ours, _, _, images, folder = exported
+    pipe = pipeline("image-text-to-text", model=str(folder), device="cpu")
+    for question, image in zip(QUESTIONS[:2], images, strict=False):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        said = pipe(text=[{"role": "user", "content": content}], max_new_tokens=NEW, return_full_text=False)
+        stops = [ours.tokenizer.eos_token_id, *pipe.model.generation_config.eos_token_id]
+        tokens = until(our_tokens(ours, question, image), stops)
+        assert said[0]["generated_text"].strip() == ours.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_earlier_turns_are_rendered_as_ours(exported) -> None:
+    ours, _, processor, _, _ = exported
+    turns = [*messages("what color"), {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
+    turns += [{"role": "user", "content": [{"type": "text", "text": "and the dog"}]}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    rendered = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    image_id, n = processor.tokenizer.convert_tokens_to_ids("<image>"), ours.model.n_image_tokens
+    wanted = prompt_ids(ours, [("what color", "red"), ("and the dog", None)], has_image=True)
+    once = [t for k, t in enumerate(wanted) if t != -200 or wanted[k - 1] != -200]
+    assert wanted.count(-200) == n
+    decode = processor.tokenizer.decode
+    assert decode(rendered) == decode([image_id if t == -200 else t for t in once])
+
+
+def test_one_changed_separator_is_another_prompt(exported) -> None:
+    ours, _, processor, _, _ = exported
+    template = processor.chat_template
+    assert "Assistant:" in template or "ASSISTANT:" in template
+    wrong = template.replace("ssistant:", "ssistant :").replace("SSISTANT:", "SSISTANT :")
+    right, other = (
+        processor.apply_chat_template(messages("what"), chat_template=t, add_generation_prompt=True)
+        for t in (template, wrong)
+    )
+    decoded = ours.tokenizer.decode([t for t in prompt_ids(ours, [("what", None)], has_image=True) if t >= 0])
+    plain = right.replace("<image>", "")
+    assert "".join(decoded.split()) == "".join(plain.split())
+    assert right != other
+
+
+def test_facts_that_do_not_exist_cannot_be_set(exported, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="'colour' cannot be set; these can: template"):
+        convert(exported[-1].parent / "c", tmp_path / "x", "hf", facts={"colour": 1})

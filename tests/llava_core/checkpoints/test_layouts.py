@@ -1,0 +1,420 @@
+"""Round trips between all layouts: equal logits, no key lost, none invented; strict where anything is off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import layouts
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from companion.checkpoints.convert import convert, key_map, targets
+from companion.checkpoints.divergence import first_divergence, first_module, verify_export
+from llava_core.checkpoints import checkpoint
+from llava_core.checkpoints.description import Description, Opened, check, expected, tower_config
+from llava_core.checkpoints.formats.common import LAYOUTS, Options, open_renamed, to_ours, to_theirs
+from llava_core.checkpoints.formats.original import from_original
+from llava_core.checkpoints.open import layout_of, open_checkpoint
+from llava_core.checkpoints.tensors import Lazy, numbered
+from llava_core.constants import IMAGE_TOKEN_ID
+from llava_core.runtime import CheckpointError
+
+SOURCES = ("original", "original with tower", "mmpretrain", "hf", "llava", "projector")
+WHOLE = [name for name in targets() if not LAYOUTS.get(name).alone]
+
+
+def logits(loaded: checkpoint.Loaded) -> torch.Tensor:
+    """Of a fixed row with an image."""
+    generator = torch.Generator().manual_seed(3)
+    n, size = loaded.model.n_image_tokens, loaded.processor.size
+    ids = torch.tensor([[1, 5, *[IMAGE_TOKEN_ID] * n, 9, 20, 30]])
+    with torch.no_grad():
+        found: torch.Tensor = loaded.model(ids, torch.randn(1, 3, size, size, generator=generator)).logits
+    return found
+
+
+def needed(options: Options, name: str) -> Options:
+    """What a layout does not hold itself; anything more is refused."""
+    return options if name in ("mmpretrain", "projector") else Options()
+
+
+def write(name: str, loaded: checkpoint.Loaded, root: Path, folder: Path) -> Path:
+    """A checkpoint in one of `SOURCES`."""
+    if name == "llava":
+        return checkpoint.save_checkpoint(folder, loaded, "full", template="v1", image_position="first")
+    if name == "hf":
+        return layouts.hf(loaded, root, folder)
+    if name == "mmpretrain":
+        return layouts.mmpretrain(loaded, folder)
+    if name == "projector":  # the language model it was trained with lies in `base`
+        folder.mkdir()
+        torch.save(layouts.projector(loaded.model), folder / "mm_projector.bin")
+        return folder
+    return layouts.original(loaded, root, folder, shards=3, tower=name.endswith("tower"))
+
+
+@pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
+def world(request, tmp_path_factory) -> tuple[Path, checkpoint.Loaded, Options]:
+    """A folder with base models, a random model on them, and the options that name the bases."""
+    root = tmp_path_factory.mktemp(request.param)
+    loaded = layouts.model(root, request.param)
+    base = layouts.plain_base(loaded, root / "base")
+    return root, loaded, Options(base=str(base), vision_tower=str(root / "clip"))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_each_layout_goes_into_each_without_loss(world, name, tmp_path) -> None:
+    root, loaded, options = world
+    source, options = write(name, loaded, root, tmp_path / "source"), needed(options, name)
+    wanted = logits(loaded)
+    opened = open_checkpoint(source, options)
+    assert opened.layout == layout_of(source) == name.split(" ")[0]
+    torch.testing.assert_close(logits(checkpoint.load(source, options=options)), wanted, rtol=0, atol=0)
+    for to in WHOLE:
+        target = tmp_path / to
+        report = convert(source, target, to, options, shard_bytes=20_000)
+        again = open_checkpoint(target)
+        assert first_divergence(opened, again) is None
+        assert set(again.tensors) >= set(opened.tensors)
+        assert {n.split(".")[0] for n in set(again.tensors) - set(opened.tensors)} <= {"vision_tower"}
+        assert report["parameters"] == again.parameters
+        back = logits(checkpoint.load(target))
+        torch.testing.assert_close(back[..., : wanted.shape[-1]], wanted, rtol=0, atol=0)
+        second = convert(target, tmp_path / f"{to}-again", "original")
+        assert second["left_out"] == {}  # what was dropped (inv_freq) was dropped once
+        assert first_divergence(opened, open_checkpoint(tmp_path / f"{to}-again")) is None
+
+
+def test_the_projector_alone_goes_out_and_in(world, tmp_path) -> None:
+    root, loaded, options = world
+    source = write("original", loaded, root, tmp_path / "source")
+    convert(source, tmp_path / "p", "projector")
+    names = set(torch.load(tmp_path / "p" / "mm_projector.bin", weights_only=True))
+    assert names == {f"model.mm_projector.{n}" for n, _ in loaded.model.multi_modal_projector.named_parameters()}
+    torch.testing.assert_close(logits(checkpoint.load(tmp_path / "p", options=options)), logits(loaded), rtol=0, atol=0)
+    alone = open_checkpoint(tmp_path / "p")
+    assert alone.parts == ("multi_modal_projector",)
+    with pytest.raises(CheckpointError, match=r"no language model.*--base"):
+        convert(tmp_path / "p", tmp_path / "q", "hf", Options(vision_tower=options.vision_tower))
+
+
+def test_a_projector_file_may_carry_word_embeddings(world, tmp_path) -> None:
+    """v0's extraction took the whole table, later runs the two rows of the image delimiters."""
+    _, loaded, options = world
+    words = loaded.model.language_model.get_input_embeddings().weight.detach()
+    base = tmp_path / "base"
+    tokenizer = checkpoint.load_language_model(options.base, torch.float32)[1]
+    tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    config = loaded.model.language_model.config.to_dict() | {"vocab_size": len(tokenizer)}
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(base)
+    tensors = {n: t for n, t in layouts.language(loaded.model).items() if "inv_freq" not in n}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.zeros(2, tensors[name].shape[1])])
+    save_file(tensors, base / "model.safetensors")
+    options = Options(base=str(base), vision_tower=options.vision_tower)
+    file, rows = tmp_path / "projector.bin", torch.randn(2, words.shape[1])
+    torch.save({**layouts.projector(loaded.model), "model.embed_tokens.weight": rows}, file)
+    opened = open_checkpoint(file, options)
+    table = opened.tensors["language_model.model.embed_tokens.weight"].read()
+    torch.testing.assert_close(table, torch.cat([words, rows]))
+    assert opened.description.facts["image_delimiters"] == ["<im_start>", "<im_end>"]
+    whole = torch.randn(len(tokenizer), words.shape[1])
+    torch.save({**layouts.projector(loaded.model), "model.embed_tokens.weight": whole}, file)
+    table = open_checkpoint(file, options).tensors["language_model.model.embed_tokens.weight"].read()
+    torch.testing.assert_close(table, whole)
+    torch.save({**layouts.projector(loaded.model), "model.embed_tokens.weight": whole[:-1]}, file)
+    with pytest.raises(CheckpointError, match="vocabulary was extended"):
+        open_checkpoint(file, options)
+
+
+# ------------------------------------------------------------------------------------------------ one thing wrong
+
+
+def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    (file,) = folder.glob("*.safetensors") if list(folder.glob("*.safetensors")) else folder.glob("*.[bp]*[nh]")
+    read = load_file if file.suffix == ".safetensors" else lambda f: torch.load(f, weights_only=True)
+    tensors = read(file)
+    inner = tensors.get("state_dict", tensors)
+    change(inner)
+    if file.suffix == ".safetensors":
+        save_file(inner, file)
+    else:
+        torch.save(tensors, file)
+
+
+KEYS = {
+    "original": "model.layers.1.mlp.up_proj.weight",
+    "mmpretrain": "model.lang_encoder.model.layers.0.mlp.up_proj.weight",
+    "hf": "language_model.model.layers.1.self_attn.q_proj.weight",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound(world, tmp_path_factory) -> dict[str, Path]:
+    """One sound checkpoint of each foreign layout, in one file."""
+    root, loaded, _ = world
+    folder = tmp_path_factory.mktemp("sound")
+    made = {name: write(name, loaded, root, folder / name) for name in ("mmpretrain", "hf")}
+    return made | {"original": layouts.original(loaded, root, folder / "original")}
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("wrong", ["missing", "extra", "shape", "renamed"])
+def test_one_wrong_key_stops_with_its_name(world, sound, name, wrong, tmp_path) -> None:
+    import shutil
+
+    folder, key, options = tmp_path / "c", KEYS[name], needed(world[2], name)
+    shutil.copytree(sound[name], folder)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if wrong in ("missing", "renamed"):
+            taken = tensors.pop(key)
+        if wrong == "renamed":
+            tensors[key.replace("_proj", "_porj")] = taken
+        if wrong == "extra":
+            tensors[key.replace("weight", "bias")] = torch.zeros(3)
+        if wrong == "shape":
+            tensors[key] = tensors[key][:-1].clone()
+
+    _edit(folder, change)
+    ours = to_ours(key, LAYOUTS.get(name).rules)
+    named = {"missing": ours, "renamed": ours, "extra": key.replace("weight", "bias"), "shape": key}[wrong]
+    for act in (
+        lambda: checkpoint.load(folder, options=options),
+        lambda: convert(folder, tmp_path / "out", "llava", options),
+    ):
+        with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
+            act()
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_one_changed_weight_is_reported_as_the_first_divergence(world, sound, tmp_path) -> None:
+    import shutil
+
+    loaded = world[1]
+    folder = tmp_path / "c"
+    shutil.copytree(sound["original"], folder)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+            tensors[key][0, 0] += 0.25
+
+    _edit(folder, change)
+    one, other = (open_checkpoint(f) for f in (sound["original"], folder))
+    found = first_divergence(one, other)
+    assert found is not None
+    assert found.name == "language_model.model.layers.0.mlp.down_proj.weight"
+    assert found.largest == pytest.approx(0.25, rel=1e-5)
+    assert first_divergence(one, other, tolerance=0.3) is None
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(logits(checkpoint.load(folder)), logits(loaded))
+
+
+def test_a_writer_that_mixes_up_two_tensors_is_caught(sound, tmp_path, monkeypatch) -> None:
+    real = LAYOUTS.get("original").write
+    assert real is not None
+
+    def swapped(opened: Opened, folder: Path, shard_bytes: int) -> None:
+        t = opened.tensors
+        a, b = (f"language_model.model.layers.{k}.mlp.gate_proj.weight" for k in (0, 1))
+        changed = Opened(**{**vars(opened), "tensors": {**t, a: t[b], b: t[a]}})
+        real(changed, folder, shard_bytes)
+
+    broken = LAYOUTS.get("original")
+    monkeypatch.setitem(LAYOUTS._parts, "original", type(broken)(**{**vars(broken), "write": swapped}))
+    with pytest.raises(
+        CheckpointError, match=r"not the same: language_model\.model\.layers\.0\.mlp\.gate_proj\.weight"
+    ):
+        convert(sound["hf"], tmp_path / "out", "original")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_names_the_first_module_that_differs(world, tmp_path) -> None:
+    root, loaded, _ = world
+    source = layouts.original(loaded, root, tmp_path / "source")
+    report = convert(source, tmp_path / "hf", "hf", verify=True)
+    assert 0 <= report["largest_difference"] < 1e-5
+    opened = open_checkpoint(source).need("vision_tower")
+    whole = verify_export(opened, tmp_path / "hf")
+    names = [d.name for d in whole]
+    assert first_module(whole) is None
+    assert names.index("vision_tower.embeddings") < names.index("multi_modal_projector") < len(names) - 1
+    assert {"language_model.model.layers.1.mlp", "language_model.lm_head"} <= set(names)
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    opened.tensors[name] = opened.tensors[name].then(lambda t: t + 0.1)
+    wrong = first_module(verify_export(opened, tmp_path / "hf"))
+    assert wrong is not None
+    assert wrong.name == "language_model.model.layers.1.mlp.up_proj"
+    with pytest.raises(CheckpointError, match="only what is written as 'hf'"):
+        convert(source, tmp_path / "x", "original", verify=True)
+
+
+# ------------------------------------------------------------------------------------------------ sizes of the paper
+
+
+@pytest.mark.parametrize(("layers", "width", "heads", "ffn"), [(32, 4096, 32, 11008), (40, 5120, 40, 13824)])
+@pytest.mark.parametrize("name", ["original", "hf", "mmpretrain"])
+def test_the_key_map_of_7b_and_13b_is_complete(name, layers, width, heads, ffn) -> None:
+    """No weight is made: names and shapes alone, as an index and the headers of the shards give them."""
+    language = {
+        "model_type": "llama", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "intermediate_size": ffn, "vocab_size": 32000, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    tower = {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 336, "patch_size": 14, "projection_dim": 768,
+    }  # fmt: skip
+    description = Description(language, tower, None, 1024, "mlp2x_gelu", -2, None)
+    shapes = expected(description)
+    rules = LAYOUTS.get(name).rules
+    theirs = {to_theirs(n, rules): s for n, s in shapes.items()}
+    assert len(theirs) == len(shapes) == 9 * layers + 3 + 4 + 24 * 16 + 7
+    assert {to_ours(n, rules) for n in theirs} == set(shapes)
+    total = sum(torch.Size(s).numel() for s in shapes.values())
+    assert total == {32: 7_062_902_784, 40: 13_350_839_296}[layers]
+    lazy = {to_ours(n, rules): Lazy(s, torch.float16, pytest.fail) for n, s in theirs.items()}
+    opened = Opened(name, Path("7b"), description, lazy, {to_ours(n, rules): n for n in theirs})
+    check(opened)
+    lost = f"language_model.model.layers.{layers - 1}.self_attn.o_proj.weight"
+    tensor = opened.tensors.pop(lost)
+    with pytest.raises(CheckpointError, match=f"{lost} is missing"):
+        check(opened)
+    opened.tensors |= {lost: tensor, "multi_modal_projector.4.weight": tensor}
+    with pytest.raises(CheckpointError, match=r"multi_modal_projector\.4\.weight is unknown"):
+        check(opened)
+
+
+def test_a_release_of_7b_converts_its_whole_key_map(tmp_path) -> None:
+    """Names as the index of a released 1.5 has them, with a tower and the rotary frequencies of 2023."""
+    ends = [f"{name}.weight" for name in layouts.LLAMA_LAYER]
+    language = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}
+    tower = tower_config(
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 768,
+        }
+    )
+    description = Description(language, tower, None, 1024, "mlp2x_gelu", -2, None)
+    shapes = expected(description)
+    rules = LAYOUTS.get("original").rules
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names += [f"model.mm_projector.{k}.{end}" for k in (0, 2) for end in ("weight", "bias")]
+    names += [f"model.layers.{k}.{end}" for k in range(32) for end in ends]
+    inside = "model.vision_tower.vision_tower.vision_model."
+    names += [inside + n.removeprefix("vision_tower.") for n in shapes if n.startswith("vision_tower.")]
+    tensors = {n: Lazy(shapes[to_ours(n, rules)], torch.float16, pytest.fail) for n in names}
+    computed = Lazy((64,), torch.float32, pytest.fail)
+    rotary = {f"model.layers.{k}.self_attn.rotary_emb.inv_freq": computed for k in range(32)}
+    rotary[inside + "embeddings.position_ids"] = computed
+
+    def opened(files: dict[str, Lazy]) -> Opened:
+        return open_renamed("original", tmp_path, files, from_original, description, None, [])
+
+    found = opened(tensors | rotary)
+    check(found)
+    assert set(found.tensors) == set(shapes)
+    assert set(found.left_out) == set(rotary)
+    for to in ("hf", "mmpretrain"):
+        theirs = [row[2] for row in key_map(found, to)]
+        assert len(set(theirs)) == len(shapes)
+    lost = tensors.pop("model.layers.31.mlp.up_proj.weight")
+    with pytest.raises(CheckpointError, match=r"layers\.31\.mlp\.up_proj\.weight is missing"):
+        check(opened(tensors))
+    tensors |= {"model.layers.31.mlp.up_proj.weight": lost, "model.layers.32.mlp.up_proj.weight": lost}
+    with pytest.raises(CheckpointError, match=r"model\.layers\.32\.mlp\.up_proj\.weight is unknown"):
+        check(opened(tensors))
+
+
+# ------------------------------------------------------------------------------------------------ shards and memory
+
+
+def test_shards_are_written_in_order_and_small(sound, tmp_path) -> None:
+    convert(sound["original"], tmp_path / "out", "hf", shard_bytes=20_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 5
+    assert files[0].endswith(f"-of-{len(files):05d}.safetensors")
+    held = {}
+    for file in files:
+        with safe_open(tmp_path / "out" / file, "pt") as shard:
+            held |= dict.fromkeys(shard.keys(), file)
+    assert held == index["weight_map"]
+    assert sorted(["a10", "a9", "b1"], key=numbered) == ["a9", "a10", "b1"]
+
+
+def test_conversion_holds_about_one_shard(sound, tmp_path) -> None:
+    """The largest tensors alive at once, counted by the writer's own calls."""
+    alive, most = 0, 0
+
+    def counted(tensor: Lazy) -> Lazy:
+        def read() -> torch.Tensor:
+            nonlocal alive, most
+            value = tensor.read().clone()
+            alive += value.numel() * value.itemsize
+            most = max(most, alive)
+
+            def gone(size: int = value.numel() * value.itemsize) -> None:
+                nonlocal alive
+                alive -= size
+
+            import weakref
+
+            weakref.finalize(value, gone)
+            return value
+
+        return Lazy(tensor.shape, tensor.dtype, read)
+
+    opened = open_checkpoint(sound["original"])
+    opened.tensors = {n: counted(t) for n, t in opened.tensors.items()}
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_original = LAYOUTS.get("original").write
+    assert write_original is not None
+    write_original(opened, folder, 20_000)
+    largest = max(t.bytes for t in opened.tensors.values())
+    assert most <= 20_000 + 2 * largest
+    assert most < sum(t.bytes for t in opened.tensors.values()) / 2
+
+
+def test_the_weight_map_names_all_three_sides(sound) -> None:
+    rows = key_map(open_checkpoint(sound["original"]), "hf")
+    by_name = {row[1]: row for row in rows}
+    row = by_name["language_model.model.layers.0.mlp.up_proj.weight"]
+    assert row == (
+        "model.layers.0.mlp.up_proj.weight", row[1], "language_model.model.layers.0.mlp.up_proj.weight", (64, 32)
+    )  # fmt: skip
+
+
+def test_nothing_is_overwritten(sound, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(sound["hf"], tmp_path / "out", "llava")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_tied_embeddings_are_stored_once(tmp_path) -> None:
+    loaded = layouts.model(tmp_path)
+    llm = loaded.model.language_model
+    llm.config.tie_word_embeddings = True
+    llm.lm_head.weight = llm.model.embed_tokens.weight
+    saved = checkpoint.save_checkpoint(tmp_path / "c", loaded, "full", template="v0")
+    opened = open_checkpoint(saved)
+    assert "language_model.lm_head.weight" not in opened.tensors
+    again = checkpoint.load(saved)
+    torch.testing.assert_close(logits(again), logits(loaded), rtol=0, atol=0)
+    convert(saved, tmp_path / "hf", "hf")
+    back = logits(checkpoint.load(tmp_path / "hf"))
+    torch.testing.assert_close(back, logits(loaded), rtol=0, atol=0)

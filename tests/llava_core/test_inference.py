@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from llava_core import inference as answering
+from llava_core.checkpoints.checkpoint import Loaded, build
+from llava_core.config import load_experiment
+from llava_core.constants import IMAGE_TOKEN_ID
+from llava_core.data.images import load_image
+from llava_core.data.instruct import Sample
+from llava_core.inference import answer_questions, prompt_ids
+from llava_core.models import generation
+from llava_core.runtime import DataError
+from llava_core.train.dataset import TrainingSet
+
+COLORS = {"red.png": (200, 30, 30), "blue.png": (30, 30, 200)}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    made = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
+    torch.nn.init.normal_(made.model.multi_modal_projector.weight, std=0.5)  # so that the image decides answers
+    torch.nn.init.normal_(made.model.language_model.get_output_embeddings().weight, std=0.5)
+    made.model.eval()
+    return made
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name, color in COLORS.items():
+        Image.new("RGB", (40, 32), color).save(tmp_path / name)
+    return tmp_path
+
+
+ROWS = [
+    {"question_id": 7, "text": "what color is the car that a curious human can see", "image": "red.png"},
+    {"question_id": 3, "text": "the dog", "image": None},
+    {"question_id": 5, "text": "what is the color", "image": "blue.png"},
+    {"question_id": 9, "text": "what is the color", "image": "red.png"},
+    {"question_id": 1, "text": "what <image>", "image": "blue.png"},
+]
+
+
+def test_answers_do_not_depend_on_the_batch(loaded: Loaded, images: Path) -> None:
+    together = answer_questions(loaded, ROWS, images, max_new_tokens=8)
+    alone: dict[str, str] = {}
+    for row in ROWS:
+        alone |= answer_questions(loaded, [row], images, max_new_tokens=8)
+    assert together == alone == answer_questions(loaded, ROWS, images, max_new_tokens=8, batch=2)
+    assert list(together) == ["7", "3", "5", "9", "1"]
+    assert together["5"] != together["9"]  # only the image tells them apart
+
+
+def test_no_questions_no_answers(loaded: Loaded) -> None:
+    assert answer_questions(loaded, []) == {}
+
+
+def test_a_missing_image_is_named(loaded: Loaded, images: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.png"):
+        answer_questions(loaded, [{**ROWS[0], "image": "gone.png"}], images)
+
+
+def test_a_prompt_holds_the_image_once_and_ends_where_the_answer_begins(loaded: Loaded) -> None:
+    n = loaded.model.n_image_tokens
+    for text in ("what", "what\n<image>", "<image>\nwhat"):
+        ids = prompt_ids(loaded, [(text, None)], True)
+        assert ids.count(IMAGE_TOKEN_ID) == n
+    blind = prompt_ids(loaded, [("what", None)], False)
+    assert IMAGE_TOKEN_ID not in blind
+    assert loaded.tokenizer.decode(blind).endswith("### Human: what\n### Assistant:")
+    begun = prompt_ids(loaded, [("what", None)], False, begin="red")
+    assert begun[: len(blind)] == blind
+    assert loaded.tokenizer.decode(begun[len(blind) :]) == " red"
+
+
+def test_the_manifest_decides_template_and_image_position(loaded: Loaded) -> None:
+    other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, {"template": "v1", "image_position": "last"})
+    ids = prompt_ids(other, [("what", None)], True)
+    after = ids[len(ids) - ids[::-1].index(IMAGE_TOKEN_ID) :]
+    assert loaded.tokenizer.decode(after) == " ASSISTANT:"
+
+
+def test_a_prompt_is_what_training_ends_its_questions_with(loaded: Loaded) -> None:
+    """For every template and image position: the same facts, the same ids on both sides."""
+    for template in ("v0", "v1", "plain"):
+        for position in ("data", "first", "last", "random"):
+            facts = {"template": template, "image_position": position}
+            config = load_experiment("finetune", "mini", facts)
+            for key, question in enumerate(("what", "<image>\nwhat", "what\n<image>")):
+                samples = [Sample(str(key), [(question, "red")], Path("image.png"))]
+                data = TrainingSet(samples, loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
+                data.system, data.image_delimiters = "The {dog}.", ["<s>", "</s>"]
+                facts |= {"system": data.system, "image_delimiters": data.image_delimiters}
+                other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, facts)
+                prompt = prompt_ids(other, [(question, None)], True, key=str(key))
+                assert data.encoded(0).input_ids[: len(prompt)] == prompt
+                at = prompt.index(IMAGE_TOKEN_ID)
+                assert loaded.tokenizer.decode([prompt[at - 1], prompt[at + loaded.model.n_image_tokens]]) == "<s></s>"
+                assert template == "plain" or "The {dog}." in loaded.tokenizer.decode(prompt[: at - 1])
+
+
+def test_the_released_v0_prompt_has_its_image_behind_the_question(loaded: Loaded) -> None:
+    other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, {"template": "v0_exact", "system": "See."})
+    ids = prompt_ids(other, [("what", None)], True)
+    at, n = ids.index(IMAGE_TOKEN_ID), loaded.model.n_image_tokens
+    assert loaded.tokenizer.decode(ids[:at]) == "<s>See.###Human: what"
+    assert loaded.tokenizer.decode(ids[at + n :]) == "###Assistant:"
+    begun = prompt_ids(other, [("what", None)], True, begin="red")
+    assert loaded.tokenizer.decode(begun[at + n :]) == "###Assistant: red"
+
+
+def test_an_image_is_put_into_no_question_if_one_has_it_already(loaded: Loaded) -> None:
+    ids = prompt_ids(loaded, [("what", "red"), ("the dog\n<image>", None)], True)
+    assert ids.count(IMAGE_TOKEN_ID) == loaded.model.n_image_tokens
+
+
+def test_a_delimiter_that_the_tokenizer_does_not_know_is_named(loaded: Loaded) -> None:
+    facts = {"image_delimiters": ["<im_start>", "<im_end>"]}
+    other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, facts)
+    with pytest.raises(DataError, match=r"<im_start>.*manifest"):
+        prompt_ids(other, [("what", None)], True)
+
+
+def test_what_an_answer_begins_with_goes_to_its_own_question(
+    loaded: Loaded, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str] = {}
+    original = answering.prompt_ids
+
+    def spy(model, turns, has_image, begin="", key="", most=None):
+        asked[key] = begin
+        return original(model, turns, has_image, begin, key, most)
+
+    monkeypatch.setattr(answering, "prompt_ids", spy)
+    answer_questions(loaded, ROWS, images, max_new_tokens=1, begins={"3": "red", "5": "blue"})
+    assert asked == {"7": "", "3": "red", "5": "blue", "9": "", "1": ""}
+
+
+def test_an_answer_ends_where_the_positions_do_and_a_long_beginning_keeps_its_end(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = prompt_ids(loaded, [("what", None)], False, begin="red " * 300 + "blue", most=100)
+    assert len(begun) == 100
+    assert loaded.tokenizer.decode(begun).endswith("red red blue")
+    assert loaded.tokenizer.decode(begun).startswith("<s>A curious human")
+    used: list[int] = []
+    monkeypatch.setattr(
+        generation,
+        "generate",
+        lambda m, t, prompts, p, each: used.append(len(prompts[0]) + each[0].max_new_tokens) or [""],
+    )
+    answer_questions(loaded, ROWS[1:2], max_new_tokens=10_000, room=100)
+    assert used == [256 - 100]
+
+
+def test_an_answer_is_what_plain_forward_passes_say(loaded: Loaded, images: Path) -> None:
+    row = ROWS[0]
+    ids = prompt_ids(loaded, [(row["text"], None)], True)
+    pixels = torch.from_numpy(loaded.processor(load_image(images / row["image"])))[None]
+    start = len(ids)
+    with torch.inference_mode():
+        for _ in range(6):  # no cache, no padding
+            ids.append(int(loaded.model(torch.tensor([ids]), pixels).logits[0, -1].argmax()))
+    assert answer_questions(loaded, ROWS, images, max_new_tokens=6)["7"] == loaded.tokenizer.decode(ids[start:]).strip()

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from llava_core import config as configuration
+from llava_core.config import load_experiment
+from llava_core.record import RunRecord
+from llava_core.runtime import DataError
+from llava_core.train import launch as launching
+from llava_core.train import trainer as training
+from llava_core.train.optimizer import learning_rate
+
+SCALE = """
+name: mini
+title: test
+device: cpu
+dtype: float32
+threads: 1
+micro_batch: {micro}
+launcher: in_process
+data:
+  {{cc595k: data/cc, cc595k_images: data/images, instruct158k: data/it, instruct158k_images: data/images,
+    scienceqa: data/sqa}}
+models: {{vicuna-7b: models/llm, vicuna-13b: models/llm, clip-vit-large-patch14: models/clip}}
+checkpoint_every_s: 0.000001
+eval_samples: 4
+seeds: [0]
+departs: {{}}
+"""
+
+
+@pytest.fixture
+def world(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root with tiny base models, 26 captions and dialogues (two of them text only), and its own mini scale."""
+    real = (workspace / "configs").resolve()
+    (workspace / "configs").unlink()
+    (workspace / "configs" / "scales").mkdir(parents=True)
+    (workspace / "configs" / "experiments").symlink_to(real / "experiments")
+    (workspace / "configs" / "scales" / "mini.yaml").write_text(SCALE.format(micro=8))
+    tiny.base_models(workspace / "models")
+    images = workspace / "data" / "images"
+    images.mkdir(parents=True)
+    records = []
+    for k in range(26):
+        Image.new("RGB", (32, 32), (k * 9, 255 - k * 9, 40)).save(images / f"{k}.png")
+        record = {"id": str(k), "image": f"{k}.png", "conversations": [
+            {"from": "human", "value": "<image>\nwhat color is the car"},
+            {"from": "gpt", "value": "red" if k % 2 else "blue and red"},
+        ]}  # fmt: skip
+        if k in (5, 6):
+            del record["image"]
+            record["conversations"][0]["value"] = "what color is the dog"
+        records.append(record)
+    for folder, name in (("cc", "chat.json"), ("it", "llava_instruct.json")):
+        (workspace / "data" / folder).mkdir()
+        (workspace / "data" / folder / name).write_text(json.dumps(records))
+    (workspace / "llava_core").symlink_to(Path(launching.__file__).parents[1])
+    monkeypatch.setattr(launching, "ROOT", workspace)
+    return workspace
+
+
+def _run(name="pretrain", **overrides) -> RunRecord:
+    values = {"train.epochs": 2, "train.global_batch": 8, "train.max_length": 96, "train.learning_rate": 1e-3}
+    return launching.launch(
+        load_experiment(name, "mini", {**values, **{k.replace("__", "."): v for k, v in overrides.items()}})
+    )
+
+
+def test_stage_one_moves_the_projector_only_and_learns(world: Path) -> None:
+    record = _run(train__epochs=6, train__learning_rate=0.03)
+    rows = [r for r in record.metrics() if "loss" in r]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert record.summary["steps"] == len(rows) == 6 * 3
+    assert {"lr", "grad_norm", "tokens_per_s", "samples_per_s"} <= rows[0].keys()
+    manifest = json.loads((record.checkpoint / "manifest.json").read_text())
+    assert manifest["kind"] == "projector"
+    assert record.metrics()[0]["trainable"] == ["multi_modal_projector"]
+
+
+def test_stage_two_starts_from_stage_one_and_is_found_again(world: Path) -> None:
+    record = _run("finetune")
+    assert {p.parent.parent.name for p in world.glob("runs/*/mini/*/summary.json")} == {"mini"}
+    assert len(list(world.glob("runs/*/mini/*/summary.json"))) == 2  # pretrain was launched on the way
+    assert json.loads((record.checkpoint / "manifest.json").read_text())["kind"] == "full"
+    before = record.summary
+    assert _run("finetune").summary == before  # a finished record is returned, not trained again
+
+
+def test_micro_batches_do_not_change_the_run(world: Path) -> None:
+    whole = _run(train__seed=3)
+    (world / "configs" / "scales" / "mini.yaml").write_text(SCALE.format(micro=3))
+    for folder in world.glob("runs/*"):
+        folder.rename(world / "kept")
+    parts = _run(train__seed=3)
+    for a, b in zip(whole.__class__(world / "kept" / "mini" / whole.run_id).metrics(), parts.metrics(), strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_epoch_shuffles_samples_or_images(world: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    images = ["a", "b", "c", None, "a", "d", None, "b", "a", "e", "f", "c"]
+
+    class Samples:
+        samples = [SimpleNamespace(image=image) for image in images]  # noqa: RUF012
+
+        def __len__(self) -> int:
+            return len(images)
+
+    def order(name: str, seed: int = 0) -> list[list[int]]:
+        config = load_experiment("pretrain", "mini", {"train.order": name, "train.seed": seed, "train.global_batch": 4})
+        made = object.__new__(training.Trainer)
+        made.config, made.steps_per_epoch, made.train_set = config.experiment.train, 3, Samples()
+        shares = []
+        for rank in range(ranks):
+            monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(training, "world_size", lambda: ranks)
+            shares.append([made._indices(step) for step in range(3)])
+        return [[k for share in shares for k in share[step]] for step in range(3)]
+
+    for name in ("samples", "images"):
+        steps = order(name)
+        assert [len(step) for step in steps] == [4, 4, 4]
+        assert sorted(k for step in steps for k in step) == list(range(12))
+        assert order(name, 1) != steps == order(name)
+    together = [images[k] for step in order("images") for k in step]
+    changes = sum(a != b or a is None for a, b in pairwise(together))
+    assert changes == len({*images} - {None}) + images.count(None) - 1
+    assert together != [images[k] for step in order("samples") for k in step]
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_without_its_activations(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed = _run("finetune", train__seed=4)
+    for folder in world.glob("runs/finetune"):
+        folder.rename(world / "kept")
+    real, failed = training.Trainer._loss, []
+
+    def loss(self, row):
+        summed = real(self, row)
+        if self.step == 2 and summed.requires_grad and not failed:
+            summed.backward(retain_graph=True)  # what a pass that fails half-way leaves behind
+            failed.append(self.model.language_model.is_gradient_checkpointing)
+            raise torch.OutOfMemoryError("made up")
+        return summed
+
+    monkeypatch.setattr(training.Trainer, "_loss", loss)
+    record = _run("finetune", train__seed=4)
+    assert failed == [False]
+    assert "out of memory" in capsys.readouterr().err
+    assert [r["step"] for r in record.metrics() if r.get("activation_checkpointing")] == [2]
+    losses, expected = ([r["loss"] for r in run.metrics() if "loss" in r] for run in (
+        record, undisturbed.__class__(world / "kept" / "mini" / undisturbed.run_id)))  # fmt: skip
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+    def always(self, row):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(training.Trainer, "_loss", always)
+    monkeypatch.setattr(training.Trainer, "heldout_loss", lambda self: 0.0)
+    with pytest.raises(
+        training.TrainingError, match=r"no memory for a row of up to 768 tokens and its images.*micro_batch"
+    ):
+        _run("finetune", train__seed=9)
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = _run(train__seed=5)
+    numbers = [(r["step"], r["loss"]) for r in undisturbed.metrics() if "loss" in r]
+    for folder in world.glob("runs/*"):
+        folder.rename(world / "kept")
+    original = training.Trainer._train_step
+
+    def dies(self, items):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return original(self, items)
+
+    monkeypatch.setattr(training.Trainer, "_train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        _run(train__seed=5)
+    monkeypatch.setattr(training.Trainer, "_train_step", original)
+    resumed = _run(train__seed=5)
+    assert [(r["step"], r["loss"]) for r in resumed.metrics() if "loss" in r] == numbers
+    assert (
+        resumed.summary["heldout_loss"] == RunRecord(world / "kept" / "mini" / resumed.run_id).summary["heldout_loss"]
+    )
+    assert not (resumed.path / "state.pt").exists()
+
+
+def test_bad_data_is_one_clear_error_before_the_first_step(world: Path) -> None:
+    image = world / "data" / "images" / "3.png"
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"3\.png"):
+        _run()
+    (world / "data" / "cc" / "chat.json").unlink()
+    with pytest.raises(DataError, match=r"chat\.json"):
+        _run()
+
+
+def test_learning_rate_schedule() -> None:
+    config = load_experiment("finetune", "a100x8").experiment.train
+    rates = [learning_rate(k, 1000, config) for k in range(1001)]
+    assert rates[0] == pytest.approx(config.learning_rate / 30)
+    assert max(rates) == rates[29] == pytest.approx(config.learning_rate)
+    assert rates[515] == pytest.approx(config.learning_rate / 2, rel=0.01)
+    assert rates[1000] == pytest.approx(0, abs=1e-12)
+
+
+def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
+    """1 x 8 == 2 ranks x 4: loss and gradient norm of every step."""
+    alone = _run(train__seed=7)
+    script = tmp_path / "rank.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from llava_core import runtime
+        runtime.ROOT = Path(sys.argv[1])
+        from llava_core.record import RunRecord
+        from llava_core.train.engine import start
+        from llava_core.train.trainer import train_record
+        start()
+        train_record(RunRecord(Path(sys.argv[2])))
+    """)
+    )
+    target = world / "two"
+    target.mkdir()
+    alone.config.write(target / "config.yaml")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    environment |= {"LLAVA_ROOT": str(world)}
+    environment |= {"PYTHONPATH": str(Path(launching.__file__).parents[2])}
+    command = [sys.executable, str(script), str(world), str(target)]
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(k)}, stderr=subprocess.PIPE, text=True) for k in (0, 1)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)[-3000:]
+    pairs = zip(alone.metrics(), RunRecord(target).metrics(), strict=True)
+    steps = [(a, b) for a, b in pairs if "loss" in a]
+    assert steps
+    for a, b in steps:
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_configuration_is_the_tests_own(world: Path) -> None:
+    assert configuration.load_scale("mini").micro_batch == 8
+    assert torch.get_num_threads() >= 1
