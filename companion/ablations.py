@@ -62,7 +62,7 @@ class Arm:
 
 
 CODE_ROOT = Path(__file__).resolve().parents[1]
-_EVALUATION_CODE = (
+EVALUATION_CODE = (
     "llava_core/data", "llava_core/models", "llava_core/checkpoints",
     "companion/data_tools", "companion/evaluation", "companion/teacher", "companion/miniature",
 )  # fmt: skip
@@ -74,7 +74,7 @@ def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, 
     It is measured again when the code that evaluates or the miniature's data are others than then.
     """
     path = record.path / f"{name}.json"
-    files = [file for folder in _EVALUATION_CODE for file in sorted((CODE_ROOT / folder).rglob("*.py"))]
+    files = [file for folder in EVALUATION_CODE for file in sorted((CODE_ROOT / folder).rglob("*.py"))]
     files += sorted(resolve(f"data/{record.config.scale.name}").glob("*/card.json"))
     measured_with = fingerprint([sha256_file(file) for file in [Path(__file__), *files]])
     if path.is_file():

@@ -1,4 +1,4 @@
-"""The rules that hold the house together: who imports whom, what a notebook may be, what lies in git."""
+"""What a notebook may be, and what is in git."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ast
 import json
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,95 +13,9 @@ import pytest
 
 from llava_core.runtime import ROOT
 
-PACKAGE = ROOT / "llava_core"
-FLOORS = (
-    ("config", "runtime", "record", "registry", "constants", "__init__"),
-    ("ops",),
-    ("models", "data", "teacher", "paper"),
-    ("weights",),
-    ("train", "evaluate"),
-    ("miniature",),
-    ("lab",),
-    ("cli",),
-    ("__main__",),
-)
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MODULES = sorted(PACKAGE.rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_CELLS, MOST_LINES = 25, 15
 MOST_BYTES = 60 * 2**20
-
-
-# ------------------------------------------------------------------------------------------------ layers
-
-
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported_rooms(source: str, package: tuple[str, ...]) -> Iterator[str]:
-    """Rooms of llava_core that a module imports anywhere: at its top, in functions, for types only."""
-    for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
-            names = [f"{module}.{alias.name}" if module == "llava_core" else module for alias in node.names]
-        for name in names:
-            if name.split(".")[0] == "llava_core" and name != "llava_core":
-                room = name.split(".")[1]
-                yield room if room in FLOOR else "__init__"
-
-
-def may_import(room: str, other: str) -> bool:
-    return room == other or FLOOR[other] < FLOOR[room] or FLOOR[room] == FLOOR[other] == 0
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_floors_below(path: Path) -> None:
-    room = room_of(path)
-    assert room in FLOOR, f"{room} has no floor; add it to FLOORS and to the map in CONTRIBUTING.md"
-    package = ("llava_core", *path.relative_to(PACKAGE).parts[:-1])
-    wrong = sorted({other for other in imported_rooms(path.read_text(), package) if not may_import(room, other)})
-    assert not wrong, f"{path.relative_to(ROOT)} (floor {FLOOR[room]}) imports {', '.join(wrong)}"
-
-
-@pytest.mark.parametrize(
-    ("room", "source", "allowed"),
-    [
-        ("lab", "from llava_core.train.trainer import Trainer", True),
-        ("evaluate", "from llava_core.train import trainer", False),
-        ("evaluate", "from llava_core import train", False),
-        ("models", "def f():\n    import llava_core.data.instruct", False),
-        ("teacher", "from ..data import coco", False),
-        ("teacher", "from .client import ChatClient", True),
-        ("data", "from llava_core.registry import Registry", True),
-        ("config", "from llava_core import runtime", True),
-        ("runtime", "from llava_core.ops import reference", False),
-        ("cli", "from llava_core import __version__", True),
-    ],
-)
-def test_the_layer_rule_sees_every_way_to_import(room: str, source: str, allowed: bool) -> None:
-    package = ("llava_core", room) if (PACKAGE / room).is_dir() or room == "teacher" else ("llava_core",)
-    found = list(imported_rooms(source, package))
-    assert found
-    assert all(may_import(room, other) for other in found) is allowed
-
-
-@pytest.mark.parametrize("module", ["config", "runtime", "record", "registry", "constants", "cli"])
-def test_the_ground_floor_and_the_command_line_load_without_torch(module: str) -> None:
-    code = (
-        f"import sys, llava_core.{module}; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
-    )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert answer.stdout.strip() == "[]"
-
-
-def test_every_room_is_a_package() -> None:
-    folders = [p for p in PACKAGE.rglob("*") if p.is_dir() and any(p.glob("*.py"))]
-    assert not [str(p.relative_to(ROOT)) for p in folders if not (p / "__init__.py").exists()]
 
 
 # ------------------------------------------------------------------------------------------------ notebooks

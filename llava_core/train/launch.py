@@ -22,8 +22,8 @@ FAST = {"data.limit": 96, "train.epochs": 1}
 """What `--fast` overrides: enough to prove that every step runs, far too little to learn."""
 
 # Code that decides the numbers of a run, with what comes after training left out.
-_CODE_FOLDERS = ("ops", "models", "data", "checkpoints", "train")
-_NOT_TRAINING = ("models/generation.py",)
+CODE_FOLDERS = ("ops", "models", "data", "checkpoints", "train")
+NOT_TRAINING = ("models/generation.py",)
 
 
 def resolve_run(name: str, scale: str = "mini", fast: bool = False, **overrides: Any) -> RunConfig:
@@ -46,8 +46,8 @@ def run_inputs(config: RunConfig) -> dict[str, Any]:
 
     package = Path(__file__).parents[1]
     code = sorted(
-        file for folder in _CODE_FOLDERS for file in (package / folder).rglob("*.py")
-        if str(file.relative_to(package)) not in _NOT_TRAINING
+        file for folder in CODE_FOLDERS for file in (package / folder).rglob("*.py")
+        if str(file.relative_to(package)) not in NOT_TRAINING
     )  # fmt: skip
     return {
         "data": {shown(f): sha256_file(f) for f in training_files(config)},
