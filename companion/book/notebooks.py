@@ -22,7 +22,6 @@ from llava_core.runtime import ROOT, ConfigError, DataError, fingerprint, read_j
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("llava_core", "companion", "benchmarks")
-"""What the package gives out itself and imports only when it is called."""
 
 
 @dataclass
@@ -36,7 +35,6 @@ class Chapter:
         given: the parameters of this call.
         parts: one hash for each thing that the result depends on.
         reason: why it must run; None when it is up to date.
-        expected_s: seconds that it took last time, or that its author promises; None when nobody knows.
     """
 
     name: str
@@ -47,7 +45,6 @@ class Chapter:
     given: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
     reason: str | None = None
-    expected_s: float | None = None
     status: str = "waiting"
     seconds: float | None = None
     error: str | None = None
@@ -301,7 +298,7 @@ def give_parameters(
 
 
 def make_plan(
-    chapters: dict[str, Chapter], out: Path, shared: Mapping[str, str], duration: str, chosen: Sequence[str]
+    chapters: dict[str, Chapter], out: Path, shared: Mapping[str, str], chosen: Sequence[str]
 ) -> list[Chapter]:
     """Find out which of the chosen notebooks, and of those that they need, must run.
 
@@ -309,7 +306,6 @@ def make_plan(
         chapters: the notebooks, each after the ones that it needs.
         out: where the executed copies and the states are.
         shared: hashes of the files that every notebook depends on.
-        duration: the key of earlier durations, such as `mini-fast`.
         chosen: the names that were asked for.
 
     Returns:
@@ -319,8 +315,6 @@ def make_plan(
     for name, chapter in chapters.items():
         chapter.parts = _parts(chapter, shared, chapters)
         state = read_state(out, name)
-        promised = chapter.content.get("metadata", {}).get("companion", {}).get("seconds", {})
-        chapter.expected_s = state.get("durations", {}).get(duration, promised.get(duration))
         chapter.reason = _reason(chapter, out, state)
         if chapter.reason is None and (first := next((n for n in chapter.needs if chapters[n].reason), None)):
             chapter.reason = f"{first} runs again"

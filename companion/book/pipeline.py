@@ -1,7 +1,7 @@
 """Run the notebooks in the order of their needs, skip what is up to date, then build the book.
 
-Every notebook runs in a process of its own (this module started with `_run`), several at once; notebooks.py says which
-must. An executed copy appears under its final name only when its notebook has ended well.
+Each notebook runs in a process of its own (worker.py), several at once; notebooks.py decides which must run. An
+executed copy gets its final name only when its notebook has ended without an error.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from companion.book.notebooks import (
     Chapter,
@@ -29,13 +28,10 @@ from companion.book.notebooks import (
     give_parameters,
     make_plan,
     read_chapters,
-    read_state,
     shared_parts,
-    source_of,
-    state_path,
     with_needs,
 )
-from llava_core.runtime import ROOT, CompanionError, DataError, read_json, sha256_file, shown, write_json
+from llava_core.runtime import ROOT, CompanionError, read_json, shown, write_json
 
 OUT = ROOT / "book" / "notebooks"
 HEARTBEAT_S = 60  # between two lines of progress where the output is not a terminal
@@ -46,7 +42,7 @@ PARENT_DEATH = "import ctypes; ctypes.CDLL(None).prctl(1, 9); " if sys.platform 
 KERNEL = PARENT_DEATH + "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"
 
 
-# ------------------------------------------------------------------------------------------------ showing progress
+# ------------------------------------------------------------------------------------------------ progress
 
 
 def _clock(seconds: float) -> str:
@@ -55,65 +51,35 @@ def _clock(seconds: float) -> str:
     return f"{hours} h {minutes:02d} m" if hours else f"{minutes} m {rest:02d} s" if minutes else f"{rest} s"
 
 
-class _Display:
-    """Lines that stay, and below them, on a terminal, one that says what is going on right now."""
+class _Progress:
+    """A progress bar over the notebooks; without a terminal, a line now and then."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.done, self.begun, self.last = total, 0, time.monotonic(), time.monotonic()
-        self.live = sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit="notebook", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.start = self.last = time.monotonic()
+        self.done = 0
 
     def line(self, text: str) -> None:
-        print(("\r\x1b[K" if self.live else "") + text, file=sys.stderr, flush=True)
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
     def ended(self, chapter: Chapter) -> None:
         self.done += 1
+        self.bar.update()
         took = _clock(chapter.seconds) if chapter.seconds is not None else ""
-        self.line(f"[{self.done:2}/{self.total}] {chapter.name:32} {took:>10}  {chapter.status}")
+        self.line(f"[{self.done:2}/{self.bar.total}] {chapter.name:32} {took:>10}  {chapter.status}")
 
-    def tick(self, running: Iterable[_Worker], left_s: float | None) -> None:
+    def tick(self, running: Iterable[_Worker]) -> None:
         now = time.monotonic()
-        if now - self.last < (0.5 if self.live else HEARTBEAT_S):
+        if now - self.last < (0.5 if sys.stderr.isatty() else HEARTBEAT_S):
             return
         self.last = now
-        busy = ", ".join(f"{worker.chapter.name} ({worker.progress()})" for worker in running)
-        left = f", about {_clock(left_s)} left" if left_s is not None else ""
-        text = f"{self.done} of {self.total} done after {_clock(now - self.begun)}{left}; running: {busy}"
-        if self.live:
-            print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
-        else:
-            self.line(f"        {text}")
-
-
-def _longest_chains(chapters: Sequence[Chapter], costs: Mapping[str, float]) -> dict[str, float]:
-    """Return for each chapter the seconds of the longest chain of needs that begins with it."""
-    chains: dict[str, float] = {}
-    for chapter in reversed(chapters):
-        after = [chains[c.name] for c in chapters if chapter.name in c.needs and c.name in chains]
-        chains[chapter.name] = costs[chapter.name] + max(after, default=0.0)
-    return chains
-
-
-def _costs(chapters: Sequence[Chapter]) -> dict[str, float]:
-    """Return the seconds that each chapter is expected to take: the mean of the others where nobody knows."""
-    known = [chapter.expected_s for chapter in chapters if chapter.expected_s is not None]
-    typical = sum(known) / len(known) if known else math.nan
-    return {c.name: c.expected_s if c.expected_s is not None else typical for c in chapters}
-
-
-def _left_s(todo: Sequence[Chapter], begun: Mapping[str, tuple[Chapter, float]], jobs: int) -> float | None:
-    """Return the seconds that are left; None when there are no durations to go by.
-
-    Args:
-        todo: the chapters that wait.
-        begun: the running ones by name, with the seconds that they have run.
-        jobs: how many run at once.
-    """
-    chapters = [*(chapter for chapter, _ in begun.values()), *todo]
-    costs = _costs(chapters)
-    for name, (_, seconds) in begun.items():
-        costs[name] = max(costs[name] - seconds, 1.0)
-    left = max([sum(costs.values()) / jobs, *_longest_chains(chapters, costs).values()], default=0.0)
-    return None if math.isnan(left) else left
+        names = ", ".join(f"{worker.chapter.name} ({worker.progress()})" for worker in running)
+        self.bar.set_postfix_str(names)
+        if not sys.stderr.isatty():
+            self.line(
+                f"        {self.done} of {self.bar.total} done after {_clock(now - self.start)}; running: {names}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -122,7 +88,7 @@ def _left_s(todo: Sequence[Chapter], begun: Mapping[str, tuple[Chapter, float]],
 class _Worker:
     """The process that executes one notebook."""
 
-    def __init__(self, chapter: Chapter, out: Path, scale: str, duration: str, threads: int) -> None:
+    def __init__(self, chapter: Chapter, out: Path, scale: str, threads: int) -> None:
         self.chapter, self.out, self.begun = chapter, out, time.monotonic()
         state = out / ".state"
         self.log, self.error_file = state / f"{chapter.name}.log", state / f"{chapter.name}.error.json"
@@ -133,13 +99,11 @@ class _Worker:
             "out": str(out),
             "parameters": chapter.given,
             "parts": chapter.parts,
-            "durations": read_state(out, chapter.name).get("durations", {}),
-            "duration": duration,
             "parent": os.getpid(),
         }
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "companion.book.pipeline", "_run", json.dumps(spec)],
+                [sys.executable, "-m", "companion.book.worker", json.dumps(spec)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -208,18 +172,23 @@ def _write_kernel(out: Path) -> None:
     write_json(out / ".state" / "jupyter" / "kernels" / "python3" / "kernel.json", spec)
 
 
-def _run_plan(plan: Sequence[Chapter], out: Path, scale: str, duration: str, jobs: int, threads: int) -> None:
+def _dependents(name: str, plan: Sequence[Chapter]) -> set[str]:
+    """Names of the chapters that need a chapter, directly or through others."""
+    direct = {chapter.name for chapter in plan if name in chapter.needs}
+    return direct.union(*(_dependents(other, plan) for other in direct))
+
+
+def _run_plan(plan: Sequence[Chapter], out: Path, scale: str, jobs: int, threads: int) -> None:
     """Run the chapters that have a reason to, as many at once as there are jobs; a failure stops what needs it."""
-    display = _Display(len(plan))
+    progress = _Progress(len(plan))
     todo: dict[str, Chapter] = {}
     for chapter in plan:
         if chapter.reason is None:
             chapter.status = "up to date"
-            display.ended(chapter)
+            progress.ended(chapter)
         else:
             todo[chapter.name] = chapter
-    costs = {name: 1.0 if math.isnan(cost) else cost for name, cost in _costs(list(todo.values())).items()}
-    chains = _longest_chains(list(todo.values()), costs)  # what much waits for begins first
+    dependents = {name: len(_dependents(name, plan)) for name in todo}  # what many chapters need starts first
     bad: set[str] = set()
     running: list[_Worker] = []
     try:
@@ -228,27 +197,26 @@ def _run_plan(plan: Sequence[Chapter], out: Path, scale: str, duration: str, job
                 if broken := [need for need in chapter.needs if need in bad]:
                     chapter.status, chapter.error = "stopped", f"needs {broken[0]}"
                     bad.add(chapter.name)
-                    display.ended(todo.pop(chapter.name))
+                    progress.ended(todo.pop(chapter.name))
             unfinished = {*todo, *(worker.chapter.name for worker in running)}
             ready = [c for c in todo.values() if not unfinished.intersection(c.needs)]
-            for chapter in sorted(ready, key=lambda c: -chains[c.name])[: jobs - len(running)]:
-                display.line(f"        {chapter.name} starts: {chapter.reason}")
-                running.append(_Worker(todo.pop(chapter.name), out, scale, duration, threads))
-            display.tick(
-                running, _left_s([*todo.values()], {w.chapter.name: (w.chapter, w.seconds) for w in running}, jobs)
-            )
+            for chapter in sorted(ready, key=lambda c: -dependents[c.name])[: jobs - len(running)]:
+                progress.line(f"        {chapter.name} starts: {chapter.reason}")
+                running.append(_Worker(todo.pop(chapter.name), out, scale, threads))
+            progress.tick(running)
             time.sleep(0.05)
             for worker in [worker for worker in running if worker.process.poll() is not None]:
                 running.remove(worker)
                 worker.finish()
                 if worker.chapter.status == "failed":
                     bad.add(worker.chapter.name)
-                display.ended(worker.chapter)
+                progress.ended(worker.chapter)
                 if worker.chapter.error:
-                    display.line(textwrap.indent(f"error: {worker.chapter.error}", "        "))
+                    progress.line(textwrap.indent(f"error: {worker.chapter.error}", "        "))
     finally:
         for worker in running:
             worker.kill()
+        progress.bar.close()
 
 
 @contextlib.contextmanager
@@ -313,24 +281,22 @@ def reproduce(
     give_parameters(chapters, chosen, {"scale": scale, "fast": fast}, parameters or {})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = max(1, jobs or (cores if scale == "mini" else 1))
-    duration = f"{scale}-fast" if fast else scale
 
     if dry_run:
-        plan = make_plan(chapters, out, shared_parts(scale, dry_run), duration, chosen)
+        plan = make_plan(chapters, out, shared_parts(scale, dry_run), chosen)
         for chapter in plan:
             chapter.status = "up to date" if chapter.reason is None else "would run"
-            took = _clock(chapter.expected_s) if chapter.expected_s is not None else "?"
-            print(f"{chapter.name:32} {chapter.status:10} {took:>10}  {chapter.reason or ''}".rstrip(), file=sys.stderr)
+            print(f"{chapter.name:32} {chapter.status:10} {chapter.reason or ''}".rstrip(), file=sys.stderr)
         return _result(plan, [], None, begun)
 
     page, trouble, plan = None, None, []
     with _alone(out):
         if chosen:
-            plan = make_plan(chapters, out, shared_parts(scale, dry_run), duration, chosen)
+            plan = make_plan(chapters, out, shared_parts(scale, dry_run), chosen)
             if needed := [c.name for c in plan if c.name not in chosen]:
                 print(f"also needed, and not up to date: {', '.join(needed)}", file=sys.stderr)
             _write_kernel(out)
-            _run_plan(plan, out, scale, duration, jobs, max(1, cores // jobs))
+            _run_plan(plan, out, scale, jobs, max(1, cores // jobs))
         failed = [chapter for chapter in plan if chapter.status in ("failed", "stopped")]
         if book != "no" and not failed:
             try:
@@ -346,9 +312,9 @@ def reproduce(
 
 
 def _result(plan: Sequence[Chapter], checks: list[dict[str, Any]], page: Path | None, begun: float) -> dict[str, Any]:
-    told = ("name", "status", "seconds", "reason", "error")
+    fields = ("name", "status", "seconds", "reason", "error")
     return {
-        "notebooks": [{key: getattr(chapter, key) for key in told} for chapter in plan],
+        "notebooks": [{key: getattr(chapter, key) for key in fields} for chapter in plan],
         "failed": [chapter.name for chapter in plan if chapter.status in ("failed", "stopped")],
         "checks": checks,
         "book": str(page) if page else None,
@@ -359,122 +325,17 @@ def _result(plan: Sequence[Chapter], checks: list[dict[str, Any]], page: Path | 
 def _print_summary(result: Mapping[str, Any]) -> None:
     from companion.plots.figures import cell_text
 
-    heads = ["chapter", "claim", "published", "measured", "verdict"]
-    rows = [[c["notebook"].partition("_")[0], *(cell_text(c.get(key)) for key in heads[1:])] for c in result["checks"]]
-    if rows:
-        limits = [7, 60, 16, 24, 16]
-        widths = [min(max(len(row[i]) for row in [heads, *rows]), limits[i]) for i in range(5)]
-        print(file=sys.stderr)
-        for row in [heads, ["-" * width for width in widths], *rows]:
-            cells = [textwrap.wrap(text, width) or [""] for text, width in zip(row, widths, strict=True)]
-            for i in range(max(map(len, cells))):
-                line = (c[i] if i < len(c) else "" for c in cells)
-                print("  ".join(f"{part:{w}}" for part, w in zip(line, widths, strict=True)).rstrip(), file=sys.stderr)
-        print(file=sys.stderr)
-    if result["failed"]:
+    heads = ("claim", "published", "measured", "verdict")
+    for check in result["checks"]:
+        chapter = check["notebook"].partition("_")[0]
+        claim, *cells = (cell_text(check.get(head)) for head in heads)
         print(
-            f"failed: {', '.join(result['failed'])}; correct the error and call again",
+            f"{chapter}  {textwrap.shorten(claim, 60):60}  {'  '.join(f'{cell:>16}' for cell in cells)}",
             file=sys.stderr,
         )
+    if result["failed"]:
+        print(f"failed: {', '.join(result['failed'])}; correct the error and call again", file=sys.stderr)
     ran = sum(n["status"] == "ran" for n in result["notebooks"])
     print(f"{ran} of {len(result['notebooks'])} notebooks ran; {_clock(result['seconds'])} in all", file=sys.stderr)
     if result["book"]:
         print(f"book: {result['book']}", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------ inside the worker
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its parent has ended, even by kill -9."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()  # also covers a parent that ended before the lines above
-
-
-def _failure(name: str, copy: Path, error: BaseException) -> str:
-    """Say in one paragraph which cell of which notebook stopped on which error."""
-    cells = read_json(copy)["cells"] if copy.exists() else []
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    begun = [cell for cell in code if cell["metadata"].get("papermill", {}).get("start_time")]
-    told = [(cell, out) for cell in code for out in cell["outputs"] if out["output_type"] == "error"]
-    what = f"{told[-1][1]['ename']}: {told[-1][1]['evalue']}" if told else f"{type(error).__name__}: {error}"
-    if not (told or begun) or isinstance(error, DataError):
-        return f"{name}: {error}"
-    cell = told[-1][0] if told else begun[-1]  # a kernel that died leaves no error in its cell
-    line = next((text for text in source_of(cell).splitlines() if text.strip()), "")
-    return f"{name}, cell [{cell['execution_count'] or code.index(cell) + 1}] `{textwrap.shorten(line, 80)}`: {what}"
-
-
-def _execute(source: str, copy: str, parameters: Mapping[str, Any]) -> None:
-    """Run a notebook into a copy; a kernel that could not begin gets two more chances.
-
-    Two kernels that start at once may choose the same port; the later one then ends with "Address already in use".
-    """
-    import papermill
-
-    for chance in (2, 1, 0):
-        try:
-            papermill.execute_notebook(
-                source,
-                copy,
-                parameters=parameters,
-                kernel_name="python3",
-                language="python",
-                progress_bar={"bar_format": "cell {n_fmt}/{total_fmt} ", "mininterval": 0},
-                start_timeout=120,
-            )
-            return
-        except RuntimeError as error:
-            if not chance or "died before replying" not in str(error):
-                raise
-
-
-def _run(spec: Mapping[str, Any]) -> int:
-    """Execute one notebook; called in a process of its own."""
-    _die_with(spec["parent"])
-    name, out = spec["name"], Path(spec["out"])
-    part, failed = out / ".state" / f"{name}.part.ipynb", out / f"{name}.failed.ipynb"
-    final, numbers, state = out / f"{name}.ipynb", out / f"{name}.json", state_path(out, name)
-    for path in (part, failed, numbers):
-        path.unlink(missing_ok=True)
-    begun = time.monotonic()
-    try:
-        _execute(spec["source"], os.path.relpath(part, ROOT), spec["parameters"])
-        if not numbers.exists():
-            raise DataError(f"no {numbers.name} was written; the notebook must end with save_numbers('{name}', ...)")
-    except Exception as error:
-        message = _failure(name, part, error)
-        if part.exists():
-            os.replace(part, failed)
-            message += f"\nthe executed copy is {shown(failed)}"
-        write_json(out / ".state" / f"{name}.error.json", {"message": message})
-        return 1
-    copy = read_json(part)
-    copy["metadata"].pop("papermill", None)  # paths and times of this machine
-    for cell in copy["cells"]:
-        if "injected-parameters" in cell["metadata"].get("tags", []):
-            cell["metadata"]["tags"].append("hide-cell")  # the book folds it
-            cell["metadata"]["mystnb"] = {"code_prompt_show": "The parameters of this run"}
-    write_json(part, copy)
-    os.replace(part, final)
-    result = {
-        "parts": spec["parts"],
-        "outputs": {path.name: sha256_file(path) for path in (final, numbers)},
-        "runs": read_json(numbers).get("runs", []),
-        "durations": {**spec["durations"], spec["duration"]: round(time.monotonic() - begun, 1)},
-    }
-    write_json(state, result)
-    return 0
-
-
-if __name__ == "__main__" and sys.argv[1:2] == ["_run"]:
-    sys.exit(_run(json.loads(sys.argv[2])))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from companion.book import notebooks as parts
-from companion.book import pipeline
+from companion.book import pipeline, worker
 from llava_core.runtime import CheckpointError, CompanionError, ConfigError, sha256_file
 
 PARAMETERS = 'scale: str = "mini"\nfast: bool = False\n'
@@ -197,18 +197,11 @@ def test_imported_code_follows_imports_and_ignores_comments(tmp_path: Path, monk
     assert {name for name, value in reached().items() if value != before[name]} == {"b/three.py"}
 
 
-def test_remaining_time_follows_the_longest_chain() -> None:
-    def chapter(name: str, seconds: float | None, needs: list[str]) -> parts.Chapter:
-        return parts.Chapter(name, Path(name), {}, needs, [], expected_s=seconds)
-
-    first, second, other, unknown = plan = [
-        chapter("a", 10, []), chapter("b", 20, ["a"]), chapter("c", 3, []), chapter("d", None, []),
-    ]  # fmt: skip
-    assert pipeline._left_s(plan, {}, jobs=8) == 30
-    assert pipeline._left_s(plan, {}, jobs=1) == 33 + 33 / 3
-    assert pipeline._left_s([second, other], {"a": (first, 4.0)}, jobs=8) == 26
-    assert pipeline._left_s([second], {"a": (first, 400.0)}, jobs=8) == 21
-    assert pipeline._left_s([unknown], {}, jobs=1) is None
+def test_what_many_chapters_need_starts_first() -> None:
+    needs = {"a": [], "b": ["a"], "c": ["b"], "d": []}
+    plan = [parts.Chapter(name, Path(name), {}, upstream, []) for name, upstream in needs.items()]
+    assert pipeline._dependents("a", plan) == {"b", "c"}
+    assert pipeline._dependents("d", plan) == set()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
@@ -281,10 +274,10 @@ def test_a_kernel_that_could_not_begin_gets_two_more_chances(
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     if message is None:
-        pipeline._execute("a", "b", {})
+        worker._execute("a", "b", {})
     else:
         with pytest.raises(RuntimeError, match=message):
-            pipeline._execute("a", "b", {})
+            worker._execute("a", "b", {})
     assert len(calls) == (1 if message == "cell" else 3)
 
 
