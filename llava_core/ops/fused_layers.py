@@ -177,8 +177,8 @@ def _kind(module: nn.Module) -> str | None:
 def fused_layers(language_model: Any) -> Iterator[None]:
     """Let a causal language model of one of `FAMILIES` train in fewer passes over memory; others stay as they are.
 
-    It belongs inside `llava_core.ops.transformers_backend.packed_attention`, with the backward pass in it: attention must be one
-    that transformers looks up by name, and no cache of earlier tokens is kept.
+    It belongs inside `llava_core.ops.transformers_backend.packed_attention`, with the backward pass in it: attention
+    must be one that transformers looks up by name, and no cache of earlier tokens is kept.
 
     Args:
         language_model: transformers' causal language model, with or without peft's adapters.

@@ -128,7 +128,7 @@ def _await(coming: Future[Batch]) -> tuple[Batch, float]:
 
 
 def row_loss(model: Llava, batch: RowBatch, normalise: Normalise, device: torch.device) -> torch.Tensor:
-    """Loss of a row, summed over its supervised tokens; inside `llava_core.ops.transformers_backend.packed_attention`."""
+    """Loss of a row, summed over its supervised tokens; call it inside `packed_attention`."""
 
     def tensor(numbers: Any) -> torch.Tensor:
         return torch.as_tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
