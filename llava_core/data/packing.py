@@ -2,7 +2,7 @@
 
 A row is laid out as a forest (see `llava_core.ops.packed_mask`): what all its samples begin with, which is the system
 text as a rule; under it, image by image, what the samples of an image begin with; under that, the rest of each sample.
-Since every token sees exactly what it would see alone, at the same position, loss and gradients are those of single samples.
+Each token attends to exactly what it would attend to alone, at the same position: loss and gradients do not change.
 
 An image can be shared only where it stands before what differs. The paper puts it before or after the question at
 random: a sample that has its image after the question computes it by itself.
