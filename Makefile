@@ -81,9 +81,8 @@ serve: setup ## show the built book in a browser, on this machine only (PORT=)
 lab: setup ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-bench: setup ## run every benchmark (benchmarks/bench_*.py -> benchmarks/results/*.csv)
-	@set -e; for file in $(or $(wildcard benchmarks/bench_*.py),none); do \
-		if [ $$file = none ]; then echo "no benchmarks yet"; else echo "$$file" >&2; $(BIN)/python $$file; fi; done
+bench: setup ## run every benchmark and append its rows to benchmarks/results/*.csv
+	$(BIN)/python -m benchmarks.run --all
 
 ci: ## all of the above in a fresh environment, as continuous integration does
 	rm -rf .venv-ci

@@ -14,19 +14,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from companion.cli import data, evaluate, experiments, lab, miniature, weights
+from companion.cli import bench, data, evaluate, experiments, lab, miniature, weights
 from companion.cli.arguments import Parser
 from llava_core import __version__
 from llava_core.runtime import CompanionError
 
 
-def _parser() -> Parser:
+def _parser(words: Sequence[str] = ()) -> Parser:
     text = "Visual Instruction Tuning, step by step: train, evaluate and reproduce LLaVA"
     parser = Parser(text, "llava reproduce", prog="llava")
     parser.add_argument("--version", action="version", version=f"llava-core {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for file in (experiments, evaluate, data, weights, lab, miniature):
         file.add(commands)
+    bench.add(commands, words)
     return parser
 
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 when the work failed (2, for a wrong call, leaves through argparse's SystemExit).
     """
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = _parser(words).parse_args(words)
     try:
         if args.interactive:
             args.run(args)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from benchmarks.lib.bench import all_in_turns
+from benchmarks.common import all_in_turns
 from companion.plots.figures import BLUE, CARD, COLORS, INK, _axes, _styled
 
 if TYPE_CHECKING:

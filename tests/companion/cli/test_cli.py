@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import inspect
 import json
 import shlex
 import subprocess
@@ -13,6 +15,7 @@ from unittest.mock import MagicMock, create_autospec
 
 import pytest
 
+from benchmarks import run
 from companion import cli
 from companion.cli import lab, weights
 from llava_core.runtime import DataError
@@ -57,7 +60,8 @@ def test_help_ends_well_and_shows_an_example(name: str, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("name", WORKING)
 def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
-    args = cli._parser().parse_args(example_of(WORKING[name]))
+    words = example_of(WORKING[name])
+    args = cli._parser(words).parse_args(words)
     assert args.run is WORKING[name].get_default("run")
     assert args.interactive or args.json is False
 
@@ -74,8 +78,6 @@ def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
         ("convert", "companion.checkpoints.convert.convert", {"to": "hf"}),
         ("delta make", "companion.checkpoints.delta.make", {"added": 1}),
         ("delta apply", "companion.checkpoints.delta.apply", {"added": 1}),
-        ("bench generate", "benchmarks.lib.bench_generate.bench_generate", {"ratio": 1.1, "same_tokens": True}),
-        ("bench attention", "benchmarks.lib.bench_attention.bench_attention", {"ratio": 1.1, "cases": []}),
         ("evaluate llava-bench", "companion.evaluation.llava_bench.score_reviews", {"n": 1}),
         ("evaluate bench score", "companion.evaluation.llava_bench.score_reviews", {"n": 1}),
     ],
@@ -93,29 +95,29 @@ def test_a_command_calls_its_function_in_a_way_that_it_takes(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize(
-    ("name", "target"),
-    [
-        ("bench train-step", "benchmarks.lib.bench_train_step.bench_step"),
-        ("bench loss", "benchmarks.lib.bench_parts.bench_loss"),
-    ],
-)
-def test_a_benchmark_says_its_headline(
-    name: str, target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["attention", "generate", "loss", "train-step"])
+def test_a_benchmark_prints_its_headline(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module, _, function = target.rpartition(".")
-    row = {"ratio": 1.1, "ours": 1.0, "peer": 1.1, "device": "cpu", "peak_mib": 1, "peer_peak_mib": 4}
-    stub = create_autospec(getattr(importlib.import_module(module), function), return_value=[{**row, "ratio": 9}, row])
-    monkeypatch.setattr(target, stub)
-    assert cli.main([*example_of(WORKING[name]), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {key: found[key] for key in ("ratio", "ours", "peer", "device")} == {
-        key: row[key] for key in ("ratio", "ours", "peer", "device")
-    }
-    assert found["peak_memory_ratio"] == 0.25
-    assert [case["ratio"] for case in found["cases"]] == [9, 1.1]
-    assert cli.main(example_of(WORKING[name])) == 0
+    function, calls = run.load(name), []
+    answer = {"ratio": 1.1, "ours": 1.0, "peer": 1.1, "device": "cpu", "peak_memory_ratio": 0.5, "cases": [{"a": 1}]}
+
+    @functools.wraps(function)
+    def stub(**given: Any) -> dict[str, Any]:
+        calls.append(inspect.signature(function).bind(**given).arguments)
+        return answer
+
+    monkeypatch.setattr(sys.modules[function.__module__], function.__name__, stub)
+    assert cli.main(["bench", name, "--rounds", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == answer
+    assert calls[0]["rounds"] == 2
+    assert calls[0]["device"] == "cpu"
+    assert cli.main(["bench", name]) == 0
     assert "cases" not in capsys.readouterr().out
+    answer["same_tokens"] = False
+    assert cli.main(["bench", name]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", name, "--device", "gpu"])
 
 
 def test_bench_step_by_step_from_files_to_a_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

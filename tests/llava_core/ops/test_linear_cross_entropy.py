@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.lib.bench import peak_mib
+from benchmarks.common import peak_mib
 from llava_core.ops import linear_cross_entropy as module
 from llava_core.ops.linear_cross_entropy import BACKENDS, linear_cross_entropy
 from llava_core.runtime import CompanionError, ConfigError

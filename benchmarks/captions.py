@@ -1,33 +1,24 @@
-"""Caption scores beside pycocoevalcap: the same numbers on the same tokens, and what our tokenizer changes.
-
-    python benchmarks/bench_captions.py --coco caps_boxes_coco2014_val_80.jsonl --texts answers.jsonl
-
-Needs pycocoevalcap (not among our dependencies: 100 MB, mostly Java archives of other scores), and Java for the
-tokenizer. `random` and the miniature are always measured. `--coco` is a file of COCO captions as LLaVA-Bench has it;
-`--texts` are JSONL files with `text`, `content` or `output`, of which only tokens are compared. Candidate of an image
-is the first of its captions, the others are references. Prints a table and appends its rows to
-`benchmarks/results/captions.csv`; exits with 1 where BLEU or CIDEr-D differ by more than 1e-6 on the same tokens.
-"""
+"""Caption scores against pycocoevalcap: the same numbers on the same tokens, and what our tokenizer changes."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import importlib.util
 import io
 import random
 import shutil
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.lib.bench import append_rows, circumstances, in_turns
+from benchmarks.common import circumstances, in_turns
 from companion import miniature
 from companion.evaluation.captions import bleu, cider, tokenize
-from llava_core.runtime import read_json, read_jsonl
+from llava_core.runtime import CompanionError, read_json, read_jsonl
 
-SHOWN = ("case", "texts", "differ", "bleu4", "bleu4_ptb", "cider", "cider_ptb", "error", "ratio")
+SCORES = ("differ", "bleu4", "bleu4_ptb", "cider", "cider_ptb", "error", "ratio")
 Captions = list[list[str]]
 
 
@@ -71,7 +62,7 @@ def measure(case: str, captions: Captions, rounds: int) -> dict[str, Any]:
     texts = [text for own in captions for text in own]
     ours = [tokenize(text) for text in texts]
     row: dict[str, Any] = {**circumstances(torch.device("cpu")), "case": case, "images": len(captions)}
-    row |= dict.fromkeys(("texts", *SHOWN[2:])) | {"texts": len(texts)}
+    row |= {"texts": len(texts)} | dict.fromkeys(SCORES)
     theirs = ptb_tokens(texts) if shutil.which("java") else None
     if theirs is not None:
         row["differ"] = sum(a != b for a, b in zip(ours, theirs, strict=True))
@@ -91,33 +82,27 @@ def measure(case: str, captions: Captions, rounds: int) -> dict[str, Any]:
     return row
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--coco", type=Path, help="JSONL of images with `captions`")
-    parser.add_argument("--texts", type=Path, nargs="*", default=[], help="JSONL with `text` or `content`")
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns per case")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "captions.csv")
-    given = parser.parse_args()
-    try:
-        import pycocoevalcap  # noqa: F401
-    except ModuleNotFoundError:
-        print("nothing measured: pycocoevalcap is not installed (pip install pycocoevalcap)", file=sys.stderr)
-        return 0
+def bench_captions(coco: Path | None = None, texts: Sequence[Path] = (), rounds: int = 5) -> dict[str, Any]:
+    """Compare BLEU and CIDEr-D with pycocoevalcap's on the same tokens, and both tokenizers.
+
+    Args:
+        coco: JSONL of images with `captions`, as LLaVA-Bench has it.
+        texts: JSONL files with `text`, `content` or `output`, of which only tokens are compared.
+        rounds: timed turns per case.
+
+    Raises:
+        CompanionError: pycocoevalcap is not installed (not a dependency: mostly Java archives of other scores).
+    """
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise CompanionError("pycocoevalcap is not installed; fix: pip install pycocoevalcap")
     annotated = read_json(miniature.ensure(only=["mini-coco"]) / "mini-coco/annotations/captions_val2014.json")
     by_image: dict[int, list[str]] = {}
     for entry in annotated["annotations"]:
         by_image.setdefault(entry["image_id"], []).append(entry["caption"])
     cases: dict[str, Captions] = {"random": random_captions(), "mini-coco val": list(by_image.values())}
-    if given.coco:
-        cases["COCO val2014"] = [row["captions"] for row in read_jsonl(given.coco)]
-    for path in given.texts:
+    if coco:
+        cases["COCO val2014"] = [row["captions"] for row in read_jsonl(coco)]
+    for path in texts:
         cases[path.stem] = [[row.get("text") or row.get("content") or row["output"]] for row in read_jsonl(path)]
-    rows = [measure(case, captions, given.rounds) for case, captions in cases.items()]
-    for line in (SHOWN, *([row[name] for name in SHOWN] for row in rows)):
-        print("  ".join(f"{f'{cell:.5g}' if isinstance(cell, float) else cell or 0!s:>14}" for cell in line))
-    print(f"appended to {append_rows(given.out, rows)}")
-    return int(any((row["error"] or 0) > 1e-6 for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    rows = [measure(case, captions, rounds) for case, captions in cases.items()]
+    return {"cases": rows, "same_scores": all((row["error"] or 0) <= 1e-6 for row in rows)}

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.lib.bench import Clock, circumstances, in_turns
+from benchmarks.common import Clock, circumstances, in_turns
 from companion import miniature
 from companion.ablations import ANSWER_TOKENS
 from companion.data_tools.scienceqa import load_problems
-from companion.evaluation import science_qa
 from companion.evaluation.bench_steps import load_bench
 from companion.evaluation.llava_bench import judge, score_reviews
 from companion.evaluation.predict import science_answers
+from companion.evaluation.science_qa import score
 from companion.miniature.offline_chat import respond
 from companion.teacher.client import OfflineClient
 from llava_core.checkpoints.checkpoint import Loaded, load
 from llava_core.inference import answer_questions
 from llava_core.runtime import DataError
+from llava_core.train.launch import launch, resolve_run
 
 BENCHES = ("bench-coco", "bench-wild")
 Answer = Callable[[int], dict[str, str]]  # from the size of a batch
@@ -38,7 +39,7 @@ def _tasks(finetune: Loaded, science: Loaded, limit: int | None) -> dict[str, tu
         return science_answers(science, problems, max_new_tokens=first, answer_tokens=second, batch=batch)
 
     def score_science(answers: dict[str, str]) -> float:
-        return float(science_qa.score(problems, answers)["accuracy"])
+        return float(score(problems, answers)["accuracy"])
 
     tasks: dict[str, tuple[Answer, Score]] = {"mini-scienceqa": (answer_science, score_science)}
     for name in BENCHES:
@@ -58,29 +59,38 @@ def _tasks(finetune: Loaded, science: Loaded, limit: int | None) -> dict[str, tu
 
 
 def bench_evaluate(
-    finetune: Path, science: Path, limit: int = 24, rounds: int = 3, batch: int = 64, clock: Clock = "cpu"
+    finetune: Path | None = None,
+    science_qa: Path | None = None,
+    limit: int = 24,
+    rounds: int = 3,
+    batch: int = 64,
+    clock: Clock = "cpu",
 ) -> dict[str, Any]:
-    """Time the whole evaluation of mini-scienceqa and both benches once, and batches beside one by one on a part.
+    """Time the evaluation of mini-scienceqa and both benches, and a part of it batched against one by one.
 
     Args:
-        finetune: checkpoint that answers the benches.
-        science: checkpoint that answers mini-scienceqa.
-        limit: questions of each set that are answered in turns in batches and one by one.
-        rounds: of these turns.
+        finetune: checkpoint that answers the benches; None: that of the chapters.
+        science_qa: checkpoint that answers mini-scienceqa; None: that of the chapters.
+        limit: questions of each set that are answered batched and one by one.
+        rounds: timed turns.
         batch: questions answered together.
-        clock: as in `in_turns`, of the turns.
+        clock: computing time (cpu) or elapsed time (wall), of the turns.
 
     Returns:
         seconds (of the whole, models loaded and scores made), cpu_seconds, ratio (the lowest of the sets: one by one /
         batches), same_answers, cases: one row per set and one for the whole.
     """
+    finetune, science_qa = (
+        path or launch(resolve_run(name, "mini")).checkpoint
+        for path, name in ((finetune, "finetune"), (science_qa, "science_qa"))
+    )
     wall, cpu = time.perf_counter(), time.process_time()
-    models = load(finetune), load(science)
+    models = load(finetune), load(science_qa)
     facts, cases = circumstances(torch.device("cpu")), []
-    for name, (answer, score) in _tasks(*models, None).items():
+    for name, (answer, score_answers) in _tasks(*models, None).items():
         begin = time.perf_counter(), time.process_time()
         answers = answer(batch)
-        scored = score(answers)
+        scored = score_answers(answers)
         seconds = [time.perf_counter() - begin[0], time.process_time() - begin[1]]
         cases.append(_case(facts, name, len(answers), batch, seconds, scored))
     whole = [time.perf_counter() - wall, time.process_time() - cpu]

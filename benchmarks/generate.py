@@ -4,45 +4,38 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.lib.bench import Clock, circumstances, in_own_process, in_turns, peak_mib
+from benchmarks.common import Clock, circumstances, in_own_process, in_turns, peak_mib
 from llava_core.checkpoints.checkpoint import quiet
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.models.generation import GenerationSettings, generate_rows
 from llava_core.models.llava import Llava
-from llava_core.registry import Registry
 from llava_core.runtime import resolve_device
 
-SHAPES: Registry[dict[str, int]] = Registry("shape")
-"""Language models by name: arguments of `LlamaConfig`."""
-SHAPES.register("small")(
-    {
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {
         "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4,
-    }
-)  # fmt: skip
-SHAPES.register("smollm2-135m")(
-    {
+    },
+    "smollm2-135m": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-    }
-)  # fmt: skip
-SHAPES.register("tiny")(
-    {
+    },
+    "tiny": {
         "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2,
-    }
-)  # fmt: skip
+    },
+}  # fmt: skip
+"""Language models by name: arguments of `LlamaConfig`."""
 
 TOWER = {
     "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3,
     "image_size": 128, "patch_size": 16, "projection_dim": 16,
 }  # fmt: skip
 N_PATCHES, PAD_ID = 64, 0
-_HERE = "benchmarks.lib.bench_generate"
 
 
 def _configs(shape: str) -> tuple[Any, Any]:
@@ -50,7 +43,7 @@ def _configs(shape: str) -> tuple[Any, Any]:
 
     # no EOS: both write every token that they are asked for
     text = LlamaConfig(
-        **SHAPES.get(shape), max_position_embeddings=2048, pad_token_id=PAD_ID, bos_token_id=None, eos_token_id=None
+        **SHAPES[shape], max_position_embeddings=2048, pad_token_id=PAD_ID, bos_token_id=None, eos_token_id=None
     )
     return text, CLIPVisionConfig(**TOWER)
 
@@ -103,7 +96,7 @@ def tokenizer_of(size: int) -> Any:
 def prompts_of(shape: str, batch: int) -> tuple[list[list[int]], torch.Tensor]:
     """Random prompts with one image each, of 128 tokens down to 104 in a batch, and their pixels."""
     generator = torch.Generator().manual_seed(batch)
-    high = SHAPES.get(shape)["vocab_size"] - 1
+    high = SHAPES[shape]["vocab_size"] - 1
     prompts = []
     for k in range(batch):
         words = torch.randint(3, high, (64 - 8 * (k % 4),), generator=generator).tolist()
@@ -151,15 +144,15 @@ def peak(side: str, shape: str, batch: int, new_tokens: int, device: str) -> flo
     model, run = (our_model, our_run) if side == "ours" else (peer_model, peer_run)
     built: Any = model(shape, place)
     prompts, pixels = prompts_of(shape, batch)
-    return peak_mib(run(built, prompts, pixels, tokenizer_of(SHAPES.get(shape)["vocab_size"]), new_tokens), place)
+    return peak_mib(run(built, prompts, pixels, tokenizer_of(SHAPES[shape]["vocab_size"]), new_tokens), place)
 
 
 def bench_generate(
-    model: str = "small",
+    model: Literal["tiny", "small", "smollm2-135m"] = "small",
     batches: Sequence[int] = (1, 8),
     new_tokens: int = 64,
     rounds: int = 7,
-    device: str = "cpu",
+    device: Literal["cpu", "cuda", "auto"] = "cpu",
     memory: bool = True,
     clock: Clock = "wall",
 ) -> dict[str, Any]:
@@ -182,7 +175,7 @@ def bench_generate(
     place = resolve_device(device)
     ours = our_model(model, place)
     theirs = peer_model(model, place, ours)
-    tokenizer = tokenizer_of(SHAPES.get(model)["vocab_size"])
+    tokenizer = tokenizer_of(SHAPES[model]["vocab_size"])
     facts = circumstances(place)
     cases = []
     for batch in batches:
@@ -193,7 +186,7 @@ def bench_generate(
         peaks: list[float] = []
         if memory:
             case = {"shape": model, "batch": batch, "new_tokens": new_tokens, "device": device}
-            peaks = [in_own_process(f"{_HERE}:peak", side=side, **case) for side in ("ours", "peer")]
+            peaks = [in_own_process("benchmarks.generate:peak", side=side, **case) for side in ("ours", "peer")]
         cases.append(
             {
                 **facts, "shape": model, "batch": batch, "prompt": max(map(len, given[0])), "new_tokens": new_tokens,

@@ -6,25 +6,26 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.lib.bench import Clock, all_in_turns, circumstances, in_own_process, peak_mib, ratios
+from benchmarks.common import Clock, all_in_turns, circumstances, in_own_process, peak_mib, ratios
 from llava_core.ops import BACKENDS, Segments
-from llava_core.registry import Registry
 from llava_core.runtime import resolve_device
 
 Tensors = Sequence[torch.Tensor]
 
-HEADS: Registry[tuple[int, int, int]] = Registry("attention shape")
-"""Shapes by name: heads, kv_heads, head_dim."""
-HEADS.register("vicuna-7b")((32, 32, 128))
-HEADS.register("llama-3.2-1b")((32, 8, 64))
-HEADS.register("128")((2, 2, 128))
-HEADS.register("64")((4, 2, 64))
-HEADS.register("tiny")((2, 1, 16))
+Shape = Literal["vicuna-7b", "llama-3.2-1b", "128", "64", "tiny"]
+HEADS: dict[str, tuple[int, int, int]] = {
+    "vicuna-7b": (32, 32, 128),
+    "llama-3.2-1b": (32, 8, 64),
+    "128": (2, 2, 128),
+    "64": (4, 2, 64),
+    "tiny": (2, 1, 16),
+}
+"""Shape -> heads, kv_heads, head_dim."""
 
 SYSTEM, PATCHES = 40, 256  # tokens before the first question: the template's opening, then CLIP ViT-L/14 at 224 pixels
 # LLaVA-Instruct-158K has 1.95 samples per image. How many images have one, two or three of them, and how long the texts
@@ -174,7 +175,7 @@ def candidates(case: Case, given: Tensors) -> dict[str, Candidate]:
 def rows_of(case: Case, shape: str, device: torch.device) -> list[torch.Tensor]:
     """Random q, k, v of a case, fp32 on a CPU and bf16 on a GPU; the heads of a token lie together, as projected."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    heads, kv_heads, head_dim = HEADS.get(shape)
+    heads, kv_heads, head_dim = HEADS[shape]
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randn(case.rows, case.length, h, head_dim, generator=generator).to(device, dtype).transpose(1, 2)
@@ -192,11 +193,11 @@ def peak(candidate: str, shape: str, length: int, rows: int, device: str, scale:
 
 
 def bench_attention(
-    shapes: Sequence[str] = ("128", "64"),
+    shapes: Sequence[Shape] = ("128", "64"),
     length: int = 2048,
     rows: int = 1,
     rounds: int = 7,
-    device: str = "cpu",
+    device: Literal["cpu", "cuda", "auto"] = "cpu",
     clock: Clock = "wall",
     scale: float = 1.0,
     memory: bool = True,
@@ -224,7 +225,7 @@ def bench_attention(
     place = resolve_device(device)
     facts, found = circumstances(place), []
     for shape in shapes:
-        heads, kv_heads, head_dim = HEADS.get(shape)
+        heads, kv_heads, head_dim = HEADS[shape]
         for case in instruct_cases(length, rows, scale=scale):
             given = rows_of(case, shape, place)
             ways = candidates(case, given)

@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 
-from benchmarks.lib import bench_train_step as bench
-from benchmarks.lib.bench_train_step import ALL, PEER, SAVINGS, Case, Ours, Peer, apart
+from benchmarks import train_step as bench
+from benchmarks.train_step import ALL, PEER, SAVINGS, Case, Ours, Peer, apart
 from llava_core.checkpoints.checkpoint import build
 from llava_core.data.conversation import TEMPLATES
 from llava_core.runtime import ConfigError
@@ -84,7 +84,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
 
 def test_a_row_per_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "make_case", lambda *_, **__: case(tmp_path, 2))
-    rows = bench.bench_step("tiny", 2, rounds=2, savings=("packed", ALL), memory=False)
+    rows = bench.bench_train_step("mini", 2, rounds=2, savings=("packed", ALL), memory=False)["cases"]
     assert [row["case"] for row in rows] == ["packed", ALL]
     for row in rows:
         assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]

@@ -1,23 +1,24 @@
-"""Parts of a training step by themselves: the loss without logits, the tower's kept features, the loader."""
+"""Parts of a training step: the loss without logits, cached tower features, the loader."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from benchmarks.lib.bench import Clock, circumstances, in_own_process, in_turns, peak_mib
-from benchmarks.lib.bench_train_step import Ours, make_case
+from benchmarks.common import Clock, circumstances, headline, in_own_process, in_turns, peak_mib
+from benchmarks.train_step import Ours, make_case
 from llava_core.data.feature_cache import FeatureCache
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.train.dataset import TrainingSet, build_model, load_samples
 from llava_core.train.launch import resolve_run
 from llava_core.train.loader import Batches, open_features
 
+Device = Literal["cpu", "cuda"]
 COLUMNS = ("case", "size", "ours", "peer", "ratio", "ratio_low", "ratio_high", "peak_mib", "peer_peak_mib")
 
 
@@ -49,9 +50,23 @@ def loss_peak(**arguments: Any) -> float:
 
 
 def bench_loss(
-    rows: int = 1024, width: int = 576, words: int = 49_152, rounds: int = 5, clock: Clock = "cpu", device: str = "cpu"
-) -> list[dict[str, Any]]:
-    """Time loss and gradients in chunks beside all logits at once, with a frozen and with a trained head."""
+    rows: int = 1024,
+    width: int = 576,
+    words: int = 49_152,
+    rounds: int = 5,
+    clock: Clock = "cpu",
+    device: Device = "cpu",
+) -> dict[str, Any]:
+    """Time loss and gradients in chunks against all logits at once, with a frozen and with a trained head.
+
+    Args:
+        rows: supervised positions.
+        width: of the hidden states.
+        words: of the vocabulary.
+        rounds: timed turns.
+        clock: computing time (cpu) or elapsed time (wall).
+        device: where it runs.
+    """
     found = []
     for train_head in (False, True):
         sizes: dict[str, Any] = {"rows": rows, "width": width, "words": words, "device": device}
@@ -60,7 +75,7 @@ def bench_loss(
             step()
         turns = in_turns(steps["chunked"], steps["reference"], rounds, clock)
         peaks = {
-            name: in_own_process("benchmarks.lib.bench_parts:loss_peak", backend=name, train_head=train_head, **sizes)
+            name: in_own_process("benchmarks.parts:loss_peak", backend=name, train_head=train_head, **sizes)
             for name in steps
         }
         found.append(
@@ -70,16 +85,22 @@ def bench_loss(
                 peer_peak_mib=round(peaks["reference"]), **turns,
             )
         )  # fmt: skip
-    return found
+    return headline(found)
 
 
-# ------------------------------------------------------------------------------------------------ kept features
+# ------------------------------------------------------------------------------------------------ cached features
 
 
 def bench_features(
-    model: str = "135m", images: int = 16, rounds: int = 5, clock: Clock = "cpu"
-) -> list[dict[str, Any]]:
-    """Time reading kept features beside running the tower.
+    model: Literal["mini", "135m", "7b"] = "135m", images: int = 16, rounds: int = 5, clock: Clock = "cpu"
+) -> dict[str, Any]:
+    """Time reading cached features against running the tower.
+
+    Args:
+        model: whose tower.
+        images: of the batch.
+        rounds: timed turns.
+        clock: computing time (cpu) or elapsed time (wall).
 
     Raises:
         AssertionError: they are not the same to the bit.
@@ -96,16 +117,19 @@ def bench_features(
         assert torch.equal(cache.get(paths), live)
         turns = in_turns(lambda: cache.get(paths), lambda: ours._tower(keys), rounds, clock)
     size = f"{images} images of {cache.bytes_per_image()} bytes"
-    return [_row(live.device, case=f"features, {model}, {clock} time", size=size, **turns)]
+    return headline([_row(live.device, case=f"features, {model}, {clock} time", size=size, **turns)])
 
 
 # ------------------------------------------------------------------------------------------------ the loader
 
 
-def bench_loader(steps: int = 20) -> list[dict[str, Any]]:
-    """Seconds of making a batch (`ours`) beside those of the step that computes meanwhile (`peer`), at mini.
+def bench_loader(steps: int = 20) -> dict[str, Any]:
+    """Time making a batch (`ours`) against computing the step meanwhile (`peer`), at mini.
 
-    A ratio above 1 says that the loader is never waited for.
+    With a ratio above 1 a step never waits for its batch.
+
+    Args:
+        steps: timed steps.
     """
     found = []
     for name, stage in (("pretrain", 1), ("finetune", 2)):
@@ -137,4 +161,4 @@ def bench_loader(steps: int = 20) -> list[dict[str, Any]]:
                 ratio=float(np.median(ratios)), ratio_low=float(ratios.min()), ratio_high=float(ratios.max()),
             )
         )  # fmt: skip
-    return found
+    return headline(found)

@@ -6,18 +6,19 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from benchmarks.lib.bench import Clock, circumstances, in_own_process, in_turns, peak_mib
+from benchmarks.common import Clock, circumstances, in_own_process, in_turns, peak_mib
+from companion import miniature
 from companion.data_tools import cc3m
 from companion.data_tools.phrases import SHARD, Shard, extract_file, extractor_named, shard_facts
-from llava_core.runtime import fingerprint, write_json
+from llava_core.runtime import fingerprint, resolve, write_json
 
 CAPTIONS = 3_318_333  # of CC3M's training file
 # Zipf-Mandelbrot over so many possible phrases: 3.3M captions then have about the 890,000 different ones that a reader
@@ -26,18 +27,8 @@ POSSIBLE, EXPONENT, SHIFT = 4_000_000, 1.12, 2.7
 PER_CAPTION = (1, 4, 0.475)  # 1 + binomial(4, 0.475) phrases, 2.9 on average: assumed, no source gives it for CC3M
 ARTICLES = ("", "a ", "the ")
 COLUMNS = (
-    "case",
-    "captions",
-    "phrases",
-    "pairs",
-    "processes",
-    "ours",
-    "peer",
-    "ratio",
-    "ratio_low",
-    "ratio_high",
-    "peak_mib",
-)
+    "case", "captions", "phrases", "pairs", "processes", "ours", "peer", "ratio", "ratio_low", "ratio_high", "peak_mib",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -113,7 +104,7 @@ def bench_selection(captions: int = CAPTIONS, corpus: Path | None = None) -> lis
         home = corpus or Path(folder) / "corpus"
         source = home / "train.tsv" if (home / "cache").exists() else plant_corpus(home, captions)
         for case, settings in cases.items():
-            found = in_own_process("benchmarks.lib.bench_filter:select_kept", source=str(source), **settings)
+            found = in_own_process("benchmarks.filter:select_kept", source=str(source), **settings)
             rows.append(
                 _row(
                     case=case, captions=found["captions"], phrases=found["phrases"], pairs=found["pairs_kept"],
@@ -210,7 +201,7 @@ def extraction_peak(source: str, times: int) -> float:
 def bench_memory(source: Path, times: Sequence[int] = (5, 50)) -> list[dict[str, Any]]:
     """Measure the peak memory of finding phrases in few and in many captions: it should not grow."""
     lines = sum(1 for _ in cc3m.read_captions(source))
-    peaks = [in_own_process("benchmarks.lib.bench_filter:extraction_peak", source=str(source), times=n) for n in times]
+    peaks = [in_own_process("benchmarks.filter:extraction_peak", source=str(source), times=n) for n in times]
     return [
         _row(case="memory of noun phrases", captions=lines * n, processes=1, peak_mib=round(peak))
         for n, peak in zip(times, peaks, strict=True)
@@ -222,9 +213,32 @@ def _row(**values: Any) -> dict[str, Any]:
     return {**dict.fromkeys(COLUMNS), **rounded, **circumstances(torch.device("cpu"))}
 
 
-CASES: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-    "selection": lambda source: bench_selection(),
-    "extraction": lambda source: [bench_extraction(source)],
-    "cores": bench_cores,
-    "memory": bench_memory,
-}
+Part = Literal["selection", "extraction", "cores", "memory"]
+
+
+def bench_filter(
+    only: Sequence[Part] = ("selection", "extraction", "cores", "memory"),
+    captions: int = CAPTIONS,
+    corpus: Path | None = None,
+    source: Path | None = None,
+) -> dict[str, Any]:
+    """Time counting and selection at the paper's size, and noun phrases against a plain spaCy loop.
+
+    Args:
+        only: selection of cached phrases; extraction of noun phrases; two processes against one; memory.
+        captions: lines of the synthetic corpus.
+        corpus: folder that keeps the synthetic corpus, or already has it.
+        source: captions to parse; None: those of mini-cc3m.
+    """
+    if source is None and set(only) != {"selection"}:
+        miniature.ensure(only=["mini-cc3m"])
+    file = source or resolve("data/mini/mini-cc3m/Train_GCC-training.tsv")
+    rows: list[dict[str, Any]] = []
+    for part in only:
+        if part == "selection":
+            rows += bench_selection(captions, corpus)
+        elif part == "extraction":
+            rows.append(bench_extraction(file))
+        else:
+            rows += bench_cores(file) if part == "cores" else bench_memory(file)
+    return {"cases": rows}

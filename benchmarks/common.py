@@ -1,4 +1,4 @@
-"""Benchmarks against a peer: turns in one process, peak memory in processes of their own, one CSV row per case."""
+"""What the benchmarks share: interleaved timing, peak memory in a process of its own, one CSV row per case."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def in_own_process(function: str, **arguments: Any) -> Any:
         function: importable name.
         arguments: JSON values.
     """
-    code = "import sys; from benchmarks.lib.bench import _serve; _serve(*sys.argv[1:])"
+    code = "import sys; from benchmarks.common import _serve; _serve(*sys.argv[1:])"
     command = [sys.executable, "-c", code, function, json.dumps(arguments)]
     # glibc returns large blocks at once where this is set; else its peak differs by several % from run to run
     settings = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MALLOC_MMAP_THRESHOLD_": str(2**17)}
@@ -157,13 +157,3 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     memory = round(peaks[0] / peaks[1], 3) if all(peaks) else None
     said = {name: last[name] for name in ("ratio", "ours", "peer", "device")}
     return {**said, "peak_memory_ratio": memory, "cases": [*rows]}
-
-
-def report(rows: Sequence[Mapping[str, Any]], shown_columns: Sequence[str], out: Path) -> int:
-    """Print some columns of rows as a table and append the rows to a CSV file; returns the exit status 0."""
-    table = [list(shown_columns), *(["" if row[n] is None else str(row[n]) for n in shown_columns] for row in rows)]
-    widths = [max(len(line[k]) for line in table) for k in range(len(shown_columns))]
-    for line in table:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
-    print(f"appended to {append_rows(out, rows)}")
-    return 0

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.lib import bench_generate as bench_of
-from benchmarks.lib.bench import append_rows, in_own_process, in_turns, peak_mib
-from benchmarks.lib.bench_attention import bench_attention, instruct_cases
-from benchmarks.lib.bench_attention import peak as bench_attention_peak
-from benchmarks.lib.bench_generate import bench_generate
+from benchmarks import generate as bench_of
+from benchmarks.attention import bench_attention, instruct_cases
+from benchmarks.attention import peak as bench_attention_peak
+from benchmarks.common import append_rows, in_own_process, in_turns, peak_mib
+from benchmarks.generate import bench_generate
 from llava_core.ops import BACKENDS
 from llava_core.ops.attention import Backend
 from llava_core.runtime import DataError
@@ -111,7 +111,7 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mon
 def test_the_evaluation_is_timed_and_answers_that_depend_on_the_batch_are_seen(
     depends: bool, same: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from benchmarks.lib import bench_evaluate
+    from benchmarks import evaluate as bench_evaluate
 
     asked: list[tuple[int | None, int]] = []
 

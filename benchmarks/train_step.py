@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from benchmarks.lib.bench import Clock, all_in_turns, circumstances, in_own_process, peak_mib, ratios
+from benchmarks.common import Clock, all_in_turns, circumstances, headline, in_own_process, peak_mib, ratios
 from companion import miniature
 from llava_core.config import TrainConfig, load_experiment
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -34,7 +34,7 @@ from llava_core.train.dataset import TrainingSet, build_model, collate, load_sam
 from llava_core.train.loader import RowBatch, row_loss
 from llava_core.train.optimizer import make_optimizer
 
-PEER = "transformers"
+PEER: Literal["transformers"] = "transformers"
 SAVINGS = {
     "head": "logits of supervised positions only, in chunks",
     "features": "features of the frozen tower from the cache",
@@ -420,34 +420,38 @@ def peak_of_step(side: str, name: str, stage: int, samples: int, per_image: int,
     return peak_mib(step, resolve_device(device))
 
 
-def bench_step(
-    name: str = "135m",
-    stage: int = 2,
+def bench_train_step(
+    model: Literal["mini", "135m", "7b"] = "mini",
+    stage: Literal[1, 2] = 2,
     samples: int | None = None,
     per_image: int = 1,
     rounds: int = 3,
     clock: Clock = "cpu",
     savings: Sequence[str] = (ALL,),
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: Literal["cpu", "cuda"] = "cpu",
+    peer: Literal["transformers"] = PEER,
     memory: bool = True,
-) -> list[dict[str, Any]]:
-    """Time the step with each of some savings beside transformers' step, in turns, and measure both peaks.
+) -> dict[str, Any]:
+    """Time the step with each of some savings against transformers' step, interleaved, and measure both peaks.
 
     Args:
-        name: `mini`, or one of `SIZES`.
-        stage: 1 or 2.
+        model: size; other weights than mini's are random.
+        stage: of the training.
         samples: of the optimizer step; None: 16 at mini, its runs' own global batch, and 8 elsewhere.
         per_image: samples of one image.
         rounds: timed turns.
-        clock: `cpu` is computing time, `wall` the clock's.
+        clock: computing time (cpu) or elapsed time (wall).
         savings: names in `SAVINGS`, each with all before it.
-        dtype, device: of the weights.
+        dtype: of the weights.
+        device: where both run.
+        peer: what it is compared with.
         memory: measure the peaks too, each in a process of its own.
 
     Returns:
-        A row per saving, in the order of `savings`.
+        The headline of the last saving, with `cases`: a row per saving, in the order of `savings`.
     """
+    name = model
     samples = samples or (16 if name == "mini" else 8)
     case = make_case(name, stage, samples, per_image, dtype, device)
     found = {saving: apart(case, saving) for saving in savings}
@@ -458,7 +462,7 @@ def bench_step(
     seconds = all_in_turns(sides, rounds, clock)
     limit = matmul_rate(next(case.model.parameters()), clock=clock)
     peak = partial(
-        in_own_process, "benchmarks.lib.bench_train_step:peak_of_step", name=name, stage=stage, samples=samples,
+        in_own_process, "benchmarks.train_step:peak_of_step", name=name, stage=stage, samples=samples,
         per_image=per_image, dtype=dtype, device=device,
     )  # fmt: skip
     theirs = round(peak(side=PEER)) if memory else None
@@ -481,4 +485,4 @@ def bench_step(
                 **circumstances(resolve_device(device)),
             }
         )  # fmt: skip
-    return rows
+    return headline(rows)

@@ -1,0 +1,114 @@
+"""Run a benchmark, print its rows and append them to benchmarks/results/NAME.csv.
+
+    python -m benchmarks.run train-step --model 135m --stage 2 --per-image 2
+    python -m benchmarks.run attention --device cuda --shapes vicuna-7b --length 2048 --rows 4
+    python -m benchmarks.run --all
+
+A benchmark is a function that returns a dict: `cases` (a row per case) and the headline numbers. Its parameters are the
+options of the command; their help is the docstring. `llava bench NAME` runs the same without storing the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = {
+    "attention": ("benchmarks.attention", "attention over packed rows against a padded batch"),
+    "captions": ("benchmarks.captions", "caption scores against pycocoevalcap"),
+    "evaluate": ("benchmarks.evaluate", "evaluation of the miniature, batched against one by one"),
+    "features": ("benchmarks.parts", "cached tower features against running the tower"),
+    "filter": ("benchmarks.filter", "the CC3M filter at the paper's size"),
+    "generate": ("benchmarks.generate", "greedy generation against transformers"),
+    "loader": ("benchmarks.parts", "making a batch against computing a step"),
+    "loss": ("benchmarks.parts", "loss and gradients in chunks against all logits at once"),
+    "train-step": ("benchmarks.train_step", "an optimizer step against transformers' own model in a padded loop"),
+}
+"""Name -> module with the function `bench_NAME`, and what is compared."""
+
+
+def load(name: str) -> Callable[..., dict[str, Any]]:
+    """The function of a benchmark."""
+    function: Callable[..., dict[str, Any]] = getattr(
+        importlib.import_module(BENCHMARKS[name][0]), f"bench_{name.replace('-', '_')}"
+    )
+    return function
+
+
+def add_options(parser: argparse.ArgumentParser, function: Callable[..., Any]) -> None:
+    """Add an option for each parameter of a function: type and choices by its annotation, help by its docstring."""
+    hints = typing.get_type_hints(function)
+    texts = dict(re.findall(r"^ +(\w+): (.+)$", inspect.getdoc(function) or "", re.M))
+    for name, parameter in inspect.signature(function).parameters.items():
+        option, default, text = f"--{name.replace('_', '-')}", parameter.default, texts.get(name, "")
+        if isinstance(default, bool):
+            action = "store_false" if default else "store_true"
+            option = f"--no-{name}" if default else option
+            parser.add_argument(option, dest=name, action=action, help=text)
+            continue
+        kind, several = hints[name], False
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        if typing.get_origin(kind) is Sequence:
+            kind, several = typing.get_args(kind)[0], True
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+        parser.add_argument(
+            option, type=type(choices[0]) if choices else kind, choices=choices, nargs="+" if several else None,
+            default=default, help=f"{text} (default: {default})",
+        )  # fmt: skip
+
+
+def call(function: Callable[..., dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Call a benchmark with its parameters from parsed options."""
+    return function(**{name: getattr(args, name) for name in inspect.signature(function).parameters})
+
+
+def passed(result: dict[str, Any]) -> bool:
+    """Whether both sides of a benchmark computed the same."""
+    return bool(result.get("same_tokens", result.get("same_answers", result.get("same_scores", True))))
+
+
+def run(name: str, words: Sequence[str]) -> bool:
+    """Run one benchmark, print its rows and append them to its CSV file; returns `passed`."""
+    import pandas as pd
+    import torch
+
+    from benchmarks.common import append_rows, circumstances
+
+    function = load(name)
+    parser = argparse.ArgumentParser(prog=f"benchmarks.run {name}", description=inspect.getdoc(function))
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name.replace('-', '_')}.csv")
+    add_options(parser, function)
+    args = parser.parse_args(words)
+    torch.set_num_threads(args.threads)
+    result = call(function, args)
+    hidden = circumstances(torch.device("cpu"))
+    print(pd.DataFrame(result["cases"]).drop(columns=hidden, errors="ignore").to_string(index=False))
+    print(f"appended to {append_rows(args.out, result['cases'])}")
+    return passed(result)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the named benchmark, or all."""
+    if list(words) == ["--all"]:
+        results = [run(name, []) for name in BENCHMARKS]
+        return 0 if all(results) else 1
+    if not words or words[0] not in BENCHMARKS:
+        print(f"{__doc__}\nbenchmarks:\n" + "\n".join(f"  {n:12} {text}" for n, (_, text) in BENCHMARKS.items()))
+        return 0 if list(words) in (["--help"], ["-h"]) else 2
+    return 0 if run(words[0], words[1:]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
