@@ -17,6 +17,7 @@ from companion.evaluation.predict import MAX_NEW_TOKENS, predict_science_qa
 from companion.evaluation.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
 from companion.paper.claims import all_claims, claim
 from companion.paper.ledger import p_text, published_ablation
+from companion.paper.verdict import Verdict, verdict_of_interval
 from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
 from llava_core.checkpoints.checkpoint import Loaded, load
 from llava_core.config import META, RunConfig, load_experiment, load_scale
@@ -230,23 +231,10 @@ def published_row(name: str) -> dict[str, Any]:
     }
 
 
-def verdict(interval: Sequence[float] | None, direction: str | None = "below 0") -> str:
-    """Say whether a measured difference has the paper's sign: agrees, disagrees, or not resolved.
-
-    Args:
-        interval: 95 % interval of the difference; None (one seed) resolves nothing.
-        direction: the claim's, "below 0" or "above 0".
-    """
-    if interval is None or interval[0] <= 0 <= interval[1]:
-        return "not resolved"
-    return "agrees" if (interval[1] < 0) == (direction == "below 0") else "disagrees"
-
-
 def difference_check(what: str, published: Any, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
     """The row of the table of results for a difference; `found` has `effect`, `interval` or `widest`, and `verdict`."""
-    holds = {"agrees": True, "disagrees": False, "not resolved": None}[found["verdict"]]
-    row = check(what, published, found.get("widest") or found["interval"] or found["effect"], holds, note)
-    return row if holds is not None else {**row, "verdict": "not resolved"}
+    row = check(what, published, found.get("widest") or found["interval"] or found["effect"], None, note)
+    return {**row, "verdict": Verdict(found["verdict"])}
 
 
 def verdict_check(name: str, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
@@ -292,7 +280,7 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
         "both_interval": over_both,
         "published": published_difference(name),
         "widest": widest,
-        "verdict": verdict(widest, claim(chosen.claim).direction),
+        "verdict": verdict_of_interval(widest, claim(chosen.claim).direction),
     }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from companion.book import pages
+from companion.paper.verdict import Verdict
 from companion.plots.figures import cell_text
 from llava_core.runtime import (
     CompanionError,
@@ -31,7 +32,6 @@ from llava_core.runtime import (
 )
 
 RESULTS = "results"
-VERDICT_CLASSES = {"holds": "holds", "does not hold": "fails"}
 
 
 def chapter_checks(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -69,14 +69,14 @@ def _results_page(out: Path, present: Sequence[str], missing: Sequence[str], sca
         lines += ['<table class="companion results"><thead><tr><th>Claim</th><th>Published</th><th>Measured</th>']
         lines += ["<th>Verdict</th></tr></thead><tbody>"]
         for row in numbers["checks"]:
-            verdict = str(row["verdict"])
+            verdict = Verdict(row["verdict"])
             small = ". ".join(str(row[key]) for key in ("place", "note") if row.get(key))
             note = f"<small>{html.escape(small)}</small>" if small else ""
             lines.append(
                 f"<tr><td>{html.escape(str(row['claim']))}{note}</td>"
                 f"<td>{html.escape(cell_text(row['published']))}</td>"
                 f"<td>{html.escape(cell_text(row['measured']))}</td>"
-                f'<td><span class="verdict {VERDICT_CLASSES.get(verdict, "open")}">{html.escape(verdict)}</span></td>'
+                f'<td><span class="verdict {verdict.css_class}">{verdict}</span></td>'
                 "</tr>"
             )
         lines += ["</tbody></table>", ""]

@@ -29,16 +29,6 @@ from llava_core.registry import unknown
 from llava_core.runtime import ROOT, ConfigError, DataError
 
 CLAIMS, DIFFERENCES = "claims", "differences"
-VERDICTS = {
-    "direction holds": "holds",
-    "agrees": "holds",
-    "follows": "holds",
-    "same": "holds",
-    "direction does not hold": "fails",
-    "differs": "fails",
-    "does not follow": "fails",
-}
-"""Verdict -> its class in companion.css; all others are open."""
 
 # ------------------------------------------------------------------------------------------------ a page's own text
 
@@ -174,8 +164,7 @@ def _claim_row(known: Claim, here: ledger.Measured) -> str:
     reach = (
         "" if known.tolerance.value is None and not known.tolerance.answers else f"; tolerance: {known.tolerance.why}"
     )
-    judged = here.verdict != "–"
-    verdict = f'<span class="verdict {VERDICTS.get(here.verdict, "open")}">{here.verdict}</span>' if judged else "–"
+    verdict = f'<span class="verdict {here.verdict.css_class}">{here.verdict}</span>'
     return (
         f'<tr id="{known.id}"><td>{html.escape(known.text)}<small>{"; ".join(filter(None, small))}</small></td>'
         f"<td>{html.escape(known.shown)}</td><td>{_label(known.evidence)}</td>"
@@ -220,9 +209,9 @@ def claims_page(out: Path) -> str:
         "",
         '<p class="lead">What the paper says, what stands behind it here, and what was measured.</p>',
         "",
-        "A direction holds, or does not, when the interval of what was measured leaves out zero; otherwise it is",
-        "uncertain. The miniature cannot reproduce heights: they are shown and not judged. In the paper's tables the",
-        "small number below a published one is what stands against it here.",
+        "A measured direction agrees or disagrees with the paper when its interval excludes zero; otherwise it is not",
+        "resolved. The miniature cannot reproduce absolute values: they are shown only. In the paper's tables the",
+        "small number below a published one is the value measured here.",
         "",
         *_table(["Evidence", "Claims", "What it means"], kinds),
         f"Of {len(claims)} claims, {len(flagged)} are flagged:",

@@ -6,7 +6,7 @@ Nothing is typed here: a claim names the chapter's saved numbers, the experiment
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from companion.evaluation.science_qa import evaluate_files
 from companion.evaluation.statistics import unpaired_difference, welch
 from companion.paper.claims import EVIDENCE, Claim, all_claims, claim, computed_value, inconsistent
+from companion.paper.verdict import Verdict, verdict_of, verdict_of_interval
 from companion.plots.figures import output_folder
 from llava_core.config import load_experiment
 from llava_core.registry import unknown
@@ -30,20 +31,12 @@ class Measured:
 
     value: Any = None
     interval: list[float] | None = None
-    verdict: str = "no record yet"
+    verdict: Verdict = Verdict.NOT_RESOLVED
     note: str = ""
     """Where it stands, and what a reader has to know."""
 
 
 # ------------------------------------------------------------------------------------------------ what was measured
-
-
-def _verdict(known: Claim, interval: Sequence[float] | None) -> str:
-    if known.direction is None:
-        return "shown only"
-    if interval is None or interval[0] <= 0 <= interval[1]:
-        return "uncertain"
-    return "direction holds" if (interval[1] < 0) == (known.direction == "below 0") else "direction does not hold"
 
 
 def _of_chapter(known: Claim, out: Path) -> Measured:
@@ -69,7 +62,7 @@ def _of_chapter(known: Claim, out: Path) -> Measured:
     if value is None and interval is None:
         return Measured(note=f"chapter {against.chapter} has saved no such number")
     short = bool(saved.get("fast"))
-    verdict = "uncertain" if short and known.direction else _verdict(known, interval)
+    verdict = verdict_of_interval(None if short else interval, known.direction)
     where = f"{against.chapter.partition('_')[0] if against.chapter else ''}, {saved.get('scale')}"
     return Measured(value, interval, verdict, f"chapter {where}{', a shortened run' if short else ''}")
 
@@ -94,14 +87,14 @@ def _recomputed(known: Claim, released: Mapping[str, Any] | None) -> Measured:
     if known.against.test is None:
         value = computed_value(known.id)
         others = ", ".join(known.computed.way[1]) if known.computed else ""
-        return Measured(value, None, "does not follow" if known.id in inconsistent() else "follows", f"from {others}")
+        return Measured(value, None, verdict_of(known.id not in inconsistent()), f"from {others}")
     test = known.against.test
     if released is None:
         return Measured(note=f"the released files are not here; {test}")
     name = known.against.where["subset"]
     row = released if name == "all" else released["subsets"][name]
     near = abs(row["accuracy"] - known.value) <= (known.tolerance.within(known.n) or 0) + 0.005
-    return Measured(row["accuracy"], row["interval"], "agrees" if near else "differs", f"released answers; {test}")
+    return Measured(row["accuracy"], row["interval"], verdict_of(near), f"released answers; {test}")
 
 
 def measured(known: Claim, out: Path, released: Mapping[str, Any] | None = None) -> Measured:
@@ -120,8 +113,8 @@ def measured(known: Claim, out: Path, released: Mapping[str, Any] | None = None)
         value: Any = load_experiment(known.against.experiment, "a100x8").experiment.model_dump()
         for part in known.against.field.split("."):
             value = value[part]
-        return Measured(value, None, "same" if value == known.value else "differs", known.against.experiment)
-    return Measured(verdict="–", note=known.why or "")
+        return Measured(value, None, verdict_of(value == known.value), known.against.experiment)
+    return Measured(verdict=Verdict.SHOWN_ONLY, note=known.why or "")
 
 
 def claim_rows(

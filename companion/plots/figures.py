@@ -19,6 +19,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from companion.paper.verdict import verdict_of
 from llava_core.runtime import ROOT, DataError, atomic_write, write_json
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ P = ParamSpec("P")
 STYLE = Path(__file__).with_name("companion.mplstyle")
 COLORS = ("#0067A5", "#C75B00", "#00806A", "#A6438C", "#8A6D00", "#3B8FC4", "#555555")  # as in the style file
 BLUE, ORANGE, CARD, INK, MUTED = COLORS[0], COLORS[1], "#FBFAF7", "#1F1F1F", "#6B6B66"
-VERDICTS = {True: "holds", False: "does not hold", None: "shown only"}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IGNORED = -100
 
@@ -79,7 +79,7 @@ def check(claim: str, published: Any, measured: Any, ok: bool | None, note: str 
         ok: whether the claim's direction or bound holds here; None when this scale can only show the value.
         note: what a reader has to know to compare the two.
     """
-    verdict = VERDICTS[None if ok is None else bool(ok)]  # NumPy's bool is no key
+    verdict = verdict_of(ok)
     row = {"claim": claim, "published": published, "measured": measured, "verdict": verdict, "note": note}
     return {key: _plain(value, f"{claim}.{key}") for key, value in row.items()}
 

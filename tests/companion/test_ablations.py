@@ -26,20 +26,6 @@ def test_the_table_on_the_papers_number_says_how_sure_it_is() -> None:
     assert (row["p"], rows["pretraining"]["p"]) == ("0.130", "< 0.001")
 
 
-@pytest.mark.parametrize(
-    ("interval", "direction", "expected"),
-    [
-        ([-3, -1], "below 0", "agrees"),
-        ([1, 3], "below 0", "disagrees"),
-        ([1, 3], "above 0", "agrees"),
-        ([-1, 3], "below 0", "not resolved"),
-        (None, "below 0", "not resolved"),
-    ],
-)
-def test_verdicts(interval, direction, expected) -> None:
-    assert ab.verdict(interval, direction) == expected
-
-
 def test_a_difference_pairs_the_seeds() -> None:
     found = ab.difference(ab.Arm("a", "x", [90.0, 80.0, 70.0]), ab.Arm("b", "y", [89.0, 79.2, 68.8]))
     assert found["effect"] == pytest.approx(-1)

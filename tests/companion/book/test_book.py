@@ -43,7 +43,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_the_book_is_built_from_what_has_run(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check = {"claim": "a <claim>", "published": 1.5, "measured": [1, 2], "verdict": "holds", "note": "n"}
+    check = {"claim": "a <claim>", "published": 1.5, "measured": [1, 2], "verdict": "agrees", "note": "n"}
     chapter(out, NAMES[0], "# Alignment\n\nClaims: `ablation-7b`.\n\nSee [the bench](30_bench.ipynb).", [check])
     vendor = out.parent / "_vendor" / "mathjax"
     vendor.mkdir(parents=True)
@@ -55,7 +55,7 @@ def test_the_book_is_built_from_what_has_run(out: Path, capsys: pytest.CaptureFi
     for text in (
         "a &lt;claim&gt;",
         "1 to 2",
-        'class="verdict holds"',
+        'class="verdict agrees"',
         "train.learning_rate",
         "runs/a/mini/b",
         "30_bench",

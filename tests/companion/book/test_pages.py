@@ -31,7 +31,7 @@ def test_measured_values_stand_beside_the_published(tmp_path: Path) -> None:
     saved["checks"] = [{"id": "ablation-7b", "measured": [-3.5, -1.5]}]
     (tmp_path / "43_ablation_model_size.json").write_text(json.dumps(saved))
     row = next(line for line in pages.claims_page(tmp_path).splitlines() if 'tr id="ablation-7b"' in line)
-    for text in ("-1.08 points", "-2.25 [-3.5 to -1.5]", "chapter 43, mini", 'verdict holds">direction holds'):
+    for text in ("-1.08 points", "-2.25 [-3.5 to -1.5]", "chapter 43, mini", 'verdict agrees">agrees'):
         assert text in row
 
 

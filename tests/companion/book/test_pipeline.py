@@ -23,7 +23,7 @@ PARAMETERS = 'scale: str = "mini"\nfast: bool = False\n'
 SAVE = """
 import json, os, pathlib
 out = pathlib.Path(os.environ["LLAVA_OUT"])
-checks = [{"claim": "it runs", "published": 1.0, "measured": 2.0, "verdict": "holds"}]
+checks = [{"claim": "it runs", "published": 1.0, "measured": 2.0, "verdict": "agrees"}]
 numbers = {"notebook": NAME, "scale": scale, "fast": fast, "numbers": {"x": 1}, "checks": checks, "runs": []}
 (out / f"{NAME}.json").write_text(json.dumps(numbers))
 """

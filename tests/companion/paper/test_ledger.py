@@ -22,11 +22,11 @@ def save(out: Path, chapter: str, numbers: Any = None, checks: Any = (), fast: b
 @pytest.mark.parametrize(
     ("interval", "fast", "verdict"),
     [
-        ([-3.0, -1.0], False, "direction holds"),
-        ([1.0, 3.0], False, "direction does not hold"),
-        ([-1.0, 3.0], False, "uncertain"),
-        ([-1.0, 0.0], False, "uncertain"),
-        ([-3.0, -1.0], True, "uncertain"),
+        ([-3.0, -1.0], False, "agrees"),
+        ([1.0, 3.0], False, "disagrees"),
+        ([-1.0, 3.0], False, "not resolved"),
+        ([-1.0, 0.0], False, "not resolved"),
+        ([-3.0, -1.0], True, "not resolved"),
     ],
 )
 def test_a_direction_is_judged_by_its_interval_and_never_after_a_shortened_run(
@@ -41,7 +41,7 @@ def test_a_direction_is_judged_by_its_interval_and_never_after_a_shortened_run(
 
 def test_one_seed_has_no_interval_and_decides_nothing(tmp_path: Path) -> None:
     save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [{"id": "ablation-7b", "measured": -2.0}])
-    assert ledger.measured(claim("ablation-7b"), tmp_path).verdict == "uncertain"
+    assert ledger.measured(claim("ablation-7b"), tmp_path).verdict == "not resolved"
 
 
 def test_a_cell_of_a_table_is_found_among_the_rows_of_its_chapter(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_cell_of_a_table_is_found_among_the_rows_of_its_chapter(tmp_path: Path
     assert found["bench-coco-none-conv"].value == 20
     assert found["bench-coco-none"].value == 30
     assert found["bench-coco-none"].verdict == "shown only"
-    assert (found["change-none"].value, found["change-none"].verdict) == (-20, "direction holds")
+    assert (found["change-none"].value, found["change-none"].verdict) == (-20, "agrees")
     missing = ledger.measured(claim("bench-coco-full-detail"), tmp_path)
     assert missing.value is None
     assert "no such number" in missing.note
@@ -63,7 +63,7 @@ def test_a_cell_of_a_table_is_found_among_the_rows_of_its_chapter(tmp_path: Path
 
 def test_without_a_record_nothing_is_shown(tmp_path: Path) -> None:
     found = ledger.measured(claim("ablation-7b"), tmp_path)
-    assert (found.value, found.interval, found.verdict) == (None, None, "no record yet")
+    assert (found.value, found.interval, found.verdict) == (None, None, "not resolved")
     assert "43_ablation_model_size has not run" in found.note
 
 
@@ -80,14 +80,14 @@ def test_released_answers_are_scored_where_they_lie(reference: Path, tmp_path: P
     assert {f.verdict for f in found.values()} == {"agrees"}
     assert found["sqa-no"].value == pytest.approx(100 * 1300 / 1435)
     worse = {**(released or {}), "accuracy": 90.0}
-    assert ledger.measured(claim("sqa-accuracy"), tmp_path, worse).verdict == "differs"
+    assert ledger.measured(claim("sqa-accuracy"), tmp_path, worse).verdict == "disagrees"
     assert ledger.released_result(tmp_path) is None
 
 
 def test_a_setting_is_compared_with_its_experiment_and_a_sum_with_its_parts(tmp_path: Path) -> None:
     batch = claim("stage2-batch")
-    assert ledger.measured(batch, tmp_path).verdict == "same"
-    assert ledger.measured(batch.model_copy(update={"value": 128.0}), tmp_path).verdict == "differs"
+    assert ledger.measured(batch, tmp_path).verdict == "agrees"
+    assert ledger.measured(batch.model_copy(update={"value": 128.0}), tmp_path).verdict == "disagrees"
     assert (ledger.measured(claim("whole-cost"), tmp_path).value, claim("whole-cost").value) == (144, 144)
 
 
@@ -108,7 +108,7 @@ def test_the_command_line_prints_them(capsys: pytest.CaptureFixture[str], tmp_pa
     told = {key: row[key] for key in ("id", "value", "evidence", "measured", "interval", "verdict")}
     assert told == {
         "id": "ablation-7b", "value": -1.08, "evidence": "measured", "measured": -2.0, "interval": [-3.0, -1.0],
-        "verdict": "direction holds",
+        "verdict": "agrees",
     }  # fmt: skip
     assert main(["claims", "--kind", "impossible"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]

@@ -32,8 +32,8 @@ def test_numbers_are_saved_as_plain_finite_json(out: Path) -> None:
         path = ROOT / "runs" / "pretrain" / "mini" / "0123456789ab"
 
     row = figures.check("accuracy, %", 90.92, numpy.float32(81.5), numpy.bool_(True), "three seeds")
-    assert row["verdict"] == "holds"
-    assert figures.check("x", None, 1, False)["verdict"] == "does not hold"
+    assert row["verdict"] == "agrees"
+    assert figures.check("x", None, 1, False)["verdict"] == "disagrees"
     assert figures.check("x", None, 1, None)["verdict"] == "shown only"
     figures.save_numbers("20_x", {"loss": numpy.float64(0.5), "per": numpy.arange(2)}, [row], [Record()], fast=True)
     saved = json.loads((out / "20_x.json").read_text())

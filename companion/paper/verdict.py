@@ -1,0 +1,52 @@
+"""The verdict on a measured value, one of four for every table, page and command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+from llava_core.registry import unknown
+from llava_core.runtime import DataError
+
+
+class Verdict(StrEnum):
+    """How a measured value compares with a claim of the paper."""
+
+    AGREES = "agrees"
+    """The measured direction, bound or value is the claimed one."""
+    DISAGREES = "disagrees"
+    """It is measured, and it is not the claimed one."""
+    NOT_RESOLVED = "not resolved"
+    """The interval contains zero, one seed has no interval, the run was shortened, or no record exists."""
+    SHOWN_ONLY = "shown only"
+    """The value can be shown at this scale, but the claim cannot be tested."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Verdict:
+        raise DataError(f"{unknown('verdict', str(value), cls)}; run the chapter that saved it again")
+
+    @property
+    def css_class(self) -> str:
+        """The class in book/assets/companion.css."""
+        return self.value.replace(" ", "-")
+
+
+def verdict_of(holds: bool | None) -> Verdict:
+    """Return the verdict on a claim that is checked directly; None: this scale can only show the value."""
+    if holds is None:
+        return Verdict.SHOWN_ONLY
+    return Verdict.AGREES if holds else Verdict.DISAGREES
+
+
+def verdict_of_interval(interval: Sequence[float] | None, direction: str | None) -> Verdict:
+    """Return the verdict on a claimed sign, from the 95 % interval of the measured difference.
+
+    Args:
+        interval: None for a single seed.
+        direction: of the claim, "below 0" or "above 0"; None: the claim has none.
+    """
+    if direction is None:
+        return Verdict.SHOWN_ONLY
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return Verdict.NOT_RESOLVED
+    return verdict_of((interval[1] < 0) == (direction == "below 0"))
