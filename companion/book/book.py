@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import importlib.metadata
 import os
 import re
@@ -17,9 +16,7 @@ from typing import Any
 
 import yaml
 
-from companion.book import pages
-from companion.paper.verdict import Verdict
-from companion.plots.figures import cell_text
+from companion.book import generated, pages
 from llava_core.runtime import (
     CompanionError,
     DataError,
@@ -31,8 +28,6 @@ from llava_core.runtime import (
     write_json,
 )
 
-RESULTS = "results"
-
 
 def chapter_checks(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Collect the rows (claim, published, measured, verdict) of the chapters that have saved their numbers."""
@@ -41,72 +36,6 @@ def chapter_checks(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
         with contextlib.suppress(DataError):
             rows += [{"notebook": name, **row} for row in read_json(out / f"{name}.json").get("checks", [])]
     return rows
-
-
-def _title(copy: Path) -> str:
-    for cell in read_json(copy)["cells"]:
-        if cell["cell_type"] == "markdown" and (match := re.search(r"^# +(.+)$", "".join(cell["source"]), re.M)):
-            return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", match[1]).strip()  # the text of a link, not the link
-    return copy.stem
-
-
-def _results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
-    """Write the page that sets every measured number beside the published one, and say what departs from the paper."""
-    from llava_core.config import load_scale
-
-    config = load_scale(scale)
-    lines = ["# Results at a glance", "", f"Measured at the scale `{scale}`: {config.title}.", ""]
-    without = []
-    for name in present:
-        numbers = read_json(out / f"{name}.json")
-        if not numbers.get("checks"):
-            without.append(f"[{_title(out / f'{name}.ipynb')}]({name}.ipynb)")
-            continue
-        lines += [f"## [{_title(out / f'{name}.ipynb')}]({name}.ipynb)", ""]
-        if numbers.get("scale") not in (None, scale) or numbers.get("fast"):
-            how = "a shortened run" if numbers.get("fast") else "a run"
-            lines += [f"*From {how} at the scale `{numbers.get('scale')}`.*", ""]
-        lines += ['<table class="companion results"><thead><tr><th>Claim</th><th>Published</th><th>Measured</th>']
-        lines += ["<th>Verdict</th></tr></thead><tbody>"]
-        for row in numbers["checks"]:
-            verdict = Verdict(row["verdict"])
-            small = ". ".join(str(row[key]) for key in ("place", "note") if row.get(key))
-            note = f"<small>{html.escape(small)}</small>" if small else ""
-            lines.append(
-                f"<tr><td>{html.escape(str(row['claim']))}{note}</td>"
-                f"<td>{html.escape(cell_text(row['published']))}</td>"
-                f"<td>{html.escape(cell_text(row['measured']))}</td>"
-                f'<td><span class="verdict {verdict.css_class}">{verdict}</span></td>'
-                "</tr>"
-            )
-        lines += ["</tbody></table>", ""]
-        if numbers.get("runs"):
-            shown_runs = ", ".join(f"`{run}`" for run in numbers["runs"][:6])
-            more = len(numbers["runs"]) - 6
-            lines += [f"Runs: {shown_runs}{f' and {more} more' if more > 0 else ''}.", ""]
-    if without:
-        lines += [f"These chapters measure no claim: {', '.join(without)}.", ""]
-    if config.stand_ins:
-        lines += [
-            f"## What stands for the paper's data and models at `{scale}`",
-            "",
-            "| in the paper | here |",
-            "|---|---|",
-        ]
-        lines += [f"| `{name}` | {why} |" for name, why in config.stand_ins.items()] + [""]
-    if config.departs:
-        lines += [f"## Where `{scale}` departs from the paper", ""]
-        lines += ["Nothing else differs from the paper's values, which stand beside their sources in `configs/`.", ""]
-        lines += ["| experiment | field | value here | why |", "|---|---|---|---|"]
-        for experiment, departs in config.departs.items():
-            who = "all" if experiment == "*" else f"`{experiment}`"
-            for key, value in departs.set.items():
-                lines.append(f"| {who} | `{key}` | {value} | {departs.why} |".replace("\n", " "))
-        lines.append("")
-    if missing:
-        lines += ["## Not in this book yet", "", "These chapters have not run:", ""]
-        lines += [f"- `{name}`" for name in missing] + [""]
-    return "\n".join(lines)
 
 
 def _toc(source: Path, pages: Sequence[str]) -> dict[str, Any]:
@@ -167,9 +96,9 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
     present = [name for name in names if (out / f"{name}.ipynb").exists() and (out / f"{name}.json").exists()]
     missing = [name for name in names if name not in present]
     made_pages = {
-        RESULTS: _results_page(out, present, missing, scale),
-        pages.CLAIMS: pages.claims_page(out),
-        pages.DIFFERENCES: pages.differences_page(),
+        "results": generated.results_page(out, present, missing, scale),
+        pages.CLAIMS: generated.claims_page(out),
+        "differences": generated.differences_page(),
     }
     for name, text in made_pages.items():
         page = out / f"{name}.md"

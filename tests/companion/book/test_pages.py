@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from companion.book import pages
+from companion.book import generated, pages
 from companion.paper.claims import all_claims, claim
 from companion.paper.discrepancies import all_discrepancies
 from llava_core.runtime import ConfigError
 
 
 def test_every_claim_is_a_row_of_the_overview(tmp_path: Path) -> None:
-    page = pages.claims_page(tmp_path)
+    page = generated.claims_page(tmp_path)
     rows = re.findall(r'<tr id="([\w-]+)">', page)
     assert rows.count("sqa-accuracy") == 1
     assert sorted(rows) == sorted(all_claims())
@@ -30,13 +30,13 @@ def test_measured_values_stand_beside_the_published(tmp_path: Path) -> None:
     saved = {"scale": "mini", "fast": False, "numbers": {"effect": -2.25}}
     saved["checks"] = [{"id": "ablation-7b", "measured": [-3.5, -1.5]}]
     (tmp_path / "43_ablation_model_size.json").write_text(json.dumps(saved))
-    row = next(line for line in pages.claims_page(tmp_path).splitlines() if 'tr id="ablation-7b"' in line)
+    row = next(line for line in generated.claims_page(tmp_path).splitlines() if 'tr id="ablation-7b"' in line)
     for text in ("-1.08 points", "-2.25 [-3.5 to -1.5]", "chapter 43, mini", 'verdict agrees">agrees'):
         assert text in row
 
 
 def test_every_difference_has_its_heading() -> None:
-    page = pages.differences_page()
+    page = generated.differences_page()
     assert re.findall(r"^## (.+)$", page, re.M) == [entry.title for entry in all_discrepancies().values()]
     assert "`finetune` and `finetune` with `train.global_batch=128`: only `train.global_batch` differs" in page
 

@@ -1,0 +1,210 @@
+"""Pages of the book that are generated: results, claims, differences between paper and code."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from companion.paper import ledger
+from companion.paper.claims import EVIDENCE, SOURCES, Claim, all_claims, computed_value
+from companion.paper.discrepancies import Arm, all_discrepancies
+from companion.paper.verdict import Verdict
+from companion.plots.figures import cell_text
+from llava_core.config import load_scale
+from llava_core.runtime import read_json
+
+
+def _table(heads: Sequence[str], rows: Sequence[str], kind: str = "") -> list[str]:
+    titles = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
+    return [f'<table class="companion {kind}"><thead><tr>{titles}</tr></thead><tbody>', *rows, "</tbody></table>", ""]
+
+
+def _row(cells: Sequence[str], key: str = "") -> str:
+    anchor = f' id="{key}"' if key else ""
+    return f"<tr{anchor}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _verdict(verdict: Verdict) -> str:
+    return f'<span class="verdict {verdict.css_class}">{verdict}</span>'
+
+
+def _plain_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return _table(list(rows[0]), [_row([html.escape(cell_text(cell)) for cell in row.values()]) for row in rows])
+
+
+def _label(kind: str) -> str:
+    return f'<span class="chip {kind}"><b>{kind.replace("_", " ")}</b></span>'
+
+
+def _claim_row(known: Claim, here: ledger.Measured) -> str:
+    small = [f"<code>{known.id}</code>", f"also {known.also}" if known.also else ""]
+    small.append(SOURCES[known.source] if known.source != "verified" else "")
+    if known.n:
+        answers = "" if known.correct is None else f"{known.correct:,} of "
+        small.append(f"{answers}{known.n:,} questions" + (f", {known.runs} runs" if known.runs else ""))
+    if known.flag:
+        value = computed_value(known.id)
+        computed = "" if value is None else f" (computed: {value:.4g})"
+        small.append(f"<b>flag: {html.escape(known.flag)}{computed}</b>")
+    values = [cell_text(part) for part in (here.value, here.interval) if part is not None]
+    text = f"{values[0]} [{values[1]}]" if len(values) == 2 else "".join(values)
+    note = html.escape(here.note if known.why is None else known.why)
+    has_tolerance = known.tolerance.value is not None or known.tolerance.answers
+    tolerance = f"; tolerance: {known.tolerance.why}" if has_tolerance else ""
+    claim_cell = f"{html.escape(known.text)}<small>{'; '.join(filter(None, small))}</small>"
+    here_cell = f"{html.escape(text)}<small>{note}{tolerance}</small>"
+    cells = [claim_cell, html.escape(known.shown), _label(known.evidence), here_cell, _verdict(here.verdict)]
+    return _row(cells, known.id)
+
+
+def _grid(claims: Sequence[Claim], found: Mapping[str, ledger.Measured]) -> list[str]:
+    """The paper's table as it is printed, below each number what was measured; nothing for a single column."""
+    cells = {c.cell: c for c in claims if c.cell}
+    names, columns = dict.fromkeys(row for row, _ in cells), dict.fromkeys(column for _, column in cells)
+    if len(columns) < 2:
+        return []
+    rows = []
+    for name in names:
+        row = f"<td>{html.escape(name)}</td>"
+        for column in columns:
+            known = cells[name, column]
+            value = found[known.id].value
+            small = "" if value is None else f"<small>{cell_text(value)}</small>"
+            row += f'<td class="{known.evidence}"><a href="#{known.id}">{known.number}</a>{small}</td>'
+        rows.append(f"<tr>{row}</tr>")
+    return _table(["", *(column.upper() for column in columns)], rows, "grid")
+
+
+def _title(copy: Path) -> str:
+    for cell in read_json(copy)["cells"]:
+        if cell["cell_type"] == "markdown" and (match := re.search(r"^# +(.+)$", "".join(cell["source"]), re.M)):
+            return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", match[1]).strip()  # the text of a link, not the link
+    return copy.stem
+
+
+def _check_row(check: Mapping[str, Any]) -> str:
+    verdict = Verdict(check["verdict"])
+    small = ". ".join(str(check[key]) for key in ("place", "note") if check.get(key))
+    note = f"<small>{html.escape(small)}</small>" if small else ""
+    cells = [html.escape(str(check["claim"])) + note]
+    cells += [html.escape(cell_text(check[key])) for key in ("published", "measured")]
+    return _row([*cells, _verdict(verdict)])
+
+
+def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
+    """Return the page of measured and published numbers and of the scale's departures from the paper, as Markdown.
+
+    Args:
+        out: the folder of executed copies and of the chapters' numbers.
+        present: names of the chapters that have run.
+        missing: names of the others.
+        scale: name of the scale.
+    """
+    config = load_scale(scale)
+    lines = ["# Results at a glance", "", f"Measured at the scale `{scale}`: {config.title}.", ""]
+    without = []
+    for name in present:
+        numbers, link = read_json(out / f"{name}.json"), f"[{_title(out / f'{name}.ipynb')}]({name}.ipynb)"
+        if not numbers.get("checks"):
+            without.append(link)
+            continue
+        lines += [f"## {link}", ""]
+        if numbers.get("scale") not in (None, scale) or numbers.get("fast"):
+            run = "a shortened run" if numbers.get("fast") else "a run"
+            lines += [f"*From {run} at the scale `{numbers.get('scale')}`.*", ""]
+        heads = ["Claim", "Published", "Measured", "Verdict"]
+        lines += _table(heads, [_check_row(check) for check in numbers["checks"]], "results")
+        if runs := numbers.get("runs"):
+            more = f" and {len(runs) - 6} more" if len(runs) > 6 else ""
+            lines += [f"Runs: {', '.join(f'`{run}`' for run in runs[:6])}{more}.", ""]
+    if without:
+        lines += [f"These chapters measure no claim: {', '.join(without)}.", ""]
+    if config.stand_ins:
+        lines += [f"## Stand-ins for the paper's data and models at `{scale}`", ""]
+        lines += ["| in the paper | here |", "|---|---|"]
+        lines += [f"| `{name}` | {why} |" for name, why in config.stand_ins.items()] + [""]
+    if config.departs:
+        lines += [f"## Where `{scale}` departs from the paper", ""]
+        lines += ["All other values are the paper's; `configs/` gives their sources.", ""]
+        lines += ["| experiment | field | value here | why |", "|---|---|---|---|"]
+        for experiment, departs in config.departs.items():
+            which = "all" if experiment == "*" else f"`{experiment}`"
+            for key, value in departs.set.items():
+                lines.append(f"| {which} | `{key}` | {value} | {departs.why} |".replace("\n", " "))
+        lines.append("")
+    if missing:
+        lines += ["## Not in this book yet", "", "These chapters have not run:", ""]
+        lines += [f"- `{name}`" for name in missing] + [""]
+    return "\n".join(lines)
+
+
+def claims_page(out: Path) -> str:
+    """Return the overview of all claims, as Markdown with tables in HTML.
+
+    Args:
+        out: the folder of the chapters' numbers.
+    """
+    claims, released = list(all_claims().values()), ledger.released_result()
+    found = {c.id: ledger.measured(c, out, released) for c in claims}
+    kinds = [
+        f"<tr><td>{_label(kind)}</td><td>{sum(c.evidence == kind for c in claims)}</td><td>{text}</td></tr>"
+        for kind, text in EVIDENCE.items()
+    ]
+    flagged = [c for c in claims if c.flag]
+    ablations, benches = ledger.significance_rows()
+    lines = [
+        "# Every number of the paper",
+        "",
+        '<p class="lead">What the paper says, what stands behind it here, and what was measured.</p>',
+        "",
+        "A measured direction agrees or disagrees with the paper when its interval excludes zero; otherwise it is not",
+        "resolved. The miniature cannot reproduce absolute values: they are shown only. In the paper's tables the",
+        "small number below a published one is the value measured here.",
+        "",
+        *_table(["Evidence", "Claims", "What it means"], kinds),
+        f"Of {len(claims)} claims, {len(flagged)} are flagged:",
+        "",
+        *(f'- <a href="#{c.id}">{c.place}: {html.escape(c.text)}</a>, {c.shown}: {c.flag}' for c in flagged),
+        "",
+        "## How sure are the paper's own differences?",
+        "",
+        "Table 8 has one run per variant, all on the same questions. Here they are taken as independent draws; a",
+        "paired test needs the answers of both models, and those of the ablated ones were not released.",
+        "",
+        *_plain_table(ablations),
+        "Table 5 has means and deviations over three runs, compared by Welch's t test:",
+        "",
+        *_plain_table(benches),
+    ]
+    for place in dict.fromkeys(c.place for c in claims):
+        own = [c for c in claims if c.place == place]
+        lines += [f"## {place[0].upper()}{place[1:]}", "", *_grid(own, found)]
+        heads = ["Claim", "Published", "Evidence", "Here", "Verdict"]
+        lines += _table(heads, [_claim_row(c, found[c.id]) for c in own], "claims")
+    return "\n".join(lines)
+
+
+def differences_page() -> str:
+    """Return the page of the points where paper, released code and this project differ, as Markdown."""
+
+    def named(arm: Arm) -> str:
+        return f"`{arm.experiment}`" + "".join(f" with `{key}={value}`" for key, value in arm.set.items())
+
+    lines = ["# Where paper and code differ", ""]
+    lines += ['<p class="lead">What the paper says, what its released code does, and what this project does.</p>', ""]
+    lines += [
+        "Every entry is shown by a test, or by two runs that differ in one field. Commits are those of the authors'"
+    ]
+    lines += ["repository, haotian-liu/LLaVA.", ""]
+    for entry in all_discrepancies().values():
+        pair = entry.pair
+        by = f"`{entry.test}`"
+        if pair is not None:
+            by = f"{named(pair.first)} and {named(pair.second)}: only `{pair.field}` differs"
+        rows = {"paper": entry.paper, "released": f"{entry.released} `{entry.at}`", "here": entry.here}
+        rows |= {"the other way": entry.other, "shown by": by}
+        lines += [f"## {entry.title}", "", *(f"**{head}**\n: {text}\n" for head, text in rows.items())]
+    return "\n".join(lines)
