@@ -12,6 +12,7 @@ import numpy as np
 from companion.data_tools.scienceqa import load_problems
 from companion.evaluation import llava_bench, science_qa
 from companion.evaluation.bench_steps import load_bench
+from companion.evaluation.grounding import factual_accuracy, shuffle_images, text_prior
 from companion.evaluation.predict import ANSWER_TOKENS as SECOND_TOKENS
 from companion.evaluation.predict import MAX_NEW_TOKENS, predict_science_qa
 from companion.evaluation.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
@@ -28,6 +29,7 @@ from llava_core.runtime import (
     ConfigError,
     fingerprint,
     read_json,
+    read_jsonl,
     resolve,
     resolve_device,
     resolve_dtype,
@@ -93,6 +95,7 @@ def load_run(record: RunRecord) -> Loaded:
     return load(record.checkpoint, resolve_dtype(scale.dtype), resolve_device(scale.device))
 
 
+SHUFFLE_SEED = 0  # of every exchange of images
 ANSWER_TOKENS = {"mini": (96, 6)}
 """Scale -> longest first and second reply; elsewhere those of the released evaluation."""
 
@@ -139,6 +142,40 @@ def bench_folders(record: RunRecord, bench: str) -> tuple[Path, Path]:
     """Folder of a bench and folder of its images."""
     folder = resolve(record.config.scale.data[bench])
     return folder, resolve(record.config.scale.data.get(f"{bench}_images", str(folder / "images")))
+
+
+def factual_folder(config: RunConfig) -> Path:
+    """Return the folder of factual questions: COCO of the scale if it has them, otherwise that of the miniature."""
+    from companion import miniature
+
+    folder = resolve(config.scale.data["coco"])
+    return folder if (folder / "questions_val.jsonl").is_file() else miniature.ensure(only=["mini-coco"]) / "mini-coco"
+
+
+def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
+    """Answer factual questions about held-out images, with the right image and with another one.
+
+    Args:
+        record: a finished run.
+        limit: maximum number of questions; the first call of a run decides, since its result is stored with the run.
+
+    Returns:
+        `right`, `shuffled` (images exchanged) and `prior` (the best answers from the text alone), each as
+        `factual_accuracy` returns it, and the `answers` with the right image.
+    """
+
+    def compute() -> dict[str, Any]:
+        folder, loaded = factual_folder(record.config), load_run(record)
+        rows = read_jsonl(folder / "questions_val.jsonl")[:limit]
+        answers, mixed = (
+            answer_questions(loaded, asked, folder / "val2014", max_new_tokens=16, desc=desc)
+            for asked, desc in ((rows, "right image"), (shuffle_images(rows, SHUFFLE_SEED), "another image"))
+        )
+        prior = text_prior(read_jsonl(folder / "questions_train.jsonl"), rows)
+        right, shuffled = factual_accuracy(rows, answers), factual_accuracy(rows, mixed)
+        return {"right": right, "shuffled": shuffled, "prior": prior, "answers": answers}
+
+    return cached_result(record, "grounding", compute)
 
 
 def run_arms(

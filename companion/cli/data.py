@@ -45,10 +45,10 @@ def _show_problems(result: Result) -> str:
 
 def _audit(args: argparse.Namespace) -> Result:
     from companion.data_tools.audit import CARD, TWIN, audit_file, write_card
-    from companion.plots.chapters_data import own_folder
+    from companion.data_tools.folders import generated_folder
 
     audit = audit_file(args.file, args.annotations, args.images)
-    folder = args.out or own_folder(args.file.parent, CARD, TWIN)
+    folder = args.out or generated_folder(args.file.parent, CARD, TWIN)
     return audit | {"files": [shown(file) for file in write_card(audit, folder)]}
 
 

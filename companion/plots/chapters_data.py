@@ -5,15 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-import random
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.plots.figures import BLUE, CARD, COLORS, INK, MUTED, _axes, _styled
-from llava_core.runtime import ROOT, DataError, read_json, read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -21,8 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from companion.book.notebooks import Chapter
-    from companion.teacher.client import ChatClient, ChatRequest
-    from companion.teacher.generate import Job
     from llava_core.models.llava import Llava
 
 PARTS = ("Read me", "Data", "Training", "Evaluation", "Ablations", "Kernels", "Demo")  # by the first digit of a chapter
@@ -220,115 +215,6 @@ def opening_words(texts: Iterable[str], words: int = 2) -> Counter[str]:
     """Count how texts begin: the first words in lower case, markers and punctuation dropped."""
     cleaned = (text.replace("<image>", " ").lower().split()[:words] for text in texts)
     return Counter(" ".join(word.strip(".,?!:") for word in opening) for opening in cleaned)
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def own_folder(folder: Path, data: str, mark: str) -> Path:
-    """Return a folder to write into: `folder`, or one under runs/ where somebody else's data lie there.
-
-    A released data set that was downloaded must not be replaced by our own. Ours is known by `mark`, a file that only
-    this project writes beside `data`.
-    """
-    if not (folder / data).exists() or (folder / mark).exists():
-        return folder
-    return ROOT / "runs" / "generated" / folder.name
-
-
-def mix_jobs(images: Sequence[Any], shares: Mapping[str, float], model: str, seed: int = 0) -> list[Job]:
-    """Return what is asked for a mix: each kind about its share of the images, image by image.
-
-    Args:
-        images: annotated images.
-        shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
-        model: asked for by this name.
-        seed: decides the shares.
-
-    Raises:
-        DataError: a share is not from 0 to 1.
-    """
-    from companion.teacher.generate import requests_for
-
-    order = random.Random(f"mix-{seed}").sample(range(len(images)), len(images))
-    kinds: list[list[str]] = [[] for _ in images]
-    for kind, share in shares.items():
-        if not 0 <= share <= 1:
-            raise DataError(f"the share of '{kind}' is {share}; give a number from 0 to 1")
-        for k in order[: round(share * len(images))]:
-            kinds[k].append(kind)
-    return [job for image, own in zip(images, kinds, strict=True) for job in requests_for([image], own, model=model)]
-
-
-def estimate_mix(
-    images: Sequence[Any], shares: Mapping[str, float], models: Iterable[str], counts: Mapping[str, int], seed: int = 0
-) -> list[dict[str, Any]]:
-    """Estimate what a mix costs with several teachers, and what other numbers of records would.
-
-    Args:
-        images: annotated images.
-        shares: as of `generate_mix`.
-        models: listed in `teacher.chat.PRICES`.
-        counts: kind -> number of records of another mix; its requests are taken to be as long as this one's.
-        seed: decides the shares.
-
-    Returns:
-        A row per model, with the listed price and the batch endpoint's half of it.
-    """
-    from companion.teacher.chat import BATCH_PRICE, PRICES, estimate
-
-    rows = []
-    for model in models:
-        asked: dict[str, list[ChatRequest]] = {kind: [] for kind in shares}
-        for _, kind, request in mix_jobs(images, shares, model, seed):
-            asked[kind].append(request)
-        told = {kind: estimate(requests) for kind, requests in asked.items() if requests}
-        other = sum(t["usd"] / t["requests"] * counts.get(kind, 0) for kind, t in told.items())
-        total = {key: sum(t[key] for t in told.values()) for key in ("requests", "usd", "usd_most")}
-        row = {"teacher": model, "USD per million tokens": "{:g} + {:g}".format(*PRICES[model])}
-        row |= {"requests": total["requests"], "USD": total["usd"], "USD at most": total["usd_most"]}
-        rows.append(row | {f"{sum(counts.values()):,} records (USD)": other, "in batches (USD)": other * BATCH_PRICE})
-    return rows
-
-
-def generate_mix(
-    images: Sequence[Any],
-    shares: Mapping[str, float],
-    client: ChatClient,
-    out: Path,
-    seed: int = 0,
-    model: str = "gpt-4-0314",
-) -> dict[str, Any]:
-    """Ask the teacher for each kind about its share of the images, and join the results in one folder.
-
-    All kinds are asked about an image before the next one, so that a budget that ends leaves a mix too.
-
-    Args:
-        images: annotated images.
-        shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
-        client: who answers.
-        out: gets `llava_instruct.json`, `failures.jsonl`, `provenance.jsonl`, in the order of `images`, and what
-            `teacher.generate.write` writes for each kind in a folder of the kind's name.
-        seed: decides the shares and everything that is drawn per record.
-        model: asked for by this name.
-
-    Returns:
-        Per kind the result of `teacher.generate.write`.
-    """
-    from companion.teacher.generate import ask, write
-
-    outcomes = ask(mix_jobs(images, shares, model, seed), client)
-    results, records, logs = {}, [], {"failures": [], "provenance": []}  # type: ignore[var-annotated]
-    for kind in shares:
-        results[kind] = write([o for o in outcomes if o.kind == kind], [kind], out / kind, seed)
-        records += read_json(out / kind / "llava_instruct.json")
-        for name, rows in logs.items():
-            rows += read_jsonl(out / kind / f"{name}.jsonl")
-    place = {image.id: k for k, image in enumerate(images)}
-    for name, rows in logs.items():
-        write_jsonl(out / f"{name}.jsonl", sorted(rows, key=lambda row: place[row["id"]]))
-    write_json(out / "llava_instruct.json", sorted(records, key=lambda record: place[record["id"]]))
-    return results
 
 
 # ------------------------------------------------------------------------------------------------ lengths

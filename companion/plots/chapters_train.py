@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from companion.ablations import cached_result, load_run
+from companion.ablations import factual_folder, grounding_result, load_run
 from companion.data_tools.coco import load_annotations
 from companion.data_tools.scienceqa import Problem
 from companion.evaluation import science_qa
-from companion.evaluation.grounding import factual_accuracy, shuffle_images, text_prior
+from companion.evaluation.grounding import shuffle_images
 from companion.evaluation.llava_bench import CATEGORY_PREFIX, score_reviews
 from companion.evaluation.statistics import paired_bootstrap
 from companion.paper.claims import all_claims, claim
@@ -34,8 +34,6 @@ from llava_core.data.images import load_image
 from llava_core.data.instruct import Sample
 from llava_core.inference import answer_questions, prompt_ids
 from llava_core.models.generation import GenerationSettings, generate_tokens
-from llava_core.record import RunRecord
-from llava_core.runtime import read_jsonl, resolve
 from llava_core.train.dataset import TrainingSet, build_model, collate
 
 if TYPE_CHECKING:
@@ -186,40 +184,6 @@ def answers_about(loaded: Loaded, images: Sequence[Path], question: str, max_new
     """The same question about each image."""
     rows = [{"question_id": k, "text": question, "image": path} for k, path in enumerate(images)]
     return list(answer_questions(loaded, rows, max_new_tokens=max_new_tokens, desc="captions").values())
-
-
-def factual_folder(config: RunConfig) -> Path:
-    """Folder of factual questions with exact answers: the scale's COCO if it has them, otherwise the miniature's."""
-    from companion import miniature
-
-    folder = resolve(config.scale.data["coco"])
-    return folder if (folder / "questions_val.jsonl").is_file() else miniature.ensure(only=["mini-coco"]) / "mini-coco"
-
-
-def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
-    """Factual questions about held-out images, answered with the right image and with another one.
-
-    Args:
-        record: a finished run.
-        limit: ask at most so many; the first call of a run decides, as its result is kept with the run.
-
-    Returns:
-        `right`, `shuffled` (images exchanged) and `prior` (the best that the text alone offers), each as
-        `factual_accuracy` has it, and the `answers` given with the right image.
-    """
-
-    def compute() -> dict[str, Any]:
-        folder, loaded = factual_folder(record.config), load_run(record)
-        rows = read_jsonl(folder / "questions_val.jsonl")[:limit]
-        answers, mixed = (
-            answer_questions(loaded, asked, folder / "val2014", max_new_tokens=16, desc=desc)
-            for asked, desc in ((rows, "right image"), (shuffle_images(rows, SEED), "another image"))
-        )
-        prior = text_prior(read_jsonl(folder / "questions_train.jsonl"), rows)
-        right, shuffled = factual_accuracy(rows, answers), factual_accuracy(rows, mixed)
-        return {"right": right, "shuffled": shuffled, "prior": prior, "answers": answers}
-
-    return cached_result(record, "grounding", compute)
 
 
 def offline_model(terse: bool = False) -> ChatClient:

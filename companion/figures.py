@@ -1,0 +1,318 @@
+"""What the chapters share: plot style, tables, and the numbers and figures that a chapter saves.
+
+A chapter draws its own plots with matplotlib and seaborn. `save_figure` writes a plot as SVG with a JSON twin (its
+numbers and the runs behind them); `save_numbers` writes a chapter's numbers and its checks against the paper.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from companion.paper.verdict import verdict_of
+from llava_core.config import META, RunConfig, value_of
+from llava_core.constants import IGNORE_INDEX
+from llava_core.runtime import ROOT, DataError, atomic_write, write_json
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+    from matplotlib.figure import Figure
+    from pandas.io.formats.style import Styler
+    from PIL.Image import Image
+
+STYLE = Path(__file__).with_suffix(".mplstyle")
+COLORS = ("#0067A5", "#C75B00", "#00806A", "#A6438C", "#8A6D00", "#3B8FC4", "#555555")  # as in the style file
+BLUE, ORANGE, CARD, INK, MUTED = COLORS[0], COLORS[1], "#FBFAF7", "#1F1F1F", "#6B6B66"
+CURATED = (
+    "00_overview_architecture",
+    "10_cc3m_filtering_concepts",
+    "21_visual_instruction_tuning_attention",
+    "21_visual_instruction_tuning_grounding",
+    "21_visual_instruction_tuning_loss",
+    "30_llava_bench_scores",
+    "42_ablation_pretraining_arms",
+    "50_fused_attention_mask",
+)
+"""The figures that are kept in git, in `figures/`."""
+
+
+def output_folder() -> Path:
+    """Return the folder of executed notebooks and their numbers; the pipeline sets it as `LLAVA_OUT`."""
+    return Path(os.environ.get("LLAVA_OUT") or ROOT / "book" / "notebooks")
+
+
+def figure_folder() -> Path:
+    """Return the folder of the figures that the chapters save."""
+    return output_folder() / "figures"
+
+
+def copy_curated(target: Path = ROOT / "figures") -> list[Path]:
+    """Copy the curated figures and their JSON twins into the folder that is kept in git.
+
+    Raises:
+        DataError: a curated figure does not exist; its chapter has not run.
+    """
+    sources = [figure_folder() / f"{name}{suffix}" for name in CURATED for suffix in (".svg", ".json")]
+    if missing := [path.stem for path in sources if not path.is_file()]:
+        raise DataError(f"no figure {', '.join(dict.fromkeys(missing))} in {figure_folder()}; run `make reproduce`")
+    target.mkdir(exist_ok=True)
+    return [Path(shutil.copyfile(path, target / path.name)) for path in sources]
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Return a value as JSON can hold it; numbers and arrays of NumPy and PyTorch become Python's."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"the number '{where}' is {value}; a saved number must be finite")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part, f"{where}.{key}") for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, f"{where}[{i}]") for i, part in enumerate(value)]
+    raise DataError(f"the number '{where}' is a {type(value).__name__}; save numbers, texts, lists or dicts of these")
+
+
+def _paths(runs: Iterable[Any]) -> list[str]:
+    paths = (Path(getattr(run, "path", run)) for run in runs)
+    return [str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path) for path in paths]
+
+
+def check(claim: str, published: Any, measured: Any, ok: bool | None, note: str = "") -> dict[str, Any]:
+    """Return a row of the table of results: a measured number beside its claim.
+
+    Args:
+        claim: the claim in a few words, with its unit.
+        published: the paper's value, or None if it gives none.
+        measured: the value at this scale: a number, a text, or `[low, high]`.
+        ok: whether the direction or bound of the claim holds here; None if this scale can only show the value.
+        note: what a reader has to know to compare the two.
+    """
+    row = {"claim": claim, "published": published, "measured": measured, "verdict": verdict_of(ok), "note": note}
+    return {key: _plain(value, f"{claim}.{key}") for key, value in row.items()}
+
+
+def check_claim(name: str, measured: Any, ok: bool | None, note: str = "") -> dict[str, Any]:
+    """Return a row as `check` does, for a claim id of companion/paper/claims.yaml."""
+    from companion.paper.claims import claim
+
+    known = claim(name)
+    return {**check(known.text, known.shown, measured, ok, note), "id": name, "place": known.place}
+
+
+def save_numbers(
+    name: str,
+    numbers: Mapping[str, Any],
+    checks: Sequence[Mapping[str, Any]] = (),
+    runs: Iterable[Any] = (),
+    scale: str | None = None,
+    fast: bool | None = None,
+) -> None:
+    """Write a notebook's numbers beside its executed copy.
+
+    Args:
+        name: the notebook's file name without extension.
+        numbers: finite numbers, texts, or lists and dicts of these, by name.
+        checks: rows made by `check`.
+        runs: the records, or their paths, that the numbers come from.
+        scale, fast: the notebook's parameters; by default the notebook's own variables of these names.
+
+    Raises:
+        DataError: a number is not finite or cannot be stored, or a check lacks a field.
+    """
+    notebook = vars(sys.modules["__main__"])  # in a kernel, the notebook's variables are in this module
+    for row in checks:
+        if missing := {"claim", "published", "measured", "verdict"} - set(row):
+            raise DataError(f"{name}: a check lacks {', '.join(sorted(missing))}; make it with check(...)")
+    content = {
+        "notebook": name,
+        "scale": scale if scale is not None else notebook.get("scale", "mini"),
+        "fast": fast if fast is not None else bool(notebook.get("fast", False)),
+        "numbers": _plain(numbers, "numbers"),
+        "checks": _plain(list(checks), "checks"),
+        "runs": _paths(runs),
+    }
+    write_json(output_folder() / f"{name}.json", content)
+
+
+def save_figure(
+    notebook: str, name: str, figure: Figure | HTML, numbers: Mapping[str, Any], runs: Iterable[Any] = ()
+) -> None:
+    """Show a figure and write it as `<notebook>_<name>.svg`, with its numbers in a `.json` of the same name.
+
+    Args:
+        notebook: the notebook's file name without extension.
+        name: the figure's name within the notebook.
+        figure: a Matplotlib figure, or SVG in `IPython.display.HTML`.
+        numbers: what the figure shows.
+        runs: the records, or their paths, that the numbers come from.
+    """
+    import matplotlib.pyplot as plt
+    from IPython import get_ipython
+    from IPython.display import display
+
+    path = figure_folder() / f"{notebook}_{name}.svg"
+    if isinstance(svg := getattr(figure, "data", None), str):
+        atomic_write(path, svg)
+    else:
+        buffer = io.BytesIO()
+        with plt.style.context(STYLE):  # the style's hash salt and no date: equal figures are equal files
+            figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
+        plt.close(figure)  # otherwise the inline backend shows it a second time
+        atomic_write(path, buffer.getvalue())
+    facts = {"notebook": notebook, "figure": name, "numbers": _plain(numbers, "numbers"), "runs": _paths(runs)}
+    write_json(path.with_suffix(".json"), facts)
+    if get_ipython() is not None:
+        display(figure)
+
+
+# ------------------------------------------------------------------------------------------------ style and tables
+
+
+def use_style() -> None:
+    """Set the book's plot style; in a notebook, figures are shown as SVG."""
+    import matplotlib.style
+    from IPython import get_ipython
+
+    matplotlib.style.use(STYLE)
+    if get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("svg")
+
+
+def cell_text(value: Any) -> str:
+    """Return the text of a table cell for a number, a text, an interval or None."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " to ".join(cell_text(part) for part in value)
+    return str(value)
+
+
+def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") -> Styler:
+    """Return a pandas table without its index, numbers rounded and aligned to the right.
+
+    Args:
+        rows: a DataFrame, or one mapping per row.
+        columns: the columns to show; by default all that have a value.
+        caption: a line above the table.
+    """
+    import pandas as pd
+
+    frame = pd.DataFrame(rows, dtype=object)
+    if columns is None:
+        columns = [name for name in frame if frame[name].notna().any() and (frame[name] != "").any()]
+    frame = frame[list(columns)].reset_index(drop=True)
+    numeric = frame.map(lambda value: isinstance(value, int | float))
+    classes = numeric.map({True: "number", False: "text"}.get)
+    style = frame.style.format(cell_text, escape="html").hide(axis="index").set_td_classes(classes)
+    return style.set_caption(html.escape(caption)).set_table_attributes('class="companion"')
+
+
+def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[str, str]]:
+    """Return every setting of a run beside the paper's value, its source, and why this scale departs from it.
+
+    Args:
+        config: the run.
+        since: leave out the settings that are equal in this run.
+    """
+    departures = {d.field: d for d in config.departures}
+    rows: list[tuple[str, Any, Any, str]] = []
+    for section, part in config.experiment.model_dump(exclude={*META, "stage"}).items():
+        for field in [f"{section}.{name}" for name in part] if isinstance(part, dict) else [section]:
+            here, departure = value_of(config.experiment, field), departures.pop(field, None)
+            paper = departure.paper if departure else here
+            notes = [config.experiment.source_of(field) or "", f"here: {departure.why}" if departure else ""]
+            if not (paper in (None, {}) and here in (None, {})):  # neither uses the setting
+                rows.append((field, paper, here, "; ".join(filter(None, notes))))
+    rows += [(d.field.removeprefix("scale."), "the real one", d.here, f"here: {d.why}") for d in departures.values()]
+    keys = ("setting", "paper", "here", "source, reason")
+    texts = [dict(zip(keys, map(_setting_text, row), strict=True)) for row in rows]
+    known = [list(row.values())[:3] for row in setting_rows(since)] if since else []
+    return [row for row in texts if list(row.values())[:3] not in known]
+
+
+def _setting_text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
+
+
+# ------------------------------------------------------------------------------------------------ texts with images
+
+
+def image_uri(image: Image) -> str:
+    """Return an image as a data URI in JPEG."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def cards(images: Sequence[Image | None], lines: Sequence[Iterable[tuple[str, str]]], width: int = 180) -> HTML:
+    """Show texts beside the images that they are about: dialogues, captions, chat messages.
+
+    Args:
+        images: one per card; None for a card without an image.
+        lines: per card its (speaker, text) pairs.
+        width: of an image in pixels.
+    """
+    from IPython.display import HTML
+
+    parts = []
+    for image, said in zip(images, lines, strict=True):
+        picture = ""
+        if image is not None:
+            source = image_uri(image.resize((2 * width, 2 * width * image.height // image.width)))  # for sharp screens
+            picture = f'<img alt="" width="{width}" src="{source}" style="border-radius: 6px; flex: none">'
+        texts = "".join(
+            '<div style="margin: 0 0 .4em; white-space: pre-wrap; overflow-wrap: anywhere">'
+            f"<b>{html.escape(speaker)}</b>&ensp;{html.escape(text)}</div>"
+            for speaker, text in said
+        )
+        layout = "display: flex; gap: .9em; flex: 1 1 26em; align-items: flex-start"
+        parts.append(f'<div style="{layout}">{picture}<div style="font-size: .92em">{texts}</div></div>')
+    layout = "display: flex; flex-wrap: wrap; gap: 1.2em; margin: .6em 0 1.2em"
+    return HTML(f'<div class="companion-cards" style="{layout}">{"".join(parts)}</div>')
+
+
+def supervised_text_html(tokens: Sequence[str], labels: Sequence[int], image_token: str = "<image>") -> HTML:
+    """Show the tokens of a sample and mark those with loss; a run of image positions is one box.
+
+    Args:
+        tokens: the text of each position.
+        labels: the label of each position; -100 has no loss.
+        image_token: the text of an image position.
+    """
+    from IPython.display import HTML
+
+    if len(tokens) != len(labels):
+        raise DataError(f"supervised_text_html: {len(tokens)} tokens but {len(labels)} labels")
+    marked = "background: rgba(0, 150, 120, .25); border-bottom: 2px solid #00906f;"
+    box = "background: rgba(199, 91, 0, .18); border: 1px solid #C75B00; border-radius: 4px; padding: 0 .4em;"
+    kind = [(token == image_token, label != IGNORE_INDEX) for token, label in zip(tokens, labels, strict=True)]
+    spans = []
+    for (is_image, supervised), group in itertools.groupby(zip(kind, tokens, strict=True), key=lambda pair: pair[0]):
+        texts = [token for _, token in group]
+        name, style = ("supervised", marked) if supervised else ("context", box if is_image else "opacity: .72;")
+        text = f"image × {len(texts)}" if is_image else html.escape("".join(texts)).replace("\n", "↵\n")
+        spans.append(f'<span class="{name}" style="{style}">{text}</span>')
+    count = sum(supervised for _, supervised in kind)
+    legend = f'<span style="{marked}">marked</span>: {count} of {len(labels)} positions carry loss'
+    body = "font-family: monospace; white-space: pre-wrap; line-height: 1.75"
+    return HTML(f'<div><div style="{body}">{"".join(spans)}</div><small>{legend}</small></div>')

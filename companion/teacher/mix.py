@@ -1,0 +1,102 @@
+"""Mixes of instruction data: each kind of request for a share of the images."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from companion.teacher.chat import BATCH_PRICE, PRICES, estimate
+from companion.teacher.client import ChatClient, ChatRequest
+from companion.teacher.generate import Job, ask, requests_for, write
+from llava_core.runtime import DataError, read_json, read_jsonl, write_json, write_jsonl
+
+
+def mix_jobs(images: Sequence[Any], shares: Mapping[str, float], model: str, seed: int = 0) -> list[Job]:
+    """Return the requests of a mix, image by image.
+
+    Args:
+        images: annotated images.
+        shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
+        model: the teacher's name at its server.
+        seed: of the draw of the shares.
+
+    Raises:
+        DataError: a share is not from 0 to 1.
+    """
+    order = random.Random(f"mix-{seed}").sample(range(len(images)), len(images))
+    kinds: list[list[str]] = [[] for _ in images]
+    for kind, share in shares.items():
+        if not 0 <= share <= 1:
+            raise DataError(f"the share of '{kind}' is {share}; give a number from 0 to 1")
+        for k in order[: round(share * len(images))]:
+            kinds[k].append(kind)
+    return [job for image, own in zip(images, kinds, strict=True) for job in requests_for([image], own, model=model)]
+
+
+def estimate_mix(
+    images: Sequence[Any], shares: Mapping[str, float], models: Iterable[str], counts: Mapping[str, int], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Estimate the cost of a mix with several teachers, and the cost of other numbers of records.
+
+    Args:
+        images: annotated images.
+        shares: as of `generate_mix`.
+        models: listed in `teacher.chat.PRICES`.
+        counts: kind -> number of records of another mix; requests of a kind are assumed to be as long as in this mix.
+        seed: of the draw of the shares.
+
+    Returns:
+        A row per model, with the listed price and the batch endpoint's half of it.
+    """
+    rows = []
+    for model in models:
+        requests: dict[str, list[ChatRequest]] = {kind: [] for kind in shares}
+        for _, kind, request in mix_jobs(images, shares, model, seed):
+            requests[kind].append(request)
+        costs = {kind: estimate(of_kind) for kind, of_kind in requests.items() if of_kind}
+        other = sum(t["usd"] / t["requests"] * counts.get(kind, 0) for kind, t in costs.items())
+        total = {key: sum(t[key] for t in costs.values()) for key in ("requests", "usd", "usd_most")}
+        row = {"teacher": model, "USD per million tokens": "{:g} + {:g}".format(*PRICES[model])}
+        row |= {"requests": total["requests"], "USD": total["usd"], "USD at most": total["usd_most"]}
+        rows.append(row | {f"{sum(counts.values()):,} records (USD)": other, "in batches (USD)": other * BATCH_PRICE})
+    return rows
+
+
+def generate_mix(
+    images: Sequence[Any],
+    shares: Mapping[str, float],
+    client: ChatClient,
+    out: Path,
+    seed: int = 0,
+    model: str = "gpt-4-0314",
+) -> dict[str, Any]:
+    """Generate a mix with a teacher and write it to one folder.
+
+    All kinds are requested for an image before the next image, so a spent budget leaves records of every kind.
+
+    Args:
+        images: annotated images.
+        shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
+        client: the teacher.
+        out: gets `llava_instruct.json`, `failures.jsonl`, `provenance.jsonl`, in the order of `images`, and what
+            `teacher.generate.write` writes for each kind in a folder of the kind's name.
+        seed: of the shares and of everything that is drawn per record.
+        model: the teacher's name at its server.
+
+    Returns:
+        Per kind the result of `teacher.generate.write`.
+    """
+    outcomes = ask(mix_jobs(images, shares, model, seed), client)
+    results, records, logs = {}, [], {"failures": [], "provenance": []}  # type: ignore[var-annotated]
+    for kind in shares:
+        results[kind] = write([o for o in outcomes if o.kind == kind], [kind], out / kind, seed)
+        records += read_json(out / kind / "llava_instruct.json")
+        for name, rows in logs.items():
+            rows += read_jsonl(out / kind / f"{name}.jsonl")
+    place = {image.id: k for k, image in enumerate(images)}
+    for name, rows in logs.items():
+        write_jsonl(out / f"{name}.jsonl", sorted(rows, key=lambda row: place[row["id"]]))
+    write_json(out / "llava_instruct.json", sorted(records, key=lambda record: place[record["id"]]))
+    return results
