@@ -14,7 +14,7 @@ import pytest
 from llava_core.runtime import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MOST_CELLS, MOST_LINES = 25, 15
+MOST_CELLS, MOST_LINES = 25, 30
 MOST_BYTES = 60 * 2**20
 
 
@@ -141,7 +141,7 @@ def sample_notebook() -> dict[str, Any]:
         (1, 'fast: bool = False  # a\nscale: str = "mini"  # b', "must begin with"),
         (1, 'scale: str = "mini"  # a\nfast: bool = False  # b\nsteps = 3  # c', "needs a type"),
         (1, 'scale: str = "mini"\nfast: bool = False  # b', "needs a comment"),
-        (2, "x = 1\n" * 16, "16 lines"),
+        (2, "x = 1\n" * 31, "31 lines"),
         (2, "def f(): ...", "defines f"),
         (2, "if True:\n    class A: ...", "defines A"),
         (2, "!pip install x", "shell command"),
