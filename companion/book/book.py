@@ -1,4 +1,4 @@
-"""Build the Jupyter Book from the executed notebooks, with a page of results in front."""
+"""Build the Jupyter Book from the executed notebooks, with generated pages of results and claims."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chapter_checks(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _toc(source: Path, pages: Sequence[str]) -> dict[str, Any]:
-    """Replace each `glob` of the table of contents by the pages that are there, and drop empty parts."""
+    """Replace each `glob` of the table of contents by the existing pages, and drop empty parts."""
     toc: dict[str, Any] = yaml.safe_load(source.read_text(encoding="utf-8"))
     parts = []
     for part in toc.get("parts", []):
@@ -53,7 +53,7 @@ def _toc(source: Path, pages: Sequence[str]) -> dict[str, Any]:
 
 
 def _config(source: Path, book: Path, partial: bool) -> dict[str, Any]:
-    """Add the local copies of MathJax and of the widgets' viewer where `companion.book.vendor` has put them."""
+    """Return the configuration with the local copies of MathJax and of the widgets' viewer, if they exist."""
     config: dict[str, Any] = yaml.safe_load(source.read_text(encoding="utf-8"))
     sphinx = config.setdefault("sphinx", {}).setdefault("config", {})
     vendor = book / "_vendor"
@@ -63,20 +63,20 @@ def _config(source: Path, book: Path, partial: bool) -> dict[str, Any]:
         sphinx["mathjax_path"] = "mathjax/tex-mml-chtml.js"
     if (vendor / "embed.js").exists():
         sphinx["nb_ipywidgets_js"] = {"embed.js": {}}
-    if partial:  # a page may point at a chapter that has not run
+    if partial:  # a page may link to a chapter that has not run
         sphinx.setdefault("suppress_warnings", []).extend(["myst.xref_missing", "ref.doc"])
     return config
 
 
 def _content(path: Path) -> str:
-    """A hash of what Sphinx reads: a page's values and chips change with the records that they come from."""
+    """Return a hash of what Sphinx reads: the page with its values and chips."""
     if path.suffix not in (".md", ".ipynb"):
         return sha256_file(path)
     return fingerprint(pages.rendered(path.read_text(encoding="utf-8"), shown(path), path.suffix == ".ipynb"))
 
 
 def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
-    """Build the HTML book from the chapters that have run, every warning an error; do nothing when nothing changed.
+    """Build the HTML book from the chapters that have run, with warnings as errors; skip it when nothing changed.
 
     Args:
         out: the folder of executed copies; the book's pages are in its parent, the configuration beside that.
@@ -127,7 +127,7 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
 
     print(f"building the book of {len(present)} chapters", file=sys.stderr, flush=True)
     for folder in ("html", ".doctrees", "jupyter_execute"):
-        shutil.rmtree(build / folder, ignore_errors=True)  # pages of chapters that are gone would stay
+        shutil.rmtree(build / folder, ignore_errors=True)  # else pages of removed chapters would stay
     stamp.unlink(missing_ok=True)
     for name, content in (("_config.yml", config), ("_toc.yml", toc)):
         atomic_write(effective / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -138,7 +138,7 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
     log = atomic_write(build / "build.log", done.stdout + done.stderr)
     if done.returncode != 0 or not first.exists():
         text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
-        told = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|Error:", line)]
-        raise CompanionError("\n".join([f"the book could not be built; the whole log is {shown(log)}", *told[:10]]))
+        lines = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|Error:", line)]
+        raise CompanionError("\n".join([f"the book could not be built; the full log is {shown(log)}", *lines[:10]]))
     write_json(stamp, made_of)
     return first

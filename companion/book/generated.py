@@ -61,7 +61,7 @@ def _claim_row(known: Claim, here: ledger.Measured) -> str:
 
 
 def _grid(claims: Sequence[Claim], found: Mapping[str, ledger.Measured]) -> list[str]:
-    """The paper's table as it is printed, below each number what was measured; nothing for a single column."""
+    """Return the paper's table with the measured value below each number; nothing for a single column."""
     cells = {c.cell: c for c in claims if c.cell}
     names, columns = dict.fromkeys(row for row, _ in cells), dict.fromkeys(column for _, column in cells)
     if len(columns) < 2:
@@ -158,21 +158,21 @@ def claims_page(out: Path) -> str:
     lines = [
         "# Every number of the paper",
         "",
-        '<p class="lead">What the paper says, what stands behind it here, and what was measured.</p>',
+        '<p class="lead">Each claim with its evidence and, where one exists, the measured value.</p>',
         "",
-        "A measured direction agrees or disagrees with the paper when its interval excludes zero; otherwise it is not",
-        "resolved. The miniature cannot reproduce absolute values: they are shown only. In the paper's tables the",
-        "small number below a published one is the value measured here.",
+        "A direction agrees or disagrees when the interval of the measured difference excludes zero; otherwise it is",
+        "not resolved. The miniature cannot reproduce absolute values: they are shown only. In the paper's tables, the",
+        "small number below a published one is the measured one.",
         "",
         *_table(["Evidence", "Claims", "What it means"], kinds),
         f"Of {len(claims)} claims, {len(flagged)} are flagged:",
         "",
         *(f'- <a href="#{c.id}">{c.place}: {html.escape(c.text)}</a>, {c.shown}: {c.flag}' for c in flagged),
         "",
-        "## How sure are the paper's own differences?",
+        "## How significant are the paper's own differences?",
         "",
-        "Table 8 has one run per variant, all on the same questions. Here they are taken as independent draws; a",
-        "paired test needs the answers of both models, and those of the ablated ones were not released.",
+        "Table 8 has one run per variant, all on the same questions. Here they are treated as independent samples; a",
+        "paired test needs the answers of both models, and those of the ablated models were not released.",
         "",
         *_plain_table(ablations),
         "Table 5 has means and deviations over three runs, compared by Welch's t test:",
@@ -194,10 +194,8 @@ def differences_page() -> str:
         return f"`{arm.experiment}`" + "".join(f" with `{key}={value}`" for key, value in arm.set.items())
 
     lines = ["# Where paper and code differ", ""]
-    lines += ['<p class="lead">What the paper says, what its released code does, and what this project does.</p>', ""]
-    lines += [
-        "Every entry is shown by a test, or by two runs that differ in one field. Commits are those of the authors'"
-    ]
+    lines += ['<p class="lead">The paper, its released code, and this project.</p>', ""]
+    lines += ["Every entry has a test, or two runs that differ in one field. Commits are those of the authors'"]
     lines += ["repository, haotian-liu/LLaVA.", ""]
     for entry in all_discrepancies().values():
         pair = entry.pair

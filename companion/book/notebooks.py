@@ -1,8 +1,7 @@
-"""The notebooks, what each depends on, and so which of them must run.
+"""The notebooks, their dependencies, and which of them must run.
 
-What a finished one depended on is kept in `<out>/.state/<name>.json`: its source, parameters, the package code that it
-imports, the configurations, the base models' manifests and the notebooks before it. `make_plan` compares and says what
-changed.
+The dependencies of a finished notebook are stored in `<out>/.state/<name>.json` as hashes: its source, parameters, the
+code that it imports, the configurations, the base models' manifests and the notebooks before it. `make_plan` compares.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ PACKAGES = ("llava_core", "companion", "benchmarks")
 
 @dataclass
 class Chapter:
-    """One notebook and what decides whether it must run.
+    """One notebook and its state.
 
     Args:
         name: the file's name without its extension, e.g. `20_feature_alignment`.
@@ -62,7 +61,7 @@ def source_of(cell: Mapping[str, Any]) -> str:
 
 
 def _code(cell: Mapping[str, Any]) -> ast.Module:
-    """Return a cell's syntax tree without its IPython magics; empty when it is not Python (the run will say so)."""
+    """Return a cell's syntax tree without its IPython magics; empty when it is not valid Python (its run will fail)."""
     lines = ["pass" if re.match(r"\s*[%!?]", line) else line for line in source_of(cell).splitlines()]
     with contextlib.suppress(SyntaxError):
         return ast.parse("\n".join(lines))
@@ -119,7 +118,7 @@ def read_chapters(folder: Path) -> dict[str, Chapter]:
 
 @functools.lru_cache(maxsize=1024)
 def _module(path: Path, changed_ns: int) -> tuple[str, tuple[str, ...]]:
-    """Return a hash of a module's meaning (comments and layout do not count) and the names that it imports."""
+    """Return a hash of a module's syntax tree (without comments and layout) and the names that it imports."""
     text = path.read_text(encoding="utf-8")
     try:
         tree = ast.parse(text)
@@ -138,18 +137,18 @@ def _imported(tree: ast.AST, package: Sequence[str] = ()) -> Iterator[str]:
             start = list(package[: len(package) - node.level + 1]) if node.level else []
             base = ".".join([*start, *([node.module] if node.module else [])])
             yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)  # an attribute finds no file and drops out
+            yield from (f"{base}.{alias.name}" for alias in node.names)  # an attribute has no file and is ignored
 
 
 def imported_code(names: Iterable[str]) -> dict[str, str]:
-    """Return the package's files that imports reach, with a hash of each.
+    """Return the source files that imports reach, with a hash of each.
 
     Args:
         names: dotted names that a notebook imports; those outside the package are ignored.
 
     Returns:
-        Path from the repository root -> hash; modules reached through other modules, the `__init__` files on the way
-        and the data files beside a reached module are among them.
+        Path from the repository root -> hash, with modules that are imported by modules, the `__init__` files of their
+        packages and the data files in their folders.
     """
     todo = [name for name in names if name.partition(".")[0] in PACKAGES]
     seen: set[Path] = set()
@@ -189,12 +188,12 @@ def _parts(chapter: Chapter, shared: Mapping[str, str], before: Mapping[str, Cha
 
 
 def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
-    """Return a hash of each file that any notebook may read; writes the miniature's data where they are not in order.
+    """Return a hash of each file that any notebook may read; writes missing or stale data sets of the miniature.
 
-    Written here once, so that no two notebooks find them missing at the same time; a dry run only says so.
+    They are written here, before two notebooks could both write them; a dry run only reports it.
 
     Raises:
-        CheckpointError: a base model is damaged or absent, which would stop one notebook after the other.
+        CheckpointError: a base model is damaged or missing.
     """
     data = sorted((ROOT / "data" / scale).glob("*/card.json"))
     stale = False
@@ -221,14 +220,14 @@ def state_path(out: Path, name: str) -> Path:
 
 def read_state(out: Path, name: str) -> dict[str, Any]:
     path = state_path(out, name)
-    with contextlib.suppress(DataError):  # a damaged state only means that the notebook runs once more
+    with contextlib.suppress(DataError):  # after a damaged state the notebook runs again
         state = read_json(path) if path.exists() else {}
         return state if isinstance(state, dict) else {}
     return {}
 
 
 def _reason(chapter: Chapter, out: Path, state: Mapping[str, Any]) -> str | None:
-    """Say why a notebook must run, or None when everything that it depends on is as it was."""
+    """Return why a notebook must run, or None when none of its dependencies has changed."""
     if "parts" not in state:
         return "first run"
     old = state["parts"]
@@ -238,12 +237,12 @@ def _reason(chapter: Chapter, out: Path, state: Mapping[str, Any]) -> str | None
         return f"changed: {', '.join(changed[:2])}{more}"
     for file, expected in state.get("outputs", {}).items():
         if not (out / file).is_file():
-            return f"{file} is gone"
+            return f"{file} is missing"
         if sha256_file(out / file) != expected:
             return f"{file} was changed after the run"
     for run in state.get("runs", []):
         if not any((folder / "summary.json").exists() for folder in [ROOT / run, *ROOT.glob(f"runs/*/*/{run}")]):
-            return f"the record of run {run} is gone"
+            return f"the record of run {run} is missing"
     return None
 
 
@@ -280,7 +279,7 @@ def with_needs(chapters: Mapping[str, Chapter], chosen: Sequence[str]) -> dict[s
 def give_parameters(
     chapters: Mapping[str, Chapter], chosen: Sequence[str], fixed: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> None:
-    """Hand every notebook its parameters; papermill would only log a name that no notebook knows."""
+    """Set each notebook's parameters and refuse unknown names, which papermill would only log."""
     for chapter in chapters.values():
         if missing := [name for name in fixed if name not in chapter.declared]:
             raise ConfigError(
@@ -300,13 +299,13 @@ def give_parameters(
 def make_plan(
     chapters: dict[str, Chapter], out: Path, shared: Mapping[str, str], chosen: Sequence[str]
 ) -> list[Chapter]:
-    """Find out which of the chosen notebooks, and of those that they need, must run.
+    """Determine which of the chosen notebooks, and of those that they need, must run.
 
     Args:
         chapters: the notebooks, each after the ones that it needs.
         out: where the executed copies and the states are.
         shared: hashes of the files that every notebook depends on.
-        chosen: the names that were asked for.
+        chosen: the names that the caller chose.
 
     Returns:
         The chapters in a runnable order: all chosen ones, and the needed ones that are not up to date; a chapter with

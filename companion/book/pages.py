@@ -39,7 +39,7 @@ def chip(known: Claim) -> str:
 
 
 def with_chips(text: str) -> str:
-    """Replace the ids in the paragraph that begins with `Claims` by chips; a text without one stays as it is."""
+    """Replace the ids in the paragraph that begins with `Claims` by chips."""
     found = re.search(r"^Claims\b[^\n:]*:.*?(?=\n\s*\n|\Z)", text, re.M | re.S)
     if not found:
         return text
@@ -78,7 +78,7 @@ VALUES: dict[str, Callable[..., str]] = {
 
 
 def with_values(text: str, page: str) -> str:
-    """Put values in the place of `{{ kind:... }}`.
+    """Replace each `{{ kind:... }}` by its value.
 
     Args:
         text: a page, or a cell of one.
@@ -101,7 +101,7 @@ def with_values(text: str, page: str) -> str:
 
 
 def rendered(text: str, page: str, notebook: bool) -> str:
-    """Return a page's source as Sphinx is to read it.
+    """Return a page's source with values and chips, for Sphinx.
 
     Args:
         text: the file's content.
@@ -118,7 +118,7 @@ def rendered(text: str, page: str, notebook: bool) -> str:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Let Sphinx read every page as `rendered`."""
+    """Register `rendered` with Sphinx."""
 
     def read(app: Any, name: str, source: list[str]) -> None:
         source[0] = rendered(source[0], name, Path(app.env.doc2path(name)).suffix == ".ipynb")

@@ -37,7 +37,7 @@ OUT = ROOT / "book" / "notebooks"
 HEARTBEAT_S = 60  # between two lines of progress where the output is not a terminal
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-# the kernel ends with its worker: a training that nobody watches would write into the record of the next call's
+# the kernel ends with its worker: else its training would go on and write into the record of the next call
 PARENT_DEATH = "import ctypes; ctypes.CDLL(None).prctl(1, 9); " if sys.platform == "linux" else ""
 KERNEL = PARENT_DEATH + "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"
 
@@ -52,7 +52,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Progress:
-    """A progress bar over the notebooks; without a terminal, a line now and then."""
+    """A progress bar over the notebooks; without a terminal, a line per minute."""
 
     def __init__(self, total: int) -> None:
         self.bar = tqdm(total=total, unit="notebook", disable=not sys.stderr.isatty(), dynamic_ncols=True)
@@ -117,12 +117,12 @@ class _Worker:
         return time.monotonic() - self.begun
 
     def progress(self) -> str:
-        """Return how far it is, e.g. `cell 7/18, 42 s`."""
+        """Return the progress, e.g. `cell 7/18, 42 s`."""
         cells = re.findall(rb"cell (\d+/\d+)", self.log.read_bytes()[-4096:])
         return f"cell {cells[-1].decode()}, {_clock(self.seconds)}" if cells else _clock(self.seconds)
 
     def finish(self) -> None:
-        """Take over the result of the ended process."""
+        """Read the status of the ended process."""
         chapter, code = self.chapter, self.process.returncode
         chapter.seconds = round(self.seconds, 1)
         if code == 0:
@@ -152,19 +152,19 @@ def _worker_environment(out: Path, scale: str, threads: int) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        # a kernel named python3 that is this interpreter, whatever else is installed, and no start-up files of the user
+        # the kernel python3 is this interpreter, and no start-up files of the user are read
         "JUPYTER_PATH": str(state / "jupyter"),
         "JUPYTER_PREFER_ENV_PATH": "1",
         "IPYTHONDIR": str(state / "ipython"),
     }
-    environment.pop("MPLBACKEND", None)  # the kernel chooses the one that puts figures into the notebook
+    environment.pop("MPLBACKEND", None)  # the kernel selects the inline backend
     return environment
 
 
 def _write_kernel(out: Path) -> None:
     argv = [sys.executable, "-Xfrozen_modules=off", "-c", KERNEL, "-f", "{connection_file}"]
     spec = {
-        "argv": [*argv, "--HistoryManager.enabled=False"],  # several kernels would wait for one history database
+        "argv": [*argv, "--HistoryManager.enabled=False"],  # kernels would block each other on one history database
         "display_name": "Python 3",
         "language": "python",
         "metadata": {"debugger": False},
@@ -179,7 +179,7 @@ def _dependents(name: str, plan: Sequence[Chapter]) -> set[str]:
 
 
 def _run_plan(plan: Sequence[Chapter], out: Path, scale: str, jobs: int, threads: int) -> None:
-    """Run the chapters that have a reason to, as many at once as there are jobs; a failure stops what needs it."""
+    """Run the chapters that have a reason, up to `jobs` at once; a failure stops the chapters that need it."""
     progress = _Progress(len(plan))
     todo: dict[str, Chapter] = {}
     for chapter in plan:
@@ -188,7 +188,7 @@ def _run_plan(plan: Sequence[Chapter], out: Path, scale: str, jobs: int, threads
             progress.ended(chapter)
         else:
             todo[chapter.name] = chapter
-    dependents = {name: len(_dependents(name, plan)) for name in todo}  # what many chapters need starts first
+    dependents = {name: len(_dependents(name, plan)) for name in todo}  # the chapter that most others need starts first
     bad: set[str] = set()
     running: list[_Worker] = []
     try:
@@ -221,13 +221,15 @@ def _run_plan(plan: Sequence[Chapter], out: Path, scale: str, jobs: int, threads
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold the output folder; the system lets go of it when the process ends, however it ends."""
+    """Lock the output folder; the operating system releases the lock when the process ends."""
     (out / ".state").mkdir(parents=True, exist_ok=True)
     with open(out / ".state" / "lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CompanionError(f"another `llava reproduce` is at work in {shown(out)}; wait for its end") from None
+            raise CompanionError(
+                f"another `llava reproduce` is running in {shown(out)}; wait until it has finished"
+            ) from None
         yield
 
 
@@ -246,14 +248,14 @@ def reproduce(
     """Run the notebooks that are not up to date, in the order of their needs, and build the book.
 
     Progress, errors and the table of results go to stderr. A notebook that fails stops those that need it; the others
-    run on, the result says `"failed"`, and the next call begins where it is needed.
+    run, the result lists `failed`, and the next call starts there.
 
     Args:
         scale: name of a file in configs/scales.
         fast: the shortest runs that still show every step.
         only: numbers or names of notebooks, as `"20,21"` or as a list; what they need runs too where it must.
         start: leave out the notebooks before this number.
-        dry_run: say what would run, and why; write nothing.
+        dry_run: list what would run, and why; write nothing.
         parameters: further papermill parameters, for the chosen notebooks that have them.
         jobs: notebooks at once; by default one per core at the scale `mini` and one elsewhere.
         notebooks_dir: where the notebooks are.
@@ -267,13 +269,13 @@ def reproduce(
 
     Raises:
         ConfigError: an unknown notebook, parameter or need.
-        CompanionError: another call is at work in the same folder, or the book could not be built.
+        CompanionError: another call is running in the same folder, or the book could not be built.
     """
     from companion.book.book import build_book, chapter_checks
     from llava_core.config import load_scale
 
     begun = time.monotonic()
-    load_scale(scale)  # an unknown scale ends here, with the known ones named
+    load_scale(scale)  # raises for an unknown scale
     out = Path(out_dir).resolve() if out_dir else OUT
     everything = read_chapters(Path(notebooks_dir).resolve() if notebooks_dir else ROOT / "notebooks")
     chosen = [] if book == "only" else choose(everything, only, start)
@@ -301,7 +303,7 @@ def reproduce(
         if book != "no" and not failed:
             try:
                 page = build_book(out, list(everything), scale)
-            except CompanionError as error:  # the table of results comes first
+            except CompanionError as error:  # raised after the table of results
                 trouble = error
     checks = chapter_checks(out, [chapter.name for chapter in plan] or list(everything))
     result = _result(plan, checks, page, begun)

@@ -18,7 +18,7 @@ from llava_core.runtime import ROOT, DataError, read_json, sha256_file, shown, w
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has ended, even by kill -9."""
+    """End this process when its parent ends, also after kill -9."""
     if sys.platform == "linux":
         import ctypes
 
@@ -29,31 +29,31 @@ def _end_with(parent: int) -> None:
             time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()  # also covers a parent that ended before the lines above
+    threading.Thread(target=watch, daemon=True).start()  # covers a parent that ended before the call above
 
 
 def _failure(name: str, copy: Path, error: BaseException) -> str:
-    """Say in one paragraph which cell of which notebook stopped on which error."""
+    """Return which cell of which notebook raised which error."""
     cells = read_json(copy)["cells"] if copy.exists() else []
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     begun = [cell for cell in code if cell["metadata"].get("papermill", {}).get("start_time")]
-    told = [(cell, out) for cell in code for out in cell["outputs"] if out["output_type"] == "error"]
-    what = f"{told[-1][1]['ename']}: {told[-1][1]['evalue']}" if told else f"{type(error).__name__}: {error}"
-    if not (told or begun) or isinstance(error, DataError):
+    errors = [(cell, out) for cell in code for out in cell["outputs"] if out["output_type"] == "error"]
+    what = f"{errors[-1][1]['ename']}: {errors[-1][1]['evalue']}" if errors else f"{type(error).__name__}: {error}"
+    if not (errors or begun) or isinstance(error, DataError):
         return f"{name}: {error}"
-    cell = told[-1][0] if told else begun[-1]  # a kernel that died leaves no error in its cell
+    cell = errors[-1][0] if errors else begun[-1]  # a kernel that died leaves no error in its cell
     line = next((text for text in source_of(cell).splitlines() if text.strip()), "")
     return f"{name}, cell [{cell['execution_count'] or code.index(cell) + 1}] `{textwrap.shorten(line, 80)}`: {what}"
 
 
 def _execute(source: str, copy: str, parameters: Mapping[str, Any]) -> None:
-    """Run a notebook into a copy; a kernel that could not begin gets two more chances.
+    """Run a notebook into a copy; retry twice when the kernel could not start.
 
-    Two kernels that start at once may choose the same port; the later one then ends with "Address already in use".
+    Two kernels that start at once may choose the same port; the second then fails with "Address already in use".
     """
     import papermill
 
-    for chance in (2, 1, 0):
+    for retries in (2, 1, 0):
         try:
             papermill.execute_notebook(
                 source,
@@ -66,7 +66,7 @@ def _execute(source: str, copy: str, parameters: Mapping[str, Any]) -> None:
             )
             return
         except RuntimeError as error:
-            if not chance or "died before replying" not in str(error):
+            if not retries or "died before replying" not in str(error):
                 raise
 
 
@@ -93,7 +93,7 @@ def run(spec: Mapping[str, Any]) -> int:
     copy["metadata"].pop("papermill", None)  # paths and times of this machine
     for cell in copy["cells"]:
         if "injected-parameters" in cell["metadata"].get("tags", []):
-            cell["metadata"]["tags"].append("hide-cell")  # the book folds it
+            cell["metadata"]["tags"].append("hide-cell")  # folded in the book
             cell["metadata"]["mystnb"] = {"code_prompt_show": "The parameters of this run"}
     write_json(part, copy)
     os.replace(part, final)
