@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import Clock, all_in_turns, circumstances, in_own_process, peak_mib, ratios
-from llava_core.ops import BACKENDS, Segments
+from llava_core.ops import BACKENDS, PackedMask
 from llava_core.runtime import resolve_device
 
 Tensors = Sequence[torch.Tensor]
@@ -38,18 +38,18 @@ class Case:
     """Rows of samples: name, who sees whom (None: each row is one sample), rows and their length."""
 
     name: str
-    segments: Segments | None
+    packed_mask: PackedMask | None
     rows: int
     length: int
 
     @property
     def samples(self) -> list[tuple[int, torch.Tensor]]:
         """Of each sample the row and the positions of its tokens."""
-        if self.segments is None:
+        if self.packed_mask is None:
             return [(b, torch.arange(self.length)) for b in range(self.rows)]
         return [
             (b, torch.cat([torch.arange(first, last) for first, last in ranges]))
-            for b, row in enumerate(self.segments.samples)
+            for b, row in enumerate(self.packed_mask.samples)
             for ranges in row
         ]
 
@@ -84,7 +84,7 @@ def instruct_cases(length: int, rows: int = 1, seed: int = 0, scale: float = 1.0
             for own in texts:
                 ends += [len(ends) + own] * own
         shared.append([min(end, length) for end in ends[:length]])
-    described = [Segments(torch.tensor(table, dtype=torch.int32)) for table in (packed, shared)]
+    described = [PackedMask(torch.tensor(table, dtype=torch.int32)) for table in (packed, shared)]
     return [
         Case("causal", None, rows, length),
         Case("packed", described[0], rows, length),
@@ -115,9 +115,9 @@ class Candidate:
 
 def backend(name: str, case: Case, given: Tensors) -> Candidate:
     """A backend of ours or of PyTorch, on the rows as they are."""
-    segments = None if case.segments is None else case.segments.to(given[0].device)
+    packed_mask = None if case.packed_mask is None else case.packed_mask.to(given[0].device)
     run = BACKENDS.get(name).run
-    return Candidate(_leaves(given), lambda q, k, v: run(q, k, v, segments), lambda out: out)
+    return Candidate(_leaves(given), lambda q, k, v: run(q, k, v, packed_mask), lambda out: out)
 
 
 def padded(case: Case, given: Tensors) -> Candidate:
@@ -166,7 +166,9 @@ def candidates(case: Case, given: Tensors) -> dict[str, Candidate]:
         and BACKENDS.get(name).unavailable(like) is None
     ]
     found = {name: backend(name, case, given) for name in usable}
-    return {"sdpa": found.pop("sdpa"), **found} if case.segments is None else {"padded": padded(case, given), **found}
+    return (
+        {"sdpa": found.pop("sdpa"), **found} if case.packed_mask is None else {"padded": padded(case, given), **found}
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the measurement

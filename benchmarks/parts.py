@@ -16,7 +16,7 @@ from llava_core.data.feature_cache import FeatureCache
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.train.dataset import TrainingSet, build_model, load_samples
 from llava_core.train.launch import resolve_run
-from llava_core.train.loader import Batches, open_features
+from llava_core.train.loader import Loader, open_features
 
 Device = Literal["cpu", "cuda"]
 COLUMNS = ("case", "size", "ours", "peer", "ratio", "ratio_low", "ratio_high", "peak_mib", "peer_peak_mib")
@@ -141,14 +141,14 @@ def bench_loader(steps: int = 20) -> dict[str, Any]:
         )
         cache = open_features(loaded, config, train, held, torch.device("cpu"))
         size = config.experiment.train.global_batch
-        batches = Batches(train, config.scale.micro_batch * config.experiment.train.max_length, cache)
+        loader = Loader(train, config.scale.micro_batch * config.experiment.train.max_length, cache)
         order = np.random.default_rng(0).permutation(len(train))
         step = Ours(make_case("mini", stage, size)).step
         step()
         seconds: dict[str, list[float]] = {"batch": [], "step": []}
         for k in range(steps):
             begin = time.perf_counter()
-            batches.make([int(n) for n in order[k * size : (k + 1) * size]])
+            loader.batch([int(n) for n in order[k * size : (k + 1) * size]])
             made = time.perf_counter()
             step()
             seconds["batch"].append(made - begin)

@@ -26,23 +26,22 @@ from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Encoded
 from llava_core.data.packing import PackedRow, pack
 from llava_core.models.llava import Llava
-from llava_core.ops.fused_layers import fused_layers
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.runtime import ConfigError, resolve_device, resolve_dtype
 from llava_core.train.dataset import TrainingSet, build_model, collate, load_samples
-from llava_core.train.loader import RowBatch, row_loss
+from llava_core.train.loader import RowInputs
 from llava_core.train.optimizer import make_optimizer
+from llava_core.train.trainer import packed_row_loss
 
 PEER: Literal["transformers"] = "transformers"
 SAVINGS = {
     "head": "logits of supervised positions only, in chunks",
     "features": "features of the frozen tower from the cache",
     "packed": "packed rows instead of padding",
-    "shared": "common beginnings once",
-    "fused": "norms, rotary positions and SwiGLU in one pass each, the last layer only where the loss looks",
+    "shared": "shared prefixes once",
 }
-ALL = "fused"
+ALL = "shared"
 SIZES: dict[str, dict[str, Any]] = {
     "135m": {
         "tower": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
@@ -276,9 +275,9 @@ class Ours:
         total = torch.zeros((), device=self.device)
         for row in pack(self.case.items, self.case.keys, capacity, "shared" in self.on):
             keys = list(dict.fromkeys(row.images))
-            blocks = torch.tensor([keys.index(key) for key in row.images])
-            batch = RowBatch(row, torch.stack([self.kept[key] for key in keys]) if keys else None, blocks)
-            total = total + row_loss(self.model, batch, self.case.normalise, self.device)
+            images = torch.stack([self.kept[key] for key in keys]) if keys else None
+            inputs = RowInputs.of(row, images, [keys.index(key) for key in row.images])
+            total = total + packed_row_loss(self.model, inputs, self.case.normalise, self.device)
         return total
 
     def _padded(self) -> torch.Tensor:
@@ -299,8 +298,6 @@ class Ours:
         stack = ExitStack()
         if "packed" in self.on:
             stack.enter_context(packed_attention(self.model.language_model))
-        if "fused" in self.on:
-            stack.enter_context(fused_layers(self.model.language_model))
         return stack
 
     def step(self) -> float:
@@ -480,7 +477,7 @@ def bench_train_step(
                 **{name: round(value, 3) for name, value in ratios(seconds[saving], seconds[PEER]).items()},
                 "peak_mib": own, "peer_peak_mib": theirs,
                 "peak_ratio": round(own / theirs, 3) if own and theirs else None,
-                "rate_share": round(step_flops(case, saving in ("shared", ALL)) / ours / limit, 3),
+                "rate_share": round(step_flops(case, saving == ALL) / ours / limit, 3),
                 "loss_apart": f"{found[saving]['loss']:.1e}",
                 **circumstances(resolve_device(device)),
             }

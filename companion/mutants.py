@@ -1,4 +1,4 @@
-"""Code broken on purpose: a comparison that does not see these sees nothing."""
+"""Mutation testing of the attention kernel: a comparison must fail if one place of the source is changed."""
 
 from __future__ import annotations
 
@@ -17,57 +17,60 @@ _numbers = itertools.count()
 
 
 class Mutant(NamedTuple):
-    """One place of a file and what stands there instead."""
+    """A place in a file and its replacement."""
 
     file: str
     old: str
     new: str
 
 
-_KERNEL, _VISITS = "llava_core/ops/triton_attention.py", "llava_core/ops/block_mask.py"
-_LOOP = "queries, k, k_token, v, v_token, ends, visit,"
+_KERNEL, _BLOCKS = "llava_core/ops/triton_attention.py", "llava_core/ops/block_mask.py"
+_RANGE = "range(full_end if masked else 2, partial_end if masked else full_end)"
+_LOOP = f"""
+    full_end, partial_end = tl.load(table), tl.load(table + 1)
+    for masked in tl.static_range(2):  # full blocks, then partial blocks
+        for j in {_RANGE}"""
+_FWD = f"# running weighted sum of the values{_LOOP}"
+_DQ = f"other=0.0)\n    acc = tl.zeros((block_q, block_d), tl.float32){_LOOP}"
+_DKDV = f"for i in {_RANGE}"
 ATTENTION: Mapping[str, Mutant] = {
-    "a sample's end is seen by the next one": Mutant(_KERNEL, "(queries < ends)", "(queries <= ends)"),
+    "the end of a sample is off by one": Mutant(_KERNEL, "(queries < ends)", "(queries <= ends)"),
     "a sample ends one token early": Mutant(_KERNEL, "(queries < ends)", "(queries < ends - 1)"),
-    "the token after is seen": Mutant(_KERNEL, "(keys <= queries)", "(keys <= queries + 1)"),
-    "the weighted sum is not rescaled": Mutant(_KERNEL, "        acc = acc * shrink[:, None]\n", ""),
-    "the sum of exponentials is not rescaled": Mutant(_KERNEL, "total * shrink + tl", "total + tl"),
-    "a row has the segments of the first": Mutant(_KERNEL, "return ends.stride(0), visit", "return 0, visit"),
-    "forward skips a block that needs no mask": Mutant(_KERNEL, f"acc, mine, {_LOOP} 2,", f"acc, mine, {_LOOP} 3,"),
-    "forward skips a block that needs a mask": Mutant(
-        _KERNEL, f"acc, mine, {_LOOP} free, stop,", f"acc, mine, {_LOOP} free, stop - 1,"
-    ),
-    "the gradient of queries skips a block": Mutant(_KERNEL, f"own_delta, {_LOOP} 2,", f"own_delta, {_LOOP} 3,"),
-    "the gradients of keys skip a block": Mutant(_KERNEL, "    visit, 2, free, length,", "    visit, 3, free, length,"),
-    "the gradients of keys are of one query head": Mutant(_KERNEL, "in range(groups)", "in range(1)"),
-    "the output's overlap is not subtracted": Mutant(_KERNEL, "(of_p - own_delta[None, :])", "of_p"),
-    "a scale is missing": Mutant(_KERNEL, "length, sum_k * factor,", "length, sum_k,"),
-    "one visit too few": Mutant(_VISITS, "(highest > first_q)", "(highest > first_q + 1)"),
-    "a mask too few": Mutant(_VISITS, "(lowest > last_q)", "(lowest >= last_q)"),
+    "a query attends to the next token": Mutant(_KERNEL, "(keys <= queries)", "(keys <= queries + 1)"),
+    "the weighted sum is not rescaled": Mutant(_KERNEL, "            acc = acc * alpha[:, None]\n", ""),
+    "the sum of exponentials is not rescaled": Mutant(_KERNEL, "l_i * alpha + tl", "l_i + tl"),
+    "every row has the mask of the first": Mutant(_KERNEL, "return ends.stride(0), table", "return 0, table"),
+    "forward skips a full block": Mutant(_KERNEL, _FWD, _FWD.replace("else 2", "else 3")),
+    "forward skips a partial block": Mutant(_KERNEL, _FWD, _FWD.replace("partial_end if", "partial_end - 1 if")),
+    "dq skips a block": Mutant(_KERNEL, _DQ, _DQ.replace("else 2", "else 3")),
+    "dk and dv skip a block": Mutant(_KERNEL, _DKDV, _DKDV.replace("else 2", "else 3")),
+    "dk and dv come from one query head": Mutant(_KERNEL, "in range(groups)", "in range(1)"),
+    "delta is not subtracted": Mutant(_KERNEL, "(dp - delta_i[None, :])", "dp"),
+    "dk lacks the scale": Mutant(_KERNEL, "length, dk_acc * factor,", "length, dk_acc,"),
+    "a partial block counts as empty": Mutant(_BLOCKS, "(highest > first_q)", "(highest > first_q + 1)"),
+    "a partial block counts as full": Mutant(_BLOCKS, "(lowest > last_q)", "(lowest >= last_q)"),
 }
-"""Ways in which an attention kernel for packed rows goes wrong, in ours."""
+"""Typical faults of an attention kernel for packed rows."""
 
 
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="broken-")
+    return tempfile.TemporaryDirectory(prefix="mutants-")
 
 
-def broken_module(mutant: Mutant) -> ModuleType:
-    """A module with one place changed, beside the right one.
+def mutated_module(mutant: Mutant) -> ModuleType:
+    """Import a copy of a module with one place changed; the original module is not affected.
 
     Raises:
-        DataError: the place is not in the file exactly once, so that something else, or nothing, would be broken.
+        DataError: the file does not have the text exactly once.
     """
     text = (ROOT / mutant.file).read_text()
-    if text.count(mutant.old) != 1:
-        raise DataError(
-            f"{mutant.file}: {mutant.old!r} stands there {text.count(mutant.old)} times; fix: the mutant in {__name__}"
-        )
-    name = f"broken{next(_numbers)}"
-    # PyTorch knows an operator by its name, once
+    if (count := text.count(mutant.old)) != 1:
+        raise DataError(f"{mutant.file}: {mutant.old!r} occurs {count} times, not once; fix: the mutant in {__name__}")
+    name = f"mutant{next(_numbers)}"
+    # PyTorch registers an operator under its name only once
     text = text.replace(mutant.old, mutant.new).replace('custom_op("llava_core::', f'custom_op("{name}::')
-    # triton reads a kernel's source again when it first runs, so the file stays until the process ends
+    # triton reads the source again when a kernel first runs, so the file stays until the process ends
     path = Path(_folder().name) / f"{name}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(name, path)

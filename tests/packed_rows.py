@@ -1,4 +1,4 @@
-"""Packed rows that the tests of the attention share."""
+"""Packed rows for the tests of attention."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import random
 
 import torch
 
-from llava_core.ops import Segments
+from llava_core.ops import PackedMask
 
-TREES = {
+ROWS = {
     "one sample": [[7] * 7],
     "three samples": [[3] * 3 + [4] + [9] * 5],
-    "two that begin alike": [[12] * 5 + [8] * 3 + [12] * 4],
+    "two with a shared prefix": [[12] * 5 + [8] * 3 + [12] * 4],
     # a system text for all, two images under it, the first with three conversations
     "two levels": [[22] * 3 + [14] * 4 + [9] * 2 + [11] * 2 + [14] * 3 + [22] * 8],
     "two rows, padded": [[9] * 2 + [5] * 3 + [9] * 4 + [10, 11], [11] * 11],
-    "a root and single tokens": [[6] * 3 + [4, 5, 6]],
+    "a prefix and single tokens": [[6] * 3 + [4, 5, 6]],
 }
 
 
-def tree(name: str) -> Segments:
-    return Segments(torch.tensor(TREES[name], dtype=torch.int32))
+def packed_row(name: str) -> PackedMask:
+    return PackedMask(torch.tensor(ROWS[name], dtype=torch.int32))
 
 
-def forest(seed: int, width: int = 75) -> Segments:
-    """A random row: nodes with children, single tokens, padding."""
+def random_row(seed: int, width: int = 75) -> PackedMask:
+    """A random tree of prefixes, single tokens, padding."""
     draw, ends = random.Random(seed), [0] * width
 
     def fill(start: int, stop: int, depth: int) -> None:
@@ -38,4 +38,4 @@ def forest(seed: int, width: int = 75) -> Segments:
     real = draw.randint(1, width)
     fill(0, real, 0)
     ends[real:] = range(real + 1, width + 1)
-    return Segments(torch.tensor([ends], dtype=torch.int32))
+    return PackedMask(torch.tensor([ends], dtype=torch.int32))

@@ -1,4 +1,4 @@
-"""What the chapter on attention shows: who sees whom in packed rows, what backends err, and kernels that are broken."""
+"""Figures and tables of the chapter on attention: packed masks, errors of the backends, mutants of the kernel."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from companion.mutants import ATTENTION, broken_module
+from companion.mutants import ATTENTION, mutated_module
 from companion.plots.figures import CARD, COLORS, INK, _axes, _styled
-from llava_core.ops import BACKENDS, Segments, attention
+from llava_core.ops import BACKENDS, PackedMask, attention
 from llava_core.ops.attention import choose
-from llava_core.ops.block_mask import states
-from llava_core.ops.cpu_varlen import make_plan
-from llava_core.ops.reference import allowed
+from llava_core.ops.block_mask import EMPTY, block_states
+from llava_core.ops.cpu_varlen import make_schedule
+from llava_core.ops.reference import dense_mask
 from llava_core.runtime import resolve
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def interpret_kernels() -> None:
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def shared_row(images: Sequence[tuple[int, Sequence[int]]]) -> Segments:
+def shared_row(images: Sequence[tuple[int, Sequence[int]]]) -> PackedMask:
     """One row of samples that share the tokens of their image.
 
     Args:
@@ -49,33 +49,33 @@ def shared_row(images: Sequence[tuple[int, Sequence[int]]]) -> Segments:
         ends += [len(ends) + opening + sum(texts)] * opening
         for own in texts:
             ends += [len(ends) + own] * own
-    return Segments(torch.tensor([ends], dtype=torch.int32))
+    return PackedMask(torch.tensor([ends], dtype=torch.int32))
 
 
-def _tokens(segments: Segments) -> list[list[int]]:
+def _tokens(packed_mask: PackedMask) -> list[list[int]]:
     """Of each sample of the first row the positions of its tokens."""
-    return [[t for first, last in ranges for t in range(first, last)] for ranges in segments.samples[0]]
+    return [[t for first, last in ranges for t in range(first, last)] for ranges in packed_mask.samples[0]]
 
 
-def pair_counts(segments: Segments, block: int = BLOCK) -> dict[str, int]:
+def pair_counts(packed_mask: PackedMask, block: int = BLOCK) -> dict[str, int]:
     """How many pairs of positions are needed, and how many several ways of computing them make."""
-    samples, (rows, width) = _tokens(segments), segments.ends.shape
-    seen = allowed(width, segments, segments.ends.device)
+    samples, (rows, width) = _tokens(packed_mask), packed_mask.ends.shape
+    seen = dense_mask(width, packed_mask, packed_mask.ends.device)
     return {
         "needed, packed": int(seen.sum()),
-        f"packed, blocks of {block}": int((states(segments, block, block) < 2).sum()) * block**2,
-        "packed, sample by sample": sum(sum(call.pairs) for call in make_plan(segments).calls),
+        f"packed, blocks of {block}": int((block_states(packed_mask, block, block) != EMPTY).sum()) * block**2,
+        "packed, sample by sample": sum(sum(group.pairs) for group in make_schedule(packed_mask).groups),
         "padded": len(samples) * max(map(len, samples)) ** 2,
         "packed, all": rows * width**2,
     }
 
 
 @_styled
-def mask_figure(segments: Segments, names: Sequence[str]) -> Figure:
-    """Who sees whom, in a padded batch and in one packed row of the same samples."""
+def mask_figure(packed_mask: PackedMask, names: Sequence[str]) -> Figure:
+    """The attention mask of a padded batch and of one packed row of the same samples."""
     from matplotlib.colors import ListedColormap
 
-    samples, total = _tokens(segments), segments.ends.shape[1]
+    samples, total = _tokens(packed_mask), packed_mask.ends.shape[1]
     longest, count = max(map(len, samples)), len(samples)
     shade = np.zeros(total)
     for k, tokens in enumerate(samples):
@@ -84,7 +84,7 @@ def mask_figure(segments: Segments, names: Sequence[str]) -> Figure:
     for k, tokens in enumerate(samples):
         n = len(tokens)
         padded[:n, k * longest : k * longest + n] = np.tril(np.ones((n, n))) * shade[tokens][:, None]
-    packed = allowed(total, segments, torch.device("cpu"))[0, 0].numpy() * shade[:, None]
+    packed = dense_mask(total, packed_mask, torch.device("cpu"))[0, 0].numpy() * shade[:, None]
     figure, axes = _axes(8.2, 3.5, 1, 2)
     if (columns := axes[0].get_gridspec()) is not None:
         columns.set_width_ratios([longest * count, total])  # one scale for both
@@ -109,12 +109,14 @@ def mask_figure(segments: Segments, names: Sequence[str]) -> Figure:
 # ------------------------------------------------------------------------------------------------ backends
 
 
-def attention_inputs(segments: Segments, heads: int = 2, kv_heads: int = 1, head_dim: int = 32) -> list[torch.Tensor]:
-    """Random q, k, v and a random gradient of the output for packed rows, by a fixed seed, where the segments lie."""
+def attention_inputs(
+    packed_mask: PackedMask, heads: int = 2, kv_heads: int = 1, head_dim: int = 32
+) -> list[torch.Tensor]:
+    """Random q, k, v and a random gradient of the output for packed rows, by a fixed seed, on the mask's device."""
     generator = torch.Generator().manual_seed(0)
-    b, t = segments.ends.shape
+    b, t = packed_mask.ends.shape
     shapes = [(b, h, t, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(shape, generator=generator).to(segments.ends.device) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(packed_mask.ends.device) for shape in shapes]
 
 
 def what_runs(backend: str, like: torch.Tensor) -> str:
@@ -125,10 +127,10 @@ def what_runs(backend: str, like: torch.Tensor) -> str:
     return "forward" if unavailable(like.clone().requires_grad_(True)) is not None else "forward and backward"
 
 
-def backend_rows(inputs: Sequence[torch.Tensor], segments: Segments) -> list[dict[str, Any]]:
+def backend_rows(inputs: Sequence[torch.Tensor], packed_mask: PackedMask) -> list[dict[str, Any]]:
     """Of every backend what runs here, why not more, and whether `auto` takes it."""
     wanted = inputs[0].clone().requires_grad_(True)
-    taken, why = choose(wanted, segments)
+    taken, why = choose(wanted, packed_mask)
     rows = []
     for name in BACKENDS.names():
         reason = why if name == taken else BACKENDS.get(name).unavailable(wanted)
@@ -138,13 +140,13 @@ def backend_rows(inputs: Sequence[torch.Tensor], segments: Segments) -> list[dic
 
 
 def forward_backward(
-    backend: str, inputs: Sequence[torch.Tensor], segments: Segments, dtype: torch.dtype = torch.float32
+    backend: str, inputs: Sequence[torch.Tensor], packed_mask: PackedMask, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
     """Output and, where there is a backward pass, gradients of a backend, run in a dtype and returned in fp32."""
     *qkv, gradient = (x.to(dtype) for x in inputs)
     backward = what_runs(backend, qkv[0]) != "forward"
     leaves = [x.clone().requires_grad_(backward) for x in qkv]
-    output = attention(leaves[0], leaves[1], leaves[2], segments=segments, backend=backend)
+    output = attention(leaves[0], leaves[1], leaves[2], packed_mask=packed_mask, backend=backend)
     grads = torch.autograd.grad(output, leaves, gradient) if backward else ()
     return {
         "output": output.detach().float(),
@@ -163,19 +165,19 @@ def allowances(exact: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.flo
     return {part: 16 * torch.finfo(dtype).eps * float(value.abs().max()) for part, value in exact.items()}
 
 
-def parity_rows(inputs: Sequence[torch.Tensor], segments: Segments, dtype: torch.dtype) -> list[dict[str, Any]]:
+def parity_rows(inputs: Sequence[torch.Tensor], packed_mask: PackedMask, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Errors of every backend that runs here, in a dtype, against the definition in fp32, judged by the ratio rule.
 
     The measure is what the definition itself errs in that dtype; in fp32, where it errs nothing against itself, it is
     `allowances`.
     """
-    exact = forward_backward("reference", inputs, segments)
-    plain = largest_error(forward_backward("reference", inputs, segments, dtype), exact)
+    exact = forward_backward("reference", inputs, packed_mask)
+    plain = largest_error(forward_backward("reference", inputs, packed_mask, dtype), exact)
     rows = []
     for name in BACKENDS.names():
         if name == "reference" or not what_runs(name, inputs[0].to(dtype)):
             continue
-        for part, error in largest_error(forward_backward(name, inputs, segments, dtype), exact).items():
+        for part, error in largest_error(forward_backward(name, inputs, packed_mask, dtype), exact).items():
             limit = RATIO["output" if part == "output" else "gradient"]
             measure = plain[part] if dtype != torch.float32 else allowances(exact)[part]
             row = {"backend": name, "dtype": str(dtype).removeprefix("torch."), "of": part, "error": error}
@@ -206,11 +208,11 @@ def parity_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     return figure
 
 
-def apart(inputs: Sequence[torch.Tensor], segments: Segments) -> float:
+def apart(inputs: Sequence[torch.Tensor], packed_mask: PackedMask) -> float:
     """Largest difference between what a token of the first row gets in the row and what it gets in a sample alone."""
     q, k, v = (x[:1] for x in inputs[:3])
-    packed, found = attention(*(x for x in inputs[:3]), segments=segments)[:1], []
-    for tokens in _tokens(segments):
+    packed, found = attention(*(x for x in inputs[:3]), packed_mask=packed_mask)[:1], []
+    for tokens in _tokens(packed_mask):
         alone = attention(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens])
         found.append(float((packed[:, :, tokens] - alone).abs().max()))
     return max(found)
@@ -219,13 +221,13 @@ def apart(inputs: Sequence[torch.Tensor], segments: Segments) -> float:
 # ------------------------------------------------------------------------------------------------ broken on purpose
 
 
-def moved_border(segments: Segments, sample: int = 0) -> Segments:
+def moved_border(packed_mask: PackedMask, sample: int = 0) -> PackedMask:
     """The same row, but the first token after a sample belongs to that sample: a bug by one."""
-    ends = segments.ends.clone()
-    end = _tokens(segments)[sample][-1] + 1
+    ends = packed_mask.ends.clone()
+    end = _tokens(packed_mask)[sample][-1] + 1
     ends[0, ends[0] == end] = end + 1
     ends[0, end] = end + 1
-    return Segments(ends)
+    return PackedMask(ends)
 
 
 def caught_rows(
@@ -246,13 +248,13 @@ def caught_rows(
 
 
 def broken_kernels(
-    inputs: Sequence[torch.Tensor], segments: Segments, names: Sequence[str]
+    inputs: Sequence[torch.Tensor], packed_mask: PackedMask, names: Sequence[str]
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What our Triton kernel gives with one place of its source changed, for each of some changes.
 
     Args:
         inputs: as `attention_inputs` makes them.
-        segments: of the rows.
+        packed_mask: of the rows.
         names: of those in `mutants.ATTENTION` that change the kernel itself.
 
     Returns:
@@ -264,10 +266,10 @@ def broken_kernels(
 
     found, small = {}, kernel.Blocks(BLOCK, BLOCK, 4, 1)
     for name in names:
-        module: Any = broken_module(ATTENTION[name])
+        module: Any = mutated_module(ATTENTION[name])
         module.blocks = lambda head_dim, dtype: (small, small, small)
         leaves = [x.clone().requires_grad_(True) for x in inputs[:3]]
-        output = module.triton_attention(*leaves, segments)
+        output = module.triton_attention(*leaves, packed_mask)
         grads = torch.autograd.grad(output, leaves, inputs[3])
         parts = {f"gradient of {n}": g for n, g in zip("qkv", grads, strict=True)}
         found[name] = {"output": output.detach(), **parts}

@@ -107,12 +107,10 @@ def traced_shapes(model: Llava, question_tokens: int, answer_tokens: int) -> dic
     """
     import torch
 
-    from llava_core.models.vision_tower import image_features
-
     side, device = model.vision_tower.config.image_size, next(model.parameters()).device
     with torch.no_grad():
         pixels = torch.zeros(1, 3, side, side, device=device)
-        features = image_features(model.vision_tower, pixels, model.feature_layer)
+        features = model.tower_features(pixels)
         projected = model.multi_modal_projector(features)
         words = torch.zeros(1, question_tokens, dtype=torch.long, device=device)
         question = model.language_model.get_input_embeddings()(words)

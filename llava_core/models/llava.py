@@ -1,4 +1,4 @@
-"""LLaVA: a frozen vision tower, a projector and a causal language model, driven by their public arguments."""
+"""LLaVA, as in the paper's Figure 1: a vision tower, a projector and a causal language model."""
 
 from __future__ import annotations
 
@@ -10,44 +10,43 @@ from torch import nn
 
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.models.projector import PROJECTORS
-from llava_core.models.vision_tower import image_features, image_token_count
-from llava_core.ops.fused_layers import takes_sources
+from llava_core.models.vision_tower import image_token_count, patch_features
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
-from llava_core.ops.packed_mask import Segments
+from llava_core.ops.packed_mask import PackedMask
 
 TRAINABLE = {"projector": "multi_modal_projector", "language_model": "language_model"}
 
 
 class Llava(nn.Module):
-    """The model of the paper's Figure 1.
+    """LLaVA.
 
     Args:
         vision_tower: transformers' CLIPVisionModel; kept frozen and in eval mode.
         language_model: transformers' causal language model.
         projector: name in `PROJECTORS`.
-        feature_layer: which hidden state of the tower is projected (-2: before its last layer).
+        feature_layer: the hidden state of the tower that is projected (-2: before its last layer).
     """
 
     def __init__(
         self, vision_tower: Any, language_model: Any, projector: str = "linear", feature_layer: int = -2
     ) -> None:
         super().__init__()
+        d_vision, d_model = vision_tower.config.hidden_size, language_model.config.hidden_size
         self.vision_tower = vision_tower.eval().requires_grad_(False)
-        d_model = language_model.config.hidden_size
-        self.multi_modal_projector = PROJECTORS.get(projector)(vision_tower.config.hidden_size, d_model)
+        self.multi_modal_projector = PROJECTORS.get(projector)(d_vision, d_model)
         self.language_model = language_model
         self.projector_name, self.feature_layer = projector, feature_layer
 
     @property
     def n_image_tokens(self) -> int:
-        """Visual tokens per image."""
+        """Visual tokens per image, P."""
         return image_token_count(self.vision_tower)
 
     def set_trainable(self, parts: Iterable[str]) -> list[str]:
-        """Freeze everything but `parts` ("projector", "language_model"); the tower stays frozen.
+        """Freeze all parameters except those of `parts` ("projector", "language_model"); the tower stays frozen.
 
         Returns:
-            Names of the parameters that train.
+            Names of the trainable parameters.
         """
         self.requires_grad_(False)
         for part in parts:
@@ -55,67 +54,61 @@ class Llava(nn.Module):
         return [name for name, p in self.named_parameters() if p.requires_grad]
 
     def train(self, mode: bool = True) -> Llava:
-        """Training mode for all but the tower."""
+        """Training mode for projector and language model; the tower stays in eval mode."""
         super().train(mode)
         self.vision_tower.eval()
         return self
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected features of images: what `embed` puts in the place of their blocks.
-
-        Args:
-            pixel_values: (N, 3, H, W).
-
-        Returns:
-            image_features (N, P, D), in the projector's dtype.
-        """
-        return self.project(self.tower_features(pixel_values))
-
     def tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features (N, P, D_vision) of images (N, 3, H, W), of the layer that is projected; no graph is kept."""
-        return image_features(self.vision_tower, pixel_values, self.feature_layer)
+        """Patch features (N, P, D_vision) of images (N, 3, H, W), without a graph."""
+        (features,) = patch_features(self.vision_tower, pixel_values, [self.feature_layer])
+        return features
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """The tower's features (N, P, D_vision) as visual tokens (N, P, D), in the projector's dtype."""
-        projected: torch.Tensor = self.multi_modal_projector(
-            features.to(next(self.multi_modal_projector.parameters()).dtype)
-        )
-        return projected
+        """Patch features (N, P, D_vision) as visual tokens (N, P, D), in the projector's dtype."""
+        dtype = next(self.multi_modal_projector.parameters()).dtype
+        visual_tokens: torch.Tensor = self.multi_modal_projector(features.to(dtype))
+        return visual_tokens
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Visual tokens (N, P, D) of images (N, 3, H, W)."""
+        return self.project(self.tower_features(pixel_values))
 
     def embed(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
+        pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Word embeddings with each image block replaced by its projected features.
+        """Word embeddings, with visual tokens in place of the image blocks.
 
         Args:
-            input_ids: (B, T); each image is a run of `n_image_tokens` times `IMAGE_TOKEN_ID`.
-            pixel_values: (N, 3, H, W), images in the order in which they stand in the batch; None where there is none.
-            image_features: (N, P, D) that `encode_images` gave earlier, in place of `pixel_values`.
+            input_ids: (B, T); each image is a block of `n_image_tokens` times `IMAGE_TOKEN_ID`.
+            pixel_values: (N, 3, H, W), the images in the order of their blocks; None without images.
+            image_features: (N, P, D), an earlier result of `encode_images`, instead of `pixel_values`.
 
         Returns:
             inputs_embeds (B, T, D).
 
         Raises:
-            ValueError: the number of image tokens is not the number of image features, or images are given twice.
+            ValueError: the number of image tokens differs from the number of visual tokens, or images are given twice.
         """
         if pixel_values is not None and image_features is not None:
             raise ValueError("pixel_values and image_features are two forms of the same images; fix: give one of them")
-        is_image = input_ids == IMAGE_TOKEN_ID
-        embeds = self.language_model.get_input_embeddings()(input_ids.clamp(min=0))
-        n_images = next((len(given) for given in (pixel_values, image_features) if given is not None), 0)
+        is_image = input_ids == IMAGE_TOKEN_ID  # (B, T)
+        n_images = next((len(images) for images in (pixel_values, image_features) if images is not None), 0)
         n_expected = n_images * self.n_image_tokens
         if int(is_image.sum()) != n_expected:
             raise ValueError(
                 f"{int(is_image.sum())} image tokens in the text but {n_expected} image features; "
                 "fix: one <image> per image, and never truncate inside an image block"
             )
-        projected = self.encode_images(pixel_values) if pixel_values is not None else image_features
-        if projected is None:
+        embeds: torch.Tensor = self.language_model.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
+        if pixel_values is not None:
+            image_features = self.encode_images(pixel_values)  # (N, P, D)
+        if image_features is None:
             return embeds
-        return embeds.masked_scatter(is_image[..., None], projected.to(embeds.dtype))
+        return embeds.masked_scatter(is_image[..., None], image_features.to(embeds.dtype))
 
     def forward(
         self,
@@ -126,20 +119,23 @@ class Llava(nn.Module):
         image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's output for a batch of text and images.
+        """The language model's output for a padded batch of text and images.
 
         Args:
             input_ids: (B, T) with image blocks.
             pixel_values: (N, 3, H, W) or None.
-            attention_mask: (B, T), 1 for real tokens; None if nothing is padded.
-            position_ids: (B, T); counted from the mask by the language model when None.
-            image_features: (N, P, D) of `encode_images`, in place of `pixel_values`.
-            kwargs: further public arguments of the language model (`past_key_values`, `use_cache`, ...).
+            attention_mask: (B, T), 1 for tokens and 0 for padding; None without padding.
+            position_ids: (B, T); the language model counts them from the mask if None.
+            image_features: (N, P, D) from `encode_images`, instead of `pixel_values`.
+            kwargs: further arguments of the language model (`past_key_values`, `use_cache`, ...).
 
         Returns:
             transformers' output with `logits` (B, T, V).
         """
+        # 1. Vision tower and projector: pixels (N, 3, H, W) -> visual tokens (N, P, D).
+        # 2. Word embeddings (B, T, D), with the visual tokens in place of the image blocks.
         embeds = self.embed(input_ids, pixel_values, image_features)
+        # 3. Language model: (B, T, D) -> logits (B, T, V).
         return self.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -148,31 +144,36 @@ class Llava(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        segments: Segments,
-        sources: torch.Tensor,
+        packed_mask: PackedMask,
+        logit_positions: torch.Tensor,
         targets: torch.Tensor,
-        image_features: torch.Tensor | None = None,
+        tower_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy summed over supervised tokens of packed rows; the caller divides by those of the global batch.
+        """Cross-entropy of packed rows, summed over the supervised tokens.
 
-        The language model must run `llava_core.ops.transformers_backend.packed_attention`.
+        The language model must run inside `llava_core.ops.transformers_backend.packed_attention`. The caller divides
+        by the number of supervised tokens of the global batch.
 
         Args:
             input_ids: (B, T) with image blocks.
-            position_ids: (B, T) place of each token in its sample.
-            segments: which tokens belong together.
-            sources: (M,) tokens, counted through all rows, whose hidden states predict.
-            targets: (M,) token ids that they predict.
-            image_features: (N, P, D_vision) of the vision tower, per image block in the rows' order, or None.
+            position_ids: (B, T), the position of each token in its sample.
+            packed_mask: attention mask of the rows.
+            logit_positions: (M,) indices into the B x T positions whose logits are supervised.
+            targets: (M,) token ids.
+            tower_features: (N, P, D_vision) from `tower_features`, one per image block; None without images.
 
         Returns:
             A scalar, in fp32.
         """
-        embeds = self.embed(input_ids, None, None if image_features is None else self.project(image_features))
-        decoder, head = self.language_model.get_decoder(), self.language_model.get_output_embeddings()
-        lean = {"sources": sources} if takes_sources(decoder) else {}
-        output = decoder(inputs_embeds=embeds, position_ids=position_ids, segments=segments, use_cache=False, **lean)
-        hidden = output.last_hidden_state.flatten(0, 1)
-        if not lean:
-            hidden = hidden.index_select(0, sources)
-        return linear_cross_entropy(hidden, head.weight, targets)
+        # 1. Projector: patch features (N, P, D_vision) -> visual tokens (N, P, D).
+        image_features = None if tower_features is None else self.project(tower_features)
+        # 2. Word embeddings (B, T, D), with the visual tokens in place of the image blocks.
+        embeds = self.embed(input_ids, image_features=image_features)
+        # 3. Decoder layers: attention stays within each sample.
+        hidden = self.language_model.get_decoder()(
+            inputs_embeds=embeds, position_ids=position_ids, packed_mask=packed_mask, use_cache=False
+        ).last_hidden_state
+        # 4. Hidden states of the supervised positions: (B, T, D) -> (M, D).
+        hidden = hidden.flatten(0, 1).index_select(0, logit_positions)
+        # 5. Output layer and loss, without the logits (M, V) in memory at once.
+        return linear_cross_entropy(hidden, self.language_model.get_output_embeddings().weight, targets)

@@ -1,4 +1,4 @@
-"""Projectors from visual features to word embeddings; add one by registering a builder."""
+"""Projectors from patch features to visual tokens; register a builder to add one."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def linear(d_vision: int, d_model: int) -> nn.Module:
 
 @PROJECTORS.register("mlp2x_gelu")
 def mlp2x_gelu(d_vision: int, d_model: int) -> nn.Module:
-    """Two layers with GELU between them: LLaVA-1.5, for contrast."""
+    """Two layers with GELU between them: the projector of LLaVA-1.5."""
     return nn.Sequential(nn.Linear(d_vision, d_model), nn.GELU(), nn.Linear(d_model, d_model))

@@ -1,33 +1,34 @@
-"""The frozen vision tower: transformers' CLIPVisionModel, read at one of its layers."""
+"""The frozen vision tower: transformers' CLIPVisionModel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 
 def image_token_count(tower: Any) -> int:
-    """Visual tokens of one image: the patches, without the class token (256 for 224 px and patch 14)."""
+    """Visual tokens per image: its patches, without the class token (256 for 224 px and patch 14)."""
     config = tower.config
     return int(config.image_size // config.patch_size) ** 2
 
 
 @torch.no_grad()
-def image_features(tower: Any, pixel_values: torch.Tensor, feature_layer: int = -2) -> torch.Tensor:
-    """Grid features before (-2) or after (-1) the last transformer layer, class token dropped.
+def patch_features(tower: Any, pixel_values: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+    """Patch features of one or more layers, without the class token.
 
     Args:
-        tower: CLIPVisionModel in eval mode; never trained, so no graph is kept.
-        pixel_values: (N, 3, H, W), already normalised.
-        feature_layer: index into the tower's hidden states; neither -2 nor -1 passes the post-layernorm.
+        tower: CLIPVisionModel in eval mode.
+        pixel_values: (N, 3, H, W), normalised.
+        layers: indices into the tower's hidden states: -2 before the last transformer layer, -1 after it. Neither
+            passes the post-layernorm.
 
     Returns:
-        Patch features (N, P, D_vision).
+        Per layer (N, P, D_vision).
 
     Source:
         Paper 4.1 and 5.2; `hidden_states[layer][:, 1:]` in llava/model/llava.py at 7c63df1.
     """
-    output = tower(pixel_values=pixel_values.to(tower.dtype), output_hidden_states=True)
-    features: torch.Tensor = output.hidden_states[feature_layer][:, 1:]
-    return features
+    hidden_states = tower(pixel_values=pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
+    return [hidden_states[layer][:, 1:] for layer in layers]  # drop the class token

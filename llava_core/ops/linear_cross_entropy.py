@@ -1,8 +1,8 @@
-"""Cross-entropy of a linear layer's outputs, without ever holding the outputs of all rows.
+"""Cross-entropy of a linear layer's outputs in chunks, without the logits of all rows in memory.
 
-The logits of a language model are its largest tensor: tokens x vocabulary. Here the rows come in chunks; each chunk's
-logits become, in place, the gradient of its loss, and that at once the gradients of rows and weight. Nothing of the
-size of the vocabulary is kept but the weight's own gradient, and that only if the weight is trained.
+The logits of a language model are its largest tensor: tokens x vocabulary. Here they are computed chunk by chunk. The
+forward pass turns each chunk in place into the gradient of its loss, and that into the gradients of hidden states and
+weight, as in Liger Kernel (arXiv 2410.10989). The weight's gradient is computed only if the weight is trained.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from llava_core.registry import Registry
 from llava_core.runtime import CompanionError
 
-CHUNK_NUMBERS = 2**24  # of a chunk of logits: 64 MiB in fp32
+CHUNK_ELEMENTS = 2**24  # logits of a chunk: 64 MiB in fp32
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How the loss is computed, and why it cannot be here (None: it can)."""
+    """An implementation, and the reason why it cannot run for given hidden states (None if it can)."""
 
     name: str
     run: Run
@@ -34,53 +34,53 @@ class Backend:
 
 
 def reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The definition: all logits at once."""
+    """The definition, with all logits at once."""
     return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # summed in fp32: many chunks of a low-precision gradient would round away the small ones
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # accumulated in fp32: low precision would lose small terms over many chunks
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         in_place = hidden.dtype == torch.float32
-        size = min(len(hidden), max(1, CHUNK_NUMBERS // weight.shape[0]))
-        # one piece of memory for all chunks: fresh pages cost a CPU as much as the arithmetic
-        memory = torch.empty(size, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        size = min(len(hidden), max(1, CHUNK_ELEMENTS // weight.shape[0]))
+        # one buffer for all chunks: on a CPU new pages cost as much as the arithmetic
+        buffer = torch.empty(size, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         for begin in range(0, len(hidden), size):
             rows, target = hidden[begin : begin + size], targets[begin : begin + size, None]
-            logits = torch.mm(rows, weight.T, out=memory[: len(rows)])
-            wanted = logits.gather(-1, target).float()
-            largest, place = logits.max(-1, keepdim=True)
+            logits = torch.mm(rows, weight.T, out=buffer[: len(rows)])
+            target_logits = logits.gather(-1, target).float()
+            largest, index = logits.max(-1, keepdim=True)
             out = logits if in_place else None
-            wrong = torch.softmax(logits, -1, dtype=torch.float32, out=out)
-            # log of the sum of exponentials, from the probability of the likeliest word, which never is 0
-            total += (largest.float() - wrong.gather(-1, place).log() - wanted).sum()
-            if of_hidden is None and of_weight is None:
+            grad = torch.softmax(logits, -1, dtype=torch.float32, out=out)
+            # logsumexp from the largest probability, which is never 0
+            total += (largest.float() - grad.gather(-1, index).log() - target_logits).sum()
+            if hidden_grad is None and weight_grad is None:
                 continue
-            wrong.scatter_add_(-1, target, wrong.new_full(target.shape, -1.0))  # less one at the target: the gradient
-            wrong = wrong.to(hidden.dtype)
-            if of_hidden is not None:
-                torch.mm(wrong, weight, out=of_hidden[begin : begin + len(rows)])
-            if of_weight is not None:
-                if of_weight.dtype == wrong.dtype:
-                    of_weight.addmm_(wrong.T, rows)
+            grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))  # softmax minus one-hot
+            grad = grad.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(grad, weight, out=hidden_grad[begin : begin + len(rows)])
+            if weight_grad is not None:
+                if weight_grad.dtype == grad.dtype:
+                    weight_grad.addmm_(grad.T, rows)
                 else:
-                    of_weight += wrong.T @ rows
-        ctx.save_for_backward(of_hidden, of_weight)
+                    weight_grad += grad.T @ rows
+        ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        of_hidden, of_weight = ctx.saved_tensors
-        if of_hidden is not None:
-            of_hidden = of_hidden * grads[0].to(of_hidden.dtype)
-        if of_weight is not None:
-            of_weight = (of_weight * grads[0]).to(ctx.weight_dtype)
-        return of_hidden, of_weight, None
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * grads[0].to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = (weight_grad * grads[0]).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None
 
 
 def _chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -108,11 +108,11 @@ for _backend in (Backend("chunked", _chunked), Backend("reference", reference), 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, backend: str = "chunked"
 ) -> torch.Tensor:
-    """Cross-entropy of `hidden @ weight.T` with targets, summed over the rows.
+    """Cross-entropy of `hidden @ weight.T` with targets, summed over the positions.
 
     Args:
-        hidden: (M, D) hidden states that predict.
-        weight: (V, D) of the output layer, which has no bias.
+        hidden: (M, D) hidden states of the supervised positions.
+        weight: (V, D) of the output layer, without bias.
         targets: (M,) token ids.
         backend: a name in `BACKENDS`.
 

@@ -1,19 +1,19 @@
-"""The definitions: slow, obvious, in the dtype they are given."""
+"""The definition of attention over packed rows, in plain PyTorch; it computes in the dtype of its inputs."""
 
 from __future__ import annotations
 
 import torch
 
-from llava_core.ops.packed_mask import Segments
+from llava_core.ops.packed_mask import PackedMask
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-    """Causal softmax attention, written out.
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_mask: PackedMask | None = None) -> torch.Tensor:
+    """Causal softmax attention.
 
     Args:
         q: (B, heads, T, head_dim).
         k, v: (B, kv_heads, T, head_dim); heads is a multiple of kv_heads (grouped-query attention).
-        segments: which tokens of a packed row belong together. None: one segment per row.
+        packed_mask: of packed rows; None if each row is one sample.
 
     Returns:
         (B, heads, T, head_dim).
@@ -22,14 +22,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segme
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return scores.masked_fill(~allowed(q.shape[2], segments, q.device), float("-inf")).softmax(-1) @ v
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, T, T)
+    return scores.masked_fill(~dense_mask(q.shape[2], packed_mask, q.device), float("-inf")).softmax(-1) @ v
 
 
-def allowed(length: int, segments: Segments | None, device: torch.device) -> torch.Tensor:
-    """Who may see whom: True at (..., query, key), (T, T) or (B, 1, T, T) with segments."""
+def dense_mask(length: int, packed_mask: PackedMask | None, device: torch.device) -> torch.Tensor:
+    """The mask as a matrix, True where the query attends to the key: (T, T), or (B, 1, T, T) for packed rows."""
     position = torch.arange(length, device=device)
     causal = position[:, None] >= position
-    if segments is None:
+    if packed_mask is None:
         return causal
-    return causal & (position[:, None] < segments.ends.to(device)[:, None, None, :])
+    return causal & (position[:, None] < packed_mask.ends.to(device)[:, None, None, :])

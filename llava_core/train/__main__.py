@@ -1,6 +1,6 @@
 """One rank of a training run.
 
-Started by `python -m torch.distributed.run ... -m llava_core.train RECORD [--init CHECKPOINT] [--anew]`.
+Started by `python -m torch.distributed.run ... -m llava_core.train RECORD [--init CHECKPOINT] [--no-resume]`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("record", type=Path)
     parser.add_argument("--init", type=Path)
-    parser.add_argument("--anew", action="store_true")
+    parser.add_argument("--no-resume", action="store_true")
     arguments = parser.parse_args()
     start()
-    train_record(RunRecord(arguments.record), arguments.init, resume=not arguments.anew)
+    train_record(RunRecord(arguments.record), arguments.init, resume=not arguments.no_resume)
 
 
 if __name__ == "__main__":

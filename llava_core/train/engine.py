@@ -1,8 +1,7 @@
-"""The little that several processes need: a process group, and sums over ranks.
+"""Several processes: a process group, and sums over ranks.
 
-Gradients are summed after the last micro-batch. Each rank's loss is already divided by the supervised tokens of the
-whole global batch, so the sum is the gradient of one large batch: 1 x 32 == 2 ranks x 16. Sharded training comes with a
-launcher.
+Each rank divides its loss by the supervised tokens of the global batch, so the sum of the ranks' gradients is the
+gradient of one large batch: 1 x 32 == 2 ranks x 16. Gradients are summed once per step, after the last micro-batch.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import distributed as dist
 
 
 def start() -> None:
-    """Join the process group that torchrun describes in the environment; nothing when the process is alone."""
+    """Join the process group that torchrun describes in the environment; nothing for a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
@@ -31,7 +30,7 @@ def sum_over_ranks(value: float) -> float:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sum gradients over all ranks in place; a rank without one (text-only rows) contributes zeros."""
+    """Sum gradients over all ranks in place; a rank without gradients (rows without images) adds zeros."""
     if not dist.is_initialized():
         return
     for p in parameters:

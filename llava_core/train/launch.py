@@ -107,7 +107,7 @@ def _start(config: RunConfig, record: RunRecord, initial: Path | None, resume: b
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu",
         "-m", "llava_core.train", str(record.path),
-        *(["--init", str(initial)] if initial else []), *([] if resume else ["--anew"]),
+        *(["--init", str(initial)] if initial else []), *([] if resume else ["--no-resume"]),
     ]  # fmt: skip
     if config.scale.launcher == "deepspeed":
         raise CompanionError("launcher 'deepspeed' is still to come; fix: use a scale with launcher torchrun")

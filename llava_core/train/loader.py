@@ -1,4 +1,4 @@
-"""From sample numbers to packed rows with what their images need, one step ahead of the trainer."""
+"""From sample indices to packed rows on the device: encoding, packing, images or cached features, prefetch."""
 
 from __future__ import annotations
 
@@ -19,87 +19,116 @@ from llava_core.config import RunConfig
 from llava_core.constants import IGNORE_INDEX
 from llava_core.data.feature_cache import FeatureCache
 from llava_core.data.packing import PackedRow, pack
-from llava_core.models.llava import Llava
-from llava_core.ops.packed_mask import Segments
+from llava_core.models.vision_tower import patch_features
+from llava_core.ops.packed_mask import PackedMask
 from llava_core.runtime import rank, resolve, world_size
-from llava_core.train.dataset import Normalise, TrainingSet
+from llava_core.train.dataset import TrainingSet
 
-LAYERS = (-2, -1)
-"""Layers of the tower whose features are kept: one pass gives both, and the ablation of the layer needs the other."""
+CACHED_LAYERS = (-2, -1)
+"""Tower layers in the feature cache: one pass computes both, and the ablation of the feature layer needs the other."""
 
 TOWER_BATCH = 32
 FEATURES = "data/features"
 
 
 @dataclass
-class RowBatch:
-    """A packed row and its images.
+class RowInputs:
+    """The model's inputs for one packed row of T tokens.
 
     Attributes:
-        row: see `llava_core.data.packing.PackedRow`.
-        images: (N, P, D) features of the row's different images from the cache, or their pixels uint8 (N, H, W, 3).
-        blocks: (blocks,) which of `images` stands in each image block of the row.
+        input_ids, position_ids: (1, T) int64.
+        packed_mask: attention mask of the row.
+        logit_positions, targets: (M,) int64; see `Llava.packed_loss`.
+        images: (N, P, D_vision) cached features of the row's distinct images, or their pixels (N, H, W, 3) uint8.
+        image_index: (blocks,) index into `images` per image block.
     """
 
-    row: PackedRow
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    packed_mask: PackedMask
+    logit_positions: torch.Tensor
+    targets: torch.Tensor
     images: torch.Tensor | None
-    blocks: torch.Tensor
+    image_index: torch.Tensor
+
+    @classmethod
+    def of(cls, row: PackedRow, images: torch.Tensor | None, image_index: Sequence[int]) -> RowInputs:
+        """The inputs of a packed row, on the CPU."""
+        input_ids, position_ids, logit_positions, targets = (
+            torch.as_tensor(values, dtype=torch.long)
+            for values in (row.input_ids, row.position_ids, row.sources, row.targets)
+        )
+        return cls(
+            input_ids[None], position_ids[None], PackedMask(torch.as_tensor(row.ends, dtype=torch.int32)[None]),
+            logit_positions, targets, images, torch.tensor(image_index, dtype=torch.long),
+        )  # fmt: skip
 
 
 @dataclass
-class Batch:
-    """An optimizer step's share of one rank.
+class StepBatch:
+    """One rank's share of an optimizer step.
 
     Attributes:
-        rows: the packed rows.
+        rows: packed rows.
         supervised: supervised tokens of the samples.
-        tokens: tokens of the samples, as each would have them alone.
-        samples: how many there are.
+        tokens: tokens of the samples, shared prefixes counted for each sample.
+        samples: number of samples.
     """
 
-    rows: list[RowBatch]
+    rows: list[RowInputs]
     supervised: int
     tokens: int
     samples: int
 
 
-class Batches:
-    """Makes batches of a training set.
+class Loader:
+    """Batches of a training set.
 
     Args:
         data: the samples.
-        capacity: most tokens of a row.
-        features: the tower's features, kept; None: images are decoded and go through the tower at every use.
-        layer: which of the layers kept.
-        share: compute common beginnings of samples once.
+        max_tokens: of a packed row.
+        features: cache of the tower's features; None: images are decoded and the tower runs at every use.
+        layer: index into the cached layers.
+        share_prefixes: store shared prefixes of samples once per row.
     """
 
     def __init__(
         self,
         data: TrainingSet,
-        capacity: int,
+        max_tokens: int,
         features: FeatureCache | None = None,
         layer: int = 0,
-        share: bool = True,
+        share_prefixes: bool = True,
     ) -> None:
-        self.data, self.capacity, self.features, self.layer, self.share = data, capacity, features, layer, share
+        self.data, self.max_tokens, self.share_prefixes = data, max_tokens, share_prefixes
+        self.features, self.layer = features, layer
 
-    def make(self, numbers: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> StepBatch:
         """The batch of some samples."""
-        items = [self.data.encoded(k) for k in numbers]
-        images = [self.data.samples[k].image for k in numbers]
-        rows = pack(items, images, self.capacity, self.share)
-        return Batch(
-            [self._with_images(row) for row in rows],
+        items = [self.data.encoded(k) for k in indices]
+        images = [self.data.samples[k].image for k in indices]
+        return StepBatch(
+            [self._row_inputs(row) for row in pack(items, images, self.max_tokens, self.share_prefixes)],
             supervised=sum(label != IGNORE_INDEX for item in items for label in item.labels[1:]),
             tokens=sum(len(item.input_ids) for item in items),
             samples=len(items),
         )
 
-    def _with_images(self, row: PackedRow) -> RowBatch:
-        different = list(dict.fromkeys(row.images))
-        place = {key: k for k, key in enumerate(different)}
-        return RowBatch(row, self._images(different), torch.tensor([place[key] for key in row.images]))
+    def prefetch(self, steps: Iterable[Sequence[int]]) -> Iterator[tuple[StepBatch, float]]:
+        """The batch of each step and the seconds spent waiting for it; a thread prepares the next one meanwhile."""
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+            pending: Future[StepBatch] | None = None
+            for indices in steps:
+                following = pool.submit(self.batch, indices)
+                if pending is not None:
+                    yield _wait(pending)
+                pending = following
+            if pending is not None:
+                yield _wait(pending)
+
+    def _row_inputs(self, row: PackedRow) -> RowInputs:
+        index = {key: k for k, key in enumerate(dict.fromkeys(row.images))}
+        return RowInputs.of(row, self._images(list(index)), [index[key] for key in row.images])
 
     def _images(self, keys: Sequence[Hashable]) -> torch.Tensor | None:
         paths = [Path(str(key)) for key in keys]
@@ -109,90 +138,56 @@ class Batches:
             return self.features.get(paths, self.layer)
         return torch.from_numpy(np.stack([self.data.pixels(path) for path in paths]))
 
-    def ahead(self, steps: Iterable[Sequence[int]]) -> Iterator[tuple[Batch, float]]:
-        """Give the batch of each step, and the seconds that the caller waited for it; the next one is being made."""
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-            coming: Future[Batch] | None = None
-            for numbers in steps:
-                following = pool.submit(self.make, numbers)
-                if coming is not None:
-                    yield _await(coming)
-                coming = following
-            if coming is not None:
-                yield _await(coming)
 
-
-def _await(coming: Future[Batch]) -> tuple[Batch, float]:
+def _wait(pending: Future[StepBatch]) -> tuple[StepBatch, float]:
     begin = time.monotonic()
-    return coming.result(), time.monotonic() - begin
-
-
-def row_loss(model: Llava, batch: RowBatch, normalise: Normalise, device: torch.device) -> torch.Tensor:
-    """Loss of a row, summed over its supervised tokens; call it inside `packed_attention`."""
-
-    def tensor(numbers: Any) -> torch.Tensor:
-        return torch.as_tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
-
-    row, features = batch.row, batch.images
-    if features is not None:
-        if features.dtype == torch.uint8:
-            pixels = torch.from_numpy(normalise(features.numpy())).to(device)
-            features = model.tower_features(pixels)
-        features = features.to(device, non_blocking=True)
-        if len(batch.blocks) != len(features):  # an image that stands in several blocks
-            features = features.index_select(0, batch.blocks.to(device))
-    ends = torch.as_tensor(row.ends, dtype=torch.int32)[None]
-    return model.packed_loss(
-        tensor(row.input_ids)[None], tensor(row.position_ids)[None], Segments(ends).to(device),
-        tensor(row.sources), tensor(row.targets), features,
-    )  # fmt: skip
+    return pending.result(), time.monotonic() - begin
 
 
 def open_features(
     loaded: Loaded, config: RunConfig, train_set: TrainingSet, held_out: TrainingSet, device: torch.device
 ) -> FeatureCache | None:
-    """The features of a run's images, computed where they are missing; None where keeping them does not pay.
+    """Open the feature cache and compute the features that it lacks.
 
-    It pays where images repeat: over epochs, over samples of one image, or over runs with other seeds. Where the disk
-    has no room for them the reason is printed, and every use of an image runs the tower.
+    Returns:
+        None if no image is used twice (over epochs, samples or seeds), or if the disk has not enough space: then the
+        reason is printed, and the tower runs at every use of an image.
     """
     tower, processor = loaded.model.vision_tower, loaded.processor
-    if loaded.model.feature_layer not in LAYERS:
+    if loaded.model.feature_layer not in CACHED_LAYERS:
         return None
-    samples = [s for data in (train_set, held_out) for s in data.samples if s.image is not None]
-    images = list(dict.fromkeys(s.image for s in samples if s.image is not None))
-    repeats = config.experiment.train.epochs > 1 or len(samples) > len(images) or len(config.scale.seeds) > 1
+    uses = [s.image for data in (train_set, held_out) for s in data.samples if s.image is not None]
+    images = list(dict.fromkeys(uses))
+    repeats = config.experiment.train.epochs > 1 or len(uses) > len(images) or len(config.scale.seeds) > 1
     if not images or not repeats:
         return None
     dtype = next(tower.parameters()).dtype
     facts = {
-        "tower": tower_hash(tower), "layers": LAYERS, "dtype": str(dtype), "preprocessing": processor.to_dict(),
+        "tower": tower_hash(tower), "layers": CACHED_LAYERS, "dtype": str(dtype), "preprocessing": processor.to_dict(),
     }  # fmt: skip
-    shape = (len(LAYERS), loaded.model.n_image_tokens, tower.config.hidden_size)
+    shape = (len(CACHED_LAYERS), loaded.model.n_image_tokens, tower.config.hidden_size)
     cache = FeatureCache(resolve(FEATURES), facts, shape, dtype)
     if (reason := cache.room(len(cache.missing(images)))) is not None:
         sys.stderr.write(f"images go through the tower at every use: {reason}\n")
         return None
 
-    @torch.no_grad()
     def compute(paths: Sequence[Path]) -> torch.Tensor:
         parts = []
         for begin in range(0, len(paths), TOWER_BATCH):
             pixels = np.stack([train_set.pixels(path) for path in paths[begin : begin + TOWER_BATCH]])
-            values = torch.from_numpy(processor.normalise(pixels)).to(device, dtype)
-            hidden = tower(pixel_values=values, output_hidden_states=True).hidden_states
-            parts.append(torch.stack([hidden[layer][:, 1:] for layer in LAYERS], 1).cpu())
-        return torch.cat(parts)
+            values = torch.from_numpy(processor.normalise(pixels)).to(device)
+            parts.append(torch.stack(patch_features(tower, values, CACHED_LAYERS), 1).cpu())
+        return torch.cat(parts)  # (N, layers, P, D_vision)
 
     cache.fill(images[rank() :: world_size()], compute)
     if world_size() > 1:
         torch.distributed.barrier()
-        cache = FeatureCache(resolve(FEATURES), facts, shape, dtype)  # with what the other ranks have made
+        cache = FeatureCache(resolve(FEATURES), facts, shape, dtype)  # now with the features of the other ranks
     return cache
 
 
 def tower_hash(tower: Any) -> str:
-    """SHA-256 over names and values of a tower's weights."""
+    """SHA-256 of names and values of a tower's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(tower.state_dict().items()):
         digest.update(name.encode())

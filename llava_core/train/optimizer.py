@@ -1,4 +1,4 @@
-"""AdamW and the cosine schedule with linear warm-up of the paper's runs."""
+"""AdamW, and the cosine schedule with linear warm-up of the paper's runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llava_core.config import TrainConfig
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; the paper's weight decay is 0. Fused: one pass over each parameter instead of a dozen."""
+    """AdamW in PyTorch's fused implementation; the paper's weight decay is 0."""
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
         fused=True,

@@ -82,7 +82,7 @@ def test_every_way_of_attention_computes_the_same_and_is_a_row() -> None:
     found = bench_attention(("tiny",), length=96, rows=2, rounds=2, scale=0.08, memory=False)
     rows = found["cases"]
     assert {row["case"] for row in rows} == {"causal", "packed", "packed, shared beginnings"}
-    assert {row["candidate"] for row in rows} >= {"padded", "sdpa", "per_sample"}
+    assert {row["candidate"] for row in rows} >= {"padded", "sdpa", "cpu_varlen"}
     assert all(row["low"] <= row["ms"] <= row["high"] for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["candidate"] == row["peer"])
     assert min(row["samples"] for row in rows if row["case"] == "packed") > 4
@@ -99,11 +99,11 @@ def test_samples_share_their_beginnings_and_fill_the_rows() -> None:
 
 
 def test_a_way_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = BACKENDS.get("per_sample").run
-    broken = Backend("per_sample", lambda q, k, v, s: right(q, k, v, None))
+    right = BACKENDS.get("cpu_varlen").run
+    broken = Backend("cpu_varlen", lambda q, k, v, s: right(q, k, v, None))
     get = BACKENDS.get
-    monkeypatch.setattr(BACKENDS, "get", lambda name: broken if name == "per_sample" else get(name))
-    with pytest.raises(AssertionError, match="per_sample and padded differ"):
+    monkeypatch.setattr(BACKENDS, "get", lambda name: broken if name == "cpu_varlen" else get(name))
+    with pytest.raises(AssertionError, match="cpu_varlen and padded differ"):
         bench_attention(("tiny",), length=96, rounds=1, scale=0.08)
 
 

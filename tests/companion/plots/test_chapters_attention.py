@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from companion.plots import chapters_attention as show
-from llava_core.ops import BACKENDS, Segments
+from llava_core.ops import BACKENDS, PackedMask
 from llava_core.ops.attention import Backend
 from llava_core.runtime import ROOT
 
@@ -38,7 +38,7 @@ def test_a_row_of_images_with_several_samples() -> None:
 def test_every_backend_that_runs_holds_the_ratio_rule_in_both_precisions() -> None:
     inputs = show.attention_inputs(ROW, head_dim=16)
     running = {name for name in BACKENDS.names() if show.what_runs(name, inputs[0])}
-    assert running >= {"sdpa", "per_sample", "flex", "reference"}
+    assert running >= {"sdpa", "cpu_varlen", "flex", "reference"}
     for dtype in (torch.float32, torch.bfloat16):
         rows = show.parity_rows(inputs, ROW, dtype)
         assert {row["backend"] for row in rows} == running - {"reference"}
@@ -48,19 +48,19 @@ def test_every_backend_that_runs_holds_the_ratio_rule_in_both_precisions() -> No
 
 def test_the_table_says_what_runs_and_why_not() -> None:
     rows = {row["backend"]: row for row in show.backend_rows(show.attention_inputs(ROW), ROW)}
-    assert [name for name, row in rows.items() if row["auto takes it"]] == ["per_sample"]
+    assert [name for name, row in rows.items() if row["auto takes it"]] == ["cpu_varlen"]
     if not torch.cuda.is_available():
         assert rows["flex"]["runs here"] == "forward"
         assert "no backward pass" in rows["flex"]["because"]
-    assert rows["per_sample"]["because"]
+    assert rows["cpu_varlen"]["because"]
 
 
 def test_the_ratio_rule_sees_a_missing_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = show.attention_inputs(ROW, head_dim=16)
-    right = BACKENDS.get("per_sample").run
-    broken = Backend("per_sample", lambda q, k, v, s: right(q * 1.01, k, v, s))
-    monkeypatch.setattr(BACKENDS, "get", lambda name, get=BACKENDS.get: broken if name == "per_sample" else get(name))
-    rows = [r for r in show.parity_rows(inputs, ROW, torch.float32) if r["backend"] == "per_sample"]
+    right = BACKENDS.get("cpu_varlen").run
+    broken = Backend("cpu_varlen", lambda q, k, v, s: right(q * 1.01, k, v, s))
+    monkeypatch.setattr(BACKENDS, "get", lambda name, get=BACKENDS.get: broken if name == "cpu_varlen" else get(name))
+    rows = [r for r in show.parity_rows(inputs, ROW, torch.float32) if r["backend"] == "cpu_varlen"]
     assert max(row["ratio"] / row["allowed"] for row in rows) > 10
 
 
@@ -69,7 +69,7 @@ def test_a_moved_border_is_caught_and_nothing_else_is() -> None:
     exact = show.forward_backward("reference", inputs, ROW)
     wrong = show.moved_border(ROW)
     assert wrong.samples == [[[(0, 11)], [(0, 6), (11, 17)], [(17, 25)]]]
-    found = {name: show.forward_backward("per_sample", inputs, row) for name, row in (("ROW", ROW), ("wrong", wrong))}
+    found = {name: show.forward_backward("cpu_varlen", inputs, row) for name, row in (("ROW", ROW), ("wrong", wrong))}
     assert [row["caught"] for row in show.caught_rows(found, exact)] == [False, True]
     assert show.apart(inputs, ROW) < 1e-5
     no_number = {"nan": {"output": torch.full_like(exact["output"], float("nan"))}}
@@ -79,9 +79,9 @@ def test_a_moved_border_is_caught_and_nothing_else_is() -> None:
 def test_a_broken_kernel_is_caught() -> None:
     inputs = show.attention_inputs(ROW, head_dim=16)
     if not show.what_runs("triton", inputs[0]):
-        assert show.broken_kernels(inputs, ROW, ["a scale is missing"]) == {}
+        assert show.broken_kernels(inputs, ROW, ["dk lacks the scale"]) == {}
         pytest.skip(f"triton: {BACKENDS.get('triton').unavailable(inputs[0])}")
-    found = show.broken_kernels(inputs, ROW, ["a scale is missing"])
+    found = show.broken_kernels(inputs, ROW, ["dk lacks the scale"])
     exact = show.forward_backward("reference", inputs, ROW)
     assert [row["caught"] for row in show.caught_rows(found, exact)] == [True]
 
@@ -109,8 +109,8 @@ def test_recorded_times_are_the_latest_of_each_device() -> None:
 
 def test_only_real_times_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     names = show.timed_here(torch.zeros(1, 1, 4, 16))
-    assert {"sdpa", "per_sample", "reference"} == set(names)
+    assert {"sdpa", "cpu_varlen", "reference"} == set(names)
 
 
 def test_segments_of_lengths_are_a_row_without_images() -> None:
-    assert Segments.of([[4, 7]]).ends.tolist() == show.shared_row([(0, [4, 7])]).ends.tolist()
+    assert PackedMask.from_lengths([[4, 7]]).ends.tolist() == show.shared_row([(0, [4, 7])]).ends.tolist()

@@ -18,7 +18,7 @@ from llava_core.data.instruct import Sample
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.record import RunRecord
 from llava_core.runtime import write_json
-from llava_core.train.loader import Batches
+from llava_core.train.loader import Loader
 from llava_core.train.trainer import Trainer, TrainingSet
 
 
@@ -73,7 +73,7 @@ def test_sample_losses_add_up_to_the_trainers_held_out_loss(
     trainer.model, trainer.loaded, trainer.scale = loaded.model, loaded, config.scale
     trainer.device = torch.device("cpu")
     held_out = TrainingSet(samples, loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
-    trainer.held_out, trainer.held_out_batches = held_out, Batches(held_out, 512)
+    trainer.held_out, trainer.held_out_loader = held_out, Loader(held_out, 512)
     assert len(sums) == len(counts) == 5
     with packed_attention(loaded.model.language_model):
         assert sums.sum() / counts.sum() == pytest.approx(trainer.heldout_loss(), rel=1e-5)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Encoded
 from llava_core.data.packing import LEAST_SHARED, PackedRow, pack
-from llava_core.ops import Segments
+from llava_core.ops import PackedMask
 from llava_core.ops.transformers_backend import packed_attention
 
 SYSTEM = list(range(10, 10 + LEAST_SHARED))
@@ -40,9 +40,9 @@ def batch(seed: int, count: int = 9) -> tuple[list[Encoded], list[str | None]]:
 
 
 def tokens_of(row: PackedRow, rows: list[PackedRow]) -> dict[int, list[tuple[int, int]]]:
-    """Sample -> its (token, position), read back from the row's segments."""
+    """Sample -> its (token, position), read back from the row's packed_mask."""
     found = {}
-    paths = Segments(torch.tensor(row.ends)[None]).samples[0]
+    paths = PackedMask(torch.tensor(row.ends)[None]).samples[0]
     assert len(paths) == len(row.samples)
     for k, path in zip(row.samples, paths, strict=True):
         where = np.concatenate([np.arange(*ends) for ends in path])
@@ -128,7 +128,7 @@ def test_loss_and_gradients_are_those_of_single_samples(seed: int, share: bool) 
             hidden = model.model(
                 inputs_embeds=embed(row.input_ids, row.images)[None],
                 position_ids=torch.tensor(row.position_ids)[None],
-                segments=Segments(torch.tensor(row.ends, dtype=torch.int32)[None]),
+                packed_mask=PackedMask(torch.tensor(row.ends, dtype=torch.int32)[None]),
             ).last_hidden_state[0]
             logits = model.lm_head(hidden[row.sources])
             packed = packed + torch.nn.functional.cross_entropy(logits, torch.tensor(row.targets), reduction="sum")

@@ -8,7 +8,7 @@ import torch
 
 from llava_core.checkpoints import checkpoint
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from llava_core.models.vision_tower import image_features
+from llava_core.models.vision_tower import patch_features
 from llava_core.runtime import CheckpointError, ConfigError
 
 
@@ -40,7 +40,7 @@ def test_image_rows_are_replaced_by_projected_features(loaded) -> None:
 
 def test_feature_layer_and_class_token(loaded) -> None:
     pixels = torch.randn(1, 3, 32, 32)
-    before, last = (image_features(loaded.model.vision_tower, pixels, k) for k in (-2, -1))
+    before, last = patch_features(loaded.model.vision_tower, pixels, (-2, -1))
     assert before.shape == last.shape == (1, 4, 24)
     assert not torch.allclose(before, last)
     assert not before.requires_grad

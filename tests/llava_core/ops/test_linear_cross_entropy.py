@@ -29,13 +29,13 @@ def run(backend: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("chunk", [1, 101, 101 * 5, 2**24])
 def test_chunks_equal_the_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
     for got, expected in zip(run("chunked"), run("reference"), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_low_precision_errs_at_most_by_the_ratio_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_NUMBERS", 101 * 4)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 101 * 4)
     exact, plain, ours = run("reference"), run("reference", torch.bfloat16), run("chunked", torch.bfloat16)
     for k, (e, p, o) in enumerate(zip(exact, plain, ours, strict=True)):
         assert (o - e).abs().max() <= (2 if k == 0 else 3) * (p - e).abs().max() + 1e-6
@@ -67,7 +67,7 @@ def test_second_backward_gives_the_same() -> None:
 
 
 def test_peak_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_NUMBERS", 2**20)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**20)
     weight, grown = torch.randn(20_000, 16), {}
     for backend in ("chunked", "reference"):
         hidden, targets = torch.randn(4000, 16, requires_grad=True), torch.randint(0, 20_000, (4000,))

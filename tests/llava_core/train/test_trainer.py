@@ -143,13 +143,13 @@ def test_an_epoch_shuffles_samples_or_images(world: Path, monkeypatch: pytest.Mo
     assert together != [images[k] for step in order("samples") for k in step]
 
 
-def test_a_run_that_runs_out_of_memory_goes_on_without_its_activations(
+def test_out_of_memory_enables_activation_checkpointing(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed = _run("finetune", train__seed=4)
     for folder in world.glob("runs/finetune"):
         folder.rename(world / "kept")
-    real, failed = training.Trainer._loss, []
+    real, failed = training.Trainer._row_loss, []
 
     def loss(self, row):
         summed = real(self, row)
@@ -159,7 +159,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_without_its_activations(
             raise torch.OutOfMemoryError("made up")
         return summed
 
-    monkeypatch.setattr(training.Trainer, "_loss", loss)
+    monkeypatch.setattr(training.Trainer, "_row_loss", loss)
     record = _run("finetune", train__seed=4)
     assert failed == [False]
     assert "out of memory" in capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_without_its_activations(
     def always(self, row):
         raise torch.OutOfMemoryError("made up")
 
-    monkeypatch.setattr(training.Trainer, "_loss", always)
+    monkeypatch.setattr(training.Trainer, "_row_loss", always)
     monkeypatch.setattr(training.Trainer, "heldout_loss", lambda self: 0.0)
     with pytest.raises(
         training.TrainingError, match=r"no memory for a row of up to 768 tokens and its images.*micro_batch"
