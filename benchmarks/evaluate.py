@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.common import Clock, circumstances, in_turns
 from companion import miniature
-from companion.ablations import ANSWER_TOKENS
 from companion.data_tools.scienceqa import load_problems
 from companion.evaluation.bench_steps import load_bench
 from companion.evaluation.llava_bench import judge, score_reviews
@@ -20,6 +19,7 @@ from companion.evaluation.science_qa import score
 from companion.miniature.offline_chat import respond
 from companion.teacher.client import OfflineClient
 from llava_core.checkpoints.checkpoint import Loaded, load
+from llava_core.config import load_scale
 from llava_core.inference import answer_questions
 from llava_core.runtime import DataError
 from llava_core.train.launch import launch, resolve_run
@@ -35,7 +35,7 @@ def _tasks(finetune: Loaded, science: Loaded, limit: int | None) -> dict[str, tu
     problems = load_problems(data / "mini-scienceqa", "test")[:limit]
 
     def answer_science(batch: int) -> dict[str, str]:
-        first, second = ANSWER_TOKENS["mini"]
+        first, second = load_scale("mini").answer_tokens
         return science_answers(science, problems, max_new_tokens=first, answer_tokens=second, batch=batch)
 
     def score_science(answers: dict[str, str]) -> float:

@@ -13,15 +13,14 @@ from companion.data_tools.scienceqa import load_problems
 from companion.evaluation import llava_bench, science_qa
 from companion.evaluation.bench_steps import load_bench
 from companion.evaluation.grounding import factual_accuracy, shuffle_images, text_prior
-from companion.evaluation.predict import ANSWER_TOKENS as SECOND_TOKENS
-from companion.evaluation.predict import MAX_NEW_TOKENS, predict_science_qa
+from companion.evaluation.predict import predict_science_qa
 from companion.evaluation.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
 from companion.paper.claims import all_claims, claim
 from companion.paper.ledger import p_text, published_ablation
 from companion.paper.verdict import Verdict, verdict_of_interval
 from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
 from llava_core.checkpoints.checkpoint import Loaded, load
-from llava_core.config import META, RunConfig, load_experiment, load_scale
+from llava_core.config import META, RunConfig, experiments, load_experiment, load_scale
 from llava_core.inference import answer_questions
 from llava_core.record import RunRecord
 from llava_core.registry import unknown
@@ -34,6 +33,7 @@ from llava_core.runtime import (
     resolve_device,
     resolve_dtype,
     sha256_file,
+    shown,
     write_json,
 )
 from llava_core.train.launch import launch, resolve_run
@@ -72,13 +72,14 @@ EVALUATION_CODE = (
 
 
 def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """An evaluation's result, stored in its run's folder: measured once, read by every chapter that shows it.
+    """Return an evaluation result that is stored in the folder of its run.
 
-    It is measured again when the code that evaluates or the miniature's data are others than then.
+    It is computed once, and again when the evaluation code or the data of the miniature have changed.
     """
     path = record.path / f"{name}.json"
     files = [file for folder in EVALUATION_CODE for file in sorted((CODE_ROOT / folder).rglob("*.py"))]
-    files += sorted(resolve(f"data/{record.config.scale.name}").glob("*/card.json"))
+    cards = {resolve(folder) / "card.json" for folder in record.config.scale.data.values()}
+    files += sorted(card for card in cards if card.is_file())
     measured_with = fingerprint([sha256_file(file) for file in [Path(__file__), *files]])
     if path.is_file():
         found: dict[str, Any] = read_json(path)
@@ -96,8 +97,6 @@ def load_run(record: RunRecord) -> Loaded:
 
 
 SHUFFLE_SEED = 0  # of every exchange of images
-ANSWER_TOKENS = {"mini": (96, 6)}
-"""Scale -> longest first and second reply; elsewhere those of the released evaluation."""
 
 
 def science_result(record: RunRecord, limit: int | None = None, look: bool = True) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def science_result(record: RunRecord, limit: int | None = None, look: bool = Tru
 
     def compute() -> dict[str, Any]:
         folder, out = record.config.data_path, record.path / f"{name}_answers.jsonl"
-        first, second = ANSWER_TOKENS.get(record.config.scale.name, (MAX_NEW_TOKENS, SECOND_TOKENS))
+        first, second = load_scale(record.config.scale.name).answer_tokens
         out.unlink(missing_ok=True)  # of other code or data; `llava predict` goes on with its files
         answers = predict_science_qa(
             load_run(record), record.checkpoint, folder, out,
@@ -131,7 +130,8 @@ def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limi
         folder, images = bench_folders(record, bench)
         asked = load_bench(folder, limit)
         rows, images = asked.rows(images)
-        answers = answer_questions(load_run(record), rows, images, max_new_tokens=96, desc=bench)
+        max_new_tokens, _ = load_scale(record.config.scale.name).answer_tokens
+        answers = answer_questions(load_run(record), rows, images, max_new_tokens=max_new_tokens, desc=bench)
         reviews, _ = llava_bench.judge(asked.questions, asked.context, asked.reference or {}, answers, client)
         return {**llava_bench.score_reviews(reviews), "answers": answers, "reviews": reviews}
 
@@ -219,41 +219,70 @@ def difference(reference: Arm, other: Arm) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A row of the paper's Table 8: the claim, and (name shown, experiment) of the reference and of the other arm."""
+    """Two arms, each as (label, experiment), and the paper's claim about their difference in ScienceQA accuracy."""
 
-    claim: str
     reference: tuple[str, str]
     other: tuple[str, str]
+    claim: str | None = None
 
 
-ABLATIONS = {
-    "feature_layer": Ablation(
-        "ablation-last-layer", ("layer before the last", "science_qa"), ("last layer", "feature_layer_last_science_qa")
-    ),
-    "cot_order": Ablation("ablation-answer-first", ("reasons first", "science_qa"), ("answer first", "answer_first")),
-    "pretraining": Ablation(
-        "ablation-no-pretraining", ("with stage 1", "science_qa"), ("without stage 1", "no_pretraining")
-    ),
-    "model_size": Ablation("ablation-7b", ("larger model", "science_qa_13b"), ("smaller model", "science_qa_7b")),
-}
-"""Name, as in the file name of its chapter -> what is compared; the metric is ScienceQA accuracy on the test split."""
+def ablations() -> dict[str, Ablation]:
+    """Return the ablations by name: every experiment whose file has an `ablation` section.
+
+    Raises:
+        ConfigError: two ablations have one name, a reference or a claim does not exist, or an arm is not evaluated on
+            ScienceQA.
+    """
+    files, found = experiments(), dict[str, Ablation]()
+    for experiment, path in files.items():
+        config = load_experiment(experiment).experiment
+        if (section := config.ablation) is None:
+            continue
+        name, reference = section.name or experiment, section.reference or config.base
+        where = f"{shown(path)}, ablation"
+        if reference is None or reference not in files:
+            raise ConfigError(f"{where}: {unknown('reference experiment', str(reference), files)}")
+        if name in found:
+            raise ConfigError(f"{where}: another ablation has the name '{name}'; choose another one")
+        if section.claim is not None and section.claim not in all_claims():
+            raise ConfigError(f"{where}: {unknown('claim', section.claim, all_claims())}")
+        if config.data.name != "scienceqa":
+            raise ConfigError(f"{where}: arms are compared by ScienceQA accuracy; set `base: science_qa`")
+        labels = section.labels or (reference, experiment)
+        found[name] = Ablation((labels[0], reference), (labels[1], experiment), section.claim)
+    return found
+
+
+def ablation(name: str) -> Ablation:
+    """Return one ablation.
+
+    Raises:
+        ConfigError: it does not exist, or as in `ablations`.
+    """
+    known = ablations()
+    if name not in known:
+        raise ConfigError(unknown("ablation", name, known))
+    return known[name]
+
 
 NORMAL_95 = 1.96  # standard errors of a normal distribution to either side that hold 95 %
 FAST_PROBLEMS = 48  # test problems of a `--fast` run
 
 
-def published_difference(name: str) -> dict[str, Any]:
-    """The paper's difference of an ablation and how sure it can be, from its two accuracies.
+def published_difference(name: str) -> dict[str, Any] | None:
+    """Return the paper's difference of an ablation with its standard error, as `ledger.published_ablation`.
 
-    Returns:
-        As `ledger.published_ablation`; a |z| of at least 1.96 is significant at 5 %.
+    A |z| of at least 1.96 is significant at 5 %. None for an ablation that is not in the paper.
     """
-    return published_ablation(ABLATIONS[name].claim)
+    known = ablation(name).claim
+    return published_ablation(known) if known else None
 
 
 def published_row(name: str) -> dict[str, Any]:
-    """The row of a chapter's table on the paper's own number: both accuracies, the difference, how sure it is."""
-    paper, chosen = published_difference(name), ABLATIONS[name]
+    """Return the row of a chapter's table for the paper's own number: both accuracies, difference, significance."""
+    paper, chosen = published_difference(name), ablation(name)
+    if paper is None:
+        return {}
     certain = "beyond" if abs(paper["z"]) >= NORMAL_95 else "within"
     return {
         f"{chosen.reference[0]} (%)": paper["reference"],
@@ -284,7 +313,7 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
     """Train and measure both arms of an ablation.
 
     Args:
-        name: in `ABLATIONS`.
+        name: in `ablations`.
         scale, fast, seeds: as in `run_arms`.
 
     Returns:
@@ -296,9 +325,7 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
     Raises:
         ConfigError: there is no such ablation.
     """
-    if name not in ABLATIONS:
-        raise ConfigError(unknown("ablation", name, ABLATIONS))
-    chosen, limit = ABLATIONS[name], FAST_PROBLEMS if fast else None
+    chosen, limit = ablation(name), FAST_PROBLEMS if fast else None
     arms = run_arms(
         (chosen.reference, chosen.other), lambda run: float(science_result(run, limit)["accuracy"]), scale, fast, seeds
     )
@@ -317,7 +344,7 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
         "both_interval": over_both,
         "published": published_difference(name),
         "widest": widest,
-        "verdict": verdict_of_interval(widest, claim(chosen.claim).direction),
+        "verdict": verdict_of_interval(widest, claim(chosen.claim).direction if chosen.claim else None),
     }
 
 

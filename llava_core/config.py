@@ -11,7 +11,7 @@ import difflib
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -29,7 +29,7 @@ from llava_core import runtime
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError
 
-META = ("name", "base", "title", "sources", "claims")
+META = ("name", "base", "title", "sources", "claims", "ablation")
 """Fields of an experiment that describe it and do not change what is computed."""
 
 KINDS = ("conversation", "detail", "complex")
@@ -99,6 +99,19 @@ class TrainConfig(_Strict):
     seed: int = Field(ge=0)
 
 
+class AblationConfig(_Strict):
+    """The reference arm of an ablation; an experiment with this section is one of `companion.ablations`."""
+
+    name: str | None = None
+    """Name for `companion.ablations`; null: the experiment's."""
+    reference: str | None = None
+    """Experiment of the other arm; null: the base."""
+    labels: tuple[str, str] | None = None
+    """Names of the reference and of this experiment in tables; null: those of the experiments."""
+    claim: str | None = None
+    """Claim of the paper about the difference, this experiment minus the reference."""
+
+
 class ExperimentConfig(_Strict):
     """The paper's facts about one training run."""
 
@@ -116,6 +129,8 @@ class ExperimentConfig(_Strict):
     sources: dict[str, str] = {}
     """Where each value is written down, by dotted field; a parent's source covers its fields."""
     claims: list[str] = []
+    ablation: AblationConfig | None = None
+    """Not inherited from a base."""
 
     def source_of(self, field: str) -> str | None:
         """Return where the value of a dotted field is written down, from the field's or a parent's entry."""
@@ -148,6 +163,9 @@ class ScaleConfig(_Strict):
     """Where each base model lies: a path (`models/...`, `data/...`, `./...`, `/...`) or an id on the hub."""
     stand_ins: dict[str, str] = {}
     """Data sets and models, by the names above, that are not the paper's own, and why."""
+    answer_tokens: tuple[PositiveInt, PositiveInt] = (1024, 64)
+    """Longest answer in tokens, and longest second-pass answer of ScienceQA. The default is the released evaluation's
+    (llava/eval/model_vqa_science.py@8959d5c)."""
     checkpoint_every_s: PositiveFloat
     eval_samples: PositiveInt
     seeds: list[int] = Field(min_length=1)
@@ -273,6 +291,12 @@ def _named(kind: str, name: str, files: dict[str, Path]) -> tuple[Path, dict[str
 # ------------------------------------------------------------------------------------------------ dotted fields
 
 
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation such as `Model | None`."""
+    kinds = get_args(annotation) or (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _section(model: type[BaseModel], field: str) -> type[BaseModel] | None:
     kind = model.model_fields[field].annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
@@ -341,7 +365,7 @@ def _validated(model: type[M], content: Mapping[str, Any], where: Any) -> M:
         if first["type"] == "extra_forbidden":
             part: type[BaseModel] | None = model
             for name in first["loc"][:-1]:
-                part = _section(part, str(name)) if part and name in part.model_fields else None
+                part = _inner(part.model_fields[str(name)].annotation) if part and name in part.model_fields else None
             known = (part or model).model_fields
             key = f"{first['loc'][-1]}" if part else field
             raise ConfigError(f"{where(field)}: {unknown('key', key, known)}") from None
@@ -415,8 +439,8 @@ def load_experiment(
         paper |= own
         origin |= dict.fromkeys(own, file)
         sources |= own.get("sources") or {}
-    paper["sources"] = sources
-    last = chain[-1][0]
+    last, own = chain[-1]
+    paper |= {"sources": sources, "ablation": own.get("ablation")}
     published = _validated(ExperimentConfig, _nested(paper), lambda field: origin.get(field, last))
 
     here, why = dict(paper), {}

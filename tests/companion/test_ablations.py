@@ -1,24 +1,26 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from companion import ablations as ab
+from llava_core import runtime
 from llava_core.config import load_experiment
 from llava_core.record import RunRecord
 from llava_core.runtime import ConfigError
 
 
 def test_the_papers_small_differences_are_not_significant() -> None:
-    z = {name: ab.published_difference(name)["z"] for name in ab.ABLATIONS}
+    z = {name: ab.published_difference(name)["z"] for name in ab.ablations()}
     assert {name for name, value in z.items() if abs(value) >= 1.96} == {"pretraining"}
     assert z["feature_layer"] == pytest.approx(-1.514, abs=1e-3)  # 3856 against 3815 of 4241
 
 
 def test_the_table_on_the_papers_number_says_how_sure_it_is() -> None:
-    rows = {name: ab.published_row(name) for name in ab.ABLATIONS}
+    rows = {name: ab.published_row(name) for name in ab.ablations()}
     assert rows["model_size"]["the difference is"].startswith("within")
     assert rows["pretraining"]["the difference is"].startswith("beyond")
     row = rows["feature_layer"]
@@ -44,9 +46,51 @@ def test_a_difference_pairs_the_seeds() -> None:
     ],
 )
 def test_arms_differ_in_one_setting(name, settings) -> None:
-    chosen = ab.ABLATIONS[name]
+    chosen = ab.ablation(name)
     rows = ab.arm_settings((chosen.reference, chosen.other), "mini")
     assert {row["setting"] for row in rows} == settings
+
+
+ADDED = """
+name: half_rate
+base: science_qa
+title: ScienceQA at half the learning rate
+train: {learning_rate: 1.0e-5}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a new ablation in a root with a copy of the project's configs."""
+    shutil.copytree(runtime.ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    return tmp_path / "configs" / "experiments" / "ablations" / "half_rate.yaml"
+
+
+def test_an_ablation_is_one_file(path: Path) -> None:
+    path.write_text(ADDED + "ablation: {labels: [full rate, half rate]}")
+    chosen = ab.ablation("half_rate")
+    assert (chosen.reference, chosen.other) == (("full rate", "science_qa"), ("half rate", "half_rate"))
+    rows = ab.arm_settings((chosen.reference, chosen.other), "a100x8")
+    assert [row["setting"] for row in rows] == ["train.learning_rate"]
+    assert load_experiment("half_rate").run_id == load_experiment("half_rate", "mini").run_id
+    path.write_text(ADDED)
+    assert "half_rate" not in ab.ablations()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{name: cot_order}", "half_rate.yaml, ablation: another ablation has the name 'cot_order'"),
+        ("{reference: science_qe}", "ablation: unknown reference experiment 'science_qe'; did you mean 'science_qa'"),
+        ("{claim: ablation-7}", "unknown claim 'ablation-7'; did you mean 'ablation-7b'"),
+        ("{labls: [a, b]}", "half_rate.yaml: unknown key 'labls'; did you mean 'labels'"),
+    ],
+)
+def test_a_wrong_ablation_section_is_refused(path: Path, section: str, message: str) -> None:
+    path.write_text(f"{ADDED}ablation: {section}")
+    with pytest.raises(ConfigError, match=message):
+        ab.ablations()
 
 
 def test_an_unknown_ablation_names_the_nearest() -> None:
