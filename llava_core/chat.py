@@ -16,7 +16,8 @@ from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Turn
 from llava_core.data.images import ImageProcessor, load_image
 from llava_core.inference import prompt_ids
-from llava_core.models.generation import Finish, GenerationSettings, PrefixCache, stream
+from llava_core.models.generation import Finish, GenerationSettings, stream
+from llava_core.models.kv_cache import PrefixCache
 from llava_core.runtime import CompanionError, DataError, resolve_device, resolve_dtype
 
 Picture = str | Path | Image.Image

@@ -42,7 +42,7 @@ def prompts(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         given.extend(rows)
         assert (kept["image_features"] is not None) == (IMAGE_TOKEN_ID in rows[0])
         says = iter(tokenizer(" red car\n### Human: what", add_special_tokens=False)["input_ids"])
-        monkeypatch.setattr(generation, "_draw", lambda *_: torch.tensor([next(says)]))
+        monkeypatch.setattr(generation, "_sample", lambda *_: torch.tensor([next(says)]))
         return generation.stream(model, tokenizer, rows, pixels, settings, **kept)
 
     monkeypatch.setattr(chat, "stream", spy)

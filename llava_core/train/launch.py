@@ -23,7 +23,7 @@ FAST = {"data.limit": 96, "train.epochs": 1}
 
 # Code that decides the numbers of a run, with what comes after training left out.
 CODE_FOLDERS = ("ops", "models", "data", "checkpoints", "train")
-NOT_TRAINING = ("models/generation.py",)
+NOT_TRAINING = ("models/generation.py", "models/kv_cache.py")
 
 
 def resolve_run(name: str, scale: str = "mini", fast: bool = False, **overrides: Any) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Generation: rows of a batch as if alone, ends, streamed text, sampling, what is kept between prompts."""
+"""Generation: batches equal single rows, stops, streamed text, sampling, KV caches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ from llava_core.models import generation
 from llava_core.models.generation import (
     Generated,
     GenerationSettings,
-    PrefixCache,
-    RoomyLayer,
     end_ids,
     generate,
     generate_rows,
     generate_tokens,
-    roomy_cache,
     stream,
 )
+from llava_core.models.kv_cache import PreallocatedLayer, PrefixCache, preallocated_cache
 from llava_core.models.llava import Llava
 from llava_core.runtime import ConfigError, DataError
 
@@ -81,7 +79,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[Sequence[int
     def follow(scripts: Sequence[Sequence[int]]) -> None:
         left = [iter([*script, *[97] * 300]) for script in scripts]
         monkeypatch.setattr(
-            generation, "_draw", lambda _, settings, __: torch.tensor([next(left[s.seed]) for s in settings])
+            generation, "_sample", lambda _, settings, __: torch.tensor([next(left[s.seed]) for s in settings])
         )
 
     return follow
@@ -95,7 +93,7 @@ def said(loaded: Loaded, *texts: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_each_row_of_a_batch_is_what_plain_forward_passes_say(loaded, pixels, use_cache: bool) -> None:
+def test_batched_rows_equal_plain_forward_passes(loaded, pixels, use_cache: bool) -> None:
     together = generate_rows(
         loaded.model, loaded.tokenizer, PROMPTS, pixels, GenerationSettings(12), use_cache=use_cache
     )
@@ -108,7 +106,7 @@ def test_each_row_of_a_batch_is_what_plain_forward_passes_say(loaded, pixels, us
     assert len({row.token_ids for row in together}) == len(PROMPTS)
 
 
-def test_the_images_go_to_their_own_rows(loaded, pixels) -> None:
+def test_images_go_to_their_own_rows(loaded, pixels) -> None:
     settings = GenerationSettings(6)
     before = generate_rows(loaded.model, loaded.tokenizer, PROMPTS, pixels, settings)
     other = pixels.clone()
@@ -123,7 +121,7 @@ def test_the_images_go_to_their_own_rows(loaded, pixels) -> None:
     ]
 
 
-def test_rows_with_their_own_settings_end_as_alone(loaded, pixels) -> None:
+def test_rows_with_own_settings_equal_single_rows(loaded, pixels) -> None:
     free = generate_rows(loaded.model, loaded.tokenizer, PROMPTS, pixels, GenerationSettings(20))
     settings = [
         GenerationSettings(3),
@@ -153,7 +151,7 @@ def test_finished_rows_leave_the_batch(loaded, pixels) -> None:
     assert sizes == [5, 5, 3, 2, 2, 1, 1]
 
 
-def test_padding_is_masked_and_not_counted_and_without_it_no_mask_is_given(loaded, pixels) -> None:
+def test_padding_is_masked_and_not_counted(loaded, pixels) -> None:
     masks: list[Any] = []
     positions: list[Any] = []
 
@@ -185,9 +183,9 @@ def test_a_sliding_window_is_respected() -> None:
         list(generate_tokens(model, prompts, None, GenerationSettings(14), use_cache=flag)) for flag in (True, False)
     )
     assert with_cache == without
-    assert roomy_cache(model.language_model).is_sliding == [True, True]  # holds no more than its window
+    assert preallocated_cache(model.language_model).is_sliding == [True, True]  # holds no more than its window
     kept, tokenizer = PrefixCache(), SimpleNamespace(eos_token_id=None, decode=lambda ids, **_: " ".join(map(str, ids)))
-    for prompt in (prompts[0], [*prompts[0], 15, 16], prompts[0]):  # it cannot be cropped: read anew, never wrong
+    for prompt in (prompts[0], [*prompts[0], 15, 16], prompts[0]):  # not croppable: prefilled again
         assert generate_rows(model, tokenizer, [prompt], prefix=kept) == generate_rows(model, tokenizer, [prompt])
 
 
@@ -222,7 +220,7 @@ def test_stop_strings(loaded, scripted, text: str, stop: Any, shown: str | None,
 
 
 @pytest.mark.parametrize("listed", [[2, 88], 88, None])
-def test_every_end_id_ends_and_is_not_shown(loaded, scripted, monkeypatch, listed: Any) -> None:
+def test_every_end_id_ends_a_row(loaded, scripted, monkeypatch, listed: Any) -> None:
     monkeypatch.setattr(loaded.model.language_model.generation_config, "eos_token_id", listed)
     red, dog = said(loaded, " red", " dog")
     scripted([[*red, end, *dog] for end in (2, 88, 77, 66)])
@@ -234,7 +232,7 @@ def test_every_end_id_ends_and_is_not_shown(loaded, scripted, monkeypatch, liste
     assert rows[0].token_ids == (*red, 2)
 
 
-def test_an_answer_that_just_fits_is_not_called_cut(loaded, scripted) -> None:
+def test_an_answer_of_exactly_max_new_tokens_can_stop(loaded, scripted) -> None:
     red, stopped = said(loaded, " red", " red ###")
     scripted([[*red, 2], stopped])
     settings = [GenerationSettings(len(red) + 1), GenerationSettings(len(stopped), seed=1, stop="###")]
@@ -261,7 +259,7 @@ PIECES = ["red", " ", "  ", "\n", "#", "##", "é", "漢字", "👍🏽", "🇩�
 
 
 def ended(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> tuple[str, str]:
-    """Text and finish of a row whose whole text is decoded anew after each token."""
+    """Text and finish of a row whose whole text is decoded again after each token."""
     for n in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:n]).rstrip("\ufffd")
         if places := [p for stop in stops if (p := text.find(stop)) >= 0]:
@@ -270,7 +268,7 @@ def ended(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> tuple[str, st
 
 
 @pytest.mark.parametrize("kind", ["bytes", "fallback"])
-def test_streamed_text_only_grows_and_shows_no_half(loaded, scripted, kind: str) -> None:
+def test_streamed_text_only_grows(loaded, scripted, kind: str) -> None:
     tokenizer = loaded.tokenizer if kind == "bytes" else fallback_tokenizer()
     draw, n = random.Random(kind), 150
     texts = ["".join(draw.choices(PIECES, k=draw.randint(1, 14))) for _ in range(n)]
@@ -289,7 +287,7 @@ def test_streamed_text_only_grows_and_shows_no_half(loaded, scripted, kind: str)
     assert sum(bool(row.text) for row in shown[4]) > n / 2  # it appears as it is written
 
 
-def test_half_a_character_at_the_end_is_left_out(loaded, scripted) -> None:
+def test_an_incomplete_last_character_is_omitted(loaded, scripted) -> None:
     (ids,) = said(loaded, "dog漢")
     scripted([ids[:-1], [*ids[:-1], 2], [*ids[:-1], *said(loaded, "red")[0]]])
     settings = [GenerationSettings(n, seed=k) for k, n in enumerate((len(ids) - 1, 40, len(ids)))]
@@ -316,7 +314,7 @@ def test_decoding_a_long_answer_stays_linear(loaded, scripted, monkeypatch) -> N
     assert len(lengths) < 1.3 * len(ids)
 
 
-def test_no_space_is_taken_back_before_a_full_stop(loaded, scripted) -> None:
+def test_no_space_is_retracted_before_a_full_stop(loaded, scripted) -> None:
     words = ["a", "dog", "</s>", ".", "b", "cat", "?"]
     raw = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=True)
@@ -325,7 +323,7 @@ def test_no_space_is_taken_back_before_a_full_stop(loaded, scripted) -> None:
     assert steps == ["a", "a dog", "a dog .", "a dog . b", "a dog . b cat", "a dog . b cat ?"]
 
 
-def test_the_last_step_of_a_stream_is_what_rows_are(loaded, pixels) -> None:
+def test_the_last_step_of_stream_equals_generate_rows(loaded, pixels) -> None:
     settings = [GenerationSettings(n) for n in (4, 9, 1, 6, 6)]
     steps = list(stream(loaded.model, loaded.tokenizer, PROMPTS, pixels, settings))
     assert len(steps) == 9
@@ -337,7 +335,7 @@ def test_the_last_step_of_a_stream_is_what_rows_are(loaded, pixels) -> None:
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def test_a_sampled_row_is_the_same_alone_and_in_any_batch(loaded, pixels) -> None:
+def test_sampled_rows_do_not_depend_on_the_batch(loaded, pixels) -> None:
     settings = [
         GenerationSettings(5, 1.0, seed=5),  # its end moves the others up
         GenerationSettings(12, 0.7, top_p=0.8, seed=6),
@@ -367,7 +365,7 @@ def test_a_sampled_row_is_the_same_alone_and_in_any_batch(loaded, pixels) -> Non
     ]
 
 
-def test_the_seed_decides(loaded) -> None:
+def test_seed_determines_samples(loaded) -> None:
     drawn = generate(
         loaded.model, loaded.tokenizer, [[1, 30]] * 3, None, [GenerationSettings(8, 2.0, seed=s) for s in (3, 3, 4)]
     )
@@ -378,7 +376,7 @@ def draws(probabilities: list[float], n: int = 4000, **settings: Any) -> torch.T
     """Relative frequency of each token in n draws."""
     logits = torch.tensor(probabilities, dtype=torch.float64).log().expand(n, -1)
     each = [GenerationSettings(**{"temperature": 1.0, **settings})] * n
-    ids = generation._draw(logits, each, [torch.Generator().manual_seed(k) for k in range(n)])
+    ids = generation._sample(logits, each, [torch.Generator().manual_seed(k) for k in range(n)])
     return torch.bincount(ids, minlength=len(probabilities)) / n
 
 
@@ -397,25 +395,25 @@ def draws(probabilities: list[float], n: int = 4000, **settings: Any) -> torch.T
         ({"temperature": 0.0, "top_p": 0.1}, [0, 1, 0, 0, 0]),
     ],
 )
-def test_what_is_drawn_how_often(settings: dict[str, Any], expected: list[float]) -> None:
+def test_sampling_frequencies(settings: dict[str, Any], expected: list[float]) -> None:
     found = draws([0.1, 0.5, 0.0, 0.15, 0.25], **settings)
     for share, wanted in zip(found.tolist(), expected, strict=True):
         assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / 4000) ** 0.5 + 1e-9
 
 
-def test_top_p_at_its_very_border_takes_the_fewest() -> None:
+def test_top_p_at_the_boundary_keeps_the_fewest() -> None:
     assert (draws([0.5, 0.25, 0.25], top_p=0.5) > 0).tolist() == [True, False, False]
     assert (draws([0.5, 0.25, 0.25], top_p=0.75) > 0).tolist() == [True, True, False]
     assert (draws([0.25] * 4, 400, top_p=1e-12) > 0).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize(("u", "token"), [(0.0, 1), (1 - 2**-53, 3)])
-def test_what_is_impossible_is_not_drawn_at_either_end(monkeypatch: pytest.MonkeyPatch, u: float, token: int) -> None:
+def test_zero_probability_is_never_sampled(monkeypatch: pytest.MonkeyPatch, u: float, token: int) -> None:
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(u, dtype=torch.float64))
     assert draws([0, 0.3, 0.3, 0.4, 0, 0], 1)[token] == 1
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -431,12 +429,12 @@ def test_what_is_impossible_is_not_drawn_at_either_end(monkeypatch: pytest.Monke
         ({"stop": ("###", "")}, "empty string"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GenerationSettings(**settings)
 
 
-def test_prompts_that_cannot_be_continued_are_refused(loaded, pixels) -> None:
+def test_invalid_prompts_are_errors(loaded, pixels) -> None:
     model, tokenizer = loaded.model, loaded.tokenizer
     with pytest.raises(DataError, match="no prompts"):
         generate(model, tokenizer, [])
@@ -452,7 +450,7 @@ def test_prompts_that_cannot_be_continued_are_refused(loaded, pixels) -> None:
         stream(model, tokenizer, [PROMPTS[0]], pixels[:1], image_features=model.encode_images(pixels[:1]))
 
 
-def test_more_tokens_than_positions_are_refused_before_anything_runs(loaded) -> None:
+def test_too_many_tokens_are_an_error_before_prefill(loaded) -> None:
     full = [7] * 246
     with pytest.raises(DataError, match=r"prompt 2 of 2 has 246 tokens; .* 256 positions; .* at most 10"):
         stream(loaded.model, loaded.tokenizer, [[1], full], None, [GenerationSettings(200), GenerationSettings(11)])
@@ -462,7 +460,7 @@ def test_more_tokens_than_positions_are_refused_before_anything_runs(loaded) -> 
     assert 0 < len(rows[0].token_ids) <= 10
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------------------------------------ KV caches
 
 
 @pytest.fixture
@@ -476,7 +474,7 @@ def fed(loaded) -> Iterator[list[int]]:
     hook.remove()
 
 
-def test_encoded_images_stand_for_their_pixels(loaded, pixels) -> None:
+def test_image_features_equal_pixel_values(loaded, pixels) -> None:
     features = loaded.model.encode_images(pixels)
     assert features.shape == (len(pixels), 4, 32)
     seen: list[int] = []
@@ -494,7 +492,7 @@ def test_encoded_images_stand_for_their_pixels(loaded, pixels) -> None:
     torch.testing.assert_close(features[:1], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_prefix_is_read_once(loaded, pixels, fed: list[int]) -> None:
+def test_a_shared_prefix_is_prefilled_once(loaded, pixels, fed: list[int]) -> None:
     settings, kept = GenerationSettings(5, stop_ids=(-1,)), PrefixCache()
     first = PROMPTS[2]
     features = loaded.model.encode_images(pixels[1:3])
@@ -511,7 +509,7 @@ def test_a_prefix_is_read_once(loaded, pixels, fed: list[int]) -> None:
     assert fed[::10] == [len(first), 2, len(prompts[2]) - 8, len(first) - 8, 1]
 
 
-def test_what_was_generated_is_part_of_the_prefix(loaded, fed: list[int]) -> None:
+def test_generated_tokens_are_part_of_the_prefix(loaded, fed: list[int]) -> None:
     kept, settings = PrefixCache(), GenerationSettings(6, stop_ids=(-1,))
     (row,) = generate_rows(loaded.model, loaded.tokenizer, [[1, 5]], None, settings, prefix=kept)
     longer = [1, 5, *row.token_ids, 8, 9]
@@ -521,7 +519,7 @@ def test_what_was_generated_is_part_of_the_prefix(loaded, fed: list[int]) -> Non
     assert fed[0] == 3
 
 
-def test_an_interrupted_prompt_leaves_nothing_wrong_behind(loaded) -> None:
+def test_an_interrupted_prompt_does_not_corrupt_the_prefix_cache(loaded) -> None:
     kept, settings = PrefixCache(), GenerationSettings(6)
     expected = generate_rows(loaded.model, loaded.tokenizer, [[1, 5, 6, 7]], None, settings)
     halves = stream(loaded.model, loaded.tokenizer, [[1, 5, 6, 8]], None, settings, prefix=kept)
@@ -543,9 +541,9 @@ def test_an_interrupted_prompt_leaves_nothing_wrong_behind(loaded) -> None:
     assert generate_rows(loaded.model, loaded.tokenizer, [[1, 5, 6, 7]], None, settings, prefix=kept) == expected
 
 
-def test_a_roomy_layer_holds_what_a_dynamic_one_does() -> None:
+def test_preallocated_layer_equals_dynamic_layer() -> None:
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
-    ours, theirs = RoomyLayer(), DynamicLayer()
+    ours, theirs = PreallocatedLayer(), DynamicLayer()
     rows, kept = 4, 0
     for step in range(60):
         length = draw.choice([1, 1, 1, 5, 40])
