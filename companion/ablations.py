@@ -14,6 +14,7 @@ from companion.evaluation import llava_bench, science_qa
 from companion.evaluation.bench_steps import load_bench
 from companion.evaluation.grounding import factual_accuracy, shuffle_images, text_prior
 from companion.evaluation.predict import predict_science_qa
+from companion.evaluation.relative_score import compare_systems
 from companion.evaluation.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
 from companion.paper.claims import all_claims, claim
 from companion.paper.ledger import p_text, published_ablation
@@ -477,7 +478,6 @@ def ablation_figure(result: dict[str, Any], title: str = "", unit: str = "Scienc
 
 # ------------------------------------------------------------------------------------------------ the mix of data kinds
 
-KINDS = ("all", "conv", "detail", "complex")
 MIXES = {
     "full": ("instruct_full", "bench-coco-full"),
     "detail + complex": ("instruct_detail_complex", "bench-coco-detail-complex"),
@@ -506,56 +506,24 @@ def run_mixes(scale: str = "mini", fast: bool = False, n_seeds: int = 2) -> dict
 
 
 def mix_rows(
-    reviews: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], published: Mapping[str, str], samples: int = 2000
+    reviews: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], published: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Relative scores of several training mixes, and their differences to the first, in %.
-
-    A score is the mean over seeds of 100 x sum of the candidate's scores / sum of the reference's. The interval is of
-    the questions and the seeds: the same resampled ones for all mixes, so that differences are paired.
+    """Return the table of the training mixes: relative scores and differences to the first mix, in %.
 
     Args:
-        reviews: mix -> for each seed the judge's reviews; the first mix is the reference of the differences.
+        reviews: as for `relative_score.compare_systems`, with a mix as a system.
         published: mix -> claim id of its score over all questions.
-        samples: resamples.
     """
-    rng = np.random.default_rng(0)
-    first = next(iter(reviews.values()))[0]
-    keys = [str(r["question_id"]) for r in first]
-    kinds = np.array([str(r["category"]).removeprefix(llava_bench.CATEGORY_PREFIX) for r in first])
-    pairs = {}
-    for mix, runs in reviews.items():
-        found = [{str(r["question_id"]): r["tuple"] for r in run} for run in runs]
-        # (seeds, questions, reference and candidate); a review that could not be read counts for neither side
-        pairs[mix] = np.array([[scores[key] or (0, 0) for key in keys] for scores in found])
-    rows: list[dict[str, Any]] = []
-    for kind in KINDS:
-        own = np.flatnonzero((kinds == kind) | (kind == "all"))
-        if not len(own):
-            continue
-        drawn = own[rng.integers(len(own), size=(samples, len(own)))]
-        seeds = {n: rng.multinomial(n, [1 / n] * n, size=samples).T / n for n in {len(t) for t in pairs.values()}}
-        base: np.ndarray | None = None
-        for mix, table in pairs.items():
-            value = _relative_mean(table[:, own[None]], np.full((len(table), 1), 1 / len(table)))
-            resampled = _relative_mean(table[:, drawn], seeds[len(table)])
-            both = np.concatenate([value, resampled])
-            base = both if base is None else base
-            delta = both - base
-            known = [c for c in (published[mix], f"{published[mix]}-{kind}") if c in all_claims()][kind != "all" :]
-            rows.append({
-                "training data": mix, "questions": kind, "n": len(own), "relative score (%)": float(value[0]),
-                "95 % interval": np.percentile(resampled, [2.5, 97.5]).tolist(), "difference": float(delta[0]),
-                "difference interval": np.percentile(delta[1:], [2.5, 97.5]).tolist(),
-                "published (%)": claim(known[0]).value if known else None,
-            })  # fmt: skip
+    rows = []
+    for row in compare_systems(reviews):
+        mix, kind = row["system"], row["category"]
+        known = all_claims().get(published[mix] if kind == "all" else f"{published[mix]}-{kind}")
+        rows.append({
+            "training data": mix, "questions": kind, "n": row["n"], "relative score (%)": row["score"],
+            "95 % interval": row["interval"], "difference": row["difference"],
+            "difference interval": row["difference_interval"], "published (%)": known.value if known else None,
+        })  # fmt: skip
     return rows
-
-
-def _relative_mean(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Relative score in % (draws,) of (seeds, draws, questions, reference and candidate) by weights (seeds, draws)."""
-    sums = table.sum(2, dtype=float)
-    mean: np.ndarray = (100 * weights * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).sum(0)
-    return mean
 
 
 @_styled

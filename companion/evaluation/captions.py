@@ -170,18 +170,18 @@ def compare(
     """
     import numpy as np
 
-    from companion.evaluation.resampling import draws, summary
+    from companion.evaluation.statistics import estimate, item_counts
 
     if not first or not first.keys() <= references.keys() or (second is not None and first.keys() != second.keys()):
         raise DataError("captions to compare must be of the same images, all of them with references")
-    refs, weights = [[tokenize(ref) for ref in references[key]] for key in first], draws(len(first))
+    refs, weights = [[tokenize(ref) for ref in references[key]] for key in first], item_counts(len(first))
     found: list[tuple[Any, Any]] = []
     for captions in filter(None, (first, second)):
         tokens = [tokenize(captions[key]) for key in first]
         counts = weights @ np.array([_bleu_counts(own, caption) for own, caption in zip(refs, tokens, strict=True)])
         found.append((np.array([_bleu_of(row)[-1] for row in counts]), weights @ cider(refs, tokens) / len(first)))
     values = found[0] if len(found) == 1 else [b - a for a, b in zip(*found, strict=True)]
-    return {name: summary(value) for name, value in zip(("bleu4", "cider"), values, strict=True)}
+    return {name: estimate(value) for name, value in zip(("bleu4", "cider"), values, strict=True)}
 
 
 def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient, ChatReply
 
 Answers = Mapping[Any, str] | Iterable[Mapping[str, Any]]
+Reviews = str | Path | Iterable[Mapping[str, Any]]
+"""A JSONL file or rows."""
 
 CATEGORIES = ("complex", "conv", "detail")
 CATEGORY_PREFIX = "llava_bench_"
@@ -194,7 +196,7 @@ def review_scores(row: Mapping[str, Any], released: bool = False) -> tuple[float
     return (-1.0, -1.0) if released else None
 
 
-def review_rows(reviews: str | Path | Iterable[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+def review_rows(reviews: Reviews) -> tuple[str, list[Mapping[str, Any]]]:
     """Return what errors call the reviews, and the reviews of a file or of rows.
 
     Raises:
@@ -210,7 +212,7 @@ def review_rows(reviews: str | Path | Iterable[Mapping[str, Any]]) -> tuple[str,
     return where, rows
 
 
-def score_reviews(reviews: str | Path | Iterable[Mapping[str, Any]], *, released: bool = False) -> dict[str, Any]:
+def score_reviews(reviews: Reviews, *, released: bool = False) -> dict[str, Any]:
     """Score a file, or rows, of reviews: 100 x mean candidate / mean reference, means rounded to three decimals.
 
     Args:

@@ -1,14 +1,21 @@
-"""How sure a number is: intervals and paired tests, all computed by scipy."""
+"""Confidence intervals, significance tests and bootstrap draws.
+
+Tests and intervals are scipy's. The draws of `item_counts` and `seeds_and_items` are NumPy's: published numbers of the
+miniature depend on them, and `scipy.stats.bootstrap` draws other resamples from the same seed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+PERCENTILES = (2.5, 97.5)
+SAMPLES = 2000
 
 
 def wilson(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -35,79 +42,112 @@ def proportion(correct: int, n: int) -> dict[str, Any]:
 def paired_bootstrap(
     first: Sequence[float], second: Sequence[float], *, samples: int = 10_000, seed: int = 0
 ) -> dict[str, Any]:
-    """Return the mean difference `second - first` of two scores of the same items, and its percentile interval.
-
-    Args:
-        first: one score per item, for accuracies 0 or 1.
-        second: the other system's scores, item by item.
-        samples: resamples of the items.
-        seed: of the resampling.
+    """Return the mean of `second - first`, item by item, with its percentile interval: `{n, difference, interval}`.
 
     Raises:
-        ValueError: the two do not hold the same number (at least two) of items.
+        ValueError: the two do not hold the same number (at least two) of scores.
     """
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(
-            f"paired scores of {len(first)} and {len(second)} items: give the same two or more items twice"
+            f"paired scores of {len(first)} and {len(second)} items: give two scores of each of >= 2 items"
         )
     difference = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
     mean = float(difference.mean())
     if np.ptp(difference) == 0:  # every resample is the same
         return {"n": len(difference), "difference": mean, "interval": [mean, mean]}
     result = stats.bootstrap(
-        (difference,), np.mean, n_resamples=samples, batch=max(1, 2_000_000 // len(difference)),
-        confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    low, high = result.confidence_interval
-    return {"n": len(difference), "difference": mean, "interval": [float(low), float(high)]}
+        (difference,),
+        np.mean,
+        n_resamples=samples,
+        batch=max(1, 2_000_000 // len(difference)),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return {"n": len(difference), "difference": mean, "interval": [float(end) for end in result.confidence_interval]}
 
 
 def seeds_and_items(
-    first: Sequence[Sequence[float]],
-    second: Sequence[Sequence[float]],
-    *,
-    samples: int = 10_000,
-    seed: int = 0,
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], *, samples: int = 10_000, seed: int = 0
 ) -> dict[str, Any]:
-    """Return the mean difference `second - first` of two systems trained with several seeds, and its interval.
+    """Return the mean of `second - first` over training seeds and items, with the interval of a two-level bootstrap.
 
-    A bootstrap in two levels: each resample draws seeds and, independently, items; the same for both systems. It takes
-    in what another training run and other questions would change. With two seeds it still is too narrow, since two runs
-    show little of how runs scatter: read it beside `seeds_interval`. With one seed it is `paired_bootstrap`.
+    Each resample draws seeds and, independently, items. Few seeds show little of the variance between runs, so the
+    interval of two seeds is still too narrow; compare it with `seeds_interval`.
 
     Args:
-        first: a row of scores per seed (seeds, items).
-        second: the other system's, for the same seeds and items.
-        samples: resamples.
-        seed: of the resampling.
+        first: scores (seeds, items) of one system.
+        second: scores (seeds, items) of the other, for the same seeds and items.
+        samples: number of resamples.
+        seed: of the draws.
 
     Returns:
         `{n_seeds, n, difference, interval}`.
 
     Raises:
-        ValueError: the two are not tables of the same shape with at least two items.
+        ValueError: the shapes differ, or there are fewer than two items.
     """
     one, other = (np.atleast_2d(np.asarray(scores, dtype=float)) for scores in (first, second))
     if one.shape != other.shape or one.shape[1] < 2:
-        raise ValueError(f"scores of {one.shape} and {other.shape} seeds and items: give the same of both, two items")
+        raise ValueError(f"scores of {one.shape} and {other.shape} seeds and items: give equal shapes, >= 2 items")
     table, rng = other - one, np.random.default_rng(seed)
     n_seeds, n = table.shape
     means = []
     for part in np.array_split(np.arange(samples), max(1, samples * n // 2_000_000)):
         seeds, items = (rng.multinomial(k, np.full(k, 1 / k), size=len(part)) / k for k in (n_seeds, n))
         means.append(((seeds @ table) * items).sum(1))
-    low, high = np.percentile(np.concatenate(means), [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
-    return {
-        "n_seeds": n_seeds, "n": n, "difference": float(table.mean()), "interval": [float(low), float(high)],
-    }  # fmt: skip
+    interval = percentile_interval(np.concatenate(means))
+    return {"n_seeds": n_seeds, "n": n, "difference": float(table.mean()), "interval": interval}
+
+
+# ------------------------------------------------------------------------------------------------ any statistic
+
+
+def item_counts(n: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
+    """Return how often each of n items occurs (1 + samples, n): once in the first row, then in every resample."""
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)
+    return np.vstack([np.ones(n, dtype=counts.dtype), counts]).astype(float)
+
+
+def percentile_interval(values: np.ndarray) -> list[float]:
+    """Return the percentile interval of a statistic of all resamples."""
+    return [float(end) for end in np.percentile(values, PERCENTILES)]
+
+
+def estimate(values: np.ndarray) -> dict[str, Any]:
+    """Return `{value, interval}` of a statistic (1 + samples,) of `item_counts`; both None where it is undefined."""
+    defined = values[1:][np.isfinite(values[1:])]
+    if not np.isfinite(values[0]) or not len(defined):
+        return {"value": None, "interval": None}
+    return {"value": float(values[0]), "interval": percentile_interval(defined)}
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return the quotient, NaN where the divisor is 0 up to rounding."""
+    defined = below > 1e-9
+    return np.where(defined, above / np.where(defined, below, 1.0), np.nan)
+
+
+def correlation(measure: Callable[..., Any], counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return a rank correlation of every resample, NaN where one side is constant.
+
+    Args:
+        measure: `scipy.stats.spearmanr` or `scipy.stats.kendalltau`.
+        counts: from `item_counts`.
+        x: one value per item.
+        y: one value per item.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns of constant and of short resamples, whose result is NaN
+        resamples = ((np.repeat(x, row), np.repeat(y, row)) for row in counts.astype(int))
+        return np.array([measure(*pair).statistic for pair in resamples])
+
+
+# ------------------------------------------------------------------------------------------------ tests
 
 
 def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> dict[str, Any]:
-    """Return McNemar's exact test: of the questions where only one system is right, is either side favored?
-
-    Returns:
-        `{n, only_first, only_second, p}`, p two-sided.
-    """
+    """Return McNemar's exact two-sided test of paired answers: `{n, only_first, only_second, p}`."""
     pairs = list(zip(first_right, second_right, strict=True))
     only_first = sum(bool(a) and not b for a, b in pairs)
     only_second = sum(bool(b) and not a for a, b in pairs)
@@ -117,12 +157,9 @@ def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> dict[s
 
 
 def seeds_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, sample standard deviation and Student's t interval of the mean over repeated runs.
+    """Return `{n, mean, std, interval}` of repeated runs: sample standard deviation, Student's t interval of the mean.
 
-    For two arms run with the same seeds, give the differences seed by seed.
-
-    Returns:
-        `{n, mean, std, interval}`; std and interval are None for a single value.
+    To compare two arms with the same seeds, give the differences per seed. A single value has no std and no interval.
     """
     if not values:
         raise ValueError("no value: give one number per seed")
@@ -135,23 +172,16 @@ def seeds_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def unpaired_difference(correct_a: int, n_a: int, correct_b: int, n_b: int) -> dict[str, Any]:
-    """Compare two accuracies as if their questions were drawn independently: the two-proportion z test.
+    """Return the two-proportion z test of two accuracies, as if their questions were independent draws.
 
-    Where both systems answered the same questions, a paired test (`mcnemar`) sees smaller differences, but it needs the
-    answers of both, question by question; counts alone allow no more than this.
-
-    Args:
-        correct_a: right answers of the first system.
-        n_a: its questions.
-        correct_b: right answers of the second system.
-        n_b: its questions.
+    For the same questions a paired test (`mcnemar`) is sharper, but it needs the answers of both systems.
 
     Returns:
-        In points: `difference` (second minus first), `standard_error` (of the test: both pooled) and `interval` (95 %,
-        not pooled); `z` and the two-sided `p`. Two systems without any scatter have z 0.
+        In points: `difference` (second minus first), `standard_error` (pooled) and `interval` (not pooled); `z` (0 for
+        two systems without variance) and the two-sided `p`.
 
     Raises:
-        ValueError: a system has no question, or its count does not lie between 0 and its questions.
+        ValueError: a system has no question, or its count is not between 0 and its number of questions.
     """
     for correct, n in ((correct_a, n_a), (correct_b, n_b)):
         if n < 1 or not 0 <= correct <= n:
@@ -159,8 +189,8 @@ def unpaired_difference(correct_a: int, n_a: int, correct_b: int, n_b: int) -> d
     first, second, pooled = correct_a / n_a, correct_b / n_b, (correct_a + correct_b) / (n_a + n_b)
     error = (pooled * (1 - pooled) * (1 / n_a + 1 / n_b)) ** 0.5
     z = (second - first) / error if error else 0.0
-    reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
-    half = reach * (first * (1 - first) / n_a + second * (1 - second) / n_b) ** 0.5
+    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    half *= (first * (1 - first) / n_a + second * (1 - second) / n_b) ** 0.5
     return {
         "difference": 100 * (second - first),
         "standard_error": 100 * error,
@@ -171,25 +201,16 @@ def unpaired_difference(correct_a: int, n_a: int, correct_b: int, n_b: int) -> d
 
 
 def welch(mean_a: float, std_a: float, n_a: int, mean_b: float, std_b: float, n_b: int) -> dict[str, Any]:
-    """Compare two means of repeated runs by their summaries: Welch's t test.
-
-    Args:
-        mean_a: mean of the first system's runs.
-        std_a: their sample standard deviation.
-        n_a: number of runs.
-        mean_b: mean of the second system's runs.
-        std_b: their sample standard deviation.
-        n_b: number of runs.
+    """Return Welch's t test of two means of repeated runs, from mean, sample standard deviation and number of runs.
 
     Returns:
-        `difference` (second minus first), `standard_error`, `t`, `freedom` (Welch's degrees), `interval` (95 %) and the
-        two-sided `p`.
+        `difference` (second minus first), `standard_error`, `t`, `freedom` (Welch's), `interval` and two-sided `p`.
 
     Raises:
-        ValueError: fewer than two runs, or no scatter at all.
+        ValueError: fewer than two runs, or no variance.
     """
     if min(n_a, n_b) < 2 or not std_a + std_b > 0:
-        raise ValueError(f"{n_a} and {n_b} runs with deviations {std_a:g} and {std_b:g}: give two runs that scatter")
+        raise ValueError(f"{n_a} and {n_b} runs with deviations {std_a:g} and {std_b:g}: give >= 2 runs that differ")
     found = stats.ttest_ind_from_stats(mean_b, std_b, n_b, mean_a, std_a, n_a, equal_var=False)
     parts = std_a**2 / n_a, std_b**2 / n_b
     error = sum(parts) ** 0.5

@@ -21,7 +21,7 @@ from companion.data_tools.coco import load_annotations
 from companion.data_tools.scienceqa import Problem
 from companion.evaluation import science_qa
 from companion.evaluation.grounding import shuffle_images
-from companion.evaluation.llava_bench import CATEGORY_PREFIX, score_reviews
+from companion.evaluation.relative_score import relative_scores
 from companion.evaluation.statistics import paired_bootstrap
 from companion.paper.claims import all_claims, claim
 from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled
@@ -195,28 +195,6 @@ def offline_model(terse: bool = False) -> ChatClient:
     from companion.miniature.offline_chat import TERSE, THOROUGH, respond
 
     return OfflineClient(partial(respond, taste=TERSE if terse else THOROUGH))
-
-
-def relative_scores(reviews: Sequence[Mapping[str, Any]], samples: int = 2000) -> dict[str, dict[str, Any]]:
-    """Relative score of all questions and of each category, with a bootstrap interval over the questions.
-
-    Args:
-        reviews: rows as `llava_bench.judge` returns them; failed ones are left out and counted.
-        samples: resamples of the questions.
-
-    Returns:
-        Category -> `{n, failed, value, interval}`, in %; `value` is 100 x mean candidate / mean reference.
-    """
-    summary = score_reviews(reviews)
-    names = {"all": summary["all"], **summary["categories"]}
-    rng, found = np.random.default_rng(SEED), {}
-    for name, value in names.items():
-        own = [r for r in reviews if name in ("all", str(r["category"]).removeprefix(CATEGORY_PREFIX))]
-        pairs = np.array([r["tuple"] for r in own if r["tuple"]], dtype=float).reshape(-1, 2)
-        drawn = pairs[rng.integers(len(pairs), size=(samples, len(pairs)))].sum(1)  # (samples, reference and candidate)
-        ends = np.percentile(100 * drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
-        found[name] = {"n": len(pairs), "failed": len(own) - len(pairs), "value": value, "interval": ends.tolist()}
-    return found
 
 
 def bench_rows(

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from companion.evaluation.judges import agreement, format_agreement, question_scores, relative_difference
+from companion.evaluation.judges import agreement, format_agreement, mean_shift
 from companion.evaluation.llava_bench import score_reviews
-from companion.evaluation.resampling import draws
+from companion.evaluation.relative_score import question_scores, relative_difference
+from companion.evaluation.statistics import correlation, estimate, item_counts
 from llava_core.runtime import DataError
 
 Row = dict[str, Any]
@@ -55,25 +56,24 @@ def test_kappa_by_hand() -> None:
 
 
 def test_a_resample_is_what_scipy_says_of_repeated_questions() -> None:
-    from companion.evaluation import judges
-
     first, second = (np.array(scores, float)[:, 1] for scores in two_judges(15))
-    weights = draws(15, 3, 0)
+    weights = item_counts(15, 3, 0)
+    spearman, kendall = (correlation(f, weights, first, second) for f in (stats.spearmanr, stats.kendalltau))
     assert (weights.sum(1) == 15).all()
     assert (weights[0] == 1).all()
     for k, counts in enumerate(weights):
         x, y = (np.repeat(scores, counts.astype(int)) for scores in (first, second))
-        assert judges._spearman(weights, first, second)[k] == pytest.approx(stats.spearmanr(x, y).statistic)
-        assert judges._kendall(weights, first, second)[k] == pytest.approx(stats.kendalltau(x, y).statistic)
+        assert spearman[k] == pytest.approx(stats.spearmanr(x, y).statistic)
+        assert kendall[k] == pytest.approx(stats.kendalltau(x, y).statistic)
 
 
 def test_intervals_cover_a_known_shift_about_as_often_as_they_say() -> None:
     covered = 0
     for seed in range(60):
         rng = random.Random(seed)
-        first = [(8.0, float(rng.randint(3, 7))) for _ in range(40)]
-        second = [(8.0, c + rng.choice([-1, 0, 1, 2])) for _, c in first]  # 0.5 on average
-        low, high = agreement(reviews(first), reviews(second), samples=400)["candidate"]["shift"]["interval"]
+        first = np.array([float(rng.randint(3, 7)) for _ in range(40)])
+        second = np.array([c + rng.choice([-1, 0, 1, 2]) for c in first])  # 0.5 on average
+        low, high = estimate(mean_shift(item_counts(40, samples=400), first, second))["interval"]
         covered += low <= 0.5 <= high
     assert 51 <= covered <= 60  # 95 % of 60 are 57
 
@@ -96,7 +96,7 @@ def test_failures_and_missing_questions_are_counted_and_left_out() -> None:
     assert "reviews without scores: 1 and 0" in format_agreement(found)
     zero = agreement(reviews([(0, 4), (9, 5), (7, 7)]), second)
     assert (zero["n"], zero["ratio"]["n"]) == (3, 2)
-    with pytest.raises(DataError, match="1 questions with scores in both"):
+    with pytest.raises(DataError, match="1 questions have scores in both"):
         agreement(first[:1], second)
     with pytest.raises(DataError, match="line 1: no question_id"):
         agreement([{"content": "8 9"}], second)
@@ -104,7 +104,7 @@ def test_failures_and_missing_questions_are_counted_and_left_out() -> None:
 
 def test_both_orders_of_a_question_are_one_opinion() -> None:
     rows = reviews([(8, 6)]) + reviews([(4, 7)], order="candidate_first")  # content is in the order of asking
-    assert question_scores(rows)[0] == {"0": (7.5, 5)}
+    assert question_scores(rows).scores == {"0": (7.5, 5)}
 
 
 def test_judges_are_compared_on_the_same_answers_only() -> None:

@@ -156,5 +156,5 @@ def test_a_cached_result_is_kept_until_the_code_changes(workspace: Path, monkeyp
     values = iter(np.arange(3).tolist())
     for expected in (0, 0):
         assert ablation.cached_result(record, "x", lambda: {"value": next(values)})["value"] == expected
-    write_json(workspace / "data" / "mini" / "set" / "card.json", {})
+    write_json(workspace / "data" / "mini" / "mini-coco" / "card.json", {})
     assert ablation.cached_result(record, "x", lambda: {"value": next(values)})["value"] == 1

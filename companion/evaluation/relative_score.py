@@ -1,0 +1,177 @@
+"""Relative scores of LLaVA-Bench with bootstrap intervals over questions: of one system, of two, of several seeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from companion.evaluation.llava_bench import CATEGORY_PREFIX, Reviews, review_rows, review_scores, score_reviews
+from companion.evaluation.statistics import SAMPLES, estimate, item_counts, percentile_interval, ratio
+from llava_core.runtime import DataError
+
+
+@dataclass
+class QuestionScores:
+    """Reviews by question.
+
+    Attributes:
+        scores: question id -> mean scores of reference and candidate over the reviews that have scores.
+        answer_ids: question id -> ids of the two answers, where the reviews name them.
+        failed: number of reviews without scores.
+    """
+
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
+    answer_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    failed: int = 0
+
+
+def question_scores(reviews: Reviews) -> QuestionScores:
+    """Group reviews by question.
+
+    Raises:
+        DataError: not reviews with question ids, or reviews of two different answers to one question.
+    """
+    where, rows = review_rows(reviews)
+    result, scores = QuestionScores(), defaultdict[str, list[tuple[float, float]]](list)
+    for number, row in enumerate(rows, start=1):
+        if "question_id" not in row:
+            raise DataError(f"{where}, line {number}: no question_id; reviews are compared by question")
+        key, pair = str(row["question_id"]), review_scores(row)
+        ids = tuple(str(row[name]) for name in ("answer1_id", "answer2_id") if row.get(name))
+        if len(ids) == 2 and result.answer_ids.setdefault(key, ids) != ids:
+            raise DataError(f"{where}, line {number}: question {key} has reviews of two answers; score them separately")
+        if pair is None:
+            result.failed += 1
+        else:
+            scores[key].append(pair)
+    for key, pairs in scores.items():
+        reference, candidate = np.mean(pairs, axis=0).tolist()
+        result.scores[key] = reference, candidate
+    return result
+
+
+def common_questions(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return the questions that both have scores for.
+
+    Raises:
+        DataError: fewer than two.
+    """
+    keys = [key for key in first if key in second]
+    if len(keys) < 2:
+        raise DataError(f"{len(keys)} questions have scores in both sets of reviews; at least two are needed")
+    return keys
+
+
+def relative_score(counts: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return the relative score in % of every resample.
+
+    Args:
+        counts: (resamples, n) from `statistics.item_counts`.
+        scores: (n, 2) of reference and candidate.
+    """
+    return 100 * ratio(counts @ scores[:, 1], counts @ scores[:, 0])
+
+
+def relative_scores(reviews: Sequence[Mapping[str, Any]], samples: int = SAMPLES) -> dict[str, dict[str, Any]]:
+    """Return the relative score of all questions and of each category, with its interval over reviews.
+
+    Args:
+        reviews: rows as `llava_bench.judge` returns them; failed ones are left out and counted.
+        samples: number of resamples.
+
+    Returns:
+        Category -> `{n, failed, value, interval}`, in %; `value` is 100 x mean candidate / mean reference.
+    """
+    summary = score_reviews(reviews)
+    rng, result = np.random.default_rng(0), {}
+    for name, value in {"all": summary["all"], **summary["categories"]}.items():
+        rows = [r for r in reviews if name in ("all", str(r["category"]).removeprefix(CATEGORY_PREFIX))]
+        pairs = np.array([r["tuple"] for r in rows if r["tuple"]], dtype=float).reshape(-1, 2)
+        sums = pairs[rng.integers(len(pairs), size=(samples, len(pairs)))].sum(1)  # (samples, 2)
+        interval = percentile_interval(100 * sums[:, 1] / sums[:, 0])
+        result[name] = {"n": len(pairs), "failed": len(rows) - len(pairs), "value": value, "interval": interval}
+    return result
+
+
+def relative_difference(
+    first: Reviews, second: Reviews, paired: bool = True, samples: int = SAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Return the relative score of a second set of reviews minus that of a first, in points.
+
+    Args:
+        first: JSONL path or rows of reviews.
+        second: of another system, reviewed by the same judge.
+        paired: both answered the same questions, which are resampled together; else each set by itself.
+        samples: number of resamples.
+        seed: of the draws.
+
+    Returns:
+        n (questions of each), first and second (relative scores in %), difference, interval.
+
+    Raises:
+        DataError: not reviews, or fewer than two questions to compare.
+    """
+    tables = [question_scores(reviews).scores for reviews in (first, second)]
+    keys = [common_questions(*tables)] * 2 if paired else [common_questions(table, table) for table in tables]
+    values = []
+    for k, (table, own) in enumerate(zip(tables, keys, strict=True)):
+        counts = item_counts(len(own), samples, seed if paired else seed + k)
+        values.append(relative_score(counts, np.array([table[key] for key in own])))
+    change, (one, other) = estimate(values[1] - values[0]), (estimate(value)["value"] for value in values)
+    return {"n": [len(own) for own in keys], "first": one, "second": other, "difference": change["value"],
+            "interval": change["interval"]}  # fmt: skip
+
+
+def compare_systems(
+    reviews: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], samples: int = SAMPLES
+) -> list[dict[str, Any]]:
+    """Return the relative scores of several systems, each with several seeds, and their differences to the first.
+
+    A score is the mean over seeds of 100 x sum of the candidate's scores / sum of the reference's. Questions and seeds
+    are resampled, the same ones for all systems, so differences are paired. A failed review counts for neither side.
+
+    Args:
+        reviews: system -> per seed the judge's reviews of the same questions; differences are to the first system.
+        samples: number of resamples.
+
+    Returns:
+        A row per category and system: system, category, n, score, interval, difference, difference_interval.
+    """
+    rng, rows = np.random.default_rng(0), []
+    first = next(iter(reviews.values()))[0]
+    keys = [str(r["question_id"]) for r in first]
+    categories = np.array([str(r["category"]).removeprefix(CATEGORY_PREFIX) for r in first])
+    tables = {}
+    for system, runs in reviews.items():
+        scores = [{str(r["question_id"]): r["tuple"] for r in run} for run in runs]
+        tables[system] = np.array([[own[key] or (0, 0) for key in keys] for own in scores])  # (seeds, questions, 2)
+    for category in ("all", "conv", "detail", "complex"):
+        own = np.flatnonzero((categories == category) | (category == "all"))
+        if not len(own):
+            continue
+        drawn = own[rng.integers(len(own), size=(samples, len(own)))]
+        seeds = {n: rng.multinomial(n, [1 / n] * n, size=samples).T / n for n in {len(t) for t in tables.values()}}
+        base: np.ndarray | None = None
+        for system, table in tables.items():
+            value = _mean_over_seeds(table[:, own[None]], np.full((len(table), 1), 1 / len(table)))
+            resampled = _mean_over_seeds(table[:, drawn], seeds[len(table)])
+            values = np.concatenate([value, resampled])
+            base = values if base is None else base
+            delta = values - base
+            rows.append({
+                "system": system, "category": category, "n": len(own), "score": float(value[0]),
+                "interval": percentile_interval(resampled), "difference": float(delta[0]),
+                "difference_interval": percentile_interval(delta[1:]),
+            })  # fmt: skip
+    return rows
+
+
+def _mean_over_seeds(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Relative score in % (draws,) from scores (seeds, draws, questions, 2) and the weights of seeds (seeds, draws)."""
+    sums = table.sum(2, dtype=float)
+    mean: np.ndarray = (100 * weights * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).sum(0)
+    return mean
