@@ -18,7 +18,7 @@ from companion.evaluation.predict import science_answers
 from companion.evaluation.science_qa import score
 from companion.miniature.offline_chat import respond
 from companion.teacher.client import OfflineClient
-from llava_core.checkpoints.checkpoint import Loaded, load
+from llava_core.checkpoints.load import Loaded, load
 from llava_core.config import load_scale
 from llava_core.inference import answer_questions
 from llava_core.runtime import DataError

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.common import Clock, circumstances, in_own_process, in_turns, peak_mib
-from llava_core.checkpoints.checkpoint import quiet
+from llava_core.checkpoints.configs import quiet_transformers
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.models.generation import GenerationSettings, generate_rows
 from llava_core.models.llava import Llava
@@ -54,7 +54,7 @@ def our_model(shape: str, device: torch.device) -> Llava:
 
     torch.manual_seed(0)
     text, vision = _configs(shape)
-    with quiet():
+    with quiet_transformers():
         return Llava(CLIPVisionModel(vision), LlamaForCausalLM(text)).eval().to(device, _dtype(device))
 
 
@@ -67,7 +67,7 @@ def peer_model(shape: str, device: torch.device, ours: Llava | None = None) -> A
         vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1, image_seq_length=N_PATCHES,
         vision_feature_layer=-2, pad_token_id=PAD_ID, tie_word_embeddings=text.tie_word_embeddings,
     )  # fmt: skip
-    with quiet():
+    with quiet_transformers():
         peer = LlavaForConditionalGeneration(config).eval().to(device, _dtype(device))
         peer.generation_config.eos_token_id = None
     # transformers knows the projector of LLaVA-1.5 alone; the same linear one serves both

@@ -20,7 +20,7 @@ from companion.paper.claims import all_claims, claim
 from companion.paper.ledger import p_text, published_ablation
 from companion.paper.verdict import Verdict, verdict_of_interval
 from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
-from llava_core.checkpoints.checkpoint import Loaded, load
+from llava_core.checkpoints.load import Loaded, load
 from llava_core.config import META, RunConfig, experiments, load_experiment, load_scale
 from llava_core.inference import answer_questions
 from llava_core.record import RunRecord

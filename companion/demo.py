@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from llava_core.chat import CAPTION, Conversation, seen
-from llava_core.checkpoints.checkpoint import Loaded, load
+from llava_core.checkpoints.load import Loaded, load
 from llava_core.data.images import load_image
 from llava_core.runtime import DataError
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from llava_core.checkpoints.checkpoint import Loaded, load
-from llava_core.checkpoints.formats.common import Options
+from llava_core.checkpoints.describe import Options
+from llava_core.checkpoints.load import Loaded, load
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Turn
 from llava_core.data.images import ImageProcessor, load_image
@@ -132,7 +132,7 @@ def open_assistant(path: str | Path, device: str = "auto", dtype: str = "", **op
         path: folder, or file where the layout is one.
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
         dtype: of the weights in memory: "float32", "bfloat16" or "float16"; empty: float32 on a CPU, else bfloat16.
-        options: `base`, `vision_tower` where the files do not hold them; facts as in `description.USE_FACTS`.
+        options: `base`, `vision_tower` where the files do not hold them; usage as in `describe.USAGE_FIELDS`.
 
     Raises:
         CheckpointError: not a checkpoint, or a damaged one; the message names file and fix.

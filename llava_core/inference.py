@@ -13,7 +13,7 @@ from llava_core.data.images import load_image
 from llava_core.runtime import progress
 
 if TYPE_CHECKING:
-    from llava_core.checkpoints.checkpoint import Loaded
+    from llava_core.checkpoints.load import Loaded
 
 
 def prompt_ids(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from llava_core import chat
-from llava_core.checkpoints.checkpoint import Loaded, build
+from llava_core.checkpoints.load import Loaded, build
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.models import generation
 

@@ -11,7 +11,8 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from llava_core.checkpoints import checkpoint
+from llava_core.checkpoints.base_models import base_hash
+from llava_core.checkpoints.load import Loaded, build
 from llava_core.models.llava import Llava
 
 LLAMA_LAYER = (
@@ -23,20 +24,18 @@ LLAMA_LAYER = (
 DELIMITERS = ["<im_start>", "<im_end>"]
 
 
-def model(
-    root: Path, projector: str = "linear", feature_layer: int = -2, delimiters: bool = False
-) -> checkpoint.Loaded:
+def model(root: Path, projector: str = "linear", feature_layer: int = -2, delimiters: bool = False) -> Loaded:
     """A random model on tiny base models in `root`; every parameter is drawn, so that none can be lost unseen."""
     bases = (str(root / "llm"), str(root / "clip")) if (root / "clip").exists() else tiny.base_models(root)
     torch.manual_seed(7)
-    loaded = checkpoint.build(*bases, torch.float32, projector, feature_layer)
+    loaded = build(*bases, torch.float32, projector, feature_layer)
     if delimiters:  # two more words, as the tokenizers of the v0 era have them
         loaded.tokenizer.add_tokens(DELIMITERS, special_tokens=True)
         loaded.model.language_model.resize_token_embeddings(len(loaded.tokenizer))
     for name, p in loaded.model.named_parameters():
         torch.nn.init.normal_(p, 1.0 if "norm" in name and p.ndim == 1 else 0.0, 0.15)
     save_tower(loaded.model, root / "clip")
-    loaded.manifest["base_hash"]["vision_tower"] = checkpoint.base_hash(bases[1])
+    loaded.manifest["base_hash"]["vision_tower"] = base_hash(bases[1])
     return loaded
 
 
@@ -60,7 +59,7 @@ def language(made: Llava) -> dict[str, torch.Tensor]:
     return {n: t.detach().clone() for n, t in {**found, "lm_head.weight": llm.lm_head.weight}.items()}
 
 
-def plain_base(loaded: checkpoint.Loaded, folder: Path, offset: float = 0.0) -> Path:
+def plain_base(loaded: Loaded, folder: Path, offset: float = 0.0) -> Path:
     """The language model alone, as a LLaMA of the hub; `offset` is added to every number."""
     folder.mkdir()
     tensors = {n: t + offset for n, t in language(loaded.model).items() if "inv_freq" not in n}
@@ -97,7 +96,7 @@ def _tokenizer(root: Path, folder: Path) -> None:
             shutil.copyfile(root / "llm" / file, folder / file)
 
 
-def original(loaded: checkpoint.Loaded, root: Path, folder: Path, shards: int = 1, tower: bool = False) -> Path:
+def original(loaded: Loaded, root: Path, folder: Path, shards: int = 1, tower: bool = False) -> Path:
     """The original layout, `pytorch_model*.bin`; with `tower`, as runs that tuned or saved the tower wrote it."""
     folder.mkdir()
     tensors = {**language(loaded.model), **projector(loaded.model)}
@@ -119,7 +118,7 @@ def original(loaded: checkpoint.Loaded, root: Path, folder: Path, shards: int = 
     return folder
 
 
-def mmpretrain(loaded: checkpoint.Loaded, folder: Path) -> Path:
+def mmpretrain(loaded: Loaded, folder: Path) -> Path:
     """A flat `.pth` as mmpretrain's converter writes it: the original names behind `model.lang_encoder.`."""
     folder.mkdir()
     tensors = {**language(loaded.model), **projector(loaded.model)}
@@ -127,7 +126,7 @@ def mmpretrain(loaded: checkpoint.Loaded, folder: Path) -> Path:
     return folder
 
 
-def hf(loaded: checkpoint.Loaded, root: Path, folder: Path) -> Path:
+def hf(loaded: Loaded, root: Path, folder: Path) -> Path:
     """transformers' own class, saved by its own `save_pretrained`, the image token in a vocabulary with spare rows."""
     from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration
 

@@ -1,103 +1,100 @@
-"""Delta weights: what a checkpoint adds to its base language model, so that it can be given away without the base.
+"""Delta weights: the difference between a checkpoint and its base language model, published without the base.
 
-Every tensor that both have in the same shape is target minus base; of the word embeddings and the output layer, whose
-vocabularies differ, the leading block of the base's rows is; everything else (the projector) is stored as it is.
+A tensor that both have in the same shape is target minus base. The vocabularies of word embeddings and output layer
+differ, so only their leading rows, as many as the base has, are differences. The projector is stored as it is.
 
 Source: make_delta.py and apply_delta.py of haotian-liu/LLaVA at 8959d5c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_core.checkpoints.description import TOKENIZER_FILES, folder_of
+from llava_core.checkpoints.base_models import model_folder
 from llava_core.checkpoints.formats.original import is_delta, mm_config
 from llava_core.checkpoints.tensors import (
     SHARD_BYTES,
-    Lazy,
-    ShardWriter,
-    fingerprint_tensors,
+    LazyTensor,
+    atomic_folder,
+    contained_file,
     has_file,
     has_weights,
-    inside,
     open_folder,
-    read_settings,
-    whole_folder,
+    read_config,
+    write_tensors,
 )
+from llava_core.checkpoints.tokenizer import TOKENIZER_FILES
 from llava_core.runtime import CheckpointError, shown, write_json
 
-DELTA = "delta.json"  # our note beside the weights: which base they belong to
+DELTA = "delta.json"  # our file next to the weights: the fingerprint of their base
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _COMPUTED = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done with each tensor of a checkpoint.
+    """What happens to each tensor of a checkpoint.
 
     Attributes:
-        whole: names that the base has in the same shape.
-        blocks: name -> rows of the base, for tensors of which only the leading block counts.
+        full: names that the base has in the same shape.
+        blocks: name -> rows of the base, for tensors that are longer than the base's.
         stored: names that the base does not have.
     """
 
-    whole: list[str]
+    full: list[str]
     blocks: dict[str, int]
     stored: list[str]
 
 
-def _plan(checkpoint: dict[str, Lazy], base: dict[str, Lazy], where: Path) -> Plan:
-    whole, blocks, stored = [], {}, []
+def _plan(checkpoint: dict[str, LazyTensor], base: dict[str, LazyTensor], where: Path) -> Plan:
+    full, blocks, stored = [], {}, []
     for name, tensor in checkpoint.items():
         if name not in base:
             stored.append(name)
         elif tensor.shape == base[name].shape:
-            whole.append(name)
+            full.append(name)
         elif name in _VOCABULARY and tensor.shape[1:] == base[name].shape[1:] and tensor.shape[0] > base[name].shape[0]:
             blocks[name] = base[name].shape[0]
         else:
             raise CheckpointError(
-                f"{shown(where)}: {name} is {tensor.shape}, in the base {base[name].shape}; fix: --base with the very "
+                f"{shown(where)}: {name} is {tensor.shape}, in the base {base[name].shape}; fix: --base with the "
                 "model (size and vocabulary) that the delta was made from"
             )
     unused = sorted(name for name in base if name not in checkpoint and not name.endswith(_COMPUTED))
     if unused:
         raise CheckpointError(f"{shown(where)}: the base's {unused[0]} is missing in it ({len(unused)} in all)")
-    if not whole:
+    if not full:
         raise CheckpointError(f"{shown(where)}: shares no tensor with the base; fix: --base DIR")
     foreign = [name for name in stored if "mm_projector" not in name and "vision_tower" not in name]
     if foreign:
         raise CheckpointError(f"{shown(where)}: {foreign[0]} is neither in the base nor of a projector or tower")
-    return Plan(whole, blocks, stored)
+    return Plan(full, blocks, stored)
 
 
-def _open(folder: Path) -> dict[str, Lazy]:
+def _open(folder: Path) -> dict[str, LazyTensor]:
     return {name: t for name, t in open_folder(folder).items() if not name.endswith(_COMPUTED)}
 
 
-def _changed(
-    checkpoint: dict[str, Lazy], base: dict[str, Lazy], plan: Plan, sign: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint's tensors, one by one, with the base subtracted (-1) or added (+1)."""
-    for name, tensor in checkpoint.items():
-        value = tensor.read().clone()
-        if name in plan.whole:
-            value = (value.float() + sign * base[name].read().float()).to(value.dtype)
-        elif name in plan.blocks:
-            rows = plan.blocks[name]
-            value[:rows] = (value[:rows].float() + sign * base[name].read().float()).to(value.dtype)
-        if not torch.isfinite(value).all():
-            raise CheckpointError(f"{name} is not finite after the base was {'added' if sign > 0 else 'subtracted'}")
-        yield name, value
+def _shift(value: torch.Tensor, name: str, base: LazyTensor | None, sign: int) -> torch.Tensor:
+    """Add the base to a tensor (+1) or subtract it (-1), in fp32; of a longer tensor only the leading rows change."""
+    value = value.clone()
+    if base is not None:
+        block = value if base.shape == tuple(value.shape) else value[: base.shape[0]]
+        block.copy_(block.float() + sign * base.read().float())
+    if not torch.isfinite(value).all():
+        raise CheckpointError(f"{name} is not finite after the base was {'added' if sign > 0 else 'subtracted'}")
+    return value
 
 
 def make(base: str, target: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry_run: bool = False) -> dict[str, Any]:
-    """Subtract a base language model from a checkpoint in the original layout.
+    """Subtract a base language model from a checkpoint in the original format.
 
     Args:
         base: folder or hub id of the language model.
@@ -118,7 +115,7 @@ def apply(base: str, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry
     Args:
         base: folder or hub id of the language model that the delta was made from.
         delta: folder with delta weights, configuration and tokenizer.
-        out: checkpoint folder to write, in the original layout.
+        out: checkpoint folder to write, in the original format.
         shard_bytes: largest size of one weights file.
         dry_run: report and write nothing.
 
@@ -126,7 +123,7 @@ def apply(base: str, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry
         `added`, `blocks`, `stored`, `bytes`, `fingerprint`: "matches", or why it could not be checked.
 
     Raises:
-        CheckpointError: shapes or names do not fit, or the base is another one than the delta records.
+        CheckpointError: shapes or names do not fit, or the base is not the one that the delta records.
     """
     return _run(base, delta, out, +1, shard_bytes, dry_run)
 
@@ -134,10 +131,10 @@ def apply(base: str, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry
 def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_run: bool) -> dict[str, Any]:
     if not mm_config(source) or not has_weights(source):
         raise CheckpointError(
-            f"{shown(source)}: not a folder with a LLaVA in the original layout (config.json, weights); fix: check the "
+            f"{shown(source)}: not a folder with a LLaVA in the original format (config.json, weights); fix: check the "
             "path, or `llava convert --to original`"
         )
-    base_folder = folder_of(base)
+    base_folder = model_folder(base)
     base_tensors, tensors = _open(base_folder), _open(source)
     if is_delta(tensors) != (sign > 0):
         what = "a model already, no delta (its norms are not near zero)" if sign > 0 else "a delta already"
@@ -145,34 +142,45 @@ def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_ru
     plan = _plan(tensors, base_tensors, source)
     fingerprint = _fingerprint(base_tensors, source, sign)
     report = {
-        "base": shown(base_folder), "added": len(plan.whole), "blocks": plan.blocks, "stored": plan.stored,
+        "base": shown(base_folder), "added": len(plan.full), "blocks": plan.blocks, "stored": plan.stored,
         "bytes": sum(t.bytes for t in tensors.values()), "fingerprint": fingerprint, "written": not dry_run,
     }  # fmt: skip
     if dry_run:
         return report
-    with whole_folder(out) as folder:
-        writer = ShardWriter(folder, shard_bytes)
-        for name, value in _changed(tensors, base_tensors, plan, sign):
-            writer.add(name, value)
-        writer.close()
+    shifted = {
+        name: tensor.map(partial(_shift, name=name, base=base_tensors.get(name), sign=sign))
+        for name, tensor in tensors.items()
+    }
+    with atomic_folder(out) as folder:
+        write_tensors(folder, shifted, shard_bytes)
         for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
             if has_file(source, name):
-                (folder / name).write_bytes(inside(source, name).read_bytes())
+                (folder / name).write_bytes(contained_file(source, name).read_bytes())
         if sign < 0:
             write_json(folder / DELTA, {"base": str(base), "base_fingerprint": fingerprint})
     return report
 
 
-def _fingerprint(base: dict[str, Lazy], source: Path, sign: int) -> str:
+def _fingerprint(base: dict[str, LazyTensor], source: Path, sign: int) -> str:
     if sign > 0 and not has_file(source, DELTA):
         return "not recorded in the delta; the shapes fit"
-    found = fingerprint_tensors(base)
+    actual = fingerprint_tensors(base)
     if sign < 0:
-        return found
-    wanted = read_settings(source, DELTA).get("base_fingerprint")
-    if wanted != found:
+        return actual
+    recorded = read_config(source, DELTA).get("base_fingerprint")
+    if recorded != actual:
         raise CheckpointError(
-            f"{shown(source)}: was made from a base whose weights have the fingerprint {str(wanted)[:12]}..., this one "
-            f"has {found[:12]}...; fix: --base with that very model"
+            f"{shown(source)}: was made from a base whose weights have the fingerprint {str(recorded)[:12]}..., this "
+            f"one has {actual[:12]}...; fix: --base with that very model"
         )
     return "matches"
+
+
+def fingerprint_tensors(tensors: Mapping[str, LazyTensor]) -> str:
+    """Return 64 hex digits of names, shapes and values; equal for the same values in fp16, bf16 or fp32."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].read().to(torch.float32).contiguous()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().data)
+    return digest.hexdigest()

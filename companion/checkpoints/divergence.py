@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from llava_core.checkpoints.description import Opened
+from llava_core.checkpoints.configs import quiet_transformers
+from llava_core.checkpoints.describe import Checkpoint
+from llava_core.checkpoints.load import assemble
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.runtime import CheckpointError, progress
 
@@ -44,7 +46,7 @@ class Divergence:
         return f"{self.name}: {self.text}"
 
 
-def first_divergence(one: Opened, other: Opened, tolerance: float = 0.0) -> Divergence | None:
+def first_divergence(one: Checkpoint, other: Checkpoint, tolerance: float = 0.0) -> Divergence | None:
     """The first tensor that two checkpoints do not share; None if they are equal. One tensor of each is in memory.
 
     Args:
@@ -142,7 +144,7 @@ def first_module(differences: list[ModuleDifference], tolerance: float = TOLERAN
     return next((d for d in differences if not d.relative <= tolerance), None)
 
 
-def verify_export(source: Opened, folder: Path) -> list[ModuleDifference]:
+def verify_export(source: Checkpoint, folder: Path) -> list[ModuleDifference]:
     """Load a checkpoint here and its export in transformers, both in fp32, and compare all modules.
 
     Args:
@@ -154,9 +156,7 @@ def verify_export(source: Opened, folder: Path) -> list[ModuleDifference]:
     """
     from transformers import LlavaForConditionalGeneration
 
-    from llava_core.checkpoints.checkpoint import assemble, quiet
-
-    with quiet():
+    with quiet_transformers():
         theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     return module_differences(assemble(source, torch.float32).eval(), theirs, theirs.config.image_token_id)
 

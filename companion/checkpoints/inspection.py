@@ -1,4 +1,4 @@
-"""`llava inspect`: what a folder or file is, without running anything in it or loading its weights."""
+"""`llava inspect`: describe a checkpoint without running code of it or loading its weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from companion.checkpoints.delta import DELTA
-from llava_core.checkpoints.description import PARTS, Opened, check, no_downloads, open_tokenizer
-from llava_core.checkpoints.formats.common import Options
-from llava_core.checkpoints.formats.original import is_delta
-from llava_core.checkpoints.open import layout_of, open_checkpoint
+from llava_core.checkpoints.base_models import no_downloads
+from llava_core.checkpoints.describe import MODEL_PARTS, Checkpoint, Options, check
+from llava_core.checkpoints.formats import original
+from llava_core.checkpoints.open import detect_format, open_checkpoint
 from llava_core.checkpoints.tensors import has_file, open_folder
+from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.runtime import CheckpointError, CompanionError, shown
 
 RELEASED_SYSTEMS = {  # system sentences of the released code by the first digits of their SHA-256
@@ -28,13 +29,13 @@ RELEASED_SYSTEMS = {  # system sentences of the released code by the first digit
 }
 
 
-def inspect(path: Path, options: Options | None = None, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Say what a checkpoint is and what is wrong with it.
+def inspect(path: Path, options: Options | None = None, usage: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Describe a checkpoint and find its first problem.
 
     Args:
         path: folder or file, in any state.
-        options: base model and tower, where the files do not hold them.
-        facts: what the files leave open or say wrongly, as in `description.USE_FACTS`.
+        options: base model and tower, where the files do not contain them.
+        usage: what the files leave open or say wrongly, as in `describe.USAGE_FIELDS`.
 
     Returns:
         `path`, `layout`, `parts`, `parameters`, `dtypes`, `template`, `system`, `image`, `facts`, `notes`, `left_out`
@@ -46,40 +47,37 @@ def inspect(path: Path, options: Options | None = None, facts: Mapping[str, Any]
     }  # fmt: skip
     try:
         with no_downloads():
-            result["layout"] = layout_of(path)
-            if result["layout"] == "original" and is_delta(tensors := open_folder(path)):
+            detected = detect_format(path)
+            result["layout"] = None if detected is None else detected.name
+            if detected is original.FORMAT and original.is_delta(tensors := open_folder(path)):
                 parameters = sum(int(torch.Size(t.shape).numel()) for t in tensors.values())
-                recorded = (
-                    "its base's fingerprint is recorded" if has_file(path, DELTA) else "of which base, it does not say"
-                )
+                recorded = "its base's fingerprint is recorded" if has_file(path, DELTA) else "its base is not recorded"
                 notes = [f"differences to a language model: `llava delta apply` makes them a model; {recorded}"]
                 return result | {"layout": "delta", "parameters": parameters, "notes": notes}
-            opened = open_checkpoint(path, options, facts)
-            result |= _facts(opened)
-            if "language_model" in opened.parts:
-                _check_use(opened)
+            checkpoint = open_checkpoint(path, options, usage)
+            result |= _summary(checkpoint)
+            if "language_model" in checkpoint.parts:
+                _check_loadable(checkpoint)
             else:
-                check(opened)
+                check(checkpoint)
     except (CompanionError, OSError) as error:
         result["problems"].append(" ".join(str(error).split()))
     return result
 
 
-def _facts(opened: Opened) -> dict[str, Any]:
-    description = opened.description
-    template = description.facts.get("template")
+def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    description, usage = checkpoint.description, checkpoint.description.usage
+    tower = "inside" if "vision_tower" in checkpoint.parts else description.tower_source or "not named"
     return {
-        "parts": list(opened.parts), "parameters": opened.parameters, "template": template,
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in opened.tensors.values()}),
-        "system": _system(description.facts.get("system")), "image": description.image, "notes": opened.notes,
+        "parts": list(checkpoint.parts), "parameters": checkpoint.parameters, "template": usage.get("template"),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()}),
+        "system": _system(usage.get("system")), "image": description.image, "notes": checkpoint.notes,
         "facts": {
             "projector": description.projector, "feature_layer": description.feature_layer,
-            "image_position": description.facts.get("image_position"),
-            "image_delimiters": description.facts.get("image_delimiters"),
-            "prompt_format": description.facts.get("prompt_format"),
-            "vision_tower": "inside" if "vision_tower" in opened.parts else description.tower_source or "not named",
+            **{name: usage.get(name) for name in ("image_position", "image_delimiters", "prompt_format")},
+            "vision_tower": tower,
         },
-        "left_out": opened.left_out,
+        "left_out": checkpoint.left_out,
     }  # fmt: skip
 
 
@@ -90,23 +88,18 @@ def _system(text: str | None) -> str:
     return f"{len(text)} characters, {digest}: {RELEASED_SYSTEMS.get(digest, 'not one of the released code')}"
 
 
-def _check_use(opened: Opened) -> None:
-    """Whether tower, weights and tokenizer fit each other, as `load` needs it."""
-    where = shown(opened.path)
-    check(opened.need(*PARTS))
-    if opened.tokenizer is None:
+def _check_loadable(checkpoint: Checkpoint) -> None:
+    """Check that tower, weights and tokenizer fit each other, as `load` needs it."""
+    where = shown(checkpoint.path)
+    check(checkpoint.require(*MODEL_PARTS))
+    if checkpoint.tokenizer is None:
         raise CheckpointError(f"{where}: no tokenizer (tokenizer.json or tokenizer.model); fix: copy it from the base")
-    words, rows = vocabulary(opened), opened.description.language_model["vocab_size"]
-    if words > rows:
+    language_model = checkpoint.description.language_model
+    tokenizer = open_tokenizer(checkpoint.tokenizer, language_model)
+    # the padding token is never embedded, and v0's released tokenizer has it after the last row
+    tokens = 1 + max(k for token, k in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
+    if tokens > language_model["vocab_size"]:
         raise CheckpointError(
-            f"{where}: its tokenizer knows {words} tokens, the word embeddings have {rows} rows; fix: take the "
-            "tokenizer that belongs to these weights"
+            f"{where}: its tokenizer knows {tokens} tokens, the word embeddings have {language_model['vocab_size']} "
+            "rows; fix: use the tokenizer that belongs to these weights"
         )
-
-
-def vocabulary(opened: Opened) -> int:
-    """Tokens that an opened checkpoint's tokenizer can give, padding aside (it never is embedded)."""
-    assert opened.tokenizer is not None
-    tokenizer = open_tokenizer(opened.tokenizer, opened.description.language_model)
-    # v0's released tokenizer lists its padding token behind the table
-    return 1 + max(k for token, k in tokenizer.get_vocab().items() if token != tokenizer.pad_token)

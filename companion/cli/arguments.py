@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
     # a checkpoint; `options` and `loaded` read these
 
     def checkpoint(self, either: Any = None) -> None:
-        text = "a checkpoint of any layout but a delta"
+        text = "a checkpoint of any format but a delta"
         (either or self).add_argument("--model", type=Path, required=either is None, metavar="DIR", help=text)
 
     def bases(self) -> None:
@@ -110,7 +110,10 @@ class Parser(argparse.ArgumentParser):
         self.option("--vision-tower", "DIR", "tower, instead of the one that the files name")
 
     def facts(self) -> None:
-        self.assignments("what the files do not say, e.g. template=v0_exact or image_position=last; once for each")
+        self.add_argument(
+            "--assume", "--set", dest="set", action="append", default=[], type=_assignment, metavar="KEY=VALUE",
+            help="what the files do not say, e.g. template=v0_exact or image_position=last; once for each",
+        )  # fmt: skip
 
     # a chat model; `chat_client` reads these
 
@@ -157,14 +160,14 @@ def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def options(args: argparse.Namespace) -> Any:
     """What `Parser.bases` asked for."""
-    from llava_core.checkpoints.formats.common import Options
+    from llava_core.checkpoints.describe import Options
 
     return Options(base=args.base, vision_tower=args.vision_tower)
 
 
 def loaded(args: argparse.Namespace, device: str = "auto", dtype: str | None = None) -> Any:
     """The model that is asked for; without a dtype in the one that suits the device."""
-    from llava_core.checkpoints.checkpoint import load
+    from llava_core.checkpoints.load import load
     from llava_core.runtime import resolve_device, resolve_dtype
 
     place = resolve_device(device)

@@ -6,8 +6,8 @@ import argparse
 
 from companion.cli.arguments import Commands, Parser, Result, command, group, options, positive, table
 
-LAYOUTS = ("llava", "hf", "original", "mmpretrain", "projector")
-ANY_LAYOUT = "folder or file of any layout"
+FORMATS = ("llava", "hf", "original", "mmpretrain", "projector")
+ANY_FORMAT = "folder or file of any format"
 
 
 def _convert(args: argparse.Namespace) -> Result:
@@ -31,8 +31,8 @@ def _inspect(args: argparse.Namespace) -> Result:
 
 
 def _show_inspection(result: Result) -> str:
-    told = {**{k: v for k, v in result.items() if k not in ("facts", "notes", "problems")}, **result["facts"]}
-    lines = [table({key: value for key, value in told.items() if value not in (None, [], {})})]
+    fields = {**{k: v for k, v in result.items() if k not in ("facts", "notes", "problems")}, **result["facts"]}
+    lines = [table({key: value for key, value in fields.items() if value not in (None, [], {})})]
     lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join([*lines, *(f"error: {problem}" for problem in result["problems"])])
 
@@ -43,10 +43,10 @@ def _shards(parser: Parser) -> None:
 
 def add(commands: Commands) -> None:
     example = "llava convert llava-v1.5-7b data/llava-hf --to hf"
-    new = command(commands, "convert", "write a checkpoint in another layout, and compare", example, _convert)
-    new.path("source", "SRC", ANY_LAYOUT)
+    new = command(commands, "convert", "write a checkpoint in another format, and compare", example, _convert)
+    new.path("source", "SRC", ANY_FORMAT)
     new.path("target", "DST", "a new folder")
-    new.add_argument("--to", choices=LAYOUTS, required=True, help="the layout to write")
+    new.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
     new.bases()
     _shards(new)
     new.switch("--verify", "with --to hf: run both models and compare every module")
@@ -54,11 +54,11 @@ def add(commands: Commands) -> None:
 
     delta = {
         "make": (
-            "subtract a base language model", "a checkpoint in the layout 'original'", "a new folder, for the delta",
+            "subtract a base language model", "a checkpoint in the format 'original'", "a new folder, for the delta",
             "llava delta make --base llama-7b --out data/LLaVA-7b-delta LLaVA-7b",
         ),
         "apply": (
-            "add a base language model to a delta", "the delta", "a new folder, in the layout 'original'",
+            "add a base language model to a delta", "the delta", "a new folder, in the format 'original'",
             "llava delta apply --base llama-7b --out data/LLaVA-7b LLaVA-7b-delta-v0",
         ),
     }  # fmt: skip
@@ -73,8 +73,8 @@ def add(commands: Commands) -> None:
         new.set_defaults(make=name == "make")
 
     example = "llava inspect runs/finetune/mini/ID/checkpoint"
-    text, unsound = "say what a checkpoint is", lambda result: bool(result["problems"])
+    text, unsound = "describe a checkpoint", lambda result: bool(result["problems"])
     new = command(commands, "inspect", text, example, _inspect, _show_inspection, unsound)
-    new.path("path", "DIR", ANY_LAYOUT)
+    new.path("path", "DIR", ANY_FORMAT)
     new.bases()
     new.facts()

@@ -20,7 +20,7 @@ from llava_core.runtime import DataError, read_jsonl, shown, write_jsonl
 
 if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient
-    from llava_core.checkpoints.checkpoint import Loaded
+    from llava_core.checkpoints.load import Loaded
 
 FILES = {  # what each file of a bench is called: In-the-Wild and the miniature, COCO
     "questions": ("questions.jsonl", "qa90_questions.jsonl"),

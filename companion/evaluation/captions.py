@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llava_core.runtime import DataError, read_json, read_jsonl, shown, write_json
 
 if TYPE_CHECKING:
-    from llava_core.checkpoints.checkpoint import Loaded
+    from llava_core.checkpoints.load import Loaded
 
 Tokens = Sequence[str]
 MAX_N = 4

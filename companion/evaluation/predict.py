@@ -17,7 +17,7 @@ from llava_core.inference import answer_questions
 from llava_core.runtime import DataError, fingerprint, progress, shown
 
 if TYPE_CHECKING:
-    from llava_core.checkpoints.checkpoint import Loaded
+    from llava_core.checkpoints.load import Loaded
 
 MAX_NEW_TOKENS, ANSWER_TOKENS = 1024, 64
 """Longest first and second reply. Source: llava/eval/model_vqa_science.py@8959d5c."""

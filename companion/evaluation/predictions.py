@@ -102,7 +102,7 @@ def checkpoint_id(path: str | Path) -> str:
         return f"manifest:{fingerprint(content)}"
     if path.is_file():
         return f"files:{fingerprint({path.name: sha256_file(path)})}"
-    from llava_core.checkpoints.checkpoint import base_hash  # brings torch
+    from llava_core.checkpoints.base_models import base_hash  # brings torch
 
     return base_hash(str(path))
 

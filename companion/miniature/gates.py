@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from companion.miniature import language, world
 from companion.miniature.contrastive import IMAGE_SIZE, caption_ids, normalise
 from companion.miniature.reading import GRID, context_text, dialogue, patch_groups
-from llava_core.checkpoints.checkpoint import load_language_model, quiet
+from llava_core.checkpoints.base_models import load_language_model
+from llava_core.checkpoints.configs import quiet_transformers
 from llava_core.constants import IGNORE_INDEX
 from llava_core.data.conversation import encode
 
@@ -116,7 +117,7 @@ def vision_gates(folder: Path, scenes: int = 6000, candidates: int = 100) -> dic
     """
     from transformers import AutoTokenizer, CLIPModel
 
-    with quiet():
+    with quiet_transformers():
         model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     drawn = held_out_scenes(scenes)

@@ -26,7 +26,7 @@ from companion.evaluation.statistics import paired_bootstrap
 from companion.paper.claims import all_claims, claim
 from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled
 from companion.teacher.client import ChatClient, OfflineClient
-from llava_core.checkpoints.checkpoint import Loaded
+from llava_core.checkpoints.load import Loaded
 from llava_core.config import META, RunConfig, value_of
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Encoded

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from companion.checkpoints.convert import convert, key_map, targets
 from companion.checkpoints.divergence import ModuleDifference, first_divergence
 from companion.plots.figures import BLUE, COLORS, MUTED, _axes, _styled
-from llava_core.checkpoints.description import Opened
-from llava_core.checkpoints.formats.common import LAYOUTS
-from llava_core.checkpoints.open import open_checkpoint
+from llava_core.checkpoints.describe import Checkpoint
+from llava_core.checkpoints.open import format_named, open_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 SMALLEST = 1e-9  # where differences of zero are drawn on a logarithmic axis
 
 
-def weight_map(opened: Opened) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def weight_map(opened: Checkpoint) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """How the names of one layout become those of another.
 
     Returns:
@@ -61,7 +60,7 @@ def round_trips(source: Path, folder: Path) -> list[dict[str, Any]]:
     """
     opened, rows = open_checkpoint(source), []
     for name in targets():
-        if LAYOUTS.get(name).alone:
+        if format_named(name).only_required_parts:
             continue
         begin = time.perf_counter()
         report = convert(source, folder / name, name)
@@ -71,7 +70,7 @@ def round_trips(source: Path, folder: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "layout": name,
-                "what it is": LAYOUTS.get(name).text,
+                "what it is": format_named(name).summary,
                 "tensors": report["tensors"],
                 "MB": report["bytes"] / 1e6,
                 "seconds": seconds,
@@ -81,7 +80,7 @@ def round_trips(source: Path, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def perturbed(opened: Opened, name: str, amount: float = 0.01) -> Opened:
+def perturbed(opened: Checkpoint, name: str, amount: float = 0.01) -> Checkpoint:
     """The same checkpoint with one number of one tensor changed."""
 
     def change(tensor: Any) -> Any:
@@ -89,7 +88,7 @@ def perturbed(opened: Opened, name: str, amount: float = 0.01) -> Opened:
         tensor.view(-1)[0] += amount
         return tensor
 
-    return replace(opened, tensors=opened.tensors | {name: opened.tensors[name].then(change)})
+    return replace(opened, tensors=opened.tensors | {name: opened.tensors[name].map(change)})
 
 
 @_styled

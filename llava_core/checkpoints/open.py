@@ -1,66 +1,121 @@
-"""Open a checkpoint of any layout."""
+"""Open a checkpoint of any format."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_core.checkpoints import checkpoint
-from llava_core.checkpoints.description import Opened, check_facts
-from llava_core.checkpoints.formats import hf, lora, mmpretrain, original, projector  # noqa: F401 - enter their layouts
-from llava_core.checkpoints.formats.common import LAYOUTS, Options
-from llava_core.runtime import CheckpointError, shown
+from llava_core.checkpoints.base_models import base_hash
+from llava_core.checkpoints.describe import Checkpoint, Options, check_usage
+from llava_core.checkpoints.formats import hf, lora, mmpretrain, native, original, projector
+from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model
+from llava_core.registry import unknown
+from llava_core.runtime import CheckpointError, ConfigError, located, shown
 
-_ORDER = ("llava", "lora", "hf", "original", "mmpretrain", "projector")
+FORMATS: tuple[CheckpointFormat, ...] = (
+    native.FORMAT, lora.FORMAT, hf.FORMAT, original.FORMAT, mmpretrain.FORMAT, projector.FORMAT
+)  # fmt: skip
+"""All formats, in the order in which they are tried. A new one is a module in `formats` and an entry here."""
 
 
-def layout_of(path: Path) -> str | None:
-    """Name of the layout of a folder or file, by its content; None if it is none of a LLaVA's.
+def format_named(name: str) -> CheckpointFormat:
+    """Return the format of a name.
+
+    Raises:
+        ConfigError: there is none; the message lists all.
+    """
+    formats = {candidate.name: candidate for candidate in FORMATS}
+    if name not in formats:
+        raise ConfigError(unknown("checkpoint format", name, formats))
+    return formats[name]
+
+
+def detect_format(path: Path) -> CheckpointFormat | None:
+    """Return the format of a folder or file, by its content; None if it is not a LLaVA checkpoint.
 
     Raises:
         CheckpointError: the path does not exist, or its files cannot be read.
     """
     if not path.exists():
         raise CheckpointError(f"{shown(path)}: there is no such file or folder; fix: check the path")
-    return next((name for name in _ORDER if LAYOUTS.get(name).found(path)), None)
+    return next((candidate for candidate in FORMATS if candidate.detect(path)), None)
 
 
-def open_checkpoint(path: Path, options: Options | None = None, facts: Mapping[str, Any] | None = None) -> Opened:
-    """Open a checkpoint of any layout; its tensors stay on disk until they are asked for.
+def open_checkpoint(path: Path, options: Options | None = None, usage: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Open a checkpoint of any format; its tensors stay on disk until they are used.
 
     Args:
-        path: folder, or file where the layout is one.
-        options: base model and tower that the files do not hold.
-        facts: what the files leave open or say wrongly, as in `description.USE_FACTS`.
+        path: folder, or file where the format is one.
+        options: base model and tower that the files do not contain.
+        usage: what the files leave open or say wrongly; names as in `describe.USAGE_FIELDS`.
 
     Raises:
-        CheckpointError: no LLaVA checkpoint, or a damaged one; the message names file and fix.
+        CheckpointError: not a LLaVA checkpoint, or a damaged one; the message names file and fix.
     """
-    name = layout_of(path)
-    if name is None:
+    detected = detect_format(path)
+    if detected is None:
         raise CheckpointError(f"{shown(path)}: not a LLaVA checkpoint ({_content(path)}); fix: check the path")
     options = options or Options()
-    opened = LAYOUTS.get(name).read(path, options)
-    check_facts(opened)
-    if name == "llava":
-        opened = checkpoint.with_bases(opened, options)
+    if detected.base_of is None:
+        checkpoint = detected.read(path, options)
+    else:
+        checkpoint = detected.read(path, options, _open_base(detected.base_of(path, options), options))
+    check_usage(checkpoint)
+    if detected is native.FORMAT:
+        checkpoint = with_bases(checkpoint, options)
     unused = {
-        "--base": options.base is not None and not opened.uses_base,
-        "--vision-tower": options.vision_tower not in (None, opened.description.tower_source),
+        "--base": options.base is not None and not checkpoint.uses_base,
+        "--vision-tower": options.vision_tower not in (None, checkpoint.description.tower_source),
     }
-    for option in (option for option, given in unused.items() if given):
-        raise CheckpointError(f"{shown(path)}: holds what {option} names, so that would be ignored; fix: leave it out")
-    if facts:
-        opened.description = opened.description.with_facts(facts)
-        said = tuple(name.replace("_", " ") for name in facts)
-        opened.notes = [note for note in opened.notes if not note.startswith(said)]
-        check_facts(opened)
-    return opened
+    for option in (option for option, is_unused in unused.items() if is_unused):
+        raise CheckpointError(f"{shown(path)}: contains what {option} names, which would be ignored; fix: omit it")
+    if usage:
+        checkpoint.description = checkpoint.description.with_usage(usage)
+        corrected = tuple(name.replace("_", " ") for name in usage)
+        checkpoint.notes = [note for note in checkpoint.notes if not note.startswith(corrected)]
+        check_usage(checkpoint)
+    return checkpoint
+
+
+def _open_base(source: str, options: Options) -> Checkpoint:
+    """Open the model that adapters were trained on: a LLaVA checkpoint or a plain language model."""
+    folder = located(source)
+    if folder.is_dir() and detect_format(folder) is not None:
+        return open_checkpoint(folder, Options(vision_tower=options.vision_tower))
+    return open_language_model(source)
+
+
+def with_bases(checkpoint: Checkpoint, options: Options) -> Checkpoint:
+    """Open the base models that a checkpoint of our own format names, and compare them with its hashes.
+
+    Raises:
+        CheckpointError: a base model is missing, damaged or a different one.
+    """
+    usage, where = checkpoint.description.usage, shown(checkpoint.path)
+    for part in ("vision_tower", "language_model"):
+        if part in checkpoint.parts:
+            continue
+        text = part.replace("_", " ")
+        chosen = options.base if part == "language_model" else options.vision_tower
+        source = chosen or usage["base"].get(part)
+        if source is None:
+            raise CheckpointError(f"{where}: neither contains nor names its {text}")
+        expected, actual = str(usage["base_hash"].get(part, "")), base_hash(source)
+        if expected.partition(":")[0] != actual.partition(":")[0]:
+            checkpoint.notes.append(f"{text} {shown(source)}: taken unchecked, only its name is recorded")
+        elif expected != actual:
+            raise CheckpointError(f"{where}: made with another {text} than {shown(source)}; fix: restore that one")
+        if part == "language_model":
+            base = open_language_model(source)
+            tensors, names = checkpoint.tensors | base.tensors, checkpoint.names | base.names
+            checkpoint = replace(checkpoint, tensors=tensors, names=names, uses_base=True)
+    return checkpoint.in_forward_order()
 
 
 def _content(path: Path) -> str:
     if path.is_file():
         return "a single file of another kind"
     names = sorted(entry.name for entry in path.iterdir())
-    return "it is empty" if not names else f"it holds {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+    return "it is empty" if not names else f"it contains {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"

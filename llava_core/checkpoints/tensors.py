@@ -1,18 +1,19 @@
-"""Weights files, read one tensor at a time and written shard by shard, without trusting them.
+"""Weights files as untrusted input: tensors are read one at a time and written shard by shard.
 
-safetensors first; `.bin`, `.pth` and `.pt` only through PyTorch's `weights_only` reader, which refuses everything that
-is not a tensor or a plain container. No index and no link leads out of the named folder.
+safetensors are preferred. `.bin`, `.pth` and `.pt` are read through PyTorch's `weights_only` unpickler, which refuses
+everything but tensors and plain containers. An index or a link that leads out of the folder is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from llava_core.runtime import CheckpointError, DataError, read_json, sha256_file, shown, write_json
 
 SHARD_BYTES = 5_000_000_000
-PICKLES = (".bin", ".pth", ".pt")
+PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 _STEMS = ("model.safetensors", "pytorch_model.bin", "model.bin")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -32,26 +33,21 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Lazy:
-    """A tensor that is read when it is asked for.
-
-    Attributes:
-        shape, dtype: known without reading.
-        read: gives the tensor.
-    """
+class LazyTensor:
+    """A tensor that stays on disk until `read` is called; its shape and dtype are known before."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Lazy:
-        """A tensor that is there already."""
+    def of(cls, tensor: torch.Tensor) -> LazyTensor:
+        """Wrap a tensor in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
-    def then(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None) -> Lazy:
-        """The tensor after `change`, applied when it is read."""
-        return Lazy(shape or self.shape, self.dtype, lambda: change(self.read()))
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None) -> LazyTensor:
+        """Apply a function when the tensor is read; give the new `shape` if it changes."""
+        return LazyTensor(shape or self.shape, self.dtype, lambda: function(self.read()))
 
     @property
     def bytes(self) -> int:
@@ -59,15 +55,17 @@ class Lazy:
         return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The regular file `name` of a folder.
+def contained_file(folder: Path, name: str) -> Path:
+    """Return `folder / name` if it is a regular file inside the folder.
 
     Raises:
-        CheckpointError: it is missing, no regular file, cannot be read, or lies (or links) outside the folder.
+        CheckpointError: it is missing, not a regular file, or it is or links to a path outside the folder.
     """
     path = folder / name
     if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or "\0" in name:
-        raise CheckpointError(f"{shown(folder)}: '{name}' points outside the folder; refused; fix: name plain files")
+        raise CheckpointError(
+            f"{shown(folder)}: '{name}' points outside the folder; refused; fix: use plain file names"
+        )
     try:
         real = path.resolve(strict=True)
     except FileNotFoundError:
@@ -79,24 +77,24 @@ def inside(folder: Path, name: str) -> Path:
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(h) for h in homes):
         raise CheckpointError(f"{shown(path)}: is a link out of its folder; refused; fix: copy the file into it")
-    if not real.is_file():  # a directory or, worse, a pipe on which reading would wait for ever
+    if not real.is_file():  # a folder, or a pipe that blocks the reader
         raise CheckpointError(f"{shown(path)}: not a regular file; fix: put the file itself there")
     return path
 
 
 def has_file(folder: Path, name: str) -> bool:
-    """Whether a folder has an entry of that name, sound or not (`inside` then says what is wrong with it)."""
+    """Whether a folder has an entry of that name, readable or not (`contained_file` checks it)."""
     return (folder / name).exists() or (folder / name).is_symlink()
 
 
-def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a checkpoint folder.
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint folder.
 
     Raises:
-        CheckpointError: it cannot be read or is no JSON object.
+        CheckpointError: the file cannot be read or is not a JSON object.
     """
     try:
-        value = read_json(inside(folder, name))
+        value = read_json(contained_file(folder, name))
     except (DataError, OSError) as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(value, dict):
@@ -107,41 +105,38 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def open_file(path: Path) -> dict[str, Lazy]:
-    """The tensors of one weights file; nothing but its directory of contents is read.
+def open_file(path: Path) -> dict[str, LazyTensor]:
+    """Open one weights file; of safetensors only the header is read.
 
     Raises:
-        CheckpointError: damaged, cut off, or holding anything but tensors.
+        CheckpointError: the file is damaged, truncated, or contains anything but tensors.
     """
-    path = inside(path.parent, path.name)
+    path = contained_file(path.parent, path.name)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    if path.suffix in PICKLES:
+    if path.suffix in PICKLE_SUFFIXES:
         return _open_pickle(path)
-    raise CheckpointError(f"{shown(path)}: not a weights file (.safetensors, {', '.join(PICKLES)})")
+    raise CheckpointError(f"{shown(path)}: not a weights file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
 
 
-def _open_safetensors(path: Path) -> dict[str, Lazy]:
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
         file = safe_open(path, "pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shown(path)}: damaged or cut off ({error}); fix: copy or download it again") from error
-    strange = [name for name, s in slices.items() if s.get_dtype() not in _DTYPES]
-    if strange:
-        kind = slices[strange[0]].get_dtype()
-        raise CheckpointError(f"{shown(path)}: {strange[0]} has type {kind}, which is not read; fix: store it as BF16")
-
-    def lazy(name: str) -> Lazy:
-        described = slices[name]
-        return Lazy(
-            tuple(described.get_shape()), _DTYPES[described.get_dtype()], lambda: torch.as_tensor(file.get_tensor(name))
-        )
-
-    return {name: lazy(name) for name in slices}
+    tensors: dict[str, LazyTensor] = {}
+    for name, header in slices.items():
+        dtype = _DTYPES.get(header.get_dtype())
+        if dtype is None:
+            raise CheckpointError(
+                f"{shown(path)}: {name} has type {header.get_dtype()}, which is not supported; fix: store it as BF16"
+            )
+        tensors[name] = LazyTensor(tuple(header.get_shape()), dtype, partial(file.get_tensor, name))
+    return tensors
 
 
-def _open_pickle(path: Path) -> dict[str, Lazy]:
+def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     content = load_pickle(path)
     if isinstance(content.get("state_dict"), Mapping):  # mmengine's checkpoints
         content = dict(content["state_dict"])
@@ -149,19 +144,19 @@ def _open_pickle(path: Path) -> dict[str, Lazy]:
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
         if not isinstance(name, str) or not plain or value.is_quantized:
             raise CheckpointError(
-                f"{shown(path)}: {name!r} is {type(value).__name__}, not a plain tensor; fix: name a file of weights "
-                "alone"
+                f"{shown(path)}: {name!r} is {type(value).__name__}, not a plain tensor; fix: name a file that "
+                "contains weights only"
             )
-    return {name: Lazy.of(tensor) for name, tensor in content.items()}
+    return {name: LazyTensor.of(tensor) for name, tensor in content.items()}
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
-    """The dict in a `.bin`, `.pth` or `.pt` file, mapped into memory, not copied.
+    """Read the dict in a `.bin`, `.pth` or `.pt` file by memory map; no code in it is executed.
 
     Raises:
-        CheckpointError: damaged, no dict, or holding code; nothing of it is executed.
+        CheckpointError: the file is damaged, is not a dict, or contains more than tensors.
     """
-    path = inside(path.parent, path.name)
+    path = contained_file(path.parent, path.name)
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -181,152 +176,135 @@ def load_pickle(path: Path) -> dict[str, Any]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has a model's weights under one of the usual names, sound or not."""
+    """Whether a folder has a model's weights, readable or not, under one of the usual names."""
     return any(has_file(folder, name) or has_file(folder, f"{name}.index.json") for name in _STEMS)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weights files of a folder, after its index where there is one; () if it has none.
+    """The weights files of a folder, those of its index if it has one; () if there are none.
 
     Raises:
-        CheckpointError: the index is damaged, or names what is not a weights file of this folder.
+        CheckpointError: the index is damaged, or names something that is not a weights file of this folder.
     """
+    return tuple(contained_file(folder, name) for name in _files_and_index(folder)[0])
+
+
+def _files_and_index(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Names of the weights files, and the index's map from tensor to file (empty for a single file)."""
     for name in _STEMS:
         if has_file(folder, name):
-            return (inside(folder, name),)
+            return [name], {}
         if has_file(folder, f"{name}.index.json"):
-            return tuple(inside(folder, shard) for shard in sorted(set(_weight_map(folder, name).values())))
-    return ()
+            weight_map = _read_index(folder, f"{name}.index.json")
+            return sorted(set(weight_map.values())), weight_map
+    return [], {}
 
 
-def _weight_map(folder: Path, name: str) -> dict[str, str]:
-    index = f"{name}.index.json"
-    found = read_settings(folder, index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
+def _read_index(folder: Path, index: str) -> dict[str, str]:
+    weight_map = read_config(folder, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{shown(folder / index)}: no weight_map from tensors to files; fix: download it again")
-    for shard in set(found.values()):
-        if not shard.endswith((".safetensors", *PICKLES)):
+    for shard in set(weight_map.values()):
+        if not shard.endswith((".safetensors", *PICKLE_SUFFIXES)):
             raise CheckpointError(
-                f"{shown(folder / index)}: names {shard} as a shard, which is no weights file (an index that leads to "
-                "an index?); fix: download it again"
+                f"{shown(folder / index)}: names {shard} as a shard, which is not a weights file (an index that leads "
+                "to an index?); fix: download it again"
             )
-    return found
+    return weight_map
 
 
-def open_folder(folder: Path) -> dict[str, Lazy]:
-    """The tensors of a folder, from one file or from the shards of its index.
+def open_folder(folder: Path) -> dict[str, LazyTensor]:
+    """Open the tensors of a folder, from one file or from the shards of its index.
 
     Raises:
         CheckpointError: a file is missing or damaged, or index and shards disagree.
     """
-    files = weight_files(folder)
-    tensors: dict[str, Lazy] = {}
-    where: dict[str, str] = {}
+    files, index = _files_and_index(folder)
+    tensors: dict[str, LazyTensor] = {}
+    file_of: dict[str, str] = {}
     for file in files:
-        for name, tensor in open_file(file).items():
+        for name, tensor in open_file(contained_file(folder, file)).items():
             if name in tensors:
-                raise CheckpointError(f"{shown(folder)}: {name} stands in {where[name]} and in {file.name}")
-            tensors[name], where[name] = tensor, file.name
-    stems = [name for name in _STEMS if has_file(folder, f"{name}.index.json") and not has_file(folder, name)]
-    for name, shard in _weight_map(folder, stems[0]).items() if stems else ():
-        if where.pop(name, None) != shard:
+                raise CheckpointError(f"{shown(folder)}: {name} is in {file_of[name]} and in {file}")
+            tensors[name], file_of[name] = tensor, file
+    for name, shard in index.items():
+        if file_of.pop(name, None) != shard:
             raise CheckpointError(
                 f"{shown(folder / shard)}: {name} should be in it and is not; fix: download this shard again"
             )
-    if stems and where:
-        name, shard = next(iter(where.items()))
+    if index and file_of:
+        name, shard = next(iter(file_of.items()))
         raise CheckpointError(f"{shown(folder / shard)}: {name} is not in the index; fix: download the index again")
     return tensors
 
 
 def single_weights_file(folder: Path) -> Path | None:
-    """The one weights file of a folder that follows no naming rule (a `.pth`, say), or None."""
+    """The weights file of a folder that has exactly one, of any name (a `.pth`, say); else None."""
     try:
-        found = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", *PICKLES)]
+        files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", *PICKLE_SUFFIXES)]
     except OSError as error:
         raise CheckpointError(f"{shown(folder)}: cannot be read ({error.strerror})") from None
-    return found[0] if len(found) == 1 else None
+    return files[0] if len(files) == 1 else None
 
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
-class ShardWriter:
-    """Writes tensors into safetensors shards as they come; at most one shard is held in memory.
+def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Write `model.safetensors`, or shards and their index; one shard is in memory at a time.
 
     Args:
-        folder: where `model.safetensors`, or the shards and their index, go.
-        shard_bytes: a shard is written before it grows larger than this.
+        folder: exists.
+        tensors: by name, in the order in which they fill the shards.
+        shard_bytes: size above which a shard is closed; a larger tensor gets a shard of its own.
+
+    Returns:
+        Weights file -> SHA-256.
     """
-
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self._held: dict[str, torch.Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._bytes = self.total_bytes = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor."""
-        size = tensor.numel() * tensor.itemsize
-        if self._held and self._bytes + size > self.shard_bytes:
-            self._flush()
-        tensor = tensor.detach().cpu().contiguous()
-        if any(tensor.data_ptr() == held.data_ptr() for held in self._held.values()):
-            tensor = tensor.clone()  # two names of one tensor; safetensors keeps each for itself
-        self._held[name] = tensor
-        self._bytes += size
-        self.total_bytes += size
-
-    def _flush(self) -> None:
-        save_file(self._held, self.folder / f"shard-{len(self._shards)}.part", metadata={"format": "pt"})
-        self._shards.append(list(self._held))
-        self._held, self._bytes = {}, 0
-
-    def close(self) -> dict[str, str]:
-        """Write what is left and the index.
-
-        Returns:
-            Weights file -> SHA-256.
-        """
-        if self._held or not self._shards:
-            self._flush()
-        n = len(self._shards)
-        names = [f"model-{k + 1:05d}-of-{n:05d}.safetensors" for k in range(n)] if n > 1 else ["model.safetensors"]
-        for k, name in enumerate(names):
-            (self.folder / f"shard-{k}.part").rename(self.folder / name)
-        if n > 1:
-            weight_map = {t: name for name, held in zip(names, self._shards, strict=True) for t in held}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(self.folder / "model.safetensors.index.json", index)
-        return {name: sha256_file(self.folder / name) for name in names}
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.bytes
+    n = len(shards)
+    files = [f"model-{k + 1:05d}-of-{n:05d}.safetensors" for k in range(n)] if n > 1 else ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        save_file(_read_shard(tensors, names), folder / file, metadata={"format": "pt"})
+    if n > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(tensor.bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+    return {file: sha256_file(folder / file) for file in files}
 
 
-def fingerprint_tensors(tensors: Mapping[str, Lazy]) -> str:
-    """64 hex digits of names, shapes and values; equal for the same values in fp16, bf16 or fp32."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].read().to(torch.float32).contiguous()
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.numpy().data)
-    return digest.hexdigest()
+def _read_shard(tensors: Mapping[str, LazyTensor], names: list[str]) -> dict[str, torch.Tensor]:
+    shard: dict[str, torch.Tensor] = {}
+    for name in names:
+        tensor = tensors[name].read().detach().cpu().contiguous()
+        if any(tensor.data_ptr() == other.data_ptr() for other in shard.values()):
+            tensor = tensor.clone()  # safetensors refuses two names of one storage
+        shard[name] = tensor
+    return shard
 
 
-def numbered(name: str) -> tuple[Any, ...]:
+def natural_sort_key(name: str) -> tuple[Any, ...]:
     """Sort key that puts layer 2 before layer 10."""
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `target` when all went well, and vanishes otherwise.
+def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` on success and is removed on failure.
 
     Raises:
-        CheckpointError: `target` exists; nothing is ever overwritten.
+        CheckpointError: `target` exists and is not an empty folder, and `overwrite` is not set.
     """
-    import shutil
-
     target = Path(os.path.abspath(target))  # "." has no name of its own
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{shown(target)}: exists already; fix: choose another place, or remove it first")
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -334,7 +312,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         if target.exists():
-            target.rmdir()
+            shutil.rmtree(target) if overwrite else target.rmdir()
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

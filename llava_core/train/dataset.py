@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from companion.data_tools.scienceqa import format_problem, load_problems
-from llava_core.checkpoints.checkpoint import Loaded, build, load_into
+from llava_core.checkpoints.load import Loaded, build, load_into
 from llava_core.config import RunConfig
 from llava_core.constants import IGNORE_INDEX
 from llava_core.data.cache import load_large, pick

@@ -41,7 +41,7 @@ def resolve_run(name: str, scale: str = "mini", fast: bool = False, **overrides:
 
 def run_inputs(config: RunConfig) -> dict[str, Any]:
     """What besides the configuration decides a run: data files, base models, the code that trains."""
-    from llava_core.checkpoints.checkpoint import base_hash
+    from llava_core.checkpoints.base_models import base_hash
     from llava_core.train.dataset import training_files
 
     package = Path(__file__).parents[1]

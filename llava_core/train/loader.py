@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_core.checkpoints.checkpoint import Loaded
+from llava_core.checkpoints.load import Loaded
 from llava_core.config import RunConfig
 from llava_core.constants import IGNORE_INDEX
 from llava_core.data.feature_cache import FeatureCache

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_core.checkpoints.checkpoint import Loaded, save_checkpoint
+from llava_core.checkpoints.load import Loaded, save_checkpoint
 from llava_core.data.conversation import coverage
 from llava_core.models.llava import Llava
 from llava_core.ops.transformers_backend import packed_attention

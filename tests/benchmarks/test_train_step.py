@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import train_step as bench
 from benchmarks.train_step import ALL, PEER, SAVINGS, Case, Ours, Peer, apart
-from llava_core.checkpoints.checkpoint import build
+from llava_core.checkpoints.load import build
 from llava_core.data.conversation import TEMPLATES
 from llava_core.runtime import ConfigError
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from companion import demo
 from companion.demo import chat_widget
-from llava_core.checkpoints.checkpoint import Loaded
+from llava_core.checkpoints.load import Loaded
 
 
 def _parts(app: Any) -> tuple[Any, Any, Any, Any]:

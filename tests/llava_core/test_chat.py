@@ -10,7 +10,7 @@ from PIL import Image
 
 import llava_core
 from llava_core.chat import Assistant, Conversation, chat_in_terminal, preview, seen
-from llava_core.checkpoints.checkpoint import Loaded, save_checkpoint
+from llava_core.checkpoints.load import Loaded, save_checkpoint
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.data.conversation import TEMPLATES
 from llava_core.data.images import ImageProcessor

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from llava_core import inference as answering
-from llava_core.checkpoints.checkpoint import Loaded, build
+from llava_core.checkpoints.load import Loaded, build
 from llava_core.config import load_experiment
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.data.images import load_image

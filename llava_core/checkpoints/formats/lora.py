@@ -1,78 +1,61 @@
-"""LoRA directories of the original code: adapters, `non_lora_trainables.bin` (the projector), and the base beneath.
+"""LoRA folders of the original code: adapters, `non_lora_trainables.bin` (the projector), and the base model's name.
 
-The adapters are merged as the tensors are read, W + scale * B A in fp32, so a 13B model is merged without ever being
-whole in memory; the result equals peft's `merge_and_unload`.
+Adapters are merged as tensors are read, W + scale * B A in fp32, so that a 13B model is merged one tensor at a time.
+The result equals peft's `merge_and_unload`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_core.checkpoints.description import Opened, in_order
-from llava_core.checkpoints.formats.common import (
-    LAYOUTS,
-    Layout,
-    Options,
-    open_language_model,
-    renamed,
-    with_tower_settings,
-)
-from llava_core.checkpoints.formats.original import describe_original, from_original, mm_config
-from llava_core.checkpoints.tensors import Lazy, has_file, inside, open_file, read_settings
+from llava_core.checkpoints.describe import Checkpoint, Options
+from llava_core.checkpoints.formats.common import CheckpointFormat, rename_tensors, with_tower_settings
+from llava_core.checkpoints.formats.original import from_original, mm_config, read_description
+from llava_core.checkpoints.tensors import LazyTensor, contained_file, has_file, open_file, read_config
 from llava_core.runtime import CheckpointError, located, shown
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_KNOWN = frozenset({  # of peft's settings those that do not change what merging by W + scale * B A means
+_IRRELEVANT = frozenset({  # peft's settings that do not change the meaning of W + scale * B A
     "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "task_type", "peft_version",
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "layers_to_transform", "layers_pattern",
     "megatron_core", "qalora_group_size",
 })  # fmt: skip
-_ONLY: dict[str, tuple[Any, ...]] = {
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")
 }  # fmt: skip
 
 
-def _found(path: Path) -> bool:
+def detect(path: Path) -> bool:
     return path.is_dir() and has_file(path, "adapter_config.json")
 
 
-def _bare(name: str) -> str:
-    """A tensor's name in the original layout: peft's and the trainer's wrapping taken off."""
-    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
+def base_of(path: Path, options: Options) -> str:
+    """Return the folder of the model that the adapters were trained on: a language model, or a LLaVA of any format."""
+    where = shown(path / "adapter_config.json")
+    source = options.base or read_config(path, "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(source, str) or (not options.base and not located(source).is_dir()):
+        raise CheckpointError(f"{where}: its base model {source!r} is not here; fix: --base DIR")
+    if located(source).resolve() == path.resolve():
+        raise CheckpointError(f"{where}: names itself as its base; fix: --base DIR")
+    return source
 
 
-def _scale(settings: dict[str, Any], where: str) -> float:
-    for name, value in settings.items():
-        plain = value in _ONLY[name] if name in _ONLY else name in _KNOWN or not value
-        if not plain:
-            raise CheckpointError(f"{where}: {name} is {value!r}; only plain LoRA can be merged here; fix: use peft")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{where}: r {rank!r} and lora_alpha {alpha!r} give no scale")
-    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _read(path: Path, options: Options) -> Opened:
-    where = path / "adapter_config.json"
-    settings = read_settings(path, where.name)
-    scale = _scale(settings, shown(where))
-    base_name = options.base or settings.get("base_model_name_or_path")
-    if not isinstance(base_name, str) or (not options.base and not located(base_name).is_dir()):
-        raise CheckpointError(f"{shown(where)}: its base model {base_name!r} is not here; fix: --base DIR")
-    if located(base_name).resolve() == path.resolve():
-        raise CheckpointError(f"{shown(where)}: names itself as its base; fix: --base DIR")
-    base = _base(base_name, options)
-    adapters = next((inside(path, name) for name in _ADAPTERS if has_file(path, name)), None)
+def read(path: Path, options: Options, base: Checkpoint) -> Checkpoint:
+    settings = read_config(path, "adapter_config.json")
+    scale = _scale(settings, shown(path / "adapter_config.json"))
+    adapters = next((contained_file(path, name) for name in _ADAPTERS if has_file(path, name)), None)
     if adapters is None:
-        raise CheckpointError(f"{shown(path)}: no {_ADAPTERS[0]}; fix: get the adapter whole")
-    extra = open_file(inside(path, "non_lora_trainables.bin")) if has_file(path, "non_lora_trainables.bin") else {}
-    whole, names, left_out = renamed(extra, lambda name: from_original(_bare(name)), path)
-    tensors, all_names = base.tensors | whole, base.names | names
+        raise CheckpointError(f"{shown(path)}: no {_ADAPTERS[0]}; fix: get the complete adapter")
+    trained = "non_lora_trainables.bin"
+    extra = open_file(contained_file(path, trained)) if has_file(path, trained) else {}
+    replaced, names, left_out = rename_tensors(extra, lambda name: from_original(_unwrapped(name)), path)
+    tensors = base.tensors | replaced
     for name, (a, b) in _pairs(open_file(adapters), adapters, settings["r"]).items():
         if name not in tensors:
             raise CheckpointError(f"{shown(adapters)}: adapts {name}, which the base {shown(base.path)} does not have")
@@ -81,48 +64,57 @@ def _read(path: Path, options: Options) -> Opened:
                 f"{shown(adapters)}: {name} is {tensors[name].shape} in the base {shown(base.path)}, the adapter's is "
                 f"{(b.shape[0], a.shape[1])}; fix: --base with the model that it was trained on"
             )
-        tensors[name] = tensors[name].then(lambda w, a=a, b=b: _merged(w, a, b, scale))  # type: ignore[misc]
+        tensors[name] = tensors[name].map(partial(_merge, a=a, b=b, scale=scale))
+    if not any(name.startswith("multi_modal_projector.") for name in tensors):
+        raise CheckpointError(
+            f"{shown(path)}: no projector in {trained} or the base, so the model could not use an image; fix: copy "
+            "that file from the training output, too"
+        )
     notes: list[str] = []
     description = base.description
     if mm_config(path):
-        description = describe_original(path, mm_config(path), options, notes)
-        words = base.description.language_model["vocab_size"]
-        description = replace(description, language_model=description.language_model | {"vocab_size": words})
-    if not any(name.startswith("multi_modal_projector.") for name in tensors):
-        raise CheckpointError(
-            f"{shown(path)}: no projector in non_lora_trainables.bin or the base; the model would be blind; fix: copy "
-            "that file from the training output, too"
-        )
-    description = with_tower_settings(description, notes)
-    opened = Opened("lora", path, description, tensors, all_names, left_out, base.tokenizer, notes, uses_base=True)
-    return in_order(opened)
+        rows = description.language_model["vocab_size"]
+        description = read_description(path, mm_config(path), options, notes)
+        description = replace(description, language_model=description.language_model | {"vocab_size": rows})
+    checkpoint = Checkpoint(
+        FORMAT.name, path, with_tower_settings(description, notes), tensors, base.names | names, left_out,
+        base.tokenizer, notes, uses_base=True,
+    )  # fmt: skip
+    return checkpoint.in_forward_order()
 
 
-def _base(source: str, options: Options) -> Opened:
-    """The base: a plain language model, or a whole LLaVA in any layout."""
-    from llava_core.checkpoints.open import layout_of, open_checkpoint
+def _scale(settings: dict[str, Any], where: str) -> float:
+    for name, value in settings.items():
+        plain = value in _SUPPORTED[name] if name in _SUPPORTED else name in _IRRELEVANT or not value
+        if not plain:
+            raise CheckpointError(f"{where}: {name} is {value!r}; only plain LoRA can be merged here; fix: use peft")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(f"{where}: r {rank!r} and lora_alpha {alpha!r} give no scale")
+    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
-    folder = located(source)
-    if folder.is_dir() and layout_of(folder) is not None:
-        return open_checkpoint(folder, Options(vision_tower=options.vision_tower))
-    return open_language_model(source)
+
+def _unwrapped(name: str) -> str:
+    """Return a tensor's name in the original format, without the prefixes of peft and of the trainer."""
+    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
 
 
-def _pairs(adapters: dict[str, Lazy], file: Path, rank: int) -> dict[str, tuple[Lazy, Lazy]]:
-    halves: dict[str, dict[str, Lazy]] = {}
+def _pairs(adapters: dict[str, LazyTensor], file: Path, rank: int) -> dict[str, tuple[LazyTensor, LazyTensor]]:
+    """Return the matrices A and B of each adapted tensor, under our names."""
+    matrices: dict[str, dict[str, LazyTensor]] = {}
     for theirs, tensor in adapters.items():
-        name, found, half = theirs.replace(".default.", ".").partition(".lora_")
-        if not found or half not in ("A.weight", "B.weight"):
+        name, separator, matrix = theirs.replace(".default.", ".").partition(".lora_")
+        if not separator or matrix not in ("A.weight", "B.weight"):
             raise CheckpointError(f"{shown(file)}: {theirs} is no LoRA matrix; it would be lost; use peft to merge it")
-        halves.setdefault(from_original(f"{_bare(name)}.weight"), {})[half[0]] = tensor
-    for name, pair in halves.items():
+        matrices.setdefault(from_original(f"{_unwrapped(name)}.weight"), {})[matrix[0]] = tensor
+    for name, pair in matrices.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
             raise CheckpointError(f"{shown(file)}: {name} lacks one of its two matrices, or their rank is not {rank}")
-    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
+    return {name: (pair["A"], pair["B"]) for name, pair in matrices.items()}
 
 
-def _merged(weight: torch.Tensor, a: Lazy, b: Lazy, scale: float) -> torch.Tensor:
+def _merge(weight: torch.Tensor, a: LazyTensor, b: LazyTensor, scale: float) -> torch.Tensor:
     return (weight.float() + scale * (b.read().float() @ a.read().float())).to(weight.dtype)
 
 
-LAYOUTS.register("lora")(Layout("lora", "LoRA adapters with their projector, on a base model", _found, _read))
+FORMAT = CheckpointFormat("lora", "LoRA adapters with their projector, on a base model", detect, read, base_of=base_of)

@@ -1,62 +1,66 @@
-"""mmpretrain's layout: one `.pth` with the original names behind `model.lang_encoder.`, and no configuration."""
+"""mmpretrain's format: one `.pth` with the original names after `model.lang_encoder.`, and no configuration."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from llava_core.checkpoints.description import Description, Opened, folder_of, language_config, tokenizer_folder
+from llava_core.checkpoints.base_models import model_folder
+from llava_core.checkpoints.configs import language_config
+from llava_core.checkpoints.describe import Checkpoint, Description, Options
+from llava_core.checkpoints.formats import original
 from llava_core.checkpoints.formats.common import (
-    ASSUMED,
-    BLOCK,
-    DELIMITERS,
-    LAYOUTS,
-    Layout,
-    Options,
-    copy_tokenizer,
-    open_renamed,
-    to_ours,
-    to_theirs,
+    DESCRIPTION_KEY,
+    IMAGE_DELIMITERS,
+    USAGE_OF_V1,
+    CheckpointFormat,
+    export_tensors,
+    import_name,
+    new_checkpoint,
 )
-from llava_core.checkpoints.formats.original import RULES as ORIGINAL
 from llava_core.checkpoints.tensors import (
+    LazyTensor,
     has_file,
     has_weights,
     load_pickle,
     open_file,
-    read_settings,
+    read_config,
     single_weights_file,
 )
+from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
 from llava_core.runtime import CheckpointError, shown, write_json
 
-RULES = tuple((ours, f"model.lang_encoder.{theirs}") for ours, theirs in ORIGINAL)
+_PREFIX = "model.lang_encoder."
+RULES = tuple((ours, _PREFIX + theirs) for ours, theirs in original.RULES)
 
 
-def _pth_of(path: Path) -> Path | None:
+def _weights_file(path: Path) -> Path | None:
     if path.is_dir():
         file = None if has_weights(path) or has_file(path, "manifest.json") else single_weights_file(path)
-        return _pth_of(file) if file else None
+        return _weights_file(file) if file else None
     return path if path.suffix in (".pth", ".pt", ".bin") and path.exists() else None
 
 
-def _found(path: Path) -> bool:
-    file = _pth_of(path)
-    return file is not None and any(name.startswith("model.lang_encoder.") for name in open_file(file))
+def detect(path: Path) -> bool:
+    file = _weights_file(path)
+    return file is not None and any(name.startswith(_PREFIX) for name in open_file(file))
 
 
-def _read(path: Path, options: Options) -> Opened:
-    file = _pth_of(path)
+def read(path: Path, options: Options) -> Checkpoint:
+    file = _weights_file(path)
     assert file is not None
-    meta = load_pickle(file).get("meta")
-    block = meta.get(BLOCK) if isinstance(meta, dict) else None
     tensors = open_file(file)
     notes: list[str] = []
     tokenizer = tokenizer_folder(path) if path.is_dir() else None
-    if block is not None:
-        description = Description.from_dict(block, shown(file))
+    meta = load_pickle(file).get("meta")
+    stored = meta.get(DESCRIPTION_KEY) if isinstance(meta, dict) else None
+    if stored is not None:
+        description = Description.from_dict(stored, shown(file))
         description = replace(description, tower_source=options.vision_tower or description.tower_source)
     elif options.base is None:
         raise CheckpointError(
@@ -64,33 +68,36 @@ def _read(path: Path, options: Options) -> Opened:
             "language model, and --vision-tower DIR"
         )
     else:
-        folder = folder_of(options.base)
-        config = language_config(read_settings(folder, "config.json"), shown(folder))
-        tokenizer = tokenizer or tokenizer_folder(folder)
-        mlp = any(".mm_projector.0." in name for name in tensors)
-        width = next((t.shape[-1] for n, t in tensors.items() if re.search(r"mm_projector\.(0\.)?weight$", n)), 0)
-        words = tensors.get("model.lang_encoder.model.embed_tokens.weight")
-        config["vocab_size"] = words.shape[0] if words else config["vocab_size"]  # the delta's rows, not the base's
+        base = model_folder(options.base)
+        tokenizer = tokenizer or tokenizer_folder(base)
+        description = _assumed_description(tensors, base, options.vision_tower)
         notes.append("feature layer -2: how the weights were trained (mmpretrain itself reads the last layer)")
         notes.append("template v1 and image position first assumed")
-        # mmpretrain's own pipeline resizes straight to a square, whatever the image's shape
-        facts = {**ASSUMED, "image_delimiters": None if mlp else DELIMITERS, "image_mode": "resize"}
-        description = Description(
-            config, None, options.vision_tower, width, "mlp2x_gelu" if mlp else "linear", -2, None, facts
-        )
-
-    def rename(name: str) -> str:
-        return to_ours(name, RULES)
-
-    opened = open_renamed("mmpretrain", path, tensors, rename, description, tokenizer, notes)
-    return replace(opened, uses_base=block is None)
+    rename = partial(import_name, rules=RULES)
+    checkpoint = new_checkpoint(FORMAT.name, path, tensors, rename, description, tokenizer, notes)
+    return replace(checkpoint, uses_base=stored is None)
 
 
-def _write(opened: Opened, folder: Path, shard_bytes: int) -> None:
-    copy_tokenizer(opened, folder)
-    write_json(folder / "config.json", opened.description.language_model)  # of its lang_encoder
-    named = {to_theirs(name, RULES): tensor.read().contiguous() for name, tensor in opened.tensors.items()}
-    torch.save({"meta": {BLOCK: opened.description.to_dict()}, "state_dict": named}, folder / "model.pth")
+def _assumed_description(tensors: Mapping[str, LazyTensor], base: Path, vision_tower: str | None) -> Description:
+    """Return a description from the shapes of the tensors and the configuration of the base language model."""
+    config = language_config(read_config(base, "config.json"), shown(base))
+    words = tensors.get(_PREFIX + "model.embed_tokens.weight")
+    if words:
+        config["vocab_size"] = words.shape[0]  # training may have added rows to the base's vocabulary
+    mlp = any(".mm_projector.0." in name for name in tensors)
+    width = next((t.shape[-1] for n, t in tensors.items() if re.search(r"mm_projector\.(0\.)?weight$", n)), 0)
+    # mmpretrain's own pipeline resizes to a square, whatever the image's aspect ratio
+    usage = {**USAGE_OF_V1, "image_delimiters": None if mlp else IMAGE_DELIMITERS, "image_mode": "resize"}
+    return Description(config, None, vision_tower, width, "mlp2x_gelu" if mlp else "linear", -2, None, usage)
 
 
-LAYOUTS.register("mmpretrain")(Layout("mmpretrain", "one .pth of mmpretrain", _found, _read, _write, RULES))
+def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
+    copy_tokenizer(checkpoint.tokenizer, folder)
+    write_json(folder / "config.json", checkpoint.description.language_model)  # of its lang_encoder
+    tensors = {name: tensor.read().contiguous() for name, tensor in export_tensors(checkpoint, RULES).items()}
+    torch.save(
+        {"meta": {DESCRIPTION_KEY: checkpoint.description.to_dict()}, "state_dict": tensors}, folder / "model.pth"
+    )
+
+
+FORMAT = CheckpointFormat("mmpretrain", "one .pth of mmpretrain", detect, read, write, RULES)

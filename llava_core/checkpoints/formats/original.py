@@ -1,4 +1,4 @@
-"""The layout of the original releases, v0 to 1.5: LLaMA's names, the projector beside them, `mm_*` in `config.json`."""
+"""The format of the original releases, v0 to 1.5: LLaMA's names, the projector among them, `mm_*` in `config.json`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_core.checkpoints.description import Description, Opened, language_config, tokenizer_folder
+from llava_core.checkpoints.configs import language_config
+from llava_core.checkpoints.describe import Checkpoint, Description, Options
 from llava_core.checkpoints.formats.common import (
-    BLOCK,
-    DELIMITERS,
-    LAYOUTS,
-    Layout,
-    Options,
-    copy_tokenizer,
-    open_renamed,
-    to_ours,
-    to_theirs,
-    unchanged,
+    DESCRIPTION_KEY,
+    IMAGE_DELIMITERS,
+    CheckpointFormat,
+    check_unchanged,
+    export_tensors,
+    import_name,
+    new_checkpoint,
 )
-from llava_core.checkpoints.tensors import Lazy, ShardWriter, has_file, has_weights, open_folder, read_settings
+from llava_core.checkpoints.tensors import LazyTensor, has_file, has_weights, open_folder, read_config, write_tensors
+from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
 from llava_core.runtime import CheckpointError, shown, write_json
 
 RULES = (
@@ -30,19 +29,9 @@ RULES = (
     ("language_model.model.", "model."),
     ("language_model.", ""),
 )
-
-
-def mm_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a folder if it is of the original code, which names its additions `mm_*`; else empty."""
-    config = read_settings(path, "config.json") if path.is_dir() and has_file(path, "config.json") else {}
-    return config if "mm_vision_tower" in config or "mm_hidden_size" in config else {}
-
-
-def _found(path: Path) -> bool:
-    return bool(mm_config(path)) and has_weights(path) and not has_file(path, "adapter_config.json")
-
-
-_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
+_LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llama": "llama", "llava_mistral": "mistral"}
+_ARCHITECTURES = {"llama": ("llava", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mm_vision_select_feature": (None, "patch"),
     "mm_patch_merge_type": (None, "flat"),
     "image_aspect_ratio": (None, "square", "pad"),
@@ -50,118 +39,139 @@ _KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def describe_original(path: Path, config: dict[str, Any], options: Options, notes: list[str]) -> Description:
-    """Description of a checkpoint of the original code from its `config.json`."""
+def mm_config(path: Path) -> dict[str, Any]:
+    """Return `config.json` of a folder if it has the original code's `mm_*` fields, else an empty dict."""
+    config = read_config(path, "config.json") if path.is_dir() and has_file(path, "config.json") else {}
+    return config if "mm_vision_tower" in config or "mm_hidden_size" in config else {}
+
+
+def detect(path: Path) -> bool:
+    return bool(mm_config(path)) and has_weights(path) and not has_file(path, "adapter_config.json")
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_description(path: Path, config: dict[str, Any], options: Options, notes: list[str]) -> Description:
+    """Return the description of a checkpoint of the original code from its `config.json`; `notes` gets assumptions."""
     where = shown(path / "config.json")
-    if BLOCK in config:
-        told = Description.from_dict(config[BLOCK], where)
-        unchanged(told, config, where, {"mm_vision_select_layer": told.feature_layer, "mm_hidden_size": told.d_vision,
-            "mm_projector_type": told.projector, "vocab_size": told.language_model["vocab_size"]})  # fmt: skip
-        return replace(told, tower_source=options.vision_tower or told.tower_source)
-    for name, values in _KNOWN_VALUES.items():
+    if DESCRIPTION_KEY in config:
+        stored = Description.from_dict(config[DESCRIPTION_KEY], where)
+        check_unchanged(stored, config, where, {
+            "mm_vision_select_layer": stored.feature_layer, "mm_hidden_size": stored.d_vision,
+            "mm_projector_type": stored.projector, "vocab_size": stored.language_model["vocab_size"],
+        })  # fmt: skip
+        return replace(stored, tower_source=options.vision_tower or stored.tower_source)
+    for name, values in _SUPPORTED.items():
         if config.get(name) not in values:
             raise CheckpointError(
                 f"{where}: {name} is {config[name]!r}; only {', '.join(map(str, values[1:]))} can be represented"
             )
-    kind = str(config.get("model_type"))
-    kinds = {"llava": "llama", "llava_llama": "llama", "llama": "llama", "llava_mistral": "mistral"}
-    if kind not in kinds:
-        raise CheckpointError(f"{where}: model_type {kind!r} is not of LLaVA's language models ({', '.join(kinds)})")
+    model_type = str(config.get("model_type"))
+    if model_type not in _LANGUAGE_MODELS:
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is not one of LLaVA's language models ({', '.join(_LANGUAGE_MODELS)})"
+        )
     layer = config.get("mm_vision_select_layer")
     if layer is None:
         notes.append("feature layer -2 (the paper's) assumed: config.json does not say it")
     width = config.get("mm_hidden_size", 1024)
     tower = options.vision_tower or config.get("mm_vision_tower")
     if type(width) is not int or not isinstance(tower, str | None):
-        raise CheckpointError(f"{where}: mm_hidden_size {width!r} or mm_vision_tower {tower!r} is not of its type")
-    delimiters = DELIMITERS if config.get("mm_use_im_start_end") else None
-    template = _template_of(path, notes)
-    before_1 = delimiters is not None or template == "v0_exact"
-    facts: dict[str, Any] = {
-        "template": template, "image_position": "last" if before_1 else "first", "image_delimiters": delimiters
-    }  # fmt: skip
-    era = "the releases before 1.0" if before_1 else "version 1.0 and later"
-    notes.append(f"image position {facts['image_position']}, as the evaluation of {era} had it")
+        raise CheckpointError(f"{where}: mm_hidden_size {width!r} or mm_vision_tower {tower!r} has a wrong type")
     return Description(
-        language_config(config | {"model_type": kinds[kind]}, where), None,
-        tower, width, config.get("mm_projector_type") or "linear", -2 if layer is None else layer,
-        None, facts | {"image_mode": "pad" if config.get("image_aspect_ratio") == "pad" else "crop"},
-    )  # fmt: skip
+        language_model=language_config(config | {"model_type": _LANGUAGE_MODELS[model_type]}, where),
+        vision_tower=None,
+        tower_source=tower,
+        d_vision=width,
+        projector=config.get("mm_projector_type") or "linear",
+        feature_layer=-2 if layer is None else layer,
+        image=None,
+        usage=_usage(path, config, notes),
+    )
 
 
-def _template_of(path: Path, notes: list[str]) -> str:
-    """Template of a release: only the tokenizers of v0 open a sequence with the end token."""
+def _usage(path: Path, config: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    delimiters = IMAGE_DELIMITERS if config.get("mm_use_im_start_end") else None
+    template = _template(path, notes)
+    before_v1 = delimiters is not None or template == "v0_exact"
+    position, era = ("last", "the releases before 1.0") if before_v1 else ("first", "version 1.0 and later")
+    notes.append(f"image position {position}, as the evaluation of {era} had it")
+    return {
+        "template": template, "image_position": position, "image_delimiters": delimiters,
+        "image_mode": "pad" if config.get("image_aspect_ratio") == "pad" else "crop",
+    }  # fmt: skip
+
+
+def _template(path: Path, notes: list[str]) -> str:
+    """Return the template of a release: only the tokenizers of v0 have `</s>` as BOS token."""
     bos = None
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        found = read_settings(path, name).get("bos_token") if has_file(path, name) else None
-        bos = bos or (found.get("content") if isinstance(found, dict) else found)
+        token = read_config(path, name).get("bos_token") if has_file(path, name) else None
+        bos = bos or (token.get("content") if isinstance(token, dict) else token)
     template = "v0_exact" if bos == "</s>" else "v1"
-    notes.append(f"template {template}: the tokenizer opens a sequence with {bos or 'nothing that its files name'}")
+    notes.append(f"template {template}: the tokenizer's BOS token is {bos or 'not in its files'}")
     return template
 
 
-def from_original(name: str) -> str:
-    """Our name for one of the original code."""
-    return to_ours(name, RULES)
-
-
-def _read(path: Path, options: Options) -> Opened:
+def read(path: Path, options: Options) -> Checkpoint:
     notes: list[str] = []
-    config = mm_config(path)
-    description = describe_original(path, config, options, notes)
+    description = read_description(path, mm_config(path), options, notes)
     tensors = open_folder(path)
     if not any("mm_projector" in name for name in tensors):
         raise CheckpointError(
-            f"{shown(path)}: the projector (model.mm_projector...) is missing; the model would be blind; fix: get the "
-            "checkpoint whole, or take its mm_projector.bin"
+            f"{shown(path)}: the projector (model.mm_projector...) is missing, so the model could not use an image; "
+            "fix: get the complete checkpoint, or use its mm_projector.bin"
         )
-    opened = open_renamed("original", path, tensors, from_original, description, tokenizer_folder(path), notes)
-    if is_delta(opened.tensors):
+    tokenizer = tokenizer_folder(path)
+    checkpoint = new_checkpoint(FORMAT.name, path, tensors, from_original, description, tokenizer, notes)
+    if is_delta(checkpoint.tensors):
         raise CheckpointError(
             f"{shown(path)}: these are delta weights (their norms are near zero), not a model; fix: `llava delta apply`"
         )
-    return opened
+    return checkpoint
 
 
-def is_delta(tensors: Mapping[str, Lazy]) -> bool:
-    """Whether weights of a LLaMA are differences: the scales of its norms, around one in a model, are near zero."""
-    norms = [float(t.read().float().abs().mean()) for n, t in tensors.items() if n.endswith("norm.weight")]
-    return bool(norms) and statistics.median(norms) < 0.05
+def from_original(name: str) -> str:
+    """Return our name for one of the original code."""
+    return import_name(name, RULES)
 
 
-def original_config(opened: Opened) -> dict[str, Any]:
-    """`config.json` of the original code for an opened checkpoint; our whole description stands in it, too."""
-    description = opened.description
-    image = description.image or {}
-    inside_tower = "vision_tower" in opened.parts
-    tower = description.tower_source or description.facts.get("base", {}).get("vision_tower")
-    kinds = {"llama": ("llava", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
-    if description.language_model["model_type"] not in kinds:
-        raise CheckpointError(
-            f"{shown(opened.path)}: the original code has no {description.language_model['model_type']}; fix: --to hf"
-        )
-    kind, architecture = kinds[description.language_model["model_type"]]
-    theta = (description.language_model.get("rope_parameters") or {}).get("rope_theta")
+def is_delta(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether LLaMA weights are differences: the norms' scales, around one in a model, are near zero."""
+    scales = [float(t.read().float().abs().mean()) for name, t in tensors.items() if name.endswith("norm.weight")]
+    return bool(scales) and statistics.median(scales) < 0.05
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def original_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return `config.json` of the original code for a checkpoint; it also contains our description."""
+    description = checkpoint.description
+    language_model, usage = description.language_model, description.usage
+    model_type = language_model["model_type"]
+    if model_type not in _ARCHITECTURES:
+        raise CheckpointError(f"{shown(checkpoint.path)}: the original code has no {model_type}; fix: --to hf")
+    original_type, architecture = _ARCHITECTURES[model_type]
+    theta = (language_model.get("rope_parameters") or {}).get("rope_theta")
     return {
-        **description.language_model, **({"rope_theta": theta} if theta else {}),
-        "model_type": kind, "architectures": [architecture],
-        "mm_vision_tower": tower,
+        **language_model, **({"rope_theta": theta} if theta else {}),
+        "model_type": original_type, "architectures": [architecture],
+        "mm_vision_tower": description.tower_source or usage.get("base", {}).get("vision_tower"),
         "mm_hidden_size": description.d_vision, "mm_projector_type": description.projector,
         "mm_vision_select_layer": description.feature_layer, "mm_vision_select_feature": "patch",
-        "mm_use_im_start_end": bool(description.facts.get("image_delimiters")), "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad" if image.get("mode") == "pad" else "square", "use_mm_proj": True,
-        "unfreeze_mm_vision_tower": inside_tower, BLOCK: description.to_dict(),
+        "mm_use_im_start_end": bool(usage.get("image_delimiters")), "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad" if (description.image or {}).get("mode") == "pad" else "square",
+        "use_mm_proj": True, "unfreeze_mm_vision_tower": "vision_tower" in checkpoint.parts,
+        DESCRIPTION_KEY: description.to_dict(),
     }  # fmt: skip
 
 
-def _write(opened: Opened, folder: Path, shard_bytes: int) -> None:
-    write_json(folder / "config.json", original_config(opened))
-    copy_tokenizer(opened, folder)
-    named = {to_theirs(name, RULES): tensor for name, tensor in opened.tensors.items()}
-    writer = ShardWriter(folder, shard_bytes)
-    for name, tensor in named.items():
-        writer.add(name, tensor.read())
-    writer.close()
+def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
+    write_json(folder / "config.json", original_config(checkpoint))
+    copy_tokenizer(checkpoint.tokenizer, folder)
+    write_tensors(folder, export_tensors(checkpoint, RULES), shard_bytes)
 
 
-LAYOUTS.register("original")(Layout("original", "the original releases (v0, v1, 1.5)", _found, _read, _write, RULES))
+FORMAT = CheckpointFormat("original", "the original releases (v0, v1, 1.5)", detect, read, write, RULES)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from companion.checkpoints.convert import convert
 from companion.checkpoints.inspection import inspect
-from llava_core.checkpoints import checkpoint
+from llava_core.checkpoints.load import load, save_checkpoint
 from llava_core.checkpoints.open import open_checkpoint
 from llava_core.checkpoints.tensors import open_file, open_folder
 from llava_core.runtime import CheckpointError
@@ -40,11 +40,11 @@ class Trap:
 def sound(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("sound")
     loaded = layouts.model(root)
-    whole = checkpoint.save_checkpoint(root / "llava", loaded, "full", template="v0", image_position="last")
+    whole = save_checkpoint(root / "llava", loaded, "full", template="v0", image_position="last")
     convert(whole, root / "hf", "hf", shard_bytes=30_000)
     return {
         "llava": whole, "hf": root / "hf", "root": root, "original": layouts.original(loaded, root, root / "o", 3),
-        "projector": checkpoint.save_checkpoint(root / "p", loaded, "projector", template="plain"),
+        "projector": save_checkpoint(root / "p", loaded, "projector", template="plain"),
     }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def test_each_damage_is_one_line_and_nothing_runs(sound, name, tmp_path) -> None
     assert not mark.exists()
     if name != "wrong vocabulary":
         with pytest.raises(CheckpointError):
-            checkpoint.load(folder)
+            load(folder)
     assert not mark.exists()
 
 
@@ -251,7 +251,7 @@ def test_a_configuration_that_lies_about_shapes_is_an_error(sound, change, messa
     (problem,) = inspect(folder)["problems"]
     assert re.search(message, problem), problem
     with pytest.raises(CheckpointError):
-        checkpoint.load(folder)
+        load(folder)
 
 
 def test_the_hubs_own_links_are_followed(sound, tmp_path) -> None:

@@ -44,7 +44,7 @@ def example_of(parser: argparse.ArgumentParser) -> list[str]:
 def test_the_layouts_that_can_be_asked_for_are_those_that_can_be_written() -> None:
     from companion.checkpoints.convert import targets
 
-    assert set(weights.LAYOUTS) == set(targets())
+    assert set(weights.FORMATS) == set(targets())
 
 
 # ------------------------------------------------------------------------------------------------ every command

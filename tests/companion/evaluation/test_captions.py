@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from companion.evaluation.captions import bleu, cider, compare, evaluate_files, score, tokenize, write_captions
-from llava_core.checkpoints.checkpoint import build, save_checkpoint
+from llava_core.checkpoints.load import build, save_checkpoint
 from llava_core.runtime import DataError
 
 

@@ -17,7 +17,7 @@ from companion.evaluation import predict
 from companion.evaluation.predict import predict_science_qa, science_answers
 from companion.evaluation.predictions import read_predictions
 from companion.evaluation.science_qa import evaluate_files
-from llava_core.checkpoints.checkpoint import Loaded, build, load, save_checkpoint
+from llava_core.checkpoints.load import Loaded, build, load, save_checkpoint
 from llava_core.runtime import DataError
 
 SHORT = {"max_new_tokens": 4, "answer_tokens": 3}

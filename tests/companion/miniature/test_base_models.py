@@ -14,7 +14,7 @@ import torch
 
 from companion.miniature import base_models, contrastive, gates, language_model, reading, training, world
 from companion.miniature.language import PLACE_PHRASE, POSITION_PHRASE, facts_of_scene, noun_phrase, plural, questions
-from llava_core.checkpoints import checkpoint
+from llava_core.checkpoints.base_models import base_hash, load_language_model, load_vision_tower
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import encode
 from llava_core.runtime import CheckpointError
@@ -220,29 +220,29 @@ def test_a_trained_language_model_is_found_again_and_checked(small: None, tmp_pa
     facts = language_model.train_language_model("llm-7b", folder)
     assert (facts["steps"], facts["shape"]["hidden"]) == (3, 128)
     assert 0 < facts["final_loss"] < 20
-    bare = checkpoint.base_hash(str(folder))  # by its weights alone, as a model of others
+    bare = base_hash(str(folder))  # by its weights alone, as a model of others
     training.write_manifest(folder, facts)
-    known = checkpoint.base_hash(str(folder))
+    known = base_hash(str(folder))
     assert known != bare
     with pytest.raises(CheckpointError, match="no base model here"):
-        checkpoint.base_hash(str(tmp_path / "absent"))
-    model, tokenizer = checkpoint.load_language_model(str(folder), torch.float32)
+        base_hash(str(tmp_path / "absent"))
+    model, tokenizer = load_language_model(str(folder), torch.float32)
     assert model.config.vocab_size == len(tokenizer)
     assert len(tokenizer("###", add_special_tokens=False)["input_ids"]) == 1
     text = " Is there a red car?\n###"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
     training.write_manifest(folder, {"other": "facts"})  # a manifest does not list itself
-    assert checkpoint.base_hash(str(folder)) == known
+    assert base_hash(str(folder)) == known
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*SHA-256"):
-        checkpoint.base_hash(str(folder))
+        base_hash(str(folder))
     weights.write_bytes(whole)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: missing"):
-        checkpoint.base_hash(str(folder))
+        base_hash(str(folder))
 
 
 def test_a_language_model_is_decided_by_its_seed(small: None, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_text_batches_are_padded_on_the_right_and_unsupervised_there(tmp_path: P
 
 def test_features_of_unit_size_are_those_of_the_same_tower(tmp_path: Path) -> None:
     _, clip = tiny.base_models(tmp_path)
-    tower, _ = checkpoint.load_vision_tower(clip, torch.float32)
+    tower, _ = load_vision_tower(clip, torch.float32)
     pixels = torch.randn(6, 3, 32, 32)
     transformer = getattr(tower, "vision_model", tower)  # where it is differs between transformers' versions
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_the_towers_image_settings_are_read_back(tmp_path: Path, monkeypatch: py
     _, clip = tiny.base_models(tmp_path)
     monkeypatch.setattr(contrastive, "IMAGE_SIZE", 32)
     contrastive.write_preprocessor(Path(clip))
-    _, processor = checkpoint.load_vision_tower(clip, torch.float32)
+    _, processor = load_vision_tower(clip, torch.float32)
     assert (list(processor.mean), list(processor.std)) == contrastive.pixel_statistics()
     # what the tower saw while it was trained is what it is given later
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -299,7 +299,7 @@ def test_a_tower_of_two_steps_is_whole_and_read_back(tmp_path: Path) -> None:
     facts = contrastive.train_clip(tmp_path / "clip", steps=2, images=16, batch=8)
     assert (facts["steps"], facts["images"]) == (2, 16)
     assert 0 < facts["final_loss"] < 20
-    tower, processor = checkpoint.load_vision_tower(str(tmp_path / "clip"), torch.float32)
+    tower, processor = load_vision_tower(str(tmp_path / "clip"), torch.float32)
     assert (tower.config.image_size, tower.config.patch_size) == (contrastive.IMAGE_SIZE, contrastive.PATCH_SIZE)
     assert processor.size == contrastive.IMAGE_SIZE
     assert {f.name for f in (tmp_path / "clip").iterdir()} >= {"model.safetensors", "preprocessor_config.json"}

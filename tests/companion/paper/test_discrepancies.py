@@ -11,7 +11,7 @@ import torch
 
 from companion.data_tools.scienceqa import Problem, answer_prompt, format_problem
 from companion.paper.discrepancies import Arm, Pair, all_discrepancies, read_register
-from llava_core.checkpoints import checkpoint
+from llava_core.checkpoints.load import build
 from llava_core.config import META, _fields, load_experiment, load_scale, value_of
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.models.projector import PROJECTORS
@@ -87,7 +87,7 @@ def test_the_projection_has_the_released_bias_and_size(width: int, parameters: i
 
 def test_every_image_of_a_sample_survives(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = checkpoint.build(*tiny.base_models(tmp_path), torch.float32).model
+    model = build(*tiny.base_models(tmp_path), torch.float32).model
     pixels = torch.randn(2, 3, 32, 32)
     block = [IMAGE_TOKEN_ID] * model.n_image_tokens
     with torch.no_grad():

@@ -12,7 +12,7 @@ from companion import ablations as ablation
 from companion.data_tools.scienceqa import Problem
 from companion.evaluation import ensemble
 from companion.plots import chapters_train as show
-from llava_core.checkpoints.checkpoint import Loaded, build
+from llava_core.checkpoints.load import Loaded, build
 from llava_core.config import RunConfig, load_experiment
 from llava_core.data.instruct import Sample
 from llava_core.ops.transformers_backend import packed_attention

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
 
 from companion.checkpoints.convert import convert
-from llava_core.checkpoints import checkpoint
+from llava_core.checkpoints.load import Loaded, load, save_checkpoint
 from llava_core.inference import prompt_ids
 from llava_core.models.generation import GenerationSettings, generate_tokens
 from llava_core.runtime import CheckpointError
@@ -31,16 +31,16 @@ KINDS = [
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)
-def exported(request, tmp_path_factory) -> tuple[checkpoint.Loaded, Any, Any, list[Image.Image], Path]:
+def exported(request, tmp_path_factory) -> tuple[Loaded, Any, Any, list[Image.Image], Path]:
     """Our model, transformers' model and processor of the same checkpoint, and images of several shapes."""
     template, projector, position, delimited = request.param
     root = tmp_path_factory.mktemp("exported")
     loaded = layouts.model(root, projector, delimiters=delimited)
     facts = {"template": template, "image_position": position}
     facts |= {"image_delimiters": layouts.DELIMITERS} if delimited else {}
-    saved = checkpoint.save_checkpoint(root / "c", loaded, "full", **facts)
+    saved = save_checkpoint(root / "c", loaded, "full", **facts)
     convert(saved, root / "hf", "hf")
-    ours = checkpoint.load(saved)
+    ours = load(saved)
     theirs = LlavaForConditionalGeneration.from_pretrained(root / "hf").eval()
     processor = AutoProcessor.from_pretrained(root / "hf")
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def messages(question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
 
-def our_tokens(loaded: checkpoint.Loaded, question: str, image: Image.Image) -> list[int]:
+def our_tokens(loaded: Loaded, question: str, image: Image.Image) -> list[int]:
     ids = prompt_ids(loaded, [(question, None)], has_image=True)
     pixels = torch.from_numpy(loaded.processor(image))[None]
     return [int(t[0]) for t in generate_tokens(loaded.model, [ids], pixels, GenerationSettings(NEW))]
@@ -133,4 +133,4 @@ def test_one_changed_separator_is_another_prompt(exported) -> None:
 
 def test_facts_that_do_not_exist_cannot_be_set(exported, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="'colour' cannot be set; these can: template"):
-        convert(exported[-1].parent / "c", tmp_path / "x", "hf", facts={"colour": 1})
+        convert(exported[-1].parent / "c", tmp_path / "x", "hf", usage={"colour": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import layouts
@@ -14,20 +15,22 @@ from safetensors.torch import load_file, save_file
 
 from companion.checkpoints.convert import convert, key_map, targets
 from companion.checkpoints.divergence import first_divergence, first_module, verify_export
-from llava_core.checkpoints import checkpoint
-from llava_core.checkpoints.description import Description, Opened, check, expected, tower_config
-from llava_core.checkpoints.formats.common import LAYOUTS, Options, open_renamed, to_ours, to_theirs
+from llava_core.checkpoints.base_models import load_language_model
+from llava_core.checkpoints.configs import tower_config
+from llava_core.checkpoints.describe import Checkpoint, Description, Options, check, expected_shapes
+from llava_core.checkpoints.formats.common import export_name, import_name, new_checkpoint
 from llava_core.checkpoints.formats.original import from_original
-from llava_core.checkpoints.open import layout_of, open_checkpoint
-from llava_core.checkpoints.tensors import Lazy, numbered
+from llava_core.checkpoints.load import Loaded, load, save_checkpoint
+from llava_core.checkpoints.open import FORMATS, detect_format, format_named, open_checkpoint
+from llava_core.checkpoints.tensors import LazyTensor, natural_sort_key
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.runtime import CheckpointError
 
 SOURCES = ("original", "original with tower", "mmpretrain", "hf", "llava", "projector")
-WHOLE = [name for name in targets() if not LAYOUTS.get(name).alone]
+WHOLE = [name for name in targets() if not format_named(name).only_required_parts]
 
 
-def logits(loaded: checkpoint.Loaded) -> torch.Tensor:
+def logits(loaded: Loaded) -> torch.Tensor:
     """Of a fixed row with an image."""
     generator = torch.Generator().manual_seed(3)
     n, size = loaded.model.n_image_tokens, loaded.processor.size
@@ -42,10 +45,10 @@ def needed(options: Options, name: str) -> Options:
     return options if name in ("mmpretrain", "projector") else Options()
 
 
-def write(name: str, loaded: checkpoint.Loaded, root: Path, folder: Path) -> Path:
+def write(name: str, loaded: Loaded, root: Path, folder: Path) -> Path:
     """A checkpoint in one of `SOURCES`."""
     if name == "llava":
-        return checkpoint.save_checkpoint(folder, loaded, "full", template="v1", image_position="first")
+        return save_checkpoint(folder, loaded, "full", template="v1", image_position="first")
     if name == "hf":
         return layouts.hf(loaded, root, folder)
     if name == "mmpretrain":
@@ -58,7 +61,7 @@ def write(name: str, loaded: checkpoint.Loaded, root: Path, folder: Path) -> Pat
 
 
 @pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
-def world(request, tmp_path_factory) -> tuple[Path, checkpoint.Loaded, Options]:
+def world(request, tmp_path_factory) -> tuple[Path, Loaded, Options]:
     """A folder with base models, a random model on them, and the options that name the bases."""
     root = tmp_path_factory.mktemp(request.param)
     loaded = layouts.model(root, request.param)
@@ -72,8 +75,10 @@ def test_each_layout_goes_into_each_without_loss(world, name, tmp_path) -> None:
     source, options = write(name, loaded, root, tmp_path / "source"), needed(options, name)
     wanted = logits(loaded)
     opened = open_checkpoint(source, options)
-    assert opened.layout == layout_of(source) == name.split(" ")[0]
-    torch.testing.assert_close(logits(checkpoint.load(source, options=options)), wanted, rtol=0, atol=0)
+    detected = detect_format(source)
+    assert detected is not None
+    assert opened.format == detected.name == name.split(" ")[0]
+    torch.testing.assert_close(logits(load(source, options=options)), wanted, rtol=0, atol=0)
     for to in WHOLE:
         target = tmp_path / to
         report = convert(source, target, to, options, shard_bytes=20_000)
@@ -82,7 +87,7 @@ def test_each_layout_goes_into_each_without_loss(world, name, tmp_path) -> None:
         assert set(again.tensors) >= set(opened.tensors)
         assert {n.split(".")[0] for n in set(again.tensors) - set(opened.tensors)} <= {"vision_tower"}
         assert report["parameters"] == again.parameters
-        back = logits(checkpoint.load(target))
+        back = logits(load(target))
         torch.testing.assert_close(back[..., : wanted.shape[-1]], wanted, rtol=0, atol=0)
         second = convert(target, tmp_path / f"{to}-again", "original")
         assert second["left_out"] == {}  # what was dropped (inv_freq) was dropped once
@@ -95,7 +100,7 @@ def test_the_projector_alone_goes_out_and_in(world, tmp_path) -> None:
     convert(source, tmp_path / "p", "projector")
     names = set(torch.load(tmp_path / "p" / "mm_projector.bin", weights_only=True))
     assert names == {f"model.mm_projector.{n}" for n, _ in loaded.model.multi_modal_projector.named_parameters()}
-    torch.testing.assert_close(logits(checkpoint.load(tmp_path / "p", options=options)), logits(loaded), rtol=0, atol=0)
+    torch.testing.assert_close(logits(load(tmp_path / "p", options=options)), logits(loaded), rtol=0, atol=0)
     alone = open_checkpoint(tmp_path / "p")
     assert alone.parts == ("multi_modal_projector",)
     with pytest.raises(CheckpointError, match=r"no language model.*--base"):
@@ -107,7 +112,7 @@ def test_a_projector_file_may_carry_word_embeddings(world, tmp_path) -> None:
     _, loaded, options = world
     words = loaded.model.language_model.get_input_embeddings().weight.detach()
     base = tmp_path / "base"
-    tokenizer = checkpoint.load_language_model(options.base, torch.float32)[1]
+    tokenizer = load_language_model(options.base, torch.float32)[1]
     tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
     config = loaded.model.language_model.config.to_dict() | {"vocab_size": len(tokenizer)}
     base.mkdir()
@@ -123,7 +128,7 @@ def test_a_projector_file_may_carry_word_embeddings(world, tmp_path) -> None:
     opened = open_checkpoint(file, options)
     table = opened.tensors["language_model.model.embed_tokens.weight"].read()
     torch.testing.assert_close(table, torch.cat([words, rows]))
-    assert opened.description.facts["image_delimiters"] == ["<im_start>", "<im_end>"]
+    assert opened.description.usage["image_delimiters"] == ["<im_start>", "<im_end>"]
     whole = torch.randn(len(tokenizer), words.shape[1])
     torch.save({**layouts.projector(loaded.model), "model.embed_tokens.weight": whole}, file)
     table = open_checkpoint(file, options).tensors["language_model.model.embed_tokens.weight"].read()
@@ -183,10 +188,10 @@ def test_one_wrong_key_stops_with_its_name(world, sound, name, wrong, tmp_path) 
             tensors[key] = tensors[key][:-1].clone()
 
     _edit(folder, change)
-    ours = to_ours(key, LAYOUTS.get(name).rules)
+    ours = import_name(key, format_named(name).rules)
     named = {"missing": ours, "renamed": ours, "extra": key.replace("weight", "bias"), "shape": key}[wrong]
     for act in (
-        lambda: checkpoint.load(folder, options=options),
+        lambda: load(folder, options=options),
         lambda: convert(folder, tmp_path / "out", "llava", options),
     ):
         with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
@@ -214,21 +219,22 @@ def test_one_changed_weight_is_reported_as_the_first_divergence(world, sound, tm
     assert found.largest == pytest.approx(0.25, rel=1e-5)
     assert first_divergence(one, other, tolerance=0.3) is None
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(logits(checkpoint.load(folder)), logits(loaded))
+        torch.testing.assert_close(logits(load(folder)), logits(loaded))
 
 
 def test_a_writer_that_mixes_up_two_tensors_is_caught(sound, tmp_path, monkeypatch) -> None:
-    real = LAYOUTS.get("original").write
+    real = format_named("original").write
     assert real is not None
 
-    def swapped(opened: Opened, folder: Path, shard_bytes: int) -> None:
+    def swapped(opened: Checkpoint, folder: Path, shard_bytes: int) -> None:
         t = opened.tensors
         a, b = (f"language_model.model.layers.{k}.mlp.gate_proj.weight" for k in (0, 1))
-        changed = Opened(**{**vars(opened), "tensors": {**t, a: t[b], b: t[a]}})
+        changed = Checkpoint(**{**vars(opened), "tensors": {**t, a: t[b], b: t[a]}})
         real(changed, folder, shard_bytes)
 
-    broken = LAYOUTS.get("original")
-    monkeypatch.setitem(LAYOUTS._parts, "original", type(broken)(**{**vars(broken), "write": swapped}))
+    broken = format_named("original")
+    changed = tuple(replace(f, write=swapped) if f is broken else f for f in FORMATS)
+    monkeypatch.setattr("llava_core.checkpoints.open.FORMATS", changed)
     with pytest.raises(
         CheckpointError, match=r"not the same: language_model\.model\.layers\.0\.mlp\.gate_proj\.weight"
     ):
@@ -241,14 +247,14 @@ def test_the_report_names_the_first_module_that_differs(world, tmp_path) -> None
     source = layouts.original(loaded, root, tmp_path / "source")
     report = convert(source, tmp_path / "hf", "hf", verify=True)
     assert 0 <= report["largest_difference"] < 1e-5
-    opened = open_checkpoint(source).need("vision_tower")
+    opened = open_checkpoint(source).require("vision_tower")
     whole = verify_export(opened, tmp_path / "hf")
     names = [d.name for d in whole]
     assert first_module(whole) is None
     assert names.index("vision_tower.embeddings") < names.index("multi_modal_projector") < len(names) - 1
     assert {"language_model.model.layers.1.mlp", "language_model.lm_head"} <= set(names)
     name = "language_model.model.layers.1.mlp.up_proj.weight"
-    opened.tensors[name] = opened.tensors[name].then(lambda t: t + 0.1)
+    opened.tensors[name] = opened.tensors[name].map(lambda t: t + 0.1)
     wrong = first_module(verify_export(opened, tmp_path / "hf"))
     assert wrong is not None
     assert wrong.name == "language_model.model.layers.1.mlp.up_proj"
@@ -272,15 +278,15 @@ def test_the_key_map_of_7b_and_13b_is_complete(name, layers, width, heads, ffn) 
         "image_size": 336, "patch_size": 14, "projection_dim": 768,
     }  # fmt: skip
     description = Description(language, tower, None, 1024, "mlp2x_gelu", -2, None)
-    shapes = expected(description)
-    rules = LAYOUTS.get(name).rules
-    theirs = {to_theirs(n, rules): s for n, s in shapes.items()}
+    shapes = expected_shapes(description)
+    rules = format_named(name).rules
+    theirs = {export_name(n, rules): s for n, s in shapes.items()}
     assert len(theirs) == len(shapes) == 9 * layers + 3 + 4 + 24 * 16 + 7
-    assert {to_ours(n, rules) for n in theirs} == set(shapes)
+    assert {import_name(n, rules) for n in theirs} == set(shapes)
     total = sum(torch.Size(s).numel() for s in shapes.values())
     assert total == {32: 7_062_902_784, 40: 13_350_839_296}[layers]
-    lazy = {to_ours(n, rules): Lazy(s, torch.float16, pytest.fail) for n, s in theirs.items()}
-    opened = Opened(name, Path("7b"), description, lazy, {to_ours(n, rules): n for n in theirs})
+    lazy = {import_name(n, rules): LazyTensor(s, torch.float16, pytest.fail) for n, s in theirs.items()}
+    opened = Checkpoint(name, Path("7b"), description, lazy, {import_name(n, rules): n for n in theirs})
     check(opened)
     lost = f"language_model.model.layers.{layers - 1}.self_attn.o_proj.weight"
     tensor = opened.tensors.pop(lost)
@@ -307,20 +313,20 @@ def test_a_release_of_7b_converts_its_whole_key_map(tmp_path) -> None:
         }
     )
     description = Description(language, tower, None, 1024, "mlp2x_gelu", -2, None)
-    shapes = expected(description)
-    rules = LAYOUTS.get("original").rules
+    shapes = expected_shapes(description)
+    rules = format_named("original").rules
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     names += [f"model.mm_projector.{k}.{end}" for k in (0, 2) for end in ("weight", "bias")]
     names += [f"model.layers.{k}.{end}" for k in range(32) for end in ends]
     inside = "model.vision_tower.vision_tower.vision_model."
     names += [inside + n.removeprefix("vision_tower.") for n in shapes if n.startswith("vision_tower.")]
-    tensors = {n: Lazy(shapes[to_ours(n, rules)], torch.float16, pytest.fail) for n in names}
-    computed = Lazy((64,), torch.float32, pytest.fail)
+    tensors = {n: LazyTensor(shapes[import_name(n, rules)], torch.float16, pytest.fail) for n in names}
+    computed = LazyTensor((64,), torch.float32, pytest.fail)
     rotary = {f"model.layers.{k}.self_attn.rotary_emb.inv_freq": computed for k in range(32)}
     rotary[inside + "embeddings.position_ids"] = computed
 
-    def opened(files: dict[str, Lazy]) -> Opened:
-        return open_renamed("original", tmp_path, files, from_original, description, None, [])
+    def opened(files: dict[str, LazyTensor]) -> Checkpoint:
+        return new_checkpoint("original", tmp_path, files, from_original, description, None, [])
 
     found = opened(tensors | rotary)
     check(found)
@@ -351,14 +357,14 @@ def test_shards_are_written_in_order_and_small(sound, tmp_path) -> None:
         with safe_open(tmp_path / "out" / file, "pt") as shard:
             held |= dict.fromkeys(shard.keys(), file)
     assert held == index["weight_map"]
-    assert sorted(["a10", "a9", "b1"], key=numbered) == ["a9", "a10", "b1"]
+    assert sorted(["a10", "a9", "b1"], key=natural_sort_key) == ["a9", "a10", "b1"]
 
 
 def test_conversion_holds_about_one_shard(sound, tmp_path) -> None:
     """The largest tensors alive at once, counted by the writer's own calls."""
     alive, most = 0, 0
 
-    def counted(tensor: Lazy) -> Lazy:
+    def counted(tensor: LazyTensor) -> LazyTensor:
         def read() -> torch.Tensor:
             nonlocal alive, most
             value = tensor.read().clone()
@@ -374,13 +380,13 @@ def test_conversion_holds_about_one_shard(sound, tmp_path) -> None:
             weakref.finalize(value, gone)
             return value
 
-        return Lazy(tensor.shape, tensor.dtype, read)
+        return LazyTensor(tensor.shape, tensor.dtype, read)
 
     opened = open_checkpoint(sound["original"])
     opened.tensors = {n: counted(t) for n, t in opened.tensors.items()}
     folder = tmp_path / "out"
     folder.mkdir()
-    write_original = LAYOUTS.get("original").write
+    write_original = format_named("original").write
     assert write_original is not None
     write_original(opened, folder, 20_000)
     largest = max(t.bytes for t in opened.tensors.values())
@@ -410,11 +416,11 @@ def test_tied_embeddings_are_stored_once(tmp_path) -> None:
     llm = loaded.model.language_model
     llm.config.tie_word_embeddings = True
     llm.lm_head.weight = llm.model.embed_tokens.weight
-    saved = checkpoint.save_checkpoint(tmp_path / "c", loaded, "full", template="v0")
+    saved = save_checkpoint(tmp_path / "c", loaded, "full", template="v0")
     opened = open_checkpoint(saved)
     assert "language_model.lm_head.weight" not in opened.tensors
-    again = checkpoint.load(saved)
+    again = load(saved)
     torch.testing.assert_close(logits(again), logits(loaded), rtol=0, atol=0)
     convert(saved, tmp_path / "hf", "hf")
-    back = logits(checkpoint.load(tmp_path / "hf"))
+    back = logits(load(tmp_path / "hf"))
     torch.testing.assert_close(back, logits(loaded), rtol=0, atol=0)

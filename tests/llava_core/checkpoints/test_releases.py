@@ -19,9 +19,10 @@ from companion.checkpoints import delta, divergence
 from companion.checkpoints.convert import convert
 from companion.checkpoints.inspection import inspect
 from llava_core.chat import Assistant
-from llava_core.checkpoints import checkpoint
-from llava_core.checkpoints.formats.common import Options
-from llava_core.checkpoints.open import layout_of, open_checkpoint
+from llava_core.checkpoints.base_models import base_hash
+from llava_core.checkpoints.describe import Options
+from llava_core.checkpoints.load import Loaded, load, save_checkpoint
+from llava_core.checkpoints.open import detect_format, open_checkpoint
 from llava_core.inference import prompt_ids
 from llava_core.runtime import CheckpointError
 
@@ -32,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(root: Path) -> checkpoint.Loaded:
+def loaded(root: Path) -> Loaded:
     return layouts.model(root)
 
 
@@ -41,13 +42,18 @@ def original(loaded, root, tmp_path) -> Path:
     return layouts.original(loaded, root, tmp_path / "original", shards=2)
 
 
+def open_format(path: Path) -> str | None:
+    detected = detect_format(path)
+    return detected.name if detected else None
+
+
 def change(file: Path, **fields: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def test_a_release_has_its_projector_once_more_beside_the_shards(original, loaded) -> None:
     torch.save(layouts.projector(loaded.model), original / "mm_projector.bin")
-    assert layout_of(original) == "original"
+    assert open_format(original) == "original"
     assert "language_model" in open_checkpoint(original).parts
 
 
@@ -55,7 +61,7 @@ def test_a_projector_may_lie_alone_under_its_published_name(loaded, root, tmp_pa
     folder = tmp_path / "zoo"
     folder.mkdir()
     torch.save(layouts.projector(loaded.model), folder / "LLaVA-7b-pretrain-projector-v0.bin")
-    assert layout_of(folder) == "projector"
+    assert open_format(folder) == "projector"
     options = Options(base=str(root / "llm"), vision_tower=str(root / "clip"))
     assert open_checkpoint(folder, options).parts == ("multi_modal_projector", "language_model")
 
@@ -94,7 +100,7 @@ def test_a_release_with_tokenizer_model_alone_reads_and_keeps_its_tokens(
     for to in ("llava", "hf"):
         convert(original, tmp_path / to, to)
     for folder in (original, tmp_path / "llava", tmp_path / "hf"):
-        tokenizer = checkpoint.load(folder).tokenizer
+        tokenizer = load(folder).tokenizer
         assert tokenizer("what color is the car", add_special_tokens=False)["input_ids"] == theirs
         assert tokenizer.bos_token_id == 1
 
@@ -127,10 +133,10 @@ def test_the_era_decides_template_and_image_position(original, bos, delimiters, 
     (original / "special_tokens_map.json").write_text(json.dumps({"bos_token": bos}))
     change(original / "config.json", mm_use_im_start_end=delimiters)
     opened = open_checkpoint(original)
-    assert opened.description.facts["template"] == template
-    assert opened.description.facts["image_position"] == position
+    assert opened.description.usage["template"] == template
+    assert opened.description.usage["image_position"] == position
     assert any(note.startswith(f"template {template}") for note in opened.notes)
-    changed = open_checkpoint(original, facts={"template": "v0"})
+    changed = open_checkpoint(original, usage={"template": "v0"})
     assert not any(note.startswith("template") for note in changed.notes)
 
 
@@ -163,20 +169,20 @@ def test_a_tower_by_another_name_is_another_tower_only_if_its_files_differ(origi
     convert(original, tmp_path / "c", "llava")
     copy = tmp_path / "copy"
     shutil.copytree(root / "clip", copy)
-    assert checkpoint.load(tmp_path / "c", options=Options(vision_tower=str(copy)))
+    assert load(tmp_path / "c", options=Options(vision_tower=str(copy)))
     tensors = load_file(copy / "model.safetensors")
     save_file({n: t + 1 for n, t in tensors.items()}, copy / "model.safetensors")
     with pytest.raises(CheckpointError, match="made with another vision tower"):
-        checkpoint.load(tmp_path / "c", options=Options(vision_tower=str(copy)))
+        load(tmp_path / "c", options=Options(vision_tower=str(copy)))
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    change(tmp_path / "c" / "manifest.json", base_hash={"vision_tower": checkpoint.base_hash("someone/clip")})
+    change(tmp_path / "c" / "manifest.json", base_hash={"vision_tower": base_hash("someone/clip")})
     assert manifest["base_hash"]["vision_tower"].startswith("files:")
     opened = open_checkpoint(tmp_path / "c")
     assert any("taken unchecked" in note for note in opened.notes)
 
 
 def test_options_that_would_be_ignored_are_refused(original, root) -> None:
-    with pytest.raises(CheckpointError, match="holds what --base names"):
+    with pytest.raises(CheckpointError, match="contains what --base names"):
         open_checkpoint(original, Options(base=str(root / "llm")))
 
 
@@ -242,7 +248,7 @@ def test_adapters_on_all_linear_layers_merge_as_peft_does(loaded, root, tmp_path
     )
     (folder / "config.json").write_text(json.dumps(layouts.original_config(loaded.model, str(root / "clip"))))
     merged = adapted.merge_and_unload()
-    ours = checkpoint.load(folder, options=Options(base=str(base)))
+    ours = load(folder, options=Options(base=str(base)))
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         torch.testing.assert_close(ours.model(ids).logits, merged(ids).logits, rtol=1e-5, atol=1e-5)
@@ -286,11 +292,11 @@ def test_a_picture_and_its_file_are_seen_alike(loaded, tmp_path) -> None:
 
 def test_paths_start_where_the_user_stands(original, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.load("original").manifest["template"] == "v1"
+    assert load("original").manifest["template"] == "v1"
     convert(Path("original"), Path("out"), "llava")
-    assert prompt_ids(checkpoint.load("out"), [("what", None)], True)
+    assert prompt_ids(load("out"), [("what", None)], True)
     with pytest.raises(CheckpointError, match="no such file or folder"):
-        checkpoint.load("~nobody-of-that-name/x")
+        load("~nobody-of-that-name/x")
 
 
 @pytest.mark.parametrize(
@@ -313,7 +319,7 @@ def test_json_that_nobody_wrote_is_one_line(original, file, text) -> None:
     ],
 )
 def test_facts_of_another_type_are_one_line(loaded, tmp_path, fields, message) -> None:
-    saved = checkpoint.save_checkpoint(tmp_path / "c", loaded, "full", template="v0")
+    saved = save_checkpoint(tmp_path / "c", loaded, "full", template="v0")
     change(saved / "manifest.json", **fields)
     (problem,) = inspect(saved)["problems"]
     assert message in problem

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 
-from llava_core.checkpoints.checkpoint import Loaded, build
+from llava_core.checkpoints.load import Loaded, build
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.models import generation
 from llava_core.models.generation import (

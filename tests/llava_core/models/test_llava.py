@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from llava_core.checkpoints import checkpoint
+from llava_core.checkpoints.load import Loaded, build, load, load_into, save_checkpoint
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.models.vision_tower import patch_features
 from llava_core.runtime import CheckpointError, ConfigError
@@ -18,9 +18,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def loaded(bases) -> checkpoint.Loaded:
+def loaded(bases) -> Loaded:
     torch.manual_seed(1)
-    made = checkpoint.build(*bases, torch.float32)
+    made = build(*bases, torch.float32)
     made.model.eval()
     return made
 
@@ -75,8 +75,8 @@ def test_what_trains(loaded) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "projector"])
 def test_checkpoint_round_trip(loaded, tmp_path: Path, kind) -> None:
-    path = checkpoint.save_checkpoint(tmp_path / "c", loaded, kind, template="v0", image_position="data", run_id="r")
-    again = checkpoint.load(path)
+    path = save_checkpoint(tmp_path / "c", loaded, kind, template="v0", image_position="data", run_id="r")
+    again = load(path)
     ids, pixels = torch.tensor([[1, *[IMAGE_TOKEN_ID] * 4, 9, 10]]), torch.randn(1, 3, 32, 32)
     assert torch.equal(loaded.model(ids, pixels).logits, again.model(ids, pixels).logits)
     assert again.manifest["template"] == "v0"
@@ -84,24 +84,24 @@ def test_checkpoint_round_trip(loaded, tmp_path: Path, kind) -> None:
 
 
 def test_damaged_checkpoints_are_one_clear_error(loaded, bases, tmp_path: Path) -> None:
-    path = checkpoint.save_checkpoint(tmp_path / "c", loaded, "projector")
+    path = save_checkpoint(tmp_path / "c", loaded, "projector")
     weights = path / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-4] + b"oops")
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*SHA-256"):
-        checkpoint.load(path)
+        load(path)
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        checkpoint.load(path)
+        load(path)
     with pytest.raises(CheckpointError, match="not a LLaVA checkpoint"):
-        checkpoint.load(tmp_path)
+        load(tmp_path)
 
 
 def test_strict_keys_and_shapes(loaded, bases, tmp_path: Path) -> None:
-    path = checkpoint.save_checkpoint(tmp_path / "c", loaded, "projector")
-    other = checkpoint.build(*bases, torch.float32, projector="mlp2x_gelu")
+    path = save_checkpoint(tmp_path / "c", loaded, "projector")
+    other = build(*bases, torch.float32, projector="mlp2x_gelu")
     with pytest.raises(CheckpointError, match="multi_modal_projector"):
-        checkpoint.load_into(other.model, path)
+        load_into(other.model, path)
 
 
 def test_corrupt_base_model_names_the_file(tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_corrupt_base_model_names_the_file(tmp_path: Path) -> None:
     file = Path(llm) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match=r"llm/model\.safetensors"):
-        checkpoint.build(llm, clip, torch.float32)
+        build(llm, clip, torch.float32)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"llm/model\.safetensors"):
-        checkpoint.build(llm, clip, torch.float32)
+        build(llm, clip, torch.float32)
 
 
 def test_unknown_projector(bases) -> None:
     with pytest.raises(ConfigError, match="linear"):
-        checkpoint.build(*bases, torch.float32, projector="lineer")
+        build(*bases, torch.float32, projector="lineer")

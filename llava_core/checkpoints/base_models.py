@@ -1,0 +1,155 @@
+"""Base models: the language models and CLIP vision towers that checkpoints are built on, by folder or hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from llava_core.checkpoints.configs import quiet_transformers, tower_config
+from llava_core.checkpoints.tensors import LazyTensor, has_file, has_weights, open_folder, read_config, weight_files
+from llava_core.data.images import ImageProcessor
+from llava_core.runtime import CheckpointError, DataError, fingerprint, located, sha256_file, shown, verify_files
+
+_DOWNLOADS: ContextVar[bool] = ContextVar("downloads", default=True)
+_TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_scale")  # of a CLIP model
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Use only local copies of models of the hub."""
+    token = _DOWNLOADS.set(False)
+    try:
+        yield
+    finally:
+        _DOWNLOADS.reset(token)
+
+
+def model_folder(source: str | Path) -> Path:
+    """Return the folder of a model: the source itself, or the hub's local copy of an id.
+
+    Raises:
+        CheckpointError: neither exists.
+    """
+    folder = located(source)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    local = not _DOWNLOADS.get()
+    try:
+        patterns = ["*.json", "*.model", "*.safetensors"]
+        copy = Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=local))
+        if not has_weights(copy):  # an old model without safetensors
+            snapshot_download(str(source), allow_patterns=["*.bin"], local_files_only=local)
+        return copy
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: no such folder, and the hub's copy is not available ({type(error).__name__}); fix: download it "
+            "and name its folder"
+        ) from error
+
+
+def base_hash(source: str) -> str:
+    """Return what identifies a base model's weights: `files:` and a hash of them, or `name:` and a hash of a hub id.
+
+    Files are checked against the model's manifest. An id can be compared with another id, but not with files.
+
+    Raises:
+        CheckpointError: a file of the model is missing or differs from the manifest's SHA-256.
+    """
+    folder = located(source)
+    if not folder.is_dir() and not Path(source).is_absolute():
+        return f"name:{fingerprint(source)}"
+    if not folder.is_dir() or (has_file(folder, "manifest.json") and "files" in read_config(folder, "manifest.json")):
+        return f"files:{fingerprint(verify_files(folder))}"
+    return f"files:{fingerprint({f.name: sha256_file(f) for f in weight_files(folder)})}"
+
+
+# ------------------------------------------------------------------------------------------------ vision towers
+
+
+def tower_settings(source: str | Path) -> tuple[dict[str, Any], ImageProcessor]:
+    """Return configuration and image settings of a CLIP model's vision tower.
+
+    Raises:
+        CheckpointError: not a CLIP model, or its image size is not that of its image settings.
+    """
+    folder = model_folder(source)
+    config = read_config(folder, "config.json")
+    if config.get("model_type") not in ("clip", "clip_vision_model"):
+        raise CheckpointError(
+            f"{shown(folder)}: its model_type is {config.get('model_type')!r}, not a CLIP vision tower; fix: "
+            "--vision-tower DIR"
+        )
+    full = tower_config(config)
+    return full, _image_settings(folder, full["image_size"])
+
+
+def _image_settings(folder: Path, size: int) -> ImageProcessor:
+    try:
+        image = ImageProcessor.from_hf(read_config(folder, "preprocessor_config.json"))
+    except DataError as error:
+        raise CheckpointError(f"{shown(folder)}: {error}") from error
+    if image.size != size:
+        raise CheckpointError(f"{shown(folder)}: images of {image.size} px for a tower of {size} px; fix: correct one")
+    return image
+
+
+def open_vision_tower(source: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Return the tensors of a CLIP model's vision tower under our names, and our name -> its name there."""
+    tensors, names = {}, {}
+    for theirs, tensor in open_folder(model_folder(source)).items():
+        name = f"vision_tower.{theirs.removeprefix('vision_model.')}"
+        if not theirs.startswith(_TEXT_HALF) and not name.endswith("embeddings.position_ids"):
+            tensors[name], names[name] = tensor, theirs
+    return tensors, names
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer from a folder or hub id."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _loading(source, "language model"):
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    check_no_missing_weights(source, info)
+    return model, tokenizer
+
+
+def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProcessor]:
+    """Load a CLIPVisionModel and its image settings from the folder or hub id of a CLIP model."""
+    from transformers import CLIPVisionModel
+
+    folder = model_folder(source)
+    with _loading(source, "vision tower"):
+        tower, info = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    check_no_missing_weights(source, info)
+    return tower, _image_settings(folder, tower.config.image_size)
+
+
+@contextmanager
+def _loading(source: str, part: str) -> Iterator[None]:
+    try:
+        with quiet_transformers():  # its report lists each tensor of the text half as unexpected
+            yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{shown(source)}: {part} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def check_no_missing_weights(source: str, info: dict[str, Any]) -> None:
+    """Raise CheckpointError if transformers' loading info lists weights that would be randomly initialised."""
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise CheckpointError(
+            f"{shown(source)}: weights missing ({names} ...); they would start random; fix: get the complete file"
+        )

@@ -1,0 +1,288 @@
+"""What an opened checkpoint is: configurations, projector, image settings, usage, and tensors that are not yet read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from llava_core.checkpoints.base_models import open_vision_tower, tower_settings
+from llava_core.checkpoints.configs import language_config, part_shapes, tower_config
+from llava_core.checkpoints.tensors import LazyTensor, natural_sort_key
+from llava_core.data.conversation import TEMPLATES, ImagePosition
+from llava_core.data.images import ImageProcessor
+from llava_core.runtime import CheckpointError, DataError, shown
+
+MODEL_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+USAGE_FIELDS = ("template", "system", "image_position", "image_delimiters", "prompt_format", "feature_layer")
+"""How a checkpoint is to be used. Its files may not say it, so a caller may set these."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Models that a caller names for a checkpoint that does not contain them.
+
+    Attributes:
+        base: folder or hub id of the language model that a projector, a LoRA or a `.pth` belongs to.
+        vision_tower: folder or hub id of the tower, in place of the one that the checkpoint names.
+    """
+
+    base: str | None = None
+    vision_tower: str | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is needed to use a checkpoint, besides its tensors.
+
+    Attributes:
+        language_model: transformers' configuration of the language model, `model_type` included.
+        vision_tower: transformers' CLIPVisionConfig; None if only `tower_source` is known.
+        tower_source: folder or hub id of a tower whose weights are not in the checkpoint.
+        d_vision: width of the tower's features.
+        projector: name in `PROJECTORS`.
+        feature_layer: hidden state of the tower that is projected.
+        image: settings of the `ImageProcessor`; None if the tower is unknown.
+        usage: the other `USAGE_FIELDS`, and further manifest fields such as base models and run id.
+    """
+
+    language_model: dict[str, Any]
+    vision_tower: dict[str, Any] | None
+    tower_source: str | None
+    d_vision: int
+    projector: str
+    feature_layer: int
+    image: dict[str, Any] | None
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-like dict for the configuration files of other formats; `usage` is stored as "facts"."""
+        fields = dict(vars(self))
+        fields["facts"] = fields.pop("usage")
+        return fields
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any], where: str) -> Description:
+        """Return the description of a dict that `to_dict` wrote; `where` names the file in errors."""
+        types = {"language_model": dict, "projector": str, "feature_layer": int, "d_vision": int, "facts": dict}
+        names = {*types, "vision_tower", "tower_source", "image"}
+        if not isinstance(stored, dict) or set(stored) != names:
+            raise CheckpointError(f"{where}: its description has other fields than {sorted(names)}; fix: convert again")
+        for name, kind in types.items():
+            if type(stored[name]) is not kind:
+                raise CheckpointError(f"{where}: {name} is {stored[name]!r}, not of type {kind.__name__}")
+        fields = {name: value for name, value in stored.items() if name != "facts"}
+        fields["language_model"] = language_config(stored["language_model"], where)
+        if stored["vision_tower"] is not None:
+            fields["vision_tower"] = tower_config({"vision_config": stored["vision_tower"]})
+        if stored["image"] is not None:
+            fields["image"] = checked_image_settings(stored["image"], where)
+        if stored["tower_source"] is not None:
+            fields["tower_source"] = str(stored["tower_source"])
+        return cls(**fields, usage=stored["facts"])
+
+    def with_usage(self, usage: Mapping[str, Any]) -> Description:
+        """Replace some of `USAGE_FIELDS`."""
+        unknown = sorted(set(usage) - set(USAGE_FIELDS))
+        if unknown:
+            raise CheckpointError(f"'{unknown[0]}' cannot be set; these can: {', '.join(USAGE_FIELDS)}")
+        if "template" in usage:
+            TEMPLATES.get(usage["template"])
+        rest = {name: value for name, value in usage.items() if name != "feature_layer"}
+        return replace(self, usage=self.usage | rest, feature_layer=usage.get("feature_layer", self.feature_layer))
+
+    @property
+    def tied(self) -> bool:
+        """Whether input and output embeddings are one tensor, stored once."""
+        return bool(self.language_model.get("tie_word_embeddings"))
+
+
+def checked_image_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return image settings after a round trip through `ImageProcessor`, which refuses wrong ones."""
+    try:
+        return ImageProcessor.from_dict(dict(settings)).to_dict()
+    except DataError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint of any format: a description, and tensors under our names that stay on disk until used.
+
+    Attributes:
+        format: name of its `CheckpointFormat`.
+        path: the folder or file.
+        description: its configurations and usage.
+        tensors: our name -> tensor, in the order of a forward pass.
+        names: our name -> the format's own name.
+        left_out: the format's name -> why the tensor is not used.
+        tokenizer: folder with the tokenizer's files, or None.
+        notes: what was assumed because the files do not say it.
+        uses_base: whether the language model is the base model that the caller named.
+    """
+
+    format: str
+    path: Path
+    description: Description
+    tensors: dict[str, LazyTensor]
+    names: dict[str, str]
+    left_out: dict[str, str] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    uses_base: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those of `MODEL_PARTS` whose tensors the checkpoint has."""
+        present = {name.split(".")[0] for name in self.tensors}
+        return tuple(part for part in MODEL_PARTS if part in present)
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements in all tensors."""
+        return sum(int(torch.Size(tensor.shape).numel()) for tensor in self.tensors.values())
+
+    def require(self, *parts: str) -> Checkpoint:
+        """Return the checkpoint with these parts; a vision tower that is only named is opened.
+
+        Raises:
+            CheckpointError: a part is neither in the checkpoint nor available elsewhere.
+        """
+        if "vision_tower" in parts and "vision_tower" not in self.parts:
+            return self._with_tower().require(*parts)
+        for part in parts:
+            if part not in self.parts:
+                raise CheckpointError(
+                    f"{shown(self.path)}: has no {part.replace('_', ' ')}; fix: name the language model it was "
+                    "trained with (--base DIR)"
+                )
+        return self
+
+    def _with_tower(self) -> Checkpoint:
+        source, where = self.description.tower_source, shown(self.path)
+        if source is None:
+            raise CheckpointError(f"{where}: contains and names no vision tower; fix: --vision-tower DIR")
+        config, image = tower_settings(source)
+        if config["hidden_size"] != self.description.d_vision:
+            raise CheckpointError(
+                f"{where}: its projector takes features of width {self.description.d_vision}, the vision tower "
+                f"{shown(source)} gives {config['hidden_size']}; fix: --vision-tower DIR"
+            )
+        settings = self.description.image or image.to_dict()
+        description = replace(self.description, vision_tower=config, tower_source=None, image=settings)
+        tensors, names = open_vision_tower(source)
+        return replace(self, description=description, tensors=tensors | self.tensors, names=names | self.names)
+
+    def in_forward_order(self) -> Checkpoint:
+        """Return the checkpoint with its tensors in the order of a forward pass."""
+        try:
+            order = {name: k for k, name in enumerate(expected_shapes(self.description, self.parts))}
+        except CheckpointError:  # `check` reports it
+            order = {}
+        ranked = sorted(
+            self.tensors, key=lambda name: (order.get(name, len(order)), [str(p) for p in natural_sort_key(name)])
+        )
+        return replace(self, tensors={name: self.tensors[name] for name in ranked})
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def expected_shapes(description: Description, parts: Iterable[str] = MODEL_PARTS) -> dict[str, tuple[int, ...]]:
+    """Return our names and shapes of all tensors that a description implies, in the order of a forward pass.
+
+    Raises:
+        CheckpointError: the configuration is impossible.
+    """
+    projector = {
+        "name": description.projector, "d_vision": description.d_vision,
+        "d_model": description.language_model.get("hidden_size"),
+    }  # fmt: skip
+    configs = (description.vision_tower, projector, description.language_model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, config in zip(MODEL_PARTS, configs, strict=True):
+        if part not in parts:
+            continue
+        if config is None:
+            raise CheckpointError("the vision tower's configuration is unknown; fix: --vision-tower DIR")
+        shapes |= {f"{part}.{name}": shape for name, shape in part_shapes(part, config).items()}
+    if description.tied:
+        shapes.pop("language_model.lm_head.weight", None)
+    return shapes
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Check that exactly the expected tensors are present, in the expected shapes.
+
+    Raises:
+        CheckpointError: the first tensor, in the order of a forward pass, that is missing, unknown or of another shape.
+    """
+    where = shown(checkpoint.path)
+    try:
+        expected = expected_shapes(checkpoint.description, checkpoint.parts)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    if not checkpoint.tensors:
+        raise CheckpointError(f"{where}: has no weights; fix: copy or download it again")
+    check_usage(checkpoint)
+    for name, shape in expected.items():
+        if name not in checkpoint.tensors:
+            n = len(expected.keys() - checkpoint.tensors.keys())
+            raise CheckpointError(
+                f"{where}: {name} is missing ({n} in all); it would start random; fix: get the complete checkpoint"
+            )
+        if checkpoint.tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{where}: {checkpoint.names.get(name, name)} has shape {checkpoint.tensors[name].shape}, its "
+                f"configuration says {shape}; fix: use the configuration that belongs to these weights"
+            )
+    for name in checkpoint.tensors:
+        if name not in expected:
+            raise CheckpointError(
+                f"{where}: {checkpoint.names.get(name, name)} is unknown to the model; it would be lost; "
+                "fix: convert it with the code of its own version first"
+            )
+
+
+def check_usage(checkpoint: Checkpoint) -> None:
+    """Check the types of a description's usage fields, and that the vision tower has the feature layer.
+
+    Raises:
+        CheckpointError: a field of another type, or one that the vision tower contradicts.
+    """
+    description, where = checkpoint.description, shown(checkpoint.path)
+    tower, usage = description.vision_tower, description.usage
+    positions = get_args(ImagePosition)
+    rules = {
+        "base": ("names of base models", lambda v: isinstance(v, dict) and _all_text(v.values())),
+        "base_hash": ("hashes of base models", lambda v: isinstance(v, dict)),
+        "system": ("text", lambda v: isinstance(v, str | None)),
+        "prompt_format": ("text", lambda v: isinstance(v, str | None)),
+        "image_position": (str(positions), lambda v: v in positions),
+        "image_delimiters": (
+            "two tokens or null", lambda v: v is None or (isinstance(v, list) and len(v) == 2 and _all_text(v))
+        ),
+    }  # fmt: skip
+    for name, (kind, valid) in rules.items():
+        if name in usage and not valid(usage[name]):
+            raise CheckpointError(f"{where}: {name} is {usage[name]!r}, not {kind}")
+    if usage.get("template") is not None:
+        TEMPLATES.get(str(usage["template"]))
+    layer = description.feature_layer
+    if type(layer) is not int:
+        raise CheckpointError(f"{where}: feature_layer is {layer!r}, not the number of a layer")
+    if tower is not None:
+        layers = tower["num_hidden_layers"]
+        if not -layers - 1 <= layer <= layers:
+            raise CheckpointError(f"{where}: feature_layer is {layer!r}; the vision tower has {layers} layers")
+        if description.image is not None and description.image["size"] != tower["image_size"]:
+            raise CheckpointError(
+                f"{where}: images of {description.image['size']} px for a tower of {tower['image_size']} px"
+            )
+
+
+def _all_text(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)

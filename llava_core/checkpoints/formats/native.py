@@ -1,0 +1,123 @@
+"""This project's own format: one directory that describes itself.
+
+It contains the weights, the tokenizer, the language model's configuration and `manifest.json`: parts, base models with
+their hashes, conversation template, image settings, feature layer, prompt format, run id. Readers use the manifest and
+never the folder's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava_core.checkpoints.base_models import base_hash
+from llava_core.checkpoints.configs import language_config, tower_config
+from llava_core.checkpoints.describe import Checkpoint, Description, Options, checked_image_settings
+from llava_core.checkpoints.formats.common import CheckpointFormat
+from llava_core.checkpoints.tensors import (
+    contained_file,
+    has_file,
+    open_folder,
+    read_config,
+    weight_files,
+    write_tensors,
+)
+from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
+from llava_core.runtime import CheckpointError, sha256_file, shown, write_json
+
+FORMAT_VERSION = 2
+_FIELD_TYPES = {
+    "kind": str, "parts": list, "base": dict, "base_hash": dict, "projector": str, "feature_layer": int,
+    "d_vision": int, "image": dict, "files": dict,
+}  # fmt: skip
+_NOT_USAGE = {*_FIELD_TYPES, "format_version", "dtype"} - {"base", "base_hash"}
+
+
+def detect(path: Path) -> bool:
+    return path.is_dir() and has_file(path, "manifest.json") and has_file(path, "language_model")
+
+
+def read(path: Path, options: Options) -> Checkpoint:
+    """Open a directory, with every weights file checked against the manifest's SHA-256.
+
+    Raises:
+        CheckpointError: not such a directory, damaged, or its manifest contradicts its files.
+    """
+    manifest = _read_manifest(path)
+    for name, digest in manifest["files"].items():
+        if sha256_file(contained_file(path, name)) != digest:
+            raise CheckpointError(
+                f"{shown(path / name)}: damaged (SHA-256 is not the manifest's); fix: copy it again or train again"
+            )
+    unlisted = [file.name for file in weight_files(path) if file.name not in manifest["files"]]
+    if unlisted:
+        raise CheckpointError(
+            f"{shown(path / unlisted[0])}: the manifest does not list it; fix: copy the checkpoint again"
+        )
+    tensors = open_folder(path)
+    contradicted = {name.split(".")[0] for name in tensors} ^ set(map(str, manifest["parts"]))
+    if contradicted:
+        raise CheckpointError(f"{shown(path)}: manifest and weights disagree about {sorted(contradicted)[0]}")
+    own_tower = "vision_tower" in manifest["parts"]
+    description = Description(
+        language_model=language_config(
+            read_config(path / "language_model", "config.json"), shown(path / "language_model")
+        ),
+        vision_tower=tower_config(read_config(path / "vision_tower", "config.json")) if own_tower else None,
+        tower_source=None if own_tower else options.vision_tower or manifest["base"].get("vision_tower"),
+        d_vision=manifest["d_vision"],
+        projector=manifest["projector"],
+        feature_layer=manifest["feature_layer"],
+        image=checked_image_settings(manifest["image"], shown(path / "manifest.json")),
+        usage={name: value for name, value in manifest.items() if name not in _NOT_USAGE},
+    )
+    names = {name: name for name in tensors}
+    checkpoint = Checkpoint(FORMAT.name, path, description, tensors, names, tokenizer=tokenizer_folder(path))
+    return checkpoint.in_forward_order()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not has_file(path, "manifest.json"):
+        raise CheckpointError(
+            f"{shown(path)}: not a checkpoint (no manifest.json); fix: name a run's checkpoint directory"
+        )
+    manifest = read_config(path, "manifest.json")
+    where = shown(path / "manifest.json")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}"
+        )
+    for name, kind in _FIELD_TYPES.items():
+        if not isinstance(manifest.get(name), kind):
+            raise CheckpointError(f"{where}: {name} is missing or no {kind.__name__}; fix: copy the checkpoint again")
+    return manifest
+
+
+def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
+    """Write weights, tokenizer, configurations and `manifest.json` into an existing folder."""
+    description = checkpoint.description
+    files = write_tensors(folder, checkpoint.tensors, shard_bytes)
+    copy_tokenizer(checkpoint.tokenizer, folder)
+    (folder / "language_model").mkdir(exist_ok=True)
+    write_json(folder / "language_model" / "config.json", description.language_model)
+    if "vision_tower" in checkpoint.parts:
+        (folder / "vision_tower").mkdir(exist_ok=True)
+        write_json(folder / "vision_tower" / "config.json", description.vision_tower)
+    usage = {"base": {}, "base_hash": {}, **description.usage}
+    source = description.tower_source
+    if source and (usage["base"].get("vision_tower") != source or "vision_tower" not in usage["base_hash"]):
+        usage["base"] = usage["base"] | {"vision_tower": source}
+        usage["base_hash"] = usage["base_hash"] | {"vision_tower": base_hash(source)}
+    dtypes = [tensor.dtype for name, tensor in checkpoint.tensors.items() if not name.startswith("vision_tower.")]
+    write_json(
+        folder / "manifest.json",
+        {
+            **usage, "format_version": FORMAT_VERSION,
+            "kind": "full" if "language_model" in checkpoint.parts else "projector", "parts": list(checkpoint.parts),
+            "image": description.image, "projector": description.projector, "feature_layer": description.feature_layer,
+            "d_vision": description.d_vision, "dtype": str(dtypes[0]).removeprefix("torch."), "files": files,
+        },
+    )  # fmt: skip
+
+
+FORMAT = CheckpointFormat("llava", "this project's self-describing directory", detect, read, write)

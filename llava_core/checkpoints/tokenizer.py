@@ -1,0 +1,52 @@
+"""Tokenizers of checkpoint folders; code that a folder brings is never run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_core.checkpoints.configs import quiet_transformers
+from llava_core.checkpoints.tensors import contained_file, has_file
+from llava_core.runtime import CheckpointError, shown
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Return the folder if it contains a tokenizer."""
+    return folder if has_file(folder, "tokenizer.json") or has_file(folder, "tokenizer.model") else None
+
+
+def open_tokenizer(folder: Path, language_model: Mapping[str, Any], **options: Any) -> Any:
+    """Open the tokenizer of a folder.
+
+    Args:
+        folder: with the tokenizer's files.
+        language_model: configuration that decides the tokenizer's class. The folder's own `model_type` may be "llava",
+            for which transformers takes a class that drops SentencePiece's dummy prefix.
+        options: of transformers' `from_pretrained`.
+
+    Raises:
+        CheckpointError: it cannot be read, or a package for it is missing.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.for_model(**language_model)
+            return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, **options)
+    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{shown(folder)}: the tokenizer cannot be read ({reason})") from error
+
+
+def copy_tokenizer(source: Path | None, target: Path) -> None:
+    """Copy the tokenizer's files unchanged; without a source nothing is copied."""
+    for name in TOKENIZER_FILES:
+        if source is not None and has_file(source, name):
+            shutil.copyfile(contained_file(source, name), target / name)
