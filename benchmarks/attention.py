@@ -6,9 +6,11 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from torch.nn import functional as F
 
 from benchmarks.common import Clock, all_in_turns, circumstances, in_own_process, peak_mib, ratios
@@ -18,13 +20,7 @@ from llava_core.runtime import resolve_device
 Tensors = Sequence[torch.Tensor]
 
 Shape = Literal["vicuna-7b", "llama-3.2-1b", "128", "64", "tiny"]
-HEADS: dict[str, tuple[int, int, int]] = {
-    "vicuna-7b": (32, 32, 128),
-    "llama-3.2-1b": (32, 8, 64),
-    "128": (2, 2, 128),
-    "64": (4, 2, 64),
-    "tiny": (2, 1, 16),
-}
+HEADS: dict[str, list[int]] = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text())["attention"]
 """Shape -> heads, kv_heads, head_dim."""
 
 SYSTEM, PATCHES = 40, 256  # tokens before the first question: the template's opening, then CLIP ViT-L/14 at 224 pixels

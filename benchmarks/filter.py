@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-import resource
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +15,7 @@ import torch
 from benchmarks.common import Clock, circumstances, in_own_process, in_turns, peak_mib
 from companion import miniature
 from companion.data_tools import cc3m
-from companion.data_tools.phrases import SHARD, Shard, extract_file, extractor_named, shard_facts
+from companion.data_tools.phrases import SHARD, Shard, extractor_named, shard_facts
 from llava_core.runtime import fingerprint, resolve, write_json
 
 CAPTIONS = 3_318_333  # of CC3M's training file
@@ -149,75 +147,16 @@ def bench_extraction(source: Path, captions: int = 2000, rounds: int = 5, clock:
     return _row(case=f"noun phrases, {clock} time", captions=captions, processes=1, **turns)
 
 
-def bench_cores(source: Path, few: int = 4000, many: int = 20_000, rounds: int = 3) -> list[dict[str, Any]]:
-    """Time noun phrases on two processes beside one, by the clock and by computing time.
-
-    Each process loads the parser first, which a file of CC3M's size does not notice: `further captions` is the time of
-    `many` captions less that of `few`. By the clock a ratio of 2 is linear, and takes two cores that do nothing else;
-    by computing time a ratio of 1 says that two processes compute no more than one.
-    """
-    texts, extractor = varied_captions(source, many), extractor_named("spacy")
-    seconds: dict[tuple[str, int, int], list[float]] = {}
-    for k in range(rounds):
-        for processes in (1, 2)[:: 1 if k % 2 else -1]:
-            for count in (few, many):
-                with tempfile.TemporaryDirectory() as folder:
-                    wall, cpu = time.perf_counter(), _computed()
-                    extract_file(partial(iter, texts[:count]), source, extractor, Path(folder), processes, size=1000)
-                    for clock, spent in (("wall", time.perf_counter() - wall), ("cpu", _computed() - cpu)):
-                        seconds.setdefault((clock, processes, count), []).append(spent)
-    rows = []
-    for case, less in (("all", 0), ("further captions", few)):
-        for clock in ("wall", "cpu"):
-            one, two = (np.subtract(seconds[clock, n, many], seconds[clock, n, few] if less else 0.0) for n in (1, 2))
-            spread = {"ratio": float(np.median(one / two)), "ratio_low": min(one / two), "ratio_high": max(one / two)}
-            middle = {"ours": float(np.median(two)), "peer": float(np.median(one))}
-            name = f"two processes beside one, {case}, {clock} time"
-            rows.append(_row(case=name, captions=many - less, processes=2, **middle, **spread))
-    return rows
-
-
-def _computed() -> float:
-    """Computing time of this process and of those that it has ended."""
-    uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(use.ru_utime + use.ru_stime for use in uses)
-
-
-def extraction_peak(source: str, times: int) -> float:
-    """Peak memory in MiB of finding noun phrases in a file of captions that is read `times` times over."""
-
-    def captions() -> Iterator[str]:
-        for k in range(times):
-            for row in cc3m.read_captions(source):
-                yield f"{row.caption} {k}"
-
-    def work() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            extract_file(captions, Path(source), extractor_named("rules"), Path(folder), processes=1, size=2000)
-
-    return peak_mib(work, torch.device("cpu"))
-
-
-def bench_memory(source: Path, times: Sequence[int] = (5, 50)) -> list[dict[str, Any]]:
-    """Measure the peak memory of finding phrases in few and in many captions: it should not grow."""
-    lines = sum(1 for _ in cc3m.read_captions(source))
-    peaks = [in_own_process("benchmarks.filter:extraction_peak", source=str(source), times=n) for n in times]
-    return [
-        _row(case="memory of noun phrases", captions=lines * n, processes=1, peak_mib=round(peak))
-        for n, peak in zip(times, peaks, strict=True)
-    ]
-
-
 def _row(**values: Any) -> dict[str, Any]:
     rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items()}
     return {**dict.fromkeys(COLUMNS), **rounded, **circumstances(torch.device("cpu"))}
 
 
-Part = Literal["selection", "extraction", "cores", "memory"]
+Part = Literal["selection", "extraction"]
 
 
 def bench_filter(
-    only: Sequence[Part] = ("selection", "extraction", "cores", "memory"),
+    only: Sequence[Part] = ("selection", "extraction"),
     captions: int = CAPTIONS,
     corpus: Path | None = None,
     source: Path | None = None,
@@ -225,7 +164,7 @@ def bench_filter(
     """Time counting and selection at the paper's size, and noun phrases against a plain spaCy loop.
 
     Args:
-        only: selection of cached phrases; extraction of noun phrases; two processes against one; memory.
+        only: selection of pairs by cached phrases; extraction of noun phrases.
         captions: lines of the synthetic corpus.
         corpus: folder that keeps the synthetic corpus, or already has it.
         source: captions to parse; None: those of mini-cc3m.
@@ -234,11 +173,8 @@ def bench_filter(
         miniature.ensure(only=["mini-cc3m"])
     file = source or resolve("data/mini/mini-cc3m/Train_GCC-training.tsv")
     rows: list[dict[str, Any]] = []
-    for part in only:
-        if part == "selection":
-            rows += bench_selection(captions, corpus)
-        elif part == "extraction":
-            rows.append(bench_extraction(file))
-        else:
-            rows += bench_cores(file) if part == "cores" else bench_memory(file)
+    if "selection" in only:
+        rows += bench_selection(captions, corpus)
+    if "extraction" in only:
+        rows.append(bench_extraction(file))
     return {"cases": rows}

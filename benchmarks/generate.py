@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 
 from benchmarks.common import Clock, circumstances, in_own_process, in_turns, peak_mib
 from llava_core.checkpoints.configs import quiet_transformers
@@ -15,20 +17,7 @@ from llava_core.models.generation import GenerationSettings, generate_rows
 from llava_core.models.llava import Llava
 from llava_core.runtime import resolve_device
 
-SHAPES: dict[str, dict[str, int]] = {
-    "small": {
-        "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4,
-    },
-    "smollm2-135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    },
-}  # fmt: skip
+SHAPES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text())["generate"]
 """Language models by name: arguments of `LlamaConfig`."""
 
 TOWER = {

@@ -1,10 +1,8 @@
-"""Parts of a training step: the loss without logits, cached tower features, the loader."""
+"""Parts of a training step: the loss without logits, and the loader."""
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +10,6 @@ import torch
 
 from benchmarks.common import Clock, circumstances, headline, in_own_process, in_turns, peak_mib
 from benchmarks.train_step import Ours, make_case
-from llava_core.data.feature_cache import FeatureCache
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.train.dataset import TrainingSet, build_model, load_samples
 from llava_core.train.launch import resolve_run
@@ -86,38 +83,6 @@ def bench_loss(
             )
         )  # fmt: skip
     return headline(found)
-
-
-# ------------------------------------------------------------------------------------------------ cached features
-
-
-def bench_features(
-    model: Literal["mini", "135m", "7b"] = "135m", images: int = 16, rounds: int = 5, clock: Clock = "cpu"
-) -> dict[str, Any]:
-    """Time reading cached features against running the tower.
-
-    Args:
-        model: whose tower.
-        images: of the batch.
-        rounds: timed turns.
-        clock: computing time (cpu) or elapsed time (wall).
-
-    Raises:
-        AssertionError: they are not the same to the bit.
-    """
-    case = make_case(model, 1, images)
-    ours, keys = Ours(case, "head"), list(case.pixels)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{key}.raw" for key in keys]
-        for path, key in zip(paths, keys, strict=True):
-            path.write_bytes(case.pixels[key].tobytes())
-        live = ours._tower(keys)
-        cache = FeatureCache(Path(folder) / "kept", {"model": model}, (1, *live.shape[1:]), live.dtype)
-        cache.fill(paths, lambda some: live[[paths.index(path) for path in some]][:, None])
-        assert torch.equal(cache.get(paths), live)
-        turns = in_turns(lambda: cache.get(paths), lambda: ours._tower(keys), rounds, clock)
-    size = f"{images} images of {cache.bytes_per_image()} bytes"
-    return headline([_row(live.device, case=f"features, {model}, {clock} time", size=size, **turns)])
 
 
 # ------------------------------------------------------------------------------------------------ the loader

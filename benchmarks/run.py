@@ -26,7 +26,6 @@ BENCHMARKS = {
     "attention": ("benchmarks.attention", "attention over packed rows against a padded batch"),
     "captions": ("benchmarks.captions", "caption scores against pycocoevalcap"),
     "evaluate": ("benchmarks.evaluate", "evaluation of the miniature, batched against one by one"),
-    "features": ("benchmarks.parts", "cached tower features against running the tower"),
     "filter": ("benchmarks.filter", "the CC3M filter at the paper's size"),
     "generate": ("benchmarks.generate", "greedy generation against transformers"),
     "loader": ("benchmarks.parts", "making a batch against computing a step"),

@@ -14,17 +14,20 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import Clock, all_in_turns, circumstances, headline, in_own_process, peak_mib, ratios
 from companion import miniature
 from llava_core.config import TrainConfig, load_experiment
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Encoded
-from llava_core.data.packing import PackedRow, pack
+from llava_core.data.packing import pack
 from llava_core.models.llava import Llava
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.ops.transformers_backend import packed_attention
@@ -42,20 +45,7 @@ SAVINGS = {
     "shared": "shared prefixes once",
 }
 ALL = "shared"
-SIZES: dict[str, dict[str, Any]] = {
-    "135m": {
-        "tower": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
-                  "image_size": 224, "patch_size": 16},
-        "text": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                 "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 4096},
-    },
-    "7b": {
-        "tower": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                  "image_size": 224, "patch_size": 14},
-        "text": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                 "num_attention_heads": 32, "max_position_embeddings": 4096},
-    },
-}  # fmt: skip
+SIZES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text())["train_step"]
 """Random models of real shapes; `mini` are the miniature's own models and samples."""
 
 SYSTEM_TOKENS = 38  # of v0's system text
@@ -63,7 +53,7 @@ SYSTEM_TOKENS = 38  # of v0's system text
 PARTS = {1: ["projector"], 2: ["projector", "language_model"]}
 COLUMNS = (
     "case", "model", "stage", "per_image", "dtype", "clock", "samples", "tokens", "padding", "supervised", "ours",
-    "peer", "ratio", "ratio_low", "ratio_high", "peak_mib", "peer_peak_mib", "peak_ratio", "rate_share", "loss_apart",
+    "peer", "ratio", "ratio_low", "ratio_high", "peak_mib", "peer_peak_mib", "peak_ratio", "loss_apart",
 )  # fmt: skip
 
 
@@ -341,43 +331,12 @@ def tokens(case: Case, how: str = "shared") -> int:
     return sum(len(row.input_ids) for row in pack(case.items, case.keys, 10**9, how == "shared"))
 
 
-def step_flops(case: Case, shared: bool = False) -> float:
-    """Floating-point operations that a step cannot do without: matrix products of real tokens.
-
-    A weight costs 2 per token forward, 2 for the gradient that passes through it and 2 for its own. The head, and what
-    of the last layer follows attention, count at supervised positions; the tower, whose features are kept, attention
-    scores, norms and padding do not count.
-
-    Args:
-        case: the step.
-        shared: count tokens that several samples have in common once.
-    """
-    rows = pack(case.items, case.keys, 10**9, shared)
-    length, supervised = sum(len(row.input_ids) for row in rows), sum(len(row.targets) for row in rows)
-    decoder, head = case.model.language_model.get_decoder(), case.model.language_model.get_output_embeddings()
-    per_token, last = (
-        _weights(decoder),
-        _weights(decoder.layers[-1].mlp) + _weights(decoder.layers[-1].self_attn.o_proj),
-    )
-    projected = sum(len(row.images) for row in rows) * case.model.n_image_tokens
-    projector = sum(p.numel() for p in case.model.multi_modal_projector.parameters())
-    passes = 2 * (1 + len(PARTS[case.stage]))
-    at_all, at_supervised = per_token - last, head.weight.numel() + last
-    needless = 2 * at_all * sum(map(_before_images, rows)) if case.stage == 1 else 0
-    return float(passes * (at_all * length + at_supervised * supervised) + 4 * projector * projected - needless)
-
-
-def _before_images(row: PackedRow) -> int:
-    """Tokens that see no image: where only the projector is trained, no gradient passes through them."""
-    seen = np.zeros(len(row.input_ids), dtype=bool)
-    for k, token in enumerate(row.input_ids):
-        if token == IMAGE_TOKEN_ID:
-            seen[k : row.ends[k]] = True
-    return int((~seen).sum())
-
-
-def _weights(module: torch.nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
+def step_flops(ours: Ours) -> int:
+    """FLOPs of the matrix products of forward and backward pass, as PyTorch counts them; the features are cached."""
+    with FlopCounterMode(display=False) as counter, ours.inside():
+        ours.loss().backward()
+    ours.optimizer.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
 
 
 def parts_of_step(ours: Ours, rounds: int = 5) -> dict[str, float]:
@@ -452,12 +411,12 @@ def bench_train_step(
     samples = samples or (16 if name == "mini" else 8)
     case = make_case(name, stage, samples, per_image, dtype, device)
     found = {saving: apart(case, saving) for saving in savings}
+    ours = {saving: Ours(case, saving) for saving in savings}
     sides: dict[str, Callable[[], object]] = {PEER: Peer(case).step}
-    sides |= {saving: Ours(case, saving).step for saving in savings}
+    sides |= {saving: side.step for saving, side in ours.items()}
     for step in sides.values():
         step()
     seconds = all_in_turns(sides, rounds, clock)
-    limit = matmul_rate(next(case.model.parameters()), clock=clock)
     peak = partial(
         in_own_process, "benchmarks.train_step:peak_of_step", name=name, stage=stage, samples=samples,
         per_image=per_image, dtype=dtype, device=device,
@@ -465,7 +424,7 @@ def bench_train_step(
     theirs = round(peak(side=PEER)) if memory else None
     rows = []
     for saving in savings:
-        ours = float(np.median(seconds[saving]))
+        median = float(np.median(seconds[saving]))
         own = round(peak(side=saving)) if memory else None
         rows.append(
             {
@@ -473,11 +432,10 @@ def bench_train_step(
                 "samples": samples, "tokens": tokens(case, "samples"),
                 "padding": round(case.padding, 3),
                 "supervised": round(case.supervised / tokens(case, "samples"), 3),
-                "ours": round(ours, 4), "peer": round(float(np.median(seconds[PEER])), 4),
+                "ours": round(median, 4), "peer": round(float(np.median(seconds[PEER])), 4),
                 **{name: round(value, 3) for name, value in ratios(seconds[saving], seconds[PEER]).items()},
                 "peak_mib": own, "peer_peak_mib": theirs,
                 "peak_ratio": round(own / theirs, 3) if own and theirs else None,
-                "rate_share": round(step_flops(case, saving == ALL) / ours / limit, 3),
                 "loss_apart": f"{found[saving]['loss']:.1e}",
                 **circumstances(resolve_device(device)),
             }

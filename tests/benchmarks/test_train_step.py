@@ -77,8 +77,8 @@ def test_a_peer_that_reads_another_layer_is_seen(tmp_path: Path, monkeypatch: py
 def test_what_is_counted(tmp_path: Path) -> None:
     one, two = case(tmp_path / "one", 1), case(tmp_path / "two", 2)
     assert bench.tokens(two, "samples") > bench.tokens(two, "packed") > bench.tokens(two, "shared")
-    assert 0 < bench.step_flops(one) < bench.step_flops(two)
-    assert bench.step_flops(two, shared=True) < bench.step_flops(two)
+    assert 0 < bench.step_flops(Ours(one)) < bench.step_flops(Ours(two))
+    assert bench.step_flops(Ours(two)) < bench.step_flops(Ours(two, "packed"))
     assert two.padding > 1
 
 
