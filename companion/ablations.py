@@ -17,9 +17,9 @@ from companion.evaluation.predict import predict_science_qa
 from companion.evaluation.relative_score import compare_systems
 from companion.evaluation.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
 from companion.paper.claims import all_claims, claim
-from companion.paper.ledger import p_text, published_ablation
+from companion.paper.ledger import published_ablation
 from companion.paper.verdict import Verdict, verdict_of_interval
-from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled, check
+from companion.plots.figures import BLUE, ORANGE, _axes, _styled, check
 from llava_core.checkpoints.load import Loaded, load
 from llava_core.config import META, RunConfig, experiments, load_experiment, load_scale
 from llava_core.inference import answer_questions
@@ -279,25 +279,6 @@ def published_difference(name: str) -> dict[str, Any] | None:
     return published_ablation(known) if known else None
 
 
-def published_row(name: str) -> dict[str, Any]:
-    """Return the row of a chapter's table for the paper's own number: both accuracies, difference, significance."""
-    paper, chosen = published_difference(name), ablation(name)
-    if paper is None:
-        return {}
-    certain = "beyond" if abs(paper["z"]) >= NORMAL_95 else "within"
-    return {
-        f"{chosen.reference[0]} (%)": paper["reference"],
-        f"{chosen.other[0]} (%)": paper["other"],
-        "difference": paper["effect"],
-        "standard error": paper["standard_error"],
-        "z": paper["z"],
-        "p": p_text(paper["p"]),
-        "95 % interval": paper["interval"],
-        "questions": paper["n"],
-        "the difference is": f"{certain} what the choice of questions explains",
-    }
-
-
 def difference_check(what: str, published: Any, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
     """The row of the table of results for a difference; `found` has `effect`, `interval` or `widest`, and `verdict`."""
     row = check(what, published, found.get("widest") or found["interval"] or found["effect"], None, note)
@@ -401,79 +382,9 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {**flat, "starts from stage 1": config.experiment.init_from is not None}
 
 
-def loss_rows(arms: Sequence[Arm], shares: Sequence[float] = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)) -> list[dict[str, Any]]:
-    """Training loss of each arm at equal steps: mean over seeds of a window of 2 % of the run that ends there."""
-    rows = []
-    for share in shares:
-        row: dict[str, Any] = {}
-        for arm in arms:
-            means = []
-            for record in arm.records:
-                losses = [r["loss"] for r in record.metrics() if "loss" in r]
-                end = max(1, round(share * len(losses)))
-                part = losses[max(0, end - max(1, round(0.02 * len(losses)))) : end]
-                means.append(sum(part) / len(part))
-            row |= {"step": end, arm.name: sum(means) / len(means)}
-        rows.append(row)
-    return rows
-
-
-def heldout_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Held-out loss of each arm, mean over seeds, at the steps where it was measured."""
-    found: dict[int, dict[str, list[float]]] = {}
-    for arm in arms:
-        for record in arm.records:
-            for row in record.metrics():
-                if "heldout_loss" in row:
-                    found.setdefault(row["step"], {}).setdefault(arm.name, []).append(row["heldout_loss"])
-    return [{"step": step, **{n: sum(v) / len(v) for n, v in means.items()}} for step, means in sorted(found.items())]
-
-
-def arm_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """One row per arm: its values per seed, mean, interval and runs."""
-    rows = []
-    for arm in arms:
-        values = ", ".join(f"{v:.1f}" for v in arm.values)
-        row = {"arm": arm.name, "accuracy per seed (%)": values, "mean (%)": arm.mean}
-        rows.append(row | {"95 % interval over seeds": arm.interval, "runs": ", ".join(arm.runs)})
-    return rows
-
-
 def _reach(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:
     """An interval as Matplotlib's error bars want it."""
     return None if interval is None else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
-
-
-@_styled
-def ablation_figure(result: dict[str, Any], title: str = "", unit: str = "ScienceQA test accuracy (%)") -> Figure:
-    """The arms' values seed by seed with mean and interval, and the difference beside the paper's.
-
-    Args:
-        result: as `ablate` returns it.
-        title: the figure's title.
-        unit: of the arms' values.
-    """
-    figure, (left, right) = _axes(7.6, 2.7, 1, 2, grid="x")
-    arms: list[Arm] = result["arms"]
-    for k, arm in enumerate(arms):
-        color = (BLUE, ORANGE)[k]
-        # seeds a little apart, so that equal values are all seen
-        places = [k + 0.16 + 0.09 * j for j in range(len(arm.values))]
-        left.plot(arm.values, places, "o", color=color, markersize=5, alpha=0.6)
-        reach = _reach(arm.mean, arm.interval)
-        left.errorbar(arm.mean, k, xerr=reach, fmt="D", color=color, markersize=7, capsize=3)
-    left.set_yticks(range(len(arms)), [arm.name for arm in arms])
-    left.set(xlabel=unit, title=title, ylim=(len(arms) - 0.3, -0.5))
-    points = [("here, over seeds", result["effect"], result["interval"], BLUE, "D"),
-              ("here, over questions", result["effect"], result["question_interval"], BLUE, "s"),
-              ("here, over both", result["effect"], result["both_interval"], BLUE, "o"),
-              ("paper", result["published"]["effect"], result["published"]["interval"], ORANGE, "D")]  # fmt: skip
-    for k, (_, value, interval, color, marker) in enumerate(points):
-        right.errorbar(value, k, xerr=_reach(value, interval), fmt=marker, color=color, markersize=7, capsize=3)
-    right.axvline(0, color=MUTED, linestyle="--", linewidth=1.2)
-    right.set_yticks(range(len(points)), [name for name, *_ in points])
-    right.set(xlabel=f"{arms[1].name} minus {arms[0].name} (points)", ylim=(len(points) - 0.5, -0.5))
-    return figure
 
 
 # ------------------------------------------------------------------------------------------------ the mix of data kinds

@@ -111,6 +111,22 @@ def test_a_notebook_holds_its_contract(path: Path) -> None:
     assert broken_rules(json.loads(path.read_text())) == []
 
 
+def test_the_ablation_chapters_have_the_same_code() -> None:
+    """Chapters 40 to 43 differ in their parameters and in prose."""
+    chapters = [path for path in NOTEBOOKS if path.stem[:2] in ("40", "41", "42", "43")]
+    assert len(chapters) == 4
+    code = []
+    for path in chapters:
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        code.append([lines_of(cell) for cell in cells if cell["metadata"].get("tags") != ["parameters"]])
+        parameters = {
+            ast.unparse(node) for cell in cells for node in tree_of(cell).body if isinstance(node, ast.AnnAssign)
+        }
+        assert f"chapter: str = '{path.stem}'" in parameters
+        assert f"ablation: str = '{path.stem.partition('_ablation_')[2]}'" in parameters
+    assert code[1:] == code[:-1]
+
+
 def test_what_notebooks_need_exists_and_can_be_run_in_an_order() -> None:
     needs = needs_of({path.stem: json.loads(path.read_text()) for path in NOTEBOOKS})
     assert not {n for upstream in needs.values() for n in upstream} - needs.keys()

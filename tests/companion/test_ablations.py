@@ -19,15 +19,6 @@ def test_the_papers_small_differences_are_not_significant() -> None:
     assert z["feature_layer"] == pytest.approx(-1.514, abs=1e-3)  # 3856 against 3815 of 4241
 
 
-def test_the_table_on_the_papers_number_says_how_sure_it_is() -> None:
-    rows = {name: ab.published_row(name) for name in ab.ablations()}
-    assert rows["model_size"]["the difference is"].startswith("within")
-    assert rows["pretraining"]["the difference is"].startswith("beyond")
-    row = rows["feature_layer"]
-    assert (row["layer before the last (%)"], row["last layer (%)"], row["questions"]) == (90.92, 89.96, 4241)
-    assert (row["p"], rows["pretraining"]["p"]) == ("0.130", "< 0.001")
-
-
 def test_a_difference_pairs_the_seeds() -> None:
     found = ab.difference(ab.Arm("a", "x", [90.0, 80.0, 70.0]), ab.Arm("b", "y", [89.0, 79.2, 68.8]))
     assert found["effect"] == pytest.approx(-1)
