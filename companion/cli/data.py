@@ -21,7 +21,7 @@ def _check(args: argparse.Namespace) -> Result:
         from companion.data_tools.repair import fix_file
 
         return fix_file(args.file, args.fix, args.images, **limits)
-    from llava_core.data.instruct import check_file
+    from companion.data_tools.check import check_file
 
     return check_file(args.file, args.images, **limits)
 
@@ -59,7 +59,7 @@ def _show_audit(result: Result) -> str:
 
 
 def _convert(args: argparse.Namespace) -> Result:
-    from companion.data_tools.own_data import convert_data
+    from companion.data_tools.convert import convert_data
 
     chosen = given(args, "images", "columns", "instructions", "split", "seed", "skip")
     return convert_data(args.source, args.to, **chosen)
@@ -124,10 +124,10 @@ def _requests(args: argparse.Namespace) -> Any:
 
 
 def _generate(args: argparse.Namespace) -> Result:
+    from companion.data_tools.expansion import load_instructions
     from companion.teacher.client import PAYING
     from companion.teacher.generate import ask, write
     from companion.teacher.plan import in_words, plan
-    from llava_core.data.expansion import load_instructions
 
     jobs, prompts = _requests(args)
     questions = load_instructions(args.instructions)

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from companion.data_tools.coco import AnnotatedImage, load_annotations
+from companion.data_tools.expansion import LISTS
 from companion.data_tools.objects import Vocabulary, unsupported
 from companion.data_tools.verbs import Verbs, root_verbs
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.expansion import LISTS
 from llava_core.data.instruct import Sample, load_instruct
 from llava_core.runtime import (
     ConfigError,

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from companion.data_tools.coverage import Coverage, look_at_images
+from companion.data_tools.expansion import load_instructions
 from companion.data_tools.phrases import ARTICLES, PRONOUNS, Phrases, extract, extract_file, extractor_named
 from companion.data_tools.streams import json_list, parquet
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.expansion import load_instructions
 from llava_core.runtime import ConfigError, DataError, progress, shown, write_json
 
 BLOCK = 256  # phrases among which the next one is looked for at a time; about the root of their number
@@ -55,8 +55,8 @@ class FilterSettings:
             `top_up`: as many as its captions in the pool fall short of the cap.
         unavailable: rows without a readable image go `before` the phrases are counted (default: then every kept concept
             is in the pool), or `after` the selection.
-        instructions: what asks for the caption: a list of `llava_core.data.expansion` by name, or a text file of one
-            instruction per line, such as the official list.
+        instructions: what asks for the caption: a list of `expansion.py` by name, or a text file of one instruction per
+            line, such as the official list.
         seed: decides the draws, the instructions and the side of the image.
 
     Source: paper, appendix E and Figure 7.

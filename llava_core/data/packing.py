@@ -1,11 +1,12 @@
-"""Packed rows: the samples of a batch behind each other, without padding, and each common beginning once.
+"""Sequence packing with shared-prefix deduplication: samples of a batch in rows without padding.
 
-A row is laid out as a forest (see `llava_core.ops.packed_mask`): what all its samples begin with, which is the system
-text as a rule; under it, image by image, what the samples of an image begin with; under that, the rest of each sample.
-Each token attends to exactly what it would attend to alone, at the same position: loss and gradients do not change.
+A row is a tree in depth-first order (see `llava_core.ops.packed_mask`): first the prefix that all samples of the row
+share, usually the system text; below it, for each image, the prefix that the samples of the image share; below that,
+the rest of each sample. Each token attends to the same tokens at the same positions as in a row of its own, so loss and
+gradients equal those of single samples.
 
-An image can be shared only where it stands before what differs. The paper puts it before or after the question at
-random: a sample that has its image after the question computes it by itself.
+An image is part of a shared prefix only if it precedes the text that differs. The paper puts it before or after the
+question at random: a sample with the image after the question has its own copy.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Encoded
 
-LEAST_SHARED = 8  # tokens: a shorter common beginning is not worth a node
-Numbers = NDArray[np.int64]
+MIN_SHARED = 8
+"""Tokens; a shorter shared prefix is not deduplicated."""
+Ids = NDArray[np.int64]
 
 
 @dataclass
@@ -29,34 +31,34 @@ class PackedRow:
 
     Attributes:
         input_ids: (T,) image positions are `IMAGE_TOKEN_ID`.
-        position_ids: (T,) place of each token in its sample.
-        ends: (T,) where the tokens end that see this one; for `llava_core.ops.Segments`.
-        sources: (M,) tokens whose hidden states predict; a shared one may be there several times.
+        position_ids: (T,) position of each token in its sample.
+        ends: (T,) per key the exclusive end of the queries that attend to it; see `llava_core.ops.packed_mask`.
+        logit_positions: (M,) positions whose hidden states predict; one in a shared prefix may occur several times.
         targets: (M,) token ids that they predict: every supervised token of every sample once.
-        images: key of each image block in the row's order.
-        samples: positions of the samples in what was packed.
+        images: key of each image in the row's order.
+        samples: indices into the packed items.
     """
 
-    input_ids: Numbers
-    position_ids: Numbers
-    ends: Numbers
-    sources: Numbers
-    targets: Numbers
+    input_ids: Ids
+    position_ids: Ids
+    ends: Ids
+    logit_positions: Ids
+    targets: Ids
     images: list[Hashable]
     samples: list[int]
 
 
 @dataclass
-class _Builder:
-    """A row that grows node by node."""
+class _RowBuilder:
+    """A row to which nodes of the tree are appended in depth-first order."""
 
-    ids: list[Numbers] = field(default_factory=list)
-    positions: list[Numbers] = field(default_factory=list)
-    nodes: list[list[int]] = field(default_factory=list)  # [start, stop, end of all that follows from it]
+    ids: list[Ids] = field(default_factory=list)
+    positions: list[Ids] = field(default_factory=list)
+    nodes: list[list[int]] = field(default_factory=list)  # [start, stop, end of the subtree]
     length: int = 0
 
-    def add(self, ids: Numbers, position: int) -> int:
-        """Append a node; return its number."""
+    def add(self, ids: Ids, position: int) -> int:
+        """Append a node; return its index."""
         self.ids.append(ids)
         self.positions.append(np.arange(position, position + len(ids)))
         self.nodes.append([self.length, self.length + len(ids), self.length + len(ids)])
@@ -64,22 +66,20 @@ class _Builder:
         return len(self.nodes) - 1
 
     def close(self, node: int) -> None:
-        """Everything that was added since follows from this node."""
+        """End the subtree of a node: the nodes added since belong to it."""
         self.nodes[node][2] = self.length
 
 
 def pack(
-    items: Sequence[Encoded], images: Sequence[Hashable | None], capacity: int, share: bool = True
+    items: Sequence[Encoded], images: Sequence[Hashable | None], max_tokens: int, share: bool = True
 ) -> list[PackedRow]:
-    """Pack samples into rows.
-
-    Samples of one image go into the same row. The longest groups are placed first, each in the first row that has room.
+    """Pack samples into rows: first-fit decreasing over groups of samples of the same image.
 
     Args:
-        items: ids and labels; the tokens from the last supervised one on are left out, since nothing depends on them.
+        items: ids and labels; tokens from the last supervised one on are left out, since no loss depends on them.
         images: a key per sample, equal for equal images; None for text only.
-        capacity: most tokens of a row. A sample that is longer has a row of its own.
-        share: compute common beginnings once.
+        max_tokens: maximum length of a row. A longer sample has a row of its own.
+        share: store shared prefixes once.
 
     Returns:
         The rows; together they hold each sample once.
@@ -89,90 +89,90 @@ def pack(
     ids = [_inputs(item, block.get(key, IMAGE_TOKEN_ID)) for item, key in zip(items, images, strict=True)]
     groups: dict[Hashable, list[int]] = {}
     for k, key in enumerate(images):
-        groups.setdefault(key if share and key is not None else ("alone", k), []).append(k)
-    parts = [part for group in groups.values() for part in _within(group, ids, capacity)]
-    parts.sort(key=lambda part: -_size(part, ids))  # stable: rows depend on nothing but the batch
+        groups.setdefault(key if share and key is not None else ("single", k), []).append(k)
+    parts = [part for group in groups.values() for part in _split(group, ids, max_tokens)]
+    parts.sort(key=lambda part: -_size(part, ids))  # stable: rows depend only on the batch
     rows: list[list[list[int]]] = []
-    room: list[int] = []
+    free: list[int] = []
     for part in parts:
         size = _size(part, ids)
-        place = next((r for r, free in enumerate(room) if free >= size), None)
+        place = next((r for r, tokens in enumerate(free) if tokens >= size), None)
         if place is None:
             place = len(rows)
             rows.append([])
-            room.append(capacity)
+            free.append(max_tokens)
         rows[place].append(part)
-        room[place] -= size
+        free[place] -= size
     names = {number: key for key, number in block.items()}
-    return [_row(parts, ids, items, names, share) for parts in rows]
+    return [_build_row(parts, ids, items, names, share) for parts in rows]
 
 
-def _inputs(item: Encoded, block: int) -> Numbers:
+def _inputs(item: Encoded, block: int) -> Ids:
     ids, labels = np.asarray(item.input_ids), np.asarray(item.labels)
     supervised = np.flatnonzero(labels != IGNORE_INDEX)
     stop = int(supervised[-1]) if len(supervised) else 0
-    ids = ids[: max(stop, 1)]  # the last supervised token is predicted, never read
+    ids = ids[: max(stop, 1)]  # the last supervised token is a target only
     return np.where(ids == IMAGE_TOKEN_ID, block, ids)
 
 
-def _within(group: list[int], ids: Sequence[Numbers], capacity: int) -> list[list[int]]:
-    """Cut a group of samples of one image where it would not fit into a row."""
+def _split(group: list[int], ids: Sequence[Ids], max_tokens: int) -> list[list[int]]:
+    """Split a group of samples of one image into parts that fit into a row."""
     parts: list[list[int]] = []
     for k in sorted(group, key=lambda k: -len(ids[k])):
-        if parts and _size([*parts[-1], k], ids) <= capacity:
+        if parts and _size([*parts[-1], k], ids) <= max_tokens:
             parts[-1].append(k)
         else:
             parts.append([k])
     return parts
 
 
-def _size(part: Sequence[int], ids: Sequence[Numbers]) -> int:
-    """Tokens of samples that share their common beginning."""
-    return sum(len(ids[k]) for k in part) - (len(part) - 1) * _common([ids[k] for k in part], 0)
+def _size(part: Sequence[int], ids: Sequence[Ids]) -> int:
+    """Tokens of samples with their shared prefix stored once."""
+    return sum(len(ids[k]) for k in part) - (len(part) - 1) * _shared([ids[k] for k in part], 0)
 
 
-def _common(sequences: Sequence[Numbers], begin: int) -> int:
-    """How many tokens all sequences have in common from `begin` on; at least one token of each remains."""
+def _shared(sequences: Sequence[Ids], begin: int) -> int:
+    """Length of the shared prefix from `begin` on; at least one token of each sequence remains."""
     most = min(map(len, sequences)) - 1 - begin
     first = sequences[0][begin : begin + max(most, 0)]
     for other in sequences[1:]:
         first = first[: int(np.argmin(np.append(first == other[begin : begin + len(first)], False)))]
-    return len(first) if len(first) >= LEAST_SHARED else 0
+    return len(first) if len(first) >= MIN_SHARED else 0
 
 
-def _row(
+def _build_row(
     parts: Sequence[list[int]],
-    ids: Sequence[Numbers],
+    ids: Sequence[Ids],
     items: Sequence[Encoded],
     names: dict[int, Hashable],
     share: bool,
 ) -> PackedRow:
-    builder, samples = _Builder(), [k for part in parts for k in part]
-    paths: dict[int, list[tuple[int, int]]] = {}  # where the tokens of each sample stand
+    builder, samples = _RowBuilder(), [k for part in parts for k in part]
+    paths: dict[int, list[tuple[int, int]]] = {}  # position ranges of each sample
 
-    def node(tokens: Numbers, position: int, path: list[tuple[int, int]]) -> tuple[int, list[tuple[int, int]]]:
-        number = builder.add(tokens, position)
-        return number, [*path, (builder.nodes[number][0], builder.nodes[number][1])]
+    def node(tokens: Ids, position: int, path: list[tuple[int, int]]) -> tuple[int, list[tuple[int, int]]]:
+        index = builder.add(tokens, position)
+        return index, [*path, (builder.nodes[index][0], builder.nodes[index][1])]
 
-    root_length = _common([ids[k] for k in samples], 0) if share and len(samples) > 1 else 0
-    root, above = node(ids[samples[0]][:root_length], 0, []) if root_length else (None, [])
+    root_length = _shared([ids[k] for k in samples], 0) if share and len(samples) > 1 else 0
+    root, root_path = node(ids[samples[0]][:root_length], 0, []) if root_length else (None, [])
     for part in parts:
-        shared = _common([ids[k] for k in part], root_length) if len(part) > 1 else 0
+        shared = _shared([ids[k] for k in part], root_length) if len(part) > 1 else 0
         begin = root_length + shared
-        top, path = node(ids[part[0]][root_length:begin], root_length, above) if shared else (None, above)
+        prefix, path = node(ids[part[0]][root_length:begin], root_length, root_path) if shared else (None, root_path)
         for k in part:
             _, paths[k] = node(ids[k][begin:], begin, path)
-        if top is not None:
-            builder.close(top)
+        if prefix is not None:
+            builder.close(prefix)
     if root is not None:
         builder.close(root)
-    sources, targets = [], []
+    logit_positions, targets = [], []
     for k in samples:
         labels = np.asarray(items[k].labels)
         supervised = np.flatnonzero(labels != IGNORE_INDEX)
-        where = np.concatenate([np.arange(start, stop) for start, stop in paths[k]])
-        supervised = supervised[supervised > 0]  # nothing stands before the first token that could predict it
-        sources.append(where[supervised - 1])
+        positions = np.concatenate([np.arange(start, stop) for start, stop in paths[k]])
+        supervised = supervised[supervised > 0]  # no token precedes the first one to predict it
+        logit_positions.append(positions[supervised - 1])
         targets.append(labels[supervised])
     row = np.concatenate(builder.ids)
     begins = np.append(0, row[:-1]) != row
@@ -182,7 +182,7 @@ def _row(
         input_ids=np.where(row < 0, IMAGE_TOKEN_ID, row),
         position_ids=np.concatenate(builder.positions),
         ends=np.concatenate([np.full(stop - start, end) for start, stop, end in builder.nodes]),
-        sources=np.concatenate(sources),
+        logit_positions=np.concatenate(logit_positions),
         targets=np.concatenate(targets),
         images=[names[int(row[k])] for k in starts],
         samples=samples,

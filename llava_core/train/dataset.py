@@ -16,10 +16,9 @@ from companion.data_tools.scienceqa import format_problem, load_problems
 from llava_core.checkpoints.load import Loaded, build, load_into
 from llava_core.config import RunConfig
 from llava_core.constants import IGNORE_INDEX
-from llava_core.data.cache import load_large, pick
 from llava_core.data.conversation import TEMPLATES, Encoded, Turn
 from llava_core.data.images import ImageProcessor, load_image
-from llava_core.data.instruct import Sample
+from llava_core.data.instruct import Sample, load_instruct
 from llava_core.runtime import CheckpointError, DataError, resolve, resolve_dtype, seed_everything, shown
 
 Item = tuple[Encoded, "np.ndarray | None"]
@@ -170,7 +169,7 @@ def load_samples(config: RunConfig) -> tuple[Sequence[Sample], Sequence[Sample]]
             for split, limit in (("train", data.limit), ("val", config.scale.eval_samples))
         )
     images = resolve(config.scale.data[f"{data.name}_images"])
-    samples = load_large(path, images, subset=data.subset or None, seed=config.experiment.train.seed, decode=True)
+    samples = load_instruct(path, images, subset=data.subset or None, seed=config.experiment.train.seed)
     every = round(1 / HELD_OUT)
-    train = pick(samples, [k for k in range(len(samples)) if k % every])
+    train = [sample for k, sample in enumerate(samples) if k % every]
     return train[: data.limit], samples[::every][: config.scale.eval_samples]

@@ -56,7 +56,7 @@ class RowInputs:
         """The inputs of a packed row, on the CPU."""
         input_ids, position_ids, logit_positions, targets = (
             torch.as_tensor(values, dtype=torch.long)
-            for values in (row.input_ids, row.position_ids, row.sources, row.targets)
+            for values in (row.input_ids, row.position_ids, row.logit_positions, row.targets)
         )
         return cls(
             input_ids[None], position_ids[None], PackedMask(torch.as_tensor(row.ends, dtype=torch.int32)[None]),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llava_core.checkpoints.load import Loaded, save_checkpoint
-from llava_core.data.conversation import coverage
+from llava_core.data.conversation import supervised_fraction
 from llava_core.models.llava import Llava
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.record import RunRecord
@@ -210,7 +210,7 @@ class Trainer:
             sample = [self.train_set.encoded(k) for k in range(min(32, len(self.train_set)))]
             per_rank = self.config.global_batch // world_size()
             self._log(
-                0, samples=len(self.train_set), steps=self.steps, supervised_share=coverage(sample),
+                0, samples=len(self.train_set), steps=self.steps, supervised_share=supervised_fraction(sample),
                 global_batch=f"{self.config.global_batch} = {world_size()} ranks x {per_rank}"
                 f" (packed rows of up to {self.max_tokens} tokens)",
                 trainable=sorted({n.split(".")[0] for n in self.trainable}),

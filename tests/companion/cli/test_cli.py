@@ -71,7 +71,7 @@ def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
     [
         ("reproduce", "companion.book.pipeline.reproduce", {"notebooks": [], "failed": [], "book": None}),
         ("filter", "companion.data_tools.cc3m.filter_file", {"pairs_kept": 1}),
-        ("data check", "llava_core.data.instruct.check_file", {"records": 1, "errors": 0, "problems": []}),
+        ("data check", "companion.data_tools.check.check_file", {"records": 1, "errors": 0, "problems": []}),
         ("miniature", "companion.miniature.write", {"mini-coco": {"counts": {"images": 1}}}),
         ("base-models", "companion.miniature.base_models.train_base_models", {"passed": {"a gate": True}}),
         ("evaluate captions", "companion.evaluation.captions.evaluate_files", {"n": 1}),

@@ -20,10 +20,10 @@ from PIL import Image
 
 from companion.data_tools import cc3m
 from companion.data_tools.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, select
+from companion.data_tools.check import check_file
 from companion.data_tools.phrases import Phrases, Shard, extractor_named, rule_phrases
 from companion.data_tools.readings import READINGS, sensitivity
 from llava_core.constants import BRIEF_INSTRUCTIONS
-from llava_core.data.instruct import check_file
 from llava_core.runtime import ConfigError, DataError
 
 RULES = FilterSettings(phrases="rules")

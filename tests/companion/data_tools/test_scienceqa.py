@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from companion.data_tools.check import check_file
 from companion.data_tools.scienceqa import (
     PROMPT_FORMATS,
     SUBSETS,
@@ -17,7 +18,6 @@ from companion.data_tools.scienceqa import (
     format_problem,
     load_problems,
 )
-from llava_core.data.instruct import check_file
 from llava_core.runtime import ConfigError, DataError, write_json
 
 MAGNET = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from companion import cli
+from companion.data_tools.check import check_file
 from companion.data_tools.coco import load_annotations
 from companion.miniature.offline_chat import respond
 from companion.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest, Message, ServerError
@@ -19,7 +20,7 @@ from companion.teacher.client import OfflineClient, RecordClient, ReplayClient
 from companion.teacher.generate import generate, requests_for
 from companion.teacher.prompts import DETAIL_QUESTIONS, KINDS, PROMPTS, load_prompts
 from llava_core.constants import DETAIL_INSTRUCTIONS
-from llava_core.data.instruct import check_file, load_instruct
+from llava_core.data.instruct import load_instruct
 from llava_core.runtime import ROOT, ConfigError, DataError, read_json, read_jsonl
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from companion.data_tools.scienceqa import PROMPT_FORMATS, Problem, format_problem
 from llava_core.config import load_experiment
 from llava_core.constants import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID
-from llava_core.data import conversation
+from llava_core.data import tokenization
 from llava_core.data.conversation import TEMPLATES, Encoded, Template, encode, place_image, supervised_text, token_ids
 from llava_core.data.instruct import Sample
 from llava_core.runtime import ConfigError, DataError
@@ -233,7 +233,7 @@ def test_a_changed_separator_does_not_go_unnoticed(tokenizers, name, change) -> 
 
 
 def test_an_invented_space_does_not_go_unnoticed(llama, monkeypatch) -> None:
-    monkeypatch.setattr(conversation, "_without_word_mark", lambda tokenizer: None)
+    monkeypatch.setattr(tokenization, "_without_dummy_prefix", lambda tokenizer: None)
     with pytest.raises(AssertionError):
         check_supervision(TEMPLATES.get("v0"), TURNS, llama)
 

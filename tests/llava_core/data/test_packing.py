@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Encoded
-from llava_core.data.packing import LEAST_SHARED, PackedRow, pack
+from llava_core.data.packing import MIN_SHARED, PackedRow, pack
 from llava_core.ops import PackedMask
 from llava_core.ops.transformers_backend import packed_attention
 
-SYSTEM = list(range(10, 10 + LEAST_SHARED))
+SYSTEM = list(range(10, 10 + MIN_SHARED))
 BLOCK = [IMAGE_TOKEN_ID] * 4
 
 
@@ -51,11 +51,11 @@ def tokens_of(row: PackedRow, rows: list[PackedRow]) -> dict[int, list[tuple[int
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("capacity", [40, 90, 10_000])
+@pytest.mark.parametrize("max_tokens", [40, 90, 10_000])
 @pytest.mark.parametrize("seed", range(4))
-def test_every_sample_is_there_once_as_it_is(seed: int, capacity: int, share: bool) -> None:
+def test_every_sample_is_there_once_as_it_is(seed: int, max_tokens: int, share: bool) -> None:
     items, images = batch(seed)
-    rows = pack(items, images, capacity, share)
+    rows = pack(items, images, max_tokens, share)
     found = {k: tokens for row in rows for k, tokens in tokens_of(row, rows).items()}
     assert sorted(found) == list(range(len(items)))
     for k, item in enumerate(items):
@@ -64,7 +64,7 @@ def test_every_sample_is_there_once_as_it_is(seed: int, capacity: int, share: bo
         assert [position for _, position in found[k]] == list(range(last))
     targets = Counter(label for item in items for label in item.labels if label != IGNORE_INDEX)
     assert Counter(t for row in rows for t in row.targets.tolist()) == targets
-    assert all(len(row.input_ids) <= capacity or len(row.samples) == 1 for row in rows)
+    assert all(len(row.input_ids) <= max_tokens or len(row.samples) == 1 for row in rows)
     assert sum(len(row.images) for row in rows) >= len({image for image in images if image})
 
 
@@ -130,7 +130,7 @@ def test_loss_and_gradients_are_those_of_single_samples(seed: int, share: bool) 
                 position_ids=torch.tensor(row.position_ids)[None],
                 packed_mask=PackedMask(torch.tensor(row.ends, dtype=torch.int32)[None]),
             ).last_hidden_state[0]
-            logits = model.lm_head(hidden[row.sources])
+            logits = model.lm_head(hidden[row.logit_positions])
             packed = packed + torch.nn.functional.cross_entropy(logits, torch.tensor(row.targets), reduction="sum")
     torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-5)
     for got, wanted in zip(torch.autograd.grad(packed, list(model.parameters())), expected, strict=True):

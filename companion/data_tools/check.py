@@ -1,0 +1,163 @@
+"""All problems of an instruction file: `llava data check`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llava_core.constants import IMAGE_MARKER
+from llava_core.data.instruct import (
+    NO_RECORDS,
+    ImageFolder,
+    Problem,
+    Record,
+    leaves_folder,
+    read_records,
+    record_problems,
+)
+
+PROBLEM_KINDS = {
+    "not_json": "the file or the line is no JSON",
+    "not_parquet": "the file is no parquet, or damaged",
+    "invalid_utf8": "text that is no valid Unicode",
+    "no_records": "the file holds no record",
+    "missing_field": "a required field is absent",
+    "wrong_type": "a field has another type than the format says",
+    "role_order": "the turns do not alternate human, gpt",
+    "empty_turn": "a turn without text",
+    "image_marker": f"not exactly one {IMAGE_MARKER} in the first human turn of a record with an image",
+    "missing_image": "the image file does not exist",
+    "outside_folder": "the image's path leaves the folder of images",
+    "unreadable_image": "the image file is empty, truncated or no image",
+    "too_long": "more words than fit into the model's context with the image",
+    "duplicate_id": "the id was used before (a warning: nothing depends on unique ids)",
+}
+WARNINGS = frozenset({"duplicate_id"})
+
+MAX_WORDS = 1300
+"""Default limit of words per record: the paper trains on 2048 tokens, 256 of the image and about 50 of the template.
+English is assumed to have 1.35 tokens per word, so that no tokenizer is needed. Training drops the last turns of longer
+records."""
+
+_CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # scripts without spaces: a character counts as a word
+_MAX_WORD_LENGTH = 20  # characters; a "word" of 2,000 characters (base64, a URL) counts as 100
+
+
+class Checker:
+    """The rules of the format and those that depend on other records.
+
+    Args:
+        images: folder of the images; None opens no image.
+        decode: decode each image; otherwise only missing files and wrong headers are noticed.
+        max_words: maximum number of words of a record; None for no limit.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+
+    def __init__(self, images: str | Path | None, decode: bool, max_words: int | None = None) -> None:
+        self.folder = ImageFolder(images, decode) if images is not None else None
+        self.max_words = max_words
+        self.reported: set[str] = set()  # damaged images
+        self.first_use: dict[tuple[str, str | None], tuple[int, str]] = {}
+
+    def check(self, record: Record) -> list[Problem]:
+        """All problems of one record."""
+        found = list(record_problems(record.value))
+        if isinstance(record.value, dict):
+            found += [*self._image(record.value), *self._length(record.value), *self._duplicate(record)]
+        return [Problem(record.line, record.label, kind, message) for kind, message in found]
+
+    def _image(self, value: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        name = value.get("image")
+        if self.folder is None or not isinstance(name, str) or not name or leaves_folder(name):
+            return
+        fault = self.folder.problem(name)
+        # a damaged file is one problem however many records name it; a missing one is a problem of each record
+        if fault is not None and not (fault[0] == "unreadable_image" and name in self.reported):
+            self.reported.add(name)
+            yield fault
+
+    def _length(self, value: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        turns = value.get("conversations")
+        values = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+        texts = [text for text in values if isinstance(text, str)]
+        if self.max_words is None or sum(map(len, texts)) <= self.max_words:
+            return
+        if (words := sum(map(count_words, texts))) > self.max_words:
+            yield (
+                "too_long",
+                f"{words:,} words, of which {self.max_words:,} fit into 2048 tokens with the image, and training "
+                "leaves out the last turns; split the dialogue, or raise --max-words and train.max_length",
+            )
+
+    def _duplicate(self, record: Record) -> Iterator[tuple[str, str]]:
+        name, kind = record.value.get("id"), record.value.get("type")
+        if isinstance(name, str) and name and (kind is None or isinstance(kind, str)):
+            # in LLaVA-Instruct the kinds of one image share its id; under another type it is no duplicate
+            here = f"record #{record.position}" if record.line is None else f"line {record.line}"
+            position, place = self.first_use.setdefault((name, kind), (record.position, here))
+            if position != record.position:
+                yield "duplicate_id", f"id '{name}' was already used at {place}; rename one if the samples differ"
+
+
+def count_words(text: str) -> int:
+    """Approximate number of words: characters of scripts without spaces count, and so does the length of blobs."""
+    words = len(text.split()) if text.isascii() else len(text.split()) + len(_CJK.findall(text))
+    return max(words, len(text) // _MAX_WORD_LENGTH)
+
+
+def is_error(problem: Problem) -> bool:
+    """False for a warning, with which a file can still be loaded."""
+    return problem.kind not in WARNINGS
+
+
+def check_file(
+    path: str | Path,
+    images: str | Path | None = None,
+    decode: bool = True,
+    max_words: int | None = MAX_WORDS,
+) -> dict[str, Any]:
+    """Find all problems of a file.
+
+    After a syntax error in a `.json` list the rest of the list is not checked; a `.jsonl` file is checked to its end.
+
+    Args:
+        path: a `.json` list, a `.jsonl` file with one record per line, or a `.parquet` table with one record per row.
+        images: folder of the images; None opens no image.
+        decode, max_words: as for `Checker`.
+
+    Returns:
+        `records` (how many could be parsed), `errors`, `warnings` (counts), `counted` (the unit of `line`: `line`, or
+        `row` of parquet), and `problems`, a list of `{line, record, kind, message}` in the order of the lines.
+
+    Raises:
+        DataError: the file or the folder of images does not exist.
+    """
+    problems: list[Problem] = []
+    checker, count = Checker(images, decode, max_words), 0
+    for item in read_records(Path(path)):
+        if isinstance(item, Problem):
+            problems.append(item)
+        else:
+            count += 1
+            problems += checker.check(item)
+    return report(Path(path), count, problems)
+
+
+def report(path: Path, count: int, problems: list[Problem]) -> dict[str, Any]:
+    """The result of `check_file` for a file with `count` records."""
+    if not count and not problems:
+        problems = [Problem(1, None, "no_records", NO_RECORDS)]
+    problems = sorted(problems, key=lambda problem: problem.line or 0)
+    errors = sum(map(is_error, problems))
+    return {
+        "records": count,
+        "errors": errors,
+        "warnings": len(problems) - errors,
+        "counted": "row" if path.suffix == ".parquet" else "line",
+        "problems": [asdict(problem) for problem in problems],
+    }

@@ -1,0 +1,147 @@
+"""Token ids of text pieces and images.
+
+A sequence is tokenised piece by piece. A SentencePiece tokenizer adds a dummy prefix (`▁`, a space) to every text it is
+given. That is right at the start of a text and after a special token, and wrong for a piece that continues a text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from llava_core.constants import IMAGE_TOKEN_ID
+from llava_core.runtime import DataError
+
+Turn = tuple[str, str | None]
+"""(question, answer); the answer of a turn that is to be generated is None."""
+
+
+@dataclass
+class Encoded:
+    """Token ids and labels of one sample: two lists of T ints.
+
+    Attributes:
+        input_ids: image positions are `IMAGE_TOKEN_ID`.
+        labels: -100 where the loss ignores a token.
+        n_images: number of images.
+        dropped_turns: turns at the end that exceeded the maximum length.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    n_images: int
+    dropped_turns: int = 0
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """The BOS token, if the tokenizer has one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def image_block(tokenizer: Any, n_image_tokens: int, delimiters: Sequence[str] | None = None) -> list[int]:
+    """Token ids of one image.
+
+    Args:
+        tokenizer: has the delimiters in its vocabulary.
+        n_image_tokens: visual tokens of an image.
+        delimiters: begin and end token around the image, as checkpoints of the v0 era have them; None: none.
+
+    Raises:
+        DataError: not two delimiters, or one that is not in the vocabulary.
+    """
+    block = [IMAGE_TOKEN_ID] * n_image_tokens
+    if delimiters is None:
+        return block
+    if isinstance(delimiters, str) or len(delimiters) != 2:
+        raise DataError(f"image_delimiters is {delimiters!r}; fix: name two tokens, begin and end, or leave it out")
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in delimiters]
+    for token, number in zip(delimiters, ids, strict=True):
+        if number is None or (number == tokenizer.unk_token_id and token != tokenizer.unk_token):
+            raise DataError(
+                f"image delimiter '{token}' is no token of the vocabulary; fix: use the tokenizer that came with the "
+                "checkpoint, or correct image_delimiters in its manifest"
+            )
+    return [ids[0], *block, ids[1]]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of BOS, EOS, images and all tokens added to the vocabulary: a text after one of them is a new text."""
+    return {IMAGE_TOKEN_ID, tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
+
+
+def continues_text(ids: Sequence[int], special: set[int]) -> bool:
+    """Whether a text after `ids` continues another text."""
+    return bool(ids) and ids[-1] not in special
+
+
+def token_ids(tokenizer: Any, text: str, continues: bool = False) -> list[int]:
+    """Token ids of a text, without special tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the text.
+        continues: the text continues another one, so a dummy prefix would be a space that is not in the data.
+
+    Raises:
+        DataError: the text continues another one, and the tokenizer cannot leave out its dummy prefix.
+    """
+    backend = _without_dummy_prefix(tokenizer) if continues else None
+    ids: list[int] = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        if backend is None
+        else backend.encode(text, add_special_tokens=False).ids
+    )
+    return ids
+
+
+_PREFIX_FREE: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
+
+
+def _without_dummy_prefix(tokenizer: Any) -> Any:
+    """The tokenizer's backend without the steps that add a dummy prefix; None if it has no such step."""
+    size = len(tokenizer)
+    if tokenizer not in _PREFIX_FREE or _PREFIX_FREE[tokenizer][0] != size:  # tokens may have been added since
+        _PREFIX_FREE[tokenizer] = (size, _build_prefix_free(tokenizer))
+    return _PREFIX_FREE[tokenizer][1]
+
+
+def _build_prefix_free(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        first = tokenizer.convert_ids_to_tokens(tokenizer("#", add_special_tokens=False)["input_ids"])[0]
+        if first.startswith("▁"):
+            raise DataError(
+                f"{type(tokenizer).__name__} adds a dummy prefix to every text; fix: load the fast tokenizer"
+            )
+        return None
+    from tokenizers import Tokenizer
+
+    described = json.loads(backend.to_str())
+    steps = {part: described[part] for part in ("normalizer", "pre_tokenizer")}
+    prefix_free = {part: _without_prefix(step) for part, step in steps.items()}
+    if prefix_free == steps:
+        return None
+    return Tokenizer.from_str(json.dumps({**described, **prefix_free, "truncation": None, "padding": None}))
+
+
+def _without_prefix(step: Any) -> Any:
+    """A step of the `tokenizers` format that adds no prefix; None if nothing of it is left."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in step else "pretokenizers"
+        return {**step, key: [left for part in step[key] if (left := _without_prefix(part)) is not None]}
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {key: never.get(key, value) for key, value in step.items()}
+
+
+def too_long(name: str, what: str, max_length: int | None, fix: str = "") -> DataError:
+    """The error for a sample that exceeds the maximum length."""
+    fix = fix or "shorten it or raise train.max_length"
+    return DataError(f"{name}: {what} needs more than max_length = {max_length} tokens; fix: {fix}")
+
+
+PROMPT_FIX = "leave out earlier turns or shorten the question"

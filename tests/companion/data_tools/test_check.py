@@ -1,0 +1,154 @@
+"""The check of instruction files: each planted defect is reported once, with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from companion.data_tools.check import PROBLEM_KINDS, check_file
+from llava_core.data.instruct import load_instruct
+from llava_core.runtime import DataError, write_json
+
+
+def record(name: str = "a", image: str | None = "good.jpg", **changes: Any) -> dict[str, Any]:
+    turns = [("human", "What is it?\n<image>" if image else "What is it?"), ("gpt", "A cat.")]
+    base: dict[str, Any] = {"id": name, "conversations": [{"from": role, "value": text} for role, text in turns]}
+    return base | ({"image": image} if image else {}) | changes
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    for name in ("good.jpg", "good.png"):
+        picture.save(folder / name)
+    for name in ("good.jpg", "good.png"):
+        content = (folder / name).read_bytes()
+        (folder / name.replace("good", "cut")).write_bytes(content[: len(content) * 2 // 3])
+    (folder / "text.jpg").write_text("no image at all")
+    (folder / "empty.jpg").touch()
+    return folder
+
+
+def turns(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
+    return [{"from": role, "value": text} for role, text in pairs]
+
+
+DEFECTS: list[tuple[str, Any]] = [
+    ("wrong_type", "not an object"),
+    ("wrong_type", record() | {"id": 7}),
+    ("wrong_type", record() | {"image": ["good.jpg", "good.png"]}),
+    ("wrong_type", record() | {"type": 3}),
+    ("wrong_type", record() | {"conversations": "hello"}),
+    ("wrong_type", record() | {"conversations": turns(("human", "<image> Why?"), ("gpt", 5))}),
+    ("wrong_type", record(image=None) | {"conversations": [*turns(("human", "Why?")), "So."]}),
+    ("missing_field", {k: v for k, v in record().items() if k != "id"}),
+    ("missing_field", {k: v for k, v in record().items() if k != "conversations"}),
+    ("missing_field", record() | {"conversations": [*turns(("human", "<image> Why?")), {"from": "gpt"}]}),
+    ("role_order", record() | {"conversations": turns(("gpt", "So."), ("human", "<image> Why?"))}),
+    ("role_order", record() | {"conversations": turns(("human", "<image> Why?"), ("human", "And?"))}),
+    ("role_order", record() | {"conversations": turns(("human", "<image> Why?"), ("assistant", "So."))}),
+    ("role_order", record() | {"conversations": turns(("human", "<image> Why?"))}),
+    ("role_order", record() | {"conversations": []}),
+    ("empty_turn", record() | {"conversations": turns(("human", "<image> Why?"), ("gpt", " \n"))}),
+    ("image_marker", record() | {"conversations": turns(("human", "Why?"), ("gpt", "So."))}),
+    ("image_marker", record() | {"conversations": turns(("human", "<image> <image> Why?"), ("gpt", "So."))}),
+    ("image_marker", record() | {"conversations": turns(("human", "Why?"), ("gpt", "<image> So."))}),
+    ("image_marker", record(image=None) | {"conversations": turns(("human", "<image> Why?"), ("gpt", "So."))}),
+    ("invalid_utf8", record() | {"conversations": turns(("human", "<image> Why?"), ("gpt", "So \ud800."))}),
+    ("missing_image", record(image="absent.jpg")),
+    ("missing_image", record() | {"image": ""}),
+    ("outside_folder", record(image="../good.jpg")),
+    ("outside_folder", record(image="/etc/good.jpg")),
+    ("unreadable_image", record(image="cut.jpg")),
+    ("unreadable_image", record(image="cut.png")),
+    ("unreadable_image", record(image="text.jpg")),
+    ("unreadable_image", record(image="empty.jpg")),
+]
+
+
+def planted() -> tuple[list[Any], list[tuple[int, str]]]:
+    """Defects between good records, each under its own id, and what must be found: (position, kind)."""
+    records: list[Any] = []
+    for k, (_, defect) in enumerate(DEFECTS):
+        named = isinstance(defect, dict) and isinstance(defect.get("id"), str)
+        records += [record(f"good {k}"), {**defect, "id": f"bad {k}"} if named else defect]
+    wanted = [(2 * k + 1, kind) for k, (kind, _) in enumerate(DEFECTS)]
+    records.append(record("good 0"))
+    return records, [*wanted, (len(records) - 1, "duplicate_id")]
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "lines", "indented"])
+def test_each_planted_defect_is_found_once_and_none_invented(tmp_path: Path, images: Path, layout: str) -> None:
+    records, wanted = planted()
+    lines = [json.dumps(item) for item in records]
+    path = tmp_path / ("data.jsonl" if layout == "jsonl" else "data.json")
+    joined = {"jsonl": "\n".join(lines), "lines": "[\n" + ",\n".join(lines) + "\n]"}
+    path.write_text(joined.get(layout) or json.dumps(records, indent=2))
+    found = check_file(path, images)
+    assert found["records"] == len(records)
+    assert found["warnings"] == 1
+    starts = {"jsonl": lambda k: k + 1, "lines": lambda k: k + 2}.get(layout)
+    if starts:
+        assert [(p["line"], p["kind"]) for p in found["problems"]] == [(starts(k), kind) for k, kind in wanted]
+    else:
+        assert [p["kind"] for p in found["problems"]] == [kind for _, kind in wanted]
+        source = path.read_text().split("\n")
+        assert all(source[p["line"] - 1].strip()[:1] in '{"' for p in found["problems"])
+    assert {p["kind"] for p in found["problems"]} <= set(PROBLEM_KINDS)
+    assert all(p["record"] and p["message"] for p in found["problems"])
+
+
+def test_damaged_image_shared_by_records_is_named_once_a_missing_one_each_time(images: Path, tmp_path: Path) -> None:
+    def named(image: str, decode: bool) -> list[str]:
+        file = write_json(tmp_path / "three.json", [record(str(k), image) for k in range(3)])
+        return [problem["record"] for problem in check_file(file, images, decode)["problems"]]
+
+    assert named("cut.jpg", decode=True) == ["0"]
+    assert named("absent.jpg", decode=False) == ["0", "1", "2"]
+    assert named("cut.jpg", decode=False) == []
+
+
+def test_bytes_that_are_not_utf8_are_named_by_their_record(tmp_path: Path) -> None:
+    for name in ("data.json", "data.jsonl"):
+        good = [json.dumps(record(str(k))).encode() for k in range(3)]
+        good[1] = good[1].replace(b"A cat.", b"A c\xff\xfet.")
+        joined = b"[" + b",\n".join(good) + b"]" if name.endswith("json") else b"\n".join(good)
+        (tmp_path / name).write_bytes(joined)
+        problems = check_file(tmp_path / name)["problems"]
+        assert [(p["line"], p["record"], p["kind"]) for p in problems] == [(2, "1", "invalid_utf8")]
+
+
+def test_broken_json_does_not_hide_the_records_behind_it(tmp_path: Path) -> None:
+    records = [record(str(k)) for k in range(4)] + [record("last", image=None) | {"conversations": []}]
+    text = json.dumps(records, indent=2)
+    (tmp_path / "a.json").write_text(text.replace('"id": "1",', '"id": "1"', 1))
+    lines = [json.dumps(item) for item in records]
+    lines[1] = lines[1][:-5]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = check_file(tmp_path / "a.jsonl")
+    assert found["records"] == 4
+    assert [(p["line"], p["kind"]) for p in found["problems"]] == [(2, "not_json"), (5, "role_order")]
+    found = check_file(tmp_path / "a.json")  # of a list, only what comes before the error can be read
+    assert found["records"] == 1
+    assert [(p["line"], p["record"], p["kind"]) for p in found["problems"]] == [(18, "#1", "not_json")]
+    assert ['"id": "1"' in line for line in (tmp_path / "a.json").read_text().split("\n")].index(True) == 16
+    (tmp_path / "cut.json").write_text(text[: len(text) // 2])
+    found = check_file(tmp_path / "cut.json")
+    assert [p["kind"] for p in found["problems"]] == ["not_json"]
+    assert found["records"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [("", "not_json"), ("[]", "no_records"), ('{"a": 1}', "wrong_type"), ("[{}] []", "not_json")]
+)
+def test_files_that_are_no_list_of_records(tmp_path: Path, content: str, kind: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert kind in [p["kind"] for p in check_file(tmp_path / "a.json")["problems"]]
+    with pytest.raises(DataError, match=r"a\.json"):
+        load_instruct(tmp_path / "a.json")

@@ -1,0 +1,220 @@
+"""Conversion of folders, CSV and data sets on disk; instructions drawn for captions."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from companion import cli
+from companion.data_tools.check import check_file
+from companion.data_tools.convert import convert_data
+from companion.data_tools.expansion import LISTS, draw, expand, load_instructions
+from llava_core.constants import IMAGE_MARKER
+from llava_core.runtime import DataError
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "below").mkdir(parents=True)
+    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    for name in ("good.jpg", "good.png", "below/good.jpg"):
+        picture.save(folder / name)
+    content = (folder / "good.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(content[: len(content) * 2 // 3])
+    (folder / "page.jpg").write_text("<html>not found</html>")
+    (folder / "empty.png").touch()
+    (tmp_path / "secret.jpg").write_bytes(content)
+    return folder
+
+
+def checked(out: Path, images: Path) -> list[dict[str, Any]]:
+    assert check_file(out, images)["problems"] == []
+    return json.loads(out.read_text())
+
+
+def test_a_folder_of_images_and_texts(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "photos"
+    (source / "garden").mkdir(parents=True)
+    for name in ("cat.jpg", "garden/tree.png"):
+        Image.new("RGB", (8, 8)).save(source / name)
+    (source / "cat.txt").write_bytes(b"\xef\xbb\xbfA cat.\n")
+    (source / "garden" / "tree.txt").write_text("Ein Baum — groß.")
+    out = tmp_path / "mine.json"
+    assert cli.main(["data", "convert", str(source), "--to", str(out), "--instructions", "detail", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 2
+    first, second = checked(out, source)
+    assert (first["id"], first["image"], first["conversations"][1]["value"]) == ("cat", "cat.jpg", "A cat.")
+    assert first["conversations"][0]["value"].replace(IMAGE_MARKER, "").strip() in LISTS["detail"]
+    assert (second["image"], second["conversations"][1]["value"]) == ("garden/tree.png", "Ein Baum — groß.")
+
+    Image.new("RGB", (8, 8)).save(source / "alone.jpg")
+    (source / "orphan.txt").write_text("A text.")
+    (source / "void.jpg").touch()
+    (source / "void.txt").write_text("Nothing.")
+    for name in ("mute.jpg", "latin.jpg"):
+        Image.new("RGB", (8, 8)).save(source / name)
+    (source / "mute.txt").write_text(" ")
+    (source / "latin.txt").write_bytes(b"Gr\xfc\xdfe")
+    with pytest.raises(DataError, match="5 problem"):
+        convert_data(source, tmp_path / "other.json")
+    assert not (tmp_path / "other.json").exists()
+    report = convert_data(source, tmp_path / "other.json", skip=True)
+    assert report["records"] == 2
+    places = {Path(skipped["place"]).name: skipped["message"] for skipped in report["skipped"]}
+    assert sorted(places) == ["alone.jpg", "latin.txt", "mute.txt", "orphan.txt", "void.txt"]
+    assert "not UTF-8" in places["latin.txt"]
+
+
+def test_a_csv_by_the_names_of_its_columns(tmp_path: Path, images: Path) -> None:
+    path, out = tmp_path / "table.csv", tmp_path / "mine.json"
+    rows = [
+        ["photo", "legend", "ask", "nr"],
+        ["good.jpg", 'A "cat",\nasleep\u2028here.', "What?", "1"],
+        ["good.png", "A dog.", "", "2"],
+        [str(images.absolute() / "below/good.jpg"), "A cow.", "Who?", "3"],
+    ]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    columns = {"image": "photo", "answer": "legend", "question": "ask", "id": "nr"}
+    convert_data(path, out, images, columns)
+    first, second, third = checked(out, images)
+    assert first["conversations"][0]["value"] == "<image>\nWhat?"
+    assert first["conversations"][1]["value"] == 'A "cat",\nasleep\u2028here.'
+    assert second["conversations"][0]["value"].replace(IMAGE_MARKER, "").strip() in LISTS["brief"]
+    assert [first["id"], third["image"]] == ["1", "below/good.jpg"]
+
+    with pytest.raises(DataError, match=r"unknown column 'foto'; did you mean 'photo'"):
+        convert_data(path, out, images, {"image": "foto"})
+    with pytest.raises(DataError, match="unknown field 'img'"):
+        convert_data(path, out, images, {"img": "photo"})
+    with pytest.raises(DataError, match="--columns answer="):
+        convert_data(path, out, images, {"image": "photo"})
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerows(
+            [["absent.jpg", "A", "B", "4"], ["", "A", "B", "5"], ["good.jpg", "", "B", "6"], ["x"]]
+        )
+    report = convert_data(path, out, images, columns, skip=True)
+    assert report["records"] == 3
+    assert [skipped["place"] for skipped in report["skipped"]] == ["line 6", "line 7", "line 8", "line 9"]
+    with path.open("a") as file:
+        file.write('good.jpg,"never closed\n')
+    with pytest.raises(DataError, match=r"line 10: .*quotation marks"):  # --skip would lose what stands behind
+        convert_data(path, out, images, columns, skip=True)
+    semicolons = tmp_path / "semi.csv"
+    semicolons.write_text("image;caption\na.jpg;A\n")
+    with pytest.raises(DataError, match="semicolons"):
+        convert_data(semicolons, out)
+
+
+def save_to_disk(folder: Path, tables: list[Any], **state: Any) -> Path:
+    """What `datasets.Dataset.save_to_disk` writes: arrow streams, state.json and dataset_info.json."""
+    pa = pytest.importorskip("pyarrow")
+    folder.mkdir(parents=True)
+    names = [f"data-{k:05d}-of-{len(tables):05d}.arrow" for k in range(len(tables))]
+    for name, table in zip(names, tables, strict=True):
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names], **state}))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}))
+    return folder
+
+
+def content(color: int, kind: str = "PNG") -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (8, 8), (color, 0, 0)).save(file, kind)
+    return file.getvalue()
+
+
+def test_a_data_set_on_disk_with_images_as_bytes(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    tables = [
+        pa.table({
+            "image": [{"bytes": content(k), "path": None}, {"bytes": content(9, "JPEG"), "path": "x.jpg"}],
+            "messages": [[{"role": "user", "content": f"Why {k}?"}, {"role": "assistant", "content": "So."}]] * 2,
+            "extra": [1, 2],
+        })
+        for k in range(2)
+    ]  # fmt: skip
+    source = save_to_disk(tmp_path / "set" / "train", tables)
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    out = tmp_path / "out" / "mine.json"
+    report = convert_data(tmp_path / "set", out, split="train")
+    assert report["records"] == 4
+    records = checked(out, out.parent / "images")
+    assert [r["conversations"][0]["value"] for r in records] == [f"<image>\nWhy {k}?" for k in (0, 0, 1, 1)]
+    assert records[0]["conversations"][1] == {"from": "gpt", "value": "So."}
+    assert records[1]["image"] == records[3]["image"]  # the same bytes are one file
+    assert Path(records[1]["image"]).suffix == ".jpg"
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(tables[0], tmp_path / "part.parquet")
+    report = convert_data(tmp_path / "part.parquet", tmp_path / "other" / "part.json")
+    assert report["source"] == "parquet"
+    assert checked(tmp_path / "other" / "part.json", tmp_path / "other" / "images") == [
+        {**item, "id": f"row-{k}"} for k, item in enumerate(records[:2], start=1)
+    ]
+    with pytest.raises(DataError, match="choose one with --split"):
+        convert_data(tmp_path / "set", out)
+    with pytest.raises(DataError, match="unknown split 'val'"):
+        convert_data(tmp_path / "set", out, split="val")
+    with pytest.raises(DataError, match=r"no state\.json"):
+        convert_data(tmp_path / "set", out, split="test")
+    data = next(source.glob("*.arrow"))
+    data.write_bytes(data.read_bytes()[:50])
+    with pytest.raises(DataError, match="damaged"):
+        convert_data(source, out)
+    data.unlink()
+    with pytest.raises(DataError, match="not there"):
+        convert_data(source, out)
+
+
+def test_a_data_set_on_disk_with_paths_and_turns_as_columns(tmp_path: Path, images: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    sequence = {"from": ["human", "gpt"], "value": ["<image>\nWhy?", "So."]}
+    table = pa.table({"image": ["good.jpg", str(images.absolute() / "good.png")], "conversations": [sequence] * 2})
+    source = save_to_disk(tmp_path / "set", [table])
+    convert_data(source, tmp_path / "mine.json", images)
+    assert [r["image"] for r in checked(tmp_path / "mine.json", images)] == ["good.jpg", "good.png"]
+    captions = save_to_disk(tmp_path / "captions", [pa.table({"file_name": ["good.jpg"], "caption": ["A cat."]})])
+    convert_data(captions, tmp_path / "mine.json", images)
+    assert checked(tmp_path / "mine.json", images)[0]["conversations"][1]["value"] == "A cat."
+    indexed = save_to_disk(tmp_path / "indexed", [table], _indices_data_files=[{"filename": "indices.arrow"}])
+    with pytest.raises(DataError, match="flatten_indices"):
+        convert_data(indexed, tmp_path / "mine.json", images)
+
+
+# ------------------------------------------------------------------------------------------------ naive expansion
+
+
+def test_our_lists_are_as_long_as_the_papers_and_a_file_is_read_line_by_line(tmp_path: Path) -> None:
+    assert [len(set(load_instructions(name))) for name in ("brief", "detail")] == [11, 16]
+    path = tmp_path / "official.txt"
+    path.write_text('\ufeffDescribe the image.\n\n- "Say it."\n', encoding="utf-8")
+    assert load_instructions(path) == ("Describe the image.", "Say it.")
+    for text, wrong in (("", "no instruction"), ("A.\nA.", "line 2"), ("A <image>.", "line 1")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=wrong):
+            load_instructions(path)
+    with pytest.raises(DataError, match="did you mean 'brief'"):
+        load_instructions("breif")
+
+
+def test_the_instruction_is_drawn_by_seed_and_id_alone_and_evenly() -> None:
+    brief = LISTS["brief"]
+    assert draw(brief, "000000123") == draw(brief, "000000123")
+    drawn = Counter(draw(brief, str(k)) for k in range(11_000))
+    assert set(drawn) == set(brief)
+    assert all(850 < count < 1150 for count in drawn.values())
+    assert sum(draw(brief, str(k)) != draw(brief, str(k), 1) for k in range(1000)) > 800
+    turns = [expand("A cat.", str(k), brief) for k in range(1000)]
+    first = sum(question["value"].startswith(IMAGE_MARKER) for question, _ in turns)
+    assert 400 < first < 600
+    assert all(question["value"].count(IMAGE_MARKER) == 1 for question, _ in turns)
+    assert IMAGE_MARKER not in expand("A cat.", "1", brief, image=False)[0]["value"]
