@@ -1,4 +1,4 @@
-"""Attention forward and backward: our backends beside what else computes the same, on rows as training makes them."""
+"""Attention forward and backward on packed rows: our backends, PyTorch's and a padded batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PER_IMAGE, TEXT = {1: 0.25, 2: 0.55, 3: 0.2}, (4.9, 0.5, 24, 800)  # log-normal:
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of samples: name, who sees whom (None: each row is one sample), rows and their length."""
+    """Rows of samples; packed_mask None: each row is one sample."""
 
     name: str
     packed_mask: PackedMask | None
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def samples(self) -> list[tuple[int, torch.Tensor]]:
-        """Of each sample the row and the positions of its tokens."""
+        """(row, positions of its tokens) of each sample."""
         if self.packed_mask is None:
             return [(b, torch.arange(self.length)) for b in range(self.rows)]
         return [
@@ -51,7 +51,7 @@ class Case:
 
 
 def instruct_cases(length: int, rows: int = 1, seed: int = 0, scale: float = 1.0) -> list[Case]:
-    """One sample per row; several; several that share the tokens of their image.
+    """Rows of one sample; packed rows; packed rows with shared image prefixes.
 
     Args:
         length: tokens of a row; the last sample of a row is cut off there.
@@ -84,42 +84,38 @@ def instruct_cases(length: int, rows: int = 1, seed: int = 0, scale: float = 1.0
     return [
         Case("causal", None, rows, length),
         Case("packed", described[0], rows, length),
-        Case("packed, shared beginnings", described[1], rows, length),
+        Case("packed, shared prefixes", described[1], rows, length),
     ]
 
 
-# ------------------------------------------------------------------------------------------------ who computes it
+# ------------------------------------------------------------------------------------------------ candidates
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of computing a case: its inputs q, k, v, the call, and how to bring its output into the rows' order."""
+    """An implementation: its inputs q, k, v, the call, and how its output maps back to the rows."""
 
     inputs: list[torch.Tensor]
     run: Callable[..., torch.Tensor]
     in_rows: Callable[[torch.Tensor], torch.Tensor]
 
     def forward_backward(self) -> None:
-        """What is timed."""
+        """The timed work."""
         out = self.run(*self.inputs)
-        torch.autograd.grad(out, self.inputs, self.gradient(out))
-
-    def gradient(self, out: torch.Tensor) -> torch.Tensor:
-        """A gradient of the output without structure; its value does not matter."""
-        return torch.ones_like(out)
+        torch.autograd.grad(out, self.inputs, torch.ones_like(out))
 
 
 def backend(name: str, case: Case, given: Tensors) -> Candidate:
-    """A backend of ours or of PyTorch, on the rows as they are."""
+    """An attention backend on the packed rows."""
     packed_mask = None if case.packed_mask is None else case.packed_mask.to(given[0].device)
     run = BACKENDS.get(name).run
     return Candidate(_leaves(given), lambda q, k, v: run(q, k, v, packed_mask), lambda out: out)
 
 
 def padded(case: Case, given: Tensors) -> Candidate:
-    """Training without packing: each sample a row, padded to the longest, and a mask as transformers makes it.
+    """Attention without packing: one sample per row, padded to the longest, with a mask as in transformers.
 
-    Only the op: the layers around compute the padding, too, and the beginnings as often as they occur.
+    Only the op is compared; the layers around it also compute the padding and repeated prefixes.
     """
     device, samples = given[0].device, case.samples
     lengths = torch.tensor([len(tokens) for _, tokens in samples], device=device)
@@ -148,10 +144,9 @@ def _leaves(given: Tensors) -> list[torch.Tensor]:
 
 
 def candidates(case: Case, given: Tensors) -> dict[str, Candidate]:
-    """All that can compute a case here; what the others are measured against comes first.
+    """All implementations that can compute a case here, the peer first.
 
-    The definition is left out, and so is what a CPU can only imitate: an interpreted kernel, an uncompiled
-    FlexAttention.
+    Left out are the reference and, on a CPU, the interpreted kernel and uncompiled FlexAttention.
     """
     like = given[0].detach().requires_grad_(True)
     usable = [
@@ -161,17 +156,16 @@ def candidates(case: Case, given: Tensors) -> dict[str, Candidate]:
         and (like.is_cuda or name not in ("triton", "flex"))
         and BACKENDS.get(name).unavailable(like) is None
     ]
-    found = {name: backend(name, case, given) for name in usable}
-    return (
-        {"sdpa": found.pop("sdpa"), **found} if case.packed_mask is None else {"padded": padded(case, given), **found}
-    )
+    backends = {name: backend(name, case, given) for name in usable}
+    peer = {"sdpa": backends.pop("sdpa")} if case.packed_mask is None else {"padded": padded(case, given)}
+    return peer | backends
 
 
 # ------------------------------------------------------------------------------------------------ the measurement
 
 
 def rows_of(case: Case, shape: str, device: torch.device) -> list[torch.Tensor]:
-    """Random q, k, v of a case, fp32 on a CPU and bf16 on a GPU; the heads of a token lie together, as projected."""
+    """Random q, k, v of a case, fp32 on a CPU and bf16 on a GPU; heads are contiguous per token."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads, kv_heads, head_dim = HEADS[shape]
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +176,7 @@ def rows_of(case: Case, shape: str, device: torch.device) -> list[torch.Tensor]:
 
 
 def peak(candidate: str, shape: str, length: int, rows: int, device: str, scale: float) -> float:
-    """Peak memory (MiB) of one candidate on rows with shared beginnings; to be called in a process of its own."""
+    """Peak memory (MiB) of one candidate on rows with shared prefixes; call it in a process of its own."""
     place, case = resolve_device(device), instruct_cases(length, rows, scale=scale)[-1]
     given = rows_of(case, shape, place)
     way = padded(case, given) if candidate == "padded" else backend(candidate, case, given)
@@ -200,7 +194,7 @@ def bench_attention(
     scale: float = 1.0,
     memory: bool = True,
 ) -> dict[str, Any]:
-    """Measure attention forward and backward, in turns, on rows of LLaVA-Instruct-like samples.
+    """Time attention forward and backward, interleaved, on rows of samples like LLaVA-Instruct's.
 
     Args:
         shapes: names of `HEADS`.
@@ -213,7 +207,7 @@ def bench_attention(
         memory: also measure the peak, in processes of their own.
 
     Returns:
-        Of the case with shared beginnings and the first shape: `ours` and `peer` (milliseconds of the fastest backend,
+        Of the case with shared prefixes and the first shape: `ours` and `peer` (milliseconds of the fastest backend,
         the `candidate`, and of the padded batch), their `ratio` and `peak_memory_ratio` (ours / peer, None if not
         measured); `device`; `cases`, one row per case, shape and candidate.
 
@@ -221,7 +215,7 @@ def bench_attention(
         AssertionError: two candidates do not compute the same.
     """
     place = resolve_device(device)
-    facts, found = circumstances(place), []
+    facts, cases = circumstances(place), []
     for shape in shapes:
         heads, kv_heads, head_dim = HEADS[shape]
         for case in instruct_cases(length, rows, scale=scale):
@@ -234,7 +228,7 @@ def bench_attention(
             peer = next(iter(ways))
             for name, values in seconds.items():
                 spread = {"low": min(values), "high": max(values), "ms": statistics.median(values)}
-                found.append(
+                cases.append(
                     {
                         **facts, "case": case.name, "shape": shape, "heads": heads, "kv_heads": kv_heads,
                         "head_dim": head_dim, "dtype": str(given[0].dtype).removeprefix("torch."), "rows": rows,
@@ -244,7 +238,7 @@ def bench_attention(
                         "rounds": rounds, "clock": clock,
                     }
                 )  # fmt: skip
-    last = [row for row in found if row["shape"] == shapes[0] and row["case"] == "packed, shared beginnings"]
+    last = [row for row in cases if row["shape"] == shapes[0] and row["case"] == "packed, shared prefixes"]
     best = max(last[1:], key=lambda row: row["ratio"])
     peaks: list[float] = []
     if memory:
@@ -253,7 +247,7 @@ def bench_attention(
     return {
         "ratio": best["ratio"], "ours": best["ms"], "peer": last[0]["ms"], "candidate": best["candidate"],
         "peak_memory_ratio": round(peaks[0] / peaks[1], 3) if peaks else None, "device": facts["device"],
-        "cases": found,
+        "cases": cases,
     }  # fmt: skip
 
 
@@ -262,6 +256,6 @@ def _agree(ways: dict[str, Candidate]) -> None:
         outputs = {name: way.in_rows(way.run(*way.inputs)).float() for name, way in ways.items()}
     (first, expected), *others = outputs.items()
     allowed = 1e-4 if next(iter(ways.values())).inputs[0].dtype == torch.float32 else 4e-2
-    for name, found in others:
-        error = float((found - expected).abs().max())
-        assert error < allowed, f"{name} and {first} differ by {error:.2g}: a time of one is no time of the other"
+    for name, output in others:
+        error = float((output - expected).abs().max())
+        assert error < allowed, f"{name} and {first} differ by {error:.2g}, so their times cannot be compared"

@@ -28,12 +28,12 @@ Clock = Literal["wall", "cpu"]
 def in_turns(
     ours: Callable[[], object], peer: Callable[[], object], rounds: int, clock: Clock = "wall"
 ) -> dict[str, float]:
-    """Time two functions in turns, so that whatever else the machine does hits both alike.
+    """Time two functions interleaved, so that other load on the machine affects both.
 
     Args:
-        ours, peer: what is timed; each has run before, so that nothing is counted that happens once.
-        rounds: timed turns; who begins changes with each.
-        clock: "wall"; or "cpu", the time that this process computed: on one thread a busy machine does not change it.
+        ours, peer: the timed functions; call each once before.
+        rounds: timed turns; the order alternates.
+        clock: "wall", or "cpu": computing time of this process, which other load does not change on one thread.
 
     Returns:
         Median seconds of `ours` and `peer`, and the `ratio` peer / ours as the median over the rounds with its lowest
@@ -47,7 +47,7 @@ def in_turns(
 def all_in_turns(
     functions: Mapping[str, Callable[[], object]], rounds: int, clock: Clock = "wall"
 ) -> dict[str, list[float]]:
-    """Time any number of functions in turns, as `in_turns` does two.
+    """Time any number of functions interleaved, as `in_turns`.
 
     Returns:
         Name -> seconds of each round.
@@ -66,28 +66,28 @@ def all_in_turns(
 
 def ratios(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
     """The `ratio` peer / ours as the median over the rounds, with its lowest and highest."""
-    found = [p / o for o, p in zip(ours, peer, strict=True)]
-    return {"ratio": statistics.median(found), "ratio_low": min(found), "ratio_high": max(found)}
+    each = [p / o for o, p in zip(ours, peer, strict=True)]
+    return {"ratio": statistics.median(each), "ratio_low": min(each), "ratio_high": max(each)}
 
 
 def _finish() -> None:
-    """Wait for a GPU, which works on after a call has returned."""
+    """Wait for the GPU's asynchronous work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def peak_mib(work: Callable[[], object], device: torch.device) -> float:
-    """Highest memory while `work` runs, with all that lay in memory before: MiB of this process, or on the GPU."""
+    """Peak memory in MiB while `work` runs, including what is allocated before: of this process, or on the GPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) / 2**20
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew at what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     work()
     with suppress(OSError):
-        # not ru_maxrss, into which a child process inherits what its parent held
+        # not ru_maxrss, which a child process inherits from its parent
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**10
@@ -104,7 +104,7 @@ def in_own_process(function: str, **arguments: Any) -> Any:
     """
     code = "import sys; from benchmarks.common import _serve; _serve(*sys.argv[1:])"
     command = [sys.executable, "-c", code, function, json.dumps(arguments)]
-    # glibc returns large blocks at once where this is set; else its peak differs by several % from run to run
+    # with this setting glibc returns large blocks at once; else the peak varies by several % between runs
     settings = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
     if answer.returncode:
@@ -123,17 +123,15 @@ def device_name(device: torch.device) -> str:
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """What every row of a benchmark tells: date, device, machine, threads and versions."""
-    found = environment()
-    return {
-        "date": found["date"], "device": device_name(device), "cpu": found["cpu"], "cores": found["cores"],
-        "threads": torch.get_num_threads(), "torch": found["packages"]["torch"],
-        "transformers": found["packages"]["transformers"],
-    }  # fmt: skip
+    """Columns of every row: date, device, machine, threads and versions."""
+    here = environment()
+    versions = {name: here["packages"][name] for name in ("torch", "transformers")}
+    machine = {"date": here["date"], "device": device_name(device), "cpu": here["cpu"], "cores": here["cores"]}
+    return {**machine, "threads": torch.get_num_threads(), **versions}
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Append rows to a CSV file, whole or not at all; the first ones write its header.
+    """Append rows to a CSV file, all or none; the first rows write its header.
 
     Raises:
         DataError: the file has other columns.
@@ -151,9 +149,9 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a command says of a benchmark's rows: ratio (above 1: faster), seconds and memory of the last, and all."""
+    """Headline of a benchmark: ratio (above 1: ours is faster), seconds and memory of the last row, and all `cases`."""
     last = rows[-1]
     peaks = last["peak_mib"], last["peer_peak_mib"]
     memory = round(peaks[0] / peaks[1], 3) if all(peaks) else None
-    said = {name: last[name] for name in ("ratio", "ours", "peer", "device")}
-    return {**said, "peak_memory_ratio": memory, "cases": [*rows]}
+    numbers = {name: last[name] for name in ("ratio", "ours", "peer", "device")}
+    return {**numbers, "peak_memory_ratio": memory, "cases": [*rows]}

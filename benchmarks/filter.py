@@ -1,4 +1,4 @@
-"""The CC3M filter at the paper's size: selection from kept phrases, and noun phrases beside a plain spaCy loop."""
+"""The CC3M filter at the paper's size: selection by cached phrases, and noun phrases against a plain spaCy loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llava_core.runtime import fingerprint, resolve, write_json
 
 CAPTIONS = 3_318_333  # of CC3M's training file
 # Zipf-Mandelbrot over so many possible phrases: 3.3M captions then have about the 890,000 different ones that a reader
-# of the paper found in CC3M (issue 1176 of haotian-liu/LLaVA)
+# of the paper counted in CC3M (issue 1176 of haotian-liu/LLaVA)
 POSSIBLE, EXPONENT, SHIFT = 4_000_000, 1.12, 2.7
 PER_CAPTION = (1, 4, 0.475)  # 1 + binomial(4, 0.475) phrases, 2.9 on average: assumed, no source gives it for CC3M
 ARTICLES = ("", "a ", "the ")
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def plant_corpus(folder: Path, captions: int = CAPTIONS, seed: int = 0) -> Path:
-    """Write a TSV of Zipf-distributed phrases, and beside it, in `cache`, the shards that the rules would find."""
+    """Write a TSV of Zipf-distributed phrases, and in the folder `cache` the shards of its phrases."""
     rng = np.random.default_rng(seed)
     weights = np.cumsum((np.arange(POSSIBLE) + SHIFT) ** -EXPONENT)
     source = folder / "train.tsv"
@@ -68,9 +68,9 @@ def _name(which: int) -> str:
 
 
 def select_kept(source: str, write: bool = False, **settings: Any) -> dict[str, Any]:
-    """Count and select from kept phrases, and perhaps write the pairs; seconds, counts and peak memory."""
+    """Count and select by cached phrases, and write the pairs if asked; seconds, counts and peak memory."""
     path = Path(source)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     reading = cc3m.FilterSettings("rules", **settings)
 
     def work() -> None:
@@ -78,18 +78,18 @@ def select_kept(source: str, write: bool = False, **settings: Any) -> dict[str, 
         filtered = cc3m.filter_captions(path, None, reading, cache=path.parent / "cache")
         if write:
             cc3m.write_pairs(filtered, path.parent / "out")
-        found.update(filtered.selection.counts(), seconds=time.perf_counter() - begin)
+        result.update(filtered.selection.counts(), seconds=time.perf_counter() - begin)
 
     peak = peak_mib(work, torch.device("cpu"))
-    return {**found, "peak_mib": peak}
+    return {**result, "peak_mib": peak}
 
 
 def bench_selection(captions: int = CAPTIONS, corpus: Path | None = None) -> list[dict[str, Any]]:
-    """Time counting and selection of a corpus of CC3M's size, in processes of their own; a row per reading.
+    """Time counting and selection of a corpus of CC3M's size, in processes of their own; a row per setting.
 
     Args:
         captions: lines of the corpus.
-        corpus: where it stays for the next time; None: it is removed in the end.
+        corpus: folder that keeps it; None: a temporary folder.
     """
     cases: dict[str, dict[str, Any]] = {
         "select": {},
@@ -116,7 +116,7 @@ def bench_selection(captions: int = CAPTIONS, corpus: Path | None = None) -> lis
 
 
 def varied_captions(source: Path, count: int, seed: int = 0) -> list[str]:
-    """Make different captions of about ten words, as CC3M's are, of two of the miniature's each."""
+    """Different captions of about ten words, like CC3M's, each from two of the miniature."""
     short = sorted({row.caption.rstrip(" .") for row in cc3m.read_captions(source)})
     rng, found = random.Random(seed), dict[str, None]()
     while len(found) < count:
@@ -125,10 +125,10 @@ def varied_captions(source: Path, count: int, seed: int = 0) -> list[str]:
 
 
 def bench_extraction(source: Path, captions: int = 2000, rounds: int = 5, clock: Clock = "cpu") -> dict[str, Any]:
-    """Time noun phrases by our extractor beside a plain `nlp.pipe` loop over the whole pipeline, in one process.
+    """Time noun phrases by our extractor against a plain `nlp.pipe` loop over the full pipeline, in one process.
 
     Raises:
-        AssertionError: the two did not find the same phrases.
+        AssertionError: the phrases differ.
     """
     import importlib
 

@@ -1,4 +1,4 @@
-"""Greedy generation beside transformers' own `LlavaForConditionalGeneration.generate`, on the same random weights."""
+"""Greedy generation against transformers' own `LlavaForConditionalGeneration.generate`, on the same random weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ N_PATCHES, PAD_ID = 64, 0
 def _configs(shape: str) -> tuple[Any, Any]:
     from transformers import CLIPVisionConfig, LlamaConfig
 
-    # no EOS: both write every token that they are asked for
+    # no EOS: both generate max_new_tokens
     text = LlamaConfig(
         **SHAPES[shape], max_position_embeddings=2048, pad_token_id=PAD_ID, bos_token_id=None, eos_token_id=None
     )
@@ -59,7 +59,7 @@ def peer_model(shape: str, device: torch.device, ours: Llava | None = None) -> A
     with quiet_transformers():
         peer = LlavaForConditionalGeneration(config).eval().to(device, _dtype(device))
         peer.generation_config.eos_token_id = None
-    # transformers knows the projector of LLaVA-1.5 alone; the same linear one serves both
+    # transformers has only the projector of LLaVA-1.5; here both use the same linear one
     projector = torch.nn.Linear(vision.hidden_size, text.hidden_size).to(device, _dtype(device))
     peer.model.multi_modal_projector = copy.deepcopy(ours.multi_modal_projector) if ours else projector
     if ours is not None:
@@ -74,7 +74,7 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def tokenizer_of(size: int) -> Any:
-    """A tokenizer of `size` words `w0`, `w1`, ..., so that both sides also decode what they wrote."""
+    """A tokenizer of `size` words `w0`, `w1`, ..., so that both sides also decode."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -119,10 +119,10 @@ def peer_run(model: Any, prompts: Sequence[Sequence[int]], pixels: torch.Tensor,
     ids, mask, pixels = ids.to(model.device), mask.to(model.device), pixels.to(model.device, model.dtype)
 
     def run() -> tuple[list[list[int]], list[str]]:
-        made = model.generate(
+        output = model.generate(
             input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=new, do_sample=False
         )[:, longest:].tolist()
-        return made, tokenizer.batch_decode(made)
+        return output, tokenizer.batch_decode(output)
 
     return run
 
@@ -145,7 +145,7 @@ def bench_generate(
     memory: bool = True,
     clock: Clock = "wall",
 ) -> dict[str, Any]:
-    """Measure greedy generation, prompt and decoding included, beside transformers' own.
+    """Measure greedy generation, prefill and decoding, against transformers'.
 
     Args:
         model: shape of the language model, a name of `SHAPES`.
@@ -157,9 +157,9 @@ def bench_generate(
         clock: as in `in_turns`.
 
     Returns:
-        Of the case where we are slowest beside the peer: `ratio` (tokens/s ours / peer, median over the rounds), `ours`
+        Of the case with the lowest ratio: `ratio` (tokens/s ours / peer, median over the rounds), `ours`
         and `peer` (tokens/s); `peak_memory_ratio` (ours / peer), the highest of the cases, None if not measured;
-        `device`; `same_tokens`, whether both wrote the same in every case; `cases`, one row each.
+        `device`; `same_tokens`, whether both generated the same tokens in every case; `cases`, one row each.
     """
     place = resolve_device(device)
     ours = our_model(model, place)

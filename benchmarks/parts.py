@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import Clock, circumstances, headline, in_own_process, in_turns, peak_mib
-from benchmarks.train_step import Ours, make_case
+from benchmarks.train_step import PackedStep, make_case
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.train.dataset import TrainingSet, build_model, load_samples
 from llava_core.train.launch import resolve_run
@@ -64,7 +64,7 @@ def bench_loss(
         clock: computing time (cpu) or elapsed time (wall).
         device: where it runs.
     """
-    found = []
+    cases = []
     for train_head in (False, True):
         sizes: dict[str, Any] = {"rows": rows, "width": width, "words": words, "device": device}
         steps = {name: _loss_step(name, **sizes, train_head=train_head) for name in ("chunked", "reference")}
@@ -75,14 +75,14 @@ def bench_loss(
             name: in_own_process("benchmarks.parts:loss_peak", backend=name, train_head=train_head, **sizes)
             for name in steps
         }
-        found.append(
+        cases.append(
             _row(
                 torch.device(device), case=f"loss, head {'trained' if train_head else 'frozen'}, {clock} time",
                 size=f"{rows} x {width} x {words}", peak_mib=round(peaks["chunked"]),
                 peer_peak_mib=round(peaks["reference"]), **turns,
             )
         )  # fmt: skip
-    return headline(found)
+    return headline(cases)
 
 
 # ------------------------------------------------------------------------------------------------ the loader
@@ -96,7 +96,7 @@ def bench_loader(steps: int = 20) -> dict[str, Any]:
     Args:
         steps: timed steps.
     """
-    found = []
+    cases = []
     for name, stage in (("pretrain", 1), ("finetune", 2)):
         config = resolve_run(name, "mini", init_from=None) if stage == 2 else resolve_run(name, "mini")
         loaded = build_model(config, None)
@@ -108,22 +108,22 @@ def bench_loader(steps: int = 20) -> dict[str, Any]:
         size = config.experiment.train.global_batch
         loader = Loader(train, config.scale.micro_batch * config.experiment.train.max_length, cache)
         order = np.random.default_rng(0).permutation(len(train))
-        step = Ours(make_case("mini", stage, size)).step
+        step = PackedStep(make_case("mini", stage, size)).step
         step()
         seconds: dict[str, list[float]] = {"batch": [], "step": []}
         for k in range(steps):
             begin = time.perf_counter()
             loader.batch([int(n) for n in order[k * size : (k + 1) * size]])
-            made = time.perf_counter()
+            ready = time.perf_counter()
             step()
-            seconds["batch"].append(made - begin)
-            seconds["step"].append(time.perf_counter() - made)
+            seconds["batch"].append(ready - begin)
+            seconds["step"].append(time.perf_counter() - ready)
         ratios = np.divide(seconds["step"], seconds["batch"])
-        found.append(
+        cases.append(
             _row(
                 torch.device("cpu"), case=f"loader, mini, stage {stage}, wall time", size=f"{size} samples",
                 ours=float(np.median(seconds["batch"])), peer=float(np.median(seconds["step"])),
                 ratio=float(np.median(ratios)), ratio_low=float(ratios.min()), ratio_high=float(ratios.max()),
             )
         )  # fmt: skip
-    return headline(found)
+    return headline(cases)

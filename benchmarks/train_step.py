@@ -1,7 +1,6 @@
-"""A training step beside transformers' own model in a plain padded loop: same weights, same samples, same batch.
+"""A training step against transformers' own model in a plain padded loop: same weights, samples and batch.
 
-Each saving of our trainer can be switched on by itself, on top of those before it (`SAVINGS`), so that it is seen what
-each one gives.
+The savings of our trainer can be enabled one after the other (`SAVINGS`), to measure each.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ SYSTEM_TOKENS = 38  # of v0's system text
 PARTS = {1: ["projector"], 2: ["projector", "language_model"]}
 COLUMNS = (
     "case", "model", "stage", "per_image", "dtype", "clock", "samples", "tokens", "padding", "supervised", "ours",
-    "peer", "ratio", "ratio_low", "ratio_high", "peak_mib", "peer_peak_mib", "peak_ratio", "loss_apart",
+    "peer", "ratio", "ratio_low", "ratio_high", "peak_mib", "peer_peak_mib", "peak_ratio", "loss_difference",
 )  # fmt: skip
 
 
@@ -133,10 +132,10 @@ def _normalise(pixels: np.ndarray) -> np.ndarray:
 
 
 def _typical(stage: int, samples: int, n_image: int, draws: int = 200) -> list[Encoded]:
-    """Samples of an optimizer step that waste about as much padding as such steps do on average, random words.
+    """Samples of random words of an optimizer step whose share of padding is that of the average step.
 
-    A step of few samples is at times twice as wasteful as another; one drawn blindly would say little about a run. All
-    have their image first, as half of the instruction data has.
+    The padding of single steps varies by a factor of two. All samples have their image first, as half of the
+    instruction data.
     """
     rng = random.Random(stage)
     system = [rng.randrange(3, 32000) for _ in range(SYSTEM_TOKENS)]
@@ -156,7 +155,7 @@ def _typical(stage: int, samples: int, n_image: int, draws: int = 200) -> list[E
 
 
 def _turns(rng: random.Random, stage: int) -> list[tuple[int, int]]:
-    """Tokens of each turn of a sample that are read and that are learned, the template's marks among them.
+    """(question, answer) tokens of each turn of a sample, special tokens included.
 
     Stage 1 is an instruction and a caption of about ten words. Stage 2 has 110 tokens on average after system text and
     image and a long tail, which gives batches of 8 and 16 at 196 image tokens the padding factors 1.5 and 1.7.
@@ -190,10 +189,10 @@ def _miniature(stage: int, samples: int) -> Case:
 # ------------------------------------------------------------------------------------------------ both sides
 
 
-class Peer:
+class TransformersStep:
     """transformers' own model with our weights: one padded batch, the tower in every step, all logits, fused AdamW.
 
-    Our projector of one layer stands in for its own of two, so that both compute the same function.
+    It gets our linear projector instead of its own of two layers, so that both compute the same function.
     """
 
     def __init__(self, case: Case) -> None:
@@ -202,7 +201,7 @@ class Peer:
         self.case, ours = case, case.model
         text = ours.language_model.config
         used = {token for item in case.items for token in item.input_ids}
-        # two ids of the vocabulary that no sample has: one marks image positions, the other pads
+        # two unused ids of the vocabulary, for image positions and for padding
         self.image_id, self.pad_id = itertools.islice((k for k in range(text.vocab_size) if k not in used), 2)
         config = LlavaConfig(
             vision_config=copy.deepcopy(ours.vision_tower.config), text_config=copy.deepcopy(text),
@@ -225,12 +224,16 @@ class Peer:
         """Mean loss over the supervised tokens."""
         device = self.model.lm_head.weight.device
         pairs = zip(self.case.items, self.case.keys, strict=True)
-        made = collate([(item, self.case.pixels.get(key)) for item, key in pairs], self.case.normalise).to(device)
-        ids = made.input_ids.masked_fill(made.attention_mask == 0, self.pad_id)
-        ids = ids.masked_fill(made.input_ids == IMAGE_TOKEN_ID, self.image_id)
-        pixels = None if made.pixel_values is None else made.pixel_values.to(self.model.lm_head.weight.dtype)
+        batch = collate([(item, self.case.pixels.get(key)) for item, key in pairs], self.case.normalise).to(device)
+        ids = batch.input_ids.masked_fill(batch.attention_mask == 0, self.pad_id)
+        ids = ids.masked_fill(batch.input_ids == IMAGE_TOKEN_ID, self.image_id)
+        pixels = None if batch.pixel_values is None else batch.pixel_values.to(self.model.lm_head.weight.dtype)
         loss: torch.Tensor = self.model(
-            input_ids=ids, attention_mask=made.attention_mask, labels=made.labels, pixel_values=pixels, use_cache=False
+            input_ids=ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            pixel_values=pixels,
+            use_cache=False,
         ).loss
         return loss
 
@@ -239,7 +242,7 @@ class Peer:
         return _update(self.loss(), self.parameters, self.optimizer)
 
 
-class Ours:
+class PackedStep:
     """Our step, with the savings up to `saving` of `SAVINGS`."""
 
     def __init__(self, case: Case, saving: str = ALL) -> None:
@@ -250,14 +253,14 @@ class Ours:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, _settings())
         self.device = self.parameters[0].device
-        self.kept = {key: self._tower([key])[0] for key in case.pixels} if "features" in self.on else {}
+        self.features = {key: self._tower([key])[0] for key in case.pixels} if "features" in self.on else {}
 
     def _tower(self, keys: Sequence[Any]) -> torch.Tensor:
         values = torch.from_numpy(self.case.normalise(np.stack([self.case.pixels[key] for key in keys])))
         return self.model.tower_features(values.to(self.device))
 
     def loss(self) -> torch.Tensor:
-        """Mean loss over the supervised tokens; a fresh batch is made as the loader makes it."""
+        """Mean loss over the supervised tokens; the rows are packed anew, as the loader does."""
         return (self._packed() if "packed" in self.on else self._padded()) / self.case.supervised
 
     def _packed(self) -> torch.Tensor:
@@ -265,7 +268,7 @@ class Ours:
         total = torch.zeros((), device=self.device)
         for row in pack(self.case.items, self.case.keys, capacity, "shared" in self.on):
             keys = list(dict.fromkeys(row.images))
-            images = torch.stack([self.kept[key] for key in keys]) if keys else None
+            images = torch.stack([self.features[key] for key in keys]) if keys else None
             inputs = RowInputs.of(row, images, [keys.index(key) for key in row.images])
             total = total + packed_row_loss(self.model, inputs, self.case.normalise, self.device)
         return total
@@ -273,7 +276,7 @@ class Ours:
     def _padded(self) -> torch.Tensor:
         batch = collate([(item, None) for item in self.case.items], self.case.normalise).to(self.device)
         keys = [key for key in self.case.keys if key is not None]
-        features = torch.stack([self.kept[key] for key in keys]) if self.kept else self._tower(keys)
+        features = torch.stack([self.features[key] for key in keys]) if self.features else self._tower(keys)
         embeds = self.model.embed(batch.input_ids, None, self.model.project(features))
         decoder, head = (
             self.model.language_model.get_decoder(),
@@ -284,7 +287,7 @@ class Ours:
         return linear_cross_entropy(hidden[:, :-1][supervised], head.weight, batch.labels[:, 1:][supervised])
 
     def inside(self) -> ExitStack:
-        """Where loss and backward pass belong."""
+        """Context of loss and backward pass."""
         stack = ExitStack()
         if "packed" in self.on:
             stack.enter_context(packed_attention(self.model.language_model))
@@ -297,7 +300,7 @@ class Ours:
 
 
 def _settings() -> TrainConfig:
-    # a rate so small that no side leaves the weights that both began with
+    # so small that neither side leaves the initial weights
     return load_experiment("finetune", "mini").experiment.train.model_copy(update={"learning_rate": 1e-9})
 
 
@@ -309,9 +312,9 @@ def _update(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimizer:
     return float(loss.detach())
 
 
-def apart(case: Case, saving: str = ALL) -> dict[str, float]:
-    """How far loss and projector gradient are from transformers', relative, before any step."""
-    ours, peer = Ours(case, saving), Peer(case)
+def difference(case: Case, saving: str = ALL) -> dict[str, float]:
+    """Relative difference of loss and projector gradient from transformers', before any step."""
+    ours, peer = PackedStep(case, saving), TransformersStep(case)
     with ours.inside():
         mine = ours.loss()
         a = torch.autograd.grad(mine, list(case.model.multi_modal_projector.parameters()))
@@ -325,13 +328,13 @@ def apart(case: Case, saving: str = ALL) -> dict[str, float]:
 
 
 def tokens(case: Case, how: str = "shared") -> int:
-    """Tokens of the samples: all (`samples`), those that something depends on (`packed`), each once (`shared`)."""
+    """Number of tokens: all (`samples`), in packed rows (`packed`), with shared prefixes (`shared`)."""
     if how == "samples":
         return sum(len(item.input_ids) for item in case.items)
     return sum(len(row.input_ids) for row in pack(case.items, case.keys, 10**9, how == "shared"))
 
 
-def step_flops(ours: Ours) -> int:
+def step_flops(ours: PackedStep) -> int:
     """FLOPs of the matrix products of forward and backward pass, as PyTorch counts them; the features are cached."""
     with FlopCounterMode(display=False) as counter, ours.inside():
         ours.loss().backward()
@@ -339,8 +342,8 @@ def step_flops(ours: Ours) -> int:
     return counter.get_total_flops()
 
 
-def parts_of_step(ours: Ours, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of the parts of our step; the batch is made by another thread while the step before computes."""
+def parts_of_step(ours: PackedStep, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of the parts of our step; another thread prefetches the batch."""
     parts: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
     with ours.inside():
         for k in range(rounds + 1):
@@ -359,7 +362,7 @@ def parts_of_step(ours: Ours, rounds: int = 5) -> dict[str, float]:
 
 
 def matmul_rate(like: torch.Tensor, height: int = 2048, clock: Clock = "wall") -> float:
-    """Measured operations per second of a matrix product of a row's tokens with a square weight."""
+    """Measured FLOP/s of a matrix product of `height` tokens with a square weight."""
     width = 1024 if like.device.type == "cpu" else 4096
     a, b = (torch.randn(n, width, device=like.device, dtype=like.dtype) for n in (height, width))
     seconds = all_in_turns({"matmul": lambda: a @ b}, 9, clock)["matmul"]
@@ -367,11 +370,11 @@ def matmul_rate(like: torch.Tensor, height: int = 2048, clock: Clock = "wall") -
 
 
 def peak_of_step(side: str, name: str, stage: int, samples: int, per_image: int, dtype: str, device: str) -> float:
-    """Peak memory in MiB of the second step of a side, weights included; in a process of its own."""
+    """Peak memory in MiB of the second step of one side, weights included; call it in a process of its own."""
     case = make_case(name, stage, samples, per_image, dtype, device)
-    step = Peer(case).step if side == PEER else Ours(case, side).step
+    step = TransformersStep(case).step if side == PEER else PackedStep(case, side).step
     if side == PEER:
-        case.model = None  # type: ignore[assignment]  # its weights are the peer's now
+        case.model = None  # type: ignore[assignment]  # the peer has copied the weights
     step()
     return peak_mib(step, resolve_device(device))
 
@@ -410,9 +413,9 @@ def bench_train_step(
     name = model
     samples = samples or (16 if name == "mini" else 8)
     case = make_case(name, stage, samples, per_image, dtype, device)
-    found = {saving: apart(case, saving) for saving in savings}
-    ours = {saving: Ours(case, saving) for saving in savings}
-    sides: dict[str, Callable[[], object]] = {PEER: Peer(case).step}
+    differences = {saving: difference(case, saving) for saving in savings}
+    ours = {saving: PackedStep(case, saving) for saving in savings}
+    sides: dict[str, Callable[[], object]] = {PEER: TransformersStep(case).step}
     sides |= {saving: side.step for saving, side in ours.items()}
     for step in sides.values():
         step()
@@ -436,7 +439,7 @@ def bench_train_step(
                 **{name: round(value, 3) for name, value in ratios(seconds[saving], seconds[PEER]).items()},
                 "peak_mib": own, "peer_peak_mib": theirs,
                 "peak_ratio": round(own / theirs, 3) if own and theirs else None,
-                "loss_apart": f"{found[saving]['loss']:.1e}",
+                "loss_difference": f"{differences[saving]['loss']:.1e}",
                 **circumstances(resolve_device(device)),
             }
         )  # fmt: skip

@@ -81,7 +81,7 @@ def test_other_weights_write_other_tokens(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_way_of_attention_computes_the_same_and_is_a_row() -> None:
     found = bench_attention(("tiny",), length=96, rows=2, rounds=2, scale=0.08, memory=False)
     rows = found["cases"]
-    assert {row["case"] for row in rows} == {"causal", "packed", "packed, shared beginnings"}
+    assert {row["case"] for row in rows} == {"causal", "packed", "packed, shared prefixes"}
     assert {row["candidate"] for row in rows} >= {"padded", "sdpa", "cpu_varlen"}
     assert all(row["low"] <= row["ms"] <= row["high"] for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["candidate"] == row["peer"])
@@ -95,7 +95,7 @@ def test_samples_share_their_beginnings_and_fill_the_rows() -> None:
     for case in instruct_cases(300, rows=2, scale=0.1)[1:]:
         lengths = [len(tokens) for _, tokens in case.samples]
         assert all(int(tokens[-1]) < 300 for _, tokens in case.samples)
-        assert (sum(lengths) > 600) == (case.name == "packed, shared beginnings")
+        assert (sum(lengths) > 600) == (case.name == "packed, shared prefixes")
 
 
 def test_a_way_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from benchmarks import train_step as bench
-from benchmarks.train_step import ALL, PEER, SAVINGS, Case, Ours, Peer, apart
+from benchmarks.train_step import ALL, PEER, SAVINGS, Case, PackedStep, TransformersStep, difference
 from llava_core.checkpoints.load import build
 from llava_core.data.conversation import TEMPLATES
 from llava_core.runtime import ConfigError
@@ -36,7 +36,7 @@ def case(folder: Path, stage: int) -> Case:
 @pytest.mark.parametrize("saving", SAVINGS)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_every_saving_leaves_loss_and_gradient_as_they_are(tmp_path: Path, stage: int, saving: str) -> None:
-    found = apart(case(tmp_path, stage), saving)
+    found = difference(case(tmp_path, stage), saving)
     assert found["loss"] < 1e-5
     assert found["gradient"] < 1e-4
 
@@ -57,28 +57,28 @@ def test_loss_curves_of_both_sides_are_equal(tmp_path: Path, monkeypatch: pytest
     real = bench._settings()
     monkeypatch.setattr(bench, "_settings", lambda: real.model_copy(update={"learning_rate": 1e-3}))
     made = case(tmp_path, 2)
-    peer, ours = Peer(made), Ours(made)
+    peer, ours = TransformersStep(made), PackedStep(made)
     curves = [[side.step() for _ in range(8)] for side in (peer, ours)]
     assert curves[0][-1] < 0.95 * curves[0][0]
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_a_peer_that_reads_another_layer_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, real = case(tmp_path, 1), Peer.__init__
+    made, real = case(tmp_path, 1), TransformersStep.__init__
 
-    def another(self: Peer, case: Case) -> None:
+    def another(self: TransformersStep, case: Case) -> None:
         real(self, case)
         self.model.model.config.vision_feature_layer = -1
 
-    monkeypatch.setattr(Peer, "__init__", another)
-    assert apart(made)["gradient"] > 1e-3
+    monkeypatch.setattr(TransformersStep, "__init__", another)
+    assert difference(made)["gradient"] > 1e-3
 
 
 def test_what_is_counted(tmp_path: Path) -> None:
     one, two = case(tmp_path / "one", 1), case(tmp_path / "two", 2)
     assert bench.tokens(two, "samples") > bench.tokens(two, "packed") > bench.tokens(two, "shared")
-    assert 0 < bench.step_flops(Ours(one)) < bench.step_flops(Ours(two))
-    assert bench.step_flops(Ours(two)) < bench.step_flops(Ours(two, "packed"))
+    assert 0 < bench.step_flops(PackedStep(one)) < bench.step_flops(PackedStep(two))
+    assert bench.step_flops(PackedStep(two)) < bench.step_flops(PackedStep(two, "packed"))
     assert two.padding > 1
 
 
@@ -88,7 +88,7 @@ def test_a_row_per_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [row["case"] for row in rows] == ["packed", ALL]
     for row in rows:
         assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
-        assert float(row["loss_apart"]) < 1e-5
+        assert float(row["loss_difference"]) < 1e-5
         assert set(bench.COLUMNS) < set(row)
 
 
@@ -96,5 +96,5 @@ def test_unknown_names_are_clear(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no model '8b'; choose one of mini, 135m, 7b"):
         bench.make_case("8b", 1)
     with pytest.raises(ConfigError, match="no saving 'pack'; choose one of head, features, packed, shared"):
-        Ours(case(tmp_path, 1), "pack")
+        PackedStep(case(tmp_path, 1), "pack")
     assert PEER not in SAVINGS

@@ -102,7 +102,7 @@ def test_recorded_times_are_the_latest_of_each_device() -> None:
     with (ROOT / "benchmarks" / "results" / "attention.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     assert rows[-1]["date"] == last["date"]
-    assert {row["case"] for row in rows} == {"causal", "packed", "packed, shared beginnings"}
+    assert {row["case"] for row in rows} == {"causal", "packed", "packed, shared prefixes"}
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows)
     assert len({(row["device"], row["date"]) for row in rows}) == len({row["device"] for row in rows})
 
