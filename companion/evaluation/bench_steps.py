@@ -1,6 +1,6 @@
-"""LLaVA-Bench step by step, each from files to a file: answers of a checkpoint, reference answers, reviews.
+"""LLaVA-Bench in steps, each from files to a file: answers of a checkpoint, reference answers, reviews.
 
-Source: paper Section 5.1; llava/eval/{model_vqa,eval_gpt_review_bench}.py@181a2f8. Scores are made by `llava_bench`.
+Source: paper Section 5.1; llava/eval/{model_vqa,eval_gpt_review_bench}.py@181a2f8. `llava_bench` computes the scores.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from companion.evaluation.llava_bench import JUDGE_MODEL, judge, score_reviews
 from companion.evaluation.predict import MAX_NEW_TOKENS, predict_questions
+from companion.evaluation.prompts import PROMPTS
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import BudgetError, ChatReply, ChatRequest, Message
 from companion.teacher.parse import ReplyError
@@ -22,27 +23,22 @@ if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient
     from llava_core.checkpoints.load import Loaded
 
-FILES = {  # what each file of a bench is called: In-the-Wild and the miniature, COCO
+FILES = {  # official names: In-the-Wild and the miniature, then COCO
     "questions": ("questions.jsonl", "qa90_questions.jsonl"),
     "context": ("context.jsonl", "caps_boxes_coco2014_val_80.jsonl"),
     "reference": ("answers_gpt4.jsonl", "qa90_gpt4_answer.jsonl"),
 }
-REFERENCE_SYSTEM = (
-    "You answer questions about an image. You are not shown the image itself but what people wrote about it and, where "
-    "known, its objects with their boxes (x1, y1, x2, y2, from 0 to 1). Answer as somebody who sees the image would, "
-    "and do not speak of captions or boxes."
-)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A bench as its files have it.
+    """The files of a bench.
 
     Attributes:
-        folder: where they lie.
+        folder: of the files.
         questions: rows with question_id, image, text, category.
-        context: image -> its description for who cannot see it.
-        reference: rows with question_id and text; None where the folder has no reference answers.
+        context: image -> its description for a model that cannot see it.
+        reference: rows with question_id and text; None without reference answers.
     """
 
     folder: Path
@@ -51,7 +47,7 @@ class Bench:
     reference: list[dict[str, Any]] | None
 
     def rows(self, images: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
-        """The questions with the names of image files that exist, and their folder: `images` or the bench's own.
+        """Return the questions with the names of existing image files, and their folder: `images` or the bench's own.
 
         Raises:
             DataError: an image is missing.
@@ -71,14 +67,14 @@ class Bench:
 
 
 def load_bench(folder: str | Path, limit: int | None = None) -> Bench:
-    """Read the official files of LLaVA-Bench (COCO), LLaVA-Bench (In-the-Wild) or one of the miniature's benches.
+    """Read the official files of LLaVA-Bench (COCO), LLaVA-Bench (In-the-Wild) or a bench of the miniature.
 
     Args:
-        folder: holds questions, context and perhaps reference answers under their official names (`FILES`).
-        limit: only the first questions.
+        folder: has questions, context and perhaps reference answers under their official names (`FILES`).
+        limit: number of questions.
 
     Raises:
-        DataError: a file is missing, there are two for one purpose, or a row is not of the format.
+        DataError: a file is missing, there are two for one purpose, or a row has another format.
     """
     folder = Path(folder)
     paths = {name: _one_of(folder, name) for name in FILES}
@@ -101,7 +97,7 @@ def _one_of(folder: Path, what: str) -> Path | None:
 
 
 def _rows(path: Path, fields: Mapping[str, type], unique: bool = False) -> list[dict[str, Any]]:
-    """Rows of a JSONL file with these fields; `unique`: each with a question_id of its own."""
+    """Read JSONL rows with these fields; `unique`: each has another question_id."""
     rows, seen = read_jsonl(path), set()
     for number, row in enumerate(rows, start=1):
         where = f"{shown(path)}, record {number}"
@@ -117,7 +113,7 @@ def _rows(path: Path, fields: Mapping[str, type], unique: bool = False) -> list[
 
 
 def _description(row: Mapping[str, Any], where: str) -> str:
-    """What the judge reads instead of the image: one long caption (In-the-Wild), or captions and boxes (COCO)."""
+    """Return the text that replaces the image: one long caption (In-the-Wild), or captions and boxes (COCO)."""
     if isinstance(row.get("caption"), str):
         return str(row["caption"])
     try:
@@ -143,9 +139,9 @@ def write_answers(
     seed: int = 0,
     batch: int = 16,
 ) -> dict[str, Any]:
-    """Let a checkpoint answer a bench; arguments, result and refusals as in `predict.predict_questions`.
+    """Answer a bench with a checkpoint; arguments, result and errors as for `predict.predict_questions`.
 
-    The released script sampled at temperature 0.2; greedy answers, the default here, are the same in every run.
+    The released script sampled at temperature 0.2; greedy decoding, the default here, is deterministic.
     """
     rows, images = bench.rows(images)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -155,13 +151,13 @@ def write_answers(
 def write_reference(
     bench: Bench, client: ChatClient, out: str | Path, model: str = JUDGE_MODEL, temperature: float = 0.0
 ) -> dict[str, Any]:
-    """Let a text-only model answer a bench by the images' descriptions: reference answers as the paper's GPT-4 gave.
+    """Answer a bench with a text-only model that reads the images' descriptions, as the paper's GPT-4 did.
 
     Args:
         bench: questions and descriptions.
         client: any chat client.
-        out: JSONL file for rows with question_id, text, category and where the text comes from.
-        model: asked for by this name.
+        out: JSONL file of question_id, text, category and the source of the text.
+        model: name in the requests.
         temperature: of the model.
 
     Returns:
@@ -177,7 +173,7 @@ def write_reference(
             raise DataError(f"{shown(bench.folder)}: question {row['question_id']}: no context for {row['image']}")
         messages = reference_messages(row["text"], bench.context[row["image"]])
         requests.append(ChatRequest(messages, model, temperature))
-    asked, tally = ask_all(client, requests, _check_whole, "reference")
+    asked, tally = ask_all(client, requests, _check_complete, "reference")
     rows = [
         {"question_id": row["question_id"], "text": found.text, "category": row["category"], **found.source()}
         for row, found in zip(bench.questions, asked, strict=True)
@@ -187,12 +183,12 @@ def write_reference(
 
 
 def reference_messages(question: str, context: str) -> list[Message]:
-    """Return the chat messages that ask for a reference answer; the wording is ours, the paper's was not published."""
+    """Return the chat messages that ask for a reference answer."""
     user = f"[Context]\n{context}\n\n[Question]\n{question}\n\n[Answer]"
-    return [{"role": "system", "content": REFERENCE_SYSTEM}, {"role": "user", "content": user}]
+    return [{"role": "system", "content": PROMPTS["reference_system"]}, {"role": "user", "content": user}]
 
 
-def _check_whole(reply: ChatReply) -> None:
+def _check_complete(reply: ChatReply) -> None:
     if not reply.text.strip() or reply.finish_reason == "length":
         raise ReplyError("it was cut off" if reply.text.strip() else "it is empty")
 
@@ -206,25 +202,26 @@ def write_reviews(
     model: str = JUDGE_MODEL,
     swap: bool = False,
 ) -> dict[str, Any]:
-    """Have the answers of a file judged beside reference answers.
+    """Review the answers of a file against reference answers.
 
-    To judge again, as the paper did three times, call it with another `out` and a recording client with another
-    cassette: a cassette answers the same request with the same review.
+    A repeat, as in the paper, needs another `out` and another cassette: a cassette answers the same request with the
+    same review.
 
     Args:
-        bench: questions, descriptions, and the reference answers unless `reference` names others.
+        bench: questions, descriptions, and the reference answers unless `reference` is given.
         answers: JSONL file of question_id and text.
         client: any chat client.
         out: JSONL file for the reviews.
         reference: JSONL file of question_id and text.
-        model: the judge, asked for by this name.
-        swap: judge each pair in both orders.
+        model: name of the judge in the requests.
+        swap: review each pair in both orders.
 
     Returns:
-        `score_reviews` of the reviews, the tally of `teacher.asking.ask_all` (its `failed` among it), file.
+        `score_reviews` of the reviews, the tally of `teacher.asking.ask_all` without its `failed`, file.
 
     Raises:
-        DataError: as `llava_bench.judge`; or no review could be had.
+        DataError: as `llava_bench.judge`.
+        BudgetError: the budget allows no review.
     """
     given = _rows(Path(reference), {"text": str}, unique=True) if reference else bench.reference
     if given is None:
@@ -235,6 +232,3 @@ def write_reviews(
         raise BudgetError(f"{shown(out)}: no review: {tally['stopped']}")
     file = shown(write_jsonl(out, reviews))
     return {**score_reviews(reviews), **{k: v for k, v in tally.items() if k != "failed"}, "file": file}
-
-
-__all__ = ["Bench", "load_bench", "reference_messages", "write_answers", "write_reference", "write_reviews"]

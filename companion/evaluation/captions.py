@@ -1,7 +1,7 @@
-"""Caption scores without Java: corpus BLEU-1 to 4 and CIDEr-D, as the COCO caption scorer defines them.
+"""Caption scores in Python: corpus BLEU-1 to 4 and CIDEr-D, as the COCO caption scorer defines them.
 
 Source: Papineni et al. 2002 (BLEU), Vedantam et al. 2015 (CIDEr-D), Chen et al. 2015 (the COCO server's choices:
-reference length closest to the candidate's, sigma 6, tf-idf counts over the evaluated images, factor 10).
+closest reference length, sigma 6, tf-idf over the evaluated images, factor 10).
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ _TOKEN = re.compile(
     r"(?:mr|mrs|ms|dr|st|mt|ave|vs|etc)\.|n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:]\d+)+|(?:[^\W\d_]\.){2,}|\w+(?:[-/']\w+)*|[^\w\s]"
 )
 _PUNCTUATION = set("'`\".?!,:-;…–—“”‘’")
-# The scorer drops the treebank's names of brackets in capitals only, while its tokenizer writes them small: they stay.
+# The COCO scorer removes `-LRB-` and the like in capitals only, but its tokenizer writes them in lower case: they stay.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 
 def tokenize(caption: str) -> list[str]:
-    """Split a caption nearly as the Penn Treebank does, in lower case and without punctuation.
+    """Split a caption nearly as the Penn Treebank tokenizer does, in lower case and without punctuation.
 
     `don't` becomes `do n't`, `man's` becomes `man 's`, `cannot` becomes `can not`; hyphenated words, decimals and
-    abbreviations such as `u.s.` stay whole. Web addresses, markup, currencies other than the dollar and the rarer
-    abbreviations are split otherwise than by the scorer's own tokenizer; `benchmarks/results/captions.csv` tells how
-    often that happens in COCO's captions and what it does to the scores.
+    abbreviations such as `u.s.` are one token. Web addresses, markup, currencies except the dollar and rare
+    abbreviations differ from the scorer's tokenizer; `benchmarks/results/captions.csv` has the measured effect.
     """
     text = _CONTRACTION.sub(r" \1", caption.lower().replace("’", "'"))
     text = _JOINED.sub(lambda found: " ".join(filter(None, found.groups())), text)
@@ -62,7 +61,7 @@ def bleu(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -
 
 
 def _bleu_counts(references: Sequence[Tokens], candidate: Tokens) -> list[int]:
-    """What one image adds: matched and proposed runs of 1 to 4 words, the candidate's and the reference's length."""
+    """Counts of one image: matched and proposed 1- to 4-grams, length of the candidate and of the closest reference."""
     matched, proposed = [0] * MAX_N, [0] * MAX_N
     most: Counter[tuple[str, ...]] = Counter()
     for ref in references:
@@ -77,7 +76,7 @@ def _bleu_counts(references: Sequence[Tokens], candidate: Tokens) -> list[int]:
 
 def _bleu_of(counts: Sequence[float]) -> list[float]:
     *_, length, reference_length = counts
-    # The two small constants are the COCO scorer's: they decide what a corpus without a single match scores.
+    # The small constants are the COCO scorer's: they decide the score of a corpus without a match.
     ratio = (length + 1e-15) / (reference_length + 1e-9)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, scores = 1.0, []
@@ -127,7 +126,7 @@ def score(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) 
 
     Args:
         references: image id -> reference captions.
-        captions: image id -> candidate caption; images without one are left out and counted.
+        captions: image id -> candidate caption; images without one are counted as missing.
 
     Returns:
         n (images scored), missing, bleu1 to bleu4 (0 to 1), cider (0 to 10), tokenizer.
@@ -135,9 +134,9 @@ def score(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) 
     Raises:
         DataError: there is no caption, or one for an image without references.
     """
-    strangers = [key for key in captions if not references.get(key)]
-    if strangers:
-        raise DataError(f"image {strangers[0]!r} has a caption but no reference ({len(strangers)} such images)")
+    unknown = [key for key in captions if not references.get(key)]
+    if unknown:
+        raise DataError(f"image {unknown[0]!r} has a caption but no reference ({len(unknown)} such images)")
     if not captions:
         raise DataError("no caption to score")
     refs = [[tokenize(ref) for ref in references[key]] for key in captions]
@@ -155,10 +154,10 @@ def score(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) 
 def compare(
     references: Mapping[Any, Sequence[str]], first: Mapping[Any, str], second: Mapping[Any, str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Score captions, or two sets of captions of the same images, with intervals from drawing the images again.
+    """Score captions, or the difference of two sets of captions, with bootstrap intervals over the images.
 
     Args:
-        references: image id -> reference captions; their document frequencies stay those of all images.
+        references: image id -> reference captions; document frequencies are not resampled.
         first: image id -> caption.
         second: of the same images.
 
@@ -235,24 +234,24 @@ def write_captions(
     max_new_tokens: int = 40,
     batch: int = 64,
 ) -> dict[str, Any]:
-    """Let a checkpoint caption the images of a COCO caption file, in COCO's result layout.
+    """Caption the images of a COCO caption file with a checkpoint, in COCO's result layout.
 
     Args:
         loaded: the model.
-        checkpoint: where it was loaded from.
+        checkpoint: its path.
         references: `captions_*.json`, whose `images` name the files.
         images: folder of the images.
-        out: `.json` file for the captions; beside it, as `.jsonl`, how each came about, with which a call goes on.
-        request: what the model is asked about each image.
-        limit: only the first so many images.
+        out: `.json` file for the captions; a `.jsonl` file of the same name has the settings and is resumed.
+        request: the prompt for each image.
+        limit: number of images.
         max_new_tokens: longest caption in tokens.
-        batch: images captioned together (no caption depends on it).
+        batch: images captioned together.
 
     Returns:
         As `predict.predict_questions`; file is `out`.
 
     Raises:
-        DataError: the files do not fit, or the `.jsonl` holds captions given under other conditions.
+        DataError: the files do not fit, or the `.jsonl` has captions with other settings.
     """
     from companion.evaluation.predict import predict_questions
 
@@ -270,10 +269,10 @@ def write_captions(
         if not (images / row["file_name"]).is_file():
             raise DataError(f"{where}: {shown(images / row['file_name'])} is not there; name the folder of the images")
         rows.append({"question_id": row["id"], "text": request, "image": row["file_name"]})
-    told = Path(out).with_suffix(".jsonl")
+    answers = Path(out).with_suffix(".jsonl")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch": batch, "desc": "captions"}
-    result = predict_questions(loaded, checkpoint, rows, images, told, **options)
-    captions = [{"image_id": row["question_id"], "caption": row["text"]} for row in read_jsonl(told)]
+    result = predict_questions(loaded, checkpoint, rows, images, answers, **options)
+    captions = [{"image_id": row["question_id"], "caption": row["text"]} for row in read_jsonl(answers)]
     return result | {"file": shown(write_json(out, captions))}
 
 

@@ -1,9 +1,8 @@
-"""LLaVA together with a text-only GPT-4 on ScienceQA: complement, judge, and the bound of picking one of the two.
+"""The ScienceQA ensemble of LLaVA and a text-only GPT-4: complement, judge, and the upper bound of choosing one answer.
 
-GPT-4 is asked twice at most: first every problem, after two solved examples and without the image; then, where its
-answer and LLaVA's differ, the same problem with both answers. The paper published neither of the two prompts (Table 10
-shows the roles, both whole answers, and the last sentence), which examples it gave, nor which of GPT-4's snapshots it
-asked: the wording is ours.
+GPT-4 is asked every problem, after two solved examples and without the image. Where its answer and LLaVA's differ, it
+is asked again with both answers. The paper published neither the two prompts (Table 10 shows the roles, both complete
+answers and the last sentence) nor its examples nor the GPT-4 snapshot: wording and examples are ours.
 
 Source: paper Section 5.2, Tables 7 and 10; llava/eval/eval_science_qa_gpt4{,_requery}.py@8959d5c.
 """
@@ -16,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from companion.data_tools.scienceqa import Problem, format_problem
+from companion.evaluation.prompts import PROMPTS
 from companion.evaluation.science_qa import DEFAULT_ERA, Answer, Failure, as_questions, parse_answer, tally
 from companion.evaluation.statistics import mcnemar, paired_bootstrap
-from companion.teacher.asking import concurrently
-from companion.teacher.chat import PRICES, BudgetError, ChatError, ChatReply, ChatRequest, ServerError, estimate
+from companion.teacher.asking import ask_all
+from companion.teacher.chat import PRICES, BudgetError, ChatReply, ChatRequest, estimate
 from llava_core.constants import IMAGE_MARKER
-from llava_core.runtime import DataError, progress
+from llava_core.runtime import DataError
 
 if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient, Message
@@ -29,28 +29,17 @@ if TYPE_CHECKING:
 MODEL, TEMPERATURE, REPLY_TOKENS, SHOTS = "gpt-4-0314", 0.0, 1024, 2
 """The number of examples is the paper's; snapshot, temperature and length are ours."""
 
-SOLVER_SYSTEM = (
-    "You solve multiple-choice questions from school. You cannot see images. Begin with one sentence of the form: The "
-    "answer is X. Then explain, after the word BECAUSE: why. If the question cannot be answered without its image, say "
-    "so and name no letter."
-)
-JUDGE_SYSTEM = (
-    "You solve multiple-choice questions from school. Two assistants have answered one. Weigh both answers and reason "
-    "for yourself; neither need be right. End with one sentence of the form: The answer is X."
-)
-
-
 # ------------------------------------------------------------------------------------------------ asking
 
 
 def pick_shots(train: Sequence[Problem], n: int = SHOTS, seed: int = 0) -> list[Problem]:
-    """Return n problems without an image as examples, drawn by seed."""
+    """Return n problems without an image, drawn with the seed, as examples."""
     return random.Random(seed).sample([problem for problem in train if not problem.image], n)
 
 
 def solver_messages(problem: Problem, shots: Sequence[Problem] = ()) -> list[Message]:
-    """Return what the text-only model is asked about a problem: solved examples, then the problem without its image."""
-    messages = [{"role": "system", "content": SOLVER_SYSTEM}]
+    """Return the first query: solved examples, then the problem without its image."""
+    messages = [{"role": "system", "content": PROMPTS["solver_system"]}]
     for shot in shots:
         asked, replied = format_problem(shot, "QCM-ALE").turns[0]
         messages += [{"role": "user", "content": _blind(asked)}, {"role": "assistant", "content": replied}]
@@ -58,10 +47,10 @@ def solver_messages(problem: Problem, shots: Sequence[Problem] = ()) -> list[Mes
 
 
 def requery_messages(problem: Problem, llava: str, gpt4: str) -> list[Message]:
-    """Return what the text-only model is asked after both have answered: LLaVA is Assistant 1, itself Assistant 2."""
+    """Return the second query, with both answers: LLaVA is Assistant 1, the text-only model Assistant 2."""
     asked = _blind(format_problem(problem, "QCM-ALE").turns[0][0])
     text = f"{asked}\n\nAssistant 1:\n{llava}\n\nAssistant 2:\n{gpt4}\n\nWhich choice is right?"
-    return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": text}]
+    return [{"role": "system", "content": PROMPTS["requery_system"]}, {"role": "user", "content": text}]
 
 
 def _blind(question: str) -> str:
@@ -71,38 +60,24 @@ def _blind(question: str) -> str:
 def ask(client: ChatClient, requests: Mapping[str, ChatRequest], desc: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Ask each question once.
 
-    Args:
-        client: any chat client of `companion.teacher`; its attribute `concurrency` says how many requests it likes.
-        requests: by question id.
-        desc: of the progress bar.
-
     Returns:
-        Texts by question id, without those that got no reply; and the bill: requests (sent now), replayed (from a
-        cassette), unanswered, tokens (prompt, completion), spend_usd (paid now), cost_usd (whenever it was paid) and
-        models (replies by snapshot).
+        Replies by question id, without failed requests; and the bill: requests (sent now), replayed (from a cassette),
+        unanswered, tokens (prompt, completion), spend_usd (paid now), cost_usd (paid at any time), models (replies per
+        snapshot).
 
     Raises:
-        ServerError, BudgetError, DataError: the client's; what was answered until then is in its cassette.
+        ServerError, BudgetError, DataError: the client's; earlier replies are in its cassette.
     """
 
-    def one(request: ChatRequest) -> ChatReply | None:
-        try:
-            return client.complete(request)
-        except (ServerError, BudgetError):
-            raise
-        except ChatError:
-            return None
-
-    work = concurrently(
-        one, requests.values(), getattr(client, "concurrency", 1), getattr(client, "stop", lambda: None)
-    )
-    found = dict(zip(requests, progress(work, desc, total=len(requests), leave=False, delay=1), strict=True))
-    replies = {key: reply for key, reply in found.items() if reply is not None}
+    asked, tally = ask_all(client, list(requests.values()), lambda reply: reply, desc)
+    if tally["stopped"]:
+        raise BudgetError(tally["stopped"])
+    replies: dict[str, ChatReply] = {k: found.value for k, found in zip(requests, asked, strict=True) if found.good}
     fresh = [reply for reply in replies.values() if not reply.cached]
     bill = {
         "requests": len(fresh),
         "replayed": len(replies) - len(fresh),
-        "unanswered": len(found) - len(replies),
+        "unanswered": len(requests) - len(replies),
         "tokens": [sum(r.prompt_tokens for r in replies.values()), sum(r.completion_tokens for r in replies.values())],
         "spend_usd": sum(reply.cost_usd for reply in fresh),
         "cost_usd": sum(reply.cost_usd for reply in replies.values()),
@@ -127,16 +102,16 @@ def run(
         llava: problem id -> LLaVA's output, for every problem.
         client: any chat client of `companion.teacher`.
         shots: solved examples of the first query.
-        model: asked for by this name.
+        model: name in the requests.
         era: see `science_qa.parse_answer`.
 
     Returns:
-        systems (see `evaluate`), n, asked_again, bills (of `ask`: gpt4 and requery), spend_usd and cost_usd (of both),
-        listed (`chat.estimate` of the same requests at the model's listed price; None where none is listed), texts
-        (gpt4 and requery, by problem id), shots (their ids).
+        systems (see `evaluate`), n, asked_again, bills (of `ask`: gpt4 and requery), spend_usd and cost_usd (sums),
+        listed (`chat.estimate` of the same requests at the listed price of the model, or None), texts (gpt4 and
+        requery, by problem id), shots (their ids).
 
     Raises:
-        DataError: LLaVA has not answered every problem; and as in `ask`.
+        DataError: LLaVA has not answered every problem; and as `ask`.
     """
     absent = [p.id for p in problems if p.id not in llava]
     if absent:
@@ -170,16 +145,15 @@ def run(
 
 
 def complement(llava: Answer, gpt4: Answer) -> Answer:
-    """Return GPT-4's answer, and LLaVA's where GPT-4 gave none.
+    """Return GPT-4's answer, or LLaVA's where GPT-4 gave no valid choice.
 
-    The released code fell back on LLaVA for unparsed text only and drew a letter beyond the choices at random; here
-    either failure falls back.
+    The released code took LLaVA's only for unparsed text, and drew a choice at random for an invalid letter.
     """
     return llava if isinstance(gpt4, Failure) else gpt4
 
 
 def judged(llava: Answer, gpt4: Answer, requery: Answer) -> Answer:
-    """Return GPT-4's second answer where the two differ, and LLaVA's where they agree or the second is no choice."""
+    """Return GPT-4's second answer where the two differ, or LLaVA's where they agree or the second is no choice."""
     return llava if llava == gpt4 or isinstance(requery, Failure) else requery
 
 
@@ -193,13 +167,13 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Score both systems, their ensembles and the upper bound (either is right) on the same questions.
 
-    The bound is one of rules that pick one of the two answers: a judge that names a third choice may pass it.
+    The bound holds for rules that choose one of the two answers; a judge that names a third choice may exceed it.
 
     Args:
         problems: as in `science_qa.score`.
         llava: question id -> LLaVA's output.
         gpt4: question id -> GPT-4's output; a missing one counts as unparsed, here and below.
-        requery: question id -> GPT-4's output after it saw both; without it there is no `judge`.
+        requery: question id -> GPT-4's second output; without it there is no `judge`.
         era: see `science_qa.parse_answer`.
 
     Returns:
@@ -229,7 +203,7 @@ def evaluate(
 
 
 def format_report(result: Mapping[str, Any]) -> str:
-    """Return `run`'s result as a table for people."""
+    """Return `run`'s result as a text table."""
     lines = [f"{'':12}{'right':>7}{'of':>7}{'%':>8}{'no answer':>11}   minus LLaVA, 95 % interval, McNemar's p"]
     for name, row in result["systems"].items():
         line = f"{name:12}{row['correct']:7}{row['n']:7}{row['accuracy']:8.2f}{row['unparsed'] + row['invalid']:11}"

@@ -1,7 +1,7 @@
-"""Does the model look at the image? Short factual answers with the right image, with a wrong one, and with none.
+"""Image grounding: exact-match accuracy of short answers with the right image, another image, and text alone.
 
-A row of questions is {question_id, image, text, answer, kind}. A model that reads the text only reaches `text_prior`;
-one that looks falls back to about that number when `shuffle_images` hands it images of other questions.
+A row of questions is {question_id, image, text, answer, kind}. A model that ignores the image reaches `text_prior`; the
+accuracy of a model that uses it falls to about that value with `shuffle_images`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 
 def normalize(answer: str) -> str:
-    """Return an answer without case, punctuation and extra white space: what an exact match compares."""
+    """Return an answer in lower case, without punctuation and extra white space, for exact matches."""
     return " ".join(re.sub(r"[^\w\s]", " ", answer.casefold()).split())
 
 
@@ -27,11 +27,11 @@ def factual_accuracy(questions: Sequence[Row], answers: Mapping[Any, str]) -> di
     """Score short answers by exact match after `normalize`.
 
     Args:
-        questions: the rows asked.
+        questions: rows.
         answers: question id -> the model's answer, one for every row.
 
     Returns:
-        `{n, correct, accuracy, interval, by_kind}` in percent; by_kind holds the first four for every kind.
+        `{n, correct, accuracy, interval, by_kind}` in percent; by_kind has the first four per kind.
 
     Raises:
         DataError: ids of questions and answers differ, or an id occurs twice.
@@ -39,7 +39,7 @@ def factual_accuracy(questions: Sequence[Row], answers: Mapping[Any, str]) -> di
     ids = [str(row["question_id"]) for row in questions]
     texts = {str(key): text for key, text in answers.items()}
     if not ids or len(set(ids)) != len(ids):
-        raise DataError("questions: none, or two with the same question_id; every row needs its own")
+        raise DataError("questions: none, or two with the same question_id")
     different = set(ids) ^ texts.keys()
     if different:
         raise DataError(
@@ -48,15 +48,15 @@ def factual_accuracy(questions: Sequence[Row], answers: Mapping[Any, str]) -> di
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for identifier, row in zip(ids, questions, strict=True):
         by_kind[str(row["kind"])].append(normalize(texts[identifier]) == normalize(row["answer"]))
-    whole = proportion(sum(map(sum, by_kind.values())), len(ids))
-    return whole | {"by_kind": {kind: proportion(sum(hits), len(hits)) for kind, hits in sorted(by_kind.items())}}
+    total = proportion(sum(map(sum, by_kind.values())), len(ids))
+    return total | {"by_kind": {kind: proportion(sum(hits), len(hits)) for kind, hits in sorted(by_kind.items())}}
 
 
 def text_prior(train_questions: Sequence[Row], questions: Sequence[Row]) -> dict[str, Any]:
-    """Score the best that text alone offers: the most frequent training answer to the same question text.
+    """Score the best text-only baseline: the most frequent training answer to the same question text.
 
-    A text never asked in training gets the most frequent answer of its kind, and an unknown kind that of all. Ties go
-    to the answer that is first in the alphabet.
+    A text without training answers gets the most frequent answer of its kind, and an unknown kind that of all. Ties go
+    to the alphabetically first answer.
 
     Returns:
         As `factual_accuracy`.
@@ -65,7 +65,7 @@ def text_prior(train_questions: Sequence[Row], questions: Sequence[Row]) -> dict
         DataError: there is no training question.
     """
     if not train_questions:
-        raise DataError("text prior: no training question to count answers in")
+        raise DataError("text prior: no training question")
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for row in train_questions:
         for key in _prior_keys(row):
@@ -81,9 +81,9 @@ def _prior_keys(row: Row) -> tuple[tuple[str, str], ...]:
 
 
 def shuffle_images(questions: Sequence[Row], seed: int) -> list[dict[str, Any]]:
-    """Return the rows with images exchanged so that no question keeps its own.
+    """Return the rows with permuted images, so that no question keeps its own.
 
-    Questions that share an image share the new one, so each image still comes with as many questions as another had.
+    Questions that share an image also share the new one.
 
     Raises:
         DataError: all questions have the same image, or one has none.

@@ -1,6 +1,6 @@
-"""LLaVA-Bench: a judge that reads captions instead of the image scores a reference and a candidate, 1 to 10 each.
+"""LLaVA-Bench: a judge scores reference and candidate answers from 1 to 10, reading captions instead of the image.
 
-The relative score is the ratio of mean scores, candidate to reference, in percent. Source: paper Section 5.1;
+The relative score is the ratio of the mean scores, candidate to reference, in percent. Source: paper Section 5.1;
 llava/eval/{eval_gpt_review_bench,summarize_gpt_review}.py@181a2f8.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from companion.evaluation.prompts import PROMPTS
 from companion.evaluation.statistics import seeds_interval
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import ChatRequest
@@ -30,22 +31,13 @@ CATEGORY_PREFIX = "llava_bench_"
 ORDERS = ("reference_first", "candidate_first")
 JUDGE_MODEL, JUDGE_TEMPERATURE, JUDGE_MAX_TOKENS = "gpt-4-0314", 0.2, 1024
 
-JUDGE_SYSTEM = "You are a fair and exact judge of the quality of answers to questions about an image."
-JUDGE_RULE = (
-    "Above are a description of an image, a question about it, and what two AI assistants answered. You cannot see the "
-    "image; rely on the description. Judge how helpful, relevant, accurate and detailed each answer is, and give each "
-    "assistant one overall score from 1 (poor) to 10 (excellent). The order of the assistants must not matter. "
-    "On the first line write only the two scores, Assistant 1's and then Assistant 2's, separated by a space. "
-    "From the second line on explain both scores."
-)
-
 # ------------------------------------------------------------------------------------------------ asking
 
 
 def judge_messages(
-    question: str, context: str, first: str, second: str, rule: str = JUDGE_RULE
+    question: str, context: str, first: str, second: str, rule: str = PROMPTS["judge_rule"]
 ) -> list[dict[str, str]]:
-    """Return the chat messages that ask a judge to score two answers; the sections are those of the released prompt."""
+    """Return the chat messages that ask for two scores; the sections are those of the released prompt."""
     sections = [
         f"[Context]\n{context}",
         f"[Question]\n{question}",
@@ -53,7 +45,7 @@ def judge_messages(
         f"[Assistant 2]\n{second}\n\n[End of Assistant 2]",
         f"[System]\n{rule}",
     ]
-    return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": "\n\n".join(sections)}]
+    return [{"role": "system", "content": PROMPTS["judge_system"]}, {"role": "user", "content": "\n\n".join(sections)}]
 
 
 def judge(
@@ -68,30 +60,29 @@ def judge(
     max_tokens: int = JUDGE_MAX_TOKENS,
     swap: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Have every candidate answer judged beside the reference answer.
+    """Review every candidate answer against the reference answer.
 
-    A review that names no two scores is asked for once more; the row keeps the first one under `first`.
+    A review without two scores is asked for once more; the row keeps the first one under `first`.
 
     Args:
         questions: rows with question_id, image, text and category.
-        context: image (the question's field) -> its description: captions, for COCO also boxes.
+        context: image -> its description: captions, for COCO also boxes.
         reference_answers: question id -> text, or rows with question_id and text.
         candidate_answers: likewise.
         client: any chat client of `companion.teacher`.
-        model: the judge's name, handed to the client.
+        model: name of the judge in the requests.
         temperature: of the judge.
         max_tokens: of one review.
-        swap: ask a second time with the candidate first, to cancel a judge's taste for a position.
+        swap: ask a second time with the candidate first, against position bias.
 
     Returns:
         Review rows as released (question_id, answer1_id of the reference, answer2_id of the candidate, category,
-        content, tuple), with `order` and where the review comes from (`Asked.source`). `tuple` is always
-        [reference, candidate], and None where there is no review or it names no two scores. Then the tally of
-        `teacher.asking.ask_all`; where the budget ended, what was not asked has no row.
+        content, tuple), with `order` and `Asked.source`. `tuple` is [reference, candidate] in either order, None for a
+        failed review. Then the tally of `teacher.asking.ask_all`; questions beyond the budget have no row.
 
     Raises:
-        DataError: a question lacks a context, a reference or a candidate answer.
-        ServerError: no request can succeed; what was answered until then is in a recording client's cassette.
+        DataError: a question has no context, reference or candidate answer.
+        ServerError: no request can succeed; earlier replies are in the cassette of a recording client.
     """
     references, candidates = _by_id(reference_answers, "reference"), _by_id(candidate_answers, "candidate")
     jobs: list[tuple[dict[str, Any], ChatRequest]] = []
@@ -125,7 +116,7 @@ def _check_scores(reply: ChatReply) -> None:
 
 
 def _by_id(answers: Answers, what: str) -> dict[str, tuple[str, str]]:
-    """Question id -> answer and the answer's id, which is made of the text where a row has none."""
+    """Return question id -> answer and its id, a hash of the text where a row has none."""
     if isinstance(answers, Mapping):
         answers = [{"question_id": key, "text": text} for key, text in answers.items()]
     found: dict[str, tuple[str, str]] = {}
@@ -139,8 +130,8 @@ def _by_id(answers: Answers, what: str) -> dict[str, tuple[str, str]]:
 
 # ------------------------------------------------------------------------------------------------ scoring
 
-# What may stand around two scores without making them doubtful; anything else on their line makes the review fail.
-# A colon or dash counts only after a word: in "1: 8" the 1 would be a number of a list, not a score.
+# Text that may surround two scores; any other text on their line makes the review fail.
+# A colon or dash is accepted only after a word: in "1: 8" the 1 would be a list number, not a score.
 _LABEL = re.compile(r"assistant\s*([12])\b(?:'s)?", re.IGNORECASE)
 _FILLER = re.compile(
     r"(?:(?:assistant\s*[12]\b(?:'s)?|\b(?:overall|final|scores?|ratings?|the|of|for|is|and|vs)\b)[\s*_]*)+[:=-]?"
@@ -151,10 +142,10 @@ _NUMBER = re.compile(r"(?<![\w.-])(?:10|\d)(?:\.\d+)?(?![\w/.])")
 
 
 def parse_scores(review: str) -> tuple[float, float] | None:
-    """Return the two scores that a review opens with, or None where they are not beyond doubt.
+    """Return the two scores that a review opens with, or None where they are ambiguous.
 
     Accepted: `8 7.5`, `8, 9`, `8/10 9/10`, `Scores: 8 and 9`, `Assistant 1: 8` and `Assistant 2: 9` on one line or on
-    two, and lines without any digit before them. A line that mixes other words with digits is not read.
+    two, and lines without digits before them. A line with digits and other words is rejected.
     """
     found: list[float] = []
     labels: list[str] = []
@@ -174,7 +165,7 @@ def parse_scores(review: str) -> tuple[float, float] | None:
 
 
 def _released_scores(review: str) -> tuple[float, float]:
-    """Parse as the released script does, where a failure becomes a score of -1; so does a number that is none."""
+    """Parse as the released script does, where a failure becomes a score of -1; so do NaN and infinity."""
     parts = review.split("\n")[0].replace(",", " ").split(" ")
     try:
         first, second = (float(part) for part in parts)
@@ -184,23 +175,23 @@ def _released_scores(review: str) -> tuple[float, float]:
 
 
 def review_scores(row: Mapping[str, Any], released: bool = False) -> tuple[float, float] | None:
-    """Return the scores of reference and candidate, or None where a row has none (`released`: -1 and -1)."""
+    """Return the scores of reference and candidate, or None for a failed review (`released`: -1 and -1)."""
     content, stored = row.get("content"), row.get("tuple", row.get("score"))
     if isinstance(content, str):
         scores = _released_scores(content) if released else parse_scores(content)
         return scores[::-1] if scores and row.get("order") == ORDERS[1] else scores
-    # a row that kept the scores only has them in the order of reference and candidate
-    whole = isinstance(stored, list | tuple) and len(stored) == 2 and all(type(s) in (int, float) for s in stored)
-    if whole and all(0 <= score <= 10 for score in stored):
+    # a row without text has its scores in the order of reference and candidate
+    complete = isinstance(stored, list | tuple) and len(stored) == 2 and all(type(s) in (int, float) for s in stored)
+    if complete and all(0 <= score <= 10 for score in stored):
         return float(stored[0]), float(stored[1])
     return (-1.0, -1.0) if released else None
 
 
 def review_rows(reviews: Reviews) -> tuple[str, list[Mapping[str, Any]]]:
-    """Return what errors call the reviews, and the reviews of a file or of rows.
+    """Return the name of the reviews for error messages, and their rows.
 
     Raises:
-        DataError: the file is missing, empty or holds something else than reviews.
+        DataError: the file is missing, empty or has other rows than reviews.
     """
     where = shown(reviews) if isinstance(reviews, str | Path) else "reviews"
     rows = read_jsonl(reviews) if isinstance(reviews, str | Path) else list(reviews)
@@ -213,20 +204,20 @@ def review_rows(reviews: Reviews) -> tuple[str, list[Mapping[str, Any]]]:
 
 
 def score_reviews(reviews: Reviews, *, released: bool = False) -> dict[str, Any]:
-    """Score a file, or rows, of reviews: 100 x mean candidate / mean reference, means rounded to three decimals.
+    """Score reviews: 100 x mean candidate / mean reference, means rounded to three decimals.
 
     Args:
-        reviews: JSONL path or rows; `content` (the judge's text) counts, `tuple` only where there is no text.
+        reviews: JSONL path or rows; the judge's text `content` counts, `tuple` only without a text.
         released: average failed reviews as -1 and -1, as the released script does, instead of leaving them out.
 
     Returns:
-        n (reviews in the means), failed with failed_ids, all, categories (relative scores in %, None where nothing
-        could be scored), reference and candidate (mean scores x 10), counts per category; mean_of_ratios (in %, the
-        mean over the reviews of candidate / reference, which is another number and not the bench's; None where a
-        reference has 0); orders (relative score of each order of the answers, where there are both).
+        n (reviews in the means), failed with failed_ids, all, categories (relative scores in %, None without a score),
+        reference and candidate (mean scores x 10), counts per category; mean_of_ratios (in %, the mean over reviews of
+        candidate / reference, which is not the bench's number; None where a reference has 0); orders (relative score
+        of each order of the answers, if there are both).
 
     Raises:
-        DataError: the file is missing, empty or holds something else than reviews.
+        DataError: the file is missing, empty or has other rows than reviews.
     """
     _, rows = review_rows(reviews)
     groups: dict[str, list[tuple[float, float]]] = {"all": []}

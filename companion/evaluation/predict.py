@@ -1,6 +1,6 @@
-"""A checkpoint's answers, in batches, into files that are gone on with: any questions; ScienceQA, with its second pass.
+"""Answers of a checkpoint, generated in batches into files that are resumed: any questions, and ScienceQA.
 
-How ScienceQA is asked, and whether in two passes, is decided by the prompt format of the checkpoint's manifest.
+The prompt format in the manifest of the checkpoint decides how ScienceQA is asked, and whether in two passes.
 """
 
 from __future__ import annotations
@@ -21,32 +21,30 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS, ANSWER_TOKENS = 1024, 64
 """Longest first and second reply. Source: llava/eval/model_vqa_science.py@8959d5c."""
-_BRIDGE_TOKENS = 16  # what the second pass puts between reasoning and answer never needs more
-_USE = {"template": "v0", "system": None, "image_position": "data", "image_delimiters": None, "prompt_format": None}
+_BRIDGE_TOKENS = 16  # upper bound of the text between reasoning and answer in the second pass
+_DEFAULTS = {
+    "template": "v0",
+    "system": None,
+    "image_position": "data",
+    "image_delimiters": None,
+    "prompt_format": None,
+}
 
 
 def conditions(loaded: Loaded, checkpoint: str | Path, **more: Any) -> dict[str, Any]:
-    """What decides an answer besides the question: the model, its precision, prompt, image and further settings.
-
-    Args:
-        loaded: the model.
-        checkpoint: where it was loaded from.
-        more: of the generation, say.
-
-    Returns:
-        The settings, as JSON gives them back.
+    """Return all that decides an answer besides the question: model, dtype, prompt, image processing, and `more`.
 
     Raises:
         CheckpointError: there are no weights at `checkpoint`.
     """
     manifest = loaded.manifest
-    found = {
+    settings = {
         "checkpoint": checkpoint_id(checkpoint), "base": manifest.get("base"), "run_id": manifest.get("run_id"),
         "dtype": str(loaded.model.language_model.dtype).removeprefix("torch."),
-        **{name: manifest.get(name, usual) for name, usual in _USE.items()},
+        **{name: manifest.get(name, default) for name, default in _DEFAULTS.items()},
         "feature_layer": loaded.model.feature_layer, "image": loaded.processor.to_dict(), **more,
     }  # fmt: skip
-    copied: dict[str, Any] = json.loads(json.dumps(found))  # as a file gives it back: lists, no tuples
+    copied: dict[str, Any] = json.loads(json.dumps(settings))  # as read from a file: lists, no tuples
     return copied
 
 
@@ -63,28 +61,28 @@ def predict_questions(
     batch: int = 64,
     desc: str = "answers",
 ) -> dict[str, Any]:
-    """Answer questions into a file; answers that it holds already are kept.
+    """Answer questions into a file; a file of an interrupted run is resumed.
 
     Args:
         loaded: the model.
-        checkpoint: where it was loaded from; the file keeps its hash.
-        rows: `{question_id, text, image}` as `answer_questions` takes them.
+        checkpoint: its path; the file stores its hash.
+        rows: `{question_id, text, image}` as for `answer_questions`.
         images: folder of the images.
         out: JSONL file; see `predictions`.
         max_new_tokens: longest answer in tokens.
         temperature: 0 is greedy.
-        seed: of sampled answers; another one gives another run.
-        batch: rows generated together (no answer depends on it).
-        desc: of the progress bar.
+        seed: of sampled answers.
+        batch: rows generated together; answers do not depend on it.
+        desc: label of the progress bar.
 
     Returns:
-        answers, new (of them, written now), conditions, file.
+        answers, new (generated now), conditions, file.
 
     Raises:
-        DataError: the file holds answers to other questions, or given under other conditions.
+        DataError: the file has answers to other questions or with other settings.
     """
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    told, new = conditions(loaded, checkpoint, **generation), 0
+    settings, new = conditions(loaded, checkpoint, **generation), 0
 
     def answer(left: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
         nonlocal new
@@ -92,20 +90,19 @@ def predict_questions(
         for k in progress(range(0, new, batch), desc, leave=False):
             yield answer_questions(loaded, left[k : k + batch], images, batch=batch, desc=None, **generation)
 
-    found = write_predictions(out, rows, told, answer)
-    return {"answers": len(found), "new": new, "conditions": told, "file": shown(out)}
+    found = write_predictions(out, rows, settings, answer)
+    return {"answers": len(found), "new": new, "conditions": settings, "file": shown(out)}
 
 
 def science_answers(loaded: Loaded, problems: Sequence[Problem], **options: Any) -> dict[str, str]:
     """Answer problems and return the texts by id, in the order of the problems.
 
     Args:
-        loaded: the model; the manifest's `prompt_format` decides how it is asked and whether in two passes.
-        problems: what `load_problems` gave.
-        options: images (True; without them the same questions are asked as text), released (False; ask in the words of
-            the released converter, see `format_problem`), max_new_tokens (1024; fewer where the model's positions end),
-            answer_tokens (64; of a second pass), temperature (0.0, greedy; the released evaluation of the paper's time
-            drew at 0.7), batch (64; the answers do not depend on it).
+        loaded: the model; its manifest names the prompt format.
+        problems: from `load_problems`.
+        options: images (True; False asks the same questions as text), released (False; True uses the wording of the
+            released converter, see `format_problem`), max_new_tokens (1024), answer_tokens (64; of a second pass),
+            temperature (0.0; the released evaluation of the time sampled at 0.7), batch (64).
 
     Raises:
         DataError: the manifest names no prompt format.
@@ -125,51 +122,51 @@ def predict_science_qa(
     limit: int | None = None,
     **options: Any,
 ) -> dict[str, str]:
-    """Answer a split of ScienceQA into a file that says how it was made; an interrupted file is gone on with.
+    """Answer a split of ScienceQA into a file; a file of an interrupted run is resumed.
 
     Args:
         loaded: the model.
-        checkpoint: where it was loaded from; the file keeps its hash.
+        checkpoint: its path; the file stores its hash.
         folder: ScienceQA's official files.
         out: JSONL file; see `predictions`.
-        split: which problems.
-        limit: at most so many of them.
+        split: of the problems.
+        limit: number of problems.
         options: as in `science_answers`.
 
     Returns:
         The answers by problem id, in the order of the split.
 
     Raises:
-        DataError: the file was begun with other settings.
+        DataError: the file has answers with other settings.
     """
     problems = load_problems(folder, split)[:limit]
     rows, name = _rows(loaded, problems, options), _prompt_format(loaded)
     asked = [[p.id, str(p.image and p.image.name), row["text"]] for p, row in zip(problems, rows, strict=True)]
-    told = conditions(
+    settings = conditions(
         loaded, checkpoint, task="science_qa", split=split, n=len(problems), questions=fingerprint(asked),
         released_texts=options.get("released", False), images=options.get("images", True),
         max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
         answer_tokens=options.get("answer_tokens", ANSWER_TOKENS) if answer_prompt(name) else None,
         temperature=options.get("temperature", 0.0), seed=0,
     )  # fmt: skip
-    return write_predictions(out, rows, told, lambda left: _batches(loaded, left, **options))
+    return write_predictions(out, rows, settings, lambda left: _batches(loaded, left, **options))
 
 
 def _prompt_format(loaded: Loaded) -> str:
     name = loaded.manifest.get("prompt_format")
     if name is None:
-        raise DataError("the checkpoint names no prompt format; say which it was trained with (prompt_format=QCM-LEPA)")
+        raise DataError("the checkpoint names no prompt format; give the one of its training (prompt_format=QCM-LEPA)")
     return str(name)
 
 
 def _rows(loaded: Loaded, problems: Sequence[Problem], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The problems as `answer_questions` takes them."""
+    """The problems as rows for `answer_questions`."""
     name, rows = _prompt_format(loaded), []
     for problem in problems:
         text = format_problem(problem, name, options.get("released", False)).turns[0][0]
-        look = options.get("images", True) and problem.image is not None
-        text = text if look else text.replace(IMAGE_MARKER, "").strip()
-        rows.append({"question_id": problem.id, "text": text, "image": str(problem.image) if look else None})
+        with_image = options.get("images", True) and problem.image is not None
+        text = text if with_image else text.replace(IMAGE_MARKER, "").strip()
+        rows.append({"question_id": problem.id, "text": text, "image": str(problem.image) if with_image else None})
     return rows
 
 
@@ -184,7 +181,7 @@ def _batches(
     temperature: float = 0.0,
     batch: int = 64,
 ) -> Iterator[dict[str, str]]:
-    """Both passes of one batch after the other, so that an interrupted run keeps what it has; like lengths together."""
+    """Yield answers batch by batch, both passes of a batch before the next; rows of similar length share a batch."""
     name = _prompt_format(loaded)
     bridge = answer_prompt(name, released)
     rows = sorted(rows, key=lambda row: (row["image"] is not None, len(row["text"])))

@@ -1,7 +1,7 @@
-"""Files of answers that say how they were made, and the refusal to mix, continue or score what was made otherwise.
+"""Prediction files that name their settings, are resumed after an interruption, and are refused for other settings.
 
 Ours are JSONL with the fields of the released answer files: question_id, prompt, text, answer_id, model_id, metadata.
-The released ones leave `metadata` empty; in ours it holds all settings of the answer, its `checkpoint` among them.
+The released ones leave `metadata` empty; ours have all settings of the generation there, with the `checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from llava_core.runtime import DataError, fingerprint, located, read_json, read_jsonl, sha256_file, shown
 
-_BEGIN = b'{"question_id": '  # of each line of ours
+_LINE_START = b'{"question_id": '  # of our files
 _LAYOUTS = "{outputs: {id: text}} or JSONL of question_id and text"
 
 
@@ -24,8 +24,8 @@ class Predictions:
     """Answers of a file.
 
     Attributes:
-        answers: question id -> the model's whole output.
-        made_with: the settings they were made with, or None where the file does not tell.
+        answers: question id -> complete output of the model.
+        made_with: settings of the generation, None for a foreign layout.
         released: the other fields of a released result file (acc, correct, count, results), else empty.
     """
 
@@ -35,11 +35,11 @@ class Predictions:
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read a file of ours, the released result file `{outputs: {id: text}}`, or rows `{question_id, text}`.
+    """Read our JSONL, the released result file `{outputs: {id: text}}`, or rows `{question_id, text}`.
 
     Raises:
-        DataError: the file is missing, empty, of another layout, answers a question twice, or mixes answers that were
-            made with several settings or by several models.
+        DataError: the file is missing, empty, of another layout, has two answers to a question, or answers of several
+            settings or models.
     """
     path, released = Path(path), {}
     content = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
@@ -49,12 +49,12 @@ def read_predictions(path: str | Path) -> Predictions:
     if not isinstance(content, list):
         raise DataError(f"{shown(path)}: not a prediction file; give {_LAYOUTS}")
     if not content:
-        raise DataError(f"{shown(path)}: holds no prediction; was the run that writes it interrupted?")
+        raise DataError(f"{shown(path)}: holds no prediction; was the run interrupted before its first batch?")
     return Predictions(_texts(path, content), _settings(content[0]), released)
 
 
 def _settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How an answer was made; None for one of a foreign layout."""
+    """The settings of an answer; None for a foreign layout."""
     found = row.get("metadata")
     return found if isinstance(found, dict) and "checkpoint" in found else None
 
@@ -66,11 +66,9 @@ def _texts(path: Path, rows: Sequence[Any]) -> dict[str, str]:
         where = f"{shown(path)}, record {number}"
         if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
             raise DataError(f"{where}: needs `question_id` and a string `text`, has {str(row)[:80]}")
-        if (said := _settings(row)) != (first := _settings(rows[0])):
-            names = "; ".join(differences(first, said)) if first and said else "one of them does not say which"
-            raise DataError(
-                f"{where}: made with other settings than record 1 ({names}); give each run a file of its own"
-            )
+        if (own := _settings(row)) != (first := _settings(rows[0])):
+            names = "; ".join(differences(first, own)) if first and own else "one of them names none"
+            raise DataError(f"{where}: other settings than record 1 ({names}); give each run a file of its own")
         models.add(str(row.get("model_id")))
         if len(models) > 1:
             raise DataError(f"{where}: answers of several models ({', '.join(sorted(models))}); give each its own file")
@@ -82,7 +80,7 @@ def _texts(path: Path, rows: Sequence[Any]) -> dict[str, str]:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Return in words where two runs' settings are not the same."""
+    """Return the settings that differ, as text."""
     names = sorted(first.keys() | second.keys())
     return [f"{n}: {first.get(n)!r} and {second.get(n)!r}" for n in names if first.get(n) != second.get(n)]
 
@@ -91,7 +89,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
 
 
 def checkpoint_id(path: str | Path) -> str:
-    """What identifies a checkpoint: of ours the hash of its manifest, which holds those of its files; else its files'.
+    """Return the identity of a checkpoint: the hash of its manifest, which has those of its files, or of its files.
 
     Raises:
         CheckpointError: there are no weights.
@@ -110,16 +108,16 @@ def checkpoint_id(path: str | Path) -> str:
 def check_made_with(
     path: str | Path, found: Predictions, prompt_format: str | None = None, checkpoint: str | Path | None = None
 ) -> None:
-    """Make sure that answers were made in the way that is asked for.
+    """Refuse answers that were generated by another checkpoint or with another prompt format, or do not name theirs.
 
     Args:
         path: of the file, for the message.
-        found: what it holds.
-        prompt_format: the name that it must say; None: any.
-        checkpoint: the model that must have made them; None: any.
+        found: its content.
+        prompt_format: the required one; None: any.
+        checkpoint: the required one; None: any.
 
     Raises:
-        DataError: it says something else, or nothing.
+        DataError: it differs or is not named.
     """
     wanted = {"prompt_format": prompt_format, "checkpoint": checkpoint and checkpoint_id(checkpoint)}
     for name, value in wanted.items():
@@ -128,13 +126,13 @@ def check_made_with(
         option = f"--{name.replace('_', '-')}"
         if found.made_with is None:
             raise DataError(
-                f"{shown(path)}: does not say how its answers were made (a foreign layout), so {option} cannot be "
-                f"checked; leave {option} away to score it on trust"
+                f"{shown(path)}: does not name the settings of its answers (a foreign layout), so {option} cannot be "
+                f"checked; leave out {option} to score it without this check"
             )
-        if (said := found.made_with.get(name)) != value:
+        if (own := found.made_with.get(name)) != value:
             raise DataError(
-                f"{shown(path)}: its answers were made with {name} {said!r}, not {value!r}; give the file that was, or "
-                f"leave {option} away"
+                f"{shown(path)}: its answers have {name} {own!r}, not {value!r}; give the matching file, or leave out "
+                f"{option}"
             )
 
 
@@ -147,25 +145,24 @@ def write_predictions(
     settings: Mapping[str, Any],
     answer: Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, str]]],
 ) -> dict[str, str]:
-    """Answer questions into a file, or go on with one that was interrupted; each batch is on disk before the next.
+    """Write answers to a file, batch by batch; a file of an interrupted run is resumed.
 
     Args:
         out: JSONL file.
-        rows: `{question_id, text, ...}`, the question as it is asked.
-        settings: what decides an answer besides the question, as JSON gives it back; `checkpoint`, perhaps `run_id`.
-        answer: given the rows without an answer, yields texts by question id, batch by batch.
+        rows: `{question_id, text, ...}` with the question as it is asked.
+        settings: all that decides an answer besides the question, JSON-like; `checkpoint`, perhaps `run_id`.
+        answer: called with the rows without an answer; yields texts by question id, batch by batch.
 
     Returns:
         All answers by question id, in the order of the rows.
 
     Raises:
-        DataError: the file holds answers to other questions, made with other settings, or that do not say with which;
-            it is left as it is.
+        DataError: the file has answers to other questions, with other settings or without settings; it is not changed.
     """
     out = Path(out)
     asked = {str(row["question_id"]): row for row in rows}
     if len(asked) != len(rows):
-        raise DataError(f"{shown(out)}: two questions have the same question_id; every one needs its own")
+        raise DataError(f"{shown(out)}: two questions have the same question_id")
     known = _resume(out, asked, settings)
     model = settings.get("run_id") or settings["checkpoint"]
     for texts in answer([row for key, row in asked.items() if key not in known]):
@@ -181,22 +178,20 @@ def write_predictions(
 
 
 def _resume(out: Path, asked: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, str]:
-    """The answers that a file holds already, once it is sure that they are of this very run; else it is refused."""
+    """Return the answers of an interrupted run; refuse a file of any other run."""
     if out.suffix != ".jsonl":
         raise DataError(f"{shown(out)}: answers are written as JSONL; name a file that ends in .jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.touch()
     content = out.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    last = content[whole:]
-    if cut := not _is_json(last) and (last.startswith(_BEGIN) or _BEGIN.startswith(last)):
-        os.truncate(out, whole)  # a killed writer left half a line
+    end = content.rfind(b"\n") + 1
+    last = content[end:]
+    if cut := not _is_json(last) and (last.startswith(_LINE_START) or _LINE_START.startswith(last)):
+        os.truncate(out, end)  # a killed writer left an incomplete line
     known: dict[str, str] = {}
     for number, row in enumerate(read_jsonl(out), start=1):
-        if why := _not_ours(row, known, asked, settings):
-            raise DataError(
-                f"{shown(out)}, record {number}: {why}; name another file, or remove this one to start anew"
-            )
+        if why := _refusal(row, known, asked, settings):
+            raise DataError(f"{shown(out)}, record {number}: {why}; name another file, or remove this one")
         known[str(row["question_id"])] = row["text"]
     if last and not cut:
         with open(out, "ab") as file:
@@ -212,15 +207,15 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _not_ours(
+def _refusal(
     row: Any, known: Mapping[str, str], asked: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> str | None:
-    """Why a row of the file cannot be an earlier answer of this very run."""
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or (said := _settings(row)) is None:
-        return "not an answer that says in `metadata` how it was made"
+    """Why a row of the file is not an earlier answer of the same run."""
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or (own := _settings(row)) is None:
+        return "not an answer with its settings in `metadata`"
     key = str(row.get("question_id"))
-    if said != settings:
-        return f"question {key} was answered with other settings than now ({'; '.join(differences(said, settings))})"
+    if own != settings:
+        return f"question {key} was answered with other settings than now ({'; '.join(differences(own, settings))})"
     if key not in asked:
         return f"question {key} is not asked now"
     if row.get("prompt") != asked[key]["text"]:

@@ -1,4 +1,4 @@
-"""ScienceQA: read the letter out of each answer and score it, with everything unreadable counted in the open."""
+"""ScienceQA accuracy. A strict rule extracts the choice from each answer; answers without a choice are counted."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PAPER_ACCURACY = 90.92
 """Source: paper Table 7, LLaVA, average; 3856 of 4241."""
 
 ERAS = ("ours", "v0", "1.0", "1.5")
-"""Whose reading of an answer: the released scorers' of three eras to the letter, or ours, which never guesses."""
+"""Answer-extraction rules: those of the released scorers of three eras, exactly, or ours, which never guesses."""
 DEFAULT_ERA = "ours"
 
-# The last dot is a wildcard in the released code too: "The answer is B" at the very end of a text does not match, and
-# "The answer is Belgium" is read as B. Ours leaves out the latter.
+# The last dot is a wildcard in the released code too: "The answer is B" at the end of a text does not match, and from
+# "The answer is Belgium" it extracts B. Our rule does not.
 _RELEASED_SENTENCE = re.compile(r"The answer is ([A-Z]).")
 _SENTENCE = re.compile(r"The answer is ([A-Z])(?!\w).")
 _RELEASED_OPENING = re.compile(r"([A-E])(?:\Z|\. )")
@@ -30,7 +30,7 @@ _OPENING = re.compile(r"\s*([A-E])(?:(?P<answer>\s*\Z|\. )|\.?\s*\n)")
 
 
 class Failure(Enum):
-    """Why an answer gives no choice; not an integer, so that it can never index one."""
+    """Why no choice can be extracted; not an integer, so it cannot index the choices."""
 
     UNPARSED = "unparsed"
     INVALID = "invalid"
@@ -42,7 +42,7 @@ Answer = int | Failure
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What scoring needs to know of a question; `answer` is the index of the right choice."""
+    """A question as scoring needs it; `answer` is the index of the right choice."""
 
     id: str
     n_choices: int
@@ -54,7 +54,7 @@ class Question:
 
     @property
     def subsets(self) -> list[str]:
-        """Return the columns of the paper's Table 7 that the question belongs to (IMG and TXT may both hold)."""
+        """The columns of the paper's Table 7 that the question belongs to; IMG and TXT do not exclude each other."""
         names = [name for name, held in (("TXT", self.has_text), ("IMG", self.has_image)) if held] or ["NO"]
         if self.subject is not None:
             names.append(self.subject)
@@ -67,7 +67,7 @@ class Question:
 
 
 def answer_letter(text: str, era: str = DEFAULT_ERA) -> str | None:
-    """Return the capital letter that an answer names, or None where it names none or more than one.
+    """Return the capital letter that an answer names, or None for none or several.
 
     Source: llava/eval/eval_science_qa.py, 8959d5c ("v0", "1.0") and from ce1aa08 on ("1.5").
     """
@@ -86,16 +86,13 @@ def answer_letter(text: str, era: str = DEFAULT_ERA) -> str | None:
 
 
 def parse_answer(text: str, n_choices: int, era: str = DEFAULT_ERA) -> Answer:
-    """Return the index of the choice that an answer names.
+    """Return the index of the named choice, UNPARSED (not exactly one letter) or INVALID (no such choice).
 
     Args:
-        text: the model's whole output.
-        n_choices: how many choices the question has.
-        era: whose reading: "v0" and "1.0" want exactly one sentence `The answer is X.`; "1.5" first takes a text that
-            is `X` or begins with `X. `; "ours" takes the same forms, but nothing where they name different letters.
-
-    Returns:
-        The index, UNPARSED (not exactly one letter) or INVALID (a letter beyond the choices).
+        text: the complete output of the model.
+        n_choices: number of choices of the question.
+        era: extraction rule. "v0" and "1.0" need exactly one sentence `The answer is X.`; "1.5" first takes a text that
+            is `X` or begins with `X. `; "ours" accepts the same forms unless they name different letters.
     """
     letter = answer_letter(text, era)
     if letter is None:
@@ -112,10 +109,10 @@ def read_questions(path: str | Path, split: str = "test") -> list[Question]:
 
     Args:
         path: the file.
-        split: which problems of a `problems.json` to take; a file that names no split is taken whole.
+        split: of the problems in `problems.json`; problems without a split are all taken.
 
     Raises:
-        DataError: the file is missing, empty, of another layout, or holds no problem of the split.
+        DataError: the file is missing, empty, of another layout, or has no problem of the split.
     """
     content = read_json(path)
     if not content:
@@ -192,13 +189,13 @@ def _from_conversation(record: Any, where: str) -> Question:
 
 
 def tally(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[str, Any]:
-    """Count parsed answers, over all questions and over the columns of Table 7.
+    """Score extracted choices, over all questions and over the columns of Table 7.
 
     Returns:
-        n (all questions), correct, accuracy, interval, unparsed, invalid and missing with their ids,
-        accuracy_if_wrong (= accuracy) and accuracy_if_random (the expected accuracy where each unparsed or invalid
-        answer is replaced by a uniform draw among the choices: 100 (correct + sum of 1 / choices over these) / n),
-        luck (that sum), subsets (name -> n, correct, accuracy, interval).
+        n (all questions), correct, accuracy, interval; unparsed, invalid and missing, each with its `_ids`;
+        accuracy_if_wrong (= accuracy); luck, the sum of 1 / choices over unparsed and invalid answers, and
+        accuracy_if_random = 100 (correct + luck) / n, the expected accuracy if each of these were drawn uniformly;
+        subsets (name -> n, correct, accuracy, interval).
     """
     questions = list(questions)
     failures: dict[Failure | None, list[str]] = {UNPARSED: [], INVALID: [], None: []}
@@ -214,46 +211,50 @@ def tally(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[
         raise DataError("two questions have the same id; each id may occur once")
     subsets = {}
     for name in SUBSETS:
-        inside = [right[q.id] for q in questions if name in q.subsets]
-        if inside:
-            subsets[name] = proportion(sum(inside), len(inside))
-    whole = proportion(sum(right.values()), len(questions))
+        if rows := [right[q.id] for q in questions if name in q.subsets]:
+            subsets[name] = proportion(sum(rows), len(rows))
+    total = proportion(sum(right.values()), len(questions))
     counts = {"unparsed": failures[UNPARSED], "invalid": failures[INVALID], "missing": failures[None]}
-    return (
-        whole
-        | {name: len(ids) for name, ids in counts.items()}
-        | {f"{name}_ids": ids for name, ids in counts.items()}
-        | {
-            "accuracy_if_wrong": whole["accuracy"],
-            "accuracy_if_random": 100 * (whole["correct"] + luck) / len(questions) if questions else None,
-            "luck": luck,
-            "subsets": subsets,
-        }
-    )
+    return {
+        **total,
+        **{name: len(ids) for name, ids in counts.items()},
+        **{f"{name}_ids": ids for name, ids in counts.items()},
+        "accuracy_if_wrong": total["accuracy"],
+        "accuracy_if_random": 100 * (total["correct"] + luck) / len(questions) if questions else None,
+        "luck": luck,
+        "subsets": subsets,
+    }
+
+
+def right_answers(
+    problems: Mapping[str, Any] | Iterable[Any], answers: Mapping[str, str], era: str = DEFAULT_ERA
+) -> list[bool]:
+    """Return for each problem, in order, whether its answer names the right choice."""
+    return [parse_answer(answers[q.id], q.n_choices, era) == q.answer for q in as_questions(problems)]
 
 
 def score(
     problems: Mapping[str, Any] | Iterable[Any], answers: Mapping[Any, str], *, era: str = DEFAULT_ERA
 ) -> dict[str, Any]:
-    """Score answers held in memory.
+    """Score answers in memory.
 
     Args:
-        problems: a `problems.json` mapping, problem objects with its fields and an `id`, or `Question`s.
-        answers: question id -> the model's whole output.
+        problems: as for `as_questions`.
+        answers: question id -> complete output of the model.
         era: see `parse_answer`.
 
     Returns:
-        `tally`'s dict with `era` and `notes`, sentences that explain what did not count.
+        `tally`'s dict with `era` and `notes`, sentences on the answers that do not count.
 
     Raises:
         DataError: an answer belongs to no question.
     """
     questions = {q.id: q for q in as_questions(problems)}
     texts = {str(key): text for key, text in answers.items()}
-    strangers = [key for key in texts if key not in questions]
-    if strangers:
+    unknown = [key for key in texts if key not in questions]
+    if unknown:
         raise DataError(
-            f"{len(strangers)} of {len(texts)} predictions belong to no question (first: {strangers[0]!r}); "
+            f"{len(unknown)} of {len(texts)} predictions belong to no question (first: {unknown[0]!r}); "
             "give the questions that were asked, or score a part on purpose (subset=True, --subset)"
         )
     result = tally(questions.values(), {k: parse_answer(t, questions[k].n_choices, era) for k, t in texts.items()})
@@ -306,20 +307,20 @@ def evaluate_files(
 
     Args:
         predictions: see `predictions.read_predictions`.
-        questions: see `read_questions`.
+        questions: see `read_questions`, as for `split`.
         era: see `parse_answer`.
-        split: see `read_questions`.
+        split: of the questions.
         subset: score only the questions of the file, although there are predictions for others.
-        prompt_format: refuse answers that were made with another one, or that do not say with which.
-        checkpoint: likewise for the model.
+        prompt_format: refuse answers with another prompt format, or that do not name theirs.
+        checkpoint: refuse answers of another model.
         released: score the choices that a released result file stores, random draws included, not its texts.
 
     Returns:
-        `score`'s dict, `made_with` (the settings of the answers, None where the file does not tell) and `header` (acc,
-        correct and count as a released file states them); the notes also compare texts and stored choices.
+        `score`'s dict; `made_with`, the settings of the answers or None; `header`, acc, correct and count of a released
+        file; the notes also compare texts and stored choices.
 
     Raises:
-        DataError: a file cannot be read, the two do not belong together, or the answers were made otherwise.
+        DataError: a file cannot be read, the two do not belong together, or the settings are refused.
     """
     asked = read_questions(questions, split)
     found = read_predictions(predictions)
@@ -350,19 +351,19 @@ def evaluate_files(
         result["notes"] += _compare_with_map(asked, answers, stored, result)
     if found.made_with is None:
         result["notes"].append(
-            "The file does not say with which prompt format, template and checkpoint its answers were made (a foreign "
-            "layout); they are scored on trust."
+            "The file does not name the prompt format, template and checkpoint of its answers (a foreign layout); they "
+            "are scored without this check."
         )
     elif found.made_with.get("n", 0) > len(found.answers):
         n = found.made_with["n"]
         result["notes"].append(
-            f"The file holds {len(found.answers)} of {n} answers: the run that writes it has not ended."
+            f"The file holds {len(found.answers)} of {n} answers: the run that writes it has not finished."
         )
     return result
 
 
 def _stored(question: Question, stored: Mapping[str, Any], text: Answer) -> Answer:
-    """The choice that a result file stores; -1, its failure, is told apart by the text."""
+    """The choice that a result file stores; it stores -1 for both kinds of failure, so the text decides which."""
     value = stored.get(question.id)
     if isinstance(value, int) and 0 <= value < question.n_choices:
         return value
@@ -372,7 +373,7 @@ def _stored(question: Question, stored: Mapping[str, Any], text: Answer) -> Answ
 def _compare_with_map(
     questions: list[Question], answers: Mapping[str, str], stored: Mapping[str, Any], result: Mapping[str, Any]
 ) -> list[str]:
-    """Explain where the choices that a released file stores differ from what its texts say."""
+    """Explain where the choices that a released file stores differ from those in its texts."""
     failed = {*result["unparsed_ids"], *result["invalid_ids"]}
     stored_right = sum(q.id in answers and stored.get(q.id) == q.answer for q in questions)
     if stored_right == result["correct"]:
@@ -395,14 +396,7 @@ def compare_files(
     era: str = DEFAULT_ERA,
     split: str = "test",
 ) -> dict[str, Any]:
-    """Compare two files of answers to the same questions.
-
-    Args:
-        first: the reference, as for `evaluate_files`.
-        second: the other.
-        questions: see `read_questions`.
-        era: see `parse_answer`.
-        split: see `read_questions`.
+    """Compare two files of answers to the same questions; arguments as for `evaluate_files`.
 
     Returns:
         n; first and second (`proportion`s); difference (second minus first, in points) and its interval (paired
@@ -420,36 +414,35 @@ def compare_files(
                 f"({_some(alone)}); compare answers to the same questions"
             )
     asked = {q.id: q for q in read_questions(questions, split)}
-    strangers = [key for key in files[0].answers if key not in asked]
-    if strangers:
-        raise DataError(
-            f"{shown(first)}: {len(strangers)} questions are not in {shown(questions)} ({_some(strangers)})"
-        )
-    right = [
-        [
-            parse_answer(text, asked[key].n_choices, era) == asked[key].answer
-            for key, text in sorted(found.answers.items())
-        ]
-        for found in files
-    ]
-    if len(right[0]) < 2:
-        raise DataError(f"{shown(first)}: one answer is nothing to compare; give two or more")
-    change = paired_bootstrap(*right)
-    result = {
-        "n": len(right[0]),
-        **{k: proportion(sum(r), len(r)) for k, r in zip(("first", "second"), right, strict=True)},
+    unknown = [key for key in files[0].answers if key not in asked]
+    if unknown:
+        raise DataError(f"{shown(first)}: {len(unknown)} questions are not in {shown(questions)} ({_some(unknown)})")
+    answered = [asked[key] for key in sorted(files[0].answers)]
+    if len(answered) < 2:
+        raise DataError(f"{shown(first)}: one answer cannot be compared; give two or more")
+    right = [right_answers(answered, found.answers, era) for found in files]
+    change, test = paired_bootstrap(*right), mcnemar(*right)
+    notes = [] if len(asked) == len(answered) else [f"{len(answered)} of {len(asked)} questions are answered."]
+    settings = [found.made_with for found in files]
+    unnamed = [shown(path) for path, own in zip(paths, settings, strict=True) if own is None]
+    notes += [f"{path} does not name the settings of its answers." for path in unnamed]
+    if all(settings):
+        notes += [f"Different settings: {line}." for line in differences(settings[0] or {}, settings[1] or {})]
+    return {
+        "n": len(answered),
+        "first": proportion(sum(right[0]), len(answered)),
+        "second": proportion(sum(right[1]), len(answered)),
+        "difference": 100 * change["difference"],
+        "interval": [100 * end for end in change["interval"]],
+        "only_first": test["only_first"],
+        "only_second": test["only_second"],
+        "p": test["p"],
+        "notes": notes,
     }
-    result |= {"difference": 100 * change["difference"], "interval": [100 * end for end in change["interval"]]}
-    notes = [] if len(asked) == len(right[0]) else [f"{len(right[0])} of {len(asked)} questions are answered."]
-    told = [found.made_with for found in files]
-    notes += [f"{shown(path)} does not say how it was made." for path, t in zip(paths, told, strict=True) if t is None]
-    if all(told):
-        notes += [f"Made with other {line}." for line in differences(told[0] or {}, told[1] or {})]
-    return result | {k: v for k, v in mcnemar(*right).items() if k != "n"} | {"notes": notes}
 
 
 def format_comparison(result: Mapping[str, Any]) -> str:
-    """Return a comparison as text for people."""
+    """Return a comparison as text."""
     rows = [
         f"{name:8}{row['accuracy']:8.2f} %   95 % interval {row['interval'][0]:.2f} to {row['interval'][1]:.2f}"
         for name, row in ((name, result[name]) for name in ("first", "second"))
@@ -462,7 +455,7 @@ def format_comparison(result: Mapping[str, Any]) -> str:
 
 
 def format_report(result: Mapping[str, Any]) -> str:
-    """Return a result as a table for people."""
+    """Return a result as a text table."""
     lines = [f"{'':8}{'right':>7}{'of':>7}{'%':>8}   95 % interval"]
     for name, row in {"all": result, **result["subsets"]}.items():
         low, high = row["interval"]

@@ -69,9 +69,9 @@ def test_a_file_says_how_it_was_made_and_is_refused_for_anything_else(
     assert (said["max_new_tokens"], said["answer_tokens"], said["temperature"], said["seed"]) == (4, 3, 0.0, 0)
     result = evaluate_files(out, questions, prompt_format="QCM-LEPA", checkpoint=checkpoints["QCM-LEPA"])
     assert (result["n"], result["missing"]) == (5, 0)
-    with pytest.raises(DataError, match="made with prompt_format 'QCM-LEPA', not 'QCM-ALE'"):
+    with pytest.raises(DataError, match="have prompt_format 'QCM-LEPA', not 'QCM-ALE'"):
         evaluate_files(out, questions, prompt_format="QCM-ALE")
-    with pytest.raises(DataError, match="made with checkpoint"):
+    with pytest.raises(DataError, match="answers have checkpoint"):
         evaluate_files(out, questions, checkpoint=checkpoints["QCM-ALE"])
 
 
@@ -170,7 +170,7 @@ def test_from_the_command_line(checkpoints: dict[str, Path], folder: Path, capsy
     assert cli.main([*words, "--prompt-format", "QCM-ALE", "--checkpoint", str(model), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 5
     assert cli.main([*words, "--prompt-format", "QCM-LEPA"]) == 1
-    assert "made with prompt_format 'QCM-ALE', not 'QCM-LEPA'" in capsys.readouterr().err
+    assert "have prompt_format 'QCM-ALE', not 'QCM-LEPA'" in capsys.readouterr().err
     words = ["evaluate", "compare", str(out), str(out), "--questions", str(folder / "problems.json"), "--json"]
     assert cli.main(words) == 0
     result = json.loads(capsys.readouterr().out)

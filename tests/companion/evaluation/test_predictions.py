@@ -62,7 +62,7 @@ def test_what_is_written_is_read_with_its_settings(files: tuple[Path, Path]) -> 
 def test_another_format_or_checkpoint_is_refused(files: tuple[Path, Path], option: str, value: str) -> None:
     if option == "checkpoint":
         value = str(write_json(files[0].parent / value / "manifest.json", {"base_hash": {}}).parent)
-    with pytest.raises(DataError, match=rf"answers.jsonl: its answers were made with {option} .*leave --{option[:6]}"):
+    with pytest.raises(DataError, match=rf"answers.jsonl: its answers have {option} .*leave out --{option[:6]}"):
         evaluate_files(*files, **{option: value})  # type: ignore[arg-type]
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_does_not_say_how_it_was_made_is_not_gone_on_with(tmp_path: 
         "[1]\n",
     ):
         path.write_text(content)
-        with pytest.raises(DataError, match="record 1: not an answer that says in `metadata`"):
+        with pytest.raises(DataError, match="record 1: not an answer with its settings in `metadata`"):
             write(path, {})
         assert path.read_text() == content
     with pytest.raises(DataError, match=r"name a file that ends in \.jsonl"):
@@ -119,8 +119,8 @@ def test_answers_of_several_runs_are_not_scored_as_one(files: tuple[Path, Path])
     write(other, dict.fromkeys(PROBLEMS, "The answer is B."), SETTINGS | {"template": "v1"})
     ours, theirs = path.read_text(), other.read_text().splitlines()[2]
     for more, message in (
-        (theirs, r"record 3: made with other settings than record 1 \(template: 'v0' and 'v1'\)"),
-        ('{"question_id": "2", "text": "B"}', r"record 3: .* \(one of them does not say which\)"),
+        (theirs, r"record 3: other settings than record 1 \(template: 'v0' and 'v1'\)"),
+        ('{"question_id": "2", "text": "B"}', r"record 3: .* \(one of them names none\)"),
         (ours, "record 3: question 0 is answered twice"),
     ):
         path.write_text(ours + more)
@@ -135,7 +135,7 @@ def test_a_comparison_tells_what_else_differs(files: tuple[Path, Path]) -> None:
     other = path.with_name("other.jsonl")
     write(other, {"0": "The answer is B.", "1": "The answer is B."}, SETTINGS | {"prompt_format": "QCM-ALE"})
     result = compare_files(path, other, questions)
-    assert result["notes"][-1] == "Made with other prompt_format: 'QCM-LEPA' and 'QCM-ALE'."
+    assert result["notes"][-1] == "Different settings: prompt_format: 'QCM-LEPA' and 'QCM-ALE'."
 
 
 def test_a_checkpoint_is_known_by_its_manifest_wherever_it_lies(tmp_path: Path) -> None:

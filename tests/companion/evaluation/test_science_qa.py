@@ -128,14 +128,14 @@ def test_released_file(reference: Path) -> None:
     assert all(text in format_report(result) for text in ("90.90", "1775", "3247"))
     assert evaluate_files(*files, era="v0")["correct"] == 3855
     assert "(3855 + 0.50) / 4241" in notes
-    assert "scored on trust" in notes
+    assert "scored without this check" in notes
     released = evaluate_files(*files, released=True)
     assert (released["correct"], round(released["accuracy"], 2)) == (3856, 90.92)
     assert {name: round(row["accuracy"], 2) for name, row in released["subsets"].items()} == {
         "TXT": 89.49, "IMG": 88.00, "NO": 90.66,
     }  # fmt: skip
     assert (released["header"]["correct"], released["header"]["count"]) == (3855, 4241)
-    with pytest.raises(DataError, match="does not say how its answers were made"):
+    with pytest.raises(DataError, match="does not name the settings of its answers"):
         evaluate_files(*files, prompt_format="QCM-LEPA")
 
 
