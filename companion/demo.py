@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from llava_core.chat import CAPTION, Conversation, seen
+from companion.terminal_chat import visible_region
+from llava_core.chat import CAPTION, Conversation
 from llava_core.checkpoints.load import Loaded, load
 from llava_core.data.images import load_image
 from llava_core.runtime import DataError
@@ -50,9 +51,9 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
     def take(image: Image.Image) -> None:
         """Show what the model sees of an image, and begin anew."""
         buffer = io.BytesIO()
-        conversation.look(image).resize((224, 224), Image.Resampling.BICUBIC).save(buffer, "PNG")
+        conversation.set_image(image).resize((224, 224), Image.Resampling.BICUBIC).save(buffer, "PNG")
         shown.value = buffer.getvalue()
-        cropped.value = f"<small>{seen(image, loaded.processor)}</small>"
+        cropped.value = f"<small>{visible_region(image, loaded.processor)}</small>"
         show()
 
     def on_upload(change: dict[str, Any]) -> None:

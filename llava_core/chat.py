@@ -1,8 +1,7 @@
-"""Ask a checkpoint about images: from Python, turn by turn, and in the terminal."""
+"""Chat with a checkpoint about images."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,62 +13,64 @@ from llava_core.checkpoints.describe import Options
 from llava_core.checkpoints.load import Loaded, load
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Turn
-from llava_core.data.images import ImageProcessor, load_image
+from llava_core.data.images import load_image
 from llava_core.inference import prompt_ids
 from llava_core.models.generation import Finish, GenerationSettings, stream
 from llava_core.models.kv_cache import PrefixCache
-from llava_core.runtime import CompanionError, DataError, resolve_device, resolve_dtype
+from llava_core.runtime import DataError, resolve_device, resolve_dtype
 
-Picture = str | Path | Image.Image
+ImageInput = str | Path | Image.Image
 CAPTION = "Give a short caption."
 
 
 class Conversation:
-    """One image and the turns about it; a new image starts anew.
+    """A dialogue about one image, with a KV cache over its turns.
 
-    The image is encoded once, at the first question, and the language model reads only what it has not read in an
-    earlier turn: features and KV cache are kept. The answers are those of a conversation that keeps nothing.
+    The image is encoded once, and each turn feeds only new tokens. The answers equal those without a cache.
 
     Args:
         loaded: a model with its tokenizer, image settings and manifest.
-        image: RGB image, any size.
+        image: RGB image of any size.
 
     Attributes:
         turns: the (question, answer) pairs so far.
         image: what the model sees, or None.
-        finish: why the last answer ended: "stop", or "length" if `max_new_tokens` cut it.
+        finish: finish reason of the last answer: "stop", or "length" at `max_new_tokens`.
     """
 
     def __init__(self, loaded: Loaded, image: Image.Image | None = None) -> None:
         self.loaded = loaded
-        self.turns: list[Turn] = []
         self.image: Image.Image | None = None
+        self._reset()
+        if image is not None:
+            self.set_image(image)
+
+    def _reset(self) -> None:
+        self.turns: list[Turn] = []
         self.finish: Finish | None = None
         self._features: torch.Tensor | None = None
         self._prefix = PrefixCache()
-        if image is not None:
-            self.look(image)
 
-    def look(self, image: Image.Image) -> Image.Image:
-        """Take a new image, forget the turns, and return what the model sees of it."""
-        self.image, self.turns = self.loaded.processor.visible(image), []
-        self._features, self._prefix, self.finish = None, PrefixCache(), None
+    def set_image(self, image: Image.Image) -> Image.Image:
+        """Start a new dialogue about an image; returns what the model sees of it."""
+        self._reset()
+        self.image = self.loaded.processor.visible(image)
         return self.image
 
     def ask(self, question: str, max_new_tokens: int = 96, temperature: float = 0.0) -> str:
-        """Answer a question about the image, in the light of the earlier turns."""
+        """Answer a question; earlier turns are part of the prompt."""
         return list(self.stream(question, max_new_tokens, temperature))[-1]
 
     def stream(self, question: str, max_new_tokens: int = 96, temperature: float = 0.0) -> Iterator[str]:
-        """Yield the answer so far after each token; the turn is kept when the answer is complete.
+        """Yield the answer so far after each token; a complete answer becomes a turn.
 
         Args:
-            question: text; an image marker in it is taken out.
+            question: text; image markers are removed.
             max_new_tokens: longest answer in tokens.
             temperature: 0 is greedy.
 
         Raises:
-            DataError: the question is empty, or the turns have become too long for the language model.
+            DataError: the question is empty, or the turns are too long for the language model.
         """
         question = question.replace(IMAGE_MARKER, "").strip()
         template = TEMPLATES.get(self.loaded.manifest.get("template", "v0"))
@@ -78,7 +79,8 @@ class Conversation:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         ids = prompt_ids(self.loaded, [*self.turns, (question, None)], self.image is not None)
         settings = GenerationSettings(max_new_tokens, temperature, stop=template.stop)
-        steps = stream(model, tokenizer, [ids], None, settings, image_features=self._encoded(), prefix=self._prefix)
+        features = self._image_features()
+        steps = stream(model, tokenizer, [ids], None, settings, image_features=features, prefix=self._prefix)
         for (answer,) in steps:
             if answer.finish:
                 self.finish = answer.finish
@@ -86,8 +88,8 @@ class Conversation:
             yield answer.text
 
     @torch.inference_mode()
-    def _encoded(self) -> torch.Tensor | None:
-        """Projected features (1, P, D) of the image."""
+    def _image_features(self) -> torch.Tensor | None:
+        """Visual tokens (1, P, D) of the image, computed at the first question."""
         if self._features is None and self.image is not None:
             pixels = torch.from_numpy(self.loaded.processor(self.image))[None]
             self._features = self.loaded.model.encode_images(pixels.to(self.loaded.model.language_model.device))
@@ -95,29 +97,29 @@ class Conversation:
 
 
 class Assistant:
-    """A checkpoint of any layout, ready to be asked.
+    """A loaded checkpoint that answers questions about images.
 
     Args:
-        loaded: model, tokenizer, image settings, and how it wants to be asked.
+        loaded: model, tokenizer, image settings and manifest.
     """
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
 
-    def chat(self, image: Picture | None = None) -> Conversation:
-        """A conversation, about an image (file or PIL image) or about none."""
-        return Conversation(self.loaded, None if image is None else _picture(image))
+    def chat(self, image: ImageInput | None = None) -> Conversation:
+        """A conversation about an image (file or PIL image), or without an image."""
+        return Conversation(self.loaded, None if image is None else _rgb(image))
 
-    def ask(self, image: Picture | None, question: str, max_new_tokens: int = 96, temperature: float = 0.0) -> str:
+    def ask(self, image: ImageInput | None, question: str, max_new_tokens: int = 96, temperature: float = 0.0) -> str:
         """Answer one question about an image."""
         return self.chat(image).ask(question, max_new_tokens, temperature)
 
-    def caption(self, image: Picture, question: str | None = None, max_new_tokens: int = 64) -> str:
-        """Say in a sentence what an image shows.
+    def caption(self, image: ImageInput, question: str | None = None, max_new_tokens: int = 64) -> str:
+        """A short caption of an image.
 
         Args:
             image: file or PIL image.
-            question: what is asked for; when None a short caption, or nothing where the template takes no question.
+            question: the instruction; by default `CAPTION`, or none if the template takes no instruction.
             max_new_tokens: longest caption in tokens.
         """
         if question is None:
@@ -126,13 +128,13 @@ class Assistant:
 
 
 def open_assistant(path: str | Path, device: str = "auto", dtype: str = "", **options: Any) -> Assistant:
-    """Load a checkpoint of any layout: what `llava_core.load` does.
+    """Load a checkpoint of any format; `llava_core.load` calls this.
 
     Args:
-        path: folder, or file where the layout is one.
-        device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        dtype: of the weights in memory: "float32", "bfloat16" or "float16"; empty: float32 on a CPU, else bfloat16.
-        options: `base`, `vision_tower` where the files do not hold them; usage as in `describe.USAGE_FIELDS`.
+        path: folder or file.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        dtype: of the weights in memory: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
+        options: `base`, `vision_tower` if the files do not contain them; usage as in `describe.USAGE_FIELDS`.
 
     Raises:
         CheckpointError: not a checkpoint, or a damaged one; the message names file and fix.
@@ -143,76 +145,5 @@ def open_assistant(path: str | Path, device: str = "auto", dtype: str = "", **op
     return Assistant(load(path, chosen, place, bases, **options))
 
 
-def _picture(image: Picture) -> Image.Image:
+def _rgb(image: ImageInput) -> Image.Image:
     return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else load_image(image)
-
-
-# ------------------------------------------------------------------------------------------------ in the terminal
-
-
-def seen(image: Image.Image, processor: ImageProcessor) -> str:
-    """What of an image the model sees, in words."""
-    width, height = image.size
-    size, short = processor.size, min(image.size)
-    if processor.mode == "resize":
-        return f"{width} x {height} pixels, squeezed into {size} x {size}"
-    if processor.mode == "pad":
-        return f"{width} x {height} pixels, whole, on a square of {size} x {size}"
-    lost = 1 - short / max(image.size)
-    sides = "left and right" if width > height else "above and below"
-    cut = f"; {lost:.0%} is cut off, half of it each {sides}" if lost >= 0.005 else ""
-    return f"{width} x {height} pixels, the middle {short} x {short} scaled to {size} x {size}{cut}"
-
-
-def preview(image: Image.Image, columns: int = 40) -> str:
-    """A picture for terminals with colors: two pixels per character."""
-    pixels = image.convert("RGB").resize((columns, columns)).load()
-    assert pixels is not None
-
-    def cell(x: int, y: int) -> str:
-        upper, lower = (";".join(map(str, pixels[x, y + k])) for k in (0, 1))  # type: ignore[arg-type]
-        return f"\x1b[38;2;{upper}m\x1b[48;2;{lower}m\N{UPPER HALF BLOCK}"
-
-    lines = ("".join(cell(x, y) for x in range(columns)) for y in range(0, columns - 1, 2))
-    return "\n".join(line + "\x1b[0m" for line in lines)
-
-
-def chat_in_terminal(assistant: Assistant, image: str | Path) -> None:
-    """Chat until an empty line or the end of input; each answer appears as it is written.
-
-    A line `/image FILE` takes another image; a question that fails says why, and the chat goes on.
-    """
-    conversation = _look(assistant, image)
-    while True:
-        try:
-            question = input("You: ").strip()
-        except EOFError:
-            question = ""
-        if not question:
-            return
-        try:
-            if question.startswith("/image "):
-                conversation = _look(assistant, question.removeprefix("/image ").strip())
-            else:
-                _answer(conversation, question)
-        except CompanionError as error:
-            sys.stdout.write(f"error: {error}\n")
-
-
-def _look(assistant: Assistant, image: str | Path) -> Conversation:
-    picture = load_image(image)
-    conversation = assistant.chat(picture)
-    sys.stdout.write(f"{Path(image).name}: {seen(picture, assistant.loaded.processor)}\n")
-    if sys.stdout.isatty() and conversation.image is not None:
-        sys.stdout.write(preview(conversation.image) + "\n")
-    return conversation
-
-
-def _answer(conversation: Conversation, question: str) -> None:
-    sys.stdout.write("LLaVA: ")
-    written = 0
-    for text in conversation.stream(question):
-        sys.stdout.write(text[written:])
-        sys.stdout.flush()
-        written = len(text)
-    sys.stdout.write("\n" if conversation.finish != "length" else " ...\n")

@@ -1,4 +1,4 @@
-"""Let a model answer questions about images, in batches, with the template and image settings of its manifest."""
+"""Batched answers to questions about images, with the template and image settings of a checkpoint's manifest."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def prompt_ids(
     loaded: Loaded,
     turns: Sequence[Turn],
     has_image: bool,
-    begin: str = "",
+    answer_prefix: str = "",
     key: str = "",
-    most: int | None = None,
+    max_ids: int | None = None,
 ) -> list[int]:
     """Ids of a conversation whose last answer is to be generated.
 
     Args:
-        loaded: its manifest tells, each with what holds where it says nothing, `template` ("v0"), `system` (the
-            template's own), `image_position` ("data") and `image_delimiters` (none), as the model was trained.
+        loaded: its manifest gives `template` (default "v0"), `system` (the template's own), `image_position` ("data")
+            and `image_delimiters` (none), as in training.
         turns: earlier turns with their answers, then (question, None).
-        has_image: puts the image into the first question unless a question carries a marker; the position "data" does
-            not say where, so the template does: before the question, in `v0_exact` behind it.
-        begin: text that the answer already begins with (second pass of ScienceQA).
-        key: record id, read by the image position "random".
-        most: of a prompt with more ids than these, `begin` loses its first ones.
+        has_image: puts the image into the first question, unless a question has a marker. For the position "data" the
+            template decides: before the question, in `v0_exact` after it.
+        answer_prefix: text that the answer begins with (second pass of ScienceQA).
+        key: record id, for the image position "random".
+        max_ids: a longer prompt loses the first tokens of `answer_prefix`.
 
     Raises:
-        DataError: an image delimiter is no token of the tokenizer.
+        DataError: an image delimiter is not a token of the tokenizer.
     """
     manifest = loaded.manifest
     template = TEMPLATES.get(manifest.get("template", "v0"))
@@ -47,8 +47,9 @@ def prompt_ids(
         turns, loaded.tokenizer, loaded.model.n_image_tokens,
         system=manifest.get("system"), delimiters=manifest.get("image_delimiters"),
     ).input_ids  # fmt: skip
-    begun = token_ids(loaded.tokenizer, f" {begin}", continues=True) if begin else []
-    return ids + (begun if most is None else begun[max(0, len(ids) + len(begun) - most) :])
+    prefix = token_ids(loaded.tokenizer, f" {answer_prefix}", continues=True) if answer_prefix else []
+    excess = 0 if max_ids is None else max(0, len(ids) + len(prefix) - max_ids)
+    return ids + prefix[excess:]
 
 
 def answer_questions(
@@ -60,23 +61,23 @@ def answer_questions(
     batch: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    begins: Mapping[str, str] | None = None,
+    answer_prefixes: Mapping[str, str] | None = None,
     desc: str | None = "answers",
-    room: int = 0,
+    reserve: int = 0,
 ) -> dict[str, str]:
     """Answer each question once.
 
     Args:
         loaded: model, tokenizer, image settings, manifest.
-        rows: `{question_id, text, image}`; `image` is a file name under `images`, or None to ask without an image.
+        rows: `{question_id, text, image}`; `image` is a file name under `images`, or None for a question without image.
         images: folder of the images.
-        max_new_tokens: longest answer in tokens; fewer where the language model's positions end.
-        batch: rows generated together (result does not depend on it).
+        max_new_tokens: longest answer in tokens; fewer if the language model's positions end before.
+        batch: rows generated together; it does not change the result.
         temperature: 0 is greedy; a sampled answer depends on its question's id, not on the batch.
-        seed: of sampled answers; another one gives another run.
-        begins: per question id, text the answer already begins with.
+        seed: of sampled answers.
+        answer_prefixes: per question id, text that the answer begins with.
         desc: of the progress bar; None for none.
-        room: positions to leave free behind an answer.
+        reserve: positions to leave free after an answer.
 
     Returns:
         Answer text by question id.
@@ -89,17 +90,11 @@ def answer_questions(
     template = TEMPLATES.get(loaded.manifest.get("template", "v0"))
     settings = GenerationSettings(max_new_tokens, temperature, stop=template.stop)
     positions = getattr(loaded.model.language_model.config.get_text_config(), "max_position_embeddings", None)
-    prompts = {
-        str(r["question_id"]): prompt_ids(
-            loaded,
-            [(r["text"], None)],
-            bool(r.get("image")),
-            (begins or {}).get(str(r["question_id"]), ""),
-            str(r["question_id"]),
-            positions and positions - max_new_tokens,
-        )
-        for r in rows
-    }
+    prefixes, prompts = answer_prefixes or {}, {}
+    for row in rows:
+        name, max_ids = str(row["question_id"]), positions and positions - max_new_tokens
+        turns, has_image = [(row["text"], None)], bool(row.get("image"))
+        prompts[name] = prompt_ids(loaded, turns, has_image, prefixes.get(name, ""), name, max_ids)
     ordered = sorted(rows, key=lambda r: len(prompts[str(r["question_id"])]))
     answers: dict[str, str] = {}
     for k in progress(range(0, len(ordered), batch), desc or "", leave=False, disable=desc is None):
@@ -107,11 +102,13 @@ def answer_questions(
         pixels = [loaded.processor(load_image((images or Path()) / r["image"])) for r in part if r.get("image")]
         values = torch.from_numpy(np.stack(pixels)).to(loaded.model.language_model.device) if pixels else None
         names = [str(r["question_id"]) for r in part]
-        # each question has draws of its own: they depend neither on the batch nor on what other questions draw
-        each = [replace(settings, seed=zlib.crc32(name.encode(), seed)) for name in names]
+        # a seed per question: its answer depends neither on the batch nor on other questions
+        row_settings = [replace(settings, seed=zlib.crc32(name.encode(), seed)) for name in names]
         if positions is not None:
-            left = [max(1, positions - room - len(prompts[name])) for name in names]
-            each = [replace(s, max_new_tokens=min(max_new_tokens, n)) for s, n in zip(each, left, strict=True)]
-        texts = generate(loaded.model, loaded.tokenizer, [prompts[name] for name in names], values, each)
+            left = [max(1, positions - reserve - len(prompts[name])) for name in names]
+            row_settings = [
+                replace(s, max_new_tokens=min(max_new_tokens, n)) for s, n in zip(row_settings, left, strict=True)
+            ]
+        texts = generate(loaded.model, loaded.tokenizer, [prompts[name] for name in names], values, row_settings)
         answers |= dict(zip(names, texts, strict=True))
     return {str(r["question_id"]): answers[str(r["question_id"])] for r in rows}

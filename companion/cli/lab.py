@@ -11,7 +11,8 @@ from llava_core.runtime import ROOT, CompanionError
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from llava_core.chat import chat_in_terminal, open_assistant
+    from companion.terminal_chat import chat_in_terminal
+    from llava_core.chat import open_assistant
 
     given = {name: value for name, value in vars(options(args)).items() if value}
     chat_in_terminal(open_assistant(args.model, **given, **dict(args.set)), args.image)

@@ -187,11 +187,11 @@ def _batches(
     rows = sorted(rows, key=lambda row: (row["image"] is not None, len(row["text"])))
     for k in progress(range(0, len(rows), batch), f"ScienceQA {name}", leave=False):
         part = rows[k : k + batch]
-        room = answer_tokens + _BRIDGE_TOKENS if bridge else 0
+        reserve = answer_tokens + _BRIDGE_TOKENS if bridge else 0
         common: dict[str, Any] = {"batch": batch, "temperature": temperature, "desc": None}
-        answers = answer_questions(loaded, part, max_new_tokens=max_new_tokens, room=room, **common)
+        answers = answer_questions(loaded, part, max_new_tokens=max_new_tokens, reserve=reserve, **common)
         if bridge is not None:
-            begins = {key: text + bridge for key, text in answers.items()}
-            letters = answer_questions(loaded, part, max_new_tokens=answer_tokens, begins=begins, **common)
+            prefixes = {key: text + bridge for key, text in answers.items()}
+            letters = answer_questions(loaded, part, max_new_tokens=answer_tokens, answer_prefixes=prefixes, **common)
             answers = {key: f"{text}\n The answer is {letters[key].strip()}" for key, text in answers.items()}
         yield answers

@@ -36,8 +36,10 @@ def packed_row_loss(model: Llava, row: RowInputs, normalise: Normalise, device: 
         features = features.to(device)
         if len(row.image_index) != len(features):  # an image has several blocks
             features = features.index_select(0, row.image_index.to(device))
-    inputs = (row.input_ids, row.position_ids, row.packed_mask, row.logit_positions, row.targets)
-    return model.packed_loss(*(x.to(device) for x in inputs), features)
+    return model.packed_loss(
+        row.input_ids.to(device), row.position_ids.to(device), row.packed_mask.to(device),
+        row.logit_positions.to(device), row.targets.to(device), features,
+    )  # fmt: skip
 
 
 class Trainer:

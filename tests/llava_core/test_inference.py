@@ -65,7 +65,7 @@ def test_a_missing_image_is_named(loaded: Loaded, images: Path) -> None:
         answer_questions(loaded, [{**ROWS[0], "image": "gone.png"}], images)
 
 
-def test_a_prompt_holds_the_image_once_and_ends_where_the_answer_begins(loaded: Loaded) -> None:
+def test_a_prompt_has_the_image_once_and_ends_before_the_answer(loaded: Loaded) -> None:
     n = loaded.model.n_image_tokens
     for text in ("what", "what\n<image>", "<image>\nwhat"):
         ids = prompt_ids(loaded, [(text, None)], True)
@@ -73,7 +73,7 @@ def test_a_prompt_holds_the_image_once_and_ends_where_the_answer_begins(loaded: 
     blind = prompt_ids(loaded, [("what", None)], False)
     assert IMAGE_TOKEN_ID not in blind
     assert loaded.tokenizer.decode(blind).endswith("### Human: what\n### Assistant:")
-    begun = prompt_ids(loaded, [("what", None)], False, begin="red")
+    begun = prompt_ids(loaded, [("what", None)], False, answer_prefix="red")
     assert begun[: len(blind)] == blind
     assert loaded.tokenizer.decode(begun[len(blind) :]) == " red"
 
@@ -110,7 +110,7 @@ def test_the_released_v0_prompt_has_its_image_behind_the_question(loaded: Loaded
     at, n = ids.index(IMAGE_TOKEN_ID), loaded.model.n_image_tokens
     assert loaded.tokenizer.decode(ids[:at]) == "<s>See.###Human: what"
     assert loaded.tokenizer.decode(ids[at + n :]) == "###Assistant:"
-    begun = prompt_ids(other, [("what", None)], True, begin="red")
+    begun = prompt_ids(other, [("what", None)], True, answer_prefix="red")
     assert loaded.tokenizer.decode(begun[at + n :]) == "###Assistant: red"
 
 
@@ -132,19 +132,17 @@ def test_what_an_answer_begins_with_goes_to_its_own_question(
     asked: dict[str, str] = {}
     original = answering.prompt_ids
 
-    def spy(model, turns, has_image, begin="", key="", most=None):
-        asked[key] = begin
-        return original(model, turns, has_image, begin, key, most)
+    def spy(model, turns, has_image, answer_prefix="", key="", max_ids=None):
+        asked[key] = answer_prefix
+        return original(model, turns, has_image, answer_prefix, key, max_ids)
 
     monkeypatch.setattr(answering, "prompt_ids", spy)
-    answer_questions(loaded, ROWS, images, max_new_tokens=1, begins={"3": "red", "5": "blue"})
+    answer_questions(loaded, ROWS, images, max_new_tokens=1, answer_prefixes={"3": "red", "5": "blue"})
     assert asked == {"7": "", "3": "red", "5": "blue", "9": "", "1": ""}
 
 
-def test_an_answer_ends_where_the_positions_do_and_a_long_beginning_keeps_its_end(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun = prompt_ids(loaded, [("what", None)], False, begin="red " * 300 + "blue", most=100)
+def test_long_answer_prefixes_keep_their_end(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = prompt_ids(loaded, [("what", None)], False, answer_prefix="red " * 300 + "blue", max_ids=100)
     assert len(begun) == 100
     assert loaded.tokenizer.decode(begun).endswith("red red blue")
     assert loaded.tokenizer.decode(begun).startswith("<s>A curious human")
@@ -154,7 +152,7 @@ def test_an_answer_ends_where_the_positions_do_and_a_long_beginning_keeps_its_en
         "generate",
         lambda m, t, prompts, p, each: used.append(len(prompts[0]) + each[0].max_new_tokens) or [""],
     )
-    answer_questions(loaded, ROWS[1:2], max_new_tokens=10_000, room=100)
+    answer_questions(loaded, ROWS[1:2], max_new_tokens=10_000, reserve=100)
     assert used == [256 - 100]
 
 

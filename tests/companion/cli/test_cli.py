@@ -208,10 +208,11 @@ def test_base_models_that_miss_a_gate_are_a_one(monkeypatch: pytest.MonkeyPatch)
 def test_chat_writes_to_the_terminal_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from companion import terminal_chat
     from llava_core import chat
 
-    stub = create_autospec(chat.chat_in_terminal, side_effect=lambda *_: print("A dog."))  # noqa: T201
-    monkeypatch.setattr(chat, "chat_in_terminal", stub)
+    stub = create_autospec(terminal_chat.chat_in_terminal, side_effect=lambda *_: print("A dog."))  # noqa: T201
+    monkeypatch.setattr(terminal_chat, "chat_in_terminal", stub)
     monkeypatch.setattr(chat, "open_assistant", create_autospec(chat.open_assistant))
     assert cli.main(example_of(WORKING["chat"])) == 0
     assert capsys.readouterr().out == "A dog.\n"

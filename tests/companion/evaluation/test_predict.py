@@ -117,9 +117,9 @@ def test_the_answer_prompt_follows_the_reasoning(
 ) -> None:
     begun: list[dict[str, str]] = []
 
-    def scripted(loaded: Any, rows: Any, begins: Any = None, **_: Any) -> dict[str, str]:
-        begun.append(begins or {})
-        return {row["question_id"]: " B." if begins else "SOLUTION: blue." for row in rows}
+    def scripted(loaded: Any, rows: Any, answer_prefixes: Any = None, **_: Any) -> dict[str, str]:
+        begun.append(answer_prefixes or {})
+        return {row["question_id"]: " B." if answer_prefixes else "SOLUTION: blue." for row in rows}
 
     monkeypatch.setattr(predict, "answer_questions", scripted)
     answers = science_answers(models["QCM-LEPA"], load_problems(folder, "test"))

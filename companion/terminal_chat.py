@@ -1,0 +1,80 @@
+"""Chat with a checkpoint in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llava_core.chat import Assistant, Conversation
+from llava_core.data.images import ImageProcessor, load_image
+from llava_core.runtime import CompanionError
+
+
+def visible_region(image: Image.Image, processor: ImageProcessor) -> str:
+    """A sentence about the part of an image that the model sees."""
+    width, height = image.size
+    size, short = processor.size, min(image.size)
+    if processor.mode == "resize":
+        return f"{width} x {height} pixels, resized to {size} x {size}"
+    if processor.mode == "pad":
+        return f"{width} x {height} pixels, padded to a square and scaled to {size} x {size}"
+    lost = 1 - short / max(image.size)
+    sides = "left and right" if width > height else "above and below"
+    cut = f"; {lost:.0%} is cut off, half of it each {sides}" if lost >= 0.005 else ""
+    return f"{width} x {height} pixels, the middle {short} x {short} scaled to {size} x {size}{cut}"
+
+
+def preview(image: Image.Image, columns: int = 40) -> str:
+    """The image in ANSI colors, two pixels per character."""
+    pixels = np.asarray(image.convert("RGB").resize((columns, columns)))
+
+    def cell(upper: np.ndarray, lower: np.ndarray) -> str:
+        foreground, background = (";".join(map(str, pixel)) for pixel in (upper, lower))
+        return f"\x1b[38;2;{foreground}m\x1b[48;2;{background}m\N{UPPER HALF BLOCK}"
+
+    rows = zip(pixels[:-1:2], pixels[1::2], strict=False)
+    return "\n".join("".join(map(cell, upper, lower)) + "\x1b[0m" for upper, lower in rows)
+
+
+def chat_in_terminal(assistant: Assistant, image: str | Path) -> None:
+    """Chat until an empty line or the end of input; answers appear token by token.
+
+    A line `/image FILE` starts a dialogue about another image; after an error the chat continues.
+    """
+    conversation = _open_image(assistant, image)
+    while True:
+        try:
+            question = input("You: ").strip()
+        except EOFError:
+            question = ""
+        if not question:
+            return
+        try:
+            if question.startswith("/image "):
+                conversation = _open_image(assistant, question.removeprefix("/image ").strip())
+            else:
+                _print_answer(conversation, question)
+        except CompanionError as error:
+            sys.stdout.write(f"error: {error}\n")
+
+
+def _open_image(assistant: Assistant, path: str | Path) -> Conversation:
+    image = load_image(path)
+    conversation = assistant.chat(image)
+    sys.stdout.write(f"{Path(path).name}: {visible_region(image, assistant.loaded.processor)}\n")
+    if sys.stdout.isatty() and conversation.image is not None:
+        sys.stdout.write(preview(conversation.image) + "\n")
+    return conversation
+
+
+def _print_answer(conversation: Conversation, question: str) -> None:
+    sys.stdout.write("LLaVA: ")
+    written = 0
+    for text in conversation.stream(question):
+        sys.stdout.write(text[written:])
+        sys.stdout.flush()
+        written = len(text)
+    sys.stdout.write("\n" if conversation.finish != "length" else " ...\n")

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+
+import pytest
+from chats import images, loaded, prompts  # noqa: F401 - fixtures
+from PIL import Image
+
+from companion.terminal_chat import chat_in_terminal, preview, visible_region
+from llava_core.chat import Assistant
+from llava_core.checkpoints.load import Loaded
+from llava_core.data.images import ImageProcessor
+
+
+def test_terminal_chat_continues_after_errors(
+    loaded: Loaded, images: list[Path], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    lines = iter(["what color", "/image nowhere.png", f"/image {images[1]}", "is it a dog", ""])
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
+    chat_in_terminal(Assistant(loaded), images[0])
+    said = capsys.readouterr().out.splitlines()
+    cut = "20% is cut off, half of it each left and right"
+    assert said[0] == f"red.png: 40 x 32 pixels, the middle 32 x 32 scaled to 32 x 32; {cut}"
+    assert said[1] == "LLaVA: red car"
+    assert said[2].startswith("error: nowhere.png")
+    assert said[3].startswith("blue.png: 40 x 32")
+    assert said[4] == "LLaVA: red car"
+    assert len(prompts) == 2
+    assert "\x1b" not in "".join(said)  # no colors where no terminal shows them
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "words"),
+    [
+        ("crop", (30, 60), "50% is cut off, half of it each above and below"),
+        ("crop", (50, 50), "the middle 50 x 50 scaled to 16 x 16"),
+        ("pad", (30, 60), "padded to a square and scaled to 16 x 16"),
+        ("resize", (30, 60), "resized to 16 x 16"),
+    ],
+)
+def test_visible_region(mode, size, words) -> None:
+    assert visible_region(Image.new("RGB", size), ImageProcessor(16, mode)).endswith(words)
+
+
+def test_the_preview_has_two_pixels_per_character() -> None:
+    picture = Image.new("RGB", (8, 8), (255, 0, 0))
+    picture.paste((0, 0, 255), (0, 4, 8, 8))
+    lines = preview(picture, 4).split("\n")
+    assert len(lines) == 2
+    assert "38;2;255;0;0" in lines[0]
+    assert "48;2;0;0;255" in lines[1]
