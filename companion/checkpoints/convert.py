@@ -8,9 +8,10 @@ from typing import Any
 
 from companion.checkpoints.divergence import first_divergence, first_module, verify_export
 from llava_core.checkpoints.describe import Checkpoint, Options, check
-from llava_core.checkpoints.formats.common import export_name
+from llava_core.checkpoints.files import atomic_folder, error_at
+from llava_core.checkpoints.formats.names import export_name
 from llava_core.checkpoints.open import FORMATS, format_named, open_checkpoint
-from llava_core.checkpoints.tensors import SHARD_BYTES, atomic_folder
+from llava_core.checkpoints.tensors import SHARD_BYTES
 from llava_core.runtime import CheckpointError, shown
 
 
@@ -71,13 +72,14 @@ def convert(
         written = open_checkpoint(folder)
         difference = first_divergence(checkpoint, written)
         if difference is not None:
-            raise CheckpointError(f"{shown(source)}: converted to '{to}' it is not the same: {difference}")
+            raise error_at(source, f"converted to '{to}' it is not the same: {difference}")
         modules = verify_export(checkpoint, folder) if verify else []
         wrong = first_module(modules)
         if wrong is not None:
-            raise CheckpointError(
-                f"{shown(source)}: in transformers the first module that differs is {wrong.name}, by "
-                f"{wrong.largest:.3g} of {wrong.size:.3g}"
+            raise error_at(
+                source,
+                f"in transformers the first module that differs is {wrong.name}, by "
+                f"{wrong.largest:.3g} of {wrong.size:.3g}",
             )
     return {
         "layout": checkpoint.format, "to": to, "tensors": len(written.tensors), "parameters": written.parameters,

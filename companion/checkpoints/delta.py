@@ -18,18 +18,9 @@ from typing import Any
 import torch
 
 from llava_core.checkpoints.base_models import model_folder
+from llava_core.checkpoints.files import atomic_folder, contained_file, error_at, has_file, read_config
 from llava_core.checkpoints.formats.original import is_delta, mm_config
-from llava_core.checkpoints.tensors import (
-    SHARD_BYTES,
-    LazyTensor,
-    atomic_folder,
-    contained_file,
-    has_file,
-    has_weights,
-    open_folder,
-    read_config,
-    write_tensors,
-)
+from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor, has_weights, open_folder, write_tensors
 from llava_core.checkpoints.tokenizer import TOKENIZER_FILES
 from llava_core.runtime import CheckpointError, shown, write_json
 
@@ -63,18 +54,19 @@ def _plan(checkpoint: dict[str, LazyTensor], base: dict[str, LazyTensor], where:
         elif name in _VOCABULARY and tensor.shape[1:] == base[name].shape[1:] and tensor.shape[0] > base[name].shape[0]:
             blocks[name] = base[name].shape[0]
         else:
-            raise CheckpointError(
-                f"{shown(where)}: {name} is {tensor.shape}, in the base {base[name].shape}; fix: --base with the "
-                "model (size and vocabulary) that the delta was made from"
+            raise error_at(
+                where,
+                f"{name} is {tensor.shape}, in the base {base[name].shape}; fix: --base with the "
+                "model (size and vocabulary) that the delta was made from",
             )
     unused = sorted(name for name in base if name not in checkpoint and not name.endswith(_COMPUTED))
     if unused:
-        raise CheckpointError(f"{shown(where)}: the base's {unused[0]} is missing in it ({len(unused)} in all)")
+        raise error_at(where, f"the base's {unused[0]} is missing in it ({len(unused)} in all)")
     if not full:
-        raise CheckpointError(f"{shown(where)}: shares no tensor with the base; fix: --base DIR")
+        raise error_at(where, "shares no tensor with the base; fix: --base DIR")
     foreign = [name for name in stored if "mm_projector" not in name and "vision_tower" not in name]
     if foreign:
-        raise CheckpointError(f"{shown(where)}: {foreign[0]} is neither in the base nor of a projector or tower")
+        raise error_at(where, f"{foreign[0]} is neither in the base nor of a projector or tower")
     return Plan(full, blocks, stored)
 
 
@@ -130,15 +122,16 @@ def apply(base: str, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry
 
 def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_run: bool) -> dict[str, Any]:
     if not mm_config(source) or not has_weights(source):
-        raise CheckpointError(
-            f"{shown(source)}: not a folder with a LLaVA in the original format (config.json, weights); fix: check the "
-            "path, or `llava convert --to original`"
+        raise error_at(
+            source,
+            "not a folder with a LLaVA in the original format (config.json, weights); fix: check the "
+            "path, or `llava convert --to original`",
         )
     base_folder = model_folder(base)
     base_tensors, tensors = _open(base_folder), _open(source)
     if is_delta(tensors) != (sign > 0):
         what = "a model already, no delta (its norms are not near zero)" if sign > 0 else "a delta already"
-        raise CheckpointError(f"{shown(source)}: is {what}; fix: name the {'delta' if sign > 0 else 'model'}")
+        raise error_at(source, f"is {what}; fix: name the {'delta' if sign > 0 else 'model'}")
     plan = _plan(tensors, base_tensors, source)
     fingerprint = _fingerprint(base_tensors, source, sign)
     report = {
@@ -169,9 +162,10 @@ def _fingerprint(base: dict[str, LazyTensor], source: Path, sign: int) -> str:
         return actual
     recorded = read_config(source, DELTA).get("base_fingerprint")
     if recorded != actual:
-        raise CheckpointError(
-            f"{shown(source)}: was made from a base whose weights have the fingerprint {str(recorded)[:12]}..., this "
-            f"one has {actual[:12]}...; fix: --base with that very model"
+        raise error_at(
+            source,
+            f"was made from a base whose weights have the fingerprint {str(recorded)[:12]}..., this "
+            f"one has {actual[:12]}...; fix: --base with that very model",
         )
     return "matches"
 

@@ -12,11 +12,12 @@ import torch
 from companion.checkpoints.delta import DELTA
 from llava_core.checkpoints.base_models import no_downloads
 from llava_core.checkpoints.describe import MODEL_PARTS, Checkpoint, Options, check
+from llava_core.checkpoints.files import error_at, has_file
 from llava_core.checkpoints.formats import original
 from llava_core.checkpoints.open import detect_format, open_checkpoint
-from llava_core.checkpoints.tensors import has_file, open_folder
+from llava_core.checkpoints.tensors import open_folder
 from llava_core.checkpoints.tokenizer import open_tokenizer
-from llava_core.runtime import CheckpointError, CompanionError, shown
+from llava_core.runtime import CompanionError, shown
 
 RELEASED_SYSTEMS = {  # system sentences of the released code by the first digits of their SHA-256
     "ace78a978005f68a": "Vicuna v0's, of v0 training and 1.0 inference",
@@ -93,13 +94,14 @@ def _check_loadable(checkpoint: Checkpoint) -> None:
     where = shown(checkpoint.path)
     check(checkpoint.require(*MODEL_PARTS))
     if checkpoint.tokenizer is None:
-        raise CheckpointError(f"{where}: no tokenizer (tokenizer.json or tokenizer.model); fix: copy it from the base")
+        raise error_at(where, "no tokenizer (tokenizer.json or tokenizer.model); fix: copy it from the base")
     language_model = checkpoint.description.language_model
     tokenizer = open_tokenizer(checkpoint.tokenizer, language_model)
     # the padding token is never embedded, and v0's released tokenizer has it after the last row
     tokens = 1 + max(k for token, k in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
     if tokens > language_model["vocab_size"]:
-        raise CheckpointError(
-            f"{where}: its tokenizer knows {tokens} tokens, the word embeddings have {language_model['vocab_size']} "
-            "rows; fix: use the tokenizer that belongs to these weights"
+        raise error_at(
+            where,
+            f"its tokenizer knows {tokens} tokens, the word embeddings have {language_model['vocab_size']} "
+            "rows; fix: use the tokenizer that belongs to these weights",
         )

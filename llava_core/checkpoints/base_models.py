@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError
 
 from llava_core.checkpoints.configs import quiet_transformers, tower_config
-from llava_core.checkpoints.tensors import LazyTensor, has_file, has_weights, open_folder, read_config, weight_files
+from llava_core.checkpoints.files import error_at, has_file, read_config
+from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder, weight_files
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import CheckpointError, DataError, fingerprint, located, sha256_file, shown, verify_files
+from llava_core.runtime import CheckpointError, DataError, fingerprint, located, sha256_file, verify_files
 
 _DOWNLOADS: ContextVar[bool] = ContextVar("downloads", default=True)
 _TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_scale")  # of a CLIP model
@@ -84,9 +85,8 @@ def tower_settings(source: str | Path) -> tuple[dict[str, Any], ImageProcessor]:
     folder = model_folder(source)
     config = read_config(folder, "config.json")
     if config.get("model_type") not in ("clip", "clip_vision_model"):
-        raise CheckpointError(
-            f"{shown(folder)}: its model_type is {config.get('model_type')!r}, not a CLIP vision tower; fix: "
-            "--vision-tower DIR"
+        raise error_at(
+            folder, f"its model_type is {config.get('model_type')!r}, not a CLIP vision tower; fix: --vision-tower DIR"
         )
     full = tower_config(config)
     return full, _image_settings(folder, full["image_size"])
@@ -96,9 +96,9 @@ def _image_settings(folder: Path, size: int) -> ImageProcessor:
     try:
         image = ImageProcessor.from_hf(read_config(folder, "preprocessor_config.json"))
     except DataError as error:
-        raise CheckpointError(f"{shown(folder)}: {error}") from error
+        raise error_at(folder, f"{error}") from error
     if image.size != size:
-        raise CheckpointError(f"{shown(folder)}: images of {image.size} px for a tower of {size} px; fix: correct one")
+        raise error_at(folder, f"images of {image.size} px for a tower of {size} px; fix: correct one")
     return image
 
 
@@ -143,13 +143,11 @@ def _loading(source: str, part: str) -> Iterator[None]:
         with quiet_transformers():  # its report lists each tensor of the text half as unexpected
             yield
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{shown(source)}: {part} cannot be read: {str(error).splitlines()[0]}") from error
+        raise error_at(source, f"{part} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def check_no_missing_weights(source: str, info: dict[str, Any]) -> None:
     """Raise CheckpointError if transformers' loading info lists weights that would be randomly initialised."""
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
-        raise CheckpointError(
-            f"{shown(source)}: weights missing ({names} ...); they would start random; fix: get the complete file"
-        )
+        raise error_at(source, f"weights missing ({names} ...); they would start random; fix: get the complete file")

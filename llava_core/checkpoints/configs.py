@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from llava_core.checkpoints.files import error_at
 from llava_core.models.projector import PROJECTORS
 from llava_core.runtime import CheckpointError, CompanionError
 
@@ -47,7 +49,7 @@ def tower_config(config: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def language_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+def language_config(config: dict[str, Any], where: str | Path) -> dict[str, Any]:
     """Return transformers' complete configuration of a language model; unknown fields are dropped.
 
     Args:
@@ -61,13 +63,11 @@ def language_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{where}: no language model of model_type {model_type!r} is known; fix: check config.json"
-        )
+        raise error_at(where, f"no language model of model_type {model_type!r} is known; fix: check config.json")
     return _complete(CONFIG_MAPPING[model_type], config, where)
 
 
-def _complete(config_class: Any, fields: dict[str, Any], where: str) -> dict[str, Any]:
+def _complete(config_class: Any, fields: dict[str, Any], where: str | Path) -> dict[str, Any]:
     known = {k: v for k, v in fields.items() if not k.startswith(("mm_", "_", "auto_map"))}
     vocab_size = known.get("vocab_size") if isinstance(known.get("vocab_size"), int) else 1 << 40
     for token in ("pad_token_id", "bos_token_id"):  # -1 in old configurations would index the last row
@@ -76,7 +76,7 @@ def _complete(config_class: Any, fields: dict[str, Any], where: str) -> dict[str
     try:
         full: dict[str, Any] = config_class.from_dict(known).to_dict()
     except Exception as error:  # huggingface's validators raise classes of their own
-        raise CheckpointError(f"{where}: impossible configuration ({' '.join(str(error).split())[:200]})") from error
+        raise error_at(where, f"impossible configuration ({' '.join(str(error).split())[:200]})") from error
     plain = json.loads(json.dumps(full, default=str))
     defaults = config_class().to_dict()
     names = {name for name in plain if name in defaults and not name.startswith("_")} | {"model_type"}

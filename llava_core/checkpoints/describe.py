@@ -11,11 +11,15 @@ import torch
 
 from llava_core.checkpoints.base_models import open_vision_tower, tower_settings
 from llava_core.checkpoints.configs import language_config, part_shapes, tower_config
-from llava_core.checkpoints.tensors import LazyTensor, natural_sort_key
+from llava_core.checkpoints.files import error_at
+from llava_core.checkpoints.tensors import LazyTensor
 from llava_core.data.conversation import TEMPLATES, ImagePosition
 from llava_core.data.images import ImageProcessor
 from llava_core.runtime import CheckpointError, DataError, shown
 
+DESCRIPTION_KEY = "llava_core"  # field of other formats' configuration files that holds our description
+IMAGE_DELIMITERS = ["<im_start>", "<im_end>"]
+USAGE_OF_V1 = {"template": "v1", "image_position": "first", "image_delimiters": None}  # LLaVA 1.0 to 1.5
 MODEL_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 USAGE_FIELDS = ("template", "system", "image_position", "image_delimiters", "prompt_format", "feature_layer")
 """How a checkpoint is to be used. Its files may not say it, so a caller may set these."""
@@ -50,12 +54,12 @@ class Description:
     """
 
     language_model: dict[str, Any]
-    vision_tower: dict[str, Any] | None
-    tower_source: str | None
-    d_vision: int
-    projector: str
-    feature_layer: int
-    image: dict[str, Any] | None
+    vision_tower: dict[str, Any] | None = None
+    tower_source: str | None = None
+    d_vision: int = 0
+    projector: str = "linear"
+    feature_layer: int = -2
+    image: dict[str, Any] | None = None
     usage: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,23 +69,23 @@ class Description:
         return fields
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any], where: str) -> Description:
+    def from_dict(cls, stored: dict[str, Any], where: Path) -> Description:
         """Return the description of a dict that `to_dict` wrote; `where` names the file in errors."""
         types = {"language_model": dict, "projector": str, "feature_layer": int, "d_vision": int, "facts": dict}
         names = {*types, "vision_tower", "tower_source", "image"}
         if not isinstance(stored, dict) or set(stored) != names:
-            raise CheckpointError(f"{where}: its description has other fields than {sorted(names)}; fix: convert again")
+            raise error_at(where, f"its description has other fields than {sorted(names)}; fix: convert again")
         for name, kind in types.items():
             if type(stored[name]) is not kind:
-                raise CheckpointError(f"{where}: {name} is {stored[name]!r}, not of type {kind.__name__}")
-        fields = {name: value for name, value in stored.items() if name != "facts"}
+                raise error_at(where, f"{name} is {stored[name]!r}, not of type {kind.__name__}")
+        fields = {name: value for name, value in stored.items() if value is not None and name != "facts"}
         fields["language_model"] = language_config(stored["language_model"], where)
-        if stored["vision_tower"] is not None:
-            fields["vision_tower"] = tower_config({"vision_config": stored["vision_tower"]})
-        if stored["image"] is not None:
-            fields["image"] = checked_image_settings(stored["image"], where)
-        if stored["tower_source"] is not None:
-            fields["tower_source"] = str(stored["tower_source"])
+        if "vision_tower" in fields:
+            fields["vision_tower"] = tower_config({"vision_config": fields["vision_tower"]})
+        if "image" in fields:
+            fields["image"] = checked_image_settings(fields["image"], where)
+        if "tower_source" in fields:
+            fields["tower_source"] = str(fields["tower_source"])
         return cls(**fields, usage=stored["facts"])
 
     def with_usage(self, usage: Mapping[str, Any]) -> Description:
@@ -100,12 +104,12 @@ class Description:
         return bool(self.language_model.get("tie_word_embeddings"))
 
 
-def checked_image_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def checked_image_settings(settings: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """Return image settings after a round trip through `ImageProcessor`, which refuses wrong ones."""
     try:
         return ImageProcessor.from_dict(dict(settings)).to_dict()
     except DataError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise error_at(where, f"{error}") from error
 
 
 @dataclass
@@ -155,21 +159,22 @@ class Checkpoint:
             return self._with_tower().require(*parts)
         for part in parts:
             if part not in self.parts:
-                raise CheckpointError(
-                    f"{shown(self.path)}: has no {part.replace('_', ' ')}; fix: name the language model it was "
-                    "trained with (--base DIR)"
+                raise error_at(
+                    self.path,
+                    f"has no {part.replace('_', ' ')}; fix: name the language model it was trained with (--base DIR)",
                 )
         return self
 
     def _with_tower(self) -> Checkpoint:
-        source, where = self.description.tower_source, shown(self.path)
+        source, where = self.description.tower_source, self.path
         if source is None:
-            raise CheckpointError(f"{where}: contains and names no vision tower; fix: --vision-tower DIR")
+            raise error_at(where, "contains and names no vision tower; fix: --vision-tower DIR")
         config, image = tower_settings(source)
         if config["hidden_size"] != self.description.d_vision:
-            raise CheckpointError(
-                f"{where}: its projector takes features of width {self.description.d_vision}, the vision tower "
-                f"{shown(source)} gives {config['hidden_size']}; fix: --vision-tower DIR"
+            raise error_at(
+                where,
+                f"its projector takes features of width {self.description.d_vision}, the vision tower "
+                f"{shown(source)} gives {config['hidden_size']}; fix: --vision-tower DIR",
             )
         settings = self.description.image or image.to_dict()
         description = replace(self.description, vision_tower=config, tower_source=None, image=settings)
@@ -177,15 +182,13 @@ class Checkpoint:
         return replace(self, description=description, tensors=tensors | self.tensors, names=names | self.names)
 
     def in_forward_order(self) -> Checkpoint:
-        """Return the checkpoint with its tensors in the order of a forward pass."""
+        """Return the checkpoint with its tensors in the order of a forward pass, unknown ones last."""
         try:
-            order = {name: k for k, name in enumerate(expected_shapes(self.description, self.parts))}
+            expected = expected_shapes(self.description, self.parts)
         except CheckpointError:  # `check` reports it
-            order = {}
-        ranked = sorted(
-            self.tensors, key=lambda name: (order.get(name, len(order)), [str(p) for p in natural_sort_key(name)])
-        )
-        return replace(self, tensors={name: self.tensors[name] for name in ranked})
+            return self
+        known = {name: self.tensors[name] for name in expected if name in self.tensors}
+        return replace(self, tensors=known | self.tensors)
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -220,30 +223,32 @@ def check(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: the first tensor, in the order of a forward pass, that is missing, unknown or of another shape.
     """
-    where = shown(checkpoint.path)
+    where = checkpoint.path
     try:
         expected = expected_shapes(checkpoint.description, checkpoint.parts)
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise error_at(where, f"{error}") from error
     if not checkpoint.tensors:
-        raise CheckpointError(f"{where}: has no weights; fix: copy or download it again")
+        raise error_at(where, "has no weights; fix: copy or download it again")
     check_usage(checkpoint)
     for name, shape in expected.items():
         if name not in checkpoint.tensors:
             n = len(expected.keys() - checkpoint.tensors.keys())
-            raise CheckpointError(
-                f"{where}: {name} is missing ({n} in all); it would start random; fix: get the complete checkpoint"
+            raise error_at(
+                where, f"{name} is missing ({n} in all); it would start random; fix: get the complete checkpoint"
             )
         if checkpoint.tensors[name].shape != shape:
-            raise CheckpointError(
-                f"{where}: {checkpoint.names.get(name, name)} has shape {checkpoint.tensors[name].shape}, its "
-                f"configuration says {shape}; fix: use the configuration that belongs to these weights"
+            raise error_at(
+                where,
+                f"{checkpoint.names.get(name, name)} has shape {checkpoint.tensors[name].shape}, its "
+                f"configuration says {shape}; fix: use the configuration that belongs to these weights",
             )
     for name in checkpoint.tensors:
         if name not in expected:
-            raise CheckpointError(
-                f"{where}: {checkpoint.names.get(name, name)} is unknown to the model; it would be lost; "
-                "fix: convert it with the code of its own version first"
+            raise error_at(
+                where,
+                f"{checkpoint.names.get(name, name)} is unknown to the model; it would be lost; "
+                "fix: convert it with the code of its own version first",
             )
 
 
@@ -253,7 +258,7 @@ def check_usage(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: a field of another type, or one that the vision tower contradicts.
     """
-    description, where = checkpoint.description, shown(checkpoint.path)
+    description, where = checkpoint.description, checkpoint.path
     tower, usage = description.vision_tower, description.usage
     positions = get_args(ImagePosition)
     rules = {
@@ -268,20 +273,18 @@ def check_usage(checkpoint: Checkpoint) -> None:
     }  # fmt: skip
     for name, (kind, valid) in rules.items():
         if name in usage and not valid(usage[name]):
-            raise CheckpointError(f"{where}: {name} is {usage[name]!r}, not {kind}")
+            raise error_at(where, f"{name} is {usage[name]!r}, not {kind}")
     if usage.get("template") is not None:
         TEMPLATES.get(str(usage["template"]))
     layer = description.feature_layer
     if type(layer) is not int:
-        raise CheckpointError(f"{where}: feature_layer is {layer!r}, not the number of a layer")
+        raise error_at(where, f"feature_layer is {layer!r}, not the number of a layer")
     if tower is not None:
         layers = tower["num_hidden_layers"]
         if not -layers - 1 <= layer <= layers:
-            raise CheckpointError(f"{where}: feature_layer is {layer!r}; the vision tower has {layers} layers")
+            raise error_at(where, f"feature_layer is {layer!r}; the vision tower has {layers} layers")
         if description.image is not None and description.image["size"] != tower["image_size"]:
-            raise CheckpointError(
-                f"{where}: images of {description.image['size']} px for a tower of {tower['image_size']} px"
-            )
+            raise error_at(where, f"images of {description.image['size']} px for a tower of {tower['image_size']} px")
 
 
 def _all_text(values: Iterable[Any]) -> bool:

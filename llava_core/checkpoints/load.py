@@ -16,13 +16,14 @@ from llava_core.checkpoints.base_models import (
 )
 from llava_core.checkpoints.configs import build_on_meta, language_config, quiet_transformers
 from llava_core.checkpoints.describe import MODEL_PARTS, Checkpoint, Description, Options, check
+from llava_core.checkpoints.files import atomic_folder, error_at
 from llava_core.checkpoints.formats import native
 from llava_core.checkpoints.open import open_checkpoint
-from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor, atomic_folder
+from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor
 from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.data.images import ImageProcessor
 from llava_core.models.llava import Llava
-from llava_core.runtime import CheckpointError, located, shown
+from llava_core.runtime import located, shown
 
 Kind = Literal["full", "projector"]
 _SAVED = {"full": ("multi_modal_projector.", "language_model."), "projector": ("multi_modal_projector.",)}
@@ -61,7 +62,7 @@ def load(
     check(checkpoint)
     description = checkpoint.description
     if checkpoint.tokenizer is None or description.image is None:
-        raise CheckpointError(f"{shown(checkpoint.path)}: no tokenizer or image settings; fix: --base, --vision-tower")
+        raise error_at(checkpoint.path, "no tokenizer or image settings; fix: --base, --vision-tower")
     tokenizer = open_tokenizer(checkpoint.tokenizer, description.language_model)
     processor = ImageProcessor.from_dict(description.image)
     return Loaded(assemble(checkpoint, dtype).to(device).eval(), tokenizer, processor, description.usage)
@@ -108,14 +109,11 @@ def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) ->
     prefixes = parts or tuple(f"{part}." for part in checkpoint.parts)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefixes)}
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
-    for name in sorted(own.keys() ^ tensors.keys()):
-        side = "missing in the checkpoint" if name in own else "in the checkpoint and unknown to the model"
-        raise CheckpointError(f"{shown(path)}: {name} is {side}; fix: use the base model named in its manifest")
-    for name, tensor in tensors.items():
-        if tuple(own[name].shape) != tensor.shape:
-            raise CheckpointError(
-                f"{shown(path)}: {name} has shape {tensor.shape}, the model needs {tuple(own[name].shape)}; "
-                "fix: a projector fits only the language model and tower it was trained with"
+    for name in own | tensors:
+        stored, needed = (tuple(side[name].shape) if name in side else "missing" for side in (tensors, own))
+        if stored != needed:
+            raise error_at(
+                path, f"{name} is {stored} in the checkpoint and {needed} in the model; fix: use its base models"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -146,7 +144,6 @@ def save_checkpoint(path: Path, loaded: Loaded, kind: Kind, **manifest: Any) -> 
     model = loaded.model
     description = Description(
         language_model=language_config(model.language_model.config.to_dict(), "language model"),
-        vision_tower=None,
         tower_source=loaded.manifest["base"]["vision_tower"],
         d_vision=model.vision_tower.config.hidden_size,
         projector=model.projector_name,

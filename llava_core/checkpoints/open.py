@@ -9,10 +9,11 @@ from typing import Any
 
 from llava_core.checkpoints.base_models import base_hash
 from llava_core.checkpoints.describe import Checkpoint, Options, check_usage
+from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf, lora, mmpretrain, native, original, projector
 from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model
 from llava_core.registry import unknown
-from llava_core.runtime import CheckpointError, ConfigError, located, shown
+from llava_core.runtime import ConfigError, located, shown
 
 FORMATS: tuple[CheckpointFormat, ...] = (
     native.FORMAT, lora.FORMAT, hf.FORMAT, original.FORMAT, mmpretrain.FORMAT, projector.FORMAT
@@ -39,7 +40,7 @@ def detect_format(path: Path) -> CheckpointFormat | None:
         CheckpointError: the path does not exist, or its files cannot be read.
     """
     if not path.exists():
-        raise CheckpointError(f"{shown(path)}: there is no such file or folder; fix: check the path")
+        raise error_at(path, "there is no such file or folder; fix: check the path")
     return next((candidate for candidate in FORMATS if candidate.detect(path)), None)
 
 
@@ -56,7 +57,7 @@ def open_checkpoint(path: Path, options: Options | None = None, usage: Mapping[s
     """
     detected = detect_format(path)
     if detected is None:
-        raise CheckpointError(f"{shown(path)}: not a LLaVA checkpoint ({_content(path)}); fix: check the path")
+        raise error_at(path, f"not a LLaVA checkpoint ({_content(path)}); fix: check the path")
     options = options or Options()
     if detected.base_of is None:
         checkpoint = detected.read(path, options)
@@ -65,12 +66,13 @@ def open_checkpoint(path: Path, options: Options | None = None, usage: Mapping[s
     check_usage(checkpoint)
     if detected is native.FORMAT:
         checkpoint = with_bases(checkpoint, options)
+    checkpoint = checkpoint.in_forward_order()
     unused = {
         "--base": options.base is not None and not checkpoint.uses_base,
         "--vision-tower": options.vision_tower not in (None, checkpoint.description.tower_source),
     }
     for option in (option for option, is_unused in unused.items() if is_unused):
-        raise CheckpointError(f"{shown(path)}: contains what {option} names, which would be ignored; fix: omit it")
+        raise error_at(path, f"contains what {option} names, which would be ignored; fix: omit it")
     if usage:
         checkpoint.description = checkpoint.description.with_usage(usage)
         corrected = tuple(name.replace("_", " ") for name in usage)
@@ -93,7 +95,7 @@ def with_bases(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     Raises:
         CheckpointError: a base model is missing, damaged or a different one.
     """
-    usage, where = checkpoint.description.usage, shown(checkpoint.path)
+    usage, where = checkpoint.description.usage, checkpoint.path
     for part in ("vision_tower", "language_model"):
         if part in checkpoint.parts:
             continue
@@ -101,17 +103,17 @@ def with_bases(checkpoint: Checkpoint, options: Options) -> Checkpoint:
         chosen = options.base if part == "language_model" else options.vision_tower
         source = chosen or usage["base"].get(part)
         if source is None:
-            raise CheckpointError(f"{where}: neither contains nor names its {text}")
+            raise error_at(where, f"neither contains nor names its {text}")
         expected, actual = str(usage["base_hash"].get(part, "")), base_hash(source)
         if expected.partition(":")[0] != actual.partition(":")[0]:
             checkpoint.notes.append(f"{text} {shown(source)}: taken unchecked, only its name is recorded")
         elif expected != actual:
-            raise CheckpointError(f"{where}: made with another {text} than {shown(source)}; fix: restore that one")
+            raise error_at(where, f"made with another {text} than {shown(source)}; fix: restore that one")
         if part == "language_model":
             base = open_language_model(source)
             tensors, names = checkpoint.tensors | base.tensors, checkpoint.names | base.names
             checkpoint = replace(checkpoint, tensors=tensors, names=names, uses_base=True)
-    return checkpoint.in_forward_order()
+    return checkpoint
 
 
 def _content(path: Path) -> str:

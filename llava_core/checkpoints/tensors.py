@@ -1,17 +1,13 @@
 """Weights files as untrusted input: tensors are read one at a time and written shard by shard.
 
 safetensors are preferred. `.bin`, `.pth` and `.pt` are read through PyTorch's `weights_only` unpickler, which refuses
-everything but tensors and plain containers. An index or a link that leads out of the folder is refused.
+everything but tensors and plain containers. An index that leads out of the folder is refused.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llava_core.runtime import CheckpointError, DataError, read_json, sha256_file, shown, write_json
+from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
+from llava_core.runtime import sha256_file, write_json
 
 SHARD_BYTES = 5_000_000_000
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
@@ -55,56 +52,6 @@ class LazyTensor:
         return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
 
-def contained_file(folder: Path, name: str) -> Path:
-    """Return `folder / name` if it is a regular file inside the folder.
-
-    Raises:
-        CheckpointError: it is missing, not a regular file, or it is or links to a path outside the folder.
-    """
-    path = folder / name
-    if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or "\0" in name:
-        raise CheckpointError(
-            f"{shown(folder)}: '{name}' points outside the folder; refused; fix: use plain file names"
-        )
-    try:
-        real = path.resolve(strict=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{shown(path)}: missing; fix: copy or download it again") from None
-    except (OSError, RuntimeError) as error:  # a link that leads to itself
-        raise CheckpointError(f"{shown(path)}: cannot be followed ({error}); fix: put the file itself there") from None
-    home = folder.resolve()
-    # the hub's cache keeps snapshots/<commit>/<file> as links to ../../blobs/<hash> of the same model
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(real.is_relative_to(h) for h in homes):
-        raise CheckpointError(f"{shown(path)}: is a link out of its folder; refused; fix: copy the file into it")
-    if not real.is_file():  # a folder, or a pipe that blocks the reader
-        raise CheckpointError(f"{shown(path)}: not a regular file; fix: put the file itself there")
-    return path
-
-
-def has_file(folder: Path, name: str) -> bool:
-    """Whether a folder has an entry of that name, readable or not (`contained_file` checks it)."""
-    return (folder / name).exists() or (folder / name).is_symlink()
-
-
-def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint folder.
-
-    Raises:
-        CheckpointError: the file cannot be read or is not a JSON object.
-    """
-    try:
-        value = read_json(contained_file(folder, name))
-    except (DataError, OSError) as error:
-        raise CheckpointError(str(error)) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{shown(folder / name)}: not a JSON object; fix: copy or download it again")
-    return value
-
-
-# ------------------------------------------------------------------------------------------------ reading
-
-
 def open_file(path: Path) -> dict[str, LazyTensor]:
     """Open one weights file; of safetensors only the header is read.
 
@@ -116,7 +63,7 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
         return _open_safetensors(path)
     if path.suffix in PICKLE_SUFFIXES:
         return _open_pickle(path)
-    raise CheckpointError(f"{shown(path)}: not a weights file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
+    raise error_at(path, f"not a weights file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -124,14 +71,12 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         file = safe_open(path, "pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{shown(path)}: damaged or cut off ({error}); fix: copy or download it again") from error
+        raise error_at(path, f"damaged or cut off ({error}); fix: copy or download it again") from error
     tensors: dict[str, LazyTensor] = {}
     for name, header in slices.items():
         dtype = _DTYPES.get(header.get_dtype())
         if dtype is None:
-            raise CheckpointError(
-                f"{shown(path)}: {name} has type {header.get_dtype()}, which is not supported; fix: store it as BF16"
-            )
+            raise error_at(path, f"{name} has type {header.get_dtype()}, which is not supported; fix: store it as BF16")
         tensors[name] = LazyTensor(tuple(header.get_shape()), dtype, partial(file.get_tensor, name))
     return tensors
 
@@ -143,9 +88,9 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     for name, value in content.items():
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
         if not isinstance(name, str) or not plain or value.is_quantized:
-            raise CheckpointError(
-                f"{shown(path)}: {name!r} is {type(value).__name__}, not a plain tensor; fix: name a file that "
-                "contains weights only"
+            raise error_at(
+                path,
+                f"{name!r} is {type(value).__name__}, not a plain tensor; fix: name a file that contains weights only",
             )
     return {name: LazyTensor.of(tensor) for name, tensor in content.items()}
 
@@ -163,15 +108,16 @@ def load_pickle(path: Path) -> dict[str, Any]:
         except RuntimeError:  # files from before PyTorch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{shown(path)}: holds more than tensors (code, perhaps) or is damaged; nothing of it was executed; "
-            "fix: get the weights as safetensors"
+        raise error_at(
+            path,
+            "holds more than tensors (code, perhaps) or is damaged; nothing of it was executed; "
+            "fix: get the weights as safetensors",
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{shown(path)}: damaged or cut off ({reason}); fix: download it again") from error
+        raise error_at(path, f"damaged or cut off ({reason}); fix: download it again") from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{shown(path)}: holds {type(content).__name__}, not a dict of tensors")
+        raise error_at(path, f"holds {type(content).__name__}, not a dict of tensors")
     return dict(content)
 
 
@@ -203,12 +149,13 @@ def _files_and_index(folder: Path) -> tuple[list[str], dict[str, str]]:
 def _read_index(folder: Path, index: str) -> dict[str, str]:
     weight_map = read_config(folder, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{shown(folder / index)}: no weight_map from tensors to files; fix: download it again")
+        raise error_at(folder / index, "no weight_map from tensors to files; fix: download it again")
     for shard in set(weight_map.values()):
         if not shard.endswith((".safetensors", *PICKLE_SUFFIXES)):
-            raise CheckpointError(
-                f"{shown(folder / index)}: names {shard} as a shard, which is not a weights file (an index that leads "
-                "to an index?); fix: download it again"
+            raise error_at(
+                folder / index,
+                f"names {shard} as a shard, which is not a weights file (an index that leads "
+                "to an index?); fix: download it again",
             )
     return weight_map
 
@@ -225,26 +172,27 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
     for file in files:
         for name, tensor in open_file(contained_file(folder, file)).items():
             if name in tensors:
-                raise CheckpointError(f"{shown(folder)}: {name} is in {file_of[name]} and in {file}")
+                raise error_at(folder, f"{name} is in {file_of[name]} and in {file}")
             tensors[name], file_of[name] = tensor, file
     for name, shard in index.items():
         if file_of.pop(name, None) != shard:
-            raise CheckpointError(
-                f"{shown(folder / shard)}: {name} should be in it and is not; fix: download this shard again"
-            )
+            raise error_at(folder / shard, f"{name} should be in it and is not; fix: download this shard again")
     if index and file_of:
         name, shard = next(iter(file_of.items()))
-        raise CheckpointError(f"{shown(folder / shard)}: {name} is not in the index; fix: download the index again")
+        raise error_at(folder / shard, f"{name} is not in the index; fix: download the index again")
     return tensors
 
 
-def single_weights_file(folder: Path) -> Path | None:
-    """The weights file of a folder that has exactly one, of any name (a `.pth`, say); else None."""
+def lone_weights_file(path: Path) -> Path | None:
+    """Return the weights file of a checkpoint that is one file of any name: the path, or the only one of a folder."""
+    suffixes = (".safetensors", *PICKLE_SUFFIXES)
+    if not path.is_dir():
+        return path if path.suffix in suffixes else None
     try:
-        files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", *PICKLE_SUFFIXES)]
+        files = [file for file in sorted(path.iterdir()) if file.suffix in suffixes]
     except OSError as error:
-        raise CheckpointError(f"{shown(folder)}: cannot be read ({error.strerror})") from None
-    return files[0] if len(files) == 1 else None
+        raise error_at(path, f"cannot be read ({error.strerror})") from None
+    return files[0] if len(files) == 1 and not has_weights(path) else None
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -289,31 +237,3 @@ def _read_shard(tensors: Mapping[str, LazyTensor], names: list[str]) -> dict[str
             tensor = tensor.clone()  # safetensors refuses two names of one storage
         shard[name] = tensor
     return shard
-
-
-def natural_sort_key(name: str) -> tuple[Any, ...]:
-    """Sort key that puts layer 2 before layer 10."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` on success and is removed on failure.
-
-    Raises:
-        CheckpointError: `target` exists and is not an empty folder, and `overwrite` is not set.
-    """
-    target = Path(os.path.abspath(target))  # "." has no name of its own
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{shown(target)}: exists already; fix: choose another place, or remove it first")
-    temporary = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            shutil.rmtree(target) if overwrite else target.rmdir()
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.checkpoints.configs import quiet_transformers
-from llava_core.checkpoints.tensors import contained_file, has_file
-from llava_core.runtime import CheckpointError, shown
+from llava_core.checkpoints.files import contained_file, error_at, has_file
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -42,7 +41,7 @@ def open_tokenizer(folder: Path, language_model: Mapping[str, Any], **options: A
             return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{shown(folder)}: the tokenizer cannot be read ({reason})") from error
+        raise error_at(folder, f"the tokenizer cannot be read ({reason})") from error
 
 
 def copy_tokenizer(source: Path | None, target: Path) -> None:

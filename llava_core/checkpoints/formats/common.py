@@ -1,13 +1,8 @@
-"""What the checkpoint formats share: the record that each of them fills in, renaming of tensors, common steps.
-
-Inside the library tensors have our names (`vision_tower.`, `multi_modal_projector.`, `language_model.`). A format maps
-them to its own by renaming prefixes, so the map is exact in both directions.
-"""
+"""What the checkpoint formats share: the record that each of them fills in, and common steps of reading."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +11,12 @@ import torch
 
 from llava_core.checkpoints.base_models import model_folder, tower_settings
 from llava_core.checkpoints.configs import language_config
-from llava_core.checkpoints.describe import Checkpoint, Description, Options
-from llava_core.checkpoints.tensors import LazyTensor, open_folder, read_config
+from llava_core.checkpoints.describe import DESCRIPTION_KEY, Checkpoint, Description, Options
+from llava_core.checkpoints.files import error_at, read_config
+from llava_core.checkpoints.formats.names import rename_tensors
+from llava_core.checkpoints.tensors import LazyTensor, open_folder
 from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.runtime import CheckpointError, shown
-
-USAGE_OF_V1 = {"template": "v1", "image_position": "first", "image_delimiters": None}  # LLaVA 1.0 to 1.5
-IMAGE_DELIMITERS = ["<im_start>", "<im_end>"]
-DESCRIPTION_KEY = "llava_core"  # field of other formats' configuration files that holds our description
-_COMPUTED = {
-    r"(^|\.)rotary_emb\.inv_freq$": "computed from the configuration",
-    r"(^|\.)embeddings\.position_ids$": "a counter, not a weight",
-}
 
 
 @dataclass(frozen=True)
@@ -57,46 +46,6 @@ class CheckpointFormat:
     base_of: Callable[[Path, Options], str] | None = None
 
 
-# ------------------------------------------------------------------------------------------------ names
-
-
-def export_name(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    """Return a format's name for one of ours."""
-    return next((theirs + name[len(ours) :] for ours, theirs in rules if name.startswith(ours)), name)
-
-
-def import_name(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    """Return our name for one of a format's."""
-    return next((ours + name[len(theirs) :] for ours, theirs in rules if name.startswith(theirs)), name)
-
-
-def export_tensors(checkpoint: Checkpoint, rules: Iterable[tuple[str, str]]) -> dict[str, LazyTensor]:
-    """Return a checkpoint's tensors under a format's names."""
-    return {export_name(name, rules): tensor for name, tensor in checkpoint.tensors.items()}
-
-
-def rename_tensors(
-    tensors: Mapping[str, LazyTensor], rename: Callable[[str], str], where: Path
-) -> tuple[dict[str, LazyTensor], dict[str, str], dict[str, str]]:
-    """Return tensors under our names, their former names, and former name -> reason for those left out."""
-    ours: dict[str, LazyTensor] = {}
-    names: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    for theirs, tensor in tensors.items():
-        reason = next((text for pattern, text in _COMPUTED.items() if re.search(pattern, theirs)), None)
-        if reason:
-            left_out[theirs] = reason
-            continue
-        name = rename(theirs)
-        if name in ours:
-            raise CheckpointError(f"{shown(where)}: {theirs} and {names[name]} are both {name}; remove one")
-        ours[name], names[name] = tensor, theirs
-    return ours, names, left_out
-
-
-# ------------------------------------------------------------------------------------------------ shared steps
-
-
 def new_checkpoint(
     format_name: str, path: Path, tensors: Mapping[str, LazyTensor], rename: Callable[[str], str],
     description: Description, tokenizer: Path | None, notes: list[str],
@@ -106,11 +55,10 @@ def new_checkpoint(
     description = with_tower_settings(description, notes)
     if any(name.startswith("vision_tower.") for name in ours):
         if description.vision_tower is None:
-            raise CheckpointError(f"{shown(path)}: a vision tower without configuration; fix: --vision-tower DIR")
+            raise error_at(path, "a vision tower without configuration; fix: --vision-tower DIR")
         description = replace(description, tower_source=None)
     _drop_tied_head(path, description, ours, names, left_out)
-    checkpoint = Checkpoint(format_name, path, description, ours, names, left_out, tokenizer, notes)
-    return checkpoint.in_forward_order()
+    return Checkpoint(format_name, path, description, ours, names, left_out, tokenizer, notes)
 
 
 def _drop_tied_head(
@@ -121,9 +69,10 @@ def _drop_tied_head(
     if not description.tied or head not in ours or words not in ours:
         return
     if not torch.equal(ours.pop(head).read(), ours[words].read()):
-        raise CheckpointError(
-            f"{shown(path)}: its configuration ties the output embedding to the input embedding, but they differ; "
-            'fix: set "tie_word_embeddings": false'
+        raise error_at(
+            path,
+            "its configuration ties the output embedding to the input embedding, but they differ; "
+            'fix: set "tie_word_embeddings": false',
         )
     left_out[names.pop(head)] = "repeats the input embedding (tied)"
 
@@ -148,18 +97,25 @@ def with_tower_settings(description: Description, notes: list[str]) -> Descripti
 def open_language_model(source: str) -> Checkpoint:
     """Open a plain language model (folder or hub id) under our names."""
     folder = model_folder(source)
-    config = language_config(read_config(folder, "config.json"), shown(folder))
-    description = Description(config, None, None, 0, "linear", -2, None)
+    config = language_config(read_config(folder, "config.json"), folder)
     tensors = open_folder(folder)
     if not tensors:
-        raise CheckpointError(f"{shown(folder)}: has no weights; fix: download the complete language model")
+        raise error_at(folder, "has no weights; fix: download the complete language model")
+    tokenizer = tokenizer_folder(folder)
     return new_checkpoint(
-        "language model", folder, tensors, lambda name: f"language_model.{name}", description,
-        tokenizer_folder(folder), [],
-    )  # fmt: skip
+        "language model", folder, tensors, lambda name: f"language_model.{name}", Description(config), tokenizer, []
+    )
 
 
-def check_unchanged(stored: Description, config: Mapping[str, Any], where: str, fields: Mapping[str, Any]) -> None:
+def check_supported(config: Mapping[str, Any], where: Path, supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Check the fields of a configuration whose other values our model does not implement; None stands for absent."""
+    for name, values in supported.items():
+        if config.get(name) not in values:
+            known = ", ".join(str(value) for value in values if value is not None)
+            raise error_at(where, f"{name} is {config[name]!r}; only {known} can be represented")
+
+
+def check_unchanged(stored: Description, config: Mapping[str, Any], where: Path, fields: Mapping[str, Any]) -> None:
     """Check that a configuration file that we wrote for another format still agrees with our description in it.
 
     Raises:
@@ -167,7 +123,8 @@ def check_unchanged(stored: Description, config: Mapping[str, Any], where: str, 
     """
     for name, value in fields.items():
         if config.get(name) != value:
-            raise CheckpointError(
-                f"{where}: {name} is {config.get(name)!r} and was {value!r} when it was exported; fix: remove "
-                f"'{DESCRIPTION_KEY}' from it, so that the other fields count"
+            raise error_at(
+                where,
+                f"{name} is {config.get(name)!r} and was {value!r} when it was exported; fix: remove "
+                f"'{DESCRIPTION_KEY}' from it, so that the other fields count",
             )

@@ -14,23 +14,16 @@ from typing import Any
 import torch
 
 from llava_core.checkpoints.configs import language_config, tower_config
-from llava_core.checkpoints.describe import MODEL_PARTS, Checkpoint, Description, Options
-from llava_core.checkpoints.formats.common import (
-    DESCRIPTION_KEY,
-    USAGE_OF_V1,
-    CheckpointFormat,
-    check_unchanged,
-    export_name,
-    export_tensors,
-    import_name,
-    new_checkpoint,
-)
-from llava_core.checkpoints.tensors import LazyTensor, has_file, open_folder, read_config, write_tensors
+from llava_core.checkpoints.describe import DESCRIPTION_KEY, MODEL_PARTS, USAGE_OF_V1, Checkpoint, Description, Options
+from llava_core.checkpoints.files import error_at, has_file, read_config
+from llava_core.checkpoints.formats.common import CheckpointFormat, check_supported, check_unchanged, new_checkpoint
+from llava_core.checkpoints.formats.names import export_name, export_tensors, import_name
+from llava_core.checkpoints.tensors import LazyTensor, open_folder, write_tensors
 from llava_core.checkpoints.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_folder
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Template
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import CheckpointError, DataError, shown, write_json
+from llava_core.runtime import DataError, write_json
 
 RULES = (
     ("vision_tower.", "vision_tower.vision_model."),
@@ -48,6 +41,11 @@ _RECENT_NAMES = (  # names in memory since transformers 4.52 and in files since 
     ("vision_tower.", "vision_tower.vision_model."),
     ("lm_head.", "language_model.lm_head."),
 )
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "projector_hidden_act": (None, "gelu", "linear"),
+    "vision_feature_select_strategy": (None, "default"),  # the class token is dropped
+    "multimodal_projector_bias": (None, True),
+}
 _ROWS_MULTIPLE = 64  # the word embeddings are padded to a multiple of it, as in the hub's checkpoints
 _EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 _ORIGINAL_TOKENIZER = "tokenizer"  # sub-folder with the tokenizer as it was before image and padding tokens were added
@@ -65,9 +63,12 @@ def detect(path: Path) -> bool:
 
 def read(path: Path, options: Options) -> Checkpoint:
     config = read_config(path, "config.json")
-    where = shown(path / "config.json")
+    where = path / "config.json"
     notes: list[str] = []
-    _check_supported(config, where)
+    check_supported(config, where, _SUPPORTED)
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part), dict):
+            raise error_at(where, f"{part} is missing; fix: download config.json again")
     tensors = open_folder(path)
     rules: tuple[tuple[str, str], ...] = RULES
     if config.get("projector_hidden_act") == "linear":
@@ -78,7 +79,7 @@ def read(path: Path, options: Options) -> Checkpoint:
         description, tokenizer = _description(path, config, notes), tokenizer_folder(path)
     else:
         if not isinstance(stored, dict) or type(stored.get("vocabulary")) is not int:
-            raise CheckpointError(f"{where}: {DESCRIPTION_KEY} is not what this project writes; fix: remove it")
+            raise error_at(where, f"{DESCRIPTION_KEY} is not what this project writes; fix: remove it")
         description = Description.from_dict(stored.get("description", {}), where)
         check_unchanged(description, config, where, {"vision_feature_layer": description.feature_layer})
         check_unchanged(description, config["text_config"], where, {"vocab_size": stored.get("rows")})
@@ -100,59 +101,42 @@ def _drop_padding_rows(checkpoint: Checkpoint, rows: int) -> None:
             checkpoint.tensors[name] = table.map(lambda t: t[:rows].clone(), (rows, *table.shape[1:]))
 
 
-def _check_supported(config: dict[str, Any], where: str) -> None:
-    layer, act = config.get("vision_feature_layer", -2), config.get("projector_hidden_act", "gelu")
-    strategy = config.get("vision_feature_select_strategy", "default")
-    bias = config.get("multimodal_projector_bias", True)
-    fields = {
-        "vision_feature_layer": (layer, isinstance(layer, int), "a single layer"),
-        "projector_hidden_act": (act, act in ("gelu", "linear"), "gelu or linear"),
-        "vision_feature_select_strategy": (strategy, strategy == "default", "default (class token dropped)"),
-        "multimodal_projector_bias": (bias, bias is True, "true"),
-    }
-    for name, (value, supported, wanted) in fields.items():
-        if not supported:
-            raise CheckpointError(f"{where}: {name} is {value!r}; only {wanted} can be represented")
-    for part in ("text_config", "vision_config"):
-        if not isinstance(config.get(part), dict):
-            raise CheckpointError(f"{where}: {part} is missing; fix: download config.json again")
-
-
 def _without_identity(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
     second = {name: tensor for name, tensor in tensors.items() if ".linear_2." in f".{name}"}
     values = {name.rsplit(".", 1)[-1]: tensor.read() for name, tensor in second.items()}
     if set(values) != {"weight", "bias"}:
-        raise CheckpointError(f"{shown(path)}: multi_modal_projector.linear_2 is missing; fix: get the complete file")
+        raise error_at(path, "multi_modal_projector.linear_2 is missing; fix: get the complete file")
     matrix = values["weight"]
     if not torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)) or values["bias"].any():
-        raise CheckpointError(
-            f"{shown(path)}: two linear layers without an activation between them, the second not the identity, are no "
-            "projector of LLaVA; fix: multiply them into one first"
+        raise error_at(
+            path,
+            "two linear layers without an activation between them, the second not the identity, are no "
+            "projector of LLaVA; fix: multiply them into one first",
         )
     return {name: tensor for name, tensor in tensors.items() if name not in second}
 
 
 def _description(path: Path, config: dict[str, Any], notes: list[str]) -> Description:
     """Return the description of a checkpoint that transformers or others exported."""
-    where = shown(path / "config.json")
+    where = path / "config.json"
     tower = tower_config(config["vision_config"])
     files = [name for name in ("preprocessor_config.json", "processor_config.json") if has_file(path, name)]
     settings = read_config(path, files[0]) if files else {}
     try:
         image = ImageProcessor.from_hf(settings.get("image_processor", settings)).to_dict()
     except DataError as error:
-        raise CheckpointError(f"{shown(path)}: image settings: {error}") from error
+        raise error_at(path, f"image settings: {error}") from error
     tokens = (tower["image_size"] // tower["patch_size"]) ** 2
     if config.get("image_seq_length", tokens) != tokens:
-        raise CheckpointError(
-            f"{where}: image_seq_length is {config['image_seq_length']}, but the tower gives {tokens} tokens; fix: "
-            f"write {tokens} there"
+        raise error_at(
+            where,
+            f"image_seq_length is {config['image_seq_length']}, but the tower gives {tokens} tokens; fix: "
+            f"write {tokens} there",
         )
     notes.append("template v1 and image position first (those of LLaVA 1.5) assumed")
     return Description(
         language_model=language_config({"model_type": "llama"} | config["text_config"], where),
         vision_tower=tower,
-        tower_source=None,
         d_vision=tower["hidden_size"],
         projector="linear" if config.get("projector_hidden_act") == "linear" else "mlp2x_gelu",
         feature_layer=config.get("vision_feature_layer", -2),
@@ -168,9 +152,7 @@ def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     """Write weights, configuration and processor, so that `from_pretrained` needs no code of ours."""
     description = checkpoint.description
     if checkpoint.tokenizer is None or description.image is None or description.vision_tower is None:
-        raise CheckpointError(
-            f"{shown(checkpoint.path)}: without tokenizer and image settings no processor can be written"
-        )
+        raise error_at(checkpoint.path, "without tokenizer and image settings no processor can be written")
     size, patch = (description.vision_tower[k] for k in ("image_size", "patch_size"))
     rows, image_id, pad_id = _write_processor(checkpoint, folder, patch)
     tensors = {}

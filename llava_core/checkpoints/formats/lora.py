@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from llava_core.checkpoints.describe import Checkpoint, Options
-from llava_core.checkpoints.formats.common import CheckpointFormat, rename_tensors, with_tower_settings
+from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
+from llava_core.checkpoints.formats.common import CheckpointFormat, with_tower_settings
+from llava_core.checkpoints.formats.names import rename_tensors
 from llava_core.checkpoints.formats.original import from_original, mm_config, read_description
-from llava_core.checkpoints.tensors import LazyTensor, contained_file, has_file, open_file, read_config
-from llava_core.runtime import CheckpointError, located, shown
+from llava_core.checkpoints.tensors import LazyTensor, open_file
+from llava_core.runtime import located, shown
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _IRRELEVANT = frozenset({  # peft's settings that do not change the meaning of W + scale * B A
@@ -37,38 +39,40 @@ def detect(path: Path) -> bool:
 
 def base_of(path: Path, options: Options) -> str:
     """Return the folder of the model that the adapters were trained on: a language model, or a LLaVA of any format."""
-    where = shown(path / "adapter_config.json")
+    where = path / "adapter_config.json"
     source = options.base or read_config(path, "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(source, str) or (not options.base and not located(source).is_dir()):
-        raise CheckpointError(f"{where}: its base model {source!r} is not here; fix: --base DIR")
+        raise error_at(where, f"its base model {source!r} is not here; fix: --base DIR")
     if located(source).resolve() == path.resolve():
-        raise CheckpointError(f"{where}: names itself as its base; fix: --base DIR")
+        raise error_at(where, "names itself as its base; fix: --base DIR")
     return source
 
 
 def read(path: Path, options: Options, base: Checkpoint) -> Checkpoint:
     settings = read_config(path, "adapter_config.json")
-    scale = _scale(settings, shown(path / "adapter_config.json"))
+    scale = _scale(settings, path / "adapter_config.json")
     adapters = next((contained_file(path, name) for name in _ADAPTERS if has_file(path, name)), None)
     if adapters is None:
-        raise CheckpointError(f"{shown(path)}: no {_ADAPTERS[0]}; fix: get the complete adapter")
+        raise error_at(path, f"no {_ADAPTERS[0]}; fix: get the complete adapter")
     trained = "non_lora_trainables.bin"
     extra = open_file(contained_file(path, trained)) if has_file(path, trained) else {}
     replaced, names, left_out = rename_tensors(extra, lambda name: from_original(_unwrapped(name)), path)
     tensors = base.tensors | replaced
     for name, (a, b) in _pairs(open_file(adapters), adapters, settings["r"]).items():
         if name not in tensors:
-            raise CheckpointError(f"{shown(adapters)}: adapts {name}, which the base {shown(base.path)} does not have")
+            raise error_at(adapters, f"adapts {name}, which the base {shown(base.path)} does not have")
         if tensors[name].shape != (b.shape[0], a.shape[1]):
-            raise CheckpointError(
-                f"{shown(adapters)}: {name} is {tensors[name].shape} in the base {shown(base.path)}, the adapter's is "
-                f"{(b.shape[0], a.shape[1])}; fix: --base with the model that it was trained on"
+            raise error_at(
+                adapters,
+                f"{name} is {tensors[name].shape} in the base {shown(base.path)}, the adapter's is "
+                f"{(b.shape[0], a.shape[1])}; fix: --base with the model that it was trained on",
             )
         tensors[name] = tensors[name].map(partial(_merge, a=a, b=b, scale=scale))
     if not any(name.startswith("multi_modal_projector.") for name in tensors):
-        raise CheckpointError(
-            f"{shown(path)}: no projector in {trained} or the base, so the model could not use an image; fix: copy "
-            "that file from the training output, too"
+        raise error_at(
+            path,
+            f"no projector in {trained} or the base, so the model could not use an image; fix: copy "
+            "that file from the training output, too",
         )
     notes: list[str] = []
     description = base.description
@@ -76,21 +80,20 @@ def read(path: Path, options: Options, base: Checkpoint) -> Checkpoint:
         rows = description.language_model["vocab_size"]
         description = read_description(path, mm_config(path), options, notes)
         description = replace(description, language_model=description.language_model | {"vocab_size": rows})
-    checkpoint = Checkpoint(
+    return Checkpoint(
         FORMAT.name, path, with_tower_settings(description, notes), tensors, base.names | names, left_out,
         base.tokenizer, notes, uses_base=True,
     )  # fmt: skip
-    return checkpoint.in_forward_order()
 
 
-def _scale(settings: dict[str, Any], where: str) -> float:
+def _scale(settings: dict[str, Any], where: Path) -> float:
     for name, value in settings.items():
         plain = value in _SUPPORTED[name] if name in _SUPPORTED else name in _IRRELEVANT or not value
         if not plain:
-            raise CheckpointError(f"{where}: {name} is {value!r}; only plain LoRA can be merged here; fix: use peft")
+            raise error_at(where, f"{name} is {value!r}; only plain LoRA can be merged here; fix: use peft")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{where}: r {rank!r} and lora_alpha {alpha!r} give no scale")
+        raise error_at(where, f"r {rank!r} and lora_alpha {alpha!r} give no scale")
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
@@ -105,11 +108,11 @@ def _pairs(adapters: dict[str, LazyTensor], file: Path, rank: int) -> dict[str, 
     for theirs, tensor in adapters.items():
         name, separator, matrix = theirs.replace(".default.", ".").partition(".lora_")
         if not separator or matrix not in ("A.weight", "B.weight"):
-            raise CheckpointError(f"{shown(file)}: {theirs} is no LoRA matrix; it would be lost; use peft to merge it")
+            raise error_at(file, f"{theirs} is no LoRA matrix; it would be lost; use peft to merge it")
         matrices.setdefault(from_original(f"{_unwrapped(name)}.weight"), {})[matrix[0]] = tensor
     for name, pair in matrices.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
-            raise CheckpointError(f"{shown(file)}: {name} lacks one of its two matrices, or their rank is not {rank}")
+            raise error_at(file, f"{name} lacks one of its two matrices, or their rank is not {rank}")
     return {name: (pair["A"], pair["B"]) for name, pair in matrices.items()}
 
 

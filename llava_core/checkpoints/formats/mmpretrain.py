@@ -12,47 +12,33 @@ import torch
 
 from llava_core.checkpoints.base_models import model_folder
 from llava_core.checkpoints.configs import language_config
-from llava_core.checkpoints.describe import Checkpoint, Description, Options
-from llava_core.checkpoints.formats import original
-from llava_core.checkpoints.formats.common import (
+from llava_core.checkpoints.describe import (
     DESCRIPTION_KEY,
     IMAGE_DELIMITERS,
     USAGE_OF_V1,
-    CheckpointFormat,
-    export_tensors,
-    import_name,
-    new_checkpoint,
+    Checkpoint,
+    Description,
+    Options,
 )
-from llava_core.checkpoints.tensors import (
-    LazyTensor,
-    has_file,
-    has_weights,
-    load_pickle,
-    open_file,
-    read_config,
-    single_weights_file,
-)
+from llava_core.checkpoints.files import error_at, read_config
+from llava_core.checkpoints.formats import original
+from llava_core.checkpoints.formats.common import CheckpointFormat, new_checkpoint
+from llava_core.checkpoints.formats.names import export_tensors, import_name
+from llava_core.checkpoints.tensors import PICKLE_SUFFIXES, LazyTensor, load_pickle, lone_weights_file, open_file
 from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
-from llava_core.runtime import CheckpointError, shown, write_json
+from llava_core.runtime import write_json
 
 _PREFIX = "model.lang_encoder."
 RULES = tuple((ours, _PREFIX + theirs) for ours, theirs in original.RULES)
 
 
-def _weights_file(path: Path) -> Path | None:
-    if path.is_dir():
-        file = None if has_weights(path) or has_file(path, "manifest.json") else single_weights_file(path)
-        return _weights_file(file) if file else None
-    return path if path.suffix in (".pth", ".pt", ".bin") and path.exists() else None
-
-
 def detect(path: Path) -> bool:
-    file = _weights_file(path)
-    return file is not None and any(name.startswith(_PREFIX) for name in open_file(file))
+    file = lone_weights_file(path)
+    return bool(file and file.suffix in PICKLE_SUFFIXES and any(name.startswith(_PREFIX) for name in open_file(file)))
 
 
 def read(path: Path, options: Options) -> Checkpoint:
-    file = _weights_file(path)
+    file = lone_weights_file(path)
     assert file is not None
     tensors = open_file(file)
     notes: list[str] = []
@@ -60,12 +46,13 @@ def read(path: Path, options: Options) -> Checkpoint:
     meta = load_pickle(file).get("meta")
     stored = meta.get(DESCRIPTION_KEY) if isinstance(meta, dict) else None
     if stored is not None:
-        description = Description.from_dict(stored, shown(file))
+        description = Description.from_dict(stored, file)
         description = replace(description, tower_source=options.vision_tower or description.tower_source)
     elif options.base is None:
-        raise CheckpointError(
-            f"{shown(file)}: weights without a configuration; fix: --base DIR with config.json and tokenizer of its "
-            "language model, and --vision-tower DIR"
+        raise error_at(
+            file,
+            "weights without a configuration; fix: --base DIR with config.json and tokenizer of its "
+            "language model, and --vision-tower DIR",
         )
     else:
         base = model_folder(options.base)
@@ -80,7 +67,7 @@ def read(path: Path, options: Options) -> Checkpoint:
 
 def _assumed_description(tensors: Mapping[str, LazyTensor], base: Path, vision_tower: str | None) -> Description:
     """Return a description from the shapes of the tensors and the configuration of the base language model."""
-    config = language_config(read_config(base, "config.json"), shown(base))
+    config = language_config(read_config(base, "config.json"), base)
     words = tensors.get(_PREFIX + "model.embed_tokens.weight")
     if words:
         config["vocab_size"] = words.shape[0]  # training may have added rows to the base's vocabulary
@@ -88,7 +75,8 @@ def _assumed_description(tensors: Mapping[str, LazyTensor], base: Path, vision_t
     width = next((t.shape[-1] for n, t in tensors.items() if re.search(r"mm_projector\.(0\.)?weight$", n)), 0)
     # mmpretrain's own pipeline resizes to a square, whatever the image's aspect ratio
     usage = {**USAGE_OF_V1, "image_delimiters": None if mlp else IMAGE_DELIMITERS, "image_mode": "resize"}
-    return Description(config, None, vision_tower, width, "mlp2x_gelu" if mlp else "linear", -2, None, usage)
+    projector = "mlp2x_gelu" if mlp else "linear"
+    return Description(config, tower_source=vision_tower, d_vision=width, projector=projector, usage=usage)
 
 
 def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:

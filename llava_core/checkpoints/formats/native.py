@@ -13,17 +13,11 @@ from typing import Any
 from llava_core.checkpoints.base_models import base_hash
 from llava_core.checkpoints.configs import language_config, tower_config
 from llava_core.checkpoints.describe import Checkpoint, Description, Options, checked_image_settings
+from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
 from llava_core.checkpoints.formats.common import CheckpointFormat
-from llava_core.checkpoints.tensors import (
-    contained_file,
-    has_file,
-    open_folder,
-    read_config,
-    weight_files,
-    write_tensors,
-)
+from llava_core.checkpoints.tensors import open_folder, weight_files, write_tensors
 from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
-from llava_core.runtime import CheckpointError, sha256_file, shown, write_json
+from llava_core.runtime import sha256_file, write_json
 
 FORMAT_VERSION = 2
 _FIELD_TYPES = {
@@ -46,50 +40,37 @@ def read(path: Path, options: Options) -> Checkpoint:
     manifest = _read_manifest(path)
     for name, digest in manifest["files"].items():
         if sha256_file(contained_file(path, name)) != digest:
-            raise CheckpointError(
-                f"{shown(path / name)}: damaged (SHA-256 is not the manifest's); fix: copy it again or train again"
-            )
+            raise error_at(path / name, "damaged (SHA-256 is not the manifest's); fix: copy it again or train again")
     unlisted = [file.name for file in weight_files(path) if file.name not in manifest["files"]]
     if unlisted:
-        raise CheckpointError(
-            f"{shown(path / unlisted[0])}: the manifest does not list it; fix: copy the checkpoint again"
-        )
+        raise error_at(path / unlisted[0], "the manifest does not list it; fix: copy the checkpoint again")
     tensors = open_folder(path)
     contradicted = {name.split(".")[0] for name in tensors} ^ set(map(str, manifest["parts"]))
     if contradicted:
-        raise CheckpointError(f"{shown(path)}: manifest and weights disagree about {sorted(contradicted)[0]}")
+        raise error_at(path, f"manifest and weights disagree about {sorted(contradicted)[0]}")
     own_tower = "vision_tower" in manifest["parts"]
     description = Description(
-        language_model=language_config(
-            read_config(path / "language_model", "config.json"), shown(path / "language_model")
-        ),
+        language_model=language_config(read_config(path / "language_model", "config.json"), path / "language_model"),
         vision_tower=tower_config(read_config(path / "vision_tower", "config.json")) if own_tower else None,
         tower_source=None if own_tower else options.vision_tower or manifest["base"].get("vision_tower"),
         d_vision=manifest["d_vision"],
         projector=manifest["projector"],
         feature_layer=manifest["feature_layer"],
-        image=checked_image_settings(manifest["image"], shown(path / "manifest.json")),
+        image=checked_image_settings(manifest["image"], path / "manifest.json"),
         usage={name: value for name, value in manifest.items() if name not in _NOT_USAGE},
     )
     names = {name: name for name in tensors}
-    checkpoint = Checkpoint(FORMAT.name, path, description, tensors, names, tokenizer=tokenizer_folder(path))
-    return checkpoint.in_forward_order()
+    return Checkpoint(FORMAT.name, path, description, tensors, names, tokenizer=tokenizer_folder(path))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    if not has_file(path, "manifest.json"):
-        raise CheckpointError(
-            f"{shown(path)}: not a checkpoint (no manifest.json); fix: name a run's checkpoint directory"
-        )
     manifest = read_config(path, "manifest.json")
-    where = shown(path / "manifest.json")
+    where = path / "manifest.json"
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where}: format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}"
-        )
+        raise error_at(where, f"format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}")
     for name, kind in _FIELD_TYPES.items():
         if not isinstance(manifest.get(name), kind):
-            raise CheckpointError(f"{where}: {name} is missing or no {kind.__name__}; fix: copy the checkpoint again")
+            raise error_at(where, f"{name} is missing or no {kind.__name__}; fix: copy the checkpoint again")
     return manifest
 
 

@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.checkpoints.configs import language_config
-from llava_core.checkpoints.describe import Checkpoint, Description, Options
-from llava_core.checkpoints.formats.common import (
-    DESCRIPTION_KEY,
-    IMAGE_DELIMITERS,
-    CheckpointFormat,
-    check_unchanged,
-    export_tensors,
-    import_name,
-    new_checkpoint,
-)
-from llava_core.checkpoints.tensors import LazyTensor, has_file, has_weights, open_folder, read_config, write_tensors
+from llava_core.checkpoints.describe import DESCRIPTION_KEY, IMAGE_DELIMITERS, Checkpoint, Description, Options
+from llava_core.checkpoints.files import error_at, has_file, read_config
+from llava_core.checkpoints.formats.common import CheckpointFormat, check_supported, check_unchanged, new_checkpoint
+from llava_core.checkpoints.formats.names import export_tensors, import_name
+from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder, write_tensors
 from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
-from llava_core.runtime import CheckpointError, shown, write_json
+from llava_core.runtime import write_json
 
 RULES = (
     ("multi_modal_projector.", "model.mm_projector."),
@@ -54,7 +48,7 @@ def detect(path: Path) -> bool:
 
 def read_description(path: Path, config: dict[str, Any], options: Options, notes: list[str]) -> Description:
     """Return the description of a checkpoint of the original code from its `config.json`; `notes` gets assumptions."""
-    where = shown(path / "config.json")
+    where = path / "config.json"
     if DESCRIPTION_KEY in config:
         stored = Description.from_dict(config[DESCRIPTION_KEY], where)
         check_unchanged(stored, config, where, {
@@ -62,15 +56,11 @@ def read_description(path: Path, config: dict[str, Any], options: Options, notes
             "mm_projector_type": stored.projector, "vocab_size": stored.language_model["vocab_size"],
         })  # fmt: skip
         return replace(stored, tower_source=options.vision_tower or stored.tower_source)
-    for name, values in _SUPPORTED.items():
-        if config.get(name) not in values:
-            raise CheckpointError(
-                f"{where}: {name} is {config[name]!r}; only {', '.join(map(str, values[1:]))} can be represented"
-            )
+    check_supported(config, where, _SUPPORTED)
     model_type = str(config.get("model_type"))
     if model_type not in _LANGUAGE_MODELS:
-        raise CheckpointError(
-            f"{where}: model_type {model_type!r} is not one of LLaVA's language models ({', '.join(_LANGUAGE_MODELS)})"
+        raise error_at(
+            where, f"model_type {model_type!r} is not one of LLaVA's language models ({', '.join(_LANGUAGE_MODELS)})"
         )
     layer = config.get("mm_vision_select_layer")
     if layer is None:
@@ -78,15 +68,13 @@ def read_description(path: Path, config: dict[str, Any], options: Options, notes
     width = config.get("mm_hidden_size", 1024)
     tower = options.vision_tower or config.get("mm_vision_tower")
     if type(width) is not int or not isinstance(tower, str | None):
-        raise CheckpointError(f"{where}: mm_hidden_size {width!r} or mm_vision_tower {tower!r} has a wrong type")
+        raise error_at(where, f"mm_hidden_size {width!r} or mm_vision_tower {tower!r} has a wrong type")
     return Description(
         language_model=language_config(config | {"model_type": _LANGUAGE_MODELS[model_type]}, where),
-        vision_tower=None,
         tower_source=tower,
         d_vision=width,
         projector=config.get("mm_projector_type") or "linear",
         feature_layer=-2 if layer is None else layer,
-        image=None,
         usage=_usage(path, config, notes),
     )
 
@@ -119,15 +107,16 @@ def read(path: Path, options: Options) -> Checkpoint:
     description = read_description(path, mm_config(path), options, notes)
     tensors = open_folder(path)
     if not any("mm_projector" in name for name in tensors):
-        raise CheckpointError(
-            f"{shown(path)}: the projector (model.mm_projector...) is missing, so the model could not use an image; "
-            "fix: get the complete checkpoint, or use its mm_projector.bin"
+        raise error_at(
+            path,
+            "the projector (model.mm_projector...) is missing, so the model could not use an image; "
+            "fix: get the complete checkpoint, or use its mm_projector.bin",
         )
     tokenizer = tokenizer_folder(path)
     checkpoint = new_checkpoint(FORMAT.name, path, tensors, from_original, description, tokenizer, notes)
     if is_delta(checkpoint.tensors):
-        raise CheckpointError(
-            f"{shown(path)}: these are delta weights (their norms are near zero), not a model; fix: `llava delta apply`"
+        raise error_at(
+            path, "these are delta weights (their norms are near zero), not a model; fix: `llava delta apply`"
         )
     return checkpoint
 
@@ -152,7 +141,7 @@ def original_config(checkpoint: Checkpoint) -> dict[str, Any]:
     language_model, usage = description.language_model, description.usage
     model_type = language_model["model_type"]
     if model_type not in _ARCHITECTURES:
-        raise CheckpointError(f"{shown(checkpoint.path)}: the original code has no {model_type}; fix: --to hf")
+        raise error_at(checkpoint.path, f"the original code has no {model_type}; fix: --to hf")
     original_type, architecture = _ARCHITECTURES[model_type]
     theta = (language_model.get("rope_parameters") or {}).get("rope_theta")
     return {

@@ -9,26 +9,14 @@ from typing import Any
 
 import torch
 
-from llava_core.checkpoints.describe import Checkpoint, Description, Options
-from llava_core.checkpoints.formats.common import (
-    IMAGE_DELIMITERS,
-    USAGE_OF_V1,
-    CheckpointFormat,
-    export_tensors,
-    open_language_model,
-    with_tower_settings,
-)
+from llava_core.checkpoints.describe import IMAGE_DELIMITERS, USAGE_OF_V1, Checkpoint, Description, Options
+from llava_core.checkpoints.files import error_at, has_file
+from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model, with_tower_settings
+from llava_core.checkpoints.formats.names import export_tensors
 from llava_core.checkpoints.formats.original import RULES, mm_config, original_config, read_description
-from llava_core.checkpoints.tensors import (
-    PICKLE_SUFFIXES,
-    LazyTensor,
-    has_file,
-    has_weights,
-    open_file,
-    single_weights_file,
-)
+from llava_core.checkpoints.tensors import LazyTensor, has_weights, lone_weights_file, open_file
 from llava_core.checkpoints.tokenizer import open_tokenizer, tokenizer_folder
-from llava_core.runtime import CheckpointError, shown, write_json
+from llava_core.runtime import shown, write_json
 
 _PREFIXES = (
     "base_model.model.model.mm_projector.", "model.mm_projector.", "mm_projector.", "multi_modal_projector.",
@@ -39,14 +27,9 @@ _OURS = "multi_modal_projector."
 
 def _weights_file(path: Path) -> Path | None:
     """Return the projector's file: the path itself, `mm_projector.bin`, or the only weights file of a folder."""
-    if path.is_dir():
-        if has_weights(path) or has_file(path, "adapter_config.json"):  # a release, with its projector's file
-            return None
-        if has_file(path, "mm_projector.bin"):
-            return path / "mm_projector.bin"
-        file = single_weights_file(path)
-    else:
-        file = path if path.suffix in (".safetensors", *PICKLE_SUFFIXES) else None
+    if path.is_dir() and has_file(path, "mm_projector.bin") and not has_weights(path):  # a release has both
+        return path / "mm_projector.bin"
+    file = lone_weights_file(path)
     names = open_file(file) if file else {}
     return file if any(n.startswith(_PREFIXES) for n in names) and not any(".layers." in n for n in names) else None
 
@@ -63,27 +46,29 @@ def read(path: Path, options: Options) -> Checkpoint:
     kind = "mlp2x_gelu" if f"{_OURS}0.weight" in projector else "linear"
     weight = projector.get(f"{_OURS}0.weight", projector.get(f"{_OURS}weight"))
     if weight is None or len(weight.shape) != 2:
-        raise CheckpointError(f"{shown(file)}: no projector's weight among {', '.join([*names.values(), *words][:4])}")
+        raise error_at(file, f"no projector's weight among {', '.join([*names.values(), *words][:4])}")
     d_model, d_vision = weight.shape
     config = mm_config(path) if path.is_dir() else {}
     if config:
         description = read_description(path, config, options, notes)
     else:
         notes.append("template v1, image position first and feature layer -2 assumed: there is no config.json")
-        language = {"hidden_size": d_model}
-        description = Description(language, None, options.vision_tower, d_vision, kind, -2, None, dict(USAGE_OF_V1))
+        description = Description(
+            {"hidden_size": d_model}, tower_source=options.vision_tower, d_vision=d_vision, projector=kind,
+            usage=dict(USAGE_OF_V1),
+        )  # fmt: skip
     if options.base is None:
         description = with_tower_settings(description, notes)
+        left_out = dict.fromkeys(words, "word embeddings: they need the language model (--base)")
         tokenizer = tokenizer_folder(path) if path.is_dir() else None
-        checkpoint = Checkpoint(FORMAT.name, path, description, projector, names, tokenizer=tokenizer, notes=notes)
-        checkpoint.left_out.update(dict.fromkeys(words, "word embeddings: they need the language model (--base)"))
-        return checkpoint.in_forward_order()
+        return Checkpoint(FORMAT.name, path, description, projector, names, left_out, tokenizer, notes)
     base = open_language_model(options.base)
     language = base.description.language_model
     if language.get("hidden_size") != d_model:
-        raise CheckpointError(
-            f"{shown(file)}: a projector into width {d_model}, but {shown(base.path)} has "
-            f"{language.get('hidden_size')}; fix: --base with the language model that it was trained with"
+        raise error_at(
+            file,
+            f"a projector into width {d_model}, but {shown(base.path)} has "
+            f"{language.get('hidden_size')}; fix: --base with the language model that it was trained with",
         )
     usage = description.usage | {"base": {"language_model": str(options.base)}, "base_hash": {}}
     description = with_tower_settings(replace(description, language_model=language, usage=usage), notes)
@@ -91,7 +76,7 @@ def read(path: Path, options: Options) -> Checkpoint:
         base, format=FORMAT.name, path=path, description=description, tensors=projector | base.tensors,
         names=names | base.names, left_out={}, notes=notes, uses_base=True,
     )  # fmt: skip
-    return _with_word_embeddings(checkpoint.in_forward_order(), words, file)
+    return _with_word_embeddings(checkpoint, words, file)
 
 
 def _split(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str], dict[str, LazyTensor]]:
@@ -105,7 +90,7 @@ def _split(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str], dict[str,
         elif theirs.endswith("embed_tokens.weight"):
             words[theirs] = tensor
         else:
-            raise CheckpointError(f"{shown(file)}: {theirs} is no part of a projector file; it would be lost")
+            raise error_at(file, f"{theirs} is no part of a projector file; it would be lost")
     return projector, names, words
 
 
@@ -122,10 +107,11 @@ def _with_word_embeddings(checkpoint: Checkpoint, words: dict[str, LazyTensor], 
             checkpoint.tensors[key] = table.map(partial(_put_rows, ids=ids, rows=rows))
             checkpoint.description.usage["image_delimiters"] = IMAGE_DELIMITERS
         else:
-            raise CheckpointError(
-                f"{shown(file)}: its word embeddings are {rows.shape}, the base's {table.shape}; fix: --base with a "
+            raise error_at(
+                file,
+                f"its word embeddings are {rows.shape}, the base's {table.shape}; fix: --base with a "
                 "language model (and tokenizer) whose vocabulary was extended as in training, or take the projector "
-                "that was trained without image tokens"
+                "that was trained without image tokens",
             )
     return checkpoint
 
@@ -140,7 +126,7 @@ def _delimiter_ids(folder: Path, language_model: dict[str, Any]) -> list[int]:
     vocabulary = open_tokenizer(folder, language_model).get_vocab()
     for token in IMAGE_DELIMITERS:
         if token not in vocabulary:
-            raise CheckpointError(f"{shown(folder)}: its tokenizer has no {token}; fix: use the checkpoint's own")
+            raise error_at(folder, f"its tokenizer has no {token}; fix: use the checkpoint's own")
     return [vocabulary[token] for token in IMAGE_DELIMITERS]
 
 

@@ -1,0 +1,85 @@
+"""Files of checkpoint folders as untrusted input: none outside the folder is read, none is left half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_core.runtime import CheckpointError, DataError, read_json, shown
+
+
+def error_at(path: str | Path, problem: str) -> CheckpointError:
+    """Return the error of a file or folder; `problem` also says how to fix it."""
+    return CheckpointError(f"{shown(path)}: {problem}")
+
+
+def contained_file(folder: Path, name: str) -> Path:
+    """Return `folder / name` if it is a regular file inside the folder.
+
+    Raises:
+        CheckpointError: it is missing, not a regular file, or it is or links to a path outside the folder.
+    """
+    path = folder / name
+    if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or "\0" in name:
+        raise error_at(folder, f"'{name}' points outside the folder; refused; fix: use plain file names")
+    try:
+        real = path.resolve(strict=True)
+    except FileNotFoundError:
+        raise error_at(path, "missing; fix: copy or download it again") from None
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise error_at(path, f"cannot be followed ({error}); fix: put the file itself there") from None
+    home = folder.resolve()
+    # the hub's cache keeps snapshots/<commit>/<file> as links to ../../blobs/<hash> of the same model
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(h) for h in homes):
+        raise error_at(path, "is a link out of its folder; refused; fix: copy the file into it")
+    if not real.is_file():  # a folder, or a pipe that blocks the reader
+        raise error_at(path, "not a regular file; fix: put the file itself there")
+    return path
+
+
+def has_file(folder: Path, name: str) -> bool:
+    """Whether a folder has an entry of that name, readable or not (`contained_file` checks it)."""
+    return (folder / name).exists() or (folder / name).is_symlink()
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the file cannot be read or is not a JSON object.
+    """
+    try:
+        value = read_json(contained_file(folder, name))
+    except (DataError, OSError) as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(value, dict):
+        raise error_at(folder / name, "not a JSON object; fix: copy or download it again")
+    return value
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` on success and is removed on failure.
+
+    Raises:
+        CheckpointError: `target` exists and is not an empty folder, and `overwrite` is not set.
+    """
+    target = Path(os.path.abspath(target))  # "." has no name of its own
+    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise error_at(target, "exists already; fix: choose another place, or remove it first")
+    temporary = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            shutil.rmtree(target) if overwrite else target.rmdir()
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
