@@ -88,10 +88,11 @@ def default_root() -> Path:
 
 
 def generator_version(name: str) -> str:
-    """Fingerprint of the source files that decide a set: with another one its files would come out otherwise."""
+    """Fingerprint of the modules that a set depends on and of their YAML tables."""
     here = Path(__file__).parent
-    modules = ("sprites", "world", "language", *SETS[name].modules)
-    return fingerprint({module: sha256_file(here / f"{module}.py") for module in modules})
+    modules = ("display_list", "sprites", "backgrounds", "world", "language", *SETS[name].modules)
+    files = [here / f"{module}{suffix}" for module in modules for suffix in (".py", ".yaml")]
+    return fingerprint({file.name: sha256_file(file) for file in files if file.exists()})
 
 
 def write(

@@ -271,7 +271,7 @@ def _(rng: random.Random) -> Draft:
 @_skill("map of a picture", 3, _SOC, "geography", "Maps", (2, 6), "On a map, above is north and right is east.")
 def _(rng: random.Random) -> Draft:
     way = rng.choice(list(COMPASS))
-    things = rng.sample([c for c in CATEGORIES if world.PLACE[c] == "ground"], 2)
+    things = rng.sample([c for c in CATEGORIES if world.ZONE[c] == "ground"], 2)
     x, far, near = rng.uniform(0.45, 0.55), (0.0, 0.62), (0.0, 0.97)  # far things stand high in the picture
     spots = {"north": (far, near), "south": (near, far), "east": ((0.27, 0.85), (-0.27, 0.85))}
     spots["west"] = spots["east"][::-1]

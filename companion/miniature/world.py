@@ -11,16 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from companion.miniature.sprites import (
-    ASPECT,
-    BACKGROUNDS,
-    CATEGORIES,
-    COLORS,
-    HORIZON,
-    PLACE,
-    draw_background,
-    draw_object,
-)
+from companion.miniature.backgrounds import BACKGROUNDS, HORIZON, draw_background
+from companion.miniature.sprites import ASPECT, CATEGORIES, COLORS, ZONE, draw_object
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -131,7 +123,7 @@ def place(
     items = []
     for k in range(count):
         x1 = start + k * (width + gap)
-        if PLACE[category] == "sky":
+        if ZONE[category] == "sky":
             y2 = rng.uniform(0.05, max(0.08, horizon - height)) + height
         else:
             near = 0.97 if size == "large" else 0.88

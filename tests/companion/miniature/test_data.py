@@ -103,7 +103,7 @@ def script(body: str) -> subprocess.Popen[bytes]:
 
 
 def test_two_processes_at_once_and_one_that_was_killed(tmp_path: Path) -> None:
-    call = "from llava_core import miniature; from pathlib import Path; import sys; from dataclasses import replace\n"
+    call = "from companion import miniature; from pathlib import Path; import sys; from dataclasses import replace\n"
     sizes = "replace(miniature.TINY, coco_train={})"
     many = f"miniature.ensure(Path({str(tmp_path)!r}), only=['mini-coco'], sizes={sizes.format(400)})"
     victim = script(call + many)

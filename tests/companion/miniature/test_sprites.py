@@ -1,4 +1,4 @@
-"""The miniature's drawings: every thing in every color fills its box, shows its color, and is the same every time."""
+"""Sprites and backgrounds: each category in each color fills its box, shows its color, and is reproducible."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from companion.miniature.sprites import (
-    ASPECT,
-    BACKGROUNDS,
-    CATEGORIES,
-    COLORS,
-    HORIZON,
-    PLACE,
-    draw_background,
-    draw_object,
-)
+from companion.miniature.backgrounds import BACKGROUNDS, HORIZON, draw_background
+from companion.miniature.display_list import DisplayList, number
+from companion.miniature.sprites import ASPECT, CATEGORIES, COLORS, ZONE, draw_object
 from llava_core.runtime import ConfigError
 
 HEIGHT, MARGIN = 48, 24
@@ -45,17 +38,17 @@ def body(category: str, seed: int = 0) -> np.ndarray:
     return np.ptp(np.stack(pictures), axis=0).max(-1) > 40
 
 
-def test_the_tables_speak_of_the_same_things() -> None:
+def test_tables_have_the_same_names() -> None:
     assert len(CATEGORIES) == 24
-    assert set(CATEGORIES) == set(ASPECT) == set(PLACE)
+    assert set(CATEGORIES) == set(ASPECT) == set(ZONE)
     assert set(BACKGROUNDS) == set(HORIZON)
     assert len(COLORS) == len(BACKGROUNDS) == 8
-    assert {name for name, place in PLACE.items() if place == "sky"} == {"airplane", "bird", "kite"}
+    assert {name for name, zone in ZONE.items() if zone == "sky"} == {"airplane", "bird", "kite"}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_the_drawing_fills_its_box_and_ends_there(category: str, seed: int) -> None:
+def test_sprite_fills_its_box_and_ends_there(category: str, seed: int) -> None:
     mask = drawn(category, "blue", seed)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     width, height = columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
@@ -68,7 +61,7 @@ def test_the_drawing_fills_its_box_and_ends_there(category: str, seed: int) -> N
 
 @pytest.mark.parametrize("color", COLORS)
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_the_body_shows_its_color(category: str, color: str) -> None:
+def test_body_shows_its_color(category: str, color: str) -> None:
     for seed in (0, 1):
         mean = on_plain(category, color, 128, seed=seed)[body(category, seed) & drawn(category, color, seed)].mean(0)
         distance = {name: float(np.linalg.norm(mean - value)) for name, value in COLORS.items()}
@@ -77,12 +70,12 @@ def test_the_body_shows_its_color(category: str, color: str) -> None:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_the_color_covers_most_of_the_object(category: str) -> None:
+def test_color_covers_most_of_the_object(category: str) -> None:
     mask = drawn(category, "red")
     assert (body(category) & mask).sum() >= 0.5 * mask.sum()
 
 
-def test_named_colors_lie_far_apart() -> None:
+def test_named_colors_are_far_apart() -> None:
     values = np.array(list(COLORS.values()))
     distance = np.linalg.norm(values[:, None] - values[None], axis=-1) + 1000 * np.eye(len(values))
     assert distance.min() > 80
@@ -98,7 +91,7 @@ def test_every_color_stands_out_from_every_background(background: str, color: st
     assert np.mean(changed > 25) > 0.55
 
 
-def test_the_same_seed_draws_the_same_and_another_draws_another() -> None:
+def test_pixels_depend_on_the_seed_alone() -> None:
     def scene(seed: int) -> bytes:
         rng = random.Random(seed)
         canvas = draw_background("lake", 64, rng)
@@ -116,7 +109,7 @@ def test_flip_mirrors_the_shape() -> None:
     assert np.abs(right - left[:, ::-1]).mean() < 3
 
 
-def test_an_object_may_hang_over_the_edge_of_the_picture() -> None:
+def test_object_may_cross_the_image_edge() -> None:
     canvas = Image.new("RGB", (40, 40), (128, 128, 128))
     for box in ((-10.4, -8.0, 12.5, 14.0), (30.0, 31.0, 60.0, 62.0)):
         draw_object(canvas, "apple", "red", box, random.Random(0))
@@ -125,7 +118,7 @@ def test_an_object_may_hang_over_the_edge_of_the_picture() -> None:
 
 
 @pytest.mark.parametrize("name", BACKGROUNDS)
-def test_backgrounds_are_pictures_in_muted_colors(name: str) -> None:
+def test_backgrounds_have_muted_colors(name: str) -> None:
     image = draw_background(name, 96, random.Random(0))
     assert (image.mode, image.size) == ("RGB", (96, 96))
     pixels = np.asarray(image).astype(np.int32)
@@ -133,7 +126,7 @@ def test_backgrounds_are_pictures_in_muted_colors(name: str) -> None:
     assert np.ptp(pixels, axis=-1).mean() < 75
 
 
-def test_unknown_names_are_refused_and_the_nearest_is_named() -> None:
+def test_unknown_names_are_rejected_with_the_nearest() -> None:
     canvas = Image.new("RGB", (20, 20))
     with pytest.raises(ConfigError, match="did you mean 'bicycle'"):
         draw_object(canvas, "bicycel", "red", (0, 0, 20, 20), random.Random(0))
@@ -142,3 +135,33 @@ def test_unknown_names_are_refused_and_the_nearest_is_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'meadow'"):
         draw_background("medow", 20, random.Random(0))
     assert not np.asarray(canvas).any()
+
+
+def test_numbers_are_sums_of_products() -> None:
+    values = {"x": 0.5, "side": -1.0}
+    assert number(0.25, values) == 0.25
+    assert number("-0.25", values) == -0.25
+    assert number("3/12", values) == 0.25
+    assert number("x-0.3*side*x+1/4", values) == 0.5 + 0.15 + 0.25
+    with pytest.raises(KeyError, match="roof"):
+        number("roof+0.03", values)
+
+
+def test_display_list_loops_and_scopes_its_variables() -> None:
+    calls: list[tuple[object, ...]] = []
+
+    class Recorder(DisplayList):
+        def poly(self, fill: object, points: object, *numbers: float, line: bool = True) -> None:
+            calls.append((fill, points, *numbers, line))
+
+    steps = [
+        {"let": {"a": 0.5}},
+        {"for": {"x": "0 1", "y": "a 0.25"}, "draw": [{"let": {"a": "2*x"}}, "poly red flat x,y a"]},
+        "poly 0000ff a,a",
+    ]
+    Recorder(random.Random(0), {"red": (255, 0, 0)}).run(steps)
+    assert calls == [
+        ((255, 0, 0), [(0.0, 0.5)], 0.0, False),
+        ((255, 0, 0), [(1.0, 0.25)], 2.0, False),
+        ((0, 0, 255), [(0.5, 0.5)], True),
+    ]
