@@ -1,7 +1,7 @@
-"""The ledger: every number of the paper as a typed record, checked as far as arithmetic can check it.
+"""The ledger of claims: every number of the paper as a typed record, with arithmetic checks.
 
-claims.yaml holds the records in groups and tables; `all_claims` expands, validates and checks them. What was measured
-here is not in the ledger: a record says where it stands, and companion/paper/ledger.py reads it there.
+claims.yaml has the records in groups and tables; `all_claims` expands and validates them. A record
+names the chapter, experiment or test with the measured value, which companion/paper/ledger.py reads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LEDGER = Path(__file__).with_name("claims.yaml")
 Evidence = Literal["recomputed", "measured", "measured_gpu", "not_attempted", "impossible"]
 EVIDENCE: dict[str, str] = {
     "recomputed": "computed again from released outputs, or from the paper's own other numbers",
-    "measured": "measured on the miniature: its direction can be compared, its height cannot",
+    "measured": "measured on the miniature: its direction can be compared, its absolute value cannot",
     "measured_gpu": "measured on a GPU; the bundle of evidence is in the repository",
     "not_attempted": "not attempted, with the reason",
     "impossible": "impossible for anyone outside, with the reason",
@@ -36,11 +36,11 @@ SOURCES = {
 
 
 class Tolerance(_Strict):
-    """How far a number may lie from another that should equal it, and why; no value: nothing is compared."""
+    """Largest difference to a number that should be equal, and why; without a value nothing is compared."""
 
     value: float | None = None
     answers: int | None = None
-    """So many answers of the claim's `n` instead of a value, in percent of them."""
+    """A number of answers of the claim's `n`, instead of a value in percent."""
     why: str
 
     def within(self, n: int | None) -> float | None:
@@ -49,13 +49,13 @@ class Tolerance(_Strict):
 
 
 class Against(_Strict):
-    """What a claim is compared with: a chapter's numbers, an experiment's field, a test, a bundle of evidence."""
+    """What a claim is compared with: numbers of a chapter, field of an experiment, test, or bundle of evidence."""
 
     chapter: str | None = None
     rows: str | None = None
-    """Dotted key of the chapter's numbers; without it, the chapter's check that carries the claim's id."""
+    """Dotted key of the chapter's numbers; null: the check of the chapter with the claim's id."""
     where: dict[str, str] = Field(default_factory=dict)
-    """Which of several rows."""
+    """Values that select one of several rows."""
     value: str | None = None
     interval: str | None = None
     experiment: str | None = None
@@ -65,34 +65,27 @@ class Against(_Strict):
 
 
 class Computed(_Strict):
-    """How the claim follows from others; exactly one way, over their ids."""
+    """How a claim follows from others, in YAML `{OPERATION: [ids], within: TOLERANCE}`."""
 
-    sum: tuple[str, ...] = ()
-    difference: tuple[str, ...] = ()
-    product: tuple[str, ...] = ()
-    steps: tuple[str, ...] = ()
-    """Records, batch, epochs: an epoch ends with a smaller batch."""
-    share: tuple[str, ...] = ()
-    """Steps and the share of them, rounded up."""
+    operation: Literal["sum", "difference", "product", "steps", "share"]
+    ids: tuple[str, ...]
     within: Tolerance
 
-    @property
-    def way(self) -> tuple[str, tuple[str, ...]]:
-        """The operation and the ids that it takes."""
-        return next((name, ids) for name in WAYS if (ids := getattr(self, name)))
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Computed:
-        if sum(bool(getattr(self, name)) for name in WAYS) != 1:
-            raise ValueError(f"give exactly one of {', '.join(WAYS)}")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _one_operation(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        given = [name for name in OPERATIONS if fields.get(name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(OPERATIONS)}")
+        rest = {key: value for key, value in fields.items() if key != given[0]}
+        return {"operation": given[0], "ids": fields[given[0]], **rest}
 
 
-WAYS: dict[str, Callable[..., float]] = {
+OPERATIONS: dict[str, Callable[..., float]] = {
     "sum": lambda *values: math.fsum(values),
     "difference": lambda first, second: first - second,
     "product": lambda *values: math.prod(values),
-    "steps": lambda n, batch, epochs: math.ceil(n / batch) * epochs,
+    "steps": lambda n, batch, epochs: math.ceil(n / batch) * epochs,  # the last batch of an epoch is smaller
     "share": lambda steps, share: math.ceil(steps * share),
 }
 
@@ -103,9 +96,9 @@ class Claim(_Strict):
     id: str
     place: str
     also: str | None = None
-    """Where else it stands."""
+    """Other places of the paper."""
     text: str
-    """What it says, in our words."""
+    """The claim in our words."""
     value: float
     unit: str
     digits: int | None = None
@@ -119,7 +112,7 @@ class Claim(_Strict):
     """Sample standard deviation that the paper gives, over `runs`."""
     runs: int | None = None
     direction: Literal["below 0", "above 0"] | None = None
-    """What the claim says beyond its digits, where it is a difference."""
+    """Claimed sign of a difference."""
     evidence: Evidence
     why: str | None = None
     """Why there is no evidence."""
@@ -128,7 +121,7 @@ class Claim(_Strict):
     tolerance: Tolerance
     source: Literal["verified", "secondary", "inferred", "unpublished"]
     flag: str | None = None
-    """What is wrong with the printed number."""
+    """Error in the printed number."""
     cell: tuple[str, str] | None = None
     """Row and column in a table of the paper."""
 
@@ -150,14 +143,14 @@ class Claim(_Strict):
 
     @property
     def number(self) -> str:
-        """The value as it is printed, with its spread."""
+        """The value as printed, with its spread."""
         text = f"{self.value:g}" if self.digits is None else f"{self.value:.{self.digits}f}"
         text = f"{self.value:,.0f}" if self.digits is None and self.value >= 10_000 else text
         return text if self.spread is None else f"{text} ± {self.spread:.{self.digits or 0}f}"
 
     @property
     def shown(self) -> str:
-        """Number with unit, as a table shows it."""
+        """The number with its unit, for tables."""
         relation = "" if self.relation == "equals" else f"{self.relation} "
         return f"{relation}{self.number}{'' if self.unit == '%' else ' '}{self.unit}"
 
@@ -165,8 +158,8 @@ class Claim(_Strict):
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _joined(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay fields over each other; what a claim is compared with is laid over field by field."""
+def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge fields, later ones win; `against` is merged field by field."""
     result: dict[str, Any] = {}
     for part in parts:
         against = {**(result.get("against") or {}), **(part.get("against") or {})}
@@ -178,9 +171,9 @@ def _joined(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _cells(group: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a table: id -> fields."""
-    table = {key: group.pop(key, None) for key in ("columns", "rows", "cells", "whole", "counts", "minus")}
+def _table_records(group: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the records of a table: id, fields."""
+    table = {key: group.pop(key, None) for key in ("columns", "rows", "cells", "total", "counts", "minus")}
     columns, cells, text = table["columns"], dict(table["cells"] or {}), group.get("text", "{row}{column}")
     for name, row in table["rows"].items():
         row = dict(row)
@@ -188,11 +181,11 @@ def _cells(group: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, A
         own, of, uncounted = row.pop("id", name), row.pop("of", None), row.pop("uncounted", False)
         if len(values) != len(columns) or len(spreads) != len(columns):
             raise ConfigError(f"{where}, row '{name}': {len(values)} values for {len(columns)} columns")
-        made: dict[str, dict[str, Any]] = {}
+        records: dict[str, dict[str, Any]] = {}
         for (column, facts), value, spread in zip(columns.items(), values, spreads, strict=True):
-            whole = column == table["whole"]
-            key, suffix = own if whole else f"{name}-{column}", "" if whole else f"-{column}"
-            fields = _joined(group, facts, row, cells.pop(key, {}))
+            is_total = column == table["total"]
+            key, suffix = own if is_total else f"{name}-{column}", "" if is_total else f"-{column}"
+            fields = _merged(group, facts, row, cells.pop(key, {}))
             fields |= {"value": value, "text": text.format(row=row["text"], column=facts["text"])}
             fields |= {"cell": (row["text"], column), "spread": spread}
             if table["minus"]:
@@ -200,24 +193,24 @@ def _cells(group: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, A
                 fields["computed"] = {"difference": ids, "within": table["minus"]["within"]}
             if table["counts"] is not None and not uncounted:
                 fields["correct"] = _count(key, value, fields["n"], fields["digits"], where)
-            made[column] = {"id": key, **fields}
+            records[column] = {"id": key, **fields}
         for parts in (table["counts"] or []) if not uncounted else []:
-            counted = sum(made[column]["correct"] for column in parts)
-            if counted != made[table["whole"]]["correct"]:
+            counted = sum(records[column]["correct"] for column in parts)
+            if counted != records[table["total"]]["correct"]:
                 raise ConfigError(
                     f"{where}, row '{name}': {' + '.join(parts)} are {counted} right answers, "
-                    f"'{table['whole']}' is {made[table['whole']]['correct']}; correct a value"
+                    f"'{table['total']}' is {records[table['total']]['correct']}; correct a value"
                 )
-        yield from ((fields.pop("id"), fields) for fields in made.values())
+        yield from ((fields.pop("id"), fields) for fields in records.values())
     if cells:
         raise ConfigError(f"{where}: `cells` names '{min(cells)}', which is no cell of the table")
 
 
 def _count(name: str, value: float, n: int, digits: int, where: str) -> int:
-    """Right answers behind a percentage."""
+    """Return the number of right answers of a percentage."""
     correct = round(value * n / 100)
     if round(100 * correct / n, digits) != value:
-        raise ConfigError(f"{where}, {name}: no whole number of {n} answers is {value:.{digits}f} %; correct the value")
+        raise ConfigError(f"{where}, {name}: no count of {n} answers gives {value:.{digits}f} %; correct the value")
     return correct
 
 
@@ -231,8 +224,8 @@ def read_ledger(path: Path = LEDGER) -> dict[str, Claim]:
         The claims by id, in the order of the file.
 
     Raises:
-        ConfigError: an unknown key (with the nearest), a missing or wrong field, an id that occurs twice, a reference
-            to a claim that does not exist, or a percentage that no count of answers gives; with file and record.
+        ConfigError: an unknown key (with the nearest), a missing or wrong field, a duplicate id, a reference to an
+            unknown claim, or a percentage that no count of answers gives; with file and record.
     """
     file, content = shown(path), _read_yaml(path)
     tolerances = {name: _validated(Tolerance, given, lambda _: file) for name, given in content["tolerances"].items()}
@@ -240,15 +233,15 @@ def read_ledger(path: Path = LEDGER) -> dict[str, Claim]:
     for number, group in enumerate(content["groups"], start=1):
         where = f"{file}, group {number} ({group.get('place')})"
         group = dict(group)
-        rows = _cells(group, where) if "columns" in group else (
-            (name, _joined(group, fields)) for name, fields in group.pop("records").items()
+        rows = _table_records(group, where) if "columns" in group else (
+            (name, _merged(group, fields)) for name, fields in group.pop("records").items()
         )  # fmt: skip
         for name, fields in rows:
             if name in claims:
                 raise ConfigError(f"{where}: claim '{name}' occurs twice; give one of them another id")
             claims[name] = _claim(name, fields, tolerances, content["whys"], f"{where}, claim '{name}'")
     for claim in claims.values():
-        for needed in claim.computed.way[1] if claim.computed else []:
+        for needed in claim.computed.ids if claim.computed else []:
             if needed not in claims:
                 raise ConfigError(f"{file}, claim '{claim.id}', computed: {unknown('claim', needed, claims)}")
     return claims
@@ -262,15 +255,15 @@ def _claim(
             raise ConfigError(f"{where}: {unknown(kind, key, known)}")
         return known[key]
 
-    made = {"id": name, **fields}
-    usual = "direction" if made.get("evidence") in ("measured", "measured_gpu") else "nothing"
-    if computed := made.get("computed"):
-        usual = computed["within"] if made.get("evidence") == "recomputed" else usual
-        made["computed"] = {**computed, "within": named("tolerance", tolerances, computed["within"])}
-    made["tolerance"] = named("tolerance", tolerances, made.get("tolerance", usual))
-    if made.get("why"):
-        made["why"] = named("reason in `whys`", whys, made["why"])
-    return _validated(Claim, made, lambda _: where)
+    record = {"id": name, **fields}
+    default = "direction" if record.get("evidence") in ("measured", "measured_gpu") else "nothing"
+    if computed := record.get("computed"):
+        default = computed["within"] if record.get("evidence") == "recomputed" else default
+        record["computed"] = {**computed, "within": named("tolerance", tolerances, computed["within"])}
+    record["tolerance"] = named("tolerance", tolerances, record.get("tolerance", default))
+    if record.get("why"):
+        record["why"] = named("reason in `whys`", whys, record["why"])
+    return _validated(Claim, record, lambda _: where)
 
 
 @cache
@@ -282,9 +275,6 @@ def all_claims() -> dict[str, Claim]:
 def claim(name: str) -> Claim:
     """One claim.
 
-    Args:
-        name: its id.
-
     Raises:
         ConfigError: there is no claim of that id; the message names the nearest.
     """
@@ -293,36 +283,18 @@ def claim(name: str) -> Claim:
     return all_claims()[name]
 
 
-# ------------------------------------------------------------------------------------------------ what must agree
+# ------------------------------------------------------------------------------------------------ arithmetic
 
 
 def computed_value(name: str, claims: Mapping[str, Claim] | None = None) -> float | None:
-    """Compute a claim from the others that it follows from.
-
-    Args:
-        name: the claim's id.
-        claims: all claims; the paper's when None.
-
-    Returns:
-        The value, or None where the claim follows from no other.
-    """
+    """Compute a claim from the others (`claims`, or the paper's) that it follows from; None if it follows from none."""
     claims = all_claims() if claims is None else claims
     rule = claims[name].computed
-    if rule is None:
-        return None
-    way, ids = rule.way
-    return float(WAYS[way](*(claims[i].value for i in ids)))
+    return None if rule is None else float(OPERATIONS[rule.operation](*(claims[i].value for i in rule.ids)))
 
 
 def inconsistent(claims: Mapping[str, Claim] | None = None) -> dict[str, float]:
-    """Find the claims that do not follow from the others as they should.
-
-    Args:
-        claims: all claims; the paper's when None.
-
-    Returns:
-        Id -> the value that the others give, for each claim off by more than its tolerance.
-    """
+    """Return the claims that differ from their computed value by more than the tolerance: id -> computed value."""
     claims = all_claims() if claims is None else claims
     found = {}
     for name, known in claims.items():
@@ -330,7 +302,7 @@ def inconsistent(claims: Mapping[str, Claim] | None = None) -> dict[str, float]:
         if value is None or known.computed is None:
             continue
         reach = (known.computed.within.within(known.n) or 0) + 1e-9
-        short = known.relation == "more than" and value > known.value
-        if not short and abs(value - known.value) > reach:
+        exceeded = known.relation == "more than" and value > known.value
+        if not exceeded and abs(value - known.value) > reach:
             found[name] = value
     return found

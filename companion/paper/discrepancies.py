@@ -1,4 +1,4 @@
-"""Where the paper, the released code and this project differ: each difference with what shows it."""
+"""Differences between the paper, the released code and this project, each shown by a test or by a pair of runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REGISTER = Path(__file__).with_name("discrepancies.yaml")
 
 
 class Arm(_Strict):
-    """An experiment, with values of other fields where given."""
+    """An experiment and overridden fields."""
 
     experiment: str
     set: dict[str, Any] = Field(default_factory=dict)
@@ -23,7 +23,7 @@ class Arm(_Strict):
 
 
 class Pair(_Strict):
-    """Two runs that differ in one field: the paper's way and the other."""
+    """Two runs that differ in one field; the first is the paper's."""
 
     first: Arm
     second: Arm
@@ -31,17 +31,17 @@ class Pair(_Strict):
 
 
 class Discrepancy(_Strict):
-    """One point on which paper, released code and this project do not say the same."""
+    """One difference."""
 
     id: str
     title: str
     paper: str
     released: str
     at: str
-    """Where the released code does it: file@commit, or its documentation."""
+    """Place in the released code: file@commit, or its documentation."""
     here: str
     other: str
-    """How to get the other behaviour, or why it cannot be had."""
+    """How to get the other behaviour, or why it is not available."""
     test: str | None = Field(default=None, pattern=r"^tests/[\w/]+\.py::test_\w+$")
     pair: Pair | None = None
 
@@ -53,16 +53,10 @@ class Discrepancy(_Strict):
 
 
 def read_register(path: Path = REGISTER) -> dict[str, Discrepancy]:
-    """Read a register of differences.
-
-    Args:
-        path: YAML, a mapping of ids to entries.
-
-    Returns:
-        The entries by id, in the order of the file.
+    """Read the entries of a YAML file by id, in the order of the file.
 
     Raises:
-        ConfigError: an unknown key (with the nearest), a missing field, or an entry that nothing shows.
+        ConfigError: an unknown key (with the nearest), a missing field, or an entry without test and pair.
     """
     entries = _read_yaml(path).items()
     return {

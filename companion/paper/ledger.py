@@ -1,6 +1,6 @@
-"""What stands beside the paper's numbers: what was measured here, and how sure the published ones are.
+"""Measured values and verdicts for the claims of the paper, and the significance of its published differences.
 
-Nothing is typed here: a claim names the chapter's saved numbers, the experiment or the test that it is held against.
+A claim names the chapter's saved numbers, the experiment or the test to compare with; no value is written here.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from llava_core.config import load_experiment
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, read_json
 
-TOLD = {"id", "place", "text", "value", "unit", "n", "evidence", "why", "source", "flag"}
+FIELDS = {"id", "place", "text", "value", "unit", "n", "evidence", "why", "source", "flag"}
 RELEASED = ("test_sqa_llava_13b_v0.json", "llava_test_CQM-A.json")
-"""The authors' answers and the questions; chapter 31 says where to put them."""
+"""The authors' answers and the questions; chapter 31 explains where to put them."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What stands here against a claim; nothing where the record is not there."""
+    """The measured value of a claim; None without a record."""
 
     value: Any = None
     interval: list[float] | None = None
     verdict: Verdict = Verdict.NOT_RESOLVED
     note: str = ""
-    """Where it stands, and what a reader has to know."""
+    """Source of the value, or the reason why there is none."""
 
 
 # ------------------------------------------------------------------------------------------------ what was measured
 
 
 def _of_chapter(known: Claim, out: Path) -> Measured:
-    """The claim's number among those that its chapter saved."""
+    """Read a claim's value from the saved numbers of its chapter."""
     against = known.against
     try:
         saved = read_json(out / f"{against.chapter}.json")
@@ -60,7 +60,7 @@ def _of_chapter(known: Claim, out: Path) -> Measured:
             row: Any = next((r for r in part if all(r.get(k) == v for k, v in against.where.items())), {})
             value, interval = row.get(against.value), row.get(against.interval)
     if value is None and interval is None:
-        return Measured(note=f"chapter {against.chapter} has saved no such number")
+        return Measured(note=f"chapter {against.chapter} has no such number")
     short = bool(saved.get("fast"))
     verdict = verdict_of_interval(None if short else interval, known.direction)
     where = f"{against.chapter.partition('_')[0] if against.chapter else ''}, {saved.get('scale')}"
@@ -68,13 +68,10 @@ def _of_chapter(known: Claim, out: Path) -> Measured:
 
 
 def released_result(folder: str | Path | None = None) -> dict[str, Any] | None:
-    """Score the authors' released answers to ScienceQA.
+    """Score the authors' released answers to ScienceQA as `evaluate_files`; None without the files.
 
     Args:
-        folder: where both files lie, at any depth; by default what `LLAVA_REFERENCE` names.
-
-    Returns:
-        As `evaluate_files`, or None where the files are not here.
+        folder: has both files at any depth; default: the variable `LLAVA_REFERENCE`.
     """
     place = folder or os.environ.get("LLAVA_REFERENCE")
     files = [next(Path(place).rglob(name), None) for name in RELEASED] if place else []
@@ -86,11 +83,11 @@ def released_result(folder: str | Path | None = None) -> dict[str, Any] | None:
 def _recomputed(known: Claim, released: Mapping[str, Any] | None) -> Measured:
     if known.against.test is None:
         value = computed_value(known.id)
-        others = ", ".join(known.computed.way[1]) if known.computed else ""
+        others = ", ".join(known.computed.ids) if known.computed else ""
         return Measured(value, None, verdict_of(known.id not in inconsistent()), f"from {others}")
     test = known.against.test
     if released is None:
-        return Measured(note=f"the released files are not here; {test}")
+        return Measured(note=f"the released files are missing; {test}")
     name = known.against.where["subset"]
     row = released if name == "all" else released["subsets"][name]
     near = abs(row["accuracy"] - known.value) <= (known.tolerance.within(known.n) or 0) + 0.005
@@ -98,12 +95,12 @@ def _recomputed(known: Claim, released: Mapping[str, Any] | None) -> Measured:
 
 
 def measured(known: Claim, out: Path, released: Mapping[str, Any] | None = None) -> Measured:
-    """Find what stands here against a claim.
+    """Return the measured value of a claim.
 
     Args:
         known: the claim.
-        out: the folder of the chapters' numbers.
-        released: what `released_result` gave.
+        out: folder of the chapters' numbers.
+        released: from `released_result`.
     """
     if known.evidence == "recomputed":
         return _recomputed(known, released)
@@ -120,12 +117,12 @@ def measured(known: Claim, out: Path, released: Mapping[str, Any] | None = None)
 def claim_rows(
     names: Iterable[str] | None = None, kind: str | None = None, out: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Return claims with what was measured, as `llava claims` prints them.
+    """Return claims with their measured values, as `llava claims` prints them.
 
     Args:
         names: ids; all when None or empty.
-        kind: only those with this kind of evidence.
-        out: the folder of the chapters' numbers.
+        kind: only claims with this kind of evidence.
+        out: folder of the chapters' numbers.
 
     Raises:
         ConfigError: there is no such claim or kind; the message names the nearest.
@@ -138,23 +135,23 @@ def claim_rows(
     for known in chosen:
         if kind is None or known.evidence == kind:
             here = measured(known, folder, released)
-            row = known.model_dump(include=TOLD)
+            row = known.model_dump(include=FIELDS)
             row |= {"published": known.shown, "measured": here.value, "interval": here.interval}
             rows.append(row | {"verdict": here.verdict, "note": here.note})
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ how sure the paper is
+# ------------------------------------------------------------------------------------------------ significance
 
 
 def published_ablation(name: str) -> dict[str, Any]:
-    """How sure the paper can be of a row of its Table 8, from the counts behind its two accuracies.
+    """Return the significance of a row of the paper's Table 8, from the counts behind its two accuracies.
 
-    The test takes the two as independent. They are of the same questions, so a paired test would see smaller
-    differences, but it needs both models' answers, and those of the ablated ones are not published.
+    The two are treated as independent. A paired test would be sharper, but the answers of the ablated models are not
+    published.
 
     Args:
-        name: the claim of the difference, e.g. `ablation-7b`.
+        name: claim of the difference, e.g. `ablation-7b`.
 
     Returns:
         `reference` and `other` (accuracies in %), `effect` as published, `standard_error`, `z`, `p`, `interval`, `n`.
@@ -166,12 +163,12 @@ def published_ablation(name: str) -> dict[str, Any]:
 
 
 def p_text(p: float) -> str:
-    """Write a p value as tables do."""
+    """Return a p value for tables."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def significance_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """How sure the paper's differences are: the rows of Table 8, and LLaVA above each other row of Table 5."""
+    """Return the significance of the rows of Table 8, and of LLaVA minus each other row of Table 5."""
     ablations = []
     for name in ("ablation-last-layer", "ablation-answer-first", "ablation-7b", "ablation-no-pretraining"):
         found = published_ablation(name)

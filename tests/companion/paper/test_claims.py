@@ -150,7 +150,7 @@ def test_an_unknown_claim_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("95.95, 88.00", "95.94, 88.00", r"Table 7\), sqa-soc: no whole number of 889 answers is 95.94 %"),
+        ("95.95, 88.00", "95.94, 88.00", r"Table 7\), sqa-soc: no count of 889 answers gives 95.94 %"),
         ("[90.36, 95.95", "[90.23, 95.95", r"row 'sqa': nat \+ soc \+ lan are 3853 right answers, 'avg' is 3856"),
         ("values: [83.1, 75.3, 96.5, 85.1]", "values: [83.1, 75.3, 96.5]", "3 values for 4 columns"),
         ("text: of which conversations", "txt: of which conversations", "'txt'; did you mean 'text'"),
