@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.paper.verdict import verdict_of
-from llava_core.config import META, RunConfig, value_of
+from llava_core.config import FILE_FIELDS, META, RunConfig, value_of
 from llava_core.constants import IGNORE_INDEX
 from llava_core.runtime import ROOT, DataError, atomic_write, write_json
 
@@ -236,7 +236,9 @@ def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict
     """
     departures = {d.field: d for d in config.departures}
     rows: list[tuple[str, Any, Any, str]] = []
-    for section, part in config.experiment.model_dump(exclude={*META, "stage"}).items():
+    for section, part in config.experiment.model_dump(
+        exclude=dict.fromkeys((*META, "stage"), True) | {"data": FILE_FIELDS}
+    ).items():
         for field in [f"{section}.{name}" for name in part] if isinstance(part, dict) else [section]:
             here, departure = value_of(config.experiment, field), departures.pop(field, None)
             paper = departure.paper if departure else here

@@ -32,6 +32,12 @@ from llava_core.runtime import ConfigError
 META = ("name", "base", "title", "sources", "claims", "ablation")
 """Fields of an experiment that describe it and do not change what is computed."""
 
+NO_INFLUENCE: dict[str, Any] = dict.fromkeys(META, True) | {"data": {"written_by"}}
+"""What `model_dump(exclude=...)` leaves out of an experiment for its settings that can change the result."""
+
+FILE_FIELDS = {"file", "validation_file", "held_out_share", "written_by"}
+"""Fields of an experiment's `data` about this project's files, not about the paper."""
+
 KINDS = ("conversation", "detail", "complex")
 """The paper's three kinds of instruction data."""
 
@@ -46,7 +52,16 @@ M = TypeVar("M", bound=_Strict)
 class DataConfig(_Strict):
     """What a run is trained on."""
 
-    name: Literal["cc595k", "instruct158k", "scienceqa"]
+    name: str
+    """Key of the scale's `data` for the folder; `<name>_images` is the key for the folder of images."""
+    file: str | None = None
+    """LLaVA-Instruct records in that folder; `{prompt_format}` in the name is replaced. Null in old records only."""
+    validation_file: str | None = None
+    """Records for the held-out loss; null: a share of `file` is held out."""
+    held_out_share: float = Field(default=0.04, gt=0, le=0.5)
+    """Share of `file` for the held-out loss where there is no validation file: every 25th record by default."""
+    written_by: str = "the command that writes it"
+    """Command that writes the files, for the message about a missing one."""
     subset: dict[str, float] = {}
     """Share of each kind of sample that is kept, e.g. `{conversation: 1.0, detail: 0.05}`; empty keeps all."""
     prompt_format: str | None = None
@@ -64,6 +79,14 @@ class DataConfig(_Strict):
                 raise ValueError(f"the share of '{kind}' must lie above 0 and up to 1; leave the kind out for none")
         # the full mix and no choice are one thing, and must be one run
         return {} if subset == dict.fromkeys(KINDS, 1.0) else subset
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the training file and, if there is one, of the validation file."""
+        if self.file is None:
+            raise ConfigError("data.file is not set; fix: name a file of LLaVA-Instruct records in the experiment")
+        names = [self.file, *([self.validation_file] if self.validation_file else [])]
+        return [name.replace("{prompt_format}", str(self.prompt_format)) for name in names]
 
 
 class ModelConfig(_Strict):
@@ -194,7 +217,7 @@ class RunConfig(_Strict):
     @property
     def run_id(self) -> str:
         """12 hex digits over everything that can change the result; names, titles and sources cannot."""
-        facts = self.experiment.model_dump(mode="json", exclude={*META, "init_from"})
+        facts = self.experiment.model_dump(mode="json", exclude={**NO_INFLUENCE, "init_from": True})
         scale = {
             "name": self.scale.name,
             "dtype": self.scale.dtype,
@@ -212,6 +235,11 @@ class RunConfig(_Strict):
     def data_path(self) -> Path:
         """Folder of the training data."""
         return runtime.resolve(self.scale.data[self.experiment.data.name])
+
+    @property
+    def images_path(self) -> Path:
+        """Folder of the images that the training data names."""
+        return runtime.resolve(self.scale.data[f"{self.experiment.data.name}_images"])
 
     def model_source(self, logical: str) -> str:
         """Return where a base model is loaded from: an absolute path, or its id on the hub."""
@@ -462,6 +490,7 @@ def load_experiment(
     resolved = _validated(ExperimentConfig, _nested(here), lambda field: origin.get(field, last))
     places: dict[str, dict[str, str]] = {
         resolved.data.name: place.data,
+        f"{resolved.data.name}_images": place.data,
         resolved.model.language_model: place.models,
         resolved.model.vision_tower: place.models,
     }

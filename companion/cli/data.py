@@ -10,6 +10,7 @@ from companion.cli.arguments import Commands, Parser, Result, chat_client, comma
 from llava_core.runtime import shown
 
 KINDS = ("conversation", "detail", "complex")
+FORMATS = ("QCM-LEPA", "QCM-ALE")
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -65,6 +66,17 @@ def _convert(args: argparse.Namespace) -> Result:
     return convert_data(args.source, args.to, **chosen)
 
 
+def _scienceqa(args: argparse.Namespace) -> Result:
+    from companion.data_tools.scienceqa import write_training_files
+
+    counts = write_training_files(args.folder, args.formats)
+    return {"records": sum(counts.values()), "files": {shown(args.folder / name): n for name, n in counts.items()}}
+
+
+def _formats(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
 def _columns(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(field.strip() and column.strip() for field, _, column in pairs):
@@ -107,6 +119,13 @@ def _add_data(commands: Commands) -> None:
     new.option("--split", "NAME", "part of a data set that has several")
     new.option("--seed", "N", "decides which instruction a record gets", type=int, default=0)
     new.switch("--skip", "leave rows with problems out, and report them")
+
+    example = "llava data scienceqa data/scienceqa"
+    text = "write ScienceQA's train and val splits as the instruction data that the experiments train on"
+    new = command(into, "scienceqa", text, example, _scienceqa)
+    new.path("folder", "DIR", "holds problems.json, pid_splits.json and images/<split>/<id>/image.png")
+    text = "QCM-LEPA: reasoning first; QCM-ALE: answer first"
+    new.option("--formats", "FORMAT,FORMAT", f"prompt formats; {text}", type=_formats, default=list(FORMATS))
 
 
 # ------------------------------------------------------------------------------------------------ generate, plan

@@ -8,6 +8,7 @@ and A answer; P a second prompt. QCM-LEPA is the paper's: reasoning first, then 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.instruct import Sample
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, DataError, read_json, shown
+from llava_core.runtime import ConfigError, DataError, read_json, shown, write_json
 
 LETTERS = "ABCDE"
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -127,6 +128,45 @@ def _parse(name: str, raw: Any, folder: Path) -> Problem:
         split=raw["split"],
         skill=raw.get("skill") or "",
     )
+
+
+def write_training_files(
+    folder: str | Path, formats: Iterable[str] = ("QCM-LEPA", "QCM-ALE"), check_images: bool = True
+) -> dict[str, int]:
+    """Write the splits train and val as LLaVA-Instruct records: `llava_<split>_<format>.json` in the same folder.
+
+    Args:
+        folder: as for `load_problems`; the records name their images relative to its folder `images`.
+        formats: of `PROMPT_FORMATS`; by default those of the experiments (the paper's, and the answer first).
+        check_images: make sure that each image's file exists.
+
+    Returns:
+        The number of records of each file, by name.
+
+    Raises:
+        ConfigError: unknown format.
+        DataError: as `load_problems`.
+
+    Source: scripts/convert_sqa_to_llava.py of haotian-liu/LLaVA at 8959d5c (its image names start at `images/<split>`).
+    """
+    folder, formats = Path(folder), list(formats)
+    for prompt_format in formats:
+        _parts(prompt_format)
+    counts = {}
+    for split in ("train", "val"):
+        problems = load_problems(folder, split, check_images)
+        for prompt_format in formats:
+            records = [_record(format_problem(problem, prompt_format), folder / "images") for problem in problems]
+            path = write_json(folder / f"llava_{split}_{prompt_format}.json", records)
+            counts[path.name] = len(records)
+    return counts
+
+
+def _record(sample: Sample, images: Path) -> dict[str, Any]:
+    ((question, reply),) = sample.turns
+    image = {"image": sample.image.relative_to(images).as_posix()} if sample.image else {}
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
+    return {"id": sample.id, **image, "conversations": turns}
 
 
 # ------------------------------------------------------------------------------------------------ prompt formats

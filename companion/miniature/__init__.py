@@ -63,7 +63,7 @@ SETS = {
     ),
     "mini-scienceqa": _Set(
         "Multiple-choice science questions with lecture and solution, some with an image, in the format of ScienceQA.",
-        ("scienceqa",),
+        ("../data_tools/scienceqa", "scienceqa"),
         "write_scienceqa",
         lambda s: {"sizes": {"train": s.science_train, "val": s.science_val, "test": s.science_test}},
     ),

@@ -14,6 +14,7 @@ from itertools import accumulate, chain, combinations, pairwise, permutations, p
 from pathlib import Path
 from typing import Any
 
+from companion.data_tools.scienceqa import write_training_files
 from companion.miniature import world
 from companion.miniature.coco import render
 from companion.miniature.language import number_word, plural, sentence, with_article
@@ -535,6 +536,7 @@ def write_scienceqa(root: Path, *, seed: int, sizes: dict[str, int] | None = Non
     write_json(root / "problems.json", {str(number): problems[number] for number in sorted(problems)})
     write_json(root / "pid_splits.json", {split: [str(k) for k in members] for split, members in splits.items()})
     render(jobs, "drawing mini-scienceqa")
+    write_training_files(root, check_images=False)
     context = [(bool(p["image"]), bool(p["hint"])) for p in problems.values()]
     return dict(sizes) | {
         "with_image": sum(image for image, _ in context),

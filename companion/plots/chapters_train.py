@@ -27,7 +27,7 @@ from companion.paper.claims import all_claims, claim
 from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled
 from companion.teacher.client import ChatClient, OfflineClient
 from llava_core.checkpoints.load import Loaded
-from llava_core.config import META, RunConfig, value_of
+from llava_core.config import FILE_FIELDS, META, RunConfig, value_of
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Encoded
 from llava_core.data.images import load_image
@@ -60,7 +60,7 @@ def config_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[
         since: leave out what the table of this run says already.
     """
     departures = {d.field: d for d in config.departures}
-    sections = config.experiment.model_dump(exclude={*META, "stage"})
+    sections = config.experiment.model_dump(exclude=dict.fromkeys((*META, "stage"), True) | {"data": FILE_FIELDS})
     fields = [
         f"{s}.{f}" if f else s for s, part in sections.items() for f in (part if isinstance(part, dict) else ("",))
     ]

@@ -12,19 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from companion.data_tools.scienceqa import format_problem, load_problems
 from llava_core.checkpoints.load import Loaded, build, load_into
 from llava_core.config import RunConfig
 from llava_core.constants import IGNORE_INDEX
 from llava_core.data.conversation import TEMPLATES, Encoded, Turn
 from llava_core.data.images import ImageProcessor, load_image
 from llava_core.data.instruct import Sample, load_instruct
-from llava_core.runtime import CheckpointError, DataError, resolve, resolve_dtype, seed_everything, shown
+from llava_core.runtime import CheckpointError, DataError, resolve_dtype, seed_everything, shown
 
 Item = tuple[Encoded, "np.ndarray | None"]
 Normalise = Callable[[np.ndarray], np.ndarray]  # pixels uint8 (N, H, W, 3) -> pixel values (N, 3, H, W)
 _TOKENIZER = threading.Lock()  # a fast tokenizer is not to be called from two threads at a time
-HELD_OUT = 0.04  # share of a training file kept for the held-out loss where the data set has no split of its own
 
 
 @dataclass
@@ -139,37 +137,26 @@ def build_model(config: RunConfig, init_from: Path | None) -> Loaded:
 
 
 def training_files(config: RunConfig) -> list[Path]:
-    """The files that decide what a run is trained on; their checksums are part of its id."""
-    folder = config.data_path
-    if config.experiment.data.name == "scienceqa":
-        return [folder / "problems.json", folder / "pid_splits.json"]
-    name = {"cc595k": "chat.json", "instruct158k": "llava_instruct.json"}[config.experiment.data.name]
-    return [folder / name]
+    """The files of records that a run reads; their checksums are part of its id."""
+    return [config.data_path / name for name in config.experiment.data.files]
 
 
 def load_samples(config: RunConfig) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Training and held-out samples of a run.
 
     Raises:
-        DataError: a file is missing (the message says which notebook writes it) or a record is wrong.
+        DataError: a file is missing (the message names the command that writes it) or a record is wrong.
     """
-    data, (path, *_) = config.experiment.data, training_files(config)
-    if not path.is_file():
-        maker = {
-            "cc595k": "notebook 10_cc3m_filtering (`llava filter`)",
-            "instruct158k": "notebook 11_gpt4_instruction_data (`llava generate`)",
-            "scienceqa": "`llava miniature`, or the ScienceQA download",
-        }[data.name]
-        raise DataError(f"{shown(path)}: not found; fix: run {maker}, which writes it")
-    if data.name == "scienceqa":
-        return tuple(  # type: ignore[return-value]
-            [format_problem(p, data.prompt_format or "QCM-LEPA") for p in load_problems(config.data_path, split)][
-                :limit
-            ]
-            for split, limit in (("train", data.limit), ("val", config.scale.eval_samples))
-        )
-    images = resolve(config.scale.data[f"{data.name}_images"])
-    samples = load_instruct(path, images, subset=data.subset or None, seed=config.experiment.train.seed)
-    every = round(1 / HELD_OUT)
-    train = [sample for k, sample in enumerate(samples) if k % every]
-    return train[: data.limit], samples[::every][: config.scale.eval_samples]
+    data, files = config.experiment.data, training_files(config)
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{shown(path)}: not found; fix: run {data.written_by}, which writes it")
+    seed = config.experiment.train.seed
+    loaded = [load_instruct(path, config.images_path, data.subset or None, seed=seed) for path in files]
+    if data.validation_file:
+        train, held_out = loaded
+    else:
+        (samples,) = loaded
+        every = round(1 / data.held_out_share)
+        train, held_out = [sample for k, sample in enumerate(samples) if k % every], samples[::every]
+    return train[: data.limit], held_out[: config.scale.eval_samples]

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from companion.cli import main
 from companion.data_tools.check import check_file
 from companion.data_tools.scienceqa import (
     PROMPT_FORMATS,
@@ -17,7 +19,9 @@ from companion.data_tools.scienceqa import (
     answer_prompt,
     format_problem,
     load_problems,
+    write_training_files,
 )
+from llava_core.data.instruct import load_instruct
 from llava_core.runtime import ConfigError, DataError, write_json
 
 MAGNET = {
@@ -162,6 +166,22 @@ def test_missing_images_and_problems_are_counted(tmp_path: Path) -> None:
     (folder / "problems.json").write_text(json.dumps({"7": MAGNET}))
     with pytest.raises(DataError, match="1 of 2 problems of split 'test' are missing, the first is 8"):
         load_problems(folder, "test")
+
+
+def test_training_files_hold_the_formatted_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of(tmp_path / "sqa", {"7": MAGNET | {"split": "val"}, "8": MAGNET | {"image": None}})
+    Image.new("RGB", (8, 8)).save(folder / "images" / "val" / "7" / "image.png")
+    write_json(folder / "pid_splits.json", {"train": ["8", "7"], "val": ["7"]})
+    assert main(["data", "scienceqa", str(folder), "--json"]) == 0
+    names = [f"llava_{split}_{name}.json" for split in ("train", "val") for name in ("QCM-LEPA", "QCM-ALE")]
+    written = json.loads(capsys.readouterr().out)["files"]
+    assert list(written.items()) == [(str(folder / name), 2 if "train" in name else 1) for name in names]
+    for name in names:
+        _, split, prompt_format = name.removesuffix(".json").split("_")
+        wanted = [format_problem(problem, prompt_format) for problem in load_problems(folder, split)]
+        assert load_instruct(folder / name, folder / "images") == wanted
+    with pytest.raises(ConfigError, match="did you mean 'QCM-LEA'"):
+        write_training_files(folder, ["QCM-LEAA"])
 
 
 @pytest.fixture

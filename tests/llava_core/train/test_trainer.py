@@ -21,6 +21,7 @@ from llava_core.record import RunRecord
 from llava_core.runtime import DataError
 from llava_core.train import launch as launching
 from llava_core.train import trainer as training
+from llava_core.train.dataset import load_samples
 from llava_core.train.optimizer import learning_rate
 
 SCALE = """
@@ -33,7 +34,7 @@ micro_batch: {micro}
 launcher: in_process
 data:
   {{cc595k: data/cc, cc595k_images: data/images, instruct158k: data/it, instruct158k_images: data/images,
-    scienceqa: data/sqa}}
+    scienceqa: data/sqa, scienceqa_images: data/sqa/images}}
 models: {{vicuna-7b: models/llm, vicuna-13b: models/llm, clip-vit-large-patch14: models/clip}}
 checkpoint_every_s: 0.000001
 eval_samples: 4
@@ -211,6 +212,22 @@ def test_bad_data_is_one_clear_error_before_the_first_step(world: Path) -> None:
     (world / "data" / "cc" / "chat.json").unlink()
     with pytest.raises(DataError, match=r"chat\.json"):
         _run()
+
+
+def test_a_validation_file_replaces_the_share(world: Path) -> None:
+    config = load_experiment("pretrain", "mini")
+    train, held_out = load_samples(config)
+    assert ([s.id for s in held_out], len(train)) == (["0", "25"], 24)
+    records = json.loads((world / "data" / "cc" / "chat.json").read_text())
+    (world / "data" / "cc" / "val_A.json").write_text(json.dumps(records[3:9]))
+    named = {"data.validation_file": "val_{prompt_format}.json", "data.prompt_format": "A"}
+    train, held_out = load_samples(load_experiment("pretrain", "mini", named))
+    assert ([s.id for s in held_out], len(train)) == (["3", "4", "5", "6"], 26)
+    named["data.prompt_format"] = "B"
+    with pytest.raises(
+        DataError, match=r"val_B\.json: not found; fix: run notebook 10_cc3m_filtering \(`llava filter`"
+    ):
+        load_samples(load_experiment("pretrain", "mini", named))
 
 
 def test_learning_rate_schedule() -> None:
