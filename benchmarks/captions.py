@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +12,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import circumstances, in_turns
+from benchmarks.common import circumstances
 from companion import miniature
 from companion.evaluation.captions import bleu, cider, tokenize
 from llava_core.runtime import CompanionError, read_json, read_jsonl
 
-SCORES = ("differ", "bleu4", "bleu4_ptb", "cider", "cider_ptb", "error", "ratio")
+SCORES = ("differ", "bleu4", "bleu4_ptb", "cider", "cider_ptb", "error")
 Captions = list[list[str]]
-
-
-def random_captions(images: int = 200, seed: int = 0) -> Captions:
-    """Captions of few words, so that they have many runs of words in common; some are empty."""
-    rng = random.Random(seed)
-    words = [f"w{int(rng.paretovariate(0.7))}" for _ in range(60)]
-    return [
-        [" ".join(rng.choices(words, k=rng.randrange(12))) for _ in range(rng.randint(2, 6))] for _ in range(images)
-    ]
 
 
 def peer_scores(tokens: list[list[list[str]]]) -> list[float]:
@@ -57,7 +47,7 @@ def ptb_tokens(texts: list[str]) -> list[list[str]]:
     return [found[k][0].split() for k in range(len(texts))]
 
 
-def measure(case: str, captions: Captions, rounds: int) -> dict[str, Any]:
+def measure(case: str, captions: Captions) -> dict[str, Any]:
     """One row; `captions` by image, or a single text each, of which only tokens are compared."""
     texts = [text for own in captions for text in own]
     ours = [tokenize(text) for text in texts]
@@ -75,20 +65,17 @@ def measure(case: str, captions: Captions, rounds: int) -> dict[str, Any]:
 
     scored, peer = our_scores(by_image(ours)), peer_scores(by_image(ours))
     row |= {"bleu4": scored[3], "cider": scored[4], "error": max(abs(a - b) for a, b in zip(scored, peer, strict=True))}
-    tokens = by_image(ours)
-    row["ratio"] = in_turns(lambda: our_scores(tokens), lambda: peer_scores(tokens), rounds, "cpu")["ratio"]
     if theirs is not None:
         row["bleu4_ptb"], row["cider_ptb"] = peer_scores(by_image(theirs))[3:]
     return row
 
 
-def bench_captions(coco: Path | None = None, texts: Sequence[Path] = (), rounds: int = 5) -> dict[str, Any]:
+def bench_captions(coco: Path | None = None, texts: Sequence[Path] = ()) -> dict[str, Any]:
     """Compare BLEU and CIDEr-D with pycocoevalcap's on the same tokens, and both tokenizers.
 
     Args:
         coco: JSONL of images with `captions`, as LLaVA-Bench has it.
         texts: JSONL files with `text`, `content` or `output`, of which only tokens are compared.
-        rounds: timed turns per case.
 
     Raises:
         CompanionError: pycocoevalcap is not installed (not a dependency: mostly Java archives of other scores).
@@ -99,10 +86,10 @@ def bench_captions(coco: Path | None = None, texts: Sequence[Path] = (), rounds:
     by_image: dict[int, list[str]] = {}
     for entry in annotated["annotations"]:
         by_image.setdefault(entry["image_id"], []).append(entry["caption"])
-    cases: dict[str, Captions] = {"random": random_captions(), "mini-coco val": list(by_image.values())}
+    cases: dict[str, Captions] = {"mini-coco val": list(by_image.values())}
     if coco:
         cases["COCO val2014"] = [row["captions"] for row in read_jsonl(coco)]
     for path in texts:
         cases[path.stem] = [[row.get("text") or row.get("content") or row["output"]] for row in read_jsonl(path)]
-    rows = [measure(case, captions, rounds) for case, captions in cases.items()]
+    rows = [measure(case, captions) for case, captions in cases.items()]
     return {"cases": rows, "same_scores": all((row["error"] or 0) <= 1e-6 for row in rows)}

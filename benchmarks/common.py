@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import importlib
-import io
 import json
 import os
 import resource
@@ -18,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 
 from llava_core.runtime import DataError, atomic_write, environment, shown
@@ -117,16 +116,12 @@ def _serve(function: str, arguments: str) -> None:
     print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(arguments))))
 
 
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the GPU's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def circumstances(device: torch.device) -> dict[str, Any]:
     """Columns of every row: date, device, machine, threads and versions."""
     here = environment()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {name: here["packages"][name] for name in ("torch", "transformers")}
-    machine = {"date": here["date"], "device": device_name(device), "cpu": here["cpu"], "cores": here["cores"]}
+    machine = {"date": here["date"], "device": name, "cpu": here["cpu"], "cores": here["cores"]}
     return {**machine, "threads": torch.get_num_threads(), **versions}
 
 
@@ -140,12 +135,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     before = path.read_text() if path.exists() else ""
     if before and before.splitlines()[0].split(",") != columns:
         raise DataError(f"{shown(path)}: its columns are not {', '.join(columns)}; fix: move the file away")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if not before:
-        writer.writeheader()
-    writer.writerows(rows)
-    return atomic_write(path, before + text.getvalue())
+    return atomic_write(path, before + pd.DataFrame(rows).to_csv(index=False, header=not before))
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -50,10 +50,6 @@ SIZES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("shapes.yaml").r
 SYSTEM_TOKENS = 38  # of v0's system text
 
 PARTS = {1: ["projector"], 2: ["projector", "language_model"]}
-COLUMNS = (
-    "case", "model", "stage", "per_image", "dtype", "clock", "samples", "tokens", "padding", "supervised", "ours",
-    "peer", "ratio", "ratio_low", "ratio_high", "peak_mib", "peer_peak_mib", "peak_ratio", "loss_difference",
-)  # fmt: skip
 
 
 @dataclass

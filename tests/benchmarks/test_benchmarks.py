@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -105,27 +104,3 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mon
     monkeypatch.setattr(BACKENDS, "get", lambda name: broken if name == "cpu_varlen" else get(name))
     with pytest.raises(AssertionError, match="cpu_varlen and padded differ"):
         bench_attention(("tiny",), length=96, rounds=1, scale=0.08)
-
-
-@pytest.mark.parametrize(("depends", "same"), [(False, True), (True, False)])
-def test_answers_that_depend_on_the_batch_are_reported(
-    depends: bool, same: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from benchmarks import evaluate as bench_evaluate
-
-    asked: list[int] = []
-
-    def tasks(_: object, __: object, limit: int) -> dict[str, Any]:
-        def answer(batch: int) -> dict[str, str]:
-            asked.append(batch)
-            return {str(k): f"{batch if depends else 0}" for k in range(limit)}
-
-        return {"set": answer, "other": answer}
-
-    monkeypatch.setattr(bench_evaluate, "_tasks", tasks)
-    monkeypatch.setattr(bench_evaluate, "load", lambda path: path)
-    result = bench_evaluate.bench_evaluate(tmp_path, tmp_path, limit=4, rounds=2, batch=8, clock="wall")
-    assert result["same_answers"] is same
-    assert [(row["set"], row["questions"]) for row in result["cases"]] == [("set", 4), ("other", 4)]
-    assert asked.count(1) == asked.count(8) == 6
-    append_rows(tmp_path / "rows.csv", result["cases"])
