@@ -18,7 +18,7 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-FAULTS = ("429", "429 seconds", "429 date", "500", "stalled", "truncated", "invalid", "closed", "drip")
+FAULTS = ("429", "429 seconds", "429 date", "500", "stalled", "truncated", "invalid", "closed")
 STATUS = {"429": 429, "429 seconds": 429, "429 date": 429, "500": 500, "401": 401, "400": 400}
 
 
@@ -31,7 +31,7 @@ class Server:
         faults: which ones, drawn evenly.
         malformed: share of the replies that are billed and of a wrong format.
         seconds: a reply takes.
-        stall: seconds of silence of the fault `stalled`, and between two bytes of `drip`.
+        stall: seconds of silence of the fault `stalled`.
         rename_after: after so many replies another snapshot answers.
     """
 
@@ -104,13 +104,6 @@ class Server:
         if fault == "truncated":
             await self._send(writer, 200, body[: len(body) // 2], declared=len(body))
             return False
-        if fault == "drip":
-            await self._send(writer, 200, b"", declared=len(body))
-            for byte in body:
-                writer.write(bytes([byte]))
-                await writer.drain()
-                await asyncio.sleep(self.stall / 20)
-            return False  # nobody waits that long
         await self._send(writer, 200, body)
         self.billed += 1
         row = {"text": text, "tokens": self.usage, "model": model}

@@ -1,11 +1,13 @@
-"""What the tests of paying teachers share: images without pixels, and a process of its own that asks about them."""
+"""Shared by the tests of paying clients: annotations without pixels, and processes that use a cassette."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,31 @@ def start(client: str, folder: Path, count: int, **options: Any) -> subprocess.P
     words = [client, str(folder), str(count), json.dumps(options)]
     paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    # a group of its own, so that the kill meets whatever the process started and did not set free
+    # a process group of its own: the test kills whatever the process has started
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *words],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         process_group=0,
         **pipes,
     )
+
+
+@contextlib.contextmanager
+def lock(cassette: Path) -> Iterator[None]:
+    """Hold a cassette's lock in another process."""
+    program = (
+        "import sys; from pathlib import Path; from companion.teacher.cassette import WriterLock\n"
+        "try:\n held = WriterLock(Path(sys.argv[1]), 0.1)\n"
+        "except Exception as error:\n print(error, flush=True)\n"
+        "else:\n print('held', flush=True); sys.stdin.read()\n"
+    )
+    words = [sys.executable, "-c", program, str(cassette)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=environment, **pipes) as process:
+        assert process.stdout is not None
+        answer = process.stdout.readline().strip()
+        assert answer == "held", answer
+        yield
+        assert process.stdin is not None
+        process.stdin.close()

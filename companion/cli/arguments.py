@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--concurrency", "N", "requests under way at once", type=int, default=8)
 
     def timeout(self) -> None:
-        self.option("--timeout", "SECONDS", "of one attempt", type=float, default=120.0)
+        self.option("--timeout", "SECONDS", "without a byte from the server", type=float, default=120.0)
 
     def seed(self) -> None:
         self.add_argument("--seed", type=int, default=0, help="of what is drawn per record, and of the waits")

@@ -19,7 +19,8 @@ from companion.evaluation.prompts import PROMPTS
 from companion.evaluation.science_qa import DEFAULT_ERA, Answer, Failure, as_questions, parse_answer, tally
 from companion.evaluation.statistics import mcnemar, paired_bootstrap
 from companion.teacher.asking import ask_all
-from companion.teacher.chat import PRICES, BudgetError, ChatReply, ChatRequest, estimate
+from companion.teacher.chat import PRICES, BudgetError, ChatReply, ChatRequest
+from companion.teacher.plan import estimate
 from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import DataError
 
@@ -107,7 +108,7 @@ def run(
 
     Returns:
         systems (see `evaluate`), n, asked_again, bills (of `ask`: gpt4 and requery), spend_usd and cost_usd (sums),
-        listed (`chat.estimate` of the same requests at the listed price of the model, or None), texts (gpt4 and
+        listed (`plan.estimate` of the same requests at the listed price of the model, or None), texts (gpt4 and
         requery, by problem id), shots (their ids).
 
     Raises:

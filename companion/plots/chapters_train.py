@@ -25,7 +25,8 @@ from companion.evaluation.relative_score import relative_scores
 from companion.evaluation.statistics import paired_bootstrap
 from companion.paper.claims import all_claims, claim
 from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled
-from companion.teacher.client import ChatClient, OfflineClient
+from companion.teacher.chat import ChatClient
+from companion.teacher.client import OfflineClient
 from llava_core.checkpoints.load import Loaded
 from llava_core.config import FILE_FIELDS, META, RunConfig, value_of
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID

@@ -1,10 +1,10 @@
-"""Put many requests to a chat model: several at once, a malformed reply asked for once more, every failure counted."""
+"""Send many requests to a chat client: concurrency, one more request per malformed reply, counts of what failed."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -12,23 +12,23 @@ from companion.teacher.chat import BudgetError, ChatClient, ChatError, ChatReply
 from companion.teacher.parse import ReplyError
 from llava_core.runtime import progress
 
-MOST_SILENT = 20  # requests in a row without a reply, after which the server counts as gone
+MOST_SILENT = 20  # requests in a row without a reply, after which the server counts as unreachable
 Check = Callable[[ChatReply], Any]
-"""Returns what a reply holds, or raises `ReplyError`: why it cannot be used."""
+"""Returns the content of a reply, or raises `ReplyError`."""
 Retry = Callable[[ChatRequest, ChatReply, ReplyError], ChatRequest]
-"""The request that follows a reply which cannot be used."""
+"""Returns the request that follows a malformed reply."""
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 @dataclass
 class Asked:
-    """What asking came to.
+    """The result of a request.
 
     Attributes:
         request: the first one.
-        replies: one, or two where the first was malformed; each with its request and what is wrong with it.
-        value: what the last reply holds, if it is good.
+        replies: one, or two if the first was malformed; each with its request and its error.
+        value: the content of the last reply, if it is good.
         refused: why there is no reply to the last request.
     """
 
@@ -58,20 +58,20 @@ class Asked:
         return sum(reply.cost_usd for _, reply, _ in self.replies if not reply.cached)
 
     def source(self) -> dict[str, Any]:
-        """Where the text comes from: request, who was asked, who answered, how and when, cost; the first try too."""
-        found: dict[str, Any] = {"request": self.request.key, "asked_model": self.request.model}
+        """Provenance of the text: request, models, client, date, cost, and the first reply if it was malformed."""
+        row: dict[str, Any] = {"request": self.request.key, "asked_model": self.request.model}
         if self.replies:
             (_, first, wrong), (_, last, _) = self.replies[0], self.replies[-1]
-            found |= {"model": last.model, "client": last.kind, "date": last.date or None}
-            found["cost_usd"] = sum(reply.cost_usd for _, reply, _ in self.replies)
-            found |= {"first": {"content": first.text, "wrong": str(wrong)}} if wrong else {}
-        return found | ({"refused": str(self.refused)} if self.refused else {})
+            row |= {"model": last.model, "client": last.kind, "date": last.date or None}
+            row["cost_usd"] = sum(reply.cost_usd for _, reply, _ in self.replies)
+            row |= {"first": {"content": first.text, "wrong": str(wrong)}} if wrong else {}
+        return row | ({"refused": str(self.refused)} if self.refused else {})
 
 
 def again(request: ChatRequest, reply: ChatReply, reason: str) -> ChatRequest:
-    """Return a request with what was said to it, and why that is asked for once more."""
-    said = [{"role": "assistant", "content": reply.text}] if reply.text.strip() else []
-    return replace(request, messages=[*request.messages, *said, {"role": "user", "content": reason}])
+    """Return a request that quotes a reply and asks for another one, with the reason."""
+    quoted = [{"role": "assistant", "content": reply.text}] if reply.text.strip() else []
+    return replace(request, messages=[*request.messages, *quoted, {"role": "user", "content": reason}])
 
 
 def _retry(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatRequest:
@@ -81,80 +81,78 @@ def _retry(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatReq
 def ask_all(
     client: ChatClient, requests: Sequence[ChatRequest], check: Check, desc: str
 ) -> tuple[list[Asked], dict[str, Any]]:
-    """Ask everything and count what came of it; otherwise as `ask_each`.
-
-    Args:
-        client: who answers.
-        requests: what is asked; the result is in this order.
-        check: of every reply.
-        desc: of the progress bar.
+    """Send requests that share one check; see `ask_each`.
 
     Returns:
-        What each request came to, and the tally: requests (sent now), replayed (from a cassette), spend_usd (paid now),
-        retried (malformed first replies), repaired (those whose second one is good), failed (no good reply), stopped
-        (why not all was asked, or None), unasked, models (good replies by snapshot).
-
-    Raises:
-        ServerError, DataError: the client's; what was answered until then is in its cassette.
+        The results in the order of the requests, and their `tally`.
     """
     asked = ask_each(client, [(request, check) for request in requests], _retry, desc, leave=False)
-    replies = [reply for found in asked for _, reply, _ in found.replies]
-    over = [found for found in asked if found.unasked]
-    retried = [found for found in asked if found.replies and found.replies[0][2]]
-    return asked, {
+    return asked, tally(asked)
+
+
+def tally(asked: Sequence[Asked]) -> dict[str, Any]:
+    """Count results.
+
+    Returns:
+        requests (sent now), replayed (from a cassette), spend_usd (paid now), retried (malformed first replies),
+        repaired (those whose second one is good), failed (no good reply), stopped (why not all requests were sent, or
+        None), unasked (number of requests that the budget did not allow), models (good replies by snapshot).
+    """
+    replies = [reply for one in asked for _, reply, _ in one.replies]
+    unasked = [one for one in asked if one.unasked]
+    retried = [one for one in asked if one.replies and one.replies[0][2]]
+    return {
         "requests": sum(not reply.cached for reply in replies),
         "replayed": sum(reply.cached for reply in replies),
-        "spend_usd": round(sum(found.paid for found in asked), 6),
+        "spend_usd": round(sum(one.paid for one in asked), 6),
         "retried": len(retried),
-        "repaired": sum(found.good for found in retried),
-        "failed": sum(not found.good for found in asked) - len(over),
-        "stopped": str(over[0].refused) if over else None,
-        "unasked": len(over),
-        "models": dict(Counter(found.replies[-1][1].model for found in asked if found.good)),
+        "repaired": sum(one.good for one in retried),
+        "failed": sum(not one.good for one in asked) - len(unasked),
+        "stopped": str(unasked[0].refused) if unasked else None,
+        "unasked": len(unasked),
+        "models": dict(Counter(one.replies[-1][1].model for one in asked if one.good)),
     }
 
 
 def ask_each(
     client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], retry: Retry, desc: str, **options: Any
 ) -> list[Asked]:
-    """Ask everything, as many requests under way at once as the client's attribute `concurrency` says.
+    """Send requests, as many at once as the client's attribute `concurrency` says.
 
-    A malformed reply is kept, and asked for once more with the reason. Where the budget ends nothing more is asked; a
-    recording client lets the next call go on from there. A client with `prefetch` gets all first requests together, and
-    then all second ones.
+    A malformed reply is kept, and followed by one more request. A client with `prefetch` gets all first requests
+    together, and then all second ones.
 
     Args:
-        client: who answers.
-        jobs: what is asked, and what its reply must be; the result is in this order.
+        client: any chat client.
+        jobs: each request with the check of its reply.
         retry: makes the second request.
         desc: of the progress bar.
         options: of the progress bar.
 
     Returns:
-        What each request came to.
+        The results in the order of the jobs.
 
     Raises:
-        ServerError, DataError: the client's; what was answered until then is in its cassette.
+        ServerError, DataError: the client's; a recording client has the replies until then in its cassette.
     """
     _prefetch(client, jobs, retry)
     asked: list[Asked] = []
     spend, failed, silent = 0.0, 0, 0
     stop = getattr(client, "stop", lambda: None)
     with progress(len(jobs), desc, **options) as bar:
-        for found in concurrently(lambda job: _ask(client, *job, retry), jobs, getattr(client, "concurrency", 1), stop):
-            asked.append(found)
-            silent = silent + 1 if found.refused and not found.unasked else 0
+        for one in concurrently(lambda job: _ask(client, *job, retry), jobs, getattr(client, "concurrency", 1), stop):
+            asked.append(one)
+            silent = silent + 1 if one.refused and not one.unasked else 0
             if silent >= MOST_SILENT:
-                raise ServerError(f"{silent} requests in a row had no reply; the last one: {found.refused}")
-            spend += found.paid
-            failed += not found.good and not found.unasked
+                raise ServerError(f"{silent} requests in a row had no reply; the last one: {one.refused}")
+            spend += one.paid
+            failed += not one.good and not one.unasked
             bar.set_postfix_str(f"{spend:.2f} USD, {failed} failed", refresh=False)
             bar.update()
     return asked
 
 
 def _prefetch(client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], retry: Retry) -> None:
-    """Have a client that wants to know them beforehand answer all first requests, then those that follow from them."""
     prefetch = getattr(client, "prefetch", None)
     if prefetch is None:
         return
@@ -169,51 +167,42 @@ def _prefetch(client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], ret
 
 
 def _ask(client: ChatClient, request: ChatRequest, check: Check, retry: Retry) -> Asked:
-    """Ask, and once more where the reply is malformed."""
-    found = Asked(request)
+    """Send a request, and a second one if the reply is malformed."""
+    asked = Asked(request)
     for _ in range(2):
         try:
             reply = client.complete(request)
         except ServerError:
             raise
         except ChatError as error:
-            found.refused = error
+            asked.refused = error
             break
         try:
-            found.value = check(reply)
+            asked.value = check(reply)
         except ReplyError as error:
-            found.replies.append((request, reply, error))
+            asked.replies.append((request, reply, error))
             request = retry(request, reply, error)
         else:
-            found.replies.append((request, reply, None))
+            asked.replies.append((request, reply, None))
             break
-    return found
+    return asked
 
 
 def concurrently(work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]) -> Iterator[_R]:
-    """Yield the results in the order of the items, with at most `workers` items under way.
+    """Yield results in the order of the items, from a pool of threads.
 
     Args:
-        work: done with each item, in a thread of its own where there are several workers.
-        items: what there is to do.
-        workers: how many items are under way at once.
-        stop: called when the user interrupts, before what is under way is waited for.
+        work: called with each item.
+        items: its arguments.
+        workers: number of threads.
+        stop: called when the user interrupts, before the pool waits for its threads.
     """
     if workers <= 1:
         yield from map(work, items)
         return
-    under_way: deque[Future[_R]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="ask") as pool:
         try:
-            for item in items:
-                under_way.append(pool.submit(work, item))
-                while len(under_way) > 16 * workers:  # a slow one at the head does not keep the others from starting
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+            yield from pool.map(work, items)
         except KeyboardInterrupt:
-            stop()  # else leaving the pool would wait for all further attempts
+            stop()
             raise
-        finally:
-            for future in under_way:
-                future.cancel()

@@ -1,9 +1,8 @@
-"""The batch endpoint: a file of requests, replies within a day, half the price.
+"""Client of the batch endpoint: a file of requests, replies within a day, half the price.
 
-One batch is under way at a time, so that it is known what is left of the budget before the next one begins. What it
-asks is in the cassette before the server is told to begin, under a name that the server keeps beside the batch. Killed
-at any moment and called again, the client finds the batch by that name and reads its replies instead of paying for
-others.
+One batch is under way at a time, so that the budget left is known before the next one begins. The cassette holds its
+requests before the server is asked to create it, under a name that the server keeps as metadata. A client that starts
+after `kill -9` finds the batch by this name and reads its replies; nothing is paid twice.
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from companion.teacher.cassette import Cassette, Failure, OpenBatch
+from companion.teacher.cassette import Cassette, Failure, OpenBatch, hold, over_budget
 from companion.teacher.chat import (
     BATCH_PRICE,
     PRICES,
-    BudgetError,
     ChatError,
     ChatReply,
     ChatRequest,
@@ -34,24 +31,23 @@ from companion.teacher.chat import (
     cost_usd,
     price_of,
 )
-from companion.teacher.live import Again, may_pass, one_line, open_sdk, read_reply
-from companion.teacher.recorder import hold
+from companion.teacher.live import RetryableError, one_line, open_sdk, read_reply, retryable
 from llava_core.runtime import progress, shown
 
 ENDPOINT, WINDOW_HOURS = "/v1/chat/completions", 24
 MOST_REQUESTS, MOST_BYTES = 50_000, 200 * 10**6  # of one file, as OpenAI's API allows
-TRIES = 3  # batches that a request may be in
-ATTEMPTS = 5  # to create a batch
-MOST_SILENT = 20  # looks at a batch in a row that fail
-PATIENCE = 5.0  # seconds for which another process may hold the cassette
+TRIES = 3  # batches per request
+CREATIONS = 5  # unconfirmed creations in a row, after which the client gives up
+RETRIES = 2  # of one call of the server
+POLL_RETRIES = 100  # of reading a batch's status: about a quarter of an hour without a connection
 ENDED = ("completed", "failed", "expired", "cancelled")
-FULL = "token_limit_exceeded"  # more tokens wait than the account may have waiting
+ENQUEUED_LIMIT = "token_limit_exceeded"  # the account may not have so many tokens enqueued
 NO_ENDPOINT = "the server has no batch endpoint (status {}); use the client 'record', which asks one by one"
-AGAIN = "start again: what was asked is in the cassette and is not paid twice"
+RESTART = "start again: the requests are in the cassette and are not paid twice"
 
 
 class BatchClient:
-    """Answers from a cassette, and fills it through the server's batch endpoint; see the module's text.
+    """Replies from a cassette; missing replies come from the server's batch endpoint.
 
     Args:
         cassette: SQLite file of the replies.
@@ -59,10 +55,9 @@ class BatchClient:
         api_key: taken from the environment (`OPENAI_API_KEY`) when None.
         price: the listed one of a model that `PRICES` does not list; half of it is paid.
         timeout: seconds for one call of the server.
-        budget_usd: stop before more than this is spent, with what the cassette's replies have cost before; None for no
-            limit. A batch is as large as what it could cost at most allows, so that a budget below the highest
-            price of all requests means several batches, one after the other.
-        poll: seconds between two looks at a batch; they grow from a sixtieth of it.
+        budget_usd: send nothing that could exceed it; includes the cost of all recorded replies; None for no limit.
+            A budget below the highest price of all requests means several batches, one after the other.
+        poll: seconds between two status requests; they grow from a sixtieth of it.
         most_requests: in one batch.
         most_bytes: of one file.
 
@@ -83,11 +78,11 @@ class BatchClient:
         most_requests: int = MOST_REQUESTS,
         most_bytes: int = MOST_BYTES,
     ) -> None:
-        self._openai, self._sdk = open_sdk("OpenAI", base_url, api_key, timeout, max_retries=2)
+        self._openai, self._sdk = open_sdk(base_url, api_key, timeout, RETRIES)
         self._tape, self.price, self.budget_usd, self.poll = Cassette(cassette), price, budget_usd, poll
         self.most_requests, self.most_bytes = most_requests, most_bytes
         self._lock = threading.RLock()
-        self._new: set[str] = set()  # replies that came now and were not handed out yet
+        self._new: set[str] = set()  # requests whose replies were paid now and not returned yet
         self._refused: dict[str, ChatError] = {}
 
     def complete(self, request: ChatRequest) -> ChatReply:
@@ -95,9 +90,9 @@ class BatchClient:
 
         Raises:
             ConfigError: the model's price is not known, or another process holds the cassette.
-            BudgetError: the request could pass the budget; it was not sent.
+            BudgetError: the request could exceed the budget; it was not sent.
             ServerError: no batch can succeed.
-            ChatError: the server refused this request, or did not answer it in so many batches.
+            ChatError: the server refused this request, or did not answer it in `TRIES` batches.
         """
         with self._lock:
             [reply] = [self._tape.get(request)] if request.key in self._refused else self.prefetch([request])
@@ -108,27 +103,41 @@ class BatchClient:
             return replace(reply, cached=not paid_now)
 
     def prefetch(self, requests: Sequence[ChatRequest]) -> list[ChatReply | None]:
-        """Ask all at once and wait for the replies.
+        """Send all requests in batches and wait for the replies.
 
         Args:
-            requests: those that the cassette answers are not asked.
+            requests: those with a recorded reply are not sent.
 
         Returns:
-            A reply per request; None where `complete` will say why there is none.
+            A reply per request; None where `complete` will raise.
 
         Raises:
             ConfigError, ServerError: as of `complete`.
         """
         with self._lock:
             if missing := self._missing(requests):
-                tries: Counter[str] = Counter()
-                with (
-                    closing(hold(self._tape.path, PATIENCE)),
-                    progress(len({r.key for r in missing}), "batch", unit="request") as bar,
-                ):
-                    while batch := self._tape.open_batch() or self._begin(self._missing(requests)):
-                        self._collect(batch, self._wait(batch.id or self._recover(batch), bar), tries)
+                lock = hold(self._tape.path)
+                try:
+                    with progress(len({r.key for r in missing}), "batch", unit="request") as bar:
+                        self._run(requests, bar)
+                finally:
+                    del lock  # a traceback would keep it
             return [self._tape.get(request) for request in requests]
+
+    def _run(self, requests: Sequence[ChatRequest], bar: Any) -> None:
+        """Create and read batches until no request is missing; the first one may be of a killed process."""
+        tries: Counter[str] = Counter()
+        unconfirmed = 0
+        while batch := self._tape.open_batch() or self._begin(self._missing(requests)):
+            batch_id = batch.id or self._find(batch)
+            if batch_id:
+                unconfirmed = 0
+                self._collect(batch, self._wait(batch_id, bar), tries)
+                continue
+            self._tape.end_batch(batch, "not created")
+            unconfirmed += 1
+            if unconfirmed >= CREATIONS:
+                raise ServerError(f"creating a batch failed {CREATIONS} times; {RESTART}")
 
     def _missing(self, requests: Iterable[ChatRequest]) -> list[ChatRequest]:
         return [r for r in requests if r.key not in self._refused and self._tape.get(r) is None]
@@ -140,18 +149,20 @@ class BatchClient:
     def _most(self, request: ChatRequest) -> float:
         return cost_usd(request.most_tokens(), self._price(request))
 
-    # -------------------------------------------------------------------------------------------- asking
+    # -------------------------------------------------------------------------------------------- create
 
     def _begin(self, missing: Sequence[ChatRequest]) -> OpenBatch | None:
-        """Ask the server for a batch of the first of these, as many as limits and budget allow."""
+        """Upload as many of the first missing requests as limits and budget allow, and create their batch."""
         chosen = self._choose(missing)
         if not chosen:
             return None
-        batch = OpenBatch(uuid.uuid4().hex, "", None, chosen)
-        batch = replace(batch, file=self._upload(batch))
-        self._tape.begin_batch(batch)  # from here on a killed process is followed by one that looks for it
-        self._create(batch)
-        return self._tape.open_batch()
+        name = uuid.uuid4().hex
+        with self._errors("uploading a batch", endpoint=True):
+            content = b"".join(_line(request) for request in chosen)
+            file = self._sdk.files.create(file=(f"{name}.jsonl", content), purpose="batch")
+        batch = OpenBatch(name, str(file.id), None, chosen)
+        self._tape.begin_batch(batch)  # from here on a process that follows a killed one looks for the batch
+        return self._create(batch)
 
     def _choose(self, missing: Sequence[ChatRequest]) -> list[ChatRequest]:
         spent = self._tape.spend() + self._tape.doubtful()
@@ -159,110 +170,80 @@ class BatchClient:
         chosen: dict[str, ChatRequest] = {}
         size = 0
         for request in missing:
-            size += 0 if request.key in chosen else len(_line(request))
+            if request.key in chosen:
+                continue
+            size += len(_line(request))
             full = len(chosen) >= self.most_requests or size > self.most_bytes
-            # the endpoint takes one model per file
-            if chosen and (full or request.model != missing[0].model):
+            if chosen and (full or request.model != missing[0].model):  # the endpoint takes one model per file
                 break
-            if request.key not in chosen:
-                left -= self._most(request)
-                if left < 0:
-                    break
-                chosen[request.key] = request
+            left -= self._most(request)
+            if left < 0:
+                break
+            chosen[request.key] = request
         if missing and not chosen:
-            why = f"budget of {self.budget_usd:g} USD: {spent:.4f} spent, and the next request may cost "
-            why += f"{self._most(missing[0]):.4f}; raise the budget to go on"
-            self._refused.update({request.key: BudgetError(why) for request in missing})
+            why = over_budget(self.budget_usd or 0.0, self._tape.spend(), self._tape.doubtful(), self._most(missing[0]))
+            self._refused.update({request.key: why for request in missing})
         return list(chosen.values())
 
-    def _upload(self, batch: OpenBatch) -> str:
-        file = (f"{batch.name}.jsonl", b"".join(_line(request) for request in batch.requests))
-        with self._told("uploading a batch", endpoint=True):
-            return str(self._sdk.files.create(file=file, purpose="batch").id)
-
-    def _create(self, batch: OpenBatch) -> str:
-        """Have the batch made of its file, and note its id.
-
-        Raises:
-            ServerError: the server did not want to, or did not answer in all attempts.
-        """
+    def _create(self, batch: OpenBatch) -> OpenBatch:
+        """Create a batch of its file; its id is None where the server may have created it without confirming."""
         openai = self._openai
-        for attempt in range(ATTEMPTS):
-            try:
-                # the SDK would repeat by itself, and pay twice where only the answer was lost
-                made = self._sdk.with_options(max_retries=0).batches.create(
-                    input_file_id=batch.file,
-                    endpoint=ENDPOINT,
-                    completion_window=f"{WINDOW_HOURS}h",
-                    metadata={"llava_batch": batch.name},
-                )
-                return self._note(batch, made.id)
-            except (openai.APIConnectionError, openai.APIStatusError) as error:
-                status, why = getattr(error, "status_code", 500), one_line(error)
-                if not may_pass(status) or error.code == "insufficient_quota":
-                    self._tape.end_batch(batch, "refused")
-                    with self._told("creating a batch", endpoint=True):
-                        raise
-            time.sleep(min(self.poll, self.poll / 60 * 2**attempt))
-            if found := self._found(batch):
-                return found
-            batch = self._anew(batch)
-        raise ServerError(f"creating a batch failed {ATTEMPTS} times, the last time: {why}; {AGAIN}")
+        try:
+            # no retries: a second creation would be paid, too, if only the first answer was lost
+            created = self._sdk.with_options(max_retries=0).batches.create(
+                input_file_id=batch.file,
+                endpoint=ENDPOINT,
+                completion_window=f"{WINDOW_HOURS}h",
+                metadata={"llava_batch": batch.name},
+            )
+            return replace(batch, id=self._note(batch, created.id))
+        except (openai.APIConnectionError, openai.APIStatusError) as error:
+            if not retryable(getattr(error, "status_code", 500)) or error.code == "insufficient_quota":
+                self._tape.end_batch(batch, "refused")
+                with self._errors("creating a batch", endpoint=True):
+                    raise
+            time.sleep(self.poll / 60)
+            return batch
 
-    def _recover(self, batch: OpenBatch) -> str:
-        """The id of a batch whose creation was asked for by a process that did not see the answer."""
-        return self._found(batch) or self._create(self._anew(batch))
-
-    def _anew(self, batch: OpenBatch) -> OpenBatch:
-        batch = replace(batch, file=self._upload(batch))
-        self._tape.note_batch(batch)
-        return batch
-
-    def _found(self, batch: OpenBatch) -> str | None:
-        """The id of a batch in the server's list; when None, it will not be there later either."""
+    def _find(self, batch: OpenBatch) -> str | None:
+        """The id of an unconfirmed batch in the server's list; after None the server cannot create it any more."""
         for last in (False, True):
-            with self._told("listing the batches", endpoint=True):
+            with self._errors("listing the batches", endpoint=True):
                 for known in self._sdk.batches.list(limit=100):
                     if (known.metadata or {}).get("llava_batch") == batch.name:
                         return self._note(batch, known.id)
             if not last:
-                # a creation that is still on its way finds no file any more
-                with self._told("deleting a file"), contextlib.suppress(self._openai.NotFoundError):
+                # a creation that the server has not handled yet fails without its file
+                with self._errors("deleting a file"), contextlib.suppress(self._openai.NotFoundError):
                     self._sdk.files.delete(batch.file)
                 time.sleep(self.poll / 60)
         return None
 
-    def _note(self, batch: OpenBatch, found: str) -> str:
-        self._tape.note_batch(replace(batch, id=found))
+    def _note(self, batch: OpenBatch, batch_id: str) -> str:
+        self._tape.note_batch(replace(batch, id=batch_id))
         most = sum(self._most(request) for request in batch.requests)
-        asked = f"batch {found}: {len(batch.requests)} requests, at most {most:.2f} USD, within {WINDOW_HOURS} hours"
-        print(f"note: {asked}; it goes on at the server if this process is stopped", file=sys.stderr)
-        return found
+        text = f"batch {batch_id}: {len(batch.requests)} requests, at most {most:.2f} USD, within {WINDOW_HOURS} hours"
+        print(f"note: {text}; it goes on at the server if this process is stopped", file=sys.stderr)
+        return batch_id
 
-    def _wait(self, batch: str, bar: Any) -> Any:
-        """Look at a batch until it has ended."""
-        wait, silent, before, openai = self.poll / 60, 0, bar.n, self._openai
+    def _wait(self, batch_id: str, bar: Any) -> Any:
+        """Poll a batch until it has ended."""
+        wait, before = self.poll / 60, bar.n
         while True:
-            try:
-                seen = self._sdk.batches.retrieve(batch)
-            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
-                silent += 1
-                if silent >= MOST_SILENT:
-                    raise ServerError(f"batch {batch}: {one_line(error)}; {AGAIN}") from error
-            except self._openai.APIStatusError as error:
-                raise ServerError(f"batch {batch}: status {error.status_code}: {one_line(error)}") from error
-            else:
-                silent, counts = 0, seen.request_counts
-                done, failed = (counts.completed, counts.failed) if counts else (0, 0)
-                bar.n = before + done
-                bar.set_postfix_str(f"{seen.status}, {done} answered, {failed} failed", refresh=True)
-                if seen.status in ENDED:
-                    return seen
+            with self._errors(f"batch {batch_id}"):
+                batch = self._sdk.with_options(max_retries=POLL_RETRIES).batches.retrieve(batch_id)
+            counts = batch.request_counts
+            done, failed = (counts.completed, counts.failed) if counts else (0, 0)
+            bar.n = before + done
+            bar.set_postfix_str(f"{batch.status}, {done} answered, {failed} failed", refresh=True)
+            if batch.status in ENDED:
+                return batch
             time.sleep(wait)
             wait = min(1.5 * wait, self.poll)
 
     @contextlib.contextmanager
-    def _told(self, what: str, endpoint: bool = False) -> Iterator[None]:
+    def _errors(self, what: str, endpoint: bool = False) -> Iterator[None]:
+        """Turn errors of the SDK into a `ServerError`."""
         try:
             yield
         except self._openai.APIStatusError as error:
@@ -270,12 +251,12 @@ class BatchClient:
                 raise ServerError(NO_ENDPOINT.format(error.status_code)) from error
             raise ServerError(f"{what}: status {error.status_code}: {one_line(error)}") from error
         except self._openai.OpenAIError as error:
-            raise ServerError(f"{what}: {one_line(error)}; {AGAIN}") from error
+            raise ServerError(f"{what}: {one_line(error)}; {RESTART}") from error
 
-    # -------------------------------------------------------------------------------------------- reading
+    # -------------------------------------------------------------------------------------------- read
 
     def _collect(self, batch: OpenBatch, ended: Any, tries: Counter[str]) -> None:
-        """Keep what came of a batch; requests that it did not get to stay missing, at most `TRIES` times."""
+        """Record the results of a batch; requests without one stay missing, in at most `TRIES` batches."""
         if ended.status == "failed":
             return self._failed(batch, ended)
         waiting = {request.key: request for request in batch.requests}
@@ -287,13 +268,15 @@ class BatchClient:
                 continue
             try:
                 replies.append((request, _read_line(line, request, self._price(request))))
-            except Again as error:
-                failures.append(self._try_again(request, str(error), self._most(request) * error.doubtful, tries))
+            except RetryableError as error:
+                billed = (line.get("response") or {}).get("status_code") == 200
+                doubtful = self._most(request) if billed else 0.0
+                failures.append(self._try_again(request, str(error), doubtful, tries))
             except ChatError as error:
                 failures.append((request, str(error), 0.0, True))
                 self._refused[request.key] = error
         for request in waiting.values():
-            # a batch that says it is complete may have billed what its files do not name
+            # a completed batch may have billed requests that its files do not list
             doubtful = self._most(request) if ended.status == "completed" else 0.0
             why = f"batch {ended.id} ended as {ended.status} without it"
             failures.append(self._try_again(request, why, doubtful, tries))
@@ -302,17 +285,17 @@ class BatchClient:
         return None
 
     def _failed(self, batch: OpenBatch, ended: Any) -> None:
-        """A file that the server refused as a whole, at no cost."""
+        """Close a batch whose file the server refused, at no cost."""
         self._tape.end_batch(batch, ended.status)
         errors = (ended.errors.data if ended.errors else None) or []
-        if any(error.code == FULL for error in errors) and len(batch.requests) > 1:
+        if any(error.code == ENQUEUED_LIMIT for error in errors) and len(batch.requests) > 1:
             self.most_requests = len(batch.requests) // 2
-            note = f"more tokens wait than this account may have waiting; next: {self.most_requests} requests"
+            note = f"the account may not have so many tokens enqueued; next: {self.most_requests} requests"
             print(f"note: batch {ended.id}: {note}", file=sys.stderr)
             return
-        told = "; ".join(f"{f'line {e.line}: ' if e.line else ''}{e.message} ({e.code})" for e in errors[:3])
+        why = "; ".join(f"{f'line {e.line}: ' if e.line else ''}{e.message} ({e.code})" for e in errors[:3])
         raise ServerError(
-            f"batch {ended.id}: the server refused its file and billed nothing: {told or 'it says not why'}"
+            f"batch {ended.id}: the server refused its file and billed nothing: {why or 'it gave no reason'}"
         )
 
     def _try_again(self, request: ChatRequest, why: str, doubtful: float, tries: Counter[str]) -> Failure:
@@ -325,14 +308,14 @@ class BatchClient:
 
     def _lines(self, ended: Any) -> Iterator[dict[str, Any]]:
         for file in filter(None, (ended.output_file_id, ended.error_file_id)):
-            with self._told(f"batch {ended.id}: reading its file {file}"):
+            with self._errors(f"batch {ended.id}: reading its file {file}"):
                 content = self._sdk.files.content(file).content
             for number, line in enumerate(content.splitlines(), start=1):
                 try:
                     yield dict(json.loads(line))
-                except ValueError as error:  # it may be a paid reply: asking anew could pay twice
+                except ValueError as error:  # it may be a paid reply: another request could be paid twice
                     where = f"{shown(self._tape.path)}: batch {ended.id}, file {file}, line {number}"
-                    raise ServerError(f"{where}: no JSON object; {AGAIN}") from error
+                    raise ServerError(f"{where}: no JSON object; {RESTART}") from error
 
 
 def _line(request: ChatRequest) -> bytes:
@@ -342,10 +325,10 @@ def _line(request: ChatRequest) -> bytes:
 
 
 def _read_line(line: dict[str, Any], request: ChatRequest, price: Price) -> ChatReply:
-    """The reply in a line of the output or the error file.
+    """Return the reply in a line of the output or the error file.
 
     Raises:
-        Again: another batch may bring it.
+        RetryableError: another batch may bring a reply.
         ChatError: the server refuses this request.
     """
     response = line.get("response") or {}
@@ -354,6 +337,6 @@ def _read_line(line: dict[str, Any], request: ChatRequest, price: Price) -> Chat
         return replace(read_reply(json.dumps(body).encode(), request, price), kind="batch")
     error = line.get("error") or body.get("error") or {}
     why = f"{f'status {status}' if status else error.get('code')}: {error.get('message')}"
-    if status is None or may_pass(status):
-        raise Again(why)
+    if status is None or retryable(status):
+        raise RetryableError(why)
     raise ChatError(f"model '{request.model}': {why}")

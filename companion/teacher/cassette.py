@@ -1,4 +1,9 @@
-"""Requests and replies in one SQLite file: what was paid for once is never asked for again."""
+"""Recorded requests and replies in one SQLite file: a request with a recorded reply is not sent again.
+
+Each reply is committed to disk before it is used. After `kill -9` the file lacks only the replies of the requests that
+were under way, at most `concurrency`: these are sent again, and the most that they can have cost counts against the
+budget.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,14 @@ import json
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from companion.teacher.chat import ChatReply, ChatRequest
-from llava_core.runtime import DataError, shown
+from companion.teacher.chat import BudgetError, ChatReply, ChatRequest
+from llava_core.runtime import ConfigError, DataError, shown
 
 _REPLY = (
     "text, model, prompt_tokens, completion_tokens, cost_usd, finish_reason, price_prompt, price_completion, date, kind"
@@ -21,19 +27,22 @@ _TABLES = (
     f"replies (key TEXT PRIMARY KEY, request TEXT NOT NULL, {_REPLY})",
     "failures (key TEXT NOT NULL, date TEXT NOT NULL, why TEXT NOT NULL, doubtful_usd REAL NOT NULL, last INTEGER)",
     "batches (name TEXT PRIMARY KEY, date TEXT NOT NULL, file TEXT NOT NULL, id TEXT, state TEXT NOT NULL)",
-    "asked (key TEXT PRIMARY KEY, request TEXT NOT NULL)",  # of the batch that is open
+    "asked (key TEXT PRIMARY KEY, request TEXT NOT NULL)",  # requests of the open batch
 )
+_SPEND, _DOUBTFUL = "SELECT TOTAL(cost_usd) FROM replies", "SELECT TOTAL(doubtful_usd) FROM failures"
+NO_REPLY = "sent, and no reply arrived"
+PATIENCE = 5.0  # seconds to wait for another process that writes the cassette
 
 
 @dataclass(frozen=True)
 class OpenBatch:
-    """A batch that was asked for, and whose replies are not here yet.
+    """A batch that was requested and whose replies are not recorded yet.
 
     Attributes:
         name: ours; the server keeps it as metadata.
         file: the server's id of the uploaded requests.
         id: the server's id of the batch; None if its creation was not confirmed.
-        requests: what it asks.
+        requests: in the batch.
     """
 
     name: str
@@ -47,24 +56,24 @@ Failure = tuple[ChatRequest, str, float, bool]
 
 
 class Cassette:
-    """One transaction per reply, on disk (write-ahead log, synchronous) before `put` returns.
+    """SQLite file of replies; every write is one transaction, on disk before the method returns.
 
     Args:
-        path: the SQLite file; made with its folder where it is missing.
-        read_only: do not make or change it.
+        path: the SQLite file; created with its folder if it is missing. None: a temporary file.
+        read_only: do not create or change it.
 
     Raises:
         DataError: the file is missing (read only) or is no cassette.
     """
 
-    def __init__(self, path: str | Path, read_only: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | None, read_only: bool = False) -> None:
+        self.path = Path(path or "")
         self._lock = threading.Lock()
+        address = f"{self.path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}" if path else ""
         if not read_only:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        address = f"{self.path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
         if read_only and not os.access(self.path.absolute().parent, os.W_OK):
-            address += "&immutable=1"  # SQLite puts two files beside a log that it reads, and may not do so here
+            address += "&immutable=1"  # reading a write-ahead log creates two files, which this folder forbids
         try:
             self._file = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
             if not read_only:
@@ -73,6 +82,7 @@ class Cassette:
                 with self._file:
                     for table in _TABLES:
                         self._file.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+                    self._file.execute("CREATE INDEX IF NOT EXISTS cost ON replies (cost_usd)")  # for `spend`
             self._file.execute(f"SELECT key, request, {_REPLY} FROM replies LIMIT 1")
             self._file.execute("SELECT key, date, why, doubtful_usd, last FROM failures LIMIT 1")
         except sqlite3.Error as error:
@@ -84,35 +94,60 @@ class Cassette:
             row = self._file.execute(f"SELECT {_REPLY} FROM replies WHERE key = ?", (request.key,)).fetchone()
         return replace(ChatReply(*row), cached=True) if row else None
 
-    def put(self, request: ChatRequest, reply: ChatReply) -> None:
-        """Keep a reply; the first one to a request stays."""
+    def put(self, request: ChatRequest, reply: ChatReply, attempt: int | None = None) -> None:
+        """Record a reply, and that the attempt of `begin` is over; the first reply to a request stays."""
         with self._lock, self._file:
-            self._put(request, reply)
+            recorded = self._put(request, reply)
+            doubtful = 0.0 if recorded else reply.cost_usd  # a second reply is not recorded, but paid
+            self._end(attempt, doubtful)
 
-    def _put(self, request: ChatRequest, reply: ChatReply) -> None:
-        values = [getattr(reply, name) for name in _REPLY.split(", ")]
-        self._file.execute(
-            f"INSERT OR IGNORE INTO replies (key, request, {_REPLY}) VALUES (?, ?{', ?' * len(values)})",
-            (request.key, request.canonical, *values),
-        )
+    def begin(self, request: ChatRequest, most_usd: float, budget_usd: float | None = None) -> int:
+        """Record an attempt before it is sent, with the most that it can cost; return its number.
+
+        Raises:
+            BudgetError: the attempt could exceed the budget of all replies and attempts of this file.
+        """
+        with self._lock, self._file:
+            if budget_usd is not None:
+                spent, doubtful = self._total(_SPEND), self._total(_DOUBTFUL)
+                if spent + doubtful + most_usd > budget_usd + 1e-9:
+                    raise over_budget(budget_usd, spent, doubtful, most_usd)
+            return self._fail(request, NO_REPLY, most_usd, False)
+
+    def cancel(self, attempt: int) -> None:
+        """Record that the attempt of `begin` is over and cost nothing."""
+        with self._lock, self._file:
+            self._end(attempt, 0.0)
+
+    def _end(self, attempt: int | None, doubtful: float) -> None:
+        if doubtful:
+            self._file.execute("UPDATE failures SET doubtful_usd = ? WHERE rowid = ?", (doubtful, attempt))
+        else:
+            self._file.execute("DELETE FROM failures WHERE rowid = ?", (attempt,))
 
     def fail(self, request: ChatRequest, why: str, doubtful_usd: float = 0.0, last: bool = False) -> None:
-        """Keep that an attempt failed.
+        """Record a failed attempt.
 
         Args:
-            request: got no reply.
-            why: in words.
-            doubtful_usd: what the server may have billed for it at most.
-            last: the request was given up.
+            request: without a reply.
+            why: the reason.
+            doubtful_usd: the most that the server may have billed.
+            last: the request is given up.
         """
         with self._lock, self._file:
             self._fail(request, why, doubtful_usd, last)
 
-    def _fail(self, request: ChatRequest, why: str, doubtful_usd: float, last: bool) -> None:
-        self._file.execute(
-            "INSERT INTO failures (key, date, why, doubtful_usd, last) VALUES (?, ?, ?, ?, ?)",
-            (request.key, _now(), why, doubtful_usd, last),
-        )
+    def _put(self, request: ChatRequest, reply: ChatReply) -> bool:
+        values = [getattr(reply, name) for name in _REPLY.split(", ")]
+        query = f"INSERT OR IGNORE INTO replies (key, request, {_REPLY}) VALUES (?, ?{', ?' * len(values)})"
+        return self._file.execute(query, (request.key, request.canonical, *values)).rowcount > 0
+
+    def _fail(self, request: ChatRequest, why: str, doubtful_usd: float, last: bool) -> int:
+        values = (request.key, _now(), why, doubtful_usd, last)
+        columns = "key, date, why, doubtful_usd, last"
+        row = self._file.execute(f"INSERT INTO failures ({columns}) VALUES (?, ?, ?, ?, ?)", values).lastrowid
+        assert row is not None
+        return row
 
     def given_up(self, request: ChatRequest) -> str | None:
         """Return why a request was given up, or None."""
@@ -122,26 +157,24 @@ class Cassette:
         return row[0] if row else None
 
     def doubtful(self) -> float:
-        """Return what the server may have billed, at most, for attempts that brought no reply, in USD."""
+        """Return the most that the server may have billed for attempts without a reply, in USD."""
         with self._lock:
-            return float(self._file.execute("SELECT TOTAL(doubtful_usd) FROM failures").fetchone()[0])
+            return self._total(_DOUBTFUL)
+
+    def spend(self) -> float:
+        """Return the cost of all replies, in USD."""
+        with self._lock:
+            return self._total(_SPEND)
 
     def __len__(self) -> int:
         with self._lock:
-            return int(self._file.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
+            return int(self._total("SELECT COUNT(*) FROM replies"))
 
-    def spend(self) -> float:
-        """Return what all replies together cost, in USD."""
-        with self._lock:
-            return float(self._file.execute("SELECT TOTAL(cost_usd) FROM replies").fetchone()[0])
-
-    def models(self) -> dict[str, int]:
-        """Return how many replies each model snapshot gave, by its name."""
-        with self._lock:
-            return dict(self._file.execute("SELECT model, COUNT(*) FROM replies GROUP BY model ORDER BY MIN(date)"))
+    def _total(self, query: str) -> float:
+        return float(self._file.execute(query).fetchone()[0])
 
     def begin_batch(self, batch: OpenBatch) -> None:
-        """Keep what a batch will ask, before the server is asked to begin with it."""
+        """Record the requests of a batch, before the server is asked to create it."""
         with self._lock, self._file:
             values = (batch.name, _now(), batch.file, batch.id)
             self._file.execute("INSERT INTO batches (name, date, file, id, state) VALUES (?, ?, ?, ?, 'open')", values)
@@ -149,19 +182,16 @@ class Cassette:
             self._file.executemany("INSERT INTO asked (key, request) VALUES (?, ?)", rows)
 
     def open_batch(self) -> OpenBatch | None:
-        """Return the batch that is under way, or None."""
+        """Return the batch whose replies are not recorded yet, or None."""
         with self._lock:
             row = self._file.execute("SELECT name, file, id FROM batches WHERE state = 'open'").fetchone()
             asked = self._file.execute("SELECT request FROM asked ORDER BY rowid").fetchall() if row else []
-        if row is None:
-            return None
-        name, file, found = row
-        return OpenBatch(name, file, found, [ChatRequest(**json.loads(text)) for (text,) in asked])
+        return OpenBatch(*row, [ChatRequest(**json.loads(text)) for (text,) in asked]) if row else None
 
     def note_batch(self, batch: OpenBatch) -> None:
-        """Keep the server's ids of the batch under way."""
+        """Record the server's id of the open batch."""
         with self._lock, self._file:
-            self._file.execute("UPDATE batches SET file = ?, id = ? WHERE name = ?", (batch.file, batch.id, batch.name))
+            self._file.execute("UPDATE batches SET id = ? WHERE name = ?", (batch.id, batch.name))
 
     def end_batch(
         self,
@@ -170,7 +200,7 @@ class Cassette:
         replies: Iterable[tuple[ChatRequest, ChatReply]] = (),
         failures: Iterable[Failure] = (),
     ) -> None:
-        """Keep all that came of a batch, in one transaction, and that it is not under way any more."""
+        """Record the results of a batch and that it is closed, in one transaction."""
         with self._lock, self._file:
             for request, reply in replies:
                 self._put(request, reply)
@@ -180,9 +210,51 @@ class Cassette:
             self._file.execute("DELETE FROM asked")
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
+
+
+def over_budget(limit: float, spent: float, doubtful: float, most: float) -> BudgetError:
+    """Return the error of a request that could exceed the budget (all in USD)."""
+    doubt = f" and {doubtful:.4f} that may have been billed" if doubtful else ""
+    return BudgetError(
+        f"budget of {limit:g} USD: {spent:.4f} spent{doubt}, and the next request may cost {most:.4f}; "
+        "raise the budget to go on"
+    )
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class WriterLock:
+    """The right to record to a cassette; it ends with the object or with the process, also by `kill -9`."""
+
+    def __init__(self, path: Path, patience: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = sqlite3.connect(f"{path}.lock", timeout=patience, isolation_level=None, check_same_thread=False)
+        try:
+            self._file.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            raise ConfigError(
+                f"{shown(path)}: another process records to this cassette; wait for it or name another cassette"
+            ) from error
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+_HELD: weakref.WeakValueDictionary[Path, WriterLock] = weakref.WeakValueDictionary()
+
+
+def hold(cassette: Path) -> WriterLock:
+    """Lock a cassette against other processes; within one process all callers share the lock.
+
+    Raises:
+        ConfigError: another process held it for `PATIENCE` seconds.
+    """
+    path = cassette.absolute()
+    lock = _HELD.get(path)
+    if lock is None:
+        lock = _HELD[path] = WriterLock(path, PATIENCE)
+    return lock

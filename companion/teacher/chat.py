@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -158,43 +158,3 @@ def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | No
 def cost_usd(tokens: tuple[int, int], price: Price) -> float:
     """Return the cost of prompt and completion tokens in USD."""
     return (tokens[0] * price[0] + tokens[1] * price[1]) / 1e6
-
-
-def estimate(
-    requests: Iterable[ChatRequest],
-    prices: Mapping[str, Price] = PRICES,
-    concurrency: int = 8,
-    tokens_per_second: float = TOKENS_PER_SECOND,
-) -> dict[str, Any]:
-    """Estimate what requests will cost, before the first is sent.
-
-    Args:
-        requests: each is counted once however often it is named, as a cassette would.
-        prices: USD per million tokens of prompt and completion by model.
-        concurrency: requests under way at once.
-        tokens_per_second: of one reply as it is written.
-
-    Returns:
-        requests; tokens (prompt and completion, expected); usd (expected); usd_most (every reply as long as allowed,
-        every prompt one token per byte); hours. Retries of malformed replies are not in it.
-
-    Raises:
-        ConfigError: the price of a model is not known.
-    """
-    tokens, usd, most, seconds, seen = [0, 0], 0.0, 0.0, 0.0, set()
-    for request in requests:
-        if request.key in seen:
-            continue
-        seen.add(request.key)
-        price, expected = price_of(request.model, prices), request.expected_tokens()
-        tokens = [tokens[0] + expected[0], tokens[1] + expected[1]]
-        usd += cost_usd(expected, price)
-        most += cost_usd(request.most_tokens(), price)
-        seconds += expected[1] / tokens_per_second
-    return {
-        "requests": len(seen),
-        "tokens": {"prompt": tokens[0], "completion": tokens[1], "total": sum(tokens)},
-        "usd": round(usd, 4),
-        "usd_most": round(most, 4),
-        "hours": round(seconds / max(concurrency, 1) / 3600, 4),
-    }

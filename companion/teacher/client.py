@@ -1,8 +1,8 @@
-"""Who answers a prompt: one protocol, and behind it an offline model, a cassette of past replies, or a paid server.
+"""Chat clients by name: an offline function, a cassette of recorded replies, or a paid server.
 
-`record` asks the server only what its cassette does not know yet and commits each reply on arrival, in a process of its
-own that outlives a killed caller (`teacher.recorder`): the same request is never paid twice. `batch` does so through
-the server's batch endpoint, at half the price and within a day (`teacher.batch`). `replay` needs no server.
+`record` sends only the requests without a recorded reply and commits each reply to the cassette before it is used.
+After `kill -9` at most `concurrency` requests, those under way, are sent again. `batch` uses the server's batch
+endpoint, at half the price and within a day (`teacher.batch`). `replay` needs no server.
 """
 
 from __future__ import annotations
@@ -16,54 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from companion.teacher.batch import BatchClient
-from companion.teacher.cassette import Cassette
-from companion.teacher.chat import (
-    MAX_TOKENS,
-    PRICES,
-    TEMPERATURE,
-    BudgetError,
-    ChatClient,
-    ChatError,
-    ChatReply,
-    ChatRequest,
-    Message,
-    ServerError,
-    estimate,
-)
+from companion.teacher.cassette import Cassette, WriterLock, hold
+from companion.teacher.chat import ChatClient, ChatError, ChatReply, ChatRequest, Message
 from companion.teacher.live import LiveClient
-from companion.teacher.recorder import RecorderProcess
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, shown
 
-__all__ = [
-    "CLIENTS",
-    "MAX_TOKENS",
-    "PAYING",
-    "PRICES",
-    "TEMPERATURE",
-    "BatchClient",
-    "BudgetError",
-    "Cassette",
-    "ChatClient",
-    "ChatError",
-    "ChatReply",
-    "ChatRequest",
-    "LiveClient",
-    "Message",
-    "OfflineClient",
-    "RecordClient",
-    "RecorderProcess",
-    "ReplayClient",
-    "ServerError",
-    "client_from_name",
-    "estimate",
-]
 CLIENTS = ("offline", "replay", "record", "batch", "live")
 PAYING = ("record", "batch", "live")
 
 
 class OfflineClient:
-    """Answers with a function of the messages; its tokens are words and cost nothing."""
+    """Replies with a function of the messages; its tokens are words and cost nothing."""
 
     def __init__(self, responder: Callable[[list[Message]], str]) -> None:
         self.responder = responder
@@ -76,7 +40,7 @@ class OfflineClient:
 
 
 class ReplayClient:
-    """Answers from a cassette only.
+    """Replies from a cassette only.
 
     Raises:
         DataError: the cassette does not exist or is none.
@@ -107,26 +71,27 @@ class ReplayClient:
 
 
 class RecordClient:
-    """Answers from a cassette, and from another client where that has no reply yet, which is then kept.
+    """Replies from a cassette; a request without a recorded reply goes to another client and is recorded.
 
-    This one works inside the caller's process: a kill between a reply's arrival and its commit, about a millisecond,
-    loses the reply. `client_from_name("record")` gives the one that does not (`teacher.recorder`).
+    Args:
+        inner: the other client.
+        cassette: file of the replies.
+        lock: of the cassette, held as long as this client.
     """
 
-    def __init__(self, inner: ChatClient, cassette: str | Path | Cassette) -> None:
-        self.inner = inner
+    def __init__(self, inner: ChatClient, cassette: str | Path | Cassette, lock: WriterLock | None = None) -> None:
+        self.inner, self.lock = inner, lock
         self.cassette = cassette if isinstance(cassette, Cassette) else Cassette(cassette)
+        self.concurrency: int = getattr(inner, "concurrency", 1)
         self._lock = threading.Lock()
         self._under_way: dict[str, Future[ChatReply]] = {}
-        if isinstance(inner, LiveClient):
-            inner.on_reply, inner.on_failure = self.cassette.put, self.cassette.fail
 
     def complete(self, request: ChatRequest) -> ChatReply:
         """Reply as `ChatClient` says; when this returns the reply is on disk."""
         with self._lock:
             if reply := self.cassette.get(request):
                 return reply
-            # two images may have the same captions: the second one waits for the first one's reply
+            # two images may have the same captions: the second request waits for the first one's reply
             shared = self._under_way.get(request.key)
             mine = self._under_way.setdefault(request.key, Future())
         if shared is not None:
@@ -145,6 +110,30 @@ class RecordClient:
             with self._lock:
                 del self._under_way[request.key]
 
+    def stop(self) -> None:
+        """Begin no further attempt; those under way are finished and recorded."""
+        getattr(self.inner, "stop", lambda: None)()
+
+
+def record_client(cassette: str | Path, **live: Any) -> RecordClient:
+    """Return a client that records a paid server; no other process may record to the same cassette.
+
+    Args:
+        cassette: SQLite file of the replies.
+        live: arguments of `LiveClient`. A budget includes the cost of all recorded replies.
+
+    Raises:
+        ConfigError: the package openai is not installed, there is no key, or the cassette is in use.
+        DataError: the file is no cassette.
+    """
+    tape = Cassette(cassette)
+    client = RecordClient(LiveClient(cassette=tape, **live), tape, hold(tape.path))
+    if batch := tape.open_batch():  # sent one by one, these requests would be paid twice
+        client.lock = None
+        open_batch = f"a batch of {len(batch.requests)} requests is under way"
+        raise ConfigError(f"{shown(cassette)}: {open_batch}; let the client 'batch' read it, or name another cassette")
+    return client
+
 
 def client_from_name(
     name: str,
@@ -153,11 +142,11 @@ def client_from_name(
     cassette: str | Path | None = None,
     **live: Any,
 ) -> ChatClient:
-    """Make a client by its name on the command line.
+    """Return a client by its name on the command line.
 
     Args:
         name: one of `CLIENTS`; `live` pays for every request, `record` and `batch` for each one once.
-        responder: the offline model, e.g. `companion.miniature.offline_chat.respond` (this room may not import it).
+        responder: the offline model, e.g. `companion.miniature.offline_chat.respond` (not imported here).
         cassette: SQLite file of `replay`, `record` and `batch`.
         live: arguments of `LiveClient`, for `record` and `live`, or of `BatchClient`.
 
@@ -176,4 +165,4 @@ def client_from_name(
         raise ConfigError(f"the client '{name}' needs a cassette: the SQLite file that holds the replies")
     if name == "replay":
         return ReplayClient(cassette)
-    return BatchClient(cassette, **live) if name == "batch" else RecorderProcess(cassette, **live)
+    return BatchClient(cassette, **live) if name == "batch" else record_client(cassette, **live)

@@ -1,4 +1,4 @@
-"""Ask the teacher about every image and write what it says as instruction data, with failures and provenance."""
+"""Instruction data from a teacher model: requests per image and kind, records, failures and provenance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from companion.teacher.asking import Asked, again, ask_each
+from companion.teacher.asking import Asked, again, ask_each, tally
 from companion.teacher.chat import MAX_TOKENS, TEMPERATURE, ChatClient, ChatReply, ChatRequest
 from companion.teacher.parse import ReplyError, parse_detail, parse_dialogue, parse_reasoning
 from companion.teacher.prompts import (
@@ -32,7 +32,7 @@ MODEL = "gpt-4-0314"
 
 
 class Annotation(Protocol):
-    """An image by what people wrote and drew about it; `companion.data_tools.coco.AnnotatedImage` is one."""
+    """An image with captions and boxes, e.g. `companion.data_tools.coco.AnnotatedImage`."""
 
     @property
     def id(self) -> str: ...
@@ -45,7 +45,7 @@ class Annotation(Protocol):
 
 
 Job = tuple[Annotation, str, ChatRequest]
-"""Image, kind of data, and what is asked first."""
+"""Image, kind of data, and the first request."""
 
 
 def requests_for(
@@ -56,13 +56,13 @@ def requests_for(
     temperature: float = TEMPERATURE,
     max_tokens: int = MAX_TOKENS,
 ) -> Iterator[Job]:
-    """Yield what `generate` will ask first about each image, e.g. for `companion.teacher.chat.estimate`.
+    """Yield the first request of `generate` per image and kind, e.g. for `companion.teacher.plan.estimate`.
 
     Args:
         annotations: the images.
         kinds: of `companion.teacher.prompts.KINDS`.
         prompts: by kind; ours when None.
-        model: asked for by this name.
+        model: by the name that its server knows.
         temperature: of the model.
         max_tokens: of one reply.
 
@@ -84,25 +84,25 @@ def requests_for(
 
 
 def retry_request(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatRequest:
-    """Return the request that follows a malformed reply: what was said, and what is wrong with it."""
+    """Return the request that follows a malformed reply: the reply and its error."""
     wrong = f"This reply cannot be used ({type(error).__name__}): {error}."
     return again(request, reply, f"{wrong}\nReply again, in the format of the examples.")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What asking about one image came to; the value of `found` are its turns."""
+    """The result for one image and kind; `asked.value` holds the turns."""
 
     image: Annotation
     kind: str
-    found: Asked
+    asked: Asked
 
     @property
     def failure(self) -> Exception | None:
-        """Why there are no turns; None also where the budget ended."""
-        if self.found.good or self.found.unasked:
+        """Why there are no turns; None also if the budget ended before."""
+        if self.asked.good or self.asked.unasked:
             return None
-        return self.found.refused or self.found.replies[-1][2]
+        return self.asked.refused or self.asked.replies[-1][2]
 
 
 def generate(
@@ -118,55 +118,47 @@ def generate(
     max_tokens: int = MAX_TOKENS,
     detail_questions: Sequence[str] = DETAIL_QUESTIONS,
 ) -> dict[str, Any]:
-    """Write instruction data about annotated images: `requests_for`, `ask` and `write` in one.
+    """Generate instruction data about annotated images: `requests_for`, `ask` and `write` in one.
 
-    Killed and called again with a recording client it goes on where it was: replies that the cassette holds are not
-    asked for again, and the files come out as of an undisturbed run. Where the budget ends, what was answered until
-    then is written.
+    A call with a recording client resumes an interrupted one: requests with a recorded reply are not sent again, and
+    the files are those of an uninterrupted call. If the budget ends, the records until then are written.
 
     Args:
         annotations: the images; captions for every kind, boxes for `detail` and `complex`.
-        kinds: of `companion.teacher.prompts.KINDS`; every image is asked about once per kind.
-        client: who answers.
-        out: folder; what `write` says.
+        kinds: of `companion.teacher.prompts.KINDS`; one request per image and kind.
+        client: any chat client.
+        out: folder; see `write`.
         limit: only the first so many images.
-        seed: draws where the image stands in the first turn and how a description is asked for, per record.
+        seed: see `write`.
         prompts: by kind, e.g. of `load_prompts`; ours when None.
-        model: asked for by this name.
+        model: by the name that its server knows.
         temperature: of the model.
         max_tokens: of one reply.
-        detail_questions: how a description is asked for; drawn per record.
+        detail_questions: see `write`.
 
     Returns:
-        What `write` says.
+        See `write`.
 
     Raises:
         ConfigError: unknown kind.
-        ServerError, DataError: the client's; what was answered until then is in its cassette.
+        ServerError, DataError: the client's; a recording client has the replies until then in its cassette.
     """
     jobs = list(requests_for(annotations[:limit], kinds, prompts, model, temperature, max_tokens))
     return write(ask(jobs, client), kinds, out, seed, prompts, detail_questions)
 
 
 def ask(jobs: Sequence[Job], client: ChatClient) -> list[Outcome]:
-    """Ask what `requests_for` says, with as many requests under way at once as the client's `concurrency`.
-
-    A malformed reply is kept, and asked for once more with the reason (`retry_request`). A client with `prefetch` gets
-    all first requests together, and then all second ones.
-
-    Args:
-        jobs: image, kind and request.
-        client: who answers.
+    """Send the requests of `requests_for`, and one more per malformed reply (`retry_request`).
 
     Returns:
-        What came of each job, in their order.
+        A result per job, in their order.
 
     Raises:
-        ServerError, DataError: the client's; what was answered until then is in its cassette.
+        ServerError, DataError: the client's; a recording client has the replies until then in its cassette.
     """
-    asked = [(request, partial(_turns, kind)) for _, kind, request in jobs]
-    found = ask_each(client, asked, retry_request, "teacher", unit="record")
-    return [Outcome(image, kind, one) for (image, kind, _), one in zip(jobs, found, strict=True)]
+    requests = [(request, partial(_turns, kind)) for _, kind, request in jobs]
+    asked = ask_each(client, requests, retry_request, "teacher", unit="record")
+    return [Outcome(image, kind, one) for (image, kind, _), one in zip(jobs, asked, strict=True)]
 
 
 def write(
@@ -177,49 +169,47 @@ def write(
     prompts: Mapping[str, Prompt] | None = None,
     detail_questions: Sequence[str] = DETAIL_QUESTIONS,
 ) -> dict[str, Any]:
-    """Write what `ask` brought as instruction data.
+    """Write the results of `ask` as instruction data.
 
     Args:
         outcomes: of `ask`.
-        kinds: that were asked for.
+        kinds: that were requested.
         out: folder; gets `<kind>_<N>.json` per kind and `llava_instruct.json` with all (LLaVA-Instruct records with
-            `type` and `provenance` added), `llava_instruct.parquet` with the same where pyarrow is installed,
+            `type` and `provenance` added), `llava_instruct.parquet` with the same if pyarrow is installed,
             `failures.jsonl` (malformed and missing replies) and `provenance.jsonl` (request, model, tokens, cost and
             date per reply). Files of these names from an earlier call are replaced.
-        seed: draws where the image stands in the first turn and how a description is asked for, per record.
-        prompts: by kind, that were asked with; ours when None.
-        detail_questions: how a description is asked for.
+        seed: draws, per record, whether the image comes first or last in the first turn, and the description's
+            question.
+        prompts: of the requests, by kind; ours when None.
+        detail_questions: questions that a description answers.
 
     Returns:
-        records; failed (images and kinds that no record came from); requests (sent now) and replayed (from a cassette);
+        records; failed (images and kinds without a record); requests (sent now) and replayed (from a cassette);
         spend_usd (paid now) and cost_usd (of all replies used, whenever they were paid); failures (the failed by error
         class); retried (malformed first replies) and repaired (those whose second one is good); models (replies by
-        snapshot); stopped (why not all was asked, or None) and unasked; files.
+        snapshot); stopped (why not all requests were sent, or None) and unasked; files.
     """
     prompts = PROMPTS if prompts is None else prompts
     records: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     provenance: list[dict[str, Any]] = []
-    tally = {"requests": 0, "replayed": 0, "retried": 0, "repaired": 0}
     for outcome in outcomes:
-        found = outcome.found
-        row = {"id": outcome.image.id, "image": outcome.image.image, "type": outcome.kind}
-        rows = [_source(request, reply, prompts[outcome.kind], seed) for request, reply, _ in found.replies]
-        for number, ((_, reply, error), source) in enumerate(zip(found.replies, rows, strict=True)):
-            tally["replayed" if reply.cached else "requests"] += 1
-            provenance.append(row | source | _bill(found.request, reply))
+        asked, image, kind = outcome.asked, outcome.image, outcome.kind
+        row = {"id": image.id, "image": image.image, "type": kind}
+        sources = [_source(request, reply, prompts[kind], seed) for request, reply, _ in asked.replies]
+        for number, ((_, reply, error), source) in enumerate(zip(asked.replies, sources, strict=True), start=1):
+            provenance.append(row | source | _bill(asked.request, reply))
             if error is not None:
-                kept = {"reply": reply.text, "attempt": number + 1, "repaired": found.good}
-                failures.append(row | _told(error) | kept | source)
-        tally["retried"] += bool(found.replies and found.replies[0][2])
-        if found.good:
-            tally["repaired"] += len(found.replies) > 1
-            rng, turns = _rng(seed, outcome.image, outcome.kind), found.value
-            if outcome.kind == "detail":
+                attempt = {"reply": reply.text, "attempt": number, "repaired": asked.good}
+                failures.append(row | _error(error) | attempt | source)
+        if asked.good:
+            rng, turns = _rng(seed, image, kind), asked.value
+            if kind == "detail":
                 turns = [(rng.choice(detail_questions), text) for _, text in turns]
-            records.append(row | {"conversations": _conversation(turns, rng), "provenance": rows[-1]})
-        elif not found.unasked and found.refused is not None:
-            failures.append(row | _told(found.refused) | {"reply": None, "request": found.request.key})
+            records.append(row | {"conversations": _conversation(turns, rng), "provenance": sources[-1]})
+        elif not asked.unasked and asked.refused is not None:
+            failures.append(row | _error(asked.refused) | {"reply": None, "request": asked.request.key})
+    counts = tally([outcome.asked for outcome in outcomes])
     failed = Counter(type(outcome.failure).__name__ for outcome in outcomes if outcome.failure)
     models = dict(Counter(row["model"] for row in provenance))
     if len(models) > 1:
@@ -227,14 +217,14 @@ def write(
         print(f"note: not one model answered but {len(models)}: {named}", file=sys.stderr)
     return {
         "records": len(records),
-        "failed": failed.total(),
-        "spend_usd": round(sum(outcome.found.paid for outcome in outcomes), 6),
+        "failed": counts["failed"],
+        "spend_usd": counts["spend_usd"],
         "cost_usd": round(sum(row["cost_usd"] for row in provenance), 6),
-        **tally,
+        **{key: counts[key] for key in ("requests", "replayed", "retried", "repaired")},
         "failures": dict(sorted(failed.items())),
         "models": models,
-        "stopped": next((str(outcome.found.refused) for outcome in outcomes if outcome.found.unasked), None),
-        "unasked": sum(outcome.found.unasked for outcome in outcomes),
+        "stopped": counts["stopped"],
+        "unasked": counts["unasked"],
         "files": _write(Path(out), records, failures, provenance, list(dict.fromkeys(kinds))),
     }
 
@@ -245,13 +235,13 @@ def _rng(seed: int, image: Annotation, kind: str) -> random.Random:
 
 
 def _source(request: ChatRequest, reply: ChatReply, prompt: Prompt, seed: int) -> dict[str, Any]:
-    """Where a record comes from."""
+    """Provenance of a record."""
     named = {"request": request.key, "model": reply.model, "date": reply.date or None, "client": reply.kind}
     return named | {"prompt": prompt.version, "seed": seed}
 
 
 def _bill(request: ChatRequest, reply: ChatReply) -> dict[str, Any]:
-    """What was asked for and what it cost; the context is the one of the first request."""
+    """Settings and cost of a reply; the context is the one of the first request."""
     return {
         "asked_model": request.model,
         "temperature": request.temperature,
@@ -265,7 +255,7 @@ def _bill(request: ChatRequest, reply: ChatReply) -> dict[str, Any]:
     }
 
 
-def _told(error: Exception) -> dict[str, str]:
+def _error(error: Exception) -> dict[str, str]:
     return {"error": type(error).__name__, "message": str(error)}
 
 
@@ -277,7 +267,7 @@ def _turns(kind: str, reply: ChatReply) -> list[tuple[str, str]]:
 
 
 def _conversation(turns: Sequence[tuple[str, str]], rng: random.Random) -> list[dict[str, str]]:
-    """The turns as LLaVA-Instruct has them; the image stands first or last in the first one (paper, Equation 2)."""
+    """The turns as LLaVA-Instruct has them; the image is first or last in the first one (paper, Equation 2)."""
     first = turns[0][0]
     first = f"{IMAGE_MARKER}\n{first}" if rng.random() < 0.5 else f"{first}\n{IMAGE_MARKER}"
     questions = [first, *(question for question, _ in turns[1:])]
@@ -307,7 +297,7 @@ def _write(
 
 
 def _write_parquet(path: Path, records: list[dict[str, Any]]) -> list[Path]:
-    """Write the records as columns; nothing where pyarrow is missing, which is said."""
+    """Write the records as columns; without pyarrow only a note."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

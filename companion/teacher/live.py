@@ -1,18 +1,14 @@
-"""The paid server: chat completions over HTTP through the openai SDK, with our own attempts, waits and budget."""
+"""Client of a paid server: chat completions through the openai SDK and its retries, and a budget."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import random
 import threading
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
+from companion.teacher.cassette import Cassette
 from companion.teacher.chat import (
     PRICES,
     BudgetError,
@@ -27,24 +23,26 @@ from companion.teacher.chat import (
 from llava_core.runtime import ConfigError
 
 CONCURRENCY = 8
-HOPELESS = (401, 403, 404)  # the next request would meet the same answer
-MANY_LIMITED = 4  # answers 429 in a row, after which all requests wait and not only those that were refused
-LONGEST_WAIT = 60.0  # seconds between two attempts where the server does not say how long
+FATAL_STATUS = (401, 403, 404)  # every other request would get the same answer
 NO_SDK = "a live teacher needs the package openai: pip install 'llava-core[live]'"
 
 
-class Again(Exception):  # noqa: N818 - not an error yet
-    """An attempt failed in a way that another one may not; `doubtful` if the server may have billed it."""
+class RetryableError(Exception):
+    """An attempt failed for a reason that may not hold for the next one."""
 
-    def __init__(self, why: str, wait: float | None = None, doubtful: bool = False, limited: bool = False) -> None:
-        super().__init__(why)
-        self.wait, self.doubtful, self.limited = wait, doubtful, limited
+
+class _NotSent(BaseException):
+    """Carries an error out of the SDK, which repeats a request after an `Exception`."""
+
+    def __init__(self, error: ChatError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def open_sdk(
-    client: str, base_url: str | None, api_key: str | None, timeout: float, max_retries: int
+    base_url: str | None, api_key: str | None, timeout: float, max_retries: int, **hooks: list[Any]
 ) -> tuple[Any, Any]:
-    """Return the openai package and its client of that name.
+    """Return the openai package and its client; `hooks` are the HTTP client's event hooks.
 
     Raises:
         ConfigError: the package is not installed, or there is no key.
@@ -53,75 +51,41 @@ def open_sdk(
         import openai
     except ModuleNotFoundError as error:
         raise ConfigError(NO_SDK) from error
-    settings = {"base_url": base_url, "api_key": api_key, "timeout": timeout, "max_retries": max_retries}
+    settings: dict[str, Any] = {"timeout": timeout, "max_retries": max_retries}
+    if hooks:
+        settings["http_client"] = openai.DefaultHttpxClient(event_hooks=hooks)
     try:
-        return openai, getattr(openai, client)(**settings)
+        return openai, openai.OpenAI(base_url=base_url, api_key=api_key, **settings)
     except openai.OpenAIError as error:
         raise ConfigError(f"the openai SDK: {one_line(error)}") from error
 
 
-class Budget:
-    """USD that may be spent; what a request could cost at most is set aside before it is sent.
+@dataclass
+class _Call:
+    """A request, the USD that one attempt can cost at most, the attempts so far, and the one under way."""
 
-    Args:
-        limit: USD; None for no limit.
-        spent: USD that count from the start.
-        doubtful: USD that may have been billed before for nothing; they count too.
-    """
-
-    def __init__(self, limit: float | None, spent: float = 0.0, doubtful: float = 0.0) -> None:
-        self.limit, self.spent, self.doubtful, self.reserved = limit, spent, doubtful, 0.0
-        self._changed = asyncio.Condition()
-
-    async def reserve(self, most: float) -> None:
-        """Set `most` USD aside; waits for requests under way while they may leave enough.
-
-        Raises:
-            BudgetError: there is not that much left, and nothing under way that could give some back.
-        """
-        async with self._changed:
-            while self.limit is not None and self.spent + self.doubtful + self.reserved + most > self.limit + 1e-9:
-                if self.reserved <= 1e-12:
-                    doubt = f" and {self.doubtful:.4f} that may have been billed" if self.doubtful else ""
-                    raise BudgetError(
-                        f"budget of {self.limit:g} USD: {self.spent:.4f} spent{doubt}, and the next request may cost "
-                        f"{most:.4f}; raise the budget to go on"
-                    )
-                await self._changed.wait()
-            self.reserved += most
-
-    async def settle(self, most: float, spent: float = 0.0, doubtful: float = 0.0) -> None:
-        """Give back what was set aside, and count what it came to."""
-        async with self._changed:
-            self.reserved = max(self.reserved - most, 0.0)
-            self.spent += spent
-            self.doubtful += doubtful
-            self._changed.notify_all()
+    request: ChatRequest
+    most: float
+    attempts: int = 0
+    open: int | None = None
 
 
 class LiveClient:
-    """Asks a server that speaks the chat-completions protocol, and pays.
+    """Client of a server with the chat-completions protocol; every reply is paid.
 
-    Repeated are: status 429 and 5xx, replies that do not come in time (also those that drip), closed connections,
-    truncated and invalid JSON. The wait is the server's `Retry-After` (seconds or a date) or grows exponentially, with
-    jitter; where several requests in a row are told 429, all wait.
+    The openai SDK repeats attempts that failed with status 408, 409, 429 or 5xx, with a timeout or with a broken
+    connection, after the server's `Retry-After` or with exponential backoff. A body that is no chat completion is
+    requested again, too. An attempt that the server may have billed counts with the most that it can cost.
 
     Args:
         base_url: another compatible server; OpenAI's when None.
         api_key: taken from the environment (`OPENAI_API_KEY`) when None.
         price: (USD per million prompt tokens, per million completion tokens) of a model that `PRICES` does not list.
-        timeout: seconds for one attempt, from its start to the last byte.
-        retries: how many more attempts follow a failed one.
-        backoff: seconds before the second attempt; they double with each further one.
-        budget_usd: stop before more than this is spent; None for no limit. An attempt without an answer, which the
-            server may have billed, counts at its highest price.
-        spent_usd: counted towards the budget from the start.
-        doubtful_usd: as well.
+        timeout: seconds without a byte from the server, after which an attempt has failed.
+        retries: attempts after the first one.
+        budget_usd: send nothing that could exceed it, with all that the cassette holds; None for no limit.
         concurrency: how many requests a caller should have under way.
-        seed: of the jitter.
-        on_reply: called with each request and reply as soon as it is there.
-        on_failure: called with each request that failed, why, what the server may have billed at most in USD, and
-            whether it is given up.
+        cassette: records replies and attempts; a temporary one when None.
 
     Raises:
         ConfigError: the package openai is not installed, or there is no key.
@@ -134,130 +98,127 @@ class LiveClient:
         price: Price | None = None,
         timeout: float = 120.0,
         retries: int = 8,
-        backoff: float = 1.0,
         budget_usd: float | None = None,
-        spent_usd: float = 0.0,
-        doubtful_usd: float = 0.0,
         concurrency: int = CONCURRENCY,
-        seed: int = 0,
-        on_reply: Callable[[ChatRequest, ChatReply], None] | None = None,
-        on_failure: Callable[[ChatRequest, str, float, bool], None] | None = None,
+        cassette: Cassette | None = None,
     ) -> None:
-        self._openai, self._sdk = open_sdk("AsyncOpenAI", base_url, api_key, timeout, max_retries=0)
-        self.price, self.timeout, self.retries, self.backoff = price, timeout, retries, backoff
-        self.concurrency, self.seed = concurrency, seed
-        self.on_reply, self.on_failure = on_reply, on_failure
-        self.budget = Budget(budget_usd, spent_usd, doubtful_usd)
-        self._pause_until, self._limited = 0.0, 0
-        self._stopped = asyncio.Event()
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True).start()
+        hooks = {"request": [self._before_attempt], "response": [self._after_answer]}
+        self._openai, self._sdk = open_sdk(base_url, api_key, timeout, retries, **hooks)
+        self.price, self.timeout, self.retries, self.concurrency = price, timeout, retries, concurrency
+        self.budget_usd, self.cassette = budget_usd, Cassette(None) if cassette is None else cassette
+        self._stopped, self._changed, self._under_way = threading.Event(), threading.Condition(), 0
+        self._thread = threading.local()  # the call of each thread, for the hooks
 
     def complete(self, request: ChatRequest) -> ChatReply:
         """Reply as `ChatClient` says.
 
         Raises:
-            ConfigError: the model's price is not known, so that its cost could not be told; nothing was sent.
-            BudgetError: the request could pass the budget; nothing was sent.
+            ConfigError: the model's price is not known; nothing was sent.
+            BudgetError: the request could exceed the budget; nothing was sent.
             ServerError: no request can succeed.
-            ChatError: the server refused this one, or did not answer it in all attempts.
+            ChatError: the server refused this request, or did not answer it in all attempts.
         """
         price = price_of(request.model, PRICES, self.price)
-        return asyncio.run_coroutine_threadsafe(self._complete(request, price), self._loop).result()
+        call = self._thread.call = _Call(request, cost_usd(request.most_tokens(), price))
+        try:
+            reply = self._send(call, price)
+            self.cassette.put(request, reply, call.open)
+            return reply
+        except _NotSent as stopped:
+            raise stopped.error from None
+        except ServerError:
+            raise
+        except ChatError as error:
+            self.cassette.fail(request, str(error), last=True)
+            raise
+        finally:
+            self._close(call)
 
     def stop(self) -> None:
         """Begin no further attempt; those under way are finished."""
-        self._loop.call_soon_threadsafe(self._stopped.set)
+        self._stopped.set()
 
-    async def _complete(self, request: ChatRequest, price: Price) -> ChatReply:
-        rng = random.Random(f"{self.seed}-{request.key}")
-        most = cost_usd(request.most_tokens(), price)
-        for attempt in range(self.retries + 1):
-            if (pause := self._pause_until - time.monotonic()) > 0:
-                await self._sleep(pause)
-            if self._stopped.is_set():
-                raise ServerError("the teacher was told to stop")
-            await self.budget.reserve(most)
-            spent = doubtful = 0.0
+    def _send(self, call: _Call, price: Price) -> ChatReply:
+        """Send a request until its reply is a chat completion; the SDK repeats failed attempts by itself."""
+        why = ""
+        while call.attempts <= self.retries:
             try:
-                reply = await self._attempt(request, price)
-                # before anything else is awaited, so that a killed process loses as little as can be
-                if self.on_reply is not None:
-                    self.on_reply(request, reply)
-                spent, self._limited = reply.cost_usd, 0
-                return reply
-            except Again as error:
-                doubtful = most if error.doubtful else 0.0
-                wait = error.wait
-                if wait is None:
-                    wait = min(self.backoff * 2**attempt, LONGEST_WAIT) * rng.uniform(0.5, 1.0)
-                else:
-                    wait += self.backoff * rng.uniform(0.0, 0.25)  # not all at the same moment
-                self._limited = self._limited + 1 if error.limited else self._limited
-                if self._limited >= MANY_LIMITED:
-                    self._pause_until = max(self._pause_until, time.monotonic() + wait)
+                return read_reply(self._create(call), call.request, price)
+            except RetryableError as error:
                 why = str(error)
-                self._fail(request, why, doubtful)
-            except ServerError:
-                raise
-            except ChatError as error:
-                self._fail(request, str(error), last=True)
-                raise
-            finally:
-                await self.budget.settle(most, spent, doubtful)
-            if attempt < self.retries:
-                await self._sleep(wait)
-        why = f"model '{request.model}': no reply in {self.retries + 1} attempts; the last one: {why}"
-        self._fail(request, why, last=True)
-        raise ChatError(why)
+        raise self._no_reply(call, why)
 
-    def _fail(self, request: ChatRequest, why: str, doubtful: float = 0.0, last: bool = False) -> None:
-        if self.on_failure is not None:
-            self.on_failure(request, why, doubtful, last)
-
-    async def _sleep(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopped.wait(), seconds)
-
-    async def _attempt(self, request: ChatRequest, price: Price) -> ChatReply:
-        openai = self._openai
+    def _create(self, call: _Call) -> bytes:
+        """Return the body of a response with status 200."""
+        openai, request = self._openai, call.request
+        sdk = self._sdk.with_options(max_retries=self.retries - call.attempts)
         try:
-            async with asyncio.timeout(
-                self.timeout
-            ):  # the SDK's own limit is one per read, which a slow drip never meets
-                answer = await self._sdk.chat.completions.with_raw_response.create(
-                    messages=list(request.messages),
-                    model=request.model,
-                    temperature=request.temperature,
-                    max_tokens=request.max_tokens,
-                )
+            answer = sdk.chat.completions.with_raw_response.create(
+                messages=list(request.messages),
+                model=request.model,
+                temperature=request.temperature,
+                max_tokens=request.max_tokens,
+            )
+            return bytes(answer.content)
         except openai.APIStatusError as error:
             why = f"status {error.status_code}: {one_line(error)}"
-            if error.status_code in HOPELESS or error.code == "insufficient_quota":
+            if error.status_code in FATAL_STATUS or error.code == "insufficient_quota":
                 raise ServerError(f"model '{request.model}': {why}") from error
-            if may_pass(error.status_code):
-                wait = retry_after(error.response.headers.get("retry-after"))
-                raise Again(why, wait, limited=error.status_code == 429) from error
+            if retryable(error.status_code):
+                raise self._no_reply(call, why) from error
             raise ChatError(f"model '{request.model}': {why}") from error
-        except (openai.APIConnectionError, TimeoutError, OSError) as error:
-            silent = isinstance(error, (TimeoutError, openai.APITimeoutError))
+        except openai.APIConnectionError as error:
+            silent = isinstance(error, openai.APITimeoutError)
             why = f"no reply in {self.timeout:g} s" if silent else one_line(error.__cause__ or error)
-            raise Again(why, doubtful=True) from error
+            raise self._no_reply(call, why) from error
         except openai.OpenAIError as error:
             raise ChatError(f"model '{request.model}': {one_line(error)}") from error
-        return read_reply(answer.content, request, price)
+
+    def _no_reply(self, call: _Call, why: str) -> ChatError:
+        return ChatError(f"model '{call.request.model}': no reply in {call.attempts} attempts; the last one: {why}")
+
+    def _before_attempt(self, _: Any) -> None:
+        """Record an attempt; wait while requests under way may still leave enough of the budget."""
+        call: _Call = self._thread.call
+        self._close(call)  # an attempt without an answer
+        with self._changed:
+            while call.open is None:
+                try:
+                    if self._stopped.is_set():
+                        raise _NotSent(ServerError("the client was stopped"))
+                    call.open = self.cassette.begin(call.request, call.most, self.budget_usd)
+                except BudgetError as error:
+                    if not self._under_way:
+                        raise _NotSent(error) from error
+                    self._changed.wait()
+            self._under_way += 1
+        call.attempts += 1
+
+    def _after_answer(self, response: Any) -> None:
+        call: _Call = self._thread.call
+        if response.status_code != 200 and call.open is not None:  # not billed
+            self.cassette.cancel(call.open)
+            self._close(call)
+
+    def _close(self, call: _Call) -> None:
+        """End the attempt under way; without a recorded reply it counts as billed."""
+        if call.open is not None:
+            call.open = None
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
 
 
-def may_pass(status: int) -> bool:
-    """Whether another attempt may meet another answer than this status."""
-    return status in (408, 409, 425, 429) or status >= 500
+def retryable(status: int) -> bool:
+    """Whether the openai SDK repeats a request with this status."""
+    return status in (408, 409, 429) or status >= 500
 
 
 def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
-    """Return the reply in the body of a response of status 200.
+    """Return the reply in the body of a response with status 200.
 
     Raises:
-        Again: there is none; the server may have billed it.
+        RetryableError: the body is no chat completion.
     """
     try:
         answer: Any = json.loads(body)
@@ -268,38 +229,15 @@ def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
             raise TypeError("the content is no text")
         if usage:
             tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-        else:  # a server that does not count: about as many as there are
+        else:  # the server does not count tokens: an estimate
             tokens = request.expected_tokens()[0], round(len(text) / 4) + 1
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Again(f"not a chat completion: {body[:80]!r} ({type(error).__name__})", doubtful=True) from error
+        raise RetryableError(f"not a chat completion: {body[:80]!r} ({type(error).__name__})") from error
     date = datetime.now(UTC).isoformat(timespec="seconds")
     model = str(answer.get("model") or request.model)
     return ChatReply(text, model, *tokens, cost_usd(tokens, price), str(reason), *price, date)
 
 
-def retry_after(value: str | None, now: datetime | None = None) -> float | None:
-    """Return the seconds that a `Retry-After` header asks for.
-
-    Args:
-        value: of the header: seconds, or a date as HTTP writes it.
-        now: counted from; the present when None.
-
-    Returns:
-        Seconds, not negative, or None if there is no header or it cannot be read.
-    """
-    if value is None:
-        return None
-    with contextlib.suppress(ValueError):
-        seconds = float(value)
-        return max(seconds, 0.0) if seconds < float("inf") else None
-    try:
-        date = parsedate_to_datetime(value)
-    except (ValueError, TypeError):
-        return None
-    date = date if date.tzinfo else date.replace(tzinfo=UTC)
-    return max((date - (now or datetime.now(UTC))).total_seconds(), 0.0)
-
-
 def one_line(error: BaseException) -> str:
-    """Return what an error says, without its line breaks."""
+    """Return an error's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

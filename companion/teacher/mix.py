@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from companion.teacher.chat import BATCH_PRICE, PRICES, estimate
-from companion.teacher.client import ChatClient, ChatRequest
+from companion.teacher.chat import BATCH_PRICE, PRICES, ChatClient, ChatRequest
 from companion.teacher.generate import Job, ask, requests_for, write
+from companion.teacher.plan import estimate
 from llava_core.runtime import DataError, read_json, read_jsonl, write_json, write_jsonl
 
 

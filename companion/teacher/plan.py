@@ -1,8 +1,8 @@
-"""What generating will cost and how long it takes, said before the first request."""
+"""Cost and time of chat requests, estimated before the first one is sent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from companion.teacher.chat import (
     TOKENS_PER_SECOND,
     ChatRequest,
     Price,
-    estimate,
+    cost_usd,
     price_of,
 )
 
@@ -28,7 +28,7 @@ ASSUMED = {
     "batch": f"half the price; hours: the {WINDOW_HOURS} per batch that the server may take",
     "left out": "second requests after malformed replies",
 }
-"""In words; no server was asked, so the numbers are as good as these."""
+"""The assumptions of an estimate; no server is asked."""
 
 
 def plan(
@@ -38,12 +38,12 @@ def plan(
     price: Price | None = None,
     concurrency: int = 8,
 ) -> dict[str, Any]:
-    """Estimate what requests will cost.
+    """Estimate the cost of requests for a client.
 
     Args:
-        requests: each counts once, however often it is named.
+        requests: repeated ones count once.
         client: `record` or `live`, or `batch` with its own price and time.
-        cassette: what it holds is free; nothing where the file does not exist yet.
+        cassette: its replies are free; the file need not exist.
         price: USD per million tokens of prompt and reply, for a model that `PRICES` does not list.
         concurrency: requests under way at once; of no meaning for `batch`.
 
@@ -63,19 +63,59 @@ def plan(
     part = BATCH_PRICE if client == "batch" else 1.0
     listed = {model: price_of(model, PRICES, price) for model in {request.model for request in unknown}}
     prices = {model: (prompt * part, reply * part) for model, (prompt, reply) in listed.items()}
-    told = estimate(unknown, prices, concurrency)
+    result = estimate(unknown, prices, concurrency)
     if client == "batch":
         size = sum(len(request.canonical.encode()) for request in unknown)
-        told["hours"] = float(WINDOW_HOURS * ceil(max(len(unknown) / MOST_REQUESTS, size / MOST_BYTES)))
+        result["hours"] = float(WINDOW_HOURS * ceil(max(len(unknown) / MOST_REQUESTS, size / MOST_BYTES)))
     counts = {"requests": len(wanted), "cached": len(wanted) - len(unknown)}
-    return {**told, **counts, "memory_gib": 0.0, "client": client, "assumed": ASSUMED}
+    return {**result, **counts, "memory_gib": 0.0, "client": client, "assumed": ASSUMED}
 
 
-def in_words(told: dict[str, Any]) -> str:
+def estimate(
+    requests: Iterable[ChatRequest],
+    prices: Mapping[str, Price] = PRICES,
+    concurrency: int = 8,
+    tokens_per_second: float = TOKENS_PER_SECOND,
+) -> dict[str, Any]:
+    """Estimate the cost of requests.
+
+    Args:
+        requests: repeated ones count once.
+        prices: USD per million tokens of prompt and completion by model.
+        concurrency: requests under way at once.
+        tokens_per_second: of one reply.
+
+    Returns:
+        requests; tokens (prompt and completion, expected); usd (expected); usd_most (every reply as long as allowed,
+        every prompt one token per byte); hours. Retries of malformed replies are not in it.
+
+    Raises:
+        ConfigError: the price of a model is not known.
+    """
+    tokens, usd, most, seconds, seen = [0, 0], 0.0, 0.0, 0.0, set()
+    for request in requests:
+        if request.key in seen:
+            continue
+        seen.add(request.key)
+        price, expected = price_of(request.model, prices), request.expected_tokens()
+        tokens = [tokens[0] + expected[0], tokens[1] + expected[1]]
+        usd += cost_usd(expected, price)
+        most += cost_usd(request.most_tokens(), price)
+        seconds += expected[1] / tokens_per_second
+    return {
+        "requests": len(seen),
+        "tokens": {"prompt": tokens[0], "completion": tokens[1], "total": sum(tokens)},
+        "usd": round(usd, 4),
+        "usd_most": round(most, 4),
+        "hours": round(seconds / max(concurrency, 1) / 3600, 4),
+    }
+
+
+def in_words(planned: dict[str, Any]) -> str:
     """Return an estimate of `plan` in one line."""
-    tokens, longest = told["tokens"], "up to " if told["client"] == "batch" else ""
+    tokens, longest = planned["tokens"], "up to " if planned["client"] == "batch" else ""
     return (
-        f"estimate: {told['requests']} requests, {told['cached']} of them in the cassette; for the others "
-        f"{tokens['prompt']} + {tokens['completion']} tokens, {told['usd']:.2f} USD (at most {told['usd_most']:.2f}), "
-        f"{longest}{told['hours']:.1f} hours"
+        f"estimate: {planned['requests']} requests, {planned['cached']} of them in the cassette; for the others "
+        f"{tokens['prompt']} + {tokens['completion']} tokens, {planned['usd']:.2f} USD "
+        f"(at most {planned['usd_most']:.2f}), {longest}{planned['hours']:.1f} hours"
     )

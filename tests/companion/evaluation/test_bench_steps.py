@@ -20,7 +20,8 @@ from companion.evaluation.llava_bench import score_reviews
 from companion.evaluation.predict import predict_questions
 from companion.evaluation.predictions import checkpoint_id, read_predictions
 from companion.miniature.offline_chat import respond
-from companion.teacher.client import BudgetError, ChatReply, ChatRequest, OfflineClient, RecordClient, ReplayClient
+from companion.teacher.chat import BudgetError, ChatReply, ChatRequest
+from companion.teacher.client import OfflineClient, RecordClient, ReplayClient
 from llava_core.checkpoints.load import Loaded, build, save_checkpoint
 from llava_core.runtime import DataError, read_jsonl, write_jsonl
 

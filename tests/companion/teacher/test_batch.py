@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paid import annotations, images, start
+from paid import annotations, images, lock, start
 
 from companion import cli
 from companion.teacher.batch import BatchClient
+from companion.teacher.cassette import Cassette
 from companion.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest, ServerError, cost_usd
-from companion.teacher.client import Cassette, RecorderProcess, ReplayClient, client_from_name
+from companion.teacher.client import RecordClient, ReplayClient, client_from_name
 from companion.teacher.generate import generate
-from companion.teacher.recorder import hold
 from llava_core.runtime import ConfigError, read_json, read_jsonl
 
 pytest.importorskip("openai", reason="the batch client speaks through the openai SDK: pip install 'llava-core[live]'")
@@ -164,15 +164,14 @@ def test_a_server_without_the_endpoint_names_the_other_client(tmp_path: Path) ->
             batch_client(tmp_path, server).prefetch(ask("one"))
         # and that one is not kept from working
         client = client_from_name("record", cassette=tmp_path / "tape.sqlite", base_url=server.url, api_key="none")
-        assert isinstance(client, RecorderProcess)
-        client.close()
+        assert isinstance(client, RecordClient)
 
 
 def test_a_cassette_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("companion.teacher.batch.PATIENCE", 0.1)
+    monkeypatch.setattr("companion.teacher.cassette.PATIENCE", 0.1)
     with serving(tmp_path) as server:
-        held, another = hold(tmp_path / "tape.sqlite", 0.1), "another process records to this cassette"
-        with contextlib.closing(held), pytest.raises(ConfigError, match=another):
+        another = "another process records to this cassette"
+        with lock(tmp_path / "tape.sqlite"), pytest.raises(ConfigError, match=another):
             batch_client(tmp_path, server).prefetch(ask("one"))
         assert not server.events()
         assert all(batch_client(tmp_path, server).prefetch(ask("one")))

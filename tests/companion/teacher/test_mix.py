@@ -9,8 +9,10 @@ import pytest
 
 from companion.data_tools.coco import AnnotatedImage
 from companion.miniature.offline_chat import respond
-from companion.teacher.client import BudgetError, ChatReply, ChatRequest, OfflineClient, estimate
+from companion.teacher.chat import BudgetError, ChatReply, ChatRequest
+from companion.teacher.client import OfflineClient
 from companion.teacher.mix import estimate_mix, generate_mix, mix_jobs
+from companion.teacher.plan import estimate
 from llava_core.data.instruct import load_instruct
 from llava_core.runtime import DataError, read_jsonl
 
