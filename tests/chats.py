@@ -18,11 +18,11 @@ from llava_core.models import generation
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    made = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
-    torch.nn.init.normal_(made.model.multi_modal_projector.weight, std=0.5)  # so that the image decides answers
-    torch.nn.init.normal_(made.model.language_model.get_output_embeddings().weight, std=0.5)
-    made.model.eval()
-    return made
+    loaded_model = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
+    torch.nn.init.normal_(loaded_model.model.multi_modal_projector.weight, std=0.5)  # so that the image decides answers
+    torch.nn.init.normal_(loaded_model.model.language_model.get_output_embeddings().weight, std=0.5)
+    loaded_model.model.eval()
+    return loaded_model
 
 
 @pytest.fixture

@@ -45,12 +45,12 @@ def main() -> None:
     dtype, head_dim = getattr(torch, sys.argv[1]), int(sys.argv[2])
     sizes = [*kernel.blocks(head_dim, dtype), kernel.Blocks(64, 64, 4, 3)]
     functions = [kernel._fwd, kernel._bwd_dq, kernel._bwd_dkdv, kernel._bwd_preprocess]
-    found: dict[str, dict[str, int]] = {}
+    actual: dict[str, dict[str, int]] = {}
     for capability in sys.argv[3:]:
         for function, size in zip(functions, sizes, strict=True):
             binary = compiled(function, size, int(capability), dtype, head_dim)
-            found.setdefault(capability, {})[function.__name__] = binary.metadata.shared
-    sys.stdout.write(json.dumps(found))
+            actual.setdefault(capability, {})[function.__name__] = binary.metadata.shared
+    sys.stdout.write(json.dumps(actual))
 
 
 if __name__ == "__main__":

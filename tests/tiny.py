@@ -1,4 +1,4 @@
-"""Tiny random base models of the real architectures and layouts, made by the tests themselves."""
+"""Tiny random base models of the real architectures and layouts, of the tests."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def tokenizer(folder: Path) -> Any:
         show_progress=False,
     )
     raw.train_from_iterator([WORDS] * 4, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    made.save_pretrained(folder)
-    return made
+    tokens = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokens.save_pretrained(folder)
+    return tokens
 
 
 def base_models(root: Path) -> tuple[str, str]:

@@ -119,7 +119,7 @@ class _RowText:
         self.ids.append(token)
         if token in self.end_ids:
             self.finish = "stop"
-            # text that was held back by an incomplete character, without that character
+            # text that an incomplete character delayed, without that character
             self.text += self._decode(self.ids[self._begin : -1])[len(self._decoded) :].rstrip(REPLACEMENT)
             return
         window = self._decode(self.ids[self._begin :])

@@ -89,26 +89,19 @@ class Loader:
         max_tokens: of a packed row.
         features: cache of the tower's features; None: images are decoded and the tower runs at every use.
         layer: index into the cached layers.
-        share_prefixes: store shared prefixes of samples once per row.
     """
 
     def __init__(
-        self,
-        data: TrainingSet,
-        max_tokens: int,
-        features: FeatureCache | None = None,
-        layer: int = 0,
-        share_prefixes: bool = True,
+        self, data: TrainingSet, max_tokens: int, features: FeatureCache | None = None, layer: int = 0
     ) -> None:
-        self.data, self.max_tokens, self.share_prefixes = data, max_tokens, share_prefixes
-        self.features, self.layer = features, layer
+        self.data, self.max_tokens, self.features, self.layer = data, max_tokens, features, layer
 
     def batch(self, indices: Sequence[int]) -> StepBatch:
         """The batch of some samples."""
         items = [self.data.encoded(k) for k in indices]
         images = [self.data.samples[k].image for k in indices]
         return StepBatch(
-            [self._row_inputs(row) for row in pack(items, images, self.max_tokens, self.share_prefixes)],
+            [self._row_inputs(row) for row in pack(items, images, self.max_tokens)],
             supervised=sum(label != IGNORE_INDEX for item in items for label in item.labels[1:]),
             tokens=sum(len(item.input_ids) for item in items),
             samples=len(items),

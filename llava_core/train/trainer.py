@@ -172,7 +172,7 @@ class Trainer:
 
     @torch.inference_mode()
     def heldout_loss(self) -> float:
-        """Loss per supervised token on the held-out samples; must run inside `packed_attention`."""
+        """Loss per supervised token of the held-out samples; must run inside `packed_attention`."""
         self.model.eval()
         batch = self.held_out_loader.batch(range(len(self.held_out)))
         return sum(float(self._row_loss(row)) for row in batch.rows) / max(1, batch.supervised)

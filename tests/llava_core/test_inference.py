@@ -23,11 +23,11 @@ COLORS = {"red.png": (200, 30, 30), "blue.png": (30, 30, 200)}
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    made = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
-    torch.nn.init.normal_(made.model.multi_modal_projector.weight, std=0.5)  # so that the image decides answers
-    torch.nn.init.normal_(made.model.language_model.get_output_embeddings().weight, std=0.5)
-    made.model.eval()
-    return made
+    loaded_model = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
+    torch.nn.init.normal_(loaded_model.model.multi_modal_projector.weight, std=0.5)  # so that the image decides answers
+    torch.nn.init.normal_(loaded_model.model.language_model.get_output_embeddings().weight, std=0.5)
+    loaded_model.model.eval()
+    return loaded_model
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ ROWS = [
 
 def test_answers_do_not_depend_on_the_batch(loaded: Loaded, images: Path) -> None:
     together = answer_questions(loaded, ROWS, images, max_new_tokens=8)
-    alone: dict[str, str] = {}
+    single: dict[str, str] = {}
     for row in ROWS:
-        alone |= answer_questions(loaded, [row], images, max_new_tokens=8)
-    assert together == alone == answer_questions(loaded, ROWS, images, max_new_tokens=8, batch=2)
+        single |= answer_questions(loaded, [row], images, max_new_tokens=8)
+    assert together == single == answer_questions(loaded, ROWS, images, max_new_tokens=8, batch=2)
     assert list(together) == ["7", "3", "5", "9", "1"]
     assert together["5"] != together["9"]  # only the image tells them apart
 
@@ -73,9 +73,9 @@ def test_a_prompt_has_the_image_once_and_ends_before_the_answer(loaded: Loaded) 
     blind = prompt_ids(loaded, [("what", None)], False)
     assert IMAGE_TOKEN_ID not in blind
     assert loaded.tokenizer.decode(blind).endswith("### Human: what\n### Assistant:")
-    begun = prompt_ids(loaded, [("what", None)], False, answer_prefix="red")
-    assert begun[: len(blind)] == blind
-    assert loaded.tokenizer.decode(begun[len(blind) :]) == " red"
+    prompt = prompt_ids(loaded, [("what", None)], False, answer_prefix="red")
+    assert prompt[: len(blind)] == blind
+    assert loaded.tokenizer.decode(prompt[len(blind) :]) == " red"
 
 
 def test_the_manifest_decides_template_and_image_position(loaded: Loaded) -> None:
@@ -104,14 +104,14 @@ def test_a_prompt_is_what_training_ends_its_questions_with(loaded: Loaded) -> No
                 assert template == "plain" or "The {dog}." in loaded.tokenizer.decode(prompt[: at - 1])
 
 
-def test_the_released_v0_prompt_has_its_image_behind_the_question(loaded: Loaded) -> None:
+def test_released_v0_prompt_has_the_image_after_the_question(loaded: Loaded) -> None:
     other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, {"template": "v0_exact", "system": "See."})
     ids = prompt_ids(other, [("what", None)], True)
     at, n = ids.index(IMAGE_TOKEN_ID), loaded.model.n_image_tokens
     assert loaded.tokenizer.decode(ids[:at]) == "<s>See.###Human: what"
     assert loaded.tokenizer.decode(ids[at + n :]) == "###Assistant:"
-    begun = prompt_ids(other, [("what", None)], True, answer_prefix="red")
-    assert loaded.tokenizer.decode(begun[at + n :]) == "###Assistant: red"
+    prompt = prompt_ids(other, [("what", None)], True, answer_prefix="red")
+    assert loaded.tokenizer.decode(prompt[at + n :]) == "###Assistant: red"
 
 
 def test_an_image_is_put_into_no_question_if_one_has_it_already(loaded: Loaded) -> None:
@@ -142,10 +142,10 @@ def test_what_an_answer_begins_with_goes_to_its_own_question(
 
 
 def test_long_answer_prefixes_keep_their_end(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = prompt_ids(loaded, [("what", None)], False, answer_prefix="red " * 300 + "blue", max_ids=100)
-    assert len(begun) == 100
-    assert loaded.tokenizer.decode(begun).endswith("red red blue")
-    assert loaded.tokenizer.decode(begun).startswith("<s>A curious human")
+    prompt = prompt_ids(loaded, [("what", None)], False, answer_prefix="red " * 300 + "blue", max_ids=100)
+    assert len(prompt) == 100
+    assert loaded.tokenizer.decode(prompt).endswith("red red blue")
+    assert loaded.tokenizer.decode(prompt).startswith("<s>A curious human")
     used: list[int] = []
     monkeypatch.setattr(
         generation,

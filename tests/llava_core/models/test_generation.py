@@ -45,12 +45,12 @@ N_IMAGES = [1, 0, 2, 0, 1]
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     torch.manual_seed(1)
-    made = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
+    loaded_model = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
     # as far apart as those of a trained model: rounding decides no token, and images and positions matter
-    for name, p in made.model.named_parameters():
+    for name, p in loaded_model.model.named_parameters():
         if p.ndim > 1 and not name.startswith("vision_tower"):
             torch.nn.init.normal_(p, std=0.4)
-    return made
+    return loaded_model
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def by_plain_forward(model: Llava, prompt: list[int], pixels: torch.Tensor | Non
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[Sequence[int]]], None]:
-    """Lets row k, told by its seed, say the k-th list of ids, whatever the model thinks."""
+    """Replace sampling: row k, identified by its seed, gets the k-th list of ids."""
 
     def follow(scripts: Sequence[Sequence[int]]) -> None:
         left = [iter([*script, *[97] * 300]) for script in scripts]
@@ -259,7 +259,7 @@ PIECES = ["red", " ", "  ", "\n", "#", "##", "é", "漢字", "👍🏽", "🇩�
 
 
 def ended(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> tuple[str, str]:
-    """Text and finish of a row whose whole text is decoded again after each token."""
+    """Text and finish of a row whose complete text is decoded again after each token."""
     for n in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:n]).rstrip("\ufffd")
         if places := [p for stop in stops if (p := text.find(stop)) >= 0]:
@@ -344,19 +344,19 @@ def test_sampled_rows_do_not_depend_on_the_batch(loaded, pixels) -> None:
         GenerationSettings(12, 1.0, 0.9, seed=8),
     ]
     parts = row_pixels(pixels)
-    alone = [
+    single = [
         generate_rows(loaded.model, loaded.tokenizer, [p], own, s)[0]
         for p, own, s in zip(PROMPTS, parts, settings, strict=True)
     ]
-    assert generate_rows(loaded.model, loaded.tokenizer, PROMPTS, pixels, settings) == alone
+    assert generate_rows(loaded.model, loaded.tokenizer, PROMPTS, pixels, settings) == single
     order = [3, 0, 4, 2]
     some = torch.cat([own for k in order if (own := parts[k]) is not None])
     again = generate_rows(
         loaded.model, loaded.tokenizer, [PROMPTS[k] for k in order], some, [settings[k] for k in order]
     )
-    assert again == [alone[k] for k in order]
+    assert again == [single[k] for k in order]
     greedy = generate_rows(loaded.model, loaded.tokenizer, PROMPTS, pixels, GenerationSettings(12))
-    assert [a.token_ids == g.token_ids for a, g in zip(alone, greedy, strict=True)] == [
+    assert [a.token_ids == g.token_ids for a, g in zip(single, greedy, strict=True)] == [
         False,
         False,
         True,
@@ -396,8 +396,8 @@ def draws(probabilities: list[float], n: int = 4000, **settings: Any) -> torch.T
     ],
 )
 def test_sampling_frequencies(settings: dict[str, Any], expected: list[float]) -> None:
-    found = draws([0.1, 0.5, 0.0, 0.15, 0.25], **settings)
-    for share, wanted in zip(found.tolist(), expected, strict=True):
+    actual = draws([0.1, 0.5, 0.0, 0.15, 0.25], **settings)
+    for share, wanted in zip(actual.tolist(), expected, strict=True):
         assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / 4000) ** 0.5 + 1e-9
 
 
@@ -486,10 +486,10 @@ def test_image_features_equal_pixel_values(loaded, pixels) -> None:
     hook.remove()
     ids = torch.tensor([PROMPTS[0]])
     with torch.inference_mode():  # bitwise: the tower sees the same batch of one image in both
-        alone = loaded.model.encode_images(pixels[:1])
-        assert torch.equal(loaded.model(ids, pixels[:1]).logits, loaded.model(ids, image_features=alone).logits)
+        single = loaded.model.encode_images(pixels[:1])
+        assert torch.equal(loaded.model(ids, pixels[:1]).logits, loaded.model(ids, image_features=single).logits)
     # a batch of another size rounds differently
-    torch.testing.assert_close(features[:1], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features[:1], single, rtol=1e-5, atol=1e-5)
 
 
 def test_a_shared_prefix_is_prefilled_once(loaded, pixels, fed: list[int]) -> None:
@@ -580,5 +580,5 @@ def test_the_language_model_is_driven_by_public_arguments(loaded) -> None:
     expected = llm.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False, pad_token_id=0
     )
-    found = torch.tensor(list(generate_tokens(model, ids.tolist(), None, GenerationSettings(80)))).T
-    assert torch.equal(found, expected[:, 4:])
+    actual = torch.tensor(list(generate_tokens(model, ids.tolist(), None, GenerationSettings(80)))).T
+    assert torch.equal(actual, expected[:, 4:])

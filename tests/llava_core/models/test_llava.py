@@ -20,9 +20,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture
 def loaded(bases) -> Loaded:
     torch.manual_seed(1)
-    made = build(*bases, torch.float32)
-    made.model.eval()
-    return made
+    loaded_model = build(*bases, torch.float32)
+    loaded_model.model.eval()
+    return loaded_model
 
 
 def test_image_rows_are_replaced_by_projected_features(loaded) -> None:

@@ -67,7 +67,7 @@ def pair(shape: Shape, seed: int = 0) -> tuple[Llava, LlavaForConditionalGenerat
     theirs.model.vision_tower.load_state_dict(ours.vision_tower.state_dict())
     theirs.model.language_model.load_state_dict(ours.language_model.model.state_dict())
     theirs.lm_head.load_state_dict(ours.language_model.lm_head.state_dict())
-    if shape.projector == "linear":  # transformers knows the projector of 1.5 alone
+    if shape.projector == "linear":  # transformers has only the projector of 1.5
         theirs.model.multi_modal_projector = copy.deepcopy(ours.multi_modal_projector)
     else:
         for their, our in (("linear_1", 0), ("linear_2", 2)):
@@ -79,15 +79,15 @@ def pair(shape: Shape, seed: int = 0) -> tuple[Llava, LlavaForConditionalGenerat
 def rows(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Ids with image blocks, mask, labels, pixels of random rows."""
     generator = torch.Generator().manual_seed(len(shape.rows))
-    made: list[list[int]] = []
+    texts: list[list[int]] = []
     for words, images in shape.rows:
         text = torch.randint(1, IMAGE_ID, (words,), generator=generator).tolist()
         for k in range(images):
             text[k:k] = [IMAGE_TOKEN_ID] * shape.side**2 if k == 0 else [7, *[IMAGE_TOKEN_ID] * shape.side**2]
-        made.append(text)
-    width = max(map(len, made))
-    ids, mask, labels = (torch.full((len(made), width), fill) for fill in (PAD_ID, 0, IGNORE_INDEX))
-    for k, row in enumerate(made):
+        texts.append(text)
+    width = max(map(len, texts))
+    ids, mask, labels = (torch.full((len(texts), width), fill) for fill in (PAD_ID, 0, IGNORE_INDEX))
+    for k, row in enumerate(texts):
         place = slice(width - len(row), width) if shape.left else slice(0, len(row))
         ids[k, place], mask[k, place] = torch.tensor(row), 1
         labels[k, place] = torch.tensor([t if t >= 0 and n > 1 else IGNORE_INDEX for n, t in enumerate(row)])
@@ -100,15 +100,15 @@ def results(shape: Shape, models: Sequence[torch.nn.Module]) -> list[tuple[torch
     """Logits at real positions and the summed loss of both models, with the graph."""
     ids, mask, labels, pixels = rows(shape)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    found = []
+    actual = []
     for model, image_id in zip(models, (IMAGE_TOKEN_ID, IMAGE_ID), strict=True):
         theirs = {} if isinstance(model, Llava) else {"use_cache": False}
         logits = model(
             input_ids=ids.masked_fill(ids == IMAGE_TOKEN_ID, image_id), pixel_values=pixels, attention_mask=mask,
             position_ids=positions, **theirs,
         ).logits  # fmt: skip
-        found.append((logits[mask.bool()], tiny.summed_loss(logits, labels)))
-    return found
+        actual.append((logits[mask.bool()], tiny.summed_loss(logits, labels)))
+    return actual
 
 
 _NAMES = {
@@ -123,7 +123,7 @@ _NAMES = {
 def gradients(ours: Llava, theirs: LlavaForConditionalGeneration) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """Gradients of projector and language model by our names; each of theirs exactly once."""
     known = {n: p.grad for n, p in theirs.named_parameters() if "vision_tower" not in n}
-    found = []
+    actual = []
     for name, p in ours.named_parameters():
         if name.startswith("vision_tower"):
             assert p.grad is None
@@ -131,13 +131,13 @@ def gradients(ours: Llava, theirs: LlavaForConditionalGeneration) -> list[tuple[
         other = name
         for our, their in _NAMES.items():
             other = other.replace(our, their)
-        found.append((name, p.grad, known.pop(other)))
+        actual.append((name, p.grad, known.pop(other)))
     assert not known
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_logits_loss_and_every_gradient_are_those_of_transformers(shape: Shape) -> None:
+def test_logits_loss_and_gradients_equal_transformers(shape: Shape) -> None:
     ours, theirs = pair(shape)
     ours.set_trainable(["projector", "language_model"])
     (logits, loss), (their_logits, their_loss) = results(shape, (ours, theirs))

@@ -108,8 +108,8 @@ def test_a_wrong_schedule_is_caught(monkeypatch: pytest.MonkeyPatch, name: str) 
         )
     packed_mask = PackedMask(torch.tensor([[119] * 20 + [50] * 30 + [83] * 33 + [119] * 36], dtype=torch.int32))
     expected = run("reference", packed_mask, SHAPES[1])
-    found = run("cpu_varlen", packed_mask, SHAPES[1])
-    assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) > 1e-3
+    actual = run("cpu_varlen", packed_mask, SHAPES[1])
+    assert max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True)) > 1e-3
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "cpu_varlen", "reference"])
@@ -156,8 +156,8 @@ def test_a_packed_row_equals_separate_samples(name: str) -> None:
     for b, row in enumerate(packed_mask.samples):
         for ranges in row:
             index = torch.cat([torch.arange(first, last) for first, last in ranges])
-            alone = attention(*(x[b : b + 1, :, index] for x in (q, k, v)))
-            torch.testing.assert_close(packed[b : b + 1, :, index], alone, rtol=1e-5, atol=1e-5)
+            single = attention(*(x[b : b + 1, :, index] for x in (q, k, v)))
+            torch.testing.assert_close(packed[b : b + 1, :, index], single, rtol=1e-5, atol=1e-5)
 
 
 def test_a_wrong_mask_is_caught() -> None:

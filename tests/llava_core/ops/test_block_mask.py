@@ -19,8 +19,8 @@ BLOCK_SIZES = [(16, 16), (8, 32), (32, 8), (4, 4), (64, 64)]
 def test_block_states_equal_dense_mask(seed: int, blocks: tuple[int, int]) -> None:
     packed_mask, (block_q, block_k) = random_row(seed), blocks
     seen = dense_mask(75, packed_mask, torch.device("cpu"))[0, 0]
-    found = block_states(packed_mask, block_q, block_k)[0]
-    for i, row in enumerate(found.tolist()):
+    actual = block_states(packed_mask, block_q, block_k)[0]
+    for i, row in enumerate(actual.tolist()):
         for j, state in enumerate(row):
             pairs = seen[i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
             full = bool(pairs.all()) and pairs.shape[1] == block_k
@@ -31,9 +31,9 @@ def test_block_states_equal_dense_mask(seed: int, blocks: tuple[int, int]) -> No
 @pytest.mark.parametrize("seed", range(4))
 def test_block_table_lists_each_block_once_full_first(seed: int, of: str) -> None:
     packed_mask = random_row(seed)
-    found = block_states(packed_mask, 16, 8)[0]
-    found = found if of == "q" else found.T
-    for row, kinds in zip(packed_mask.cached(block_table, 16, 8, of)[0].tolist(), found.tolist(), strict=True):
+    actual = block_states(packed_mask, 16, 8)[0]
+    actual = actual if of == "q" else actual.T
+    for row, kinds in zip(packed_mask.cached(block_table, 16, 8, of)[0].tolist(), actual.tolist(), strict=True):
         full_end, partial_end, *indices = row
         assert sorted(indices) == list(range(len(kinds)))
         assert [kinds[b] for b in indices] == (

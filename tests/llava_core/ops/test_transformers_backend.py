@@ -76,8 +76,8 @@ def test_logits_equal_those_of_separate_samples(kind: str) -> None:
     with torch.no_grad():
         for ranges in packed_mask.samples[0]:
             index = torch.cat([torch.arange(first, last) for first, last in ranges])
-            alone = model(input_ids=ids[:, index]).logits[0]
-            torch.testing.assert_close(row[index], alone, rtol=1e-5, atol=1e-5)
+            single = model(input_ids=ids[:, index]).logits[0]
+            torch.testing.assert_close(row[index], single, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "cpu_varlen", "triton"])
@@ -90,10 +90,10 @@ def test_gradients_equal_those_of_separate_samples(checkpointing: bool, backend:
     if checkpointing:
         model.gradient_checkpointing_enable()
     with packed_attention(model, backend):
-        found = gradients(model, loss_packed(model, ids, packed_mask))
-    assert found.keys() == expected.keys()
+        actual = gradients(model, loss_packed(model, ids, packed_mask))
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_checkpointed_backward_outside_the_context_fails() -> None:
@@ -113,11 +113,11 @@ def test_lora_with_checkpointing_has_the_same_gradients() -> None:
     model.gradient_checkpointing_enable()
     expected = gradients(model, loss_alone(model, ids, packed_mask))
     with packed_attention(model):
-        found = gradients(model, loss_packed(model, ids, packed_mask))
+        actual = gradients(model, loss_packed(model, ids, packed_mask))
     assert expected
     assert all("lora" in name for name in expected)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_the_previous_implementation_is_restored() -> None:
@@ -148,10 +148,10 @@ def test_the_scaling_of_the_model_is_used() -> None:
         layer.self_attn.scaling = 0.5
     first = packed_mask.samples[0][0][0][1]
     with torch.no_grad():
-        alone = model(input_ids=ids[:, :first]).logits
+        single = model(input_ids=ids[:, :first]).logits
         with packed_attention(model):
             row = model(input_ids=ids, packed_mask=packed_mask, position_ids=positions(packed_mask)).logits
-    torch.testing.assert_close(row[:, :first], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(row[:, :first], single, rtol=1e-5, atol=1e-5)
 
 
 def test_unsupported_features_are_named() -> None:
@@ -197,9 +197,9 @@ def test_a_packed_row_compiles() -> None:
     with packed_attention(model):
         expected = gradients(model, model(**place).logits.square().sum())
         compiled = torch.compile(model, backend="aot_eager")
-        found = gradients(model, compiled(**place).logits.square().sum())
+        actual = gradients(model, compiled(**place).logits.square().sum())
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-4)
 
 
 def test_positions_count_visible_tokens() -> None:

@@ -59,9 +59,9 @@ def run(backend: str, given: list[torch.Tensor], packed_mask: PackedMask | None)
     return [x.detach().float() for x in (out, *torch.autograd.grad(out, leaves, gradient))]
 
 
-def max_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+def max_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """Largest difference in units of 1e-5 x (1 + |value|), the tolerance of fp32; NaN counts as infinite."""
-    errors = [((f - e).abs() / (1e-5 + 1e-5 * e.abs())).max() for f, e in zip(found, expected, strict=True)]
+    errors = [((f - e).abs() / (1e-5 + 1e-5 * e.abs())).max() for f, e in zip(actual, expected, strict=True)]
     return float(torch.stack(errors).nan_to_num(nan=float("inf")).max())
 
 
@@ -159,10 +159,10 @@ def test_equal_inputs_give_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_scores_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "blocks", lambda head_dim, dtype: SIZES["16"])
     q, k, v, gradient = inputs(1, 77, (1, 1, 16))
-    found = run("triton", [60 * q, 60 * k, v, gradient], mask(LARGE))
+    actual = run("triton", [60 * q, 60 * k, v, gradient], mask(LARGE))
     expected = run("reference", [60 * q, 60 * k, v, gradient], mask(LARGE))
-    assert all(bool(x.isfinite().all()) for x in found)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert all(bool(x.isfinite().all()) for x in actual)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_kernel_compiles_without_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,12 +174,12 @@ def test_kernel_compiles_without_graph_break(monkeypatch: pytest.MonkeyPatch) ->
         first = attention(q, k, v, packed_mask=packed_mask, backend="triton")
         return attention(first + q, k, v, packed_mask=packed_mask, backend="triton")
 
-    found = []
+    actual = []
     for function in (layers, torch.compile(layers, backend="aot_eager", fullgraph=True)):
         leaves = [x.detach().requires_grad_(True) for x in qkv]
         out = function(*leaves, PackedMask(packed_mask.ends))
-        found.append([out.detach(), *torch.autograd.grad(out, leaves, gradient)])
-    assert max_error(found[1], found[0]) < 1
+        actual.append([out.detach(), *torch.autograd.grad(out, leaves, gradient)])
+    assert max_error(actual[1], actual[0]) < 1
 
 
 def test_operator_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +249,8 @@ def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), "bfloat16", "128", "80", "90"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert found.keys() == {"80", "90"}
-    for needed in found.values():
+    actual = json.loads(done.stdout)
+    assert actual.keys() == {"80", "90"}
+    for needed in actual.values():
         assert needed.keys() == {"_fwd", "_bwd_preprocess", "_bwd_dq", "_bwd_dkdv"}
         assert all(shared <= 99 * 1024 for shared in needed.values())

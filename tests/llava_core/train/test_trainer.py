@@ -101,12 +101,12 @@ def test_stage_two_starts_from_stage_one_and_is_found_again(world: Path) -> None
 
 
 def test_micro_batches_do_not_change_the_run(world: Path) -> None:
-    whole = _run(train__seed=3)
+    full = _run(train__seed=3)
     (world / "configs" / "scales" / "mini.yaml").write_text(SCALE.format(micro=3))
     for folder in world.glob("runs/*"):
         folder.rename(world / "kept")
     parts = _run(train__seed=3)
-    for a, b in zip(whole.__class__(world / "kept" / "mini" / whole.run_id).metrics(), parts.metrics(), strict=True):
+    for a, b in zip(full.__class__(world / "kept" / "mini" / full.run_id).metrics(), parts.metrics(), strict=True):
         if "loss" in a:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -124,13 +124,13 @@ def test_an_epoch_shuffles_samples_or_images(world: Path, monkeypatch: pytest.Mo
 
     def order(name: str, seed: int = 0) -> list[list[int]]:
         config = load_experiment("pretrain", "mini", {"train.order": name, "train.seed": seed, "train.global_batch": 4})
-        made = object.__new__(training.Trainer)
-        made.config, made.steps_per_epoch, made.train_set = config.experiment.train, 3, Samples()
+        trainer = object.__new__(training.Trainer)
+        trainer.config, trainer.steps_per_epoch, trainer.train_set = config.experiment.train, 3, Samples()
         shares = []
         for rank in range(ranks):
             monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(training, "world_size", lambda: ranks)
-            shares.append([made._indices(step) for step in range(3)])
+            shares.append([trainer._indices(step) for step in range(3)])
         return [[k for share in shares for k in share[step]] for step in range(3)]
 
     for name in ("samples", "images"):
@@ -157,7 +157,7 @@ def test_out_of_memory_enables_activation_checkpointing(
         if self.step == 2 and summed.requires_grad and not failed:
             summed.backward(retain_graph=True)  # what a pass that fails half-way leaves behind
             failed.append(self.model.language_model.is_gradient_checkpointing)
-            raise torch.OutOfMemoryError("made up")
+            raise torch.OutOfMemoryError("simulated")
         return summed
 
     monkeypatch.setattr(training.Trainer, "_row_loss", loss)
@@ -170,7 +170,7 @@ def test_out_of_memory_enables_activation_checkpointing(
     assert losses == pytest.approx(expected, rel=1e-5)
 
     def always(self, row):
-        raise torch.OutOfMemoryError("made up")
+        raise torch.OutOfMemoryError("simulated")
 
     monkeypatch.setattr(training.Trainer, "_row_loss", always)
     monkeypatch.setattr(training.Trainer, "heldout_loss", lambda self: 0.0)
@@ -241,7 +241,7 @@ def test_learning_rate_schedule() -> None:
 
 def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
     """1 x 8 == 2 ranks x 4: loss and gradient norm of every step."""
-    alone = _run(train__seed=7)
+    single = _run(train__seed=7)
     script = tmp_path / "rank.py"
     script.write_text(
         textwrap.dedent("""
@@ -258,7 +258,7 @@ def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
     )
     target = world / "two"
     target.mkdir()
-    alone.config.write(target / "config.yaml")
+    single.config.write(target / "config.yaml")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -277,7 +277,7 @@ def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
     ]
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)[-3000:]
-    pairs = zip(alone.metrics(), RunRecord(target).metrics(), strict=True)
+    pairs = zip(single.metrics(), RunRecord(target).metrics(), strict=True)
     steps = [(a, b) for a, b in pairs if "loss" in a]
     assert steps
     for a, b in steps:
