@@ -9,8 +9,8 @@ Source: make_delta.py and apply_delta.py of haotian-liu/LLaVA at 8959d5c.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from llava_core.checkpoints.base_models import model_folder
 from llava_core.checkpoints.files import atomic_folder, contained_file, error_at, has_file, read_config
 from llava_core.checkpoints.formats.original import is_delta, mm_config
 from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor, has_weights, open_folder, write_tensors
-from llava_core.checkpoints.tokenizer import TOKENIZER_FILES
+from llava_core.checkpoints.tokenizer import copy_tokenizer
 from llava_core.runtime import CheckpointError, shown, write_json
 
 DELTA = "delta.json"  # our file next to the weights: the fingerprint of their base
@@ -29,28 +29,14 @@ _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _COMPUTED = "rotary_emb.inv_freq"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What happens to each tensor of a checkpoint.
-
-    Attributes:
-        full: names that the base has in the same shape.
-        blocks: name -> rows of the base, for tensors that are longer than the base's.
-        stored: names that the base does not have.
-    """
-
-    full: list[str]
-    blocks: dict[str, int]
-    stored: list[str]
-
-
-def _plan(checkpoint: dict[str, LazyTensor], base: dict[str, LazyTensor], where: Path) -> Plan:
-    full, blocks, stored = [], {}, []
+def _plan(checkpoint: dict[str, LazyTensor], base: dict[str, LazyTensor], where: Path) -> dict[str, Any]:
+    """Return what happens to the tensors: how many are `added` completely, rows of the `blocks`, names `stored`."""
+    added, blocks, stored = 0, {}, []
     for name, tensor in checkpoint.items():
         if name not in base:
             stored.append(name)
         elif tensor.shape == base[name].shape:
-            full.append(name)
+            added += 1
         elif name in _VOCABULARY and tensor.shape[1:] == base[name].shape[1:] and tensor.shape[0] > base[name].shape[0]:
             blocks[name] = base[name].shape[0]
         else:
@@ -62,12 +48,12 @@ def _plan(checkpoint: dict[str, LazyTensor], base: dict[str, LazyTensor], where:
     unused = sorted(name for name in base if name not in checkpoint and not name.endswith(_COMPUTED))
     if unused:
         raise error_at(where, f"the base's {unused[0]} is missing in it ({len(unused)} in all)")
-    if not full:
+    if not added:
         raise error_at(where, "shares no tensor with the base; fix: --base DIR")
     foreign = [name for name in stored if "mm_projector" not in name and "vision_tower" not in name]
     if foreign:
         raise error_at(where, f"{foreign[0]} is neither in the base nor of a projector or tower")
-    return Plan(full, blocks, stored)
+    return {"added": added, "blocks": blocks, "stored": stored}
 
 
 def _open(folder: Path) -> dict[str, LazyTensor]:
@@ -105,14 +91,12 @@ def apply(base: str, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry
     """Add a base language model to delta weights.
 
     Args:
-        base: folder or hub id of the language model that the delta was made from.
+        base, shard_bytes, dry_run: as in `make`.
         delta: folder with delta weights, configuration and tokenizer.
         out: checkpoint folder to write, in the original format.
-        shard_bytes: largest size of one weights file.
-        dry_run: report and write nothing.
 
     Returns:
-        `added`, `blocks`, `stored`, `bytes`, `fingerprint`: "matches", or why it could not be checked.
+        As `make`; `fingerprint` is "matches", or why it could not be checked.
 
     Raises:
         CheckpointError: shapes or names do not fit, or the base is not the one that the delta records.
@@ -135,7 +119,7 @@ def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_ru
     plan = _plan(tensors, base_tensors, source)
     fingerprint = _fingerprint(base_tensors, source, sign)
     report = {
-        "base": shown(base_folder), "added": len(plan.full), "blocks": plan.blocks, "stored": plan.stored,
+        "base": shown(base_folder), **plan,
         "bytes": sum(t.bytes for t in tensors.values()), "fingerprint": fingerprint, "written": not dry_run,
     }  # fmt: skip
     if dry_run:
@@ -146,9 +130,10 @@ def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_ru
     }
     with atomic_folder(out) as folder:
         write_tensors(folder, shifted, shard_bytes)
-        for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
+        copy_tokenizer(source, folder)
+        for name in ("config.json", "generation_config.json"):
             if has_file(source, name):
-                (folder / name).write_bytes(contained_file(source, name).read_bytes())
+                shutil.copyfile(contained_file(source, name), folder / name)
         if sign < 0:
             write_json(folder / DELTA, {"base": str(base), "base_fingerprint": fingerprint})
     return report

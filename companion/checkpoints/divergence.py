@@ -1,4 +1,4 @@
-"""Where two checkpoints, or two models, first differ, in the order of a forward pass."""
+"""The first tensor or module, in the order of a forward pass, in which two checkpoints or models differ."""
 
 from __future__ import annotations
 
@@ -12,62 +12,59 @@ import torch
 
 from llava_core.checkpoints.configs import quiet_transformers
 from llava_core.checkpoints.describe import Checkpoint
+from llava_core.checkpoints.formats.names import export_name
 from llava_core.checkpoints.load import assemble
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.runtime import CheckpointError, progress
 
-_IN_MEMORY = (  # our modules -> those of LlavaForConditionalGeneration
-    ("multi_modal_projector.0", "model.multi_modal_projector.linear_1"),
-    ("multi_modal_projector.2", "model.multi_modal_projector.linear_2"),
-    ("multi_modal_projector", "model.multi_modal_projector"),
-    ("vision_tower", "model.vision_tower"),
-    ("language_model.lm_head", "lm_head"),
-    ("language_model.model", "model.language_model"),
+_IN_MEMORY = (  # prefixes of our modules and of those of LlavaForConditionalGeneration
+    ("multi_modal_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("multi_modal_projector.2.", "model.multi_modal_projector.linear_2."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("vision_tower.", "model.vision_tower."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
 )
+TOLERANCE = 1e-4
+"""Largest difference of two fp32 runs of the same function, as a share of an output's size."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two checkpoints differ first.
+    """The first tensor in which two checkpoints differ, under our name.
 
-    Attributes:
-        name: tensor, under our name.
-        reason: "missing", "shape" or "values".
-        largest: largest absolute difference, for values.
-        text: the detail for a reader.
+    `largest` is the largest absolute difference of its values, NaN if it is missing or of another shape.
     """
 
     name: str
-    reason: str
-    largest: float
     text: str
+    largest: float = float("nan")
 
     def __str__(self) -> str:
         return f"{self.name}: {self.text}"
 
 
 def first_divergence(one: Checkpoint, other: Checkpoint, tolerance: float = 0.0) -> Divergence | None:
-    """The first tensor that two checkpoints do not share; None if they are equal. One tensor of each is in memory.
+    """Return the first tensor in which two checkpoints differ, or None; one tensor of each is in memory.
 
     Args:
-        one: the tensors that count; of a tower or language model that only `other` holds, nothing is said.
-        other: compared with it.
-        tolerance: largest absolute difference that is still equal.
+        one: checkpoint whose parts are compared.
+        other: may have further parts.
+        tolerance: largest absolute difference that still counts as equal.
     """
     for name in progress(list(one.tensors), "comparing", leave=False, disable=None):
-        mine = one.tensors[name]
         if name not in other.tensors:
-            return Divergence(name, "missing", float("nan"), "is missing in the second")
-        theirs = other.tensors[name]
-        if mine.shape != theirs.shape:
-            return Divergence(name, "shape", float("nan"), f"has shape {mine.shape} and {theirs.shape}")
-        a, b = mine.read(), theirs.read()
+            return Divergence(name, "is missing in the second")
+        first, second = one.tensors[name], other.tensors[name]
+        if first.shape != second.shape:
+            return Divergence(name, f"has shape {first.shape} and {second.shape}")
+        a, b = first.read(), second.read()
         if not torch.equal(a, b):
             largest = float((a.double() - b.double()).abs().max())
             if not largest <= tolerance:
-                return Divergence(name, "values", largest, f"differs by up to {largest:.3g}")
+                return Divergence(name, f"differs by up to {largest:.3g}", largest)
     extra = [name for name in other.tensors if name not in one.tensors and name.split(".")[0] in one.parts]
-    return Divergence(extra[0], "missing", float("nan"), "is missing in the first") if extra else None
+    return Divergence(extra[0], "is missing in the first") if extra else None
 
 
 # ------------------------------------------------------------------------------------------------ modules
@@ -98,13 +95,13 @@ class ModuleDifference:
 def module_differences(
     ours: Any, theirs: Any, image_token: int, words: int = 9, seed: int = 0
 ) -> list[ModuleDifference]:
-    """Run one random image and some random words through our model and transformers' LLaVA, and compare each module.
+    """Run a random image and random words through our model and transformers' LLaVA, and compare each module.
 
     Args:
         ours: `Llava`.
         theirs: LlavaForConditionalGeneration with the same weights.
         image_token: id of the image token in `theirs`.
-        words: length of the text around the image.
+        words: number of tokens around the image.
         seed: of image and words.
 
     Returns:
@@ -118,42 +115,30 @@ def module_differences(
     with torch.inference_mode(), _outputs(ours) as mine, _outputs(theirs) as other:
         ours(ids, pixels)
         theirs(input_ids=ids.masked_fill(ids == IMAGE_TOKEN_ID, image_token), pixel_values=pixels)
-    found = []
+    differences = []
     for name, value in mine.items():
         partner = other.get(_in_memory(name))
         if partner is None or partner.numel() < value.numel():
             continue
-        partner = partner.reshape(*value.shape[:-1], -1)[..., : value.shape[-1]]  # the export may have spare words
-        if name.endswith("embed_tokens"):  # what stands at the image's places is replaced, so it may differ
+        partner = partner.reshape(*value.shape[:-1], -1)[..., : value.shape[-1]]  # the export may have padding rows
+        if name.endswith("embed_tokens"):  # embeddings at image positions are replaced later, so they may differ
             value, partner = value[ids != IMAGE_TOKEN_ID], partner[ids != IMAGE_TOKEN_ID]
         difference = (value.double() - partner.double()).abs().max()
-        found.append(ModuleDifference(name, tuple(value.shape), float(difference), float(value.abs().max())))
-    compared = {d.name for d in found}
+        differences.append(ModuleDifference(name, tuple(value.shape), float(difference), float(value.abs().max())))
+    compared = {d.name for d in differences}
     for name in ("vision_tower.encoder.layers.0", "multi_modal_projector", "language_model.model.layers.0"):
         if name not in compared or "language_model.lm_head" not in compared:
             raise CheckpointError(f"{name} or the output layer was not found in both models, so nothing is compared")
-    return found
-
-
-TOLERANCE = 1e-4
-"""Share of an output's size that two runs in fp32 may differ by and still be the same function."""
+    return differences
 
 
 def first_module(differences: list[ModuleDifference], tolerance: float = TOLERANCE) -> ModuleDifference | None:
-    """The first module whose outputs differ by more than a share `tolerance` of their size; None if all agree."""
+    """Return the first module whose outputs differ by more than a share `tolerance` of their size, or None."""
     return next((d for d in differences if not d.relative <= tolerance), None)
 
 
 def verify_export(source: Checkpoint, folder: Path) -> list[ModuleDifference]:
-    """Load a checkpoint here and its export in transformers, both in fp32, and compare all modules.
-
-    Args:
-        source: opened checkpoint with all parts.
-        folder: its export in the layout "hf".
-
-    Returns:
-        What `module_differences` found.
-    """
+    """Compare all modules of a checkpoint with those of its export in format "hf", loaded by transformers, in fp32."""
     from transformers import LlavaForConditionalGeneration
 
     with quiet_transformers():
@@ -162,28 +147,25 @@ def verify_export(source: Checkpoint, folder: Path) -> list[ModuleDifference]:
 
 
 def _in_memory(name: str) -> str:
-    for ours, theirs in _IN_MEMORY:
-        if name == ours or name.startswith(f"{ours}."):
-            return theirs + name[len(ours) :]
-    return name
+    return export_name(f"{name}.", _IN_MEMORY).removesuffix(".")
 
 
 @contextmanager
 def _outputs(model: Any) -> Iterator[Mapping[str, torch.Tensor]]:
-    """The first tensor that each module gives out, in the order in which modules end."""
-    found: dict[str, torch.Tensor] = {}
+    """Record the first output tensor of each module, in the order in which the modules return."""
+    outputs: dict[str, torch.Tensor] = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                found.setdefault(name, value.detach())
+                outputs.setdefault(name, value.detach())
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules() if name]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

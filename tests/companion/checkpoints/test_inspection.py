@@ -1,4 +1,4 @@
-"""Damaged, foreign and hostile directories: one line each, nothing executed, nothing left hanging."""
+"""Damaged, foreign and hostile folders: one line each, no code is run, nothing waits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import layouts
+import foreign
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,25 +37,25 @@ class Trap:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("sound")
-    loaded = layouts.model(root)
-    whole = save_checkpoint(root / "llava", loaded, "full", template="v0", image_position="last")
-    convert(whole, root / "hf", "hf", shard_bytes=30_000)
+def intact(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("intact")
+    loaded = foreign.model(root)
+    full = save_checkpoint(root / "llava", loaded, "full", template="v0", image_position="last")
+    convert(full, root / "hf", "hf", shard_bytes=30_000)
     return {
-        "llava": whole, "hf": root / "hf", "root": root, "original": layouts.original(loaded, root, root / "o", 3),
+        "llava": full, "hf": root / "hf", "root": root, "original": foreign.original(loaded, root, root / "o", 3),
         "projector": save_checkpoint(root / "p", loaded, "projector", template="plain"),
     }  # fmt: skip
 
 
-def test_sound_ones_have_no_problems(sound) -> None:
+def test_intact_checkpoints_have_no_problems(intact) -> None:
     for name in ("llava", "hf", "original", "projector"):
-        found = inspect(sound[name])
+        found = inspect(intact[name])
         assert found["problems"] == [], name
         assert found["parameters"] > 20_000
         assert found["template"] == {"original": "v1", "projector": "plain"}.get(name, "v0")
-    assert inspect(sound["hf"])["facts"]["vision_tower"] == "inside"
-    system = inspect(sound["llava"])["system"]
+    assert inspect(intact["hf"])["facts"]["vision_tower"] == "inside"
+    system = inspect(intact["llava"])["system"]
     assert system == "the template's own"
 
 
@@ -176,14 +176,14 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "cyclic index": (_cyclic_index, "an index that leads to an index"),
     "cyclic link": (_cyclic_link, "cannot be followed"),
     "half a config": (_not_json, "config.json, line 1: not JSON"),
-    "code beside it": (_remote_code, "no language model of model_type 'evil' is known"),
+    "code in the folder": (_remote_code, "no language model of model_type 'evil' is known"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_each_damage_is_one_line_and_nothing_runs(sound, name, tmp_path) -> None:
+def test_damaged_checkpoints_are_one_line_and_run_nothing(intact, name, tmp_path) -> None:
     folder, mark = tmp_path / "c", tmp_path / "executed"
-    shutil.copytree(sound["hf"], folder)
+    shutil.copytree(intact["hf"], folder)
     damage, message = DAMAGES[name]
     damage(folder, mark)
     found = inspect(folder)
@@ -197,8 +197,8 @@ def test_each_damage_is_one_line_and_nothing_runs(sound, name, tmp_path) -> None
     assert not mark.exists()
 
 
-def test_the_trap_itself_works(tmp_path) -> None:
-    """Without `weights_only` the file would run: the tests above can fail."""
+def test_the_pickle_trap_works_without_weights_only(tmp_path) -> None:
+    """Without `weights_only` the file's code runs, so the tests above can fail."""
     mark = tmp_path / "executed"
     (tmp_path / "x.bin").write_bytes(pickle.dumps({"a": Trap(mark)}))
     with open(tmp_path / "x.bin", "rb") as file:
@@ -206,7 +206,7 @@ def test_the_trap_itself_works(tmp_path) -> None:
     assert mark.exists()
 
 
-LIES = {
+WRONG_FIELDS = {
     "parts": (["multi_modal_projector"], "manifest and weights disagree about language_model"),
     "projector": ("mlp2x_gelu", "multi_modal_projector.0.weight is missing"),
     "d_vision": (4096, "has shape|gives 24"),
@@ -220,12 +220,12 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("field", LIES)
-def test_a_manifest_that_lies_is_an_error_and_no_crash(sound, field, tmp_path) -> None:
+@pytest.mark.parametrize("field", WRONG_FIELDS)
+def test_wrong_manifest_fields_are_errors(intact, field, tmp_path) -> None:
     folder = tmp_path / "c"
-    shutil.copytree(sound["llava"], folder)
+    shutil.copytree(intact["llava"], folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    value, message = LIES[field]
+    value, message = WRONG_FIELDS[field]
     (folder / "manifest.json").write_text(json.dumps(manifest | {field.partition(" ")[0]: value}))
     (problem,) = inspect(folder)["problems"]
     assert re.search(message, problem), problem
@@ -243,9 +243,9 @@ def test_a_manifest_that_lies_is_an_error_and_no_crash(sound, field, tmp_path) -
         ({"model_type": "nothing"}, "no language model of model_type 'nothing'"),
     ],
 )
-def test_a_configuration_that_lies_about_shapes_is_an_error(sound, change, message, tmp_path) -> None:
+def test_configuration_with_wrong_shapes_is_an_error(intact, change, message, tmp_path) -> None:
     folder = tmp_path / "c"
-    shutil.copytree(sound["llava"], folder)
+    shutil.copytree(intact["llava"], folder)
     file = folder / "language_model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     (problem,) = inspect(folder)["problems"]
@@ -254,27 +254,27 @@ def test_a_configuration_that_lies_about_shapes_is_an_error(sound, change, messa
         load(folder)
 
 
-def test_the_hubs_own_links_are_followed(sound, tmp_path) -> None:
+def test_links_of_the_hub_cache_are_followed(intact, tmp_path) -> None:
     """`snapshots/<commit>/file -> ../../blobs/<hash>` is how the hub's cache keeps every model."""
     home = tmp_path / "models--someone--llava"
     (home / "blobs").mkdir(parents=True)
     folder = home / "snapshots" / "abc"
-    shutil.copytree(sound["hf"], folder)
+    shutil.copytree(intact["hf"], folder)
     for k, file in enumerate(f for f in sorted(folder.iterdir()) if f.is_file()):
         shutil.move(file, home / "blobs" / f"hash{k}")
         file.symlink_to(Path("../../blobs") / f"hash{k}")
     assert inspect(folder)["problems"] == []
 
 
-def test_safetensors_are_read_first(sound, tmp_path) -> None:
+def test_safetensors_are_read_first(intact, tmp_path) -> None:
     mark = tmp_path / "executed"
-    shutil.copytree(sound["llava"], tmp_path / "c")
+    shutil.copytree(intact["llava"], tmp_path / "c")
     (tmp_path / "c" / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(mark)))
     open_checkpoint(tmp_path / "c")
     assert not mark.exists()
 
 
-def test_files_of_odd_kinds(tmp_path) -> None:
+def test_unusual_weights_files(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(CheckpointError, match="not a weights file"):
         open_file(tmp_path / "a.txt")
@@ -291,9 +291,9 @@ def test_files_of_odd_kinds(tmp_path) -> None:
         open_checkpoint(tmp_path / "nowhere")
 
 
-def test_the_command_line_says_one_line_and_exits_with_1(sound, tmp_path) -> None:
+def test_inspect_command_exits_with_1_on_a_problem(intact, tmp_path) -> None:
     folder = tmp_path / "c"
-    shutil.copytree(sound["hf"], folder)
+    shutil.copytree(intact["hf"], folder)
     _truncated(folder, tmp_path)
     run = [sys.executable, "-m", "companion", "inspect", str(folder)]
     done = subprocess.run([*run, "--json"], capture_output=True, text=True, check=False)
@@ -301,7 +301,7 @@ def test_the_command_line_says_one_line_and_exits_with_1(sound, tmp_path) -> Non
     found = json.loads(done.stdout)
     assert found["layout"] == "hf"
     assert len(found["problems"]) == 1
-    good = subprocess.run([*run[:-1], str(sound["hf"])], capture_output=True, text=True, check=False)
+    good = subprocess.run([*run[:-1], str(intact["hf"])], capture_output=True, text=True, check=False)
     assert good.returncode == 0, good.stderr
     assert "hf" in good.stdout
 
@@ -312,10 +312,10 @@ def _places(value: object, path: tuple = ()) -> list[tuple]:
 
 
 @pytest.mark.parametrize("name", ["llava", "hf", "original"])
-def test_no_value_in_a_configuration_is_a_crash(sound, name, tmp_path) -> None:
-    """Random places of the JSON files get random values: a problem in one line, or none at all."""
+def test_random_configuration_values_never_crash(intact, name, tmp_path) -> None:
+    """Random fields of the JSON files get random values: one problem in one line, or none."""
     folder, draw = tmp_path / "c", random.Random(name)
-    shutil.copytree(sound[name], folder)
+    shutil.copytree(intact[name], folder)
     files = [f for f in folder.rglob("*.json") if f.name != "tokenizer.json"]
     for _ in range(25):
         file = draw.choice(files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import layouts
+import foreign
 import numpy as np
 import pytest
 import torch
@@ -35,9 +35,9 @@ def exported(request, tmp_path_factory) -> tuple[Loaded, Any, Any, list[Image.Im
     """Our model, transformers' model and processor of the same checkpoint, and images of several shapes."""
     template, projector, position, delimited = request.param
     root = tmp_path_factory.mktemp("exported")
-    loaded = layouts.model(root, projector, delimiters=delimited)
+    loaded = foreign.model(root, projector, delimiters=delimited)
     facts = {"template": template, "image_position": position}
-    facts |= {"image_delimiters": layouts.DELIMITERS} if delimited else {}
+    facts |= {"image_delimiters": foreign.DELIMITERS} if delimited else {}
     saved = save_checkpoint(root / "c", loaded, "full", **facts)
     convert(saved, root / "hf", "hf")
     ours = load(saved)
@@ -63,7 +63,7 @@ def until(tokens: list[int], stops: list[int]) -> list[int]:
     return tokens[: next((k for k, t in enumerate(tokens) if t in stops), len(tokens))]
 
 
-def test_the_processor_gives_our_pixels_and_our_prompt(exported) -> None:
+def test_processor_gives_our_pixels_and_prompt(exported) -> None:
     ours, _, processor, images, _ = exported
     for question, image in zip(QUESTIONS, images, strict=True):
         text = processor.apply_chat_template(messages(question), add_generation_prompt=True)
@@ -76,7 +76,7 @@ def test_the_processor_gives_our_pixels_and_our_prompt(exported) -> None:
         assert [ids[ids.index(-200) - 1], ids[::-1][ids[::-1].index(-200) - 1]] == delimiters or not delimiters
 
 
-def test_it_gives_our_greedy_tokens_one_by_one_and_batched(exported) -> None:
+def test_same_greedy_tokens_single_and_batched(exported) -> None:
     ours, theirs, processor, images, _ = exported
     stops = theirs.generation_config.eos_token_id
     wanted = [until(our_tokens(ours, q, i), stops) for q, i in zip(QUESTIONS, images, strict=True)]
@@ -91,7 +91,7 @@ def test_it_gives_our_greedy_tokens_one_by_one_and_batched(exported) -> None:
     assert [until(row, stops) for row in made] == wanted
 
 
-def test_it_works_in_the_pipeline(exported) -> None:
+def test_transformers_pipeline_gives_our_answers(exported) -> None:
     ours, _, _, images, folder = exported
     pipe = pipeline("image-text-to-text", model=str(folder), device="cpu")
     for question, image in zip(QUESTIONS[:2], images, strict=False):
@@ -102,7 +102,7 @@ def test_it_works_in_the_pipeline(exported) -> None:
         assert said[0]["generated_text"].strip() == ours.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-def test_earlier_turns_are_rendered_as_ours(exported) -> None:
+def test_chat_template_renders_earlier_turns(exported) -> None:
     ours, _, processor, _, _ = exported
     turns = [*messages("what color"), {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
     turns += [{"role": "user", "content": [{"type": "text", "text": "and the dog"}]}]
@@ -116,7 +116,7 @@ def test_earlier_turns_are_rendered_as_ours(exported) -> None:
     assert decode(rendered) == decode([image_id if t == -200 else t for t in once])
 
 
-def test_one_changed_separator_is_another_prompt(exported) -> None:
+def test_changed_separator_changes_the_prompt(exported) -> None:
     ours, _, processor, _, _ = exported
     template = processor.chat_template
     assert "Assistant:" in template or "ASSISTANT:" in template
@@ -131,6 +131,6 @@ def test_one_changed_separator_is_another_prompt(exported) -> None:
     assert right != other
 
 
-def test_facts_that_do_not_exist_cannot_be_set(exported, tmp_path) -> None:
+def test_unknown_usage_field_is_an_error(exported, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="'colour' cannot be set; these can: template"):
         convert(exported[-1].parent / "c", tmp_path / "x", "hf", usage={"colour": 1})

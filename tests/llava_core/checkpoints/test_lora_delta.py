@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import layouts
+import foreign
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,8 +25,8 @@ from llava_core.runtime import CheckpointError
 def world(tmp_path_factory) -> tuple[Path, Loaded, Options]:
     """Base models, a random model, and its language model as a plain LLaMA folder `base`."""
     root = tmp_path_factory.mktemp("lora")
-    loaded = layouts.model(root)
-    base = layouts.plain_base(loaded, root / "base")
+    loaded = foreign.model(root)
+    base = foreign.plain_base(loaded, root / "base")
     return root, loaded, Options(base=str(base), vision_tower=str(root / "clip"))
 
 
@@ -50,10 +50,10 @@ def adapter(world) -> tuple[Path, torch.Tensor]:
 
     root, loaded, options = world
     folder = root / "lora"
-    whole = copy.deepcopy(loaded)
+    full = copy.deepcopy(loaded)
     torch.manual_seed(5)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    adapted = get_peft_model(whole.model.language_model, config)
+    adapted = get_peft_model(full.model.language_model, config)
     for name, p in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(p, 0, 0.2)
@@ -61,17 +61,17 @@ def adapter(world) -> tuple[Path, torch.Tensor]:
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = options.base
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    trained = layouts.projector(loaded.model, "base_model.model.model.mm_projector.")
+    trained = foreign.projector(loaded.model, "base_model.model.model.mm_projector.")
     torch.save({n: t + 0.5 for n, t in trained.items()}, folder / "non_lora_trainables.bin")
-    (folder / "config.json").write_text(json.dumps(layouts.original_config(loaded.model, str(root / "clip"))))
-    whole.model.language_model = adapted.merge_and_unload()
+    (folder / "config.json").write_text(json.dumps(foreign.original_config(loaded.model, str(root / "clip"))))
+    full.model.language_model = adapted.merge_and_unload()
     with torch.no_grad():
-        for p in whole.model.multi_modal_projector.parameters():
+        for p in full.model.multi_modal_projector.parameters():
             p += 0.5
-    return folder, logits(whole)
+    return folder, logits(full)
 
 
-def test_a_lora_directory_loads_and_merges_as_peft_does(world, adapter, tmp_path) -> None:
+def test_lora_merge_equals_peft(world, adapter, tmp_path) -> None:
     folder, wanted = adapter
     opened = open_checkpoint(folder)
     assert opened.format == "lora"
@@ -82,10 +82,10 @@ def test_a_lora_directory_loads_and_merges_as_peft_does(world, adapter, tmp_path
         torch.testing.assert_close(logits(load(tmp_path / to))[..., : wanted.shape[-1]], wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_lora_may_lie_on_a_whole_llava(world, adapter, tmp_path) -> None:
+def test_lora_on_a_llava_base(world, adapter, tmp_path) -> None:
     root, loaded, _ = world
     folder, wanted = adapter
-    base = layouts.original(loaded, root, tmp_path / "base")
+    base = foreign.original(loaded, root, tmp_path / "base")
     got = logits(load(folder, options=Options(base=str(base))))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
@@ -99,7 +99,7 @@ def test_a_lora_may_lie_on_a_whole_llava(world, adapter, tmp_path) -> None:
         ({"base_model_name_or_path": "nowhere/at-all"}, r"nowhere/at-all.* is not here; fix: --base"),
     ],
 )
-def test_a_lora_that_plain_merging_would_spoil_is_refused(adapter, change, message, tmp_path) -> None:
+def test_unsupported_lora_settings_are_refused(adapter, change, message, tmp_path) -> None:
     shutil.copytree(adapter[0], tmp_path / "c")
     file = tmp_path / "c" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -107,7 +107,7 @@ def test_a_lora_that_plain_merging_would_spoil_is_refused(adapter, change, messa
         open_checkpoint(tmp_path / "c")
 
 
-def test_half_an_adapter_and_a_blind_one_are_refused(world, adapter, tmp_path) -> None:
+def test_incomplete_adapters_are_refused(world, adapter, tmp_path) -> None:
     folder = tmp_path / "c"
     shutil.copytree(adapter[0], folder)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -126,23 +126,23 @@ def test_half_an_adapter_and_a_blind_one_are_refused(world, adapter, tmp_path) -
 
 @pytest.fixture(scope="module")
 def tuned(world) -> tuple[Path, Loaded, Path]:
-    """A LLaVA in the original layout, three rows longer than its base and tuned away from it a little."""
+    """A LLaVA in the original format, fine-tuned from its base and with three more rows."""
     root, loaded, options = world
     torch.manual_seed(9)
-    tensors = {n: t for n, t in layouts.language(loaded.model).items() if "inv_freq" not in n}
+    tensors = {n: t for n, t in foreign.language(loaded.model).items() if "inv_freq" not in n}
     tensors = {n: t + 0.01 * torch.randn_like(t) for n, t in tensors.items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], torch.randn(3, 32)])
     folder = root / "target"
     folder.mkdir()
-    torch.save(tensors | layouts.projector(loaded.model), folder / "pytorch_model.bin")
-    config = layouts.original_config(loaded.model, str(root / "clip"))
+    torch.save(tensors | foreign.projector(loaded.model), folder / "pytorch_model.bin")
+    config = foreign.original_config(loaded.model, str(root / "clip"))
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 3}))
     loaded.tokenizer.save_pretrained(folder)
     return folder, load(folder), Path(options.base or "")
 
 
-def test_a_delta_made_and_applied_is_the_target(tuned, tmp_path) -> None:
+def test_delta_round_trip_gives_the_target(tuned, tmp_path) -> None:
     target, loaded, base = tuned
     made = delta.make(str(base), target, tmp_path / "delta", shard_bytes=20_000)
     assert made["blocks"] == {"model.embed_tokens.weight": 320, "lm_head.weight": 320}
@@ -159,14 +159,14 @@ def test_a_delta_made_and_applied_is_the_target(tuned, tmp_path) -> None:
     assert float(tensors["model.norm.weight"].read().abs().max()) < 0.1
 
 
-def test_a_delta_is_not_a_model(tuned, tmp_path) -> None:
+def test_delta_is_not_opened_as_a_model(tuned, tmp_path) -> None:
     target, _, base = tuned
     delta.make(str(base), target, tmp_path / "delta")
     with pytest.raises(CheckpointError, match=r"delta weights.*`llava delta apply`"):
         open_checkpoint(tmp_path / "delta")
 
 
-def test_a_dry_run_reports_and_writes_nothing(tuned, tmp_path) -> None:
+def test_dry_run_of_a_delta_writes_nothing(tuned, tmp_path) -> None:
     target, _, base = tuned
     report = delta.make(str(base), target, tmp_path / "delta", dry_run=True)
     assert report["added"] == 2 * 9 + 1
@@ -174,7 +174,7 @@ def test_a_dry_run_reports_and_writes_nothing(tuned, tmp_path) -> None:
     assert not (tmp_path / "delta").exists()
 
 
-def test_another_base_is_refused(tuned, tmp_path) -> None:
+def test_delta_of_another_base_is_refused(tuned, tmp_path) -> None:
     target, _, base = tuned
     delta.make(str(base), target, tmp_path / "delta")
     other = tmp_path / "other"
@@ -195,7 +195,7 @@ def test_another_base_is_refused(tuned, tmp_path) -> None:
         delta.apply(str(other), tmp_path / "delta", tmp_path / "third")
 
 
-def test_values_that_are_not_finite_are_refused(tuned, tmp_path) -> None:
+def test_non_finite_values_are_refused(tuned, tmp_path) -> None:
     target, _, base = tuned
     delta.make(str(base), target, tmp_path / "delta")
     (file,) = (tmp_path / "delta").glob("*.safetensors")

@@ -1,4 +1,4 @@
-"""What the releases look like in detail: each test is a trap that a real folder holds."""
+"""Details of the released folders that a reader can get wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import layouts
+import foreign
 import pytest
 import torch
 from PIL import Image
@@ -34,12 +34,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(root: Path) -> Loaded:
-    return layouts.model(root)
+    return foreign.model(root)
 
 
 @pytest.fixture
 def original(loaded, root, tmp_path) -> Path:
-    return layouts.original(loaded, root, tmp_path / "original", shards=2)
+    return foreign.original(loaded, root, tmp_path / "original", shards=2)
 
 
 def open_format(path: Path) -> str | None:
@@ -51,23 +51,23 @@ def change(file: Path, **fields: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-def test_a_release_has_its_projector_once_more_beside_the_shards(original, loaded) -> None:
-    torch.save(layouts.projector(loaded.model), original / "mm_projector.bin")
+def test_release_with_an_extra_projector_file(original, loaded) -> None:
+    torch.save(foreign.projector(loaded.model), original / "mm_projector.bin")
     assert open_format(original) == "original"
     assert "language_model" in open_checkpoint(original).parts
 
 
-def test_a_projector_may_lie_alone_under_its_published_name(loaded, root, tmp_path) -> None:
+def test_projector_file_under_its_published_name(loaded, root, tmp_path) -> None:
     folder = tmp_path / "zoo"
     folder.mkdir()
-    torch.save(layouts.projector(loaded.model), folder / "LLaVA-7b-pretrain-projector-v0.bin")
+    torch.save(foreign.projector(loaded.model), folder / "LLaVA-7b-pretrain-projector-v0.bin")
     assert open_format(folder) == "projector"
     options = Options(base=str(root / "llm"), vision_tower=str(root / "clip"))
     assert open_checkpoint(folder, options).parts == ("multi_modal_projector", "language_model")
 
 
 @pytest.fixture(scope="module")
-def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentencepiece model like LLaMA's, trained here: bytes for unknown characters, `</s>` as BOS or not."""
     import sentencepiece
 
@@ -84,18 +84,16 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "llava", "llava_llama"])
-def test_a_release_with_tokenizer_model_alone_reads_and_keeps_its_tokens(
-    original, spoken, model_type, tmp_path
-) -> None:
+def test_release_with_only_a_sentencepiece_tokenizer(original, sentencepiece_model, model_type, tmp_path) -> None:
     import sentencepiece
 
     for file in original.glob("tokenizer*"):
         file.unlink()
-    shutil.copyfile(spoken, original / "tokenizer.model")
+    shutil.copyfile(sentencepiece_model, original / "tokenizer.model")
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (original / "tokenizer_config.json").write_text(json.dumps(settings))
     change(original / "config.json", model_type=model_type)
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(spoken)).encode("what color is the car")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model)).encode("what color is the car")
     assert inspect(original)["problems"] == []
     for to in ("llava", "hf"):
         convert(original, tmp_path / to, to)
@@ -105,7 +103,7 @@ def test_a_release_with_tokenizer_model_alone_reads_and_keeps_its_tokens(
         assert tokenizer.bos_token_id == 1
 
 
-def test_a_tokenizer_with_code_is_never_run(original, tmp_path) -> None:
+def test_code_of_a_tokenizer_is_never_run(original, tmp_path) -> None:
     mark = tmp_path / "executed"
     (original / "evil.py").write_text(f"import os\nos.system('touch {mark}')\nclass Evil: pass\n")
     auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
@@ -116,7 +114,7 @@ def test_a_tokenizer_with_code_is_never_run(original, tmp_path) -> None:
     assert not mark.exists()
 
 
-def test_an_export_declares_the_type_of_its_language_model(original, tmp_path) -> None:
+def test_export_declares_the_dtype_of_its_language_model(original, tmp_path) -> None:
     for file in original.glob("*.bin"):
         torch.save({n: t.half() for n, t in torch.load(file, weights_only=True).items()}, file)
     convert(original, tmp_path / "hf", "hf")
@@ -140,9 +138,9 @@ def test_the_era_decides_template_and_image_position(original, bos, delimiters, 
     assert not any(note.startswith("template") for note in changed.notes)
 
 
-def test_a_sparse_text_config_has_the_defaults(loaded, root, tmp_path) -> None:
+def test_missing_text_config_fields_have_defaults(loaded, root, tmp_path) -> None:
     """As llava-hf writes it: only what differs from transformers' defaults."""
-    folder = layouts.hf(layouts.model(tmp_path / "b", "mlp2x_gelu"), tmp_path / "b", tmp_path / "hf")
+    folder = foreign.hf(foreign.model(tmp_path / "b", "mlp2x_gelu"), tmp_path / "b", tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     for name in ("hidden_act", "rms_norm_eps", "attention_bias", "rope_parameters", "tie_word_embeddings"):
         config["text_config"].pop(name)
@@ -154,7 +152,7 @@ def test_a_sparse_text_config_has_the_defaults(loaded, root, tmp_path) -> None:
 # ------------------------------------------------------------------------------------------------ others' changes
 
 
-def test_an_export_that_others_changed_is_not_read_by_our_old_description(original, tmp_path) -> None:
+def test_export_changed_by_others_is_refused(original, tmp_path) -> None:
     convert(original, tmp_path / "hf", "hf")
     convert(original, tmp_path / "back", "original")
     change(tmp_path / "hf" / "config.json", vision_feature_layer=-1)
@@ -165,7 +163,7 @@ def test_an_export_that_others_changed_is_not_read_by_our_old_description(origin
         open_checkpoint(tmp_path / "back")
 
 
-def test_a_tower_by_another_name_is_another_tower_only_if_its_files_differ(original, root, tmp_path) -> None:
+def test_vision_towers_are_compared_by_their_files(original, root, tmp_path) -> None:
     convert(original, tmp_path / "c", "llava")
     copy = tmp_path / "copy"
     shutil.copytree(root / "clip", copy)
@@ -181,12 +179,12 @@ def test_a_tower_by_another_name_is_another_tower_only_if_its_files_differ(origi
     assert any("taken unchecked" in note for note in opened.notes)
 
 
-def test_options_that_would_be_ignored_are_refused(original, root) -> None:
+def test_unused_options_are_refused(original, root) -> None:
     with pytest.raises(CheckpointError, match="contains what --base names"):
         open_checkpoint(original, Options(base=str(root / "llm")))
 
 
-def test_looking_downloads_nothing(original, monkeypatch) -> None:
+def test_inspect_downloads_nothing(original, monkeypatch) -> None:
     import huggingface_hub
 
     change(original / "config.json", mm_vision_tower="someone/a-tower")
@@ -206,8 +204,8 @@ def test_looking_downloads_nothing(original, monkeypatch) -> None:
 # ------------------------------------------------------------------------------------------------ delta and LoRA
 
 
-def test_a_model_is_no_delta_and_a_delta_no_model(original, loaded, root, tmp_path) -> None:
-    base = layouts.plain_base(loaded, tmp_path / "base", offset=0.001)
+def test_models_and_deltas_are_distinguished(original, loaded, root, tmp_path) -> None:
+    base = foreign.plain_base(loaded, tmp_path / "base", offset=0.001)
     with pytest.raises(CheckpointError, match="is a model already, no delta"):
         delta.apply(str(base), original, tmp_path / "out")
     delta.make(str(base), original, tmp_path / "delta")
@@ -232,11 +230,11 @@ def test_adapters_that_change_their_base_are_refused(kind, loaded, root, tmp_pat
         open_checkpoint(tmp_path / "lora", Options(base=str(root / "llm")))
 
 
-def test_adapters_on_all_linear_layers_merge_as_peft_does(loaded, root, tmp_path) -> None:
+def test_lora_on_all_linear_layers_equals_peft(loaded, root, tmp_path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base, folder = layouts.plain_base(loaded, tmp_path / "base"), tmp_path / "lora"
+    base, folder = foreign.plain_base(loaded, tmp_path / "base"), tmp_path / "lora"
     config = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for name, p in adapted.named_parameters():
@@ -244,9 +242,10 @@ def test_adapters_on_all_linear_layers_merge_as_peft_does(loaded, root, tmp_path
             torch.nn.init.normal_(p, 0, 0.2)
     adapted.save_pretrained(folder)
     torch.save(
-        layouts.projector(loaded.model, "base_model.model.model.mm_projector."), folder / "non_lora_trainables.bin"
+        foreign.projector(loaded.model, "base_model.model.model.mm_projector."),
+        folder / "non_lora_trainables.bin",
     )
-    (folder / "config.json").write_text(json.dumps(layouts.original_config(loaded.model, str(root / "clip"))))
+    (folder / "config.json").write_text(json.dumps(foreign.original_config(loaded.model, str(root / "clip"))))
     merged = adapted.merge_and_unload()
     ours = load(folder, options=Options(base=str(base)))
     ids = torch.arange(3, 12)[None]
@@ -257,7 +256,7 @@ def test_adapters_on_all_linear_layers_merge_as_peft_does(loaded, root, tmp_path
 # ------------------------------------------------------------------------------------------------ odds and ends
 
 
-def test_two_names_of_one_tensor_are_written_twice(original, tmp_path) -> None:
+def test_tensor_with_two_names_is_written_twice(original, tmp_path) -> None:
     merged = {n: t for f in original.glob("*.bin") for n, t in torch.load(f, weights_only=True).items()}
     merged["lm_head.weight"] = merged["model.embed_tokens.weight"]
     for file in original.glob("pytorch_model*"):
@@ -268,14 +267,14 @@ def test_two_names_of_one_tensor_are_written_twice(original, tmp_path) -> None:
     assert torch.equal(opened.tensors["language_model.lm_head.weight"].read(), merged["lm_head.weight"])
 
 
-def test_comparing_nothing_is_no_agreement(original, tmp_path, monkeypatch) -> None:
+def test_comparison_of_no_module_is_an_error(original, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(divergence, "_in_memory", lambda name: f"nowhere.{name}")
     with pytest.raises(CheckpointError, match="nothing is compared"):
         convert(original, tmp_path / "hf", "hf", verify=True)
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_picture_and_its_file_are_seen_alike(loaded, tmp_path) -> None:
+def test_image_and_image_file_give_the_same_pixels(loaded, tmp_path) -> None:
     clear = Image.new("RGBA", (40, 32), (10, 20, 30, 0))
     clear.save(tmp_path / "clear.png")
     turned, exif = Image.new("RGB", (32, 40), (255, 255, 255)), Image.Exif()
@@ -290,7 +289,7 @@ def test_a_picture_and_its_file_are_seen_alike(loaded, tmp_path) -> None:
         assert from_file.tobytes() == opened.tobytes()
 
 
-def test_paths_start_where_the_user_stands(original, tmp_path, monkeypatch) -> None:
+def test_paths_are_relative_to_the_working_folder(original, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load("original").manifest["template"] == "v1"
     convert(Path("original"), Path("out"), "llava")
@@ -303,7 +302,7 @@ def test_paths_start_where_the_user_stands(original, tmp_path, monkeypatch) -> N
     ("file", "text"),
     [("config.json", "[" * 100_000), ("config.json", '{"mm_vision_tower": 1' + "0" * 5000 + "}")],
 )
-def test_json_that_nobody_wrote_is_one_line(original, file, text) -> None:
+def test_invalid_json_is_a_one_line_problem(original, file, text) -> None:
     (original / file).write_text(text)
     (problem,) = inspect(original)["problems"]
     assert "not JSON" in problem
@@ -318,14 +317,14 @@ def test_json_that_nobody_wrote_is_one_line(original, file, text) -> None:
         ({"base_hash": 3}, "base_hash"),
     ],
 )
-def test_facts_of_another_type_are_one_line(loaded, tmp_path, fields, message) -> None:
+def test_usage_of_a_wrong_type_is_a_one_line_problem(loaded, tmp_path, fields, message) -> None:
     saved = save_checkpoint(tmp_path / "c", loaded, "full", template="v0")
     change(saved / "manifest.json", **fields)
     (problem,) = inspect(saved)["problems"]
     assert message in problem
 
 
-def test_a_target_in_an_empty_working_folder(original, tmp_path, monkeypatch) -> None:
+def test_convert_into_an_empty_working_folder(original, tmp_path, monkeypatch) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     convert(original, Path("."), "projector")

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the layouts of others, written here with each layout's real names, by no code of ours."""
+"""Tiny random checkpoints in the formats of others, written here with their real names and by none of our writers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ DELIMITERS = ["<im_start>", "<im_end>"]
 
 
 def model(root: Path, projector: str = "linear", feature_layer: int = -2, delimiters: bool = False) -> Loaded:
-    """A random model on tiny base models in `root`; every parameter is drawn, so that none can be lost unseen."""
+    """A random model on tiny base models in `root`; every parameter is random, so that a lost one is noticed."""
     bases = (str(root / "llm"), str(root / "clip")) if (root / "clip").exists() else tiny.base_models(root)
     torch.manual_seed(7)
     loaded = build(*bases, torch.float32, projector, feature_layer)
-    if delimiters:  # two more words, as the tokenizers of the v0 era have them
+    if delimiters:  # two more words, as in the tokenizers of v0
         loaded.tokenizer.add_tokens(DELIMITERS, special_tokens=True)
         loaded.model.language_model.resize_token_embeddings(len(loaded.tokenizer))
     for name, p in loaded.model.named_parameters():
@@ -40,7 +40,7 @@ def model(root: Path, projector: str = "linear", feature_layer: int = -2, delimi
 
 
 def save_tower(made: Llava, folder: Path) -> None:
-    """The tower as a CLIP checkpoint of the hub has it: `vision_model.` before each name, a text half beside it."""
+    """The tower as a CLIP checkpoint of the hub has it: `vision_model.` before each name, with a text half."""
     tensors = {f"vision_model.{n}": t.detach().clone() for n, t in made.vision_tower.state_dict().items()}
     tensors["logit_scale"] = torch.tensor(2.6)
     tensors["text_projection.weight"] = torch.randn(16, 24)
@@ -60,7 +60,7 @@ def language(made: Llava) -> dict[str, torch.Tensor]:
 
 
 def plain_base(loaded: Loaded, folder: Path, offset: float = 0.0) -> Path:
-    """The language model alone, as a LLaMA of the hub; `offset` is added to every number."""
+    """The language model as a LLaMA of the hub; `offset` is added to every number."""
     folder.mkdir()
     tensors = {n: t + offset for n, t in language(loaded.model).items() if "inv_freq" not in n}
     save_file(tensors, folder / "model.safetensors")
@@ -97,7 +97,7 @@ def _tokenizer(root: Path, folder: Path) -> None:
 
 
 def original(loaded: Loaded, root: Path, folder: Path, shards: int = 1, tower: bool = False) -> Path:
-    """The original layout, `pytorch_model*.bin`; with `tower`, as runs that tuned or saved the tower wrote it."""
+    """The original format, `pytorch_model*.bin`; with `tower`, as runs that tuned or saved the tower wrote it."""
     folder.mkdir()
     tensors = {**language(loaded.model), **projector(loaded.model)}
     if tower:
@@ -119,7 +119,7 @@ def original(loaded: Loaded, root: Path, folder: Path, shards: int = 1, tower: b
 
 
 def mmpretrain(loaded: Loaded, folder: Path) -> Path:
-    """A flat `.pth` as mmpretrain's converter writes it: the original names behind `model.lang_encoder.`."""
+    """A flat `.pth` as mmpretrain's converter writes it: the original names after `model.lang_encoder.`."""
     folder.mkdir()
     tensors = {**language(loaded.model), **projector(loaded.model)}
     torch.save({f"model.lang_encoder.{n}": t for n, t in tensors.items()}, folder / "llava_7b.pth")
@@ -127,7 +127,7 @@ def mmpretrain(loaded: Loaded, folder: Path) -> Path:
 
 
 def hf(loaded: Loaded, root: Path, folder: Path) -> Path:
-    """transformers' own class, saved by its own `save_pretrained`, the image token in a vocabulary with spare rows."""
+    """transformers' own class, saved by `save_pretrained`; the image token is in a vocabulary with padding rows."""
     from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration
 
     made, linear = loaded.model, loaded.model.projector_name == "linear"

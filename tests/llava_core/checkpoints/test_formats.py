@@ -1,4 +1,4 @@
-"""Round trips between all layouts: equal logits, no key lost, none invented; strict where anything is off."""
+"""Round trips between all formats: equal logits, the same tensors, and an error for any that is wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import layouts
+import foreign
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,21 +19,22 @@ from companion.checkpoints.divergence import first_divergence, first_module, ver
 from llava_core.checkpoints.base_models import load_language_model
 from llava_core.checkpoints.configs import tower_config
 from llava_core.checkpoints.describe import Checkpoint, Description, Options, check, expected_shapes
-from llava_core.checkpoints.formats.common import new_checkpoint
+from llava_core.checkpoints.formats.common import CheckpointFormat, new_checkpoint
 from llava_core.checkpoints.formats.names import export_name, import_name
 from llava_core.checkpoints.formats.original import from_original
 from llava_core.checkpoints.load import Loaded, load, save_checkpoint
 from llava_core.checkpoints.open import FORMATS, detect_format, format_named, open_checkpoint
 from llava_core.checkpoints.tensors import LazyTensor
+from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
 from llava_core.constants import IMAGE_TOKEN_ID
-from llava_core.runtime import CheckpointError
+from llava_core.runtime import CheckpointError, ConfigError
 
 SOURCES = ("original", "original with tower", "mmpretrain", "hf", "llava", "projector")
 WHOLE = [name for name in targets() if not format_named(name).only_required_parts]
 
 
 def logits(loaded: Loaded) -> torch.Tensor:
-    """Of a fixed row with an image."""
+    """Logits of a fixed sequence with an image."""
     generator = torch.Generator().manual_seed(3)
     n, size = loaded.model.n_image_tokens, loaded.processor.size
     ids = torch.tensor([[1, 5, *[IMAGE_TOKEN_ID] * n, 9, 20, 30]])
@@ -42,7 +44,7 @@ def logits(loaded: Loaded) -> torch.Tensor:
 
 
 def needed(options: Options, name: str) -> Options:
-    """What a layout does not hold itself; anything more is refused."""
+    """Options for what a format does not contain; unused ones are refused."""
     return options if name in ("mmpretrain", "projector") else Options()
 
 
@@ -51,27 +53,27 @@ def write(name: str, loaded: Loaded, root: Path, folder: Path) -> Path:
     if name == "llava":
         return save_checkpoint(folder, loaded, "full", template="v1", image_position="first")
     if name == "hf":
-        return layouts.hf(loaded, root, folder)
+        return foreign.hf(loaded, root, folder)
     if name == "mmpretrain":
-        return layouts.mmpretrain(loaded, folder)
-    if name == "projector":  # the language model it was trained with lies in `base`
+        return foreign.mmpretrain(loaded, folder)
+    if name == "projector":  # its language model is in the folder `base`
         folder.mkdir()
-        torch.save(layouts.projector(loaded.model), folder / "mm_projector.bin")
+        torch.save(foreign.projector(loaded.model), folder / "mm_projector.bin")
         return folder
-    return layouts.original(loaded, root, folder, shards=3, tower=name.endswith("tower"))
+    return foreign.original(loaded, root, folder, shards=3, tower=name.endswith("tower"))
 
 
 @pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
 def world(request, tmp_path_factory) -> tuple[Path, Loaded, Options]:
     """A folder with base models, a random model on them, and the options that name the bases."""
     root = tmp_path_factory.mktemp(request.param)
-    loaded = layouts.model(root, request.param)
-    base = layouts.plain_base(loaded, root / "base")
+    loaded = foreign.model(root, request.param)
+    base = foreign.plain_base(loaded, root / "base")
     return root, loaded, Options(base=str(base), vision_tower=str(root / "clip"))
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_each_layout_goes_into_each_without_loss(world, name, tmp_path) -> None:
+def test_every_format_converts_to_every_other(world, name, tmp_path) -> None:
     root, loaded, options = world
     source, options = write(name, loaded, root, tmp_path / "source"), needed(options, name)
     wanted = logits(loaded)
@@ -95,7 +97,7 @@ def test_each_layout_goes_into_each_without_loss(world, name, tmp_path) -> None:
         assert first_divergence(opened, open_checkpoint(tmp_path / f"{to}-again")) is None
 
 
-def test_the_projector_alone_goes_out_and_in(world, tmp_path) -> None:
+def test_projector_file_round_trip(world, tmp_path) -> None:
     root, loaded, options = world
     source = write("original", loaded, root, tmp_path / "source")
     convert(source, tmp_path / "p", "projector")
@@ -108,8 +110,8 @@ def test_the_projector_alone_goes_out_and_in(world, tmp_path) -> None:
         convert(tmp_path / "p", tmp_path / "q", "hf", Options(vision_tower=options.vision_tower))
 
 
-def test_a_projector_file_may_carry_word_embeddings(world, tmp_path) -> None:
-    """v0's extraction took the whole table, later runs the two rows of the image delimiters."""
+def test_projector_file_with_word_embeddings(world, tmp_path) -> None:
+    """v0's script extracted all rows, later ones the two rows of the image delimiters."""
     _, loaded, options = world
     words = loaded.model.language_model.get_input_embeddings().weight.detach()
     base = tmp_path / "base"
@@ -119,24 +121,62 @@ def test_a_projector_file_may_carry_word_embeddings(world, tmp_path) -> None:
     base.mkdir()
     (base / "config.json").write_text(json.dumps(config))
     tokenizer.save_pretrained(base)
-    tensors = {n: t for n, t in layouts.language(loaded.model).items() if "inv_freq" not in n}
+    tensors = {n: t for n, t in foreign.language(loaded.model).items() if "inv_freq" not in n}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], torch.zeros(2, tensors[name].shape[1])])
     save_file(tensors, base / "model.safetensors")
     options = Options(base=str(base), vision_tower=options.vision_tower)
     file, rows = tmp_path / "projector.bin", torch.randn(2, words.shape[1])
-    torch.save({**layouts.projector(loaded.model), "model.embed_tokens.weight": rows}, file)
+    torch.save({**foreign.projector(loaded.model), "model.embed_tokens.weight": rows}, file)
     opened = open_checkpoint(file, options)
     table = opened.tensors["language_model.model.embed_tokens.weight"].read()
     torch.testing.assert_close(table, torch.cat([words, rows]))
     assert opened.description.usage["image_delimiters"] == ["<im_start>", "<im_end>"]
-    whole = torch.randn(len(tokenizer), words.shape[1])
-    torch.save({**layouts.projector(loaded.model), "model.embed_tokens.weight": whole}, file)
+    full = torch.randn(len(tokenizer), words.shape[1])
+    torch.save({**foreign.projector(loaded.model), "model.embed_tokens.weight": full}, file)
     table = open_checkpoint(file, options).tensors["language_model.model.embed_tokens.weight"].read()
-    torch.testing.assert_close(table, whole)
-    torch.save({**layouts.projector(loaded.model), "model.embed_tokens.weight": whole[:-1]}, file)
+    torch.testing.assert_close(table, full)
+    torch.save({**foreign.projector(loaded.model), "model.embed_tokens.weight": full[:-1]}, file)
     with pytest.raises(CheckpointError, match="vocabulary was extended"):
         open_checkpoint(file, options)
+
+
+def npz_format() -> CheckpointFormat:
+    """A format of one NumPy archive and our description, as a contributor would add it."""
+
+    def read(path: Path, options: Options) -> Checkpoint:
+        description = Description.from_dict(json.loads((path / "about.json").read_text()), path / "about.json")
+        arrays = dict(np.load(path / "weights.npz"))
+        tensors = {name: LazyTensor.of(torch.from_numpy(array)) for name, array in arrays.items()}
+        return new_checkpoint("npz", path, tensors, lambda name: name, description, tokenizer_folder(path), [])
+
+    def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
+        np.savez(folder / "weights.npz", **{n: t.read().numpy() for n, t in checkpoint.tensors.items()})
+        (folder / "about.json").write_text(json.dumps(checkpoint.description.to_dict()))
+        copy_tokenizer(checkpoint.tokenizer, folder)
+
+    return CheckpointFormat("npz", "a NumPy archive", lambda path: (path / "weights.npz").exists(), read, write)
+
+
+def test_new_format_is_one_entry_in_the_tuple(world, tmp_path, monkeypatch) -> None:
+    root, loaded, _ = world
+    source = write("original", loaded, root, tmp_path / "source")
+    with pytest.raises(ConfigError, match="unknown checkpoint format 'npz'"):
+        convert(source, tmp_path / "npz", "npz")
+    monkeypatch.setattr("llava_core.checkpoints.open.FORMATS", (*FORMATS, npz_format()))
+    convert(source, tmp_path / "npz", "npz")
+    convert(tmp_path / "npz", tmp_path / "back", "original")
+    torch.testing.assert_close(logits(load(tmp_path / "npz")), logits(loaded), rtol=0, atol=0)
+    assert first_divergence(open_checkpoint(source), open_checkpoint(tmp_path / "back")) is None
+
+
+def test_safetensors_win_over_the_index_of_another_format(world, tmp_path) -> None:
+    root, loaded, _ = world
+    source = write("original", loaded, root, tmp_path / "source")  # pytorch_model.bin.index.json and shards
+    tensors = {n: t + 1 for n, t in foreign.language(loaded.model).items()} | foreign.projector(loaded.model)
+    save_file(tensors, source / "model.safetensors")
+    words = open_checkpoint(source).tensors["language_model.model.embed_tokens.weight"].read()
+    assert torch.equal(words, tensors["model.embed_tokens.weight"])
 
 
 # ------------------------------------------------------------------------------------------------ one thing wrong
@@ -162,21 +202,21 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def sound(world, tmp_path_factory) -> dict[str, Path]:
-    """One sound checkpoint of each foreign layout, in one file."""
+def intact(world, tmp_path_factory) -> dict[str, Path]:
+    """One intact checkpoint of each foreign format, in one file."""
     root, loaded, _ = world
-    folder = tmp_path_factory.mktemp("sound")
+    folder = tmp_path_factory.mktemp("intact")
     made = {name: write(name, loaded, root, folder / name) for name in ("mmpretrain", "hf")}
-    return made | {"original": layouts.original(loaded, root, folder / "original")}
+    return made | {"original": foreign.original(loaded, root, folder / "original")}
 
 
 @pytest.mark.parametrize("name", KEYS)
 @pytest.mark.parametrize("wrong", ["missing", "extra", "shape", "renamed"])
-def test_one_wrong_key_stops_with_its_name(world, sound, name, wrong, tmp_path) -> None:
+def test_wrong_tensor_is_named_in_the_error(world, intact, name, wrong, tmp_path) -> None:
     import shutil
 
     folder, key, options = tmp_path / "c", KEYS[name], needed(world[2], name)
-    shutil.copytree(sound[name], folder)
+    shutil.copytree(intact[name], folder)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         if wrong in ("missing", "renamed"):
@@ -201,19 +241,19 @@ def test_one_wrong_key_stops_with_its_name(world, sound, name, wrong, tmp_path) 
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_one_changed_weight_is_reported_as_the_first_divergence(world, sound, tmp_path) -> None:
+def test_first_divergence_names_the_changed_tensor(world, intact, tmp_path) -> None:
     import shutil
 
     loaded = world[1]
     folder = tmp_path / "c"
-    shutil.copytree(sound["original"], folder)
+    shutil.copytree(intact["original"], folder)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for key in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
             tensors[key][0, 0] += 0.25
 
     _edit(folder, change)
-    one, other = (open_checkpoint(f) for f in (sound["original"], folder))
+    one, other = (open_checkpoint(f) for f in (intact["original"], folder))
     found = first_divergence(one, other)
     assert found is not None
     assert found.name == "language_model.model.layers.0.mlp.down_proj.weight"
@@ -223,7 +263,7 @@ def test_one_changed_weight_is_reported_as_the_first_divergence(world, sound, tm
         torch.testing.assert_close(logits(load(folder)), logits(loaded))
 
 
-def test_a_writer_that_mixes_up_two_tensors_is_caught(sound, tmp_path, monkeypatch) -> None:
+def test_swapped_tensors_are_caught_after_writing(intact, tmp_path, monkeypatch) -> None:
     real = format_named("original").write
     assert real is not None
 
@@ -239,19 +279,19 @@ def test_a_writer_that_mixes_up_two_tensors_is_caught(sound, tmp_path, monkeypat
     with pytest.raises(
         CheckpointError, match=r"not the same: language_model\.model\.layers\.0\.mlp\.gate_proj\.weight"
     ):
-        convert(sound["hf"], tmp_path / "out", "original")
+        convert(intact["hf"], tmp_path / "out", "original")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_report_names_the_first_module_that_differs(world, tmp_path) -> None:
+def test_verification_names_the_first_module_that_differs(world, tmp_path) -> None:
     root, loaded, _ = world
-    source = layouts.original(loaded, root, tmp_path / "source")
+    source = foreign.original(loaded, root, tmp_path / "source")
     report = convert(source, tmp_path / "hf", "hf", verify=True)
     assert 0 <= report["largest_difference"] < 1e-5
     opened = open_checkpoint(source).require("vision_tower")
-    whole = verify_export(opened, tmp_path / "hf")
-    names = [d.name for d in whole]
-    assert first_module(whole) is None
+    full = verify_export(opened, tmp_path / "hf")
+    names = [d.name for d in full]
+    assert first_module(full) is None
     assert names.index("vision_tower.embeddings") < names.index("multi_modal_projector") < len(names) - 1
     assert {"language_model.model.layers.1.mlp", "language_model.lm_head"} <= set(names)
     name = "language_model.model.layers.1.mlp.up_proj.weight"
@@ -268,8 +308,8 @@ def test_the_report_names_the_first_module_that_differs(world, tmp_path) -> None
 
 @pytest.mark.parametrize(("layers", "width", "heads", "ffn"), [(32, 4096, 32, 11008), (40, 5120, 40, 13824)])
 @pytest.mark.parametrize("name", ["original", "hf", "mmpretrain"])
-def test_the_key_map_of_7b_and_13b_is_complete(name, layers, width, heads, ffn) -> None:
-    """No weight is made: names and shapes alone, as an index and the headers of the shards give them."""
+def test_weight_map_of_7b_and_13b_is_complete(name, layers, width, heads, ffn) -> None:
+    """Names and shapes without weights, as an index and the headers of the shards give them."""
     language = {
         "model_type": "llama", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": heads, "intermediate_size": ffn, "vocab_size": 32000, "max_position_embeddings": 4096,
@@ -298,9 +338,9 @@ def test_the_key_map_of_7b_and_13b_is_complete(name, layers, width, heads, ffn) 
         check(opened)
 
 
-def test_a_release_of_7b_converts_its_whole_key_map(tmp_path) -> None:
-    """Names as the index of a released 1.5 has them, with a tower and the rotary frequencies of 2023."""
-    ends = [f"{name}.weight" for name in layouts.LLAMA_LAYER]
+def test_released_7b_names_convert_completely(tmp_path) -> None:
+    """Names of the index of a released 1.5, with a tower and the rotary frequencies of files of 2023."""
+    ends = [f"{name}.weight" for name in foreign.LLAMA_LAYER]
     language = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}
     tower = tower_config(
         {
@@ -347,8 +387,8 @@ def test_a_release_of_7b_converts_its_whole_key_map(tmp_path) -> None:
 # ------------------------------------------------------------------------------------------------ shards and memory
 
 
-def test_shards_are_written_in_order_and_small(sound, tmp_path) -> None:
-    convert(sound["original"], tmp_path / "out", "hf", shard_bytes=20_000)
+def test_shards_are_small_and_in_order(intact, tmp_path) -> None:
+    convert(intact["original"], tmp_path / "out", "hf", shard_bytes=20_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 5
@@ -360,8 +400,8 @@ def test_shards_are_written_in_order_and_small(sound, tmp_path) -> None:
     assert held == index["weight_map"]
 
 
-def test_conversion_holds_about_one_shard(sound, tmp_path) -> None:
-    """The largest tensors alive at once, counted by the writer's own calls."""
+def test_conversion_needs_memory_for_one_shard(intact, tmp_path) -> None:
+    """The peak size of live tensors, counted in the calls of the writer."""
     alive, most = 0, 0
 
     def counted(tensor: LazyTensor) -> LazyTensor:
@@ -382,7 +422,7 @@ def test_conversion_holds_about_one_shard(sound, tmp_path) -> None:
 
         return LazyTensor(tensor.shape, tensor.dtype, read)
 
-    opened = open_checkpoint(sound["original"])
+    opened = open_checkpoint(intact["original"])
     opened.tensors = {n: counted(t) for n, t in opened.tensors.items()}
     folder = tmp_path / "out"
     folder.mkdir()
@@ -394,8 +434,8 @@ def test_conversion_holds_about_one_shard(sound, tmp_path) -> None:
     assert most < sum(t.bytes for t in opened.tensors.values()) / 2
 
 
-def test_the_weight_map_names_all_three_sides(sound) -> None:
-    rows = key_map(open_checkpoint(sound["original"]), "hf")
+def test_weight_map_has_all_three_names(intact) -> None:
+    rows = key_map(open_checkpoint(intact["original"]), "hf")
     by_name = {row[1]: row for row in rows}
     row = by_name["language_model.model.layers.0.mlp.up_proj.weight"]
     assert row == (
@@ -403,16 +443,16 @@ def test_the_weight_map_names_all_three_sides(sound) -> None:
     )  # fmt: skip
 
 
-def test_nothing_is_overwritten(sound, tmp_path) -> None:
+def test_existing_target_is_not_overwritten(intact, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="exists already"):
-        convert(sound["hf"], tmp_path / "out", "llava")
+        convert(intact["hf"], tmp_path / "out", "llava")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
 def test_tied_embeddings_are_stored_once(tmp_path) -> None:
-    loaded = layouts.model(tmp_path)
+    loaded = foreign.model(tmp_path)
     llm = loaded.model.language_model
     llm.config.tie_word_embeddings = True
     llm.lm_head.weight = llm.model.embed_tokens.weight
