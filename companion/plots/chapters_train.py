@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from companion.ablations import factual_folder, grounding_result, load_run
 from companion.data_tools.coco import load_annotations
 from companion.data_tools.scienceqa import Problem
 from companion.evaluation import science_qa
@@ -25,6 +24,7 @@ from companion.evaluation.relative_score import relative_scores
 from companion.evaluation.statistics import paired_bootstrap
 from companion.paper.claims import all_claims, claim
 from companion.plots.figures import BLUE, MUTED, ORANGE, _axes, _styled
+from companion.results import factual_folder, grounding_result, load_run
 from companion.teacher.chat import ChatClient
 from companion.teacher.client import OfflineClient
 from llava_core.checkpoints.load import Loaded

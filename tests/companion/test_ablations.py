@@ -9,7 +9,6 @@ import pytest
 from companion import ablations as ab
 from llava_core import runtime
 from llava_core.config import load_experiment
-from llava_core.record import RunRecord
 from llava_core.runtime import ConfigError
 
 
@@ -124,19 +123,6 @@ def test_a_failed_review_counts_for_neither_side() -> None:
     rows[0] = {**rows[0], "tuple": None}
     found = ab.mix_rows({"full": [rows]}, {"full": "bench-coco-full"})
     assert found[0]["relative score (%)"] == pytest.approx(100)
-
-
-def test_a_cached_result_is_measured_again_by_other_code(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record, calls = RunRecord.open(load_experiment("pretrain", "mini")), []
-
-    def compute():
-        calls.append(1)
-        return {"value": len(calls)}
-
-    for version, expected in (("a", 1), ("a", 1), ("b", 2)):
-        monkeypatch.setattr(ab, "sha256_file", lambda path, version=version: f"{version}-{path}")
-        assert ab.cached_result(record, "x", compute)["value"] == expected
-    assert ab.cached_result(record, "y", compute)["value"] == 3  # another name is another result
 
 
 @pytest.mark.parametrize(("worse", "expected"), [(2, "not resolved"), (160, "agrees")])

@@ -2,13 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
 
-from companion import ablations as ablation
 from companion.data_tools.scienceqa import Problem
 from companion.evaluation import ensemble
 from companion.plots import chapters_train as show
@@ -16,8 +14,6 @@ from llava_core.checkpoints.load import Loaded, build
 from llava_core.config import RunConfig, load_experiment
 from llava_core.data.instruct import Sample
 from llava_core.ops.transformers_backend import packed_attention
-from llava_core.record import RunRecord
-from llava_core.runtime import write_json
 from llava_core.train.loader import Loader
 from llava_core.train.trainer import Trainer, TrainingSet
 
@@ -149,12 +145,3 @@ def test_cards_escape_what_was_said() -> None:
     text = show.cards([Image.new("RGB", (8, 8))], [[("LLaVA", "<b>bold</b>")]]).data
     assert "<b>bold" not in text
     assert "&lt;b&gt;bold" in text
-
-
-def test_a_cached_result_is_kept_until_the_code_changes(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = RunRecord.open(load_experiment("pretrain", "mini"))
-    values = iter(np.arange(3).tolist())
-    for expected in (0, 0):
-        assert ablation.cached_result(record, "x", lambda: {"value": next(values)})["value"] == expected
-    write_json(workspace / "data" / "mini" / "mini-coco" / "card.json", {})
-    assert ablation.cached_result(record, "x", lambda: {"value": next(values)})["value"] == 1
