@@ -1,9 +1,9 @@
-"""`llava`: the one entry point. Each command imports what it needs when it runs, so `--help` is instant.
+"""`llava`: the command line. Each command imports its code when it runs, so `--help` is fast.
 
-Every command shows its progress on stderr and its result on stdout (with `--json`: exactly one JSON object), and exits
-with 0, with 1 when the work failed (one line on stderr says why) or with 2 when it was called in a wrong way.
+Every command shows progress on stderr and its result on stdout (with `--json`: exactly one JSON object). Exit codes: 0;
+1 when the work failed (one line on stderr says why); 2 for wrong usage.
 
-A file of this package holds commands that belong together, first what they do and last, in `add`, how they are called.
+Each file of this package has the commands of one topic; its function `add` declares them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _parser(words: Sequence[str] = ()) -> Parser:
 
 
 @contextlib.contextmanager
-def _stdout_is_for_the_result() -> Iterator[None]:
-    """Send whatever the work prints, from child processes too, to stderr."""
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect the work's output, also of child processes, to stderr."""
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `llava`; the process's own when None.
 
     Returns:
-        0, or 1 when the work failed (2, for a wrong call, leaves through argparse's SystemExit).
+        0, or 1 when the work failed (wrong usage raises argparse's SystemExit(2)).
     """
     words = sys.argv[1:] if argv is None else argv
     args = _parser(words).parse_args(words)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.interactive:
             args.run(args)
             return 0
-        with _stdout_is_for_the_result():
+        with _stdout_to_stderr():
             result = args.run(args)
         print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str) if args.json else args.show(result))
     except ModuleNotFoundError as error:

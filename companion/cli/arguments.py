@@ -1,4 +1,4 @@
-"""What commands share: how one is added, the arguments that several of them take, and what these stand for."""
+"""Shared parts of the commands: how one is added, common arguments, and the objects that they name."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _price(text: str) -> tuple[float, float]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with a help as every command has it and the arguments that several commands take."""
+    """An argument parser with the common arguments of the commands."""
 
     def __init__(self, text: str, example: str, **more: Any) -> None:
         super().__init__(
@@ -112,33 +112,33 @@ class Parser(argparse.ArgumentParser):
     def facts(self) -> None:
         self.add_argument(
             "--assume", "--set", dest="set", action="append", default=[], type=_assignment, metavar="KEY=VALUE",
-            help="what the files do not say, e.g. template=v0_exact or image_position=last; once for each",
+            help="a value that the files do not specify, e.g. template=v0_exact or image_position=last; once for each",
         )  # fmt: skip
 
     # a chat model; `chat_client` reads these
 
     def client(self, *more: str) -> None:
-        self.choice("--client", ["offline", "replay", "record", *more, "live"], "offline", "who answers")
+        self.choice("--client", ["offline", "replay", "record", *more, "live"], "offline", "source of the replies")
 
     def chat_model(self, text: str, name: str = "--model") -> None:
-        self.add_argument(name, default="gpt-4-0314", help=f"the {text}, by the name that its server knows")
+        self.add_argument(name, default="gpt-4-0314", help=f"the {text}, by its name on the server")
 
     def cassette(self, more: str) -> None:
         self.path("--cassette", "FILE", f"recorded replies{more}")
 
     def server(self, recording: str = "record") -> None:
-        self.option("--base-url", "URL", "a compatible server; OpenAI's if not given")
+        self.option("--base-url", "URL", "an OpenAI-compatible server (default: OpenAI's)")
         self.option("--budget-usd", "USD", f"stop before more is spent ({recording}: in all runs)", type=float)
 
     def pace(self) -> None:
-        self.option("--price", "PROMPT,REPLY", "USD per million tokens, for a model that is not listed", type=_price)
-        self.option("--concurrency", "N", "requests under way at once", type=int, default=8)
+        self.option("--price", "PROMPT,REPLY", "USD per million tokens, for an unlisted model", type=_price)
+        self.option("--concurrency", "N", "concurrent requests", type=int, default=8)
 
     def timeout(self) -> None:
-        self.option("--timeout", "SECONDS", "without a byte from the server", type=float, default=120.0)
+        self.option("--timeout", "SECONDS", "without data from the server", type=float, default=120.0)
 
     def seed(self) -> None:
-        self.add_argument("--seed", type=int, default=0, help="of what is drawn per record, and of the waits")
+        self.add_argument("--seed", type=int, default=0, help="for random draws per record and for retry delays")
 
     def teacher(self, tape: str, name: str = "--model") -> None:
         self.client()
@@ -154,19 +154,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """These arguments, for a function that calls them by the same names."""
+    """Some arguments as keywords for a function with the same parameter names."""
     return {name: getattr(args, name) for name in names}
 
 
 def options(args: argparse.Namespace) -> Any:
-    """What `Parser.bases` asked for."""
+    """Base model and tower of `Parser.bases`."""
     from llava_core.checkpoints.describe import Options
 
     return Options(base=args.base, vision_tower=args.vision_tower)
 
 
 def loaded(args: argparse.Namespace, device: str = "auto", dtype: str | None = None) -> Any:
-    """The model that is asked for; without a dtype in the one that suits the device."""
+    """Load the model of --model; the default dtype depends on the device."""
     from llava_core.checkpoints.load import load
     from llava_core.runtime import resolve_device, resolve_dtype
 
@@ -176,7 +176,7 @@ def loaded(args: argparse.Namespace, device: str = "auto", dtype: str | None = N
 
 
 def chat_client(args: argparse.Namespace, tape: Path) -> Any:
-    """The client that a command names: offline, replay, record, batch or live."""
+    """The client of --client: offline, replay, record, batch or live."""
     from companion.miniature.offline_chat import respond
     from companion.teacher.client import PAYING, client_from_name
 
@@ -184,7 +184,6 @@ def chat_client(args: argparse.Namespace, tape: Path) -> Any:
     if args.client in PAYING:
         waiting = "poll" if args.client == "batch" else "concurrency"
         live = given(args, "base_url", "budget_usd", "price", "timeout", waiting)
-    # the miniature stands above the teacher, so only here the teacher can meet the offline model
     return client_from_name(args.client, responder=respond, cassette=tape, **live)
 
 
@@ -214,7 +213,7 @@ def command(
     failed: Callable[[Result], bool] = lambda result: False,
     interactive: bool = False,
 ) -> Parser:
-    """Add a command: what `run` gives is printed by `show`, and is exit code 1 where `failed` says so."""
+    """Add a command: `show` prints the result of `run`; the exit code is 1 where `failed` is true of it."""
     new: Parser = into.add_parser(name, help=text, text=text, example=example)
     if not interactive:
         new.switch("--json", "print one JSON object on stdout and nothing else")

@@ -30,7 +30,7 @@ def _check(args: argparse.Namespace) -> Result:
 def _show_problems(result: Result) -> str:
     unit = result.get("counted", "line")
     fixed = [
-        f"{unit} {f['line']}, record {f['record']}: mended: {'; '.join(f['done'])}" for f in result.get("fixed", ())
+        f"{unit} {f['line']}, record {f['record']}: repaired: {'; '.join(f['done'])}" for f in result.get("fixed", ())
     ]
     lines = [
         f"{unit} {p['line']}, record {p['record']}: {p['kind']}: {p['message']}"
@@ -40,7 +40,7 @@ def _show_problems(result: Result) -> str:
     ]
     total = f"{result['records']} records, {len(lines)} problems"
     if "fixed" in result:
-        total += f" left, {len(fixed)} records mended, {result['written']} written to {result['out']}"
+        total += f" left, {len(fixed)} records repaired, {result['written']} written to {result['out']}"
     return "\n".join([*fixed, *lines, total])
 
 
@@ -93,11 +93,11 @@ def _add_data(commands: Commands) -> None:
     new = command(into, "check", text, example, _check, _show_problems, lambda result: bool(result["errors"]))
     new.path("file", "FILE", instructions)
     new.images(unread)
-    new.add_argument("--no-decode", dest="decode", action="store_false", help="look at the images' headers only")
+    new.add_argument("--no-decode", dest="decode", action="store_false", help="check only the images' headers")
     # 1300 is instruct.MAX_WORDS, which is not imported before a command runs
-    text = "a longer record does not fit into 2048 tokens beside its image (default: 1300; 0: no limit)"
+    text = "a longer record exceeds 2048 tokens with its image (default: 1300; 0: no limit)"
     new.option("--max-words", "N", text, type=int, default=1300)
-    new.path("--fix", "OUT", "write a repaired copy and report what is left")
+    new.path("--fix", "OUT", "write a repaired copy and report the remaining problems")
 
     example = "llava data audit chat.json --annotations captions_and_boxes.jsonl"
     text = "count duplicates, leaks and unsupported objects, and write a data card"
@@ -105,20 +105,20 @@ def _add_data(commands: Commands) -> None:
     new.path("file", "FILE", instructions)
     new.path("--annotations", "PATH", "captions_<split>.json of COCO, or a .jsonl as for generate")
     new.images(unread)
-    new.path("--out", "DIR", "for DATA_CARD.md and audit.json; default: beside FILE")
+    new.path("--out", "DIR", "for DATA_CARD.md and audit.json; default: the folder of FILE")
 
     example = "llava data convert photos.csv --to data/mine.json --images photos --columns image=file,answer=legend"
-    text = "make instruction data of a folder of images and texts, a CSV, or a data set on disk"
+    text = "convert a folder of images and texts, a CSV or a data set on disk to instruction data"
     new = command(into, "convert", text, example, _convert)
     new.path("source", "SRC", "folder of image + .txt, .csv, .tsv, .parquet, or save_to_disk folder")
     new.path("--to", "OUT", "the .json, .jsonl or .parquet to write", required=True)
     new.images(" (of those in arrow: where to write)")
-    text = "for id, image, question, answer, type, conversations; common names are known"
+    text = "for id, image, question, answer, type, conversations; common names are detected"
     new.option("--columns", "FIELD=COLUMN,...", text, type=_columns)
-    new.option("--instructions", "LIST", "questions for answers without: brief, detail or a file", default="brief")
+    new.option("--instructions", "LIST", "questions for answers without one: brief, detail or a file", default="brief")
     new.option("--split", "NAME", "part of a data set that has several")
     new.option("--seed", "N", "decides which instruction a record gets", type=int, default=0)
-    new.switch("--skip", "leave rows with problems out, and report them")
+    new.switch("--skip", "skip rows with problems, and report them")
 
     example = "llava data scienceqa data/scienceqa"
     text = "write ScienceQA's train and val splits as the instruction data that the experiments train on"
@@ -171,7 +171,7 @@ def _asking(parser: Parser, tape: str) -> None:
     parser.option("--split", "NAME", "which of a folder's splits, e.g. train2014")
     parser.option("--kinds", "KIND,KIND", f"of {', '.join(KINDS)}", type=some_of(KINDS), default=list(KINDS))
     parser.limit(" images")
-    parser.path("--prompts", "DIR", "the released folders of prompts, or ones alike")
+    parser.path("--prompts", "DIR", "folder of prompts in the released layout")
     parser.chat_model("teacher")
     parser.cassette(tape)
     parser.pace()
@@ -185,16 +185,16 @@ def _add_generate(commands: Commands) -> None:
     _asking(new, "; OUT/cassette.sqlite if not given")
     new.server("record, batch")
     new.timeout()
-    new.option("--poll", "SECONDS", "longest wait between two looks at a batch", type=positive, default=60.0)
-    new.option("--instructions", "LIST", "how a description is asked for: detail, brief or a file", default="detail")
+    new.option("--poll", "SECONDS", "longest interval between two polls of a batch", type=positive, default=60.0)
+    new.option("--instructions", "LIST", "prompts for descriptions: detail, brief or a file", default="detail")
     new.seed()
-    new.path("--out", "DIR", "where the records go", required=True)
+    new.path("--out", "DIR", "folder of the records", required=True)
 
     example = f"llava plan generate {file}"
-    into = group(commands, "plan", "say beforehand what work will take", example)
+    into = group(commands, "plan", "estimate the cost of a command", example)
     text = "estimate requests, tokens, USD and hours of `llava generate`; nothing is sent"
     new = command(into, "generate", text, f"{example} --model gpt-4o --client batch", _plan_generate)
-    new.choice("--client", ["record", "batch"], "record", "one by one, or at half the price")
+    new.choice("--client", ["record", "batch"], "record", "single requests, or batches at half the price")
     _asking(new, ", which cost nothing")
 
 
@@ -210,13 +210,13 @@ def _filter(args: argparse.Namespace) -> Result:
 
 def _add_filter(commands: Commands) -> None:
     example = "llava filter --captions Train_GCC-training.tsv --out data/cc595k"
-    new = command(commands, "filter", "choose caption pairs by their noun phrases", example, _filter)
+    new = command(commands, "filter", "filter image-caption pairs by noun phrases", example, _filter)
     new.path("--captions", "FILE", "CC3M's TSV", required=True)
     new.images(", if they are there")
-    new.path("--out", "DIR", "where chat.json and metadata.json go", required=True)
-    new.path("--cache", "DIR", "where found phrases are kept (default: OUT/phrases)")
-    new.option("--processes", "N", "how many find phrases (default: one per core)", type=int)
-    new.assignments("another reading of the recipe, e.g. draw=top_up; the error for an unknown one lists them")
+    new.path("--out", "DIR", "folder of chat.json and metadata.json", required=True)
+    new.path("--cache", "DIR", "cache of the phrases (default: OUT/phrases)")
+    new.option("--processes", "N", "processes that extract phrases (default: one per core)", type=int)
+    new.assignments("a setting of the filter, e.g. draw=top_up; the error for an unknown name lists all")
 
 
 def add(commands: Commands) -> None:

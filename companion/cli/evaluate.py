@@ -58,7 +58,7 @@ def _ensemble(args: argparse.Namespace) -> Result:
         )
     answers, tape = read_predictions(args.predictions).answers, args.predictions.with_suffix(".cassette.sqlite")
     result = ensemble.run(problems, answers, chat_client(args, args.cassette or tape), shots=shots, model=args.model)
-    return {key: value for key, value in result.items() if key != "texts"}  # the cassette holds them
+    return {key: value for key, value in result.items() if key != "texts"}  # they are in the cassette
 
 
 def _show_ensemble(result: Result) -> str:
@@ -72,17 +72,17 @@ def _problems(parser: Parser) -> None:
     parser.limit(" problems")
 
 
-def _reading(parser: Parser) -> None:
+def _extraction(parser: Parser) -> None:
     parser.path("--questions", "FILE", "the questions and right answers", required=True)
-    text = "whose reading of an answer (default: ours, which never guesses)"
+    text = "answer-extraction rule (default: ours, which never guesses)"
     parser.choice("--era", ["ours", "v0", "1.0", "1.5"], "ours", text)
     parser.option("--split", "NAME", "of problems.json (default: test)", default="test")
 
 
 def _add_predict(commands: Commands) -> None:
-    into = group(commands, "predict", "let a model answer a benchmark", "llava predict science-qa --help")
+    into = group(commands, "predict", "answer a benchmark with a model", "llava predict science-qa --help")
     example = "llava predict science-qa --model runs/science_qa/mini/ID/checkpoint --out answers.jsonl"
-    text = "answer ScienceQA into a file that says how it was made, and go on with one that was interrupted"
+    text = "answer ScienceQA, with the conditions in the file; an interrupted file is resumed"
     new = command(into, "science-qa", text, example, _predict_science_qa)
     new.checkpoint()
     new.path("--data", "DIR", "ScienceQA (default: the miniature's)", default=ROOT / "data/mini/mini-scienceqa")
@@ -92,7 +92,7 @@ def _add_predict(commands: Commands) -> None:
     new.number("--max-new-tokens", 1024, "longest reply")
     new.option("--temperature", "T", "default: 0, greedy", type=float, default=0.0)
     new.switch("--blind", "ask without the images")
-    new.switch("--released", "in the words of the released converter, faults included")
+    new.switch("--released", "prompts exactly as the released converter writes them")
     new.choice("--device", ["auto", "cpu", "cuda"], "auto")
     new.choice("--dtype", ["float32", "bfloat16", "float16"], "float32")
     new.bases()
@@ -103,8 +103,8 @@ def _add_science_qa(into: Commands) -> None:
     example = "llava evaluate science-qa --predictions answers.json --questions problems.json"
     new = command(into, "science-qa", "score answers to ScienceQA", example, _score, _show_score)
     new.path("--predictions", "FILE", "the answers", required=True)
-    _reading(new)
-    new.switch("--subset", "score the given questions only, though more are answered")
+    _extraction(new)
+    new.switch("--subset", "score only the given questions, even if the file has more answers")
     new.option("--prompt-format", "NAME", "refuse answers made with another one, e.g. QCM-LEPA")
     new.path("--checkpoint", "DIR", "refuse answers of another model")
     new.switch("--released", "score the choices that a released file stores, its random draws included")
@@ -112,12 +112,12 @@ def _add_science_qa(into: Commands) -> None:
     example = "llava evaluate compare answers.jsonl other.jsonl --questions problems.json"
     text = "compare two files of answers to the same questions of ScienceQA"
     new = command(into, "compare", text, example, _compare, _show_comparison)
-    new.path("first", "A", "the answers to compare with")
-    new.path("second", "B", "the other answers")
-    _reading(new)
+    new.path("first", "A", "the answers of the first model")
+    new.path("second", "B", "the answers of the second model")
+    _extraction(new)
 
     example = "llava evaluate science-qa-ensemble --predictions answers.jsonl --data data/scienceqa --client replay"
-    text = "join answers to ScienceQA with those of a text-only GPT-4: complement, judge, upper bound"
+    text = "combine answers to ScienceQA with those of a text-only GPT-4: complement, judge, upper bound"
     new = command(into, "science-qa-ensemble", text, example, _ensemble, _show_ensemble)
     new.path("--predictions", "FILE", "LLaVA's answers", required=True)
     new.path("--data", "DIR", "ScienceQA", required=True)
@@ -146,7 +146,7 @@ def _captions(args: argparse.Namespace) -> Result:
 
 def _add_captions(into: Commands) -> None:
     example = "llava evaluate captions --references captions_val.json --predictions results.json"
-    text = "score captions with BLEU and CIDEr, a file's or a checkpoint's"
+    text = "score captions with BLEU and CIDEr, of a file or of a checkpoint"
     new = command(into, "captions", text, example, _captions)
     new.path("--references", "FILE", "COCO's captions_*.json (default: the miniature's)")
     either = new.add_mutually_exclusive_group(required=True)
@@ -155,9 +155,9 @@ def _add_captions(into: Commands) -> None:
     new.limit()
     new.bases()
     new.facts()
-    new.images(" that a model captions")
-    new.path("--out", "FILE", "where a model's captions go (.json)")
-    new.option("--request", "TEXT", "what a model is asked", default="Give this image a caption.")
+    new.images(" for --model")
+    new.path("--out", "FILE", "where the captions of --model are written (.json)")
+    new.option("--request", "TEXT", "the prompt", default="Give this image a caption.")
 
 
 def add(commands: Commands) -> None:

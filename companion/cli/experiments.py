@@ -47,17 +47,17 @@ def _train(args: argparse.Namespace) -> Result:
 
 
 def add(commands: Commands) -> None:
-    example, text = "llava reproduce --only 20,21", "run the notebooks that are not up to date, and build the book"
+    example, text = "llava reproduce --only 20,21", "run the notebooks that are not up to date and build the book"
     new = command(commands, "reproduce", text, example, _reproduce, _show_notebooks, lambda r: bool(r["failed"]))
     new.scale()
     new.switch("--fast", "the shortest runs that still show every step")
     new.option("--only", "N,N", "only these notebooks, by number or name", type=names)
     new.option("--from", "N", "this notebook and all after it", dest="start")
-    new.switch("--dry-run", "say what would run, and run nothing")
+    new.switch("--dry-run", "list what would run")
     new.assignments("another value for a parameter of the notebooks", "-p", "--parameter", metavar="NAME=VALUE")
     new.choice("--book", ["auto", "only", "no"], "auto", "build the book too, only, or not")
 
-    text = "list the paper's numbers and what stands behind each"
+    text = "list the paper's numbers with evidence and measured values"
     new = command(commands, "claims", text, "llava claims --kind measured", _claims, _show_claims)
     new.option("ids", "ID", "only these claims", nargs="*")
     new.option("--kind", "KIND", "only claims with this kind of evidence, e.g. recomputed")
@@ -66,4 +66,4 @@ def add(commands: Commands) -> None:
     new.option("experiment", "EXPERIMENT", "a file of configs/experiments, without its extension")
     new.scale()
     new.assignments("another value for one field")
-    new.choice("--resume", ["auto", "never"], "auto", "go on, or start anew")
+    new.choice("--resume", ["auto", "never"], "auto", "resume, or start from the beginning")

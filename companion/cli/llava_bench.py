@@ -15,7 +15,7 @@ def _answers(args: argparse.Namespace) -> Result:
     return write_answers(loaded(args), args.model, bench, args.out, args.images, **chosen)
 
 
-def _beside(args: argparse.Namespace) -> Path:
+def _cassette_path(args: argparse.Namespace) -> Path:
     tape: Path = args.cassette or args.out.with_suffix(".sqlite")
     return tape
 
@@ -23,13 +23,15 @@ def _beside(args: argparse.Namespace) -> Path:
 def _reference(args: argparse.Namespace) -> Result:
     from companion.evaluation.bench_steps import load_bench, write_reference
 
-    return write_reference(load_bench(args.bench, args.limit), chat_client(args, _beside(args)), args.out, args.judge)
+    return write_reference(
+        load_bench(args.bench, args.limit), chat_client(args, _cassette_path(args)), args.out, args.judge
+    )
 
 
 def _judge(args: argparse.Namespace) -> Result:
     from companion.evaluation.bench_steps import load_bench, write_reviews
 
-    bench, client = load_bench(args.bench, args.limit), chat_client(args, _beside(args))
+    bench, client = load_bench(args.bench, args.limit), chat_client(args, _cassette_path(args))
     return write_reviews(bench, args.answers, client, args.out, args.reference, args.judge, args.swap)
 
 
@@ -53,7 +55,7 @@ def _score(args: argparse.Namespace) -> Result:
 
 
 def _bench(parser: Parser) -> None:
-    parser.path("--bench", "DIR", "the bench's official files: questions, context, reference answers", required=True)
+    parser.path("--bench", "DIR", "the official files: questions, context, reference answers", required=True)
 
 
 def _asking(parser: Parser) -> None:
@@ -65,7 +67,7 @@ def add(commands: Commands) -> None:
     example = "llava evaluate bench answers --model data/LLaVA-7b --bench data/mini/bench-coco --out a.jsonl"
     text = "LLaVA-Bench step by step: answers, reference, judge, score"
     steps = group(commands, "bench", text, example)
-    new = command(steps, "answers", "let a checkpoint answer the questions", example, _answers)
+    new = command(steps, "answers", "answer the questions with a checkpoint", example, _answers)
     _bench(new)
     new.images(" (default: images in the bench's)")
     new.path("--out", "FILE", "answers; a file that is there is continued", required=True)
@@ -79,14 +81,14 @@ def add(commands: Commands) -> None:
     new.facts()
 
     example = "llava evaluate bench reference --bench data/mini/bench-coco --out reference.jsonl"
-    text = "let a text-only model answer by captions and boxes"
+    text = "answer with a text-only model from captions and boxes"
     new = command(steps, "reference", text, example, _reference)
     _bench(new)
     new.path("--out", "FILE", "reference answers", required=True)
     _asking(new)
 
     example = "llava evaluate bench judge --bench data/mini/bench-coco --answers a.jsonl --out reviews.jsonl"
-    new = command(steps, "judge", "have answers judged beside reference answers", example, _judge)
+    new = command(steps, "judge", "judge answers against reference answers", example, _judge)
     _bench(new)
     new.path("--answers", "FILE", "of a checkpoint", required=True)
     new.path("--reference", "FILE", "reference answers, instead of the bench's own")
@@ -100,7 +102,7 @@ def add(commands: Commands) -> None:
         new.path("--reviews", "FILE", "a review per line", nargs="+", required=True)
         new.switch("--released", "average failed reviews as -1, as the released script")
 
-    example, text = "llava evaluate judges a.jsonl b.jsonl", "how far two judges agree on the same answers"
+    example, text = "llava evaluate judges a.jsonl b.jsonl", "agreement of two judges on the same answers"
     new = command(commands, "judges", text, example, _judges, _show_judges)
     new.path("first", "A", "one judge's reviews")
     new.path("second", "B", "another judge's, or a repeat of the first")

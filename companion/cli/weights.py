@@ -68,7 +68,7 @@ def add(commands: Commands) -> None:
         new.path("source", "DIR", source)
         new.option("--base", "DIR", "the base language model", required=True)
         new.path("--out", "DIR", out, required=True)
-        new.switch("--dry-run", "say what would be done with each tensor, and stop")
+        new.switch("--dry-run", "list what would be done with each tensor")
         _shards(new)
         new.set_defaults(make=name == "make")
 
