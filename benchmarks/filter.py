@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 import time
@@ -15,7 +16,7 @@ import torch
 from benchmarks.common import Clock, circumstances, in_own_process, in_turns, peak_mib
 from companion import miniature
 from companion.data_tools import cc3m
-from companion.data_tools.phrases import SHARD, Shard, extractor_named, shard_facts
+from companion.data_tools.phrases import SHARD, extractor_named, shard_facts
 from llava_core.runtime import fingerprint, resolve, write_json
 
 CAPTIONS = 3_318_333  # of CC3M's training file
@@ -45,14 +46,11 @@ def plant_corpus(folder: Path, captions: int = CAPTIONS, seed: int = 0) -> Path:
             lengths = (PER_CAPTION[0] + rng.binomial(*PER_CAPTION[1:], rows)).astype(np.int32)
             ranks = np.searchsorted(weights, rng.random(int(lengths.sum())) * weights[-1])
             which = ranks * len(ARTICLES) + rng.choice(len(ARTICLES), len(ranks), p=(0.5, 0.3, 0.2))
-            different, first, codes = np.unique(which, return_index=True, return_inverse=True)
-            order = np.argsort(first)  # phrases in the order of their first appearance
-            names = [_name(int(k)) for k in different[order]]
-            places = np.argsort(order)[codes].astype(np.int32)
-            Shard(names, places, lengths).save(parts / f"{number:06d}.npz")
-            words = iter([names[k] for k in places])
-            for row, length in enumerate(lengths.tolist()):
-                text = " and ".join(next(words) for _ in range(length))
+            words = iter([_name(int(k)) for k in which])
+            phrases = [[next(words) for _ in range(length)] for length in lengths.tolist()]
+            (parts / f"{number:06d}.json").write_text(json.dumps(phrases))
+            for row, found in enumerate(phrases):
+                text = " and ".join(found)
                 file.write(f"{text} .\thttps://example.org/{begin + row}.jpg\n")
     facts = shard_facts(source, extractor_named("rules"))
     home = folder / "cache" / fingerprint(facts)

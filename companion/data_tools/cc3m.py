@@ -1,63 +1,60 @@
-"""Concept-balanced filtering of CC3M: from 3.3M web captions to the pairs of stage 1 (paper, appendix E).
+"""Concept-balanced filter of CC3M: from 3.3M web captions to the pairs of stage 1 (paper, appendix E).
 
-The recipe: extract the noun phrases of all captions, drop phrases rarer than 3, walk through the rest from the
-rarest on and add the captions of each to a pool, or 100 random ones where a phrase has more. The authors released the
-result but no code, and the recipe can be read in several ways; each open point is a field of `FilterSettings`.
+The recipe: extract the noun phrases of all captions, drop phrases rarer than 3, and go through the rest from the rarest
+on, adding the captions of each to a pool, or 100 random ones of a phrase that has more. The authors released the result
+but no code. Each point that the recipe leaves open is a field of `FilterSettings`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from companion.data_tools.coverage import Coverage, look_at_images
 from companion.data_tools.expansion import load_instructions
+from companion.data_tools.image_availability import ImageAvailability, image_availability
 from companion.data_tools.phrases import ARTICLES, PRONOUNS, Phrases, extract, extract_file, extractor_named
-from companion.data_tools.streams import json_list, parquet
+from companion.data_tools.repair import write_parquet
 from llava_core.constants import IMAGE_MARKER
-from llava_core.runtime import ConfigError, DataError, progress, shown, write_json
+from llava_core.runtime import ConfigError, DataError, atomic_write, progress, shown, write_json
 
-BLOCK = 256  # phrases among which the next one is looked for at a time; about the root of their number
+BLOCK = 256  # phrases per block of the search for the next phrase; about the square root of their number
 Integers = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """Every choice that the published recipe leaves open, and the two numbers that it gives.
+    """The two numbers of the published recipe, and every choice that it leaves open.
 
     Attributes:
         phrases: `spacy` (noun chunks of a parser, as in the paper) or `rules` (a chunker without a model). Default
             `auto`: spaCy if it is installed.
-        lowercase: count "Dog" and "dog" as one phrase. Default yes: CC3M's captions have no capitals, so it matters for
-            other data only.
-        strip_determiners: count "the dog" and "a dog" as one phrase. Default yes: the paper balances concepts, and word
-            by word there are eight times as many phrases as it found.
-        drop_pronouns: leave out "it", "who", "something". Default yes: they name no concept.
-        max_words: leave out longer phrases. Default None: the paper speaks of no limit.
-        count: frequency = `captions` that contain the phrase (default: the draws are of captions, too), or all its
-            `occurrences`.
+        lowercase: count "Dog" and "dog" as one phrase. CC3M has no capitals, so it matters only for other data.
+        strip_determiners: count "the dog" and "a dog" as one phrase. Default yes: the paper balances concepts, and with
+            determiners there are eight times as many phrases as it reports.
+        drop_pronouns: leave out "it", "who", "something", which name no concept.
+        max_words: leave out longer phrases. Default None: the paper mentions no limit.
+        count: frequency = number of `captions` that contain the phrase (default), or of all its `occurrences`.
         min_frequency: leave out rarer phrases (paper: 3).
-        cap: take so many captions at random of a phrase that has more (paper: 100).
-        order: `static` walks by frequency in all captions, `remaining` by the number of captions not yet in the pool,
-            which shrinks on the way. Equal ones come in the order of their first appearance. Default `static`: with
-            the default draw both end in the same pool.
-        draw: what is compared with the cap and drawn from. Default `all`: all captions of the phrase, in the pool or
-            not (the paper's words; the order of the walk then changes nothing). `unpooled`: those not yet in the pool.
-            `top_up`: as many as its captions in the pool fall short of the cap.
-        unavailable: rows without a readable image go `before` the phrases are counted (default: then every kept concept
-            is in the pool), or `after` the selection.
-        instructions: what asks for the caption: a list of `expansion.py` by name, or a text file of one instruction per
-            line, such as the official list.
-        seed: decides the draws, the instructions and the side of the image.
+        cap: draw so many captions of a phrase that has more (paper: 100).
+        order: `static` goes by frequency in all captions, `remaining` by the number of captions not yet in the pool.
+            Equal phrases come in the order of first appearance. With `draw` = `all` both give the same pool.
+        draw: the captions that are compared with the cap and drawn from. Default `all`: all captions of the phrase, in
+            the pool or not (the paper's words). `unpooled`: those not yet in the pool. `top_up`: as many as its
+            captions in the pool fall short of the cap.
+        unavailable: rows without a readable image leave `before` the phrases are counted (default: every kept concept
+            is then in the pool), or `after` the selection.
+        instructions: requests for the caption: a list of `expansion.py` by name, or a text file of one per line.
+        seed: of the draws, the instructions and the side of the image.
 
     Source: paper, appendix E and Figure 7.
     """
@@ -77,16 +74,10 @@ class FilterSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = {
-            "phrases": ("auto", "spacy", "rules"),
-            "count": ("captions", "occurrences"),
-            "order": ("static", "remaining"),
-            "draw": ("all", "unpooled", "top_up"),
-            "unavailable": ("before", "after"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"filter setting {name} = '{getattr(self, name)}'; choose one of {', '.join(known)}")
+        for name, kind in get_type_hints(FilterSettings).items():
+            value = getattr(self, name)
+            if isinstance(value, str) and (known := get_args(kind)) and value not in known:
+                raise ConfigError(f"filter setting {name} = '{value}'; choose one of {', '.join(known)}")
         for name, least in {"min_frequency": 0, "cap": 1, "max_words": 1, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -94,7 +85,7 @@ class FilterSettings:
 
 
 def settings_from(values: Mapping[str, Any]) -> FilterSettings:
-    """Make settings of names and values, as a command line gives them.
+    """Settings from names and values of a command line.
 
     Raises:
         ConfigError: a name is unknown or a value has the wrong type.
@@ -110,7 +101,7 @@ def settings_from(values: Mapping[str, Any]) -> FilterSettings:
 
 
 class Row(NamedTuple):
-    """A line of the TSV: its number from 0, caption, URL, and the image's file name."""
+    """A line of the TSV: number from 0, caption, URL, file name of the image."""
 
     number: int
     caption: str
@@ -119,7 +110,7 @@ class Row(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The record's name in the released files."""
+        """The record's id in the released files."""
         return f"GCC_train_{self.number:09d}"
 
 
@@ -133,7 +124,7 @@ def read_captions(path: str | Path) -> Iterator[Row]:
         One row per line.
 
     Raises:
-        DataError: the file is missing, or a line has another form; the message names line and fix.
+        DataError: the file is missing, or a line has another form.
     """
     try:
         with open(path, "rb") as file:
@@ -156,7 +147,7 @@ def read_captions(path: str | Path) -> Iterator[Row]:
 
 
 def normalize(phrase: str, settings: FilterSettings) -> str:
-    """Return the form under which a phrase is counted, or an empty string for one that is left out."""
+    """The form under which a phrase is counted; empty for one that is left out."""
     words = (phrase.lower() if settings.lowercase else phrase).split()
     if settings.drop_pronouns and len(words) == 1 and words[0].lower() in PRONOUNS:
         return ""
@@ -170,13 +161,13 @@ def normalize(phrase: str, settings: FilterSettings) -> str:
 
 @dataclass(frozen=True)
 class PhraseTable:
-    """Which phrase occurs in which caption, as pairs of numbers sorted by caption.
+    """The phrases of each caption, as pairs of indices sorted by caption.
 
     Attributes:
-        phrases: the unique phrases in the order of their first appearance.
-        captions: how many captions were read.
+        phrases: the unique phrases in the order of first appearance.
+        captions: number of captions.
         rows, ids: one entry per caption and phrase in it, int32.
-        again: the entries (positions in `rows`) of second and further occurrences within a caption, with repetition.
+        repeats: index of the entry of each further occurrence in the same caption.
         extractor: how the phrases were found.
     """
 
@@ -184,7 +175,7 @@ class PhraseTable:
     captions: int
     rows: Integers
     ids: Integers
-    again: Integers
+    repeats: Integers
     extractor: str
 
 
@@ -192,39 +183,30 @@ def phrase_table(captions: Iterable[str] | Phrases, settings: FilterSettings | N
     """Normalise and number noun phrases.
 
     Args:
-        captions: captions, whose phrases are found here; or phrases that were found before.
+        captions: captions to extract phrases from, or extracted phrases.
         settings: how the recipe is read.
     """
     settings = settings or FilterSettings()
     found = captions if isinstance(captions, Phrases) else extract(captions, extractor_named(settings.phrases))
     numbers: dict[str, int] = {}
-    known: dict[str, int] = {}  # as written -> number, so that each spelling is normalised once
-    columns: list[tuple[Integers, Integers, Integers]] = []
-    captions_read = entries = 0
-    for shard in found:
-        for phrase in shard.phrases:
-            if phrase not in known:
+    known: dict[str, int] = {}  # spelling -> number, so that each spelling is normalised once; -1: left out
+    rows, ids, repeats = array("i"), array("i"), array("i")
+    row = -1
+    for row, phrases in enumerate(found):
+        entries: dict[int, int] = {}  # phrase -> entry, of this caption
+        for phrase in phrases:
+            number = known.get(phrase)
+            if number is None:
                 form = normalize(phrase, settings)
-                known[phrase] = numbers.setdefault(form, len(numbers)) if form else -1
-        own = np.fromiter(map(known.__getitem__, shard.phrases), np.int32, len(shard.phrases))
-        rows, ids, again = _entries(np.repeat(np.arange(len(shard.lengths)), shard.lengths), own[shard.codes])
-        columns.append(((rows + captions_read).astype(np.int32), ids, (again + entries).astype(np.int32)))
-        captions_read, entries = captions_read + len(shard.lengths), entries + len(ids)
-    rows, ids, again = map(np.concatenate, zip(*columns, strict=True)) if columns else [np.zeros(0, np.int32)] * 3
-    return PhraseTable(list(numbers), captions_read, rows, ids, again, found.extractor.name)
-
-
-def _entries(rows: Integers, ids: Integers) -> tuple[Integers, Integers, Integers]:
-    """Drop phrases numbered -1 and keep the first of those that a caption has twice; say whose the others were."""
-    rows, ids = rows[ids >= 0], ids[ids >= 0]
-    order = np.lexsort((ids, rows))  # stable: the first occurrence of a pair stays first
-    opens = np.ones(len(order), bool)
-    opens[1:] = (np.diff(rows[order]) != 0) | (np.diff(ids[order]) != 0)
-    first = np.zeros(len(order), bool)
-    first[order[opens]] = True
-    position = np.cumsum(first) - 1
-    group = np.cumsum(opens) - 1
-    return rows[first], ids[first], position[order[opens][group[~opens]]]
+                number = known[phrase] = numbers.setdefault(form, len(numbers)) if form else -1
+            if number in entries:
+                repeats.append(entries[number])
+            elif number >= 0:
+                entries[number] = len(ids)
+                rows.append(row)
+                ids.append(number)
+    columns = (np.array(column, np.int32) for column in (rows, ids, repeats))
+    return PhraseTable(list(numbers), row + 1, *columns, found.extractor.name)
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -232,13 +214,14 @@ def _entries(rows: Integers, ids: Integers) -> tuple[Integers, Integers, Integer
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of the filter.
+    """The result of the filter.
 
     Attributes:
-        pooled: per caption, whether it was chosen.
+        table: the phrases.
+        pooled: per caption, whether it was selected.
         before: per phrase, its frequency in all (available) captions.
-        after: per phrase, its frequency in the chosen ones; 0 for phrases below the least frequency.
-        kept: per phrase, whether it is frequent enough.
+        after: per phrase, its frequency in the selected ones; 0 for phrases below the minimum frequency.
+        kept: per phrase, whether it has the minimum frequency.
     """
 
     table: PhraseTable
@@ -254,14 +237,14 @@ class Selection:
 
     @property
     def frequencies_after(self) -> dict[str, int]:
-        """Frequency of every kept phrase in the chosen captions, in the order of `frequencies_before` (Figure 7)."""
+        """Frequency of every kept phrase in the selected captions, ordered like `frequencies_before` (Figure 7)."""
         return self._sorted(self.after, self.kept)
 
     def _sorted(self, values: Integers, mask: Mask) -> dict[str, int]:
         return {self.table.phrases[k]: int(values[k]) for k in np.argsort(-self.before, kind="stable") if mask[k]}
 
     def counts(self) -> dict[str, int]:
-        """The numbers that the paper gives: unique phrases, those kept, chosen pairs; and the captions read."""
+        """The paper's numbers: unique phrases, kept phrases, selected pairs; and the captions read."""
         return {
             "captions": self.table.captions,
             "phrases": int((self.before > 0).sum()),
@@ -271,15 +254,12 @@ class Selection:
 
 
 def select(table: PhraseTable, settings: FilterSettings | None = None, available: Mask | None = None) -> Selection:
-    """Choose captions so that frequent concepts do not drown rare ones.
+    """Select captions so that frequent concepts do not dominate.
 
     Args:
         table: the phrases of the captions.
         settings: how the recipe is read.
         available: per caption, whether its image can be used; None for all.
-
-    Returns:
-        The chosen captions and the frequencies before and after.
 
     Source: paper, appendix E.
     """
@@ -288,7 +268,7 @@ def select(table: PhraseTable, settings: FilterSettings | None = None, available
     counted = usable if settings.unavailable == "before" else np.ones(table.captions, bool)
     before = _frequencies(table, counted, settings)
     kept = before >= max(1, settings.min_frequency)
-    pooled = _walk(table, kept[table.ids] & counted[table.rows], before, kept, settings) & usable
+    pooled = _fill_pool(table, kept[table.ids] & counted[table.rows], before, kept, settings) & usable
     after = np.where(kept, _frequencies(table, pooled, settings), 0)
     return Selection(table, pooled, before, after, kept)
 
@@ -296,12 +276,12 @@ def select(table: PhraseTable, settings: FilterSettings | None = None, available
 def _frequencies(table: PhraseTable, captions: Mask, settings: FilterSettings) -> Integers:
     entries = np.flatnonzero(captions[table.rows])
     if settings.count == "occurrences":
-        entries = np.concatenate([entries, table.again[captions[table.rows[table.again]]]])
+        entries = np.concatenate([entries, table.repeats[captions[table.rows[table.repeats]]]])
     return np.bincount(table.ids[entries], minlength=len(table.phrases))
 
 
-def _walk(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, settings: FilterSettings) -> Mask:
-    """Walk through the kept phrases and fill the pool; each entry (caption, phrase) is touched a few times only."""
+def _fill_pool(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, settings: FilterSettings) -> Mask:
+    """Go through the kept phrases and add captions to the pool; `entries` masks the rows of the table that count."""
     rows, ids, total = table.rows[entries], table.ids[entries], len(table.phrases)
     members = rows[np.argsort(ids, kind="stable")]  # captions of phrase p: members[bounds[p] : bounds[p + 1]]
     remaining = np.bincount(ids, minlength=total)
@@ -309,7 +289,7 @@ def _walk(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, setti
     pooled = np.zeros(table.captions, bool)
 
     def take(phrase: int) -> Integers:
-        """Add the captions of one phrase; return those that are new to the pool."""
+        """Add the captions of one phrase to the pool; return the new ones."""
         captions = members[bounds[phrase] : bounds[phrase + 1]]
         fresh = captions[~pooled[captions]]
         pick, size = (fresh, settings.cap) if settings.draw == "unpooled" else (captions, settings.cap)
@@ -317,27 +297,20 @@ def _walk(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, setti
             if settings.draw == "top_up":
                 pick, size = fresh, max(0, size - (len(captions) - len(fresh)))
             if size < len(pick):
-                # a generator of the phrase's own: its draw does not depend on what was drawn before
+                # one generator per phrase: its draw does not depend on earlier draws
                 own = np.random.default_rng([settings.seed, zlib.crc32(table.phrases[phrase].encode())])
                 pick = own.choice(pick, size, replace=False)
         fresh = pick[~pooled[pick]]
         pooled[fresh] = True
         return fresh
 
-    if settings.order == "static" or settings.draw == "all":  # with `all` every order ends in the same pool
-        walk = np.argsort(before, kind="stable")
-        walk = walk[kept[walk]]
-        large = remaining[walk] > settings.cap
-        # up to the first phrase above the cap there is nothing to draw, so all their captions go at once
-        easy = large if settings.draw == "all" else np.logical_or.accumulate(large)
-        small = np.zeros(total, bool)
-        small[walk[~easy]] = True
-        pooled[rows[small[ids]]] = True
-        for phrase in walk[easy]:
+    if settings.order == "static" or settings.draw == "all":  # with `all` every order gives the same pool
+        order = np.argsort(before, kind="stable")
+        for phrase in order[kept[order]]:
             take(phrase)
         return pooled
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=table.captions))])  # of a caption, in `ids`
-    # how many captions of each waiting phrase are left, in blocks whose minima are kept: the next is found in two looks
+    # captions left of each waiting phrase, in blocks with their minima: the next phrase is the minimum of two searches
     done, width = np.iinfo(np.int64).max // 2, BLOCK
     left = np.full((-(-total // width), width), done)
     flat = left.reshape(-1)
@@ -370,10 +343,10 @@ class Filtered:
     Attributes:
         source: the TSV.
         settings: how the recipe was read.
-        selection: what was chosen.
-        phrases: the noun phrases as written, for another reading of the recipe.
-        available: per caption, whether its image can be used; None: not looked at, and so is `coverage`.
-        coverage: of the images.
+        selection: the result.
+        phrases: the noun phrases before normalisation, for other settings.
+        available: per caption, whether its image can be used; None if no folder of images was given.
+        availability: counts of the images; None as well.
     """
 
     source: Path
@@ -381,14 +354,14 @@ class Filtered:
     selection: Selection
     phrases: Phrases
     available: Mask | None
-    coverage: Coverage | None
+    availability: ImageAvailability | None
 
     def report(self) -> dict[str, Any]:
-        """Counts, extractor, settings and coverage as plain values."""
+        """Counts, extractor, settings and availability of the images (`coverage`) as plain values."""
         return {
             **self.selection.counts(),
             "extractor": self.selection.table.extractor,
-            "coverage": asdict(self.coverage) if self.coverage else None,
+            "coverage": asdict(self.availability) if self.availability else None,
             "settings": asdict(self.settings),
         }
 
@@ -405,21 +378,23 @@ def filter_captions(
 
     Args:
         captions: the TSV.
-        images: folder of the images; rows without a readable one are reported, not chosen. None: no image is opened.
+        images: folder of the images; rows without a readable one are reported, not selected. None: no image is opened.
         settings: how the recipe is read.
-        decode: decode each image rather than only look for its file.
-        cache: folder where found phrases and what was seen of images are kept, so that a killed run goes on and another
-            reading of the recipe parses nothing. None: one process finds them, in memory.
-        processes: how many look and find where there is a cache; None for one per core.
+        decode: decode each image instead of reading only its header.
+        cache: folder for phrases and checked images: a killed run continues, and a run with other settings parses
+            nothing. None: they stay in memory, and one process computes them.
+        processes: number of processes if there is a cache; None for one per core.
     """
     captions, settings = Path(captions), settings or FilterSettings()
     extractor = extractor_named(settings.phrases)
-    load_instructions(settings.instructions)  # a list that cannot be read is known before hours of parsing
-    available = coverage = None
+    load_instructions(settings.instructions)  # an unreadable list fails here, not after hours of parsing
+    available = availability = None
     if images is not None:
-        seen = None if cache is None else Path(cache) / "images"
+        image_cache = None if cache is None else Path(cache) / "images"
         names = (row.image for row in read_captions(captions))
-        available, coverage = look_at_images(names, images, decode, seen, 1 if cache is None else processes)
+        available, availability = image_availability(
+            names, images, decode, image_cache, 1 if cache is None else processes
+        )
 
     def texts() -> Iterator[str]:
         return (row.caption for row in read_captions(captions))
@@ -429,13 +404,13 @@ def filter_captions(
     else:
         phrases = extract_file(texts, captions, extractor, Path(cache), processes)
     selection = select(phrase_table(phrases, settings), settings, available)
-    return Filtered(captions, settings, selection, phrases, available, coverage)
+    return Filtered(captions, settings, selection, phrases, available, availability)
 
 
 def chosen_pairs(filtered: Filtered) -> Iterator[tuple[Row, str]]:
-    """Give each chosen row with the human's turn: a random wording, the image on a random side of it."""
+    """Each selected row with its question: a random instruction, the image before or after it at random."""
     chosen = filtered.selection.pooled
-    # drawn for all rows, chosen or not: a record reads the same whatever else is chosen
+    # drawn for all rows: a record's question does not depend on the selection
     generator = np.random.default_rng([filtered.settings.seed, zlib.crc32(b"instructions")])
     instructions = load_instructions(filtered.settings.instructions)
     number = generator.integers(len(instructions), size=len(chosen))
@@ -447,33 +422,44 @@ def chosen_pairs(filtered: Filtered) -> Iterator[tuple[Row, str]]:
 
 
 def write_pairs(filtered: Filtered, out: str | Path) -> dict[str, Any]:
-    """Write the chosen pairs as `chat.json` and `metadata.json` in the released format, `pairs.parquet`, `report.json`.
-
-    Each file is written whole or not at all, record by record: memory does not grow with their number.
+    """Write the selected pairs in the released format: `chat.json`, `metadata.json`; `pairs.parquet`, `report.json`.
 
     Returns:
-        The report, with the paths of the files; `parquet` is None where pyarrow is not installed.
+        The report, with the paths of the files; `parquet` is None if pyarrow is not installed.
     """
-    out = Path(out)
-    names = {"chat": "chat.json", "metadata": "metadata.json"}
-    if importlib.util.find_spec("pyarrow"):
-        names["parquet"] = "pairs.parquet"
-    with ExitStack() as stack:
-        chat, metadata = (stack.enter_context(json_list(out / names[name])) for name in ("chat", "metadata"))
-        columns = ("id", "image", "question", "caption", "url")
-        table = stack.enter_context(parquet(out / names["parquet"], columns)) if "parquet" in names else None
-        for row, question in chosen_pairs(filtered):
-            named = {"id": row.id, "image": row.image}
-            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": row.caption}]
-            chat({**named, "conversations": turns})
-            # the released file adds a caption by BLIP, which the filter does not have
-            metadata({**named, "caption": row.caption, "blip_caption": None, "url": row.url})
-            if table is not None:
-                table({**named, "question": question, "caption": row.caption, "url": row.url})
-    files = {"parquet": None, **{name: shown(out / file) for name, file in names.items()}}
+    out, pairs = Path(out), list(chosen_pairs(filtered))
+    chat, metadata, table = out / "chat.json", out / "metadata.json", out / "pairs.parquet"
+    _write_list(chat, (_chat_record(row, question) for row, question in pairs))
+    # the released file adds a caption by BLIP, which the filter does not have
+    _write_list(
+        metadata,
+        (
+            {"id": row.id, "image": row.image, "caption": row.caption, "blip_caption": None, "url": row.url}
+            for row, _ in pairs
+        ),
+    )
+    has_parquet = importlib.util.find_spec("pyarrow") is not None
+    if has_parquet:
+        rows = [
+            {"id": row.id, "image": row.image, "question": question, "caption": row.caption, "url": row.url}
+            for row, question in pairs
+        ]
+        write_parquet(table, rows)
+    files = {"parquet": shown(table) if has_parquet else None, "chat": shown(chat), "metadata": shown(metadata)}
     report = {**filtered.report(), **files}
     write_json(out / "report.json", report)
     return report
+
+
+def _chat_record(row: Row, question: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": row.caption}]
+    return {"id": row.id, "image": row.image, "conversations": turns}
+
+
+def _write_list(path: Path, values: Iterable[Any]) -> None:
+    """Write a JSON list with one element per line."""
+    lines = ",\n".join(json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values)
+    atomic_write(path, f"[\n{lines}\n]\n" if lines else "[]\n")
 
 
 def filter_file(
@@ -485,12 +471,12 @@ def filter_file(
     cache: str | Path | None = None,
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Filter a TSV and write the chosen pairs: what `llava filter` does.
+    """Filter a TSV and write the selected pairs: `llava filter`.
 
     Args:
         captions, images, settings, decode, processes: see `filter_captions`.
-        out: where the files go.
-        cache: where found phrases are kept; None: the folder `phrases` in `out`.
+        out: folder of the written files.
+        cache: folder of the phrases; None: the folder `phrases` in `out`.
 
     Returns:
         `captions`, `phrases`, `phrases_kept`, `pairs_kept`, `extractor`, `coverage`, `settings`, and the paths written.

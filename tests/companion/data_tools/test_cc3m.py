@@ -21,8 +21,8 @@ from PIL import Image
 from companion.data_tools import cc3m
 from companion.data_tools.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, select
 from companion.data_tools.check import check_file
-from companion.data_tools.phrases import Phrases, Shard, extractor_named, rule_phrases
-from companion.data_tools.readings import READINGS, sensitivity
+from companion.data_tools.filter_sensitivity import VARIANTS, filter_sensitivity
+from companion.data_tools.phrases import Phrases, extractor_named, rule_phrases
 from llava_core.constants import BRIEF_INSTRUCTIONS
 from llava_core.runtime import ConfigError, DataError
 
@@ -137,7 +137,7 @@ def test_the_filter_equals_the_recipe_done_slowly(settings: FilterSettings, seed
     corpus = [[p for p in phrases for _ in range(rng.choice((1, 1, 6)))] for phrases in drawn]  # some stutter
     alive = [rng.random() >= dead for _ in corpus]
     cuts = sorted(rng.choices(range(rows + 1), k=3))
-    shards = [Shard.of(corpus[a:b]) for a, b in pairwise([0, *cuts, rows])]
+    shards = [corpus[a:b] for a, b in pairwise([0, *cuts, rows])]
     table = phrase_table(Phrases(extractor_named("rules"), shards), settings)
     with mock.patch.object(cc3m, "BLOCK", 3):
         found = select(table, settings, np.array(alive, bool))
@@ -228,21 +228,21 @@ def test_no_pair_is_an_empty_list(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "chat.json").read_text()) == []
 
 
-def test_each_reading_is_a_selection_of_its_own(tmp_path: Path) -> None:
+def test_each_variant_is_a_selection_of_its_own(tmp_path: Path) -> None:
     filtered = filter_captions(corpus(tmp_path), None, FilterSettings("rules", cap=5))
     published = {"phrases": 3, "phrases_kept": 3, "pairs_kept": 15}
-    rows = sensitivity(filtered, published)
-    assert [row["reading"] for row in rows] == [reading.says for reading in READINGS]
+    rows = filter_sensitivity(filtered, published)
+    assert [row["reading"] for row in rows] == [variant.description for variant in VARIANTS]
     assert rows[0] == {
         "reading": "as the settings say", "changes": "", **{k: filtered.selection.counts()[k] for k in published},
         "times_off": pytest.approx(15 / filtered.selection.counts()["pairs_kept"]),
     }  # fmt: skip
     by_changes = {row["changes"]: row for row in rows}
     assert by_changes["strip_determiners = False"]["phrases"] == 3
-    for reading, row in zip(READINGS, rows, strict=True):
-        alone = filter_captions(filtered.source, None, replace(filtered.settings, **reading.changes))
+    for variant, row in zip(VARIANTS, rows, strict=True):
+        alone = filter_captions(filtered.source, None, replace(filtered.settings, **variant.changes))
         assert {key: row[key] for key in published} == {key: alone.selection.counts()[key] for key in published}
-    assert sensitivity(filtered, {"pairs_kept": 0})[0]["times_off"] is None
+    assert filter_sensitivity(filtered, {"pairs_kept": 0})[0]["times_off"] is None
 
 
 def test_settings_of_a_command_line_are_checked() -> None:
@@ -264,7 +264,7 @@ def test_third_column_names_the_image_and_may_not_leave_the_folder(tmp_path: Pat
     filtered = filter_captions(path, images, RULES)
     assert filtered.selection.pooled.tolist() == [True, True, False, True]
     assert filtered.report()["coverage"]["missing"] == 1
-    assert filter_captions(path, None, RULES).coverage is None
+    assert filter_captions(path, None, RULES).availability is None
     with pytest.raises(DataError, match="no such folder"):
         filter_captions(path, tmp_path / "nowhere", RULES)
 

@@ -16,7 +16,7 @@ import pytest
 
 from companion.data_tools import phrases
 from companion.data_tools.cc3m import FilterSettings, phrase_table
-from companion.data_tools.phrases import Extractor, Phrases, Shard, SpacyModel, extract, extract_file, extractor_named
+from companion.data_tools.phrases import Extractor, Phrases, SpacyModel, extract, extract_file, extractor_named
 from llava_core.runtime import ConfigError, DataError
 
 RULES = extractor_named("rules")
@@ -33,7 +33,7 @@ def source(tmp_path: Path) -> Path:
 def same(a: Phrases, b: Phrases) -> bool:
     """Whether two lots of phrases give the same table."""
     one, two = (phrase_table(found, FilterSettings("rules")) for found in (a, b))
-    columns = all(np.array_equal(getattr(one, name), getattr(two, name)) for name in ("rows", "ids", "again"))
+    columns = all(np.array_equal(getattr(one, name), getattr(two, name)) for name in ("rows", "ids", "repeats"))
     return columns and one.phrases == two.phrases and one.captions == two.captions
 
 
@@ -99,7 +99,7 @@ def test_real_parser_where_it_is_installed(source: Path) -> None:
     assert table.phrases == ["black cat", "sofa"]
     found = extract(CAPTIONS, extractor_named("spacy"), size=60)
     plain = [[chunk.text for chunk in parsed.noun_chunks] for parsed in package.load().pipe(CAPTIONS)]
-    assert same(found, Phrases(found.extractor, [Shard.of(plain)]))
+    assert same(found, Phrases(found.extractor, [plain]))
 
 
 # ------------------------------------------------------------------------------------------------ shards
@@ -108,7 +108,7 @@ def test_real_parser_where_it_is_installed(source: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_shards_on_disk_equal_those_in_memory(source: Path, tmp_path: Path, processes: int) -> None:
     found = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", processes, size=7)
-    assert [path.name for path in found.shards if isinstance(path, Path)] == [f"{k:06d}.npz" for k in range(9)]
+    assert [path.name for path in found.shards if isinstance(path, Path)] == [f"{k:06d}.json" for k in range(9)]
     assert same(found, extract(CAPTIONS, RULES, size=25))
 
 
@@ -119,7 +119,7 @@ def test_an_equal_caption_is_parsed_once_per_shard(monkeypatch: pytest.MonkeyPat
     found = extract(CAPTIONS, RULES, size=60)
     assert seen == list(dict.fromkeys(CAPTIONS))
     monkeypatch.undo()
-    assert same(found, Phrases(RULES, [Shard.of(map(rules, CAPTIONS))]))
+    assert same(found, Phrases(RULES, [list(map(rules, CAPTIONS))]))
 
 
 def test_what_is_done_is_not_done_again(source: Path, tmp_path: Path) -> None:
@@ -130,12 +130,12 @@ def test_what_is_done_is_not_done_again(source: Path, tmp_path: Path) -> None:
     first = extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=7)
     assert same(first, extract_file(never, source, RULES, cache, 1, size=7))
     (folder,) = cache.iterdir()
-    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
-    (folder / "000003.npz").unlink()
-    (folder / ".000003.npz.x.tmp").write_text("of a killed writer")
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.json")}
+    (folder / "000003.json").unlink()
+    (folder / ".000003.json.x.tmp").write_text("of a killed writer")
     assert same(first, extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=7))
-    again = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
-    assert [name for name in again if again[name] != times[name]] == ["000003.npz"]
+    again = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.json")}
+    assert [name for name in again if again[name] != times[name]] == ["000003.json"]
     assert not list(folder.glob(".*"))
     with pytest.raises(AssertionError, match="read again"):  # another extractor, another file: another folder
         extract_file(never, source, Extractor("rules", "other"), cache, 1, size=7)
@@ -149,7 +149,7 @@ def test_a_damaged_shard_is_named(source: Path, tmp_path: Path) -> None:
     path = found.shards[1]
     assert isinstance(path, Path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"000001\.npz: no shard of phrases .*remove it and run again"):
+    with pytest.raises(DataError, match=r"000001\.json: damaged shard of phrases; remove it and run again"):
         phrase_table(found)
 
 
@@ -193,12 +193,12 @@ def test_a_killed_run_goes_on_and_leaves_no_process(source: Path, tmp_path: Path
     cache = tmp_path / "cache"
     run = subprocess.Popen([sys.executable, "-c", SLOWLY, str(source), str(cache)], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
-    while len(list(cache.glob("*/*.npz"))) < 3 and time.monotonic() < until and run.poll() is None:
+    while len(list(cache.glob("*/0*.json"))) < 3 and time.monotonic() < until and run.poll() is None:
         time.sleep(0.01)
     workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    finished = {path: path.stat().st_mtime_ns for path in cache.glob("*/*.npz")}
+    finished = {path: path.stat().st_mtime_ns for path in cache.glob("*/0*.json")}
     assert 3 <= len(finished) < 12
     assert not list(cache.glob("*/done.json"))
     while any(map(_alive, workers)) and time.monotonic() < until:

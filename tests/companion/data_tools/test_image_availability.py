@@ -1,4 +1,4 @@
-"""Looking at images: every odd file is counted, none is looked at twice, and nothing stops the work."""
+"""Image availability: every fault is counted, unchanged images are checked once, and nothing stops the work."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from unittest import mock
 import pytest
 from PIL import Image
 
-from companion.data_tools import coverage as module
-from companion.data_tools.coverage import look_at_images
+from companion.data_tools import image_availability as module
+from companion.data_tools.image_availability import image_availability
 from llava_core.runtime import DataError
 
 
-def test_no_image_however_broken_stops_the_filter(tmp_path: Path) -> None:
+def test_no_broken_image_stops_the_filter(tmp_path: Path) -> None:
     images = tmp_path / "images"
     (images / "folder.jpg").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(images / "good.jpg")
@@ -22,14 +22,14 @@ def test_no_image_however_broken_stops_the_filter(tmp_path: Path) -> None:
     for name, content in {"cut.jpg": whole[:-300], "empty.jpg": b"", "page.jpg": b"<html>404</html>"}.items():
         (images / name).write_bytes(content)
     names = ["good.jpg", "cut.jpg", "empty.jpg", "page.jpg", "folder.jpg", "none.jpg", "a\0b.jpg", "x" * 300, "/etc/x"]
-    available, coverage = look_at_images(names, images)
-    assert (coverage.available, coverage.missing + coverage.unreadable) == (
+    available, counts = image_availability(names, images)
+    assert (counts.available, counts.missing + counts.unreadable) == (
         int(available.sum()),
         len(names) - 1 - int(available[1]),
     )
     assert available[0]
     assert not available[2:].any()
-    assert [example["line"] for example in coverage.examples][-7:] == list(range(3, 10))
+    assert [example["line"] for example in counts.examples][-7:] == list(range(3, 10))
 
 
 def folder_of(path: Path, count: int) -> list[str]:
@@ -42,14 +42,14 @@ def folder_of(path: Path, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_was_seen_is_kept_and_what_changed_is_looked_at_again(tmp_path: Path, processes: int) -> None:
+def test_only_changed_images_are_checked_again(tmp_path: Path, processes: int) -> None:
     names, images, cache = folder_of(tmp_path / "images", 11), tmp_path / "images", tmp_path / "cache"
     with mock.patch.object(module, "SHARD", 4):
-        first = look_at_images(names, images, cache=cache, processes=processes)
+        first = image_availability(names, images, cache=cache, processes=processes)
         assert first[0].tolist() == [k not in (1, 10) for k in range(11)]
         assert (first[1].missing, first[1].unreadable) == (1, 1)
         assert [(e["line"], e["image"]) for e in first[1].examples] == [(2, "1.jpg"), (11, "10.jpg")]
-        assert len(list(cache.glob("*/*.npz"))) == 3
+        assert len(list(cache.glob("*/*.json"))) == 3
         looked: list[str] = []
 
         def look(path: Path, decode: bool) -> tuple[str, str] | None:
@@ -57,30 +57,30 @@ def test_what_was_seen_is_kept_and_what_changed_is_looked_at_again(tmp_path: Pat
             return None if path.exists() else ("missing_image", "there is no such image")
 
         with mock.patch.object(module, "image_fault", look):
-            again = look_at_images(names, images, cache=cache)
+            again = image_availability(names, images, cache=cache)
             assert looked == ["10.jpg"]  # a missing one may have come
             assert (again[0].tolist(), again[1]) == (first[0].tolist(), first[1])
             for name in ("1.jpg", "10.jpg", "3.jpg"):
                 Image.new("RGB", (17, 17)).save(images / name)
             os.utime(images / "5.jpg", (1, 1))
             looked.clear()
-            assert look_at_images(names, images, cache=cache)[0].all()
+            assert image_availability(names, images, cache=cache)[0].all()
             assert looked == ["1.jpg", "3.jpg", "5.jpg", "10.jpg"]
             looked.clear()
-            look_at_images(names, images, decode=False, cache=cache)
+            image_availability(names, images, decode=False, cache=cache)
             assert len(looked) == 11, "another way to look"
-            next(cache.glob("*/*.npz")).write_bytes(b"cut off")
+            next(cache.glob("*/*.json")).write_bytes(b"cut off")
             looked.clear()
-            look_at_images(names, images, cache=cache)
-            look_at_images(names, images, decode=False, cache=cache)
+            image_availability(names, images, cache=cache)
+            image_availability(names, images, decode=False, cache=cache)
             assert 3 <= len(looked) <= 4, "a damaged shard only"
 
 
 def test_no_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder; give the folder of the images, or none"):
-        look_at_images(["a.jpg"], tmp_path / "none")
+        image_availability(["a.jpg"], tmp_path / "none")
 
 
 def test_no_row_is_no_error(tmp_path: Path) -> None:
-    available, coverage = look_at_images([], tmp_path)
-    assert (len(available), coverage.available, coverage.examples) == (0, 0, [])
+    available, counts = image_availability([], tmp_path)
+    assert (len(available), counts.available, counts.examples) == (0, 0, [])
