@@ -1,7 +1,7 @@
-"""What the offline teacher says of real photographs: it reads captions and boxes as COCO has them, and speaks plainly.
+"""Replies of the offline teacher about real photographs, from captions and boxes as COCO has them.
 
-Nothing here understands language. Known nouns, colors, numbers, places and actions are looked for, a fact counts when
-enough annotators agree on it, and sentences are put together from facts. What it does not find it does not say.
+No language model: known nouns, colors, numbers, places and actions are matched, a fact needs enough annotators that
+agree, and sentences are assembled from facts. Vocabulary and common knowledge are in `everyday.yaml`.
 """
 
 from __future__ import annotations
@@ -12,66 +12,28 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from companion.miniature.language import NUMBERS, QA, listing, number_word, plural, sentence, with_article
 
 Box = tuple[float, float, float, float]
 
-# ------------------------------------------------------------------------------------------------ words
+# ------------------------------------------------------------------------------------------------ vocabulary
 
-_NAMES = {  # COCO's 80 categories, and further things that captions name; those after the bar have no boxes in COCO
-    "person": "person",
-    "vehicle": "bicycle, car, motorcycle, airplane, bus, train, truck, boat",
-    "street": "traffic light, fire hydrant, stop sign, parking meter, bench | street sign, fence, building",
-    "animal": "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe",
-    "accessory": "backpack, umbrella, handbag, tie, suitcase | hat, helmet",
-    "sport": "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, "
-    "tennis racket",
-    "kitchenware": "bottle, wine glass, cup, fork, knife, spoon, bowl | plate",
-    "food": "banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake",
-    "furniture": "chair, couch, potted plant, bed, dining table, toilet | desk, cabinet, mirror, lamp",
-    "electronics": "tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator",
-    "thing": "book, clock, vase, scissors, teddy bear, hair drier, toothbrush | tree",
-}
-KIND = {name.strip(): kind for kind, names in _NAMES.items() for name in re.split("[,|]", names)}
-_OTHER_WORDS = {
-    "person": "man, woman, boy, girl, child, kid, baby, guy, lady, skier, surfer, rider, player",
-    "bicycle": "bike",
-    "motorcycle": "motorbike, motor bike, scooter, moped",
-    "airplane": "plane, jet, airliner",
-    "boat": "ship, sailboat, yacht",
-    "bird": "duck, goose, seagull, pigeon, parrot",
-    "cat": "kitten",
-    "dog": "puppy",
-    "cow": "bull, calf",
-    "couch": "sofa",
-    "dining table": "table",
-    "potted plant": "plant",
-    "donut": "doughnut",
-    "tv": "television",
-    "cell phone": "phone, cellphone, smartphone",
-    "refrigerator": "fridge",
-    "remote": "controller, remote control",
-    "suitcase": "bag",
-    "skateboard": "skate board",
-    "surfboard": "surf board, boogie board",
-    "tennis racket": "racket, racquet",
-    "sports ball": "ball, soccer ball, tennis ball",
-    "cup": "mug",
-    "laptop": "laptop computer",
-    "keyboard": "computer keyboard",
-}
-_IRREGULAR = {
-    "person": "people",
-    "man": "men",
-    "woman": "women",
-    "child": "children",
-    "knife": "knives",
-    "mouse": "mice",
-}
-_IRREGULAR |= {"sheep": "sheep", "skis": "skis", "scissors": "scissors", "broccoli": "broccoli", "goose": "geese"}
-_IRREGULAR |= {"calf": "calves"}
-_MEASURE = {"skis": "pair", "scissors": "pair", "broccoli": "piece"}
+_DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+def _words(text: str) -> list[str]:
+    return text.split(", ")
+
+
+KIND = {name: kind for kind, names in _DATA["kinds"].items() for name in _words(names)}
+_SYNONYMS: dict[str, str] = _DATA["synonyms"]
+_IRREGULAR: dict[str, str] = _DATA["irregular_plurals"]
+_MEASURE: dict[str, str] = _DATA["measures"]
 
 
 def many(noun: str) -> str:
@@ -90,8 +52,8 @@ def _surfaces() -> dict[str, tuple[str, str, bool]]:
     """Written form -> (name, singular word, whether it is a plural)."""
     found: dict[str, tuple[str, str, bool]] = {}
     for name in KIND:
-        others = _OTHER_WORDS.get(name, "").split(", ")
-        for word in [name, *filter(None, others)]:
+        synonyms = _words(_SYNONYMS[name]) if name in _SYNONYMS else []
+        for word in [name, *synonyms]:
             found[many(word)] = (name, word, True)
             if word not in ("orange", *_MEASURE):  # in the singular it is a color more often than a fruit
                 found[word] = (name, word, False)
@@ -101,48 +63,26 @@ def _surfaces() -> dict[str, tuple[str, str, bool]]:
 _SURFACES = _surfaces()
 
 
-def _either(words: Iterable[str]) -> str:
+def either(words: Iterable[str]) -> str:
+    """A regular expression for one of the words, longer words first."""
     return "(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + ")"
 
 
-_NOUN = _either(_SURFACES)
-_COLORS = "red orange yellow green blue purple pink brown black white gray grey silver gold beige tan"
-_COLOR = _either(_COLORS.split())
-_ADJECTIVES = (
-    "large small big little tiny tall long old older young younger adult elderly wooden metal leather plastic brick "
-    "stone plush velvet city passenger double decker antique unique empty open closed wild baby fluffy adorable cute "
-    "bright dark light round square parked male female full grown"
-)
-_ADJECTIVE = _either([*_ADJECTIVES.split(), *_COLORS.split(), "and"])
+_NOUN = either(_SURFACES)
+_COLOR = either(_words(_DATA["colors"]))
+_ADJECTIVE = either([*_words(_DATA["adjectives"]), *_words(_DATA["colors"]), "and"])
 _NUMBER = {word: k for k, word in enumerate(NUMBERS) if k}
-_SOME = "several|some|many|a few|a group of|a couple of|a herd of|a bunch of|a pair of|a flock of|a crowd of|group of"
-_DETERMINER = rf"(?:(?P<number>{_either(_NUMBER)})|(?P<some>{_SOME})|an?|the)"
-# A noun before one of these only says what kind of thing the next word is: a dog bed, an apple tree, a train station.
-_HEADS_TEXT = (
-    "bed bag bags board boards station stop tree trees track tracks park lot shelter house show shop store hat hats "
-    "costume food bowl case box boxes cart holder stand rack race shirt cover wheel seat rider riders driver pole "
-    "tower meter meters shaped mustache glove bat uniform field court frame paper side cream slices slice flavored "
-    "patterned print toy window windows wing"
-)
-_HEADS = _either(_HEADS_TEXT.split())
-_PLACE_WORDS = (
-    "beach, street, city street, road, sidewalk, kitchen, bathroom, bedroom, living room, restaurant, bakery, bar, "
-    "lobby, park, field, forest, lake, river, ski slope, airport, harbor, bridge, zoo, store, station, office, farm"
-)
-_PLACES = {word: with_article(word) for word in _PLACE_WORDS.split(", ")}
+_SOME = "|".join(_words(_DATA["quantifiers"]))
+_DETERMINER = rf"(?:(?P<number>{either(_NUMBER)})|(?P<some>{_SOME})|an?|the)"
+_HEADS = either(_words(_DATA["heads"]))
+_PLACES = {word: with_article(word) for word in _words(_DATA["places"])}
 _PLACES |= {"woods": "a forest", "mountain": "the mountains", "mountains": "the mountains", "ocean": "the ocean"}
-_ACTIONS = (
-    "riding sitting standing walking running holding playing eating drinking lying laying flying talking wearing "
-    "looking sleeping swimming surfing skiing grazing jumping cooking reading carrying pulling cutting brushing "
-    "petting waiting resting working skating skateboarding smiling watching driving floating roaming wandering chewing "
-    "leaning posing preparing throwing catching feeding staring crossing traveling touching pointing perched"
-)
-_ACTION = _either(_ACTIONS.split())
-_STATE = "sitting|standing|parked|laying|lying|placed|sits|sit|stands|stand|lays|mounted|displayed|stacked|stuck|set up"
-_PREPOSITION = (
-    "on top of|in front of|next to|on the side of|in the middle of|on|in|inside "
-    "of|inside|under|near|beside|by|behind|at| along|against|between"
-)
+_PLACE_PREPOSITION = {
+    place: preposition for preposition, places in _DATA["place_prepositions"].items() for place in _words(places)
+}
+_ACTION = either(_words(_DATA["actions"]))
+_STATE = "|".join(_words(_DATA["states"]))
+_PREPOSITION = "|".join(_words(_DATA["prepositions"]))
 _VAGUE = re.compile(r"\b(it|its|it's|him|her|his|them|their|each other|one another|others?|top of it|background)\b")
 _TECHNICAL = re.compile(
     r"\b(photos?|photographs?|pictures?|pictured|images?|captions?|close ?up|view|shown|displayed)\b"
@@ -157,20 +97,20 @@ _FINITE = re.compile(
 )
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------------ facts
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What is known of one sort of things in a photograph.
+    """Facts about one category of things in a photograph.
 
     Attributes:
         name: COCO's category, or a further known noun.
-        word: the singular that captions use most; the name where none does.
-        mentions: in how many captions it is.
-        plural: whether most of these speak of several.
-        count: how many there are; None where captions do not agree (boxes always tell).
-        color: e.g. `red`, `brown and white`; None where not known.
+        word: the singular that captions use most; the name if none does.
+        mentions: number of captions that name it.
+        plural: whether most of these use the plural.
+        count: number of boxes, or the number that captions agree on; None if they do not.
+        color: e.g. `red`, `brown and white`; None if not known.
         boxes: one per object, empty where there are no boxes.
     """
 
@@ -194,7 +134,7 @@ class Thing:
 
 
 def tidy(caption: str) -> str:
-    """A caption's first sentence: no shouting, no end mark, a small first letter, some common slips put right."""
+    """A caption's first sentence without capitals and end mark, some common errors corrected."""
     text = re.split(r"\. (?=[A-Z])", " ".join(caption.split()))[0].rstrip(" .,;!")
     text = text.lower() if text.isupper() else text
     text = re.sub(r"\blaying\b(?= (on|in|down|next|near|under|beside|by|upside)\b)", "lying", text)
@@ -204,14 +144,14 @@ def tidy(caption: str) -> str:
 
 @dataclass(frozen=True)
 class Photo:
-    """Captions and boxes of a photograph with what can be read out of them."""
+    """Captions and boxes of a photograph, and the facts extracted from them."""
 
     captions: tuple[str, ...]
     boxes: tuple[tuple[str, Box], ...] = ()
 
     @cached_property
     def texts(self) -> list[str]:
-        """The captions, tidied, as they can be quoted."""
+        """The captions, tidied, for quotation."""
         return [tidy(caption) for caption in self.captions if caption.strip()]
 
     @cached_property
@@ -227,7 +167,7 @@ class Photo:
 
     @cached_property
     def things(self) -> list[Thing]:
-        """All things, those of most captions and of the largest boxes first."""
+        """All things; those in most captions and with the largest boxes first."""
         boxes: dict[str, list[Box]] = {}
         for name, box in self.boxes:
             boxes.setdefault(name, []).append(box)
@@ -244,7 +184,7 @@ class Photo:
         for name in dict.fromkeys([*mentions, *boxes]):
             word = words[name].most_common(1)[0][0] if name in words else name
             if name == "person" and name in words and len(words[name]) > 1 and words[name][word] < 2:
-                word = "person"  # annotators see a man, a boy, a guy: none of the words is sure
+                word = "person"  # annotators write a man, a boy, a guy: no two agree
             where = tuple(boxes.get(name, ()))
             count = len(where) if where else self._count(name, word, mentions[name])
             seen_as = number.get(name, Counter({bool(count and count > 1): 1}))
@@ -253,7 +193,7 @@ class Photo:
         return sorted(things, key=lambda t: (-min(t.mentions, 3), -t.area, -t.mentions, t.name))
 
     def _count(self, name: str, word: str, mentions: int) -> int | None:
-        """The number that captions give, if one does and none gives another; one for a single large thing."""
+        """The number in the captions, if they do not contradict; 1 for a single large thing."""
         given: Counter[int] = Counter()
         several = False
         for text, row in zip(self._plain, self._nouns, strict=True):
@@ -261,7 +201,7 @@ class Photo:
                 m for m in row if _SURFACES[m[0]][0] == name and (name != "person" or _SURFACES[m[0]][1] == word)
             ):
                 before = text[: noun.start()]
-                if found := re.search(rf"\b({_either(_NUMBER)}) (?:{_ADJECTIVE} ){{0,3}}$", before):
+                if found := re.search(rf"\b({either(_NUMBER)}) (?:{_ADJECTIVE} ){{0,3}}$", before):
                     given[_NUMBER[found[1]]] += 1
                 elif _SURFACES[noun[0]][2] or re.search(rf"\b(?:{_SOME}|two) (?:\w+ ){{0,2}}$", before):
                     several = True
@@ -272,7 +212,7 @@ class Photo:
         return 1 if large and mentions >= 3 and not several else None
 
     def _color(self, name: str) -> str | None:
-        """The color that captions give a thing, where they agree or one is named at least twice as often as another."""
+        """The color in the captions, if it is named at least twice as often as any other."""
         if name == "person" or any(re.search(r"black and white (photo|image|picture)", text) for text in self._plain):
             return None
         given: Counter[str] = Counter()
@@ -289,15 +229,15 @@ class Photo:
         return ranked[0][0]
 
     @cached_property
-    def sure(self) -> list[Thing]:
-        """The things that two captions name."""
+    def confirmed(self) -> list[Thing]:
+        """The things that at least two captions name."""
         return [t for t in self.things if t.mentions >= min(2, len(self.texts))]
 
     @cached_property
     def place(self) -> str | None:
-        """What place it is ("a beach"), if two captions say so."""
+        """The place ("a beach"), if two captions name it."""
         found: Counter[str] = Counter()
-        pattern = rf"\b({_either(_PLACES)})\b(?!-)(?! (?:{_NOUN}|{_HEADS}|sign|signs|light|lights|floor)\b)"
+        pattern = rf"\b({either(_PLACES)})\b(?!-)(?! (?:{_NOUN}|{_HEADS}|sign|signs|light|lights|floor)\b)"
         for text in self._plain:
             found.update({_PLACES[m[1]] for m in re.finditer(pattern, text)})
         best = found.most_common(1)
@@ -305,10 +245,10 @@ class Photo:
 
     @cached_property
     def statements(self) -> list[str]:
-        """The captions as sentences, best first: those that name the things others name, and say it at some length."""
+        """The captions as sentences; first those that name the things of other captions, at medium length."""
         weight = {t.name: t.mentions for t in self.things}
 
-        def worth(k: int) -> float:
+        def score(k: int) -> float:
             words = len(self.texts[k].split())
             names = {_SURFACES[m[0]][0] for m in self._nouns[k]}
             odd = bool(_TECHNICAL.search(self._plain[k])) + bool(re.search(r"\d|\b(this|these|they)\b", self._plain[k]))
@@ -317,16 +257,16 @@ class Photo:
             length = min(words, 14) / 4 - max(0, words - 18) - 6 * (words < 5)
             return sum(weight[n] for n in names) + length - 8 * odd - 4 * bare - 8 * loose
 
-        order = sorted((k for k in range(len(self.texts)) if worth(k) > -4), key=lambda k: (-worth(k), k))
+        order = sorted((k for k in range(len(self.texts)) if score(k) > -4), key=lambda k: (-score(k), k))
         return [_statement(self.texts[k]) for k in order or range(min(1, len(self.texts)))] or ["The image is empty."]
 
     def actions(self) -> list[QA]:
-        """What the subjects of the captions do, one question per subject."""
+        """Questions about the actions of the captions' subjects, one per subject."""
         pattern = re.compile(
             rf"^(?:{_DETERMINER} )?(?:{_ADJECTIVE} ){{0,3}}(?P<noun>{_NOUN})(?: that| who)?(?P<be> is| are)? "
             rf"(?P<action>{_ACTION})\b(?P<tail>.*)$"
         )
-        things = {t.name: t for t in self.sure if KIND[t.name] in ("person", "animal")}
+        things = {t.name: t for t in self.confirmed if KIND[t.name] in ("person", "animal")}
         found: dict[str, QA] = {}
         for text in sorted(self.texts, key=lambda t: abs(len(t.split()) - 10)):
             m = pattern.match(text.lower())
@@ -347,15 +287,15 @@ class Photo:
         return list(found.values())
 
     def places_of(self) -> list[QA]:
-        """Where things are, in the words of a caption."""
-        things = {t.name: t for t in self.sure if t.name != "person"}
+        """Questions about positions, answered with a caption's words."""
+        things = {t.name: t for t in self.confirmed if t.name != "person"}
         found: dict[str, QA] = {}
         for text, row in zip(self._plain, self._nouns, strict=True):
             for noun in row:
                 thing = things.get(_SURFACES[noun[0]][0])
                 after = rf"(?P<that> that (?:is|are))?(?: (?:is|are))?(?: (?:{_STATE}))? (?P<where>(?:{_PREPOSITION}) "
                 m = re.match(after + r"(?:an?|the|some|two) .+)$", text[noun.end() :])
-                # only of a noun that is the subject: "a cup sits on a table next to a book" says nothing of the table
+                # subjects only: "a cup sits on a table next to a book" does not place the table
                 if not thing or not m or (re.search(rf"\b{_PREPOSITION}\b", text[: noun.start()]) and not m["that"]):
                     continue
                 phrase = re.sub(rf" (topped|filled|covered with|and|with|{_ACTION})\b.*", "", _END.sub("", m["where"]))
@@ -366,21 +306,21 @@ class Photo:
 
 
 def _statement(text: str) -> str:
-    """A caption as a whole sentence."""
+    """A caption as a full sentence."""
     main = re.split(r"\b(?:that|who|which|with|while|as)\b", text.lower())[0]
     return sentence(text if _FINITE.search(main) else f"the image shows {text}")
 
 
-# ------------------------------------------------------------------------------------------------ speaking
+# ------------------------------------------------------------------------------------------------ sentences
 
 _TURNS = 6
-_CONSPICUOUS = "elephant giraffe zebra bear cow horse sheep airplane train boat bus truck motorcycle"
+_CONSPICUOUS = _words(_DATA["conspicuous"])
 
 
 def conversation(photo: Photo, rng: random.Random) -> list[QA]:
-    """Questions that the captions answer beyond doubt, then one that takes knowledge; never empty."""
+    """Questions with certain answers, then one that needs common knowledge; never empty."""
     found = []
-    for thing in photo.sure:
+    for thing in photo.confirmed:
         if thing.color:
             be, name = ("are", many(thing.word)) if thing.plural else ("is", thing.word)
             found.append(QA(f"What color {be} the {name}?", sentence(f"{thing.the} {thing.color}"), "color"))
@@ -391,12 +331,12 @@ def conversation(photo: Photo, rng: random.Random) -> list[QA]:
     kinds = {KIND[t.name] for t in photo.things}
     traffic = {"vehicle", "street"} & kinds or photo.place in ("a street", "a city street", "a road", "an airport")
     rules_out = kinds | ({"vehicle"} if traffic else set())
-    absent = [name for name in _CONSPICUOUS.split() if KIND[name] not in rules_out]
+    absent = [name for name in _CONSPICUOUS if KIND[name] not in rules_out]
     for name in rng.sample(absent, min(2, len(absent))):
         a = with_article(name)
         found.append(QA(f"Is there {a} in the image?", f"No, there is no {name} in the image.", "presence"))
-    if photo.sure:
-        thing = rng.choice(photo.sure[:3])
+    if photo.confirmed:
+        thing = rng.choice(photo.confirmed[:3])
         is_, a = ("Are", many(thing.word)) if thing.plural else ("Is", counted(1, thing.word))
         answer = f"Yes, there {is_.lower()} {a} in the image."
         found.append(QA(f"{is_} there {'any ' if thing.plural else ''}{a} in the image?", answer, "presence"))
@@ -406,7 +346,7 @@ def conversation(photo: Photo, rng: random.Random) -> list[QA]:
     rng.shuffle(found)
     chosen: list[QA] = []
     kinds_asked = Counter[str]()
-    while found and len(chosen) < _TURNS:  # every kind of question once before any comes twice
+    while found and len(chosen) < _TURNS:  # every kind of question once before any repeats
         chosen.append(min(found, key=lambda q: kinds_asked[q.kind]))
         kinds_asked[chosen[-1].kind] += 1
         found.remove(chosen[-1])
@@ -421,7 +361,7 @@ def _side(boxes: Sequence[Box]) -> list[str]:
 
 
 def _whereabouts(thing: Thing) -> str:
-    """One sentence with number and position of a thing that has boxes."""
+    """One sentence with count and position of a thing that has boxes."""
     n, sides = len(thing.boxes), Counter(_side(thing.boxes))
     order = [side for side in ("on the left", "in the middle", "on the right") if sides[side]]
     word = thing.word if n == 1 and thing.mentions > 1 else thing.name
@@ -442,7 +382,7 @@ def _whereabouts(thing: Thing) -> str:
 
 
 def detail(photo: Photo) -> str:
-    """A description: what the image shows, how many there are of each thing and where, what lies beside what."""
+    """A description: a caption, count and position of each thing, relations between things, colors."""
     first = photo.statements[0]
     known = set(re.findall(r"\w+", first.lower()))
     new = [len(set(re.findall(r"\w{4,}", s.lower())) - known) for s in photo.statements[1:]]
@@ -462,7 +402,7 @@ def detail(photo: Photo) -> str:
     body += relations(photo)[:2]
     colors = [
         sentence(f"{t.the} {t.color}")
-        for t in photo.sure
+        for t in photo.confirmed
         if t.color and t.color not in " ".join(opening) and t.plural == (len(t.boxes) > 1)
     ]
     if photo.place and photo.place.split()[-1] not in " ".join(opening):
@@ -470,13 +410,8 @@ def detail(photo: Photo) -> str:
     return "\n\n".join(" ".join(part) for part in (opening, body, colors) if part)
 
 
-_PLACE_PREPOSITION = dict.fromkeys(["beach", "street", "road", "sidewalk", "bridge", "slope", "farm"], "on")
-_PLACE_PREPOSITION |= dict.fromkeys(["bar", "airport", "station", "zoo"], "at")
-_PLACE_PREPOSITION |= dict.fromkeys(["river", "lake", "ocean"], "by")
-
-
 def relations(photo: Photo) -> list[str]:
-    """ "The dog is to the left of the chair." for single things whose boxes lie apart."""
+    """ "The dog is to the left of the chair." for single things with separate boxes."""
     single = sorted((t for t in photo.things if len(t.boxes) == 1 and t.word not in _MEASURE), key=lambda t: -t.area)[
         :4
     ]
@@ -489,145 +424,12 @@ def relations(photo: Photo) -> list[str]:
     return found
 
 
-# What a photograph of these things makes one think of: their names, a question that avoids them, common knowledge.
-_KNOWLEDGE = """
-bear, elephant, zebra, giraffe
-What should a visitor to this place keep in mind?
-{Many} are wild and strong, and they feel threatened when people come too close. A visitor should therefore keep at a
-distance, stay quiet, offer no food and follow the rules of the place. That protects the visitor as well as the
-{many}.
-
-cat, dog
-What does whoever lives here have to take care of every day?
-{Many} depend on their people. They need fresh water and food at regular hours, a quiet place to sleep, and time for
-play and exercise. Whoever keeps one should also look after its health and never leave it alone for long.
-
-horse, cow, sheep
-What kind of work stands behind a scene like this one?
-{Many} have to be fed, watered and looked after every day, whatever the weather. They need pasture or hay, a dry place
-to stand and somebody who notices early when one of them is ill. Keeping them well takes patience and experience.
-
-bird
-How should one behave here in order not to disturb anything?
-{Many} are easily frightened and leave when something moves quickly or is loud. Who wants to watch them should move
-slowly, keep some distance and not feed them, since bread and other leftovers make them ill.
-
-surfboard, skis, snowboard, skateboard
-What skills and precautions does this activity call for?
-It takes balance, strength in the legs and much practice. Beginners should learn from somebody with experience, wear
-what protects them, and choose an easy spot. Falls are part of it, so one should know the conditions of the day and
-never go beyond one's own skill.
-
-frisbee, kite, sports ball, baseball bat, baseball glove, tennis racket
-What makes this a good way to spend some free time?
-It brings people outdoors, gets them moving and needs little equipment. It trains the eye, the hand and quick
-reactions, and it is more fun in company. An open space without traffic or wires nearby makes it safe as well.
-
-airplane
-What has to be right before a journey like this can begin?
-{Many} are checked, fueled and loaded before each flight, and the crew studies the weather and the route. Traffic
-control then decides when they may take off or land, so that they keep a safe distance from each other and from
-everything else in the air.
-
-train
-Why might travelers prefer this way of going somewhere?
-{Many} carry many people at once, do not get stuck in traffic and use little energy for each passenger. Travelers can
-read, work or look out of the window instead of driving. They only have to keep to the timetable and to stay away from
-the edge of the tracks.
-
-boat
-What should people here watch out for?
-On the water, weather and currents can change quickly. People on {many} should know the forecast, have life jackets
-within reach and keep clear of others. It is wise to tell somebody ashore when one means to be back.
-
-bus, car, truck, motorcycle, bicycle, traffic light, stop sign, parking meter, street sign
-What should somebody who passes through here pay attention to?
-Where vehicles and people share the same space, everybody has to be alert. Drivers and riders should keep to the
-signs, go slowly and give way; people on foot should look both ways before they cross and never count on being seen.
-Standing vehicles deserve attention as well, since a door may open or one may pull out.
-
-fire hydrant
-Why does this spot have to be kept free?
-The fire department takes its water from hydrants. If one is blocked or cannot be found, minutes are lost in which a
-fire spreads. That is why nothing may be parked or piled up near it.
-
-umbrella
-What does this scene tell about the weather, and how did people prepare for it?
-{Many} keep off rain and strong sun alike. Whoever brings one expects to be outside for a while and has thought of
-staying dry or in the shade. In wind it has to be held or fixed well.
-
-suitcase, backpack, handbag
-What may be about to happen here, and what should be thought of?
-Packed luggage speaks of a journey that begins or ends. Its owners should have labeled it, keep an eye on it, and have
-papers and medicine where they can reach them. Fragile things belong in the middle, between soft ones.
-
-broccoli, carrot, apple, orange, banana
-Why is what can be seen here good for people?
-Fruit and vegetables hold vitamins, minerals and fiber and few calories. Eaten fresh and in variety they help the body
-to stay healthy. They should be washed first, and stored cool so that they keep.
-
-pizza, donut, cake, sandwich, hot dog
-What should somebody who wants to eat well think about here?
-Food like this tastes good and is filling, but it holds much fat, salt or sugar. As a treat, shared with others, it
-does no harm; every day it would be too much. Fruit, vegetables or a salad with it make a better balance.
-
-bottle, wine glass, cup, fork, knife, spoon, bowl, plate, dining table
-What will have to be done here, before or after people sit down?
-A table with dishes and food means work on both ends of a meal. Before it, somebody has to cook, lay the table and see
-that there is enough for everybody; after it, leftovers are put away and the dishes are washed. When everybody helps,
-this is quickly done.
-
-toilet, sink, toothbrush
-Which habits matter in a place like this one?
-Here, cleanliness protects health. Hands should be washed with soap, surfaces cleaned often and the air changed, so
-that neither germs nor mold can spread. Brushing one's teeth twice a day belongs to the same good habits.
-
-microwave, oven, toaster, refrigerator
-What helps to work safely in this room?
-In a kitchen, heat, sharp edges and electricity come together. Hot things should stand back from the edge, spills be
-wiped up at once, and machines be switched off when they are not used. Food keeps best when it is put back into the
-cold soon.
-
-laptop, keyboard, mouse, tv, remote, cell phone
-What should somebody who spends many hours like this look after?
-Looking at screens for long strains eyes, neck and back. It helps to sit upright, to look into the distance from time
-to time and to get up every hour. Devices last longer, too, when drinks stay away from them and cables lie where
-nobody trips.
-
-couch, bed, chair, potted plant
-What makes this a place where people feel at home?
-Comfortable furniture, light and a few personal things invite people to rest and to talk. A room feels larger when it
-is tidy and when there is free space to walk through. What is used every day should be within reach.
-
-clock
-Why would this have been put where everybody can see it?
-A clock that all can see helps people to be on time, to catch a bus or to keep an appointment, without having to look
-for a watch or phone. A beautiful one is also a landmark where people meet.
-
-book, vase, scissors, teddy bear, tie, bench, tree
-What could the things here tell about the people who use them?
-Things that people keep around them tell what they like and what they do. Whether they are neatly arranged or left
-lying shows if somebody has just been busy here. To be sure, one would have to ask their owners.
-
-person
-What might have brought these circumstances about, and what could come next?
-People come together or go out for a reason: to work, to enjoy themselves or to be with others. What they hold and
-wear and where they look tells what they are busy with. Most likely they will go on with it for a while and then move
-on together.
-
--
-What would a visitor find remarkable about this place?
-Places like this one tell how nature and people have shaped them. A visitor should take time to look, notice what is
-near and what is far away, and leave everything as it was found.
-"""
-
-
 def reasoning(photo: Photo) -> QA:
-    """A question about the most prominent thing that does not name it, and an answer of evidence and knowledge."""
+    """A question about the most prominent thing that does not name it; the answer is a caption and common knowledge."""
     things = [t for t in photo.things if t.mentions > 1 or t.boxes]
-    names = [*(t.name for t in sorted(things, key=lambda t: t.name == "person")), "-"]  # people do not say much
-    blocks = [block.split("\n") for block in _KNOWLEDGE.strip().split("\n\n")]
-    name, block = next((n, b) for n in names for b in blocks if n in b[0].split(", "))
+    names = [*(t.name for t in sorted(things, key=lambda t: t.name == "person")), "-"]  # a person is the last choice
+    entries = _DATA["knowledge"]
+    name, entry = next((n, e) for n in names for e in entries if n in _words(e["things"]))
     several = many(name)
-    text = " ".join(block[2:]).format(many=several, Many=several[:1].upper() + several[1:])
-    return QA(block[1], f"{photo.statements[0]} {text}", "reasoning")
+    text = entry["answer"].format(many=several, Many=several[:1].upper() + several[1:])
+    return QA(entry["question"], f"{photo.statements[0]} {text}", "reasoning")

@@ -1,8 +1,8 @@
-"""The offline model behind the chat protocol: it reads the very prompt that GPT-4 would get and replies in its format.
+"""Offline stand-in for GPT-4: replies to the same prompts, in the formats that these ask for.
 
-It tells by the prompt which job it has: instruction data of one of three kinds, judging two answers, or a question with
-choices. Of the miniature it speaks with the miniature's own language, so that its questions and those that models are
-tested with share one wording; of real photographs it speaks as `everyday` does. Equal prompts get equal replies.
+The prompt decides the job: instruction data of one of three kinds, scores for two answers, or a question with choices.
+Replies about scenes of the miniature use the miniature's language, so that its questions and those of its tests share
+one wording; replies about photographs are those of `everyday`. Equal prompts get equal replies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from companion.miniature import everyday, language, scienceqa
-from companion.miniature.everyday import Box, Photo
+from companion.miniature.everyday import Box, Photo, either
 from companion.miniature.language import NUMBERS, PLACE_PHRASE, POSITION_PHRASE, QA, Facts, number_word
 from companion.miniature.world import BACKGROUNDS, CATEGORIES, COLORS, POSITIONS, Group
 from llava_core.constants import IMAGE_MARKER
@@ -25,41 +25,40 @@ TURNS = 8  # of a conversation about a scene of the miniature
 
 
 @dataclass(frozen=True)
-class Taste:
-    """What a judge values, besides being right.
+class JudgeSettings:
+    """Criteria of a judge besides correctness.
 
     Attributes:
-        detail: share of the score of a free answer that rests on how much of the context it says, from 0 to 1.
-        words: an answer of more words loses in proportion, so that one of twice as many keeps half; None: length is
-            free.
+        detail: weight of completeness in the score of a free answer, from 0 to 1.
+        max_words: the score of a longer answer is divided by its excess: half at twice as many; None for no limit.
     """
 
     detail: float = 0.7
-    words: int | None = None
+    max_words: int | None = None
 
 
-THOROUGH = Taste()
-TERSE = Taste(detail=0.2, words=12)  # content with one right sentence
+THOROUGH = JudgeSettings()
+TERSE = JudgeSettings(detail=0.2, max_words=12)
 
 
-def respond(messages: Sequence[dict[str, str]], taste: Taste = THOROUGH) -> str:
+def respond(messages: Sequence[dict[str, str]], settings: JudgeSettings = THOROUGH) -> str:
     """Reply to a chat.
 
     Args:
-        messages: {role, content}; the system message and the last user message decide, examples between are not read.
-        taste: as a judge.
+        messages: {role, content}; only the system message and the last user message are read.
+        settings: of the judge.
 
     Returns:
         The reply, in the format that the job's prompt asks for.
 
     Raises:
-        DataError: it is none of the jobs that this model knows.
+        DataError: the prompt is of no known job.
     """
     system = " ".join(m["content"] for m in messages if m["role"] == "system").lower()
     user = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
     rng = random.Random(hashlib.sha256(json.dumps([dict(m) for m in messages], sort_keys=True).encode()).hexdigest())
     if "[End of Assistant 2]" in user:
-        return judge(user, taste)
+        return judge(user, settings)
     if "[Question]" in user:
         return answer(read_context(_section(user, "[Context]", "[Question]")), _section(user, "[Question]", "[Answer]"))
     if options := _options(user):
@@ -88,24 +87,24 @@ _BOX = re.compile(r"^(?P<name>[^:\[\]]+): [\[(](?P<box>[\d., ]+)[\])]$")
 
 @dataclass(frozen=True)
 class Context:
-    """Captions and boxes out of a prompt, and the facts where they speak of a scene of the miniature."""
+    """Captions and boxes of a prompt."""
 
     captions: tuple[str, ...]
     boxes: tuple[tuple[str, Box], ...]
 
     @property
     def facts(self) -> Facts | None:
-        """The facts of a scene; None when a single sentence is not of the miniature's language."""
+        """The facts of a scene; None if a sentence is not of the miniature's language."""
         return read_scene(self.captions, self.boxes)
 
     @property
     def photo(self) -> Photo:
-        """The same as a photograph."""
+        """The context as a photograph."""
         return Photo(self.captions, self.boxes)
 
 
 def read_context(text: str) -> Context:
-    """Read captions (a line each) and boxes (`category: [x1, y1, x2, y2]`) out of a user message."""
+    """Parse captions (a line each) and boxes (`category: [x1, y1, x2, y2]`) of a user message."""
     captions: list[str] = []
     boxes: list[tuple[str, Box]] = []
     for line in filter(None, map(str.strip, text.split("\n"))):
@@ -118,37 +117,31 @@ def read_context(text: str) -> Context:
     return Context(tuple(captions), tuple(boxes))
 
 
-# --- sentences of the miniature
-
 _WORDS = {form: name for name in CATEGORIES for form in (language.plural(name), name)}
 
 
-def _either(words: Sequence[str]) -> str:
-    return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
-
-
 _GROUP = (
-    rf"(?P<n>an?|{_either(NUMBERS[1:])}) (?:(?P<size>small|large) )?(?:(?P<color>{_either(list(COLORS))}) )?"
-    rf"(?P<noun>{_either(list(_WORDS))})\b"
+    rf"(?P<n>an?|{either(NUMBERS[1:])}) (?:(?P<size>small|large) )?(?:(?P<color>{either(list(COLORS))}) )?"
+    rf"(?P<noun>{either(list(_WORDS))})\b"
 )
-_POSITION = rf"(?P<position>{_either(list(POSITION_PHRASE.values()))})"
-_STATED = rf"\bthe (?P<noun>{_either(list(_WORDS))}) (?:is|are) (?:(?P<size>small|large) and )?{_POSITION}"
+_POSITION = rf"(?P<position>{either(list(POSITION_PHRASE.values()))})"
+_STATED = rf"\bthe (?P<noun>{either(list(_WORDS))}) (?:is|are) (?:(?P<size>small|large) and )?{_POSITION}"
 _LEFT_OF = re.compile(rf"\b{re.sub('P<', 'P<a_', _GROUP)} to the left of {re.sub('P<', 'P<b_', _GROUP)}")
 _MENTION = re.compile(rf"\b{_GROUP}(?: {_POSITION})?")
-_TOTAL = re.compile(rf"\bthere (?:is|are) {_either(NUMBERS)} objects? in total")
+_TOTAL = re.compile(rf"\bthere (?:is|are) {either(NUMBERS)} objects? in total")
 _FILLER = re.compile(r"\b(?:the image shows|there (?:is|are)|and|with)\b|[\s,.]")
 _SIDE = {phrase: position for position, phrase in POSITION_PHRASE.items()}
 
 
 def read_scene(captions: Sequence[str], boxes: Sequence[tuple[str, Box]] = ()) -> Facts | None:
-    """Read a scene of the miniature out of its captions, its description or its boxes.
+    """Parse a scene of the miniature from its captions, its description or its boxes.
 
     Args:
-        captions: sentences; every word of them must be of the miniature's language.
-        boxes: (category, (x1, y1, x2, y2)) from 0 to 1; they tell positions that the captions leave open.
+        captions: sentences; every word must be of the miniature's language.
+        boxes: (category, (x1, y1, x2, y2)) from 0 to 1; they decide positions that the captions leave open.
 
     Returns:
-        The facts, groups from left to right; None where a sentence says something else.
+        The facts, groups from left to right; None if a sentence has another word.
     """
     known: dict[str, Group] = {}
     order: list[tuple[str, str]] = []
@@ -184,8 +177,8 @@ def read_scene(captions: Sequence[str], boxes: Sequence[tuple[str, Box]] = ()) -
         own = [box for other, box in boxes if other == name]
         center = (min(b[0] for b in own) + max(b[2] for b in own)) / 2
         nearest = "left" if center < 0.35 else "right" if center > 0.65 else "middle"
-        told = known[name].position if name in known else None
-        learn(name, count=len(own), position=told or nearest)
+        stated = known[name].position if name in known else None
+        learn(name, count=len(own), position=stated or nearest)
     for left, right in order if len(known) == 3 else ():  # "a to the left of b" leaves the middle to the third
         learn(left, position=known[left].position or "left")
         learn(right, position=known[right].position or "right")
@@ -200,9 +193,9 @@ _KIND_ORDER = ("presence", "background", "count", "color", "position", "relation
 
 
 def conversation(context: Context, rng: random.Random) -> list[QA]:
-    """Questions with sure answers: of a scene at most `TURNS`, as many of each kind as of another.
+    """Questions with certain answers: of a scene at most `TURNS`, evenly over the kinds.
 
-    In half of the dialogues one turn more asks what the image shows at all, before or behind the others.
+    Half of the dialogues have one more turn, first or last, about the image in general.
     """
     facts = context.facts
     if facts is None:
@@ -213,7 +206,7 @@ def conversation(context: Context, rng: random.Random) -> list[QA]:
         kinds = [qa.kind for qa in chosen]
         chosen.append(min(found, key=lambda qa: kinds.count(qa.kind)))
         found.remove(chosen[-1])
-    # What an earlier turn has said can be repeated without a look at the image, so whatever tells most comes last.
+    # An answer can repeat earlier turns without the image, so the most informative turns are last.
     chosen = sorted(chosen, key=lambda qa: _KIND_ORDER.index(qa.kind))
     overview = QA(rng.choice(_OVERVIEW), language.overview(facts), "overview")
     first, last = rng.random() < 0.2, rng.random() < 0.4
@@ -226,7 +219,7 @@ def description(context: Context) -> str:
 
 
 def reasoning(context: Context, rng: random.Random) -> QA:
-    """A question that takes knowledge; of a scene without an unambiguous one, a question that takes adding up."""
+    """A question that needs common knowledge; if a scene allows no unambiguous one, the total number of objects."""
     if context.facts is None:
         return everyday.reasoning(context.photo)
     total = sum(g.count for g in context.facts.groups)
@@ -235,7 +228,7 @@ def reasoning(context: Context, rng: random.Random) -> QA:
 
 
 def answer(context: Context, question: str) -> str:
-    """The reference answer to a question: the right one where the question is of the miniature, else a description."""
+    """The reference answer: the correct one to a question of the miniature, else a description."""
     facts = context.facts
     if facts is None:
         return everyday.detail(context.photo)
@@ -258,31 +251,32 @@ _KEYWORDS: dict[str, tuple[str, str]] = {
     "yes": ("truth", "yes"),
 }
 _EMPTY = "the and are was has had its for not but with that this these there from image which who"
-_COLORED = re.compile(rf"\bthe (?P<noun>{_either(list(_WORDS))}) (?:is|are) (?P<color>{_either(list(COLORS))})\b")
+_COLORED = re.compile(rf"\bthe (?P<noun>{either(list(_WORDS))}) (?:is|are) (?P<color>{either(list(COLORS))})\b")
 Claims = set[tuple[str, ...]]
 
 
-def judge(prompt: str, taste: Taste = THOROUGH) -> str:
-    """Score two answers from 1 to 10 by the facts in them, whichever stands first.
+def judge(prompt: str, settings: JudgeSettings = THOROUGH) -> str:
+    """Score two answers from 1 to 10 by the facts in them, independent of their order.
 
-    Where the question has one right answer, giving that counts; elsewhere how much of an answer the context supports
-    (accuracy) and how much of what could be said it says (detail).
+    If the question has one correct answer, agreement with it counts; otherwise the share of the answer's facts that
+    the context supports (accuracy) and the share of the context's facts in the answer (detail).
 
     Args:
         prompt: sections [Context], [Question], [Assistant 1], [Assistant 2] as in LLaVA-Bench.
-        taste: what counts besides.
+        settings: further criteria.
 
     Returns:
-        "a b" on the first line, then why.
+        "a b" on the first line, then the reasons.
     """
     context = read_context(_section(prompt, "[Context]", "[Question]"))
     question = _section(prompt, "[Question]", "[Assistant 1]")
     answers = [_section(prompt, f"[Assistant {k}]", f"[End of Assistant {k}]") for k in (1, 2)]
     right = _right_answer(context.facts, question) if context.facts else None
-    values = [_agreement(a, right, question) for a in answers] if right else _support(context, answers, taste)
-    if taste.words is not None:
+    values = [_agreement(a, right, question) for a in answers] if right else _support(context, answers, settings)
+    if settings.max_words is not None:
         values = [
-            value * min(1, taste.words / max(1, len(a.split()))) for a, value in zip(answers, values, strict=True)
+            value * min(1, settings.max_words / max(1, len(a.split())))
+            for a, value in zip(answers, values, strict=True)
         ]
     scores = [round(2 * (1 + 9 * value)) / 2 for value in values]
     reasons = [f"Assistant {k}: {_verdict(value)}." for k, value in enumerate(values, start=1)]
@@ -303,13 +297,13 @@ def _keywords(text: str) -> Claims:
 
 
 def _right_answer(facts: Facts, question: str) -> str | None:
-    """The answer to one of the miniature's own questions; None to any other."""
+    """The answer to a question of the miniature; None to any other."""
     if found := re.fullmatch(r"Is there an? (\w+)\?", question):
         return "Yes." if found[1] in {g.category for g in facts.groups} else "No."
     for g in facts.groups:
         if question == language.AFFORDANCE[CATEGORIES[g.category]][0]:
             return f"The {g.category}."
-    for seed in range(64):  # each draws other pairs and absent things to ask about
+    for seed in range(64):  # each draws other pairs and absent things
         for qa in language.questions(facts, random.Random(seed)):
             if qa.question == question:
                 return qa.answer
@@ -317,44 +311,44 @@ def _right_answer(facts: Facts, question: str) -> str | None:
 
 
 def _agreement(answer: str, right: str, question: str) -> float:
-    """How well an answer (0 to 1) says what the right one says and nothing else of the same kind."""
+    """Agreement (0 to 1) of an answer with the right one, in facts of the same kinds."""
     wanted, given = _keywords(right), _keywords(answer)
     if ("truth", "yes") in wanted and question.startswith(("Is ", "Are ")) and answer.strip():
-        given |= set() if ("truth", "no") in given else {("truth", "yes")}  # a plain statement says yes
+        given |= set() if ("truth", "no") in given else {("truth", "yes")}  # a statement without "no" means yes
     kinds = {kind for kind, _ in wanted}
     asked = _keywords(question) - wanted
     other = {claim for claim in given - wanted - asked if claim[0] in kinds}
     exact = len(wanted & given) / len(wanted | other) if wanted else 0.0
-    sort = bool(given & wanted or other)  # a wrong color is still an answer to the question
-    return 0.08 * sort + 0.82 * exact + 0.1 * exact * (len(answer.split()) > 2)
+    same_kind = bool(given & wanted or other)  # a wrong color is still a color
+    return 0.08 * same_kind + 0.82 * exact + 0.1 * exact * (len(answer.split()) > 2)
 
 
-def _support(context: Context, answers: Sequence[str], taste: Taste) -> list[float]:
-    """Accuracy and detail (0 to 1) of free answers: their claims against those of the context."""
+def _support(context: Context, answers: Sequence[str], settings: JudgeSettings) -> list[float]:
+    """Score (0 to 1) of free answers: their claims against those of the context."""
     facts = context.facts
     if facts is not None:
         truth = _claims(language.describe(facts))
-        said = [_claims(answer) for answer in answers]
-        sayable = truth
+        claimed = [_claims(answer) for answer in answers]
+        complete = truth
     else:
         photo = context.photo
         truth = _photo_claims(photo) | {("word", word) for text in context.captions for word in _content(text)}
         truth |= {("thing", name) for name, _ in context.boxes}
-        said = [
+        claimed = [
             _photo_claims(Photo((answer,))) | {("word", w) for w in _content(answer) if ("word", w) in truth}
             for answer in answers
         ]
-        sayable = set().union(*said) & truth
+        complete = set().union(*claimed) & truth
     values = []
-    for claims in said:
+    for claims in claimed:
         accuracy = len(claims & truth) / len(claims) if claims else 0.0
-        told = len(claims & sayable) / max(1, len(sayable))
-        values.append(accuracy * (1 - taste.detail + taste.detail * told) if claims & truth else 0.0)
+        detail = len(claims & complete) / max(1, len(complete))
+        values.append(accuracy * (1 - settings.detail + settings.detail * detail) if claims & truth else 0.0)
     return values
 
 
 def _claims(text: str) -> Claims:
-    """What a text in the miniature's language says, each fact bound to its thing."""
+    """Facts of a text in the miniature's language, each bound to its category."""
     text, found = text.lower(), set()
     for m in [*_MENTION.finditer(text), *re.finditer(_STATED, text), *_COLORED.finditer(text)]:
         name, parts = _WORDS[m["noun"]], m.groupdict()
@@ -388,11 +382,11 @@ def _options(text: str) -> dict[str, str]:
 
 
 def answer_multiple_choice(prompt: str, options: dict[str, str]) -> str:
-    """Answer by the facts that the miniature teaches; decline where they do not decide or an image is needed.
+    """Answer by the facts of the miniature; decline if they do not decide or an image is needed.
 
     Args:
         prompt: question, context and choices. If it holds two earlier answers ("The answer is X."), as for the
-            ensemble's judge, the later one, which comes from a model that can see, is taken instead of declining.
+            ensemble's judge, the second one replaces declining.
         options: letter -> choice.
 
     Returns:
@@ -419,20 +413,20 @@ _FACTS = sorted({_tokens(fact) for facts in scienceqa.FACTS.values() for fact in
 
 
 def _known(stem: str, options: dict[str, str]) -> str | None:
-    """The choice that a fact of the miniature, or two with a word in common, ties to the question."""
+    """The choice that one fact of the miniature, or two with a common word, connect with the question."""
     asked = _tokens(stem)
 
-    def tie(choice: str) -> float:
+    def strength(choice: str) -> float:
         words = _tokens(choice)
         best = 0.0
         for rest in (fact - words for fact in _FACTS if words and words < fact):
-            linked = rest - asked  # the word that a second fact has to explain: a dog is an *animal*, an *animal* eats
+            linked = rest - asked  # the common word with a second fact: a dog is an *animal*, an *animal* eats
             if not linked:
                 return 2.0
             if len(linked) == 1 and any(linked < fact and fact - linked <= asked for fact in _FACTS):
                 best = 1.0
         return best
 
-    scores = {letter: tie(choice) for letter, choice in options.items()}
+    scores = {letter: strength(choice) for letter, choice in options.items()}
     best = [letter for letter, score in scores.items() if score == max(scores.values())]
     return best[0] if len(best) == 1 else None

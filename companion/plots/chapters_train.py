@@ -195,7 +195,7 @@ def offline_model(terse: bool = False) -> ChatClient:
     """
     from companion.miniature.offline_chat import TERSE, THOROUGH, respond
 
-    return OfflineClient(partial(respond, taste=TERSE if terse else THOROUGH))
+    return OfflineClient(partial(respond, settings=TERSE if terse else THOROUGH))
 
 
 def bench_rows(

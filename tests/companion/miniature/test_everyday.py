@@ -31,49 +31,49 @@ def test_words() -> None:
         ("TV on a one way street.", "TV on a one way street"),
     ],
 )
-def test_slips_in_captions_are_put_right(caption: str, text: str) -> None:
+def test_tidy_corrects_common_caption_errors(caption: str, text: str) -> None:
     assert tidy(caption) == text
 
 
 def test_facts_need_two_captions() -> None:
     photo = Photo(RED)
-    things = {t.name: t for t in photo.sure}
+    things = {t.name: t for t in photo.confirmed}
     assert set(things) == {"person", "bicycle", "dog"}
     assert (things["bicycle"].color, things["dog"].count, things["person"].word) == ("red", 2, "man")
     assert photo.place == "a beach"
-    assert Photo(("A blue car.", "A red car.", "A car.")).sure[0].color is None
-    assert Photo(("Three men.", "Two men.")).sure[0].count is None
+    assert Photo(("A blue car.", "A red car.", "A car.")).confirmed[0].color is None
+    assert Photo(("Three men.", "Two men.")).confirmed[0].count is None
     assert Photo(("A man.", "A woman.", "A dog on a dog bed.")).things[0].word == "person"
     assert "bed" not in {t.name for t in Photo(("A dog bed frame.", "An apple tree.")).things}
 
 
-def test_a_conversation_is_made_of_sure_facts() -> None:
+def test_a_conversation_uses_confirmed_facts() -> None:
     turns = {qa.question: qa.answer for seed in range(20) for qa in conversation(Photo(RED), random.Random(seed))}
     assert turns["How many dogs are there?"] == "There are two dogs."
     assert "red" in next(answer for question, answer in turns.items() if question.startswith("What color is the bi"))
     assert not any("Is there a dog" in q or ("bicycle in" in q and "No" in a) for q, a in turns.items())
 
 
-def test_relations_hold_only_between_things_that_lie_apart() -> None:
+def test_relations_need_separate_boxes() -> None:
     near = (("dog", (0.1, 0.1, 0.6, 0.6)), ("cat", (0.5, 0.1, 0.9, 0.6)))
     apart = (("dog", (0.1, 0.1, 0.4, 0.6)), ("cat", (0.5, 0.1, 0.9, 0.6)))
     assert relations(Photo(("A dog and a cat.",), near)) == []
     assert relations(Photo(("A dog and a cat.",), apart)) == ["The cat is to the right of the dog."]
 
 
-def test_a_photograph_of_which_nothing_is_understood_still_gets_replies() -> None:
+def test_a_photograph_without_known_words_gets_replies() -> None:
     photo = Photo(("Zwei Katzen.",))
     assert len(conversation(photo, random.Random(0))) >= 3
     assert detail(photo)
     assert reasoning(photo).answer
 
 
-def test_what_is_said_of_eighty_real_images_agrees_with_their_boxes(reference: Path) -> None:
+def test_replies_about_real_images_agree_with_their_boxes(reference: Path) -> None:
     asked: dict[str, list[bool]] = {"count": [], "absent": [], "present": []}
     for image in load_annotations(reference / "coco" / "caps_boxes_coco2014_val_80.jsonl"):
         photo = Photo(tuple(image.captions))
         boxes = [name for name, _ in image.boxes]
-        for thing in photo.sure:
+        for thing in photo.confirmed:
             if thing.name in boxes:
                 asked["present"].append(True)
                 if thing.count:
@@ -88,7 +88,7 @@ def test_what_is_said_of_eighty_real_images_agrees_with_their_boxes(reference: P
     assert len(asked["present"]) > 80
 
 
-def test_descriptions_count_what_the_boxes_count(reference: Path) -> None:
+def test_descriptions_agree_with_the_number_of_boxes(reference: Path) -> None:
     for image in load_annotations(reference / "coco" / "caps_boxes_coco2014_val_80.jsonl"):
         text = detail(Photo(tuple(image.captions), tuple(image.boxes)))
         names = [name for name, _ in image.boxes]

@@ -14,7 +14,7 @@ from companion.evaluation.llava_bench import judge_messages, parse_scores
 from companion.evaluation.science_qa import Failure, parse_answer
 from companion.miniature import language
 from companion.miniature.benches import full_answer
-from companion.miniature.offline_chat import TERSE, THOROUGH, TURNS, Taste, read_context, read_scene, respond
+from companion.miniature.offline_chat import TERSE, THOROUGH, TURNS, JudgeSettings, read_context, read_scene, respond
 from companion.miniature.scienceqa import make_problem
 from companion.miniature.world import Scene, sample_scene
 from companion.teacher.parse import parse_detail, parse_dialogue, parse_reasoning
@@ -40,7 +40,7 @@ def ask(kind: str, scene: Scene) -> str:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def test_captions_and_boxes_are_read_back() -> None:
+def test_captions_and_boxes_are_parsed() -> None:
     scene = SCENES[0]
     context = read_context(written(captions_of(scene), boxes_of(scene)))
     assert context.captions == tuple(captions_of(scene))
@@ -48,14 +48,14 @@ def test_captions_and_boxes_are_read_back() -> None:
     assert read_context("A sign: stop.\n\nstop sign: [0.1, 0.2, 0.3, 0.4]").captions == ("A sign: stop.",)
 
 
-def test_every_scene_is_known_exactly_from_captions_and_boxes_and_from_its_description() -> None:
+def test_scenes_are_parsed_from_captions_boxes_or_description() -> None:
     for scene in SCENES:
         facts = language.facts_of_scene(scene)
         assert read_scene(captions_of(scene), boxes_of(scene)) == facts
         assert read_scene([language.describe(facts)]) == facts
 
 
-def test_captions_alone_give_nothing_wrong() -> None:
+def test_captions_alone_give_no_wrong_fact() -> None:
     open_positions = 0
     for scene in SCENES:
         read = read_scene(captions_of(scene))
@@ -73,14 +73,14 @@ def test_captions_alone_give_nothing_wrong() -> None:
 @pytest.mark.parametrize(
     "captions", [["A red car on a beach.", "A man rides a horse."], ["A red zebra."], [], ["On a beach."]]
 )
-def test_what_is_not_of_the_miniature_is_left_to_the_language_for_photographs(captions: list[str]) -> None:
+def test_other_captions_are_treated_as_photographs(captions: list[str]) -> None:
     assert read_scene(captions) is None
 
 
 # ------------------------------------------------------------------------------------------------ instruction data
 
 
-def test_conversations_have_the_wording_and_the_answers_of_the_miniature() -> None:
+def test_conversations_have_the_miniatures_wording_and_answers() -> None:
     kinds: Counter[str] = Counter()
     overviews = 0
     for scene in SCENES[:40]:
@@ -103,14 +103,14 @@ def test_conversations_have_the_wording_and_the_answers_of_the_miniature() -> No
     assert 8 < overviews < 34
 
 
-def test_yes_and_no_are_about_as_frequent() -> None:
+def test_yes_and_no_are_balanced() -> None:
     answers = Counter(
         a for scene in SCENES for _, a in parse_dialogue(ask("conversation", scene)) if a in ("Yes.", "No.")
     )
     assert 0.4 < answers["Yes."] / answers.total() < 0.6
 
 
-def test_descriptions_and_reasoning_are_those_of_the_miniature() -> None:
+def test_descriptions_and_reasoning_have_the_miniatures_wording() -> None:
     sums = 0
     for scene in SCENES:
         facts = language.facts_of_scene(scene)
@@ -125,14 +125,14 @@ def test_descriptions_and_reasoning_are_those_of_the_miniature() -> None:
     assert 0 < sums < 50
 
 
-def test_equal_prompts_get_equal_replies_and_others_other_ones() -> None:
+def test_replies_are_deterministic_by_prompt() -> None:
     chat = build_messages("conversation", written(captions_of(SCENES[1])))
     assert respond(chat) == respond(json.loads(json.dumps(chat)))
     other = [{"role": "system", "content": chat[0]["content"] + " Please."}, *chat[1:]]
     assert respond(chat) != respond(other)
 
 
-def test_a_prompt_that_is_none_of_its_jobs_is_an_error() -> None:
+def test_a_prompt_of_no_known_job_is_an_error() -> None:
     for messages in (
         [{"role": "user", "content": "Write a poem."}],
         [{"role": "system", "content": "Describe the picture."}, {"role": "user", "content": ""}],
@@ -155,7 +155,7 @@ def scores(question: str, context: str, first: str, second: str) -> tuple[float,
     return found
 
 
-def test_a_right_answer_scores_above_a_wrong_one_whatever_the_question() -> None:
+def test_a_right_answer_scores_above_a_wrong_one() -> None:
     for scene, other in zip(SCENES[:15], SCENES[60:75], strict=True):
         facts, context = language.facts_of_scene(scene), written(captions_of(scene), boxes_of(scene))
         rng = random.Random(scene.id)
@@ -175,7 +175,7 @@ def test_a_right_answer_scores_above_a_wrong_one_whatever_the_question() -> None
             assert scores(reason.question, context, reason.answer, "The zebra, because it is nice.") >= (9, 1)
 
 
-def test_a_scene_of_the_wild_bench_is_judged_by_its_description() -> None:
+def test_the_wild_bench_is_judged_by_descriptions() -> None:
     facts = language.facts_of_scene(SCENES[0])
     group = facts.groups[0]
     name = group.category if group.count == 1 else language.plural(group.category)
@@ -186,7 +186,7 @@ def test_a_scene_of_the_wild_bench_is_judged_by_its_description() -> None:
     assert low < 3
 
 
-def test_naming_every_color_is_no_right_answer() -> None:
+def test_an_answer_with_all_colors_is_not_right() -> None:
     context = "A red car on a street.\nA red car."
     every = " or ".join(language.COLORS)
     right, vague = scores("What color is the car?", context, "The car is red.", f"It is {every}.")
@@ -194,7 +194,7 @@ def test_naming_every_color_is_no_right_answer() -> None:
     assert vague < 4
 
 
-def test_on_the_real_bench_reference_answers_beat_those_to_other_questions(reference: Path) -> None:
+def test_real_reference_answers_beat_unrelated_ones(reference: Path) -> None:
     folder = reference / "coco"
     images = {a.id: a for a in load_annotations(folder / "caps_boxes_coco2014_val_80.jsonl")}
     rows = [json.loads(line) for line in (folder / "qa90_questions.jsonl").read_text().splitlines()]
@@ -220,13 +220,13 @@ def choose(text: str) -> str:
     return respond([{"role": "user", "content": text}])
 
 
-def test_a_question_of_knowledge_is_answered_by_a_letter() -> None:
+def test_a_knowledge_question_gets_a_letter() -> None:
     assert choose(QUESTION) == "The answer is B."
     assert choose("Which word rhymes with cat?\nA. hat\nB. lake") == "The answer is A."
     assert choose("Which one needs food?\nContext: \nOptions: (A) car (B) tree (C) horse\n") == "The answer is C."
 
 
-def test_it_knows_much_of_what_needs_no_image_and_declines_the_rest() -> None:
+def test_it_declines_questions_that_need_the_image() -> None:
     rng, outcomes = random.Random(0), Counter[str]()
     for _ in range(300):
         problem = make_problem(rng)
@@ -241,22 +241,22 @@ def test_it_knows_much_of_what_needs_no_image_and_declines_the_rest() -> None:
     assert outcomes["read right"] > 0.3 * (outcomes.total() - outcomes["seen declined"])
 
 
-def test_a_question_about_an_image_is_declined_unless_somebody_who_sees_has_answered() -> None:
+def test_an_image_question_takes_over_an_earlier_answer() -> None:
     for text in (QUESTION + "<image>", QUESTION.replace("Which", "In this picture, which")):
         assert "cannot see" in choose(text)
         assert choose(f"{text}\nFirst: The answer is B.\nSecond: The answer is A.") == "The answer is A."
     assert choose(f"{QUESTION}\nFirst: The answer is B.\nSecond: The answer is A.") == "The answer is B."
 
 
-def test_a_terse_judge_rewards_short_true_answers_and_a_thorough_one_complete_ones() -> None:
+def test_judge_settings_weigh_length_and_completeness() -> None:
     scene = SCENES[0]
     facts = language.facts_of_scene(scene)
     context, whole = written(captions_of(scene), boxes_of(scene)), language.describe(facts)
     short = f"There is {language.with_article(facts.groups[0].category)}."
     prompt = judge_messages("Describe this image in detail.", context, whole, short)
 
-    def ratio(taste: Taste) -> float:
-        scores = parse_scores(respond(prompt, taste))
+    def ratio(settings: JudgeSettings) -> float:
+        scores = parse_scores(respond(prompt, settings))
         assert scores is not None
         return scores[1] / scores[0]
 
@@ -268,7 +268,7 @@ def test_a_terse_judge_rewards_short_true_answers_and_a_thorough_one_complete_on
     assert wrong[1] == 1  # short alone earns nothing
 
 
-def test_a_reference_answer_is_right_by_the_context() -> None:
+def test_reference_answers_agree_with_the_context() -> None:
     for scene in SCENES[:20]:
         facts, context = language.facts_of_scene(scene), written(captions_of(scene), boxes_of(scene))
         for qa in language.questions(facts, random.Random(0))[:3]:

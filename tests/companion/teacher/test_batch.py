@@ -69,7 +69,7 @@ def batch_client(folder: Path, server: Running, **options: Any) -> BatchClient:
 # ------------------------------------------------------------------------------------------------ one batch
 
 
-def test_replies_find_their_requests_at_half_the_price(tmp_path: Path) -> None:
+def test_a_batch_costs_half_and_keeps_the_order(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         client = batch_client(tmp_path, server)
         requests = ask(*(f"car {k}" for k in range(7)), "car 3")
@@ -87,7 +87,7 @@ def test_replies_find_their_requests_at_half_the_price(tmp_path: Path) -> None:
         assert server.events()["create"] == 2
 
 
-def test_limits_of_a_file_and_one_model_for_each(tmp_path: Path) -> None:
+def test_limits_of_a_batch_file(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         cars, others = ask(*(f"car {k}" for k in range(5))), ask("a bus", "a van", model="gpt-4")
         assert all(batch_client(tmp_path, server, most_requests=4).prefetch([*cars, *others]))
@@ -101,7 +101,7 @@ def test_limits_of_a_file_and_one_model_for_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["expired", "cancelled"])
-def test_what_a_batch_did_not_get_to_is_asked_again_and_not_for_ever(tmp_path: Path, end: str) -> None:
+def test_unanswered_requests_are_sent_in_at_most_three_batches(tmp_path: Path, end: str) -> None:
     requests = ask(*(f"car {k}" for k in range(8)))
     with serving(tmp_path, ends=[end] * 2) as server:
         assert all(batch_client(tmp_path, server).prefetch(requests))  # 4, 2, and the last 2
@@ -122,7 +122,7 @@ def test_what_a_batch_did_not_get_to_is_asked_again_and_not_for_ever(tmp_path: P
             ReplayClient(tmp_path / "tape.sqlite").complete(others[-1])
 
 
-def test_a_request_with_an_error_is_given_up_or_asked_again(tmp_path: Path) -> None:
+def test_request_errors_are_fatal_or_retried(tmp_path: Path) -> None:
     requests = ask("car one", "car two", "car three")
     with serving(tmp_path, faults={"two": 400, "three": 500}) as server:
         client = batch_client(tmp_path, server)
@@ -136,9 +136,9 @@ def test_a_request_with_an_error_is_given_up_or_asked_again(tmp_path: Path) -> N
         assert server.billed() == {requests[0].key: 1}
 
 
-def test_a_file_that_is_refused_says_why_and_costs_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path, refuse="line 1 is not to our taste") as server:
-        wrong = r"batch_1: the server refused its file and billed nothing: line 1: line 1 is not to our taste \(invalid"
+def test_a_refused_file_costs_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path, refuse="line 1 is not accepted") as server:
+        wrong = r"batch_1: the server refused its file and billed nothing: line 1: line 1 is not accepted \(invalid"
         with pytest.raises(ServerError, match=wrong):
             batch_client(tmp_path, server).prefetch(ask("one"))
         assert Cassette(tmp_path / "tape.sqlite").open_batch() is None
@@ -146,9 +146,7 @@ def test_a_file_that_is_refused_says_why_and_costs_nothing(tmp_path: Path) -> No
         assert all(batch_client(tmp_path, server).prefetch(ask("one")))
 
 
-def test_an_account_that_lets_few_tokens_wait_gets_smaller_batches(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_enqueued_token_limit_halves_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(tmp_path, most=3) as server:
         assert all(batch_client(tmp_path, server).prefetch(ask(*(f"car {k}" for k in range(9)))))
         assert server.events()["create"] == 2 + 5  # 9 and 4 refused; then 2, 2, 2, 2, 1
@@ -156,7 +154,7 @@ def test_an_account_that_lets_few_tokens_wait_gets_smaller_batches(
     assert "next: 4 requests" in capsys.readouterr().err
 
 
-def test_a_server_without_the_endpoint_names_the_other_client(tmp_path: Path) -> None:
+def test_a_server_without_batches_names_the_other_client(tmp_path: Path) -> None:
     with serving(tmp_path, missing=True) as server:
         with pytest.raises(
             ServerError, match=r"^the server has no batch endpoint \(status 404\); use the client 'reco"
@@ -215,7 +213,7 @@ def test_malformed_replies_are_repaired_in_a_second_batch(tmp_path: Path) -> Non
         assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_the_command_line_says_its_estimate_and_stops_at_its_budget(
+def test_the_command_line_prints_its_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -248,7 +246,7 @@ STAGES = {"upload": 2, "create": 2, "poll": 2, "content": 2, "late create": 2}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_any_stage_it_pays_each_request_once(tmp_path: Path, stage: str) -> None:
+def test_a_kill_at_any_stage_pays_each_request_once(tmp_path: Path, stage: str) -> None:
     with serving(tmp_path, stall=stage, malformed=["4"], ends=["expired"]) as server:
         killed = start("batch", tmp_path, 12, base_url=server.url, **QUICK)
         while not server.events()[stage.removeprefix("late ")]:
@@ -278,14 +276,14 @@ def test_killed_at_any_stage_it_pays_each_request_once(tmp_path: Path, stage: st
         assert server.events()["delete"] == (stage == "late create")
 
 
-def test_a_creation_whose_answer_is_lost_is_found_in_the_list(tmp_path: Path) -> None:
+def test_an_unconfirmed_batch_is_found_in_the_list(tmp_path: Path) -> None:
     with serving(tmp_path, lost=1) as server:
         assert all(batch_client(tmp_path, server).prefetch(ask("one", "two")))
         assert server.events()["create"] == 1
         assert set(server.billed().values()) == {1}
 
 
-def test_an_output_that_cannot_be_read_is_not_paid_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_output_is_not_paid_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tmp_path) as server:
         client = batch_client(tmp_path, server)
         files = client._sdk.files

@@ -39,7 +39,7 @@ class Server:
         return ChatReply(f"says {len(self.asked)}", f"{request.model}-0314", 7, 3, 0.25, "length", 30.0, 60.0)
 
 
-def test_the_key_of_a_request_is_the_same_everywhere_and_tells_requests_apart() -> None:
+def test_request_keys_are_stable_and_distinct() -> None:
     request = ChatRequest(MESSAGES, "gpt-4", temperature=1, max_tokens=9)
     # cassettes depend on it
     assert request.key == "6313a2fa6f4f9a26df3b25aaff0487acdff331ba2d5478783d45168166e5c9bc"
@@ -88,7 +88,7 @@ def test_the_same_request_from_several_threads_is_paid_once(tmp_path: Path) -> N
     assert sum(not reply.cached for reply in replies) == 1
 
 
-def test_an_error_is_told_to_all_who_wait_and_is_not_kept(tmp_path: Path) -> None:
+def test_an_error_reaches_all_waiting_threads(tmp_path: Path) -> None:
     class Broken:
         def complete(self, request: ChatRequest) -> ChatReply:
             time.sleep(0.1)
@@ -112,7 +112,7 @@ def test_the_first_reply_to_a_request_stays(tmp_path: Path) -> None:
     assert tape.get(replace(REQUEST, model="another")) is None
 
 
-def test_a_cassette_in_a_folder_that_may_not_be_written_replays(tmp_path: Path) -> None:
+def test_a_cassette_in_a_read_only_folder_replays(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     tape = Cassette(folder / "tape.sqlite")
     tape.put(REQUEST, ChatReply("one", "m", 1, 1))
@@ -124,7 +124,7 @@ def test_a_cassette_in_a_folder_that_may_not_be_written_replays(tmp_path: Path) 
         folder.chmod(0o755)
 
 
-def test_a_request_that_was_not_recorded_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_missing_recording_is_an_error_with_its_request(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     with pytest.raises(DataError, match=r"tape.sqlite: no such cassette; record one"):
         ReplayClient(tape)
@@ -159,7 +159,7 @@ def test_clients_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PAYING)
-def test_without_the_sdk_one_line_says_what_to_install(
+def test_without_the_sdk_the_error_names_the_package(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
@@ -186,7 +186,7 @@ def test_an_estimate_counts_each_request_once_and_bounds_it() -> None:
     assert estimate([ChatRequest(MESSAGES, "mine")], {"mine": (0.0, 0.0)})["usd_most"] == 0
 
 
-def test_a_plan_counts_what_the_cassette_holds_as_free_and_a_batch_at_half_the_price(tmp_path: Path) -> None:
+def test_a_plan_uses_cassette_and_batch_price(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     requests = [replace(REQUEST, max_tokens=k) for k in (5, 6, 7)]
     all_of_them = plan([*requests, REQUEST], cassette=tape)

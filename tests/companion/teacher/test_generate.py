@@ -43,7 +43,7 @@ def scripted(messages: list[Message]) -> str:
     return {"conversation": REPLY, "detail": "A car.", "complex": "\n".join(REPLY.split("\n")[:5])}[kind]
 
 
-def test_records_are_of_the_official_format_with_two_keys_more(tmp_path: Path) -> None:
+def test_records_have_the_official_format_and_two_more_keys(tmp_path: Path) -> None:
     result = generate(IMAGES[:3], KINDS, OfflineClient(scripted), tmp_path)
     assert {k: result[k] for k in ("records", "failed", "requests", "replayed", "spend_usd")} == {
         "records": 9, "failed": 0, "requests": 9, "replayed": 0, "spend_usd": 0.0
@@ -66,7 +66,7 @@ def test_records_are_of_the_official_format_with_two_keys_more(tmp_path: Path) -
     assert {s.kind for s in load_instruct(tmp_path / "llava_instruct.json")} == set(KINDS)
 
 
-def test_conversations_are_written_from_captions_only_the_others_from_boxes_too(tmp_path: Path) -> None:
+def test_only_conversations_are_generated_without_boxes(tmp_path: Path) -> None:
     asked: dict[str, str] = {}
 
     def spy(messages: list[Message]) -> str:
@@ -84,7 +84,7 @@ def first_turns(folder: Path) -> dict[tuple[str, str], str]:
     return {(r["id"], r["type"]): r["conversations"][0]["value"] for r in records}
 
 
-def test_the_image_stands_first_or_last_by_seed_and_record(tmp_path: Path) -> None:
+def test_the_image_position_follows_seed_and_record(tmp_path: Path) -> None:
     for name, images, seed in (("a", IMAGES, 0), ("b", IMAGES, 0), ("c", IMAGES, 1), ("d", IMAGES[7:9], 0)):
         generate(images, ["detail"], OfflineClient(scripted), tmp_path / name, seed=seed)
     a, b, c, d = (first_turns(tmp_path / name) for name in "abcd")
@@ -102,7 +102,7 @@ BAD = {"1": "", "2": "Question:\nA?", "3": "Answer:\nA.", "4": "Question:\nA?"}
 
 
 @pytest.mark.parametrize("learns", [False, True])
-def test_replies_of_a_wrong_format_are_kept_counted_and_asked_for_once_more(tmp_path: Path, learns: bool) -> None:
+def test_malformed_replies_are_kept_counted_and_retried_once(tmp_path: Path, learns: bool) -> None:
     asked: list[list[Message]] = []
 
     def sloppy(messages: list[Message]) -> str:
@@ -149,7 +149,7 @@ class Moody:
         return ChatReply("A car.", "gpt-4-0314" if context < "3" else "gpt-4-0613", 1, 1, 0.125, date="2023-05-01")
 
 
-def test_a_request_without_a_reply_is_a_failure_and_a_changed_model_is_reported(tmp_path: Path) -> None:
+def test_missing_replies_and_changed_models_are_reported(tmp_path: Path) -> None:
     images = [Image(str(k), f"{k}.jpg", [str(k)], []) for k in range(6)]
     result = generate(images, ["detail"], Moody("2"), tmp_path)
     assert (result["records"], result["failed"], result["unasked"], result["stopped"]) == (5, 1, 0, None)
@@ -161,7 +161,7 @@ def test_a_request_without_a_reply_is_a_failure_and_a_changed_model_is_reported(
         generate([*images] * 5, ["detail"], Moody("all"), tmp_path / "b")
 
 
-def test_at_the_end_of_the_budget_what_was_answered_is_written(tmp_path: Path) -> None:
+def test_a_spent_budget_leaves_the_records_until_then(tmp_path: Path) -> None:
     images = [Image(str(k), f"{k}.jpg", [str(k)], []) for k in range(9)]
     client = Moody(broke_after=5)
     client.concurrency = 1
@@ -171,7 +171,7 @@ def test_at_the_end_of_the_budget_what_was_answered_is_written(tmp_path: Path) -
     assert len(read_json(tmp_path / "detail_5.json")) == 5
 
 
-def test_what_will_be_asked_is_known_before(tmp_path: Path) -> None:
+def test_requests_for_lists_the_requests_of_generate(tmp_path: Path) -> None:
     asked = [request for _, _, request in requests_for(IMAGES[:3], KINDS, model="gpt-4")]
     sent: list[str] = []
 
@@ -184,7 +184,7 @@ def test_what_will_be_asked_is_known_before(tmp_path: Path) -> None:
     assert sent == [request.key for request in asked]
 
 
-def test_files_of_an_earlier_run_do_not_stay_beside_the_new_ones(tmp_path: Path) -> None:
+def test_files_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
     client = OfflineClient(scripted)
     generate(IMAGES, ["detail"], client, tmp_path, limit=5)
     (tmp_path / "detail_23k.json").write_text("[]")
@@ -192,7 +192,7 @@ def test_files_of_an_earlier_run_do_not_stay_beside_the_new_ones(tmp_path: Path)
     assert sorted(p.name for p in tmp_path.glob("detail_*")) == ["detail_2.json", "detail_23k.json"]
 
 
-def test_an_unknown_kind_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+def test_an_unknown_kind_is_an_error_before_any_request(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'details'; did you mean 'detail'"):
         generate(IMAGES, ["conversation", "details"], OfflineClient(lambda m: pytest.fail("asked")), tmp_path)
     with pytest.raises(ConfigError, match="unknown kind of instruction data 'detail'"):
@@ -215,7 +215,7 @@ class Server:
         return ChatReply(scripted(list(messages)), "gpt-4-0314", 1, 1, 0.5, date="2023-05-01T00:00:00+00:00")
 
 
-def test_killed_and_called_again_it_pays_each_request_once(tmp_path: Path) -> None:
+def test_a_resumed_run_pays_each_request_once(tmp_path: Path) -> None:
     images = [Image(str(k), f"{k}.jpg", [f"Car {k}."]) for k in range(7)]
     script = (
         "import importlib.util, sys; from pathlib import Path\n"
@@ -265,7 +265,7 @@ def test_eighty_real_images_become_instruction_data(reference: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("prompts", ["ours", "released"])
-def test_real_images_are_told_in_captions_and_boxes_as_the_paper_says(reference: Path, prompts: str) -> None:
+def test_contexts_of_real_images_follow_the_paper(reference: Path, prompts: str) -> None:
     images = load_annotations(reference / "coco" / "caps_boxes_coco2014_val_80.jsonl")
     chosen = load_prompts(reference / "coco" / "prompts") if prompts == "released" else None
     jobs = list(requests_for(images, KINDS, chosen))
@@ -295,7 +295,7 @@ def test_real_images_give_the_same_files_by_seed(reference: Path, tmp_path: Path
     assert 80 < changed < 240  # half of the sides, and nearly every way to ask for a description
 
 
-def test_a_description_is_asked_for_in_the_words_that_are_given(tmp_path: Path) -> None:
+def test_descriptions_use_the_given_questions(tmp_path: Path) -> None:
     generate(IMAGES, ["detail"], OfflineClient(scripted), tmp_path / "a", detail_questions=["What?", "Which?"])
     assert {text.replace("<image>", "").strip() for text in first_turns(tmp_path / "a").values()} == {"What?", "Which?"}
     generate(IMAGES, ["detail"], OfflineClient(scripted), tmp_path / "b", detail_questions=DETAIL_INSTRUCTIONS)
@@ -320,7 +320,7 @@ class Foresighted(OfflineClient):
         return self.known[request.key]
 
 
-def test_a_client_that_prefetches_gets_all_first_requests_and_then_the_second_ones(tmp_path: Path) -> None:
+def test_prefetch_gets_first_requests_then_retries(tmp_path: Path) -> None:
     def sloppy(messages: list[Message]) -> str:
         return BAD.get(messages[-1]["content"], REPLY)
 
@@ -334,7 +334,7 @@ def test_a_client_that_prefetches_gets_all_first_requests_and_then_the_second_on
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_the_command_line_takes_other_prompts_and_other_instructions(
+def test_the_command_line_takes_prompts_and_instructions(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations, folder = reference / "coco" / "caps_boxes_coco2014_val_80.jsonl", reference / "coco" / "prompts"

@@ -75,7 +75,7 @@ def usd(rows: list[dict[str, Any]]) -> float:
 # ------------------------------------------------------------------------------------------------ one client
 
 
-def test_a_reply_is_priced_by_its_tokens_and_names_its_snapshot(tmp_path: Path) -> None:
+def test_a_reply_has_its_cost_and_model_snapshot(tmp_path: Path) -> None:
     with serving(tmp_path, rename_after=1) as server:
         client = LiveClient(server.url, **QUICK)
         replies = [client.complete(ask(text)) for text in ("one", "two")]
@@ -92,7 +92,7 @@ def test_a_reply_is_priced_by_its_tokens_and_names_its_snapshot(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "stalled", "truncated", "invalid", "closed"])
-def test_a_server_that_always_fails_is_given_up_with_its_reason(tmp_path: Path, fault: str) -> None:
+def test_a_failing_server_is_given_up_with_its_reason(tmp_path: Path, fault: str) -> None:
     with serving(tmp_path, faulty=1.0, faults=[fault]) as server:
         client = LiveClient(server.url, retries=2, **QUICK | {"timeout": 0.4})
         said = {"429": "status 429", "500": "status 500", "stalled": "no reply in 0.4 s"}
@@ -104,7 +104,7 @@ def test_a_server_that_always_fails_is_given_up_with_its_reason(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("fault", ["429 seconds", "429 date"])
-def test_the_wait_is_what_the_server_asks_for(tmp_path: Path, fault: str) -> None:
+def test_the_wait_follows_retry_after(tmp_path: Path, fault: str) -> None:
     with serving(tmp_path, faulty=1.0, faults=[fault]) as server:
         with pytest.raises(ChatError):
             LiveClient(server.url, retries=1, **QUICK).complete(ask())
@@ -114,7 +114,7 @@ def test_the_wait_is_what_the_server_asks_for(tmp_path: Path, fault: str) -> Non
 
 
 @pytest.mark.parametrize(("fault", "error"), [("401", ServerError), ("400", ChatError)])
-def test_what_cannot_help_is_not_repeated(tmp_path: Path, fault: str, error: type[ChatError]) -> None:
+def test_fatal_and_invalid_requests_are_not_repeated(tmp_path: Path, fault: str, error: type[ChatError]) -> None:
     with serving(tmp_path, faulty=1.0, faults=[fault]) as server:
         with pytest.raises(ChatError, match=rf"^model 'gpt-4-0314': status {fault}: .*not now") as caught:
             LiveClient(server.url, **QUICK).complete(ask())
@@ -122,7 +122,7 @@ def test_what_cannot_help_is_not_repeated(tmp_path: Path, fault: str, error: typ
         assert len(server.stop()["times"]) == 1
 
 
-def test_a_missing_key_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for name in ("live", "record"):
         with pytest.raises(ConfigError, match=r"(?i)the openai SDK: .*OPENAI_API_KEY"):
@@ -132,7 +132,7 @@ def test_a_missing_key_is_said_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 # ------------------------------------------------------------------------------------------------ many requests
 
 
-def test_at_most_so_many_requests_are_under_way(tmp_path: Path) -> None:
+def test_concurrency_is_the_number_of_requests_under_way(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.1) as server:
         client = client_from_name("record", cassette=tmp_path / "t.sqlite", base_url=server.url, concurrency=6, **QUICK)
         generate(images(40), ["detail"], client, tmp_path / "out")
@@ -140,7 +140,7 @@ def test_at_most_so_many_requests_are_under_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("faulty", [0.0, 0.3])
-def test_the_budget_is_not_passed(tmp_path: Path, faulty: float) -> None:
+def test_the_budget_is_not_exceeded(tmp_path: Path, faulty: float) -> None:
     options: dict[str, Any] = {"faulty": faulty, "faults": ["429", "500", "truncated"], "usage": [1000, 100]}
     with serving(tmp_path, **options) as server:
         settings = QUICK | {"base_url": server.url, "concurrency": 5, "budget_usd": 1.5}
@@ -157,7 +157,7 @@ def test_the_budget_is_not_passed(tmp_path: Path, faulty: float) -> None:
             again.complete(ask("another"))
 
 
-def test_a_request_that_was_given_up_is_given_up_in_the_replay_too(tmp_path: Path) -> None:
+def test_a_replay_repeats_given_up_requests(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     with serving(tmp_path, faulty=0.4, faults=["400", "truncated"]) as server:
         client = client_from_name("record", cassette=tape, base_url=server.url, retries=1, **QUICK)
@@ -171,7 +171,7 @@ def test_a_request_that_was_given_up_is_given_up_in_the_replay_too(tmp_path: Pat
     assert Cassette(tape).doubtful() > 0  # truncated replies, which the server may have billed
 
 
-def test_the_command_line_records_and_stops_at_its_budget(
+def test_the_command_line_records_until_its_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -247,7 +247,7 @@ def test_a_budget_holds_over_kills(tmp_path: Path) -> None:
         assert 0 < usd(server.billed()) <= 8.0
 
 
-def test_an_interrupt_keeps_what_is_under_way_and_waits_for_nothing_else(tmp_path: Path) -> None:
+def test_an_interrupt_records_requests_under_way(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.3, faulty=0.5, faults=["429"]) as server:
         options = QUICK | {"base_url": server.url, "concurrency": 10}
         process = start("record", tmp_path, 60, **options)
@@ -260,7 +260,7 @@ def test_an_interrupt_keeps_what_is_under_way_and_waits_for_nothing_else(tmp_pat
 
 
 @pytest.mark.slow
-def test_two_thousand_requests_with_faults_and_three_kills_are_paid_once_each(tmp_path: Path) -> None:
+def test_two_thousand_requests_with_faults_and_three_kills(tmp_path: Path) -> None:
     count, settings = 2000, QUICK | {"timeout": 2.0, "retries": 10, "concurrency": 48}
     with serving(tmp_path, faulty=0.2, malformed=0.02, seconds=0.01, rename_after=1200) as server:
         options = settings | {"base_url": server.url}

@@ -54,7 +54,7 @@ def test_what_is_wrong_with_a_dialogue_has_a_name(text: str, error: str) -> None
     assert str(raised.value)
 
 
-def test_a_reply_that_was_cut_off_is_refused_even_where_it_parses() -> None:
+def test_a_cut_off_reply_is_refused_even_if_it_parses() -> None:
     for function in (parse_dialogue, parse_reasoning, parse_detail):
         with pytest.raises(parse.CutOffReply):
             function("Question:\nA?\n===\nAnswer:\nB and", "length")

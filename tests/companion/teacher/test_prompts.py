@@ -42,7 +42,7 @@ def test_our_examples_are_what_the_parser_expects() -> None:
             assert not any(word in reply.lower() for word in ("caption", "bounding", "sentence", "0."))
 
 
-def test_our_wording_is_ours(reference: Path) -> None:
+def test_our_prompts_share_no_eight_words_with_the_released(reference: Path) -> None:
     """No run of eight words is shared with the released prompts."""
 
     def runs(text: str) -> set[tuple[str, ...]]:
@@ -67,7 +67,7 @@ def test_the_version_of_a_prompt_follows_its_wording() -> None:
     assert prompt.version != Prompt(prompt.system, prompt.examples[1:]).version
 
 
-def test_a_context_is_written_as_the_data_room_writes_it(reference: Path) -> None:
+def test_context_text_agrees_with_the_coco_module(reference: Path) -> None:
     image = coco.load_annotations(reference / "coco" / "caps_boxes_coco2014_val_80.jsonl")[0]
     assert context_text(image.captions, image.boxes) == coco.context_text(image)
     assert context_text(image.captions) == coco.context_text(image, boxes=False)
@@ -95,7 +95,7 @@ def test_the_released_folders_load(reference: Path) -> None:
     assert json.dumps(messages)
 
 
-def test_a_folder_of_prompts_that_is_not_whole_is_an_error(tmp_path: Path) -> None:
+def test_an_incomplete_folder_of_prompts_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"system_message.txt: .*NNN_caps.txt, NNN_conv.txt"):
         load_prompt_folder(tmp_path / "none")
     (tmp_path / "system_message.txt").write_text("Speak.")
