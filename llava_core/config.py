@@ -35,6 +35,12 @@ META = ("name", "base", "title", "sources", "claims", "ablation")
 NO_INFLUENCE: dict[str, Any] = dict.fromkeys(META, True) | {"data": {"written_by"}}
 """What `model_dump(exclude=...)` leaves out of an experiment for its settings that can change the result."""
 
+FAST = {"data.limit": 96, "train.epochs": 1}
+"""What a fast run overrides: enough to prove that every step runs, far too little to learn."""
+
+BASE = "base"
+"""The file of the values that the experiments share; not an experiment itself."""
+
 FILE_FIELDS = {"file", "validation_file", "held_out_share", "written_by"}
 """Fields of an experiment's `data` about this project's files, not about the paper."""
 
@@ -96,7 +102,8 @@ class ModelConfig(_Strict):
     vision_tower: Literal["clip-vit-large-patch14"]
     feature_layer: int = Field(le=-1)
     """Index into the tower's hidden states, from the end: -2 is the output of the last block but one."""
-    projector: Literal["linear"]
+    projector: str
+    """Name in `llava_core.models.PROJECTORS`, which is checked when the model is built."""
 
 
 class TrainConfig(_Strict):
@@ -179,7 +186,14 @@ class ScaleConfig(_Strict):
     micro_batch: PositiveInt
     """A forward pass in training takes as many tokens as so many samples of the greatest length, packed, on one device;
     elsewhere it takes so many samples. Never changes the result, only memory and time."""
-    launcher: Literal["in_process", "torchrun", "deepspeed"]
+    launcher: Literal["in_process", "torchrun"]
+    """Training in the process that asks for it, or one process per GPU."""
+    offline: bool = False
+    """Forbid the Hugging Face libraries any request."""
+    cache_pixels: bool = False
+    """Keep the decoded pixels of all training images in memory: for thousands of small images, not for 595K."""
+    miniature: bool = False
+    """Data sets and base models are those of `companion.miniature`, which writes missing data sets."""
     data: dict[str, str]
     """Where each data set lies; relative to the repository root."""
     models: dict[str, str]
@@ -213,6 +227,8 @@ class RunConfig(_Strict):
     departures: list[Departure] = []
     init_id: str | None = None
     """`run_id` of the run that this one starts from."""
+    fast: bool = False
+    """Shortened by `FAST`, like the run that this one starts from; its numbers mean nothing."""
 
     @property
     def run_id(self) -> str:
@@ -250,7 +266,7 @@ class RunConfig(_Strict):
         """Return the run that this one starts from: its experiment, with this run's model, at this scale."""
         if self.experiment.init_from is None:
             return None
-        return load_experiment(self.experiment.init_from, self.scale.name, _model_fields(self.experiment))
+        return load_experiment(self.experiment.init_from, self.scale.name, _model_fields(self.experiment), self.fast)
 
     @classmethod
     def read(cls, path: str | Path) -> RunConfig:
@@ -299,7 +315,8 @@ def _folder(kind: str) -> Path:
 def experiments() -> dict[str, Path]:
     """Return the file of every experiment by name, ablations included."""
     folder = _folder("experiments")
-    return {path.stem: path for path in sorted([*folder.glob("*.yaml"), *folder.glob("ablations/*.yaml")])}
+    files = sorted([*folder.glob("*.yaml"), *folder.glob("ablations/*.yaml")])
+    return {path.stem: path for path in files if path.stem != BASE}
 
 
 def scales() -> dict[str, Path]:
@@ -431,7 +448,8 @@ def load_scale(name: str) -> ScaleConfig:
 
 def _chain(name: str) -> list[tuple[str, dict[str, Any]]]:
     """The experiment's bases, root first, and the experiment: (file, dotted fields that the file sets)."""
-    files, seen, chain = experiments(), list[str](), list[tuple[str, dict[str, Any]]]()
+    files = {**experiments(), BASE: _folder("experiments") / f"{BASE}.yaml"} if name != BASE else experiments()
+    seen, chain = list[str](), list[tuple[str, dict[str, Any]]]()
     current: str | None = name
     while current is not None:
         if current in seen:
@@ -444,7 +462,11 @@ def _chain(name: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def load_experiment(
-    name: str, scale: str = "mini", overrides: Mapping[str, Any] | None = None, _starts: tuple[str, ...] = ()
+    name: str,
+    scale: str = "mini",
+    overrides: Mapping[str, Any] | None = None,
+    fast: bool = False,
+    _starts: tuple[str, ...] = (),
 ) -> RunConfig:
     """Resolve an experiment at a scale.
 
@@ -452,6 +474,7 @@ def load_experiment(
         name: file name of the experiment under `configs/experiments/`, without the extension.
         scale: file name of the scale under `configs/scales/`, without the extension.
         overrides: values by dotted field, e.g. `{"train.seed": 1}`; they win over everything.
+        fast: shorten the run and the one it starts from; the numbers then mean nothing.
 
     Returns:
         The resolved run; each field that differs from the paper is listed in its `departures`.
@@ -472,16 +495,17 @@ def load_experiment(
     published = _validated(ExperimentConfig, _nested(paper), lambda field: origin.get(field, last))
 
     here, why = dict(paper), {}
+    first = 2 if chain[0][1]["name"] == BASE else 1  # level of the first ablation
     scale_file = runtime.shown(scales()[scale])
     for level, experiment in enumerate(["*", *(own["name"] for _, own in chain)]):
         if (departs := place.departs.get(experiment)) is None:
             continue
         # what an ablation sets is the point of the ablation, so a departure of its base must not undo it
-        kept = {field for _, own in chain[max(level, 1) :] for field in own}
+        kept = {field for _, own in chain[max(level, first) :] for field in own}
         for field, value in departs.set.items():
             if field not in kept:
                 here[field], why[field], origin[field] = value, departs.why, f"{scale_file}, departs.{experiment}"
-    for field, value in (overrides or {}).items():
+    for field, value in {**(FAST if fast else {}), **(overrides or {})}.items():
         _check_field(field, "override")
         if field in META:
             raise ConfigError(f"override: '{field}' describes the experiment and cannot be overridden")
@@ -512,5 +536,6 @@ def load_experiment(
     if resolved.init_from is not None:
         if name in _starts:
             raise ConfigError(f"experiments {' -> '.join([*_starts, name])}: `init_from` goes round in a circle")
-        init_id = load_experiment(resolved.init_from, scale, _model_fields(resolved), (*_starts, name)).run_id
-    return RunConfig(experiment=resolved, scale=place, departures=departures, init_id=init_id)
+        starts = (*_starts, name)
+        init_id = load_experiment(resolved.init_from, scale, _model_fields(resolved), fast, starts).run_id
+    return RunConfig(experiment=resolved, scale=place, departures=departures, init_id=init_id, fast=fast)

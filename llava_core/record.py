@@ -10,6 +10,7 @@ runs/<experiment>/<scale>/<run id>/
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ class RunRecord:
         """The run's id: the name of its folder."""
         return self.path.name
 
-    @property
+    @functools.cached_property
     def config(self) -> RunConfig:
         """The resolved configuration."""
         return RunConfig.read(self.path / "config.yaml")

@@ -12,10 +12,15 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: start one process at a time there
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +91,20 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
             os.unlink(temporary)
         raise
     return path
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is created if missing; the system releases it when the process ends.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 def _read_text(path: str | Path) -> str:

@@ -196,8 +196,8 @@ def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
         CheckpointError: a base model is damaged or missing.
     """
     data = sorted((ROOT / "data" / scale).glob("*/card.json"))
-    stale = False
-    if scale == "mini":
+    stale, hardware = False, load_scale(scale)
+    if hardware.miniature:
         from companion import miniature
 
         folder = miniature.default_root()
@@ -206,7 +206,7 @@ def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
         else:
             miniature.ensure()
         data = sorted(folder.glob("*/card.json"))
-    manifests = [ROOT / model / "manifest.json" for model in load_scale(scale).models.values() if scale == "mini"]
+    manifests = [ROOT / model / "manifest.json" for model in hardware.models.values() if hardware.miniature]
     for manifest in manifests:
         verify_files(manifest.parent)
     files = [*(ROOT / "configs").rglob("*.yaml"), *manifests, *data]

@@ -7,7 +7,6 @@ executed copy gets its final name only when its notebook has ended without an er
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -31,7 +30,8 @@ from companion.book.notebooks import (
     shared_parts,
     with_needs,
 )
-from llava_core.runtime import ROOT, CompanionError, read_json, shown, write_json
+from llava_core.config import load_scale
+from llava_core.runtime import ROOT, CompanionError, file_lock, read_json, shown, write_json
 
 OUT = ROOT / "book" / "notebooks"
 HEARTBEAT_S = 60  # between two lines of progress where the output is not a terminal
@@ -144,7 +144,7 @@ class _Worker:
 def _worker_environment(out: Path, scale: str, threads: int) -> dict[str, str]:
     state = out / ".state"
     environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-    if scale == "mini":
+    if load_scale(scale).offline:
         environment |= dict.fromkeys(OFFLINE_VARIABLES, "1")
     environment |= {
         "LLAVA_ROOT": str(ROOT),
@@ -222,10 +222,9 @@ def _run_plan(plan: Sequence[Chapter], out: Path, scale: str, jobs: int, threads
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Lock the output folder; the operating system releases the lock when the process ends."""
-    (out / ".state").mkdir(parents=True, exist_ok=True)
-    with open(out / ".state" / "lock", "a+") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(file_lock(out / ".state" / "lock", wait=False))
         except BlockingIOError:
             raise CompanionError(
                 f"another `llava reproduce` is running in {shown(out)}; wait until it has finished"
@@ -272,17 +271,16 @@ def reproduce(
         CompanionError: another call is running in the same folder, or the book could not be built.
     """
     from companion.book.book import build_book, chapter_checks
-    from llava_core.config import load_scale
 
     begun = time.monotonic()
-    load_scale(scale)  # raises for an unknown scale
+    hardware = load_scale(scale)  # raises for an unknown scale
     out = Path(out_dir).resolve() if out_dir else OUT
     everything = read_chapters(Path(notebooks_dir).resolve() if notebooks_dir else ROOT / "notebooks")
     chosen = [] if book == "only" else choose(everything, only, start)
     chapters = with_needs(everything, chosen)
     give_parameters(chapters, chosen, {"scale": scale, "fast": fast}, parameters or {})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = max(1, jobs or (cores if scale == "mini" else 1))
+    jobs = max(1, jobs or (cores if hardware.device == "cpu" else 1))
 
     if dry_run:
         plan = make_plan(chapters, out, shared_parts(scale, dry_run), chosen)

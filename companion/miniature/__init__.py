@@ -177,16 +177,9 @@ def _checked(only: Collection[str] | None) -> list[str]:
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Hold the folder against other writers; the system lets go when a process dies, however it dies."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "w") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows: a single writer at a time is then up to the caller
-            yield
-            return
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for left in root.glob(".*.tmp"):  # of a writer that was killed
+    """Lock the folder against other writers, and remove what a killed one left."""
+    with runtime.file_lock(root / ".lock"):
+        for left in root.glob(".*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         yield
 

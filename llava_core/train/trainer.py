@@ -283,7 +283,7 @@ def train_record(record: RunRecord, initial: Path | None = None, resume: bool = 
     n = loaded.model.n_image_tokens
     facts = {name: loaded.manifest.get(name) for name in ("system", "image_delimiters")}
     train_set, held_out = (
-        TrainingSet(samples, loaded.tokenizer, loaded.processor, config, n, config.scale.name == "mini", **facts)
+        TrainingSet(samples, loaded.tokenizer, loaded.processor, config, n, config.scale.cache_pixels, **facts)
         for samples in load_samples(config)
     )
     return Trainer(record, loaded, train_set, held_out, resume).run()

@@ -24,6 +24,8 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "configs" / kind).mkdir(parents=True)
         for name, path in files.items():
             (tmp_path / "configs" / kind / f"{name}.yaml").write_text(path.read_text())
+    base = config.experiments()["pretrain"].with_name("base.yaml")
+    (tmp_path / "configs" / "experiments" / "base.yaml").write_text(base.read_text())
     monkeypatch.setattr("llava_core.runtime.ROOT", tmp_path)
     return tmp_path / "configs"
 
@@ -68,7 +70,7 @@ def test_every_value_stands_beside_its_source(name: str) -> None:
         assert config_fields, f"{name}: a source for {known}, which the file does not set"
 
 
-@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if load_experiment(n, "a100x8").experiment.base])
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if load_experiment(n, "a100x8").experiment.base != "base"])
 def test_an_ablation_changes_one_field(name: str) -> None:
     """A run that starts elsewhere may do so only because its start made the same one change."""
     changed = own_fields(name)
@@ -151,6 +153,23 @@ def test_the_model_goes_along_to_the_run_that_it_starts_from() -> None:
     assert upstream.run_id == run.init_id == load_experiment("pretrain_13b", "mini").run_id
 
 
+def test_a_fast_run_starts_from_a_fast_run() -> None:
+    run = load_experiment("finetune", "mini", {"train.epochs": 2}, fast=True)
+    assert (run.fast, run.experiment.data.limit, run.experiment.train.epochs) == (True, 96, 2)
+    upstream = run.upstream()
+    assert upstream == load_experiment("pretrain", "mini", config._model_fields(run.experiment), fast=True)
+    assert upstream.run_id == run.init_id == load_experiment("pretrain", "mini", fast=True).run_id
+    assert load_experiment("finetune", "mini", {"data.limit": 96}).upstream().experiment.data.limit is None
+
+
+def test_the_base_is_sourced_and_keeps_the_departures_of_a_scale() -> None:
+    base = yaml.safe_load(config.experiments()["pretrain"].with_name("base.yaml").read_text())
+    fields = {field for field, _ in config._flatten(base, "base")} - {*config.META}
+    covered = {f for f in fields for known in base["sources"] if f == known or f.startswith(f"{known}.")}
+    assert fields == covered
+    assert load_experiment("finetune", "mini").experiment.train.max_length == 512
+
+
 # ---------------------------------------------------------------------------------------- the run's id
 
 
@@ -162,7 +181,8 @@ def test_the_run_id_sees_what_changes_the_result_and_nothing_else(sandbox: Path)
     assert load_experiment("finetune").run_id == before
     seen = {before}
     for spoiled in (
-        lambda: spoil(sandbox / "experiments" / "pretrain.yaml", "warmup_ratio: 0.03", "warmup_ratio: 0.04"),
+        lambda: spoil(sandbox / "experiments" / "base.yaml", "warmup_ratio: 0.03", "warmup_ratio: 0.04"),
+        lambda: spoil(sandbox / "experiments" / "pretrain.yaml", "epochs: 1", "epochs: 2"),
         lambda: spoil(mini, "models/mini/clip", "models/mini/other"),
         lambda: spoil(mini, "float32", "bfloat16"),
         lambda: change(stage_2, template="v1"),
@@ -194,6 +214,7 @@ def test_paths_start_at_the_root_and_hub_ids_stay(workspace: Path) -> None:
     ("call", "message"),
     [
         (lambda: load_experiment("finetun"), r"unknown experiment 'finetun'; did you mean 'finetune'\?"),
+        (lambda: load_experiment("base"), "unknown experiment 'base'"),
         (lambda: load_experiment("finetune", "mimi"), r"unknown scale 'mimi'; did you mean 'mini'\?"),
         (lambda: load_experiment("finetune", overrides={"lerning_rate": 1}), "did you mean 'train.learning_rate'"),
         (lambda: load_experiment("finetune", overrides={"train.epochs": 0}), r"override: train\.epochs.*\(it is 0\)"),
@@ -224,6 +245,8 @@ def test_a_wrong_call_is_one_clear_error(call: object, message: str) -> None:
         ("experiments/finetune", "stage: 2", "stage: [2", r"finetune\.yaml, line \d+: not valid YAML"),
         ("experiments/finetune", "init_from: pretrain", "init_from: finetune", "goes round in a circle"),
         ("experiments/answer_first", "base: science_qa", "base: answer_first", "goes round in a circle"),
+        ("experiments/finetune", "base: base", "base: bass", r"unknown experiment 'bass'; did you mean 'base'\?"),
+        ("scales/gpu", "launcher: torchrun", "launcher: deepspeed", r"launcher: .*'in_process' or 'torchrun'"),
         ("scales/mini", "device: cpu", "devise: cpu", r"mini\.yaml: unknown key 'devise'; did you mean 'device'"),
         ("scales/gpu", "stand_ins:", "stand_ins:\n  vicuna-8b: x", r"stand_ins: unknown data set or model 'vicuna-8b'"),
     ],

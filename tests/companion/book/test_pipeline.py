@@ -248,7 +248,9 @@ def test_a_damaged_base_model_is_told_before_any_notebook_runs(tmp_path: Path, m
     digest = sha256_file(model / "model.safetensors")
     (model / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": digest}}))
     monkeypatch.setattr(parts, "ROOT", tmp_path)
-    monkeypatch.setattr(parts, "load_scale", lambda _: SimpleNamespace(models={"clip": "models/mini/clip"}))
+    monkeypatch.setattr(
+        parts, "load_scale", lambda _: SimpleNamespace(models={"clip": "models/mini/clip"}, miniature=True)
+    )
     assert any(name.endswith("clip/manifest.json") for name in parts.shared_parts("mini", dry_run=True))
     (model / "model.safetensors").write_bytes(b"Weights")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: missing, or its SHA-256"):

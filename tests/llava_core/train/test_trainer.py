@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from llava_core import config as configuration
 from llava_core.config import load_experiment
 from llava_core.record import RunRecord
-from llava_core.runtime import DataError
+from llava_core.runtime import ConfigError, DataError
 from llava_core.train import launch as launching
 from llava_core.train import trainer as training
 from llava_core.train.dataset import load_samples
@@ -32,6 +34,8 @@ dtype: float32
 threads: 1
 micro_batch: {micro}
 launcher: in_process
+offline: true
+cache_pixels: true
 data:
   {{cc595k: data/cc, cc595k_images: data/images, instruct158k: data/it, instruct158k_images: data/images,
     scienceqa: data/sqa, scienceqa_images: data/sqa/images}}
@@ -212,6 +216,31 @@ def test_bad_data_is_one_clear_error_before_the_first_step(world: Path) -> None:
     (world / "data" / "cc" / "chat.json").unlink()
     with pytest.raises(DataError, match=r"chat\.json"):
         _run()
+
+
+def test_a_changed_kernel_changes_the_run_id(tmp_path: Path) -> None:
+    package = tmp_path / "llava_core"
+    shutil.copytree(Path(launching.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = launching.code_fingerprint(package)
+    assert before == launching.code_fingerprint()
+    assert all((package / name).is_file() for name in launching.NOT_TRAINING)
+    for name in (*launching.NOT_TRAINING, "chat.py"):
+        (package / name).write_text("")
+    assert launching.code_fingerprint(package) == before
+    seen = {before}
+    for name in ("ops/triton_attention.py", "models/llava.py", "data/packing.py", "train/loader.py"):
+        (package / name).write_text((package / name).read_text() + "\n")
+        seen.add(launching.code_fingerprint(package))
+    (package / "ops" / "new.py").write_text("")
+    assert len(seen | {launching.code_fingerprint(package)}) == 6
+
+
+def test_a_registered_projector_trains(world: Path) -> None:
+    record = _run("finetune", model__projector="mlp2x_gelu", data__limit=16)
+    names = {name for file in record.checkpoint.glob("*.safetensors") for name in load_file(file)}
+    assert {n.partition(".")[2] for n in names if "projector" in n} == {"0.bias", "0.weight", "2.bias", "2.weight"}
+    with pytest.raises(ConfigError, match="unknown projector 'mlp3x'; did you mean 'mlp2x_gelu'"):
+        _run(model__projector="mlp3x")
 
 
 def test_a_validation_file_replaces_the_share(world: Path) -> None:
