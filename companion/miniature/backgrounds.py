@@ -38,36 +38,27 @@ class Backdrop(DisplayList):
     def _pixels(self, points: Sequence[Point]) -> list[Point]:
         return [(x * self.size, y * self.size) for x, y in points]
 
-    # --- shapes of a display list; `line` has no effect, as no shape has an outline ---
+    # --- shapes of a display list ---
 
-    def poly(self, fill: RGB, points: Sequence[Point], line: bool = True) -> None:
+    def poly(self, fill: RGB, points: Sequence[Point]) -> None:
         self.draw.polygon(self._pixels(points), fill=fill)
 
-    def rect(self, fill: RGB, points: Sequence[Point], line: bool = True) -> None:
+    def rect(self, fill: RGB, points: Sequence[Point]) -> None:
         (x1, y1), (x2, y2) = points
         self.poly(fill, [(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
 
-    def oval(self, fill: RGB, points: Sequence[Point], line: bool = True) -> None:
+    def oval(self, fill: RGB, points: Sequence[Point]) -> None:
         """An ellipse by its center and its radii."""
         ((x, y), (rx, ry)), s = points, self.size
         self.draw.ellipse(((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s), fill=fill)
 
-    def line(self, fill: RGB, points: Sequence[Point], width: float, line: bool = True) -> None:
+    def line(self, fill: RGB, points: Sequence[Point], width: float) -> None:
         self.draw.line(self._pixels(points), fill=fill, width=round(width * self.size))
 
-    def curve(self, fill: RGB, points: Sequence[Point], width: float, line: bool = True) -> None:
+    def curve(self, fill: RGB, points: Sequence[Point], width: float) -> None:
         self.line(fill, bezier(points), width)
 
-    def hills(
-        self,
-        fill: RGB,
-        points: Sequence[Point],
-        base: float,
-        height: float,
-        waves: float,
-        foot: float,
-        line: bool = True,
-    ) -> None:
+    def hills(self, fill: RGB, points: Sequence[Point], base: float, height: float, waves: float, foot: float) -> None:
         """A rolling silhouette around y = base, filled down to y = foot."""
         phase, second = self.rng.uniform(0, 6.28), self.rng.uniform(0, 6.28)
         top = []
@@ -77,9 +68,7 @@ class Backdrop(DisplayList):
             top.append((x, base - height * (0.5 + y / 3)))
         self.poly(fill, [(0, foot), *top, (1, foot)])
 
-    def peaks(
-        self, fill: RGB, points: Sequence[Point], base: float, height: float, count: float, line: bool = True
-    ) -> None:
+    def peaks(self, fill: RGB, points: Sequence[Point], base: float, height: float, count: float) -> None:
         """Mountains with tops in the color `snow`, their feet on y = base."""
         for k in range(int(count)):
             x, tall = (k + self.rng.uniform(0.2, 0.8)) / count, height * self.rng.uniform(0.6, 1)
@@ -91,22 +80,14 @@ class Backdrop(DisplayList):
             jag = [(x + half * 0.1, base - tall * 0.77), (x - half * 0.08, base - tall * 0.66)]
             self.poly(self.colors["snow"], [*cap, *jag])
 
-    def clouds(
-        self,
-        fill: RGB,
-        points: Sequence[Point],
-        count: float,
-        top: float = 0.06,
-        bottom: float = 0.24,
-        line: bool = True,
-    ) -> None:
+    def clouds(self, fill: RGB, points: Sequence[Point], count: float, top: float = 0.06, bottom: float = 0.24) -> None:
         for _ in range(int(count)):
             x, y, r = self.rng.uniform(0.05, 0.95), self.rng.uniform(top, bottom), self.rng.uniform(0.03, 0.05)
             for dx, dy, scale in ((-1.5, 0.25, 0.7), (0, -0.1, 1.1), (1.5, 0.25, 0.8)):
                 self.oval(fill, [(x + dx * r, y + dy * r), (r * 1.3 * scale, r * 0.75 * scale)])
             self.oval(fill, [(x, y + 0.45 * r), (2.6 * r, 0.4 * r)])
 
-    def buildings(self, fill: RGB, points: Sequence[Point], line: bool = True) -> None:
+    def buildings(self, fill: RGB, points: Sequence[Point]) -> None:
         """A row of houses with windows; `fill` darkens the eaves, the point is the left end of the row's foot."""
         ((_, foot),) = points
         x = -self.rng.uniform(0, 0.1)
@@ -123,7 +104,7 @@ class Backdrop(DisplayList):
                     self.rect(mix(wall, (214, 228, 236), 0.6), window)
             x += wide
 
-    def picture(self, fill: RGB, points: Sequence[Point], line: bool = True) -> None:
+    def picture(self, fill: RGB, points: Sequence[Point]) -> None:
         """A framed picture on the emptier side of a window whose left edge is the point."""
         ((window, y),) = points
         x = window + 0.46 if window < 0.35 else window - 0.24
@@ -131,7 +112,7 @@ class Backdrop(DisplayList):
         self.rect((222, 220, 208), [(x + 0.015, 0.175), (x + 0.125, 0.285)])
         self.poly((150, 170, 176), [(x + 0.015, 0.285), (x + 0.06, 0.21), (x + 0.1, 0.285)])
 
-    def planks(self, fill: RGB, points: Sequence[Point], line: bool = True) -> None:
+    def planks(self, fill: RGB, points: Sequence[Point]) -> None:
         """The joints of a wooden floor from the point down."""
         ((left, top),) = points
         for k in range(6):

@@ -1,7 +1,7 @@
-"""The base models of the miniature, trained from scratch: two language models and a vision tower.
+"""Base models of the scale `mini`, trained from scratch: two language models and a vision tower.
 
-They play Vicuna 7B / 13B and CLIP ViT-L/14 and have their file formats. `llava base-models` retrains all of them; the
-shipped ones were made with the defaults of `language_model` and `contrastive`.
+They replace Vicuna 7B / 13B and CLIP ViT-L/14 in the same file formats. `llava base-models` retrains them; those of the
+repository were trained with the defaults of `language_model` and `contrastive`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from companion.miniature.acceptance import language_model_checks, vision_tower_checks
 from companion.miniature.contrastive import train_clip
-from companion.miniature.gates import text_gates, vision_gates
 from companion.miniature.language_model import SIZES, train_language_model
 from companion.miniature.training import write_manifest
 from llava_core.runtime import ROOT, write_json
@@ -19,10 +19,10 @@ from llava_core.runtime import ROOT, write_json
 MODELS = ROOT / "models" / "mini"
 
 
-def measure_gates(models: Path = MODELS) -> dict[str, Any]:
-    """All gates of the shipped base models and whether each one is passed."""
-    text = {name: text_gates(models / name) for name in SIZES}
-    vision = vision_gates(models / "clip")
+def measure_acceptance(models: Path = MODELS) -> dict[str, Any]:
+    """All acceptance checks of the base models; `passed` says which ones they pass."""
+    text = {name: language_model_checks(models / name) for name in SIZES}
+    vision = vision_tower_checks(models / "clip")
     passed = {
         "probe category >= 90 %": vision["category"] >= 0.9,
         "probe color >= 90 %": vision["color"] >= 0.9,
@@ -35,18 +35,18 @@ def measure_gates(models: Path = MODELS) -> dict[str, Any]:
 
 
 def train_base_models(out: Path = MODELS, only: list[str] | None = None, seed: int = 0) -> dict[str, Any]:
-    """Retrain the base models from scratch, one after the other; each manifest says how many minutes it took.
+    """Retrain the base models from scratch; each manifest records the minutes it took.
 
     Args:
-        out: folder of `llm-7b`, `llm-13b`, `clip`.
+        out: parent folder of `llm-7b`, `llm-13b`, `clip`.
         only: names to train; all when None.
-        seed: of everything.
+        seed: of all random numbers.
 
     Returns:
-        The gates, as stored in `gates.json` beside the models.
+        The acceptance checks, as stored in `gates.json`.
     """
     for name in only or [*SIZES, "clip"]:
-        part, old = out / f".{name}.part", out / f".{name}.old"  # what is broken off leaves the old model as it was
+        part, old = out / f".{name}.part", out / f".{name}.old"  # an interrupted training leaves the old model in place
         for folder in (part, old):
             shutil.rmtree(folder, ignore_errors=True)
         facts = train_clip(part, seed) if name == "clip" else train_language_model(name, part, seed)
@@ -55,6 +55,6 @@ def train_base_models(out: Path = MODELS, only: list[str] | None = None, seed: i
             (out / name).rename(old)
         part.rename(out / name)
         shutil.rmtree(old, ignore_errors=True)
-    gates = measure_gates(out)
-    write_json(out / "gates.json", gates)
-    return gates
+    checks = measure_acceptance(out)
+    write_json(out / "gates.json", checks)
+    return checks

@@ -1,13 +1,12 @@
-"""The two benches of the miniature, in LLaVA-Bench's file formats: questions, context for the judge, reference answers.
+"""bench-coco and bench-wild in LLaVA-Bench's file formats: questions, context for the judge, reference answers.
 
-bench-coco asks about val scenes of mini-coco; bench-wild about scenes whose pairings of category and color occur in no
-training image. The reference answers are the text-only teacher's: right, since written from the scene's own facts.
+bench-coco has val scenes of mini-coco; bench-wild has scenes whose pairs of category and color occur in no training
+image. The reference answers are those of the text-only teacher, generated from the facts of the scene.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,39 +21,10 @@ DETAIL_REQUESTS = (
     "Tell me everything that can be seen in the image.",
     "Give a complete description of the scene.",
 )
-_FORMS = (  # question that language.questions asks -> statement that holds its answer {0}, in small letters
-    (r"What color (is|are) the (.+)\?", "the {2} {1} {0}"),
-    (r"How many .+ (are there)\?", "there {be} {0} {name} in the image"),
-    (r"Is there an? (.+)\?", "{0}, there is {some} {1} in the image"),
-    (r"Where (is|are) the (.+)\?", "the {2} {1} {0}"),
-    (r"What is (.+)\?", "there {be} {0} {1}"),
-    (r"What place does the image show\?", "the image shows {0}"),
-    (r"(Is|Are) the (.+) to the left of the (.+)\?", "{0}, the {2} {1} {no}to the left of the {3}"),
-)
-
-
-def full_answer(qa: language.QA) -> str:
-    """The answer of a factual question as a whole sentence: "Red." to the color of a car becomes "The car is red."."""
-    short = qa.answer.rstrip(".")
-    short = short[:1].lower() + short[1:]
-    for pattern, form in _FORMS:
-        if found := re.fullmatch(pattern, qa.question):
-            groups = [g.lower() if g in ("Is", "Are") else g for g in found.groups()]
-            one = short.split()[0] in ("one", "a", "an")
-            plural = qa.question.removeprefix("How many ").removesuffix(" are there?")
-            singular = next((c for c in language.CATEGORIES if language.plural(c) == plural), plural)
-            words = {
-                "be": "is" if one else "are",
-                "name": singular if one else plural,
-                "no": "" if short == "yes" else "not ",
-                "some": language.with_article(groups[0]).split()[0] if short == "yes" else "no",
-            }
-            return language.sentence(form.format(short, *groups, **words))
-    return qa.answer
 
 
 class _Bench:
-    """Collects the rows of one bench; question ids count from 0 in the order of asking."""
+    """The rows of one bench; question ids count from 0."""
 
     def __init__(self, seed: int, name: str, prefix: str = "") -> None:
         self.rng, self.prefix = random.Random(f"{name}-{seed}"), prefix
@@ -68,7 +38,7 @@ class _Bench:
 
     def conv(self, image: str, scene: Scene) -> None:
         qa = language.questions(language.facts_of_scene(scene), self.rng)[0]
-        self.ask(image, "conv", qa.question, full_answer(qa))
+        self.ask(image, "conv", qa.question, qa.statement)
 
     def detail(self, image: str, scene: Scene) -> None:
         self.ask(image, "detail", self.rng.choice(DETAIL_REQUESTS), language.describe(language.facts_of_scene(scene)))
@@ -108,14 +78,14 @@ def write_bench_coco(root: Path, *, seed: int, images: int, train: int, val: int
     """Write bench-coco: three questions (conv, detail, complex) about each of some val scenes of mini-coco.
 
     Args:
-        root: folder of the set, made if missing.
+        root: existing folder of the set.
         seed: of mini-coco.
-        images: how many scenes; fewer are taken where val has fewer that allow a reasoning question.
-        train: train images of mini-coco (with `val` decides its image ids).
+        images: number of scenes; fewer if val has fewer that allow a reasoning question.
+        train: train images of mini-coco (`train` and `val` decide its image ids).
         val: val images of mini-coco.
 
     Returns:
-        Counts of images and questions, in all and by category.
+        Counts of images and questions, total and by category.
     """
     members = coco.scenes(seed, train, val)["val"]
     random.Random(f"bench-coco-scenes-{seed}").shuffle(members)
@@ -135,18 +105,13 @@ def write_bench_coco(root: Path, *, seed: int, images: int, train: int, val: int
 
 
 def write_bench_wild(root: Path, *, seed: int, images: int) -> dict[str, int]:
-    """Write bench-wild: scenes with held-out pairings of category and color, 5 questions for every 2 of them.
+    """Write bench-wild: scenes with held-out pairs of category and color, 5 questions for every 2 of them.
 
-    Args:
-        root: folder of the set, made if missing.
-        seed: decides every file.
-        images: how many scenes; of 24 come 28 complex, 17 conv and 15 detail questions, as in the official bench.
-
-    Returns:
-        Counts of images and questions, in all and by category.
+    24 `images` get 28 complex, 17 conv and 15 detail questions, as in the official bench. Returns the counts of images
+    and questions, total and by category.
     """
     n_conv, n_detail, n_twice = (round(images * share / 24) for share in (17, 15, 4))
-    # Scene ids above COCO's, so that no scene of mini-coco shares a number, and three groups in every third one.
+    # scene ids above those of mini-coco
     one = _pick(lambda k: sample_scene(600_000 + k, seed, (2, 3, None)[k % 3], "ood"), images - n_twice, 1, 50 * images)
     two = _pick(lambda k: sample_scene(700_000 + k, seed, 2 + k % 2, "ood"), n_twice, 2, 50 * images)
     members = one + two
@@ -171,4 +136,4 @@ def write_bench_wild(root: Path, *, seed: int, images: int) -> dict[str, int]:
     return bench.save(root, context)
 
 
-__all__ = ["full_answer", "write_bench_coco", "write_bench_wild"]
+__all__ = ["write_bench_coco", "write_bench_wild"]

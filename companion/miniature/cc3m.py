@@ -13,9 +13,10 @@ from dataclasses import replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from companion.miniature import coco, language
+from companion.miniature.display_list import load_table
 from companion.miniature.world import CATEGORIES, COLORS, Group, Scene, held_out_pair, sample_scene
 from llava_core.runtime import atomic_write
 
@@ -29,24 +30,13 @@ LAYOUTS = 80  # of a popular category, at least
 _OTHER_SEED = 1_000_003  # apart from the seeds of other sets: no scene of mini-coco comes twice
 _T = TypeVar("_T")
 
-_LEADS = ("photo of", "a photo of")
-_RARE = {  # words that no other text of the miniature uses; none contradicts what can be seen
-    "vehicle": ("vintage", "restored", "rented", "speedy", "secondhand", "electric", "imported", "noisy"),
-    "animal": ("sleepy", "curious", "gentle", "shy", "proud", "playful", "clever", "young"),
-    "plant": ("lush", "fragrant", "wild", "rare", "delicate", "healthy"),
-    "building": ("haunted", "abandoned", "cozy", "quiet", "rural", "historic"),
-    "furniture": ("rustic", "antique", "varnished", "sturdy", "elegant", "modest"),
-    "thing": ("handmade", "souvenir", "favorite", "borrowed", "cheap", "lost", "spare", "lucky"),
-}
-_SECOND = ("good", "old", "pretty", "lovely", "famous", "nice", "dear", "fine")
+_TABLE: dict[str, Any] = load_table("cc3m")
 _NAMES = [
-    f"{first}{last} {spot}"
-    for spot in ("fair", "market", "valley", "harbor", "festival", "garden")
-    for last in ("bury", "croft", "dale", "ford", "haven", "mora", "stad", "wick")
-    for first in ("ash", "bel", "cal", "dun", "elm", "gar", "jor", "kel", "mar", "nor", "ros", "tam", "ver")
+    f"{stem}{ending} {kind}"
+    for kind in _TABLE["names"]["kinds"]
+    for ending in _TABLE["names"]["endings"]
+    for stem in _TABLE["names"]["stems"]
 ]
-_TITLES = ("all about {}", "this is from {}", "as seen at {}", "more from {}")
-_TAILS = ("near {}", "at {}", "at the {}", "during the {}", "from {}")
 
 
 class _Zipf(Generic[_T]):
@@ -90,7 +80,7 @@ class _Web:
         """A true caption, lower-case and tokenised as CC3M's are; most name color and category of every group."""
         rng = random.Random(f"cc3m-caption-{self.seed}-{scene.id}")
         if rng.random() < TITLES:
-            return f"{rng.choice(_TITLES).format(self.names.draw(rng))} ."
+            return f"{rng.choice(_TABLE['titles']).format(self.names.draw(rng))} ."
         groups = list(language.facts_of_scene(scene).groups)
         shuffled = rng.sample(groups, len(groups))
         names = {g: self._name(g, rng) for g in groups}
@@ -98,26 +88,26 @@ class _Web:
         style = rng.choices(list(styles), list(styles.values()))[0]
         text = language.listing([names[g] for g in shuffled])
         if style == "photo":
-            text = f"{rng.choice(_LEADS)} {text}"
+            text = f"{rng.choice(_TABLE['leads'])} {text}"
         elif style == "headline":
             text = language.listing([re.sub(r"^an? ", "", names[g]) for g in shuffled])
         elif style == "partial":
             one = shuffled[0]
             text = names[one] if rng.random() < 0.5 else language.noun_phrase(replace(one, color=None))
         elif style == "position":
-            text = language.listing([f"{names[g]} {language.POSITION_PHRASE[g.position or 'middle']}" for g in groups])
+            text = language.listing([f"{names[g]} {language.position_phrase(g)}" for g in groups])
         if rng.random() < (0.06 if popular else 0.55):
             place = language.PLACE_PHRASE[scene.background]
             text = f"{place} : {text}" if rng.random() < 0.15 else f"{text} {place}"
         if rng.random() < TAILS:
-            text = f"{text} {rng.choice(_TAILS).format(self.names.draw(rng))}"
+            text = f"{text} {rng.choice(_TABLE['tails']).format(self.names.draw(rng))}"
         return re.sub(r"\s*([,:])", r" \1", text.lower()) + (" ." if rng.random() < 0.85 else "")
 
     def _name(self, group: Group, rng: random.Random) -> str:
         chance = rng.random()
         if chance > RARE:
             return language.noun_phrase(group, size=chance > 1 - SIZES)
-        words = f"{rng.choice(_SECOND)} {rng.choice(_RARE[CATEGORIES[group.category]])}"
+        words = f"{rng.choice(_TABLE['second'])} {rng.choice(_TABLE['rare'][CATEGORIES[group.category]])}"
         phrase = language.noun_phrase(group, article=False)
         if group.count == 1:
             return language.with_article(f"{words} {phrase}")

@@ -1,6 +1,6 @@
-"""The vision tower of the miniature, trained from scratch: a CLIPModel on drawn scenes, in place of ViT-L/14.
+"""Vision tower, trained from scratch: a CLIPModel on drawn scenes in place of CLIP ViT-L/14.
 
-It sees images with captions, and patches with phrases for what stands there; never a question.
+It is trained on images with captions and on patches with phrases for their content, never on questions.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from companion.miniature import language, world
-from companion.miniature.reading import GRID, noun, patch_groups
+from companion.miniature.pretraining_text import GRID, patch_groups
 from companion.miniature.training import fit, train_tokenizer
 from llava_core.runtime import progress, seed_everything, write_json
 
 IMAGE_SIZE = 112
 PATCH_SIZE = IMAGE_SIZE // GRID
+PIXEL_MEAN, PIXEL_STD = 0.5, 0.25  # per channel, those of drawn images
 
-# CLIPTextModel reads the sentence at the end token, but where that has the number 2 it takes the token with the highest
-# number for it (a rule for old checkpoints): the rarest word would stand for the caption, blind to all that follows
+# CLIPTextModel pools at the end token, except where that has id 2: then at the highest id (a rule for old checkpoints),
+# i.e. at the rarest word, and the text after it is lost
 CAPTION_SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 
 
 def caption_texts(count: int = 3000, seed: int = 0) -> Iterator[str]:
-    """Texts that the contrastive model's tokenizer is trained on: captions alone."""
+    """Training texts of the tokenizer: captions alone."""
     rng = random.Random(f"captions-{seed}")
     for k in range(count):
         yield from language.captions(world.sample_scene(k, 2000 + seed), rng)
@@ -41,10 +42,10 @@ def caption_texts(count: int = 3000, seed: int = 0) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class ClipExample:
-    """A drawn scene, its captions, and the groups that its patches show.
+    """A drawn scene, its captions, and the groups of its patches.
 
-    pixels: uint8 (H, W, 3). captions: five, and a sixth that names categories alone. patches: int8 (GRID**2,), index
-    into `groups`, -1 for the place. groups: what there is as (noun, noun phrase, position). place: "on a beach".
+    pixels: uint8 (H, W, 3). captions: five, and a sixth with categories alone. patches: int8 (GRID**2,), index into
+    `groups`, -1 for the background. groups: (noun, noun phrase, position). place: e.g. "on a beach".
     """
 
     pixels: np.ndarray
@@ -54,7 +55,7 @@ class ClipExample:
     place: str
 
     def region_text(self, patch: int, named: bool, mirrored: bool) -> str:
-        """What a patch shows, in words: noun and place in the image, number and color, too, unless `named`."""
+        """Phrase for a patch: noun and position in the image, and also number and color unless `named`."""
         if self.patches[patch] < 0:
             return self.place
         name, phrase, position = self.groups[self.patches[patch]]
@@ -64,15 +65,15 @@ class ClipExample:
 
 
 def _clip_example(index: int, seed: int) -> ClipExample:
-    """One image of the tower's pretraining: most show one group, so names are learned first."""
+    """One training image; two of three show a single group, so that names are learned first."""
     rng = random.Random(f"clip-{seed}-{index}")
     scene = world.sample_scene(index, 1000 + seed, n_groups=1 if index % 3 else None)
-    nouns = language.sentence(language.listing(sorted(noun(g) for g in scene.groups)))
+    nouns = language.sentence(language.listing(sorted(language.noun(g) for g in scene.groups)))
     return ClipExample(
         np.asarray(world.draw_scene(scene, IMAGE_SIZE), dtype=np.uint8),
         [*language.captions(scene, rng), nouns],
         np.array([scene.groups.index(g) if g else -1 for g in patch_groups(scene)], dtype=np.int8),
-        [(noun(g), language.noun_phrase(g), str(g.position)) for g in scene.groups],
+        [(language.noun(g), language.noun_phrase(g), str(g.position)) for g in scene.groups],
         language.PLACE_PHRASE[scene.background],
     )
 
@@ -80,26 +81,21 @@ def _clip_example(index: int, seed: int) -> ClipExample:
 def _clip_examples(count: int, seed: int) -> list[ClipExample]:
     """Draw `count` examples on all cores."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(_clip_example, range(count), [seed] * count, chunksize=64)
-        return list(progress(made, "drawing", total=count))
-
-
-def pixel_statistics() -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel that the miniature's image processor uses (0.5, 0.25: drawn images)."""
-    return [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+        examples = pool.map(_clip_example, range(count), [seed] * count, chunksize=64)
+        return list(progress(examples, "drawing", total=count))
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels of any shape from 0..255 to what the tower reads, by `pixel_statistics`."""
-    return (pixels.float() / 255 - 0.5) / 0.25
+    """Normalise pixels 0..255 of any shape as the image processor does."""
+    return (pixels.float() / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
 @torch.no_grad()
 def unit_features(vision_model: Any, pixels: torch.Tensor) -> float:
-    """Scale a tower's residual stream until the features before its last layer have unit deviation.
+    """Scale the residual stream of a tower to unit deviation of the features before its last layer.
 
-    Each layer reads the stream through a layer norm, so what the tower computes stays the same; but the projector reads
-    it as it is, and its learning rate is meant for features of this size.
+    The layer norms cancel the scale, so the tower computes the same; the projector has no norm, and its learning rate
+    is meant for features of this size.
 
     Args:
         vision_model: transformers' CLIP vision transformer, changed in place.
@@ -118,13 +114,13 @@ def unit_features(vision_model: Any, pixels: torch.Tensor) -> float:
 
 
 def caption_ids(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` (B, T) of texts, each closed by the end token, padded on the right."""
+    """`input_ids` and `attention_mask` (B, T) of texts with their end token, padded on the right."""
     batch = tokenizer([t + "</s>" for t in texts], padding=True, return_tensors="pt", add_special_tokens=False)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
 def sine_grid(grid: int, width: int) -> torch.Tensor:
-    """Sines and cosines of row and column (grid ** 2, width), of unit deviation: a start for a position embedding."""
+    """Sine-cosine position embedding of rows and columns (grid ** 2, width), of unit deviation."""
     angles = torch.arange(grid)[:, None] * torch.pi / grid * 2.0 ** torch.linspace(-1, 2, width // 4)
     line = torch.cat([angles.sin(), angles.cos()], 1) * 2**0.5  # (grid, width / 2)
     return torch.cat([line.repeat_interleave(grid, 0), line.repeat(grid, 1)], 1)
@@ -132,12 +128,12 @@ def sine_grid(grid: int, width: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Normalised pixels (B, 3, H, W) with captions; places are indices (P,) into B x patches, `shown` their words."""
+    """Normalised pixels (B, 3, H, W), captions; sampled patches as indices (P,) into B x patches, and their phrases."""
 
     pixels: torch.Tensor
     captions: list[str]
     places: torch.Tensor
-    shown: list[str]
+    phrases: list[str]
 
 
 def train_clip(
@@ -150,23 +146,22 @@ def train_clip(
 ) -> dict[str, Any]:
     """Train a CLIPModel contrastively on drawn scenes and save it in bf16.
 
-    The class token is contrasted with captions, as in CLIP. So are single patches of the last two layers, with a phrase
-    for what stands there (cf. RegionCLIP, Zhong et al. 2022): ViT-L/14 came by patches that tell what they show from
-    400M pairs; with far fewer drawings captions are not left alone with it. Both layers have the same part in it, so
-    that the choice between them stays open to the ablation.
+    The class token is contrasted with captions as in CLIP; patches of the last two layers are contrasted with phrases
+    for their content (cf. RegionCLIP, Zhong et al. 2022), as far fewer drawings than CLIP's 400M pairs do not localise
+    by captions alone. Both layers have the same weight, so that the ablation of the feature layer stays fair.
 
     Args:
-        out: folder to write: transformers' CLIPModel (its vision half is the tower), tokenizer, image settings.
+        out: output folder: CLIPModel (its vision half is the tower), tokenizer, image settings.
         seed: of initialisation, scenes and order.
         steps: optimizer steps.
-        images: how many scenes are drawn; each step sees them shifted by up to 4 pixels.
-        batch: image-caption pairs contrasted at once.
-        names: share of batches whose captions name categories alone, and, drawn apart, of those whose phrases for
-            patches name category and place alone: colors tell the pairs of a batch apart long before shapes do, so
-            shapes are learned where nothing else helps. Half of the batches with such captions are mirrored.
+        images: number of scenes; each batch is shifted by up to 4 pixels.
+        batch: image-caption pairs per step.
+        names: share of batches whose captions have categories alone and, drawn separately, of those whose patch phrases
+            have category and position alone. Color separates the pairs of a batch long before shape does; without it
+            shapes are learned. Half of the batches with such captions are mirrored.
 
     Returns:
-        The training facts that go into the manifest.
+        The training facts for the manifest.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -191,21 +186,21 @@ def train_clip(
         patches = embeddings.patch_embedding(normalise(pixels[:64]))
         embeddings.position_embedding.weight[1:] = sine_grid(GRID, 128) * patches.std()
     model.train()
-    heads = nn.ModuleList(nn.Linear(128, 128, bias=False) for _ in range(2))  # for training alone: not saved
+    heads = nn.ModuleList(nn.Linear(128, 128, bias=False) for _ in range(2))  # used in training only, not saved
     rng = np.random.default_rng(seed)
     coin = random.Random(f"regions-{seed}")
 
     def regions(rows: np.ndarray, mirrored: bool) -> tuple[torch.Tensor, list[str]]:
-        """Three patches of each image, each thing as likely as another, as (3 B,) indices and what they show."""
-        named, places, shown = coin.random() < names, [], []
+        """Three patches per image, uniform over its groups, as (3 B,) indices and phrases."""
+        named, places, phrases = coin.random() < names, [], []
         for k, row in enumerate(rows):
             example = examples[row]
-            owners = np.unique(example.patches).tolist()  # what is hidden by others has no patch
+            owners = np.unique(example.patches).tolist()  # hidden objects have no patch
             for owner in coin.choices(owners, [0.4 if o < 0 else 1.0 for o in owners], k=3):
                 patch = int(coin.choice(np.flatnonzero(example.patches == owner)))
-                shown.append(example.region_text(patch, named, mirrored))
+                phrases.append(example.region_text(patch, named, mirrored))
                 places.append(k * GRID**2 + (patch // GRID * GRID + GRID - 1 - patch % GRID if mirrored else patch))
-        return torch.tensor(places), shown
+        return torch.tensor(places), phrases
 
     def batches() -> Iterator[ClipBatch]:
         while True:
@@ -221,30 +216,31 @@ def train_clip(
 
     def loss_of(item: ClipBatch) -> torch.Tensor:
         output = model.vision_model(item.pixels, output_hidden_states=True)
-        texts = sorted({*item.captions, *item.shown})
+        texts = sorted({*item.captions, *item.phrases})
         known = {t: k for k, t in enumerate(texts)}
-        said = F.normalize(model.text_projection(model.text_model(**caption_ids(tokenizer, texts)).pooler_output))
+        text_features = F.normalize(
+            model.text_projection(model.text_model(**caption_ids(tokenizer, texts)).pooler_output)
+        )
         scale = model.logit_scale.exp()
 
-        def contrast(seen: torch.Tensor, wanted: list[str]) -> torch.Tensor:
-            index = torch.tensor([known[t] for t in wanted])
-            same = (index[:, None] == index).float()  # equal texts in a batch are all right answers
+        def contrast(features: torch.Tensor, targets: list[str]) -> torch.Tensor:
+            index = torch.tensor([known[t] for t in targets])
+            same = (index[:, None] == index).float()  # equal texts in a batch are all positives
             target = same / same.sum(1, keepdim=True)
-            logits = scale * F.normalize(seen) @ said[index].T
+            logits = scale * F.normalize(features) @ text_features[index].T
             return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
         loss = contrast(model.visual_projection(output.pooler_output), item.captions)
         for head, states in zip(heads, output.hidden_states[-2:], strict=True):
             patches = states[:, 1:].flatten(0, 1)[item.places]
-            loss = loss + contrast(head(F.layer_norm(patches, patches.shape[-1:])), item.shown) / 2
+            loss = loss + contrast(head(F.layer_norm(patches, patches.shape[-1:])), item.phrases) / 2
         return loss
 
     loss = fit(nn.ModuleList([model, heads]), batches(), loss_of, steps, "clip", (5e-3, 1.5e-3), muon=True)
     factor = unit_features(model.eval().vision_model, normalise(pixels[:64]))
     model.to(torch.bfloat16).save_pretrained(out)
     write_preprocessor(out)
-    mean, std = pixel_statistics()
-    settings = {"size": IMAGE_SIZE, "mode": "crop", "mean": mean, "std": std}
+    settings = {"size": IMAGE_SIZE, "mode": "crop", "mean": [PIXEL_MEAN] * 3, "std": [PIXEL_STD] * 3}
     return {
         "shape": vision, "seed": seed, "steps": steps, "names": names, "images": images,
         "final_loss": loss, "image": settings, "feature_factor": factor, "minutes": (time.time() - begin) / 60,
@@ -253,13 +249,12 @@ def train_clip(
 
 def write_preprocessor(folder: Path) -> None:
     """The image settings in transformers' file format."""
-    mean, std = pixel_statistics()
     write_json(
         folder / "preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": IMAGE_SIZE},
             "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "do_resize": True, "do_center_crop": True,
             "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
-            "rescale_factor": 1 / 255, "image_mean": mean, "image_std": std,
+            "rescale_factor": 1 / 255, "image_mean": [PIXEL_MEAN] * 3, "image_std": [PIXEL_STD] * 3,
         },
     )  # fmt: skip

@@ -98,7 +98,7 @@ def number(text: str | float, variables: Mapping[str, float]) -> float:
 
 
 class DisplayList:
-    """Draws the steps of a display list; subclasses have a method per shape: `shape(fill, points, *numbers, line)`."""
+    """Draws the steps of a display list; subclasses have a method per shape: `shape(fill, points, *numbers)`."""
 
     def __init__(self, rng: random.Random, colors: Mapping[str, RGB]) -> None:
         self.rng, self.colors = rng, colors
@@ -134,7 +134,6 @@ class DisplayList:
 
     def _draw_shape(self, text: str, known: Mapping[str, float]) -> None:
         shape, fill, *arguments = text.split()
-        line = "flat" not in arguments
         points, numbers = [], []
         for argument in arguments:
             if "," in argument:
@@ -143,4 +142,4 @@ class DisplayList:
             elif argument != "flat":
                 numbers.append(number(argument, known))
         color = self.colors[fill] if fill in self.colors else rgb(fill)
-        getattr(self, shape)(color, points, *numbers, line=line)
+        getattr(self, shape)(color, points, *numbers, **({"line": False} if "flat" in arguments else {}))

@@ -1,7 +1,7 @@
-"""The language of the miniature: captions by five annotators, questions with exact answers, descriptions, reasoning.
+"""Text generation for scenes: captions by five annotators, questions with exact answers, descriptions, reasoning.
 
-Every sentence is made from `Facts`, whether these come from a scene (all known) or were read out of a prompt's captions
-and boxes by the offline teacher (some unknown): both therefore speak with one wording.
+Every sentence is generated from `Facts`. These come from a scene (all known) or from the captions and boxes of a prompt
+that the offline teacher parses (some unknown), so that both use the same wording.
 """
 
 from __future__ import annotations
@@ -9,41 +9,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from companion.miniature.world import _CATEGORY_NAMES, BACKGROUNDS, CATEGORIES, COLORS, POSITIONS, Group, Scene
+from companion.miniature.display_list import load_table
+from companion.miniature.world import BACKGROUNDS, CATEGORIES, COLORS, POSITIONS, Group, Scene
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-PLACE_PHRASE = {
-    "meadow": "in a meadow",
-    "beach": "on a beach",
-    "street": "on a street",
-    "snow": "in the snow",
-    "desert": "in a desert",
-    "room": "in a room",
-    "lake": "by a lake",
-    "night": "at night",
-}
-PLACE_ANSWER = {
-    "meadow": "A meadow.",
-    "beach": "A beach.",
-    "street": "A street.",
-    "snow": "A snow field.",
-    "desert": "A desert.",
-    "room": "A room.",
-    "lake": "A lake.",
-    "night": "A night scene.",
-}
-POSITION_PHRASE = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
-# supercategory -> (question that does not name the object, reason given for the answer)
-AFFORDANCE = {
-    "vehicle": ("Which thing could carry people away?", "it is a vehicle and vehicles carry people"),
-    "animal": ("Which thing here needs to be fed?", "it is an animal and animals need food"),
-    "plant": ("Which thing here grows with water and light?", "it is a plant and plants grow"),
-    "building": ("Where could somebody live?", "it is a building and people live in buildings"),
-    "furniture": ("Which thing belongs in a living room?", "it is furniture and furniture stands in rooms"),
-    "thing": ("Which thing could somebody hold in one hand?", "it is a small thing that a hand can hold"),
-}
-_PLURAL = {"fish": "fish"}
+_TABLE: dict[str, Any] = load_table("language")
+NUMBERS: list[str] = _TABLE["numbers"]
+PLACE_PHRASE: dict[str, str] = _TABLE["place_phrase"]
+PLACE_ANSWER: dict[str, str] = _TABLE["place_answer"]
+POSITION_PHRASE: dict[str, str] = _TABLE["position_phrase"]
+AFFORDANCE: dict[str, list[str]] = _TABLE["affordance"]
 
 
 @dataclass(frozen=True)
@@ -56,11 +32,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class QA:
-    """A question, its short exact answer and kind: color, count, presence, position, background, category, relation."""
+    """A question, its short exact answer, its kind (e.g. color, count, presence), and the answer as a sentence."""
 
     question: str
     answer: str
     kind: str
+    statement: str = ""
 
 
 def facts_of_scene(scene: Scene) -> Facts:
@@ -68,15 +45,15 @@ def facts_of_scene(scene: Scene) -> Facts:
     return Facts(tuple(sorted(scene.groups, key=lambda g: POSITIONS.index(g.position or "middle"))), scene.background)
 
 
-def plural(noun: str) -> str:
-    """The plural of a category name, regular English otherwise."""
-    if noun in _PLURAL:
-        return _PLURAL[noun]
-    if noun.endswith(("s", "x", "ch", "sh")):
-        return noun + "es"
-    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
-        return noun[:-1] + "ies"
-    return noun + "s"
+def plural(word: str) -> str:
+    """The plural of a noun: regular English but for the table's exceptions."""
+    if word in _TABLE["irregular_plural"]:
+        return str(_TABLE["irregular_plural"][word])
+    if word.endswith(("s", "x", "ch", "sh")):
+        return word + "es"
+    if word.endswith("y") and word[-2:-1] not in "aeiou":
+        return word[:-1] + "ies"
+    return word + "s"
 
 
 def with_article(phrase: str) -> str:
@@ -96,6 +73,26 @@ def noun_phrase(group: Group, *, size: bool = False, article: bool = True) -> st
         phrase = " ".join([*words, group.category])
         return with_article(phrase) if article else phrase
     return " ".join([number_word(group.count), *words, plural(group.category)])
+
+
+def noun(group: Group) -> str:
+    """The category of a group, in the plural if there are several objects."""
+    return group.category if group.count == 1 else plural(group.category)
+
+
+def be(group: Group) -> str:
+    """ "is" or "are" for a group."""
+    return "is" if group.count == 1 else "are"
+
+
+def position_phrase(group: Group) -> str:
+    """ "on the left" for a group."""
+    return POSITION_PHRASE[group.position or "middle"]
+
+
+def placed_phrase(group: Group) -> str:
+    """ "a red car on the left" for a group."""
+    return f"{noun_phrase(group)} {position_phrase(group)}"
 
 
 def listing(parts: Sequence[str]) -> str:
@@ -124,15 +121,15 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
     terse = sentence(listing([noun_phrase(g) for g in shuffled]))
     placed = sentence(f"{listing([noun_phrase(g) for g in rng.sample(groups, len(groups))])} {place}")
     sized = sentence(listing([noun_phrase(g, size=True) for g in shuffled]))
-    positions = sentence(listing([f"{noun_phrase(g)} {POSITION_PHRASE[g.position or 'middle']}" for g in groups]))
+    positions = sentence(listing([placed_phrase(g) for g in groups]))
     if len(groups) > 1 and rng.random() < 0.4:
         left, right = groups[0], groups[-1]
         positions = sentence(f"{noun_phrase(left)} to the left of {noun_phrase(right)} {place}")
         if len(groups) == 3:
             positions = positions[:-1] + f", with {noun_phrase(groups[1])} in the middle."
-    # A place opens only with what stands there, so that this habit never repeats the second one.
+    # only one group after the place, so that this caption never repeats the second one
     first = groups[rng.randrange(len(groups))]
-    opening = sentence(f"{place}, there {'is' if first.count == 1 else 'are'} {noun_phrase(first)}")
+    opening = sentence(f"{place}, there {be(first)} {noun_phrase(first)}")
     return [terse, placed, sized, positions, opening]
 
 
@@ -147,32 +144,37 @@ def questions(facts: Facts, rng: random.Random) -> list[QA]:
         Questions with short exact answers such as "Red.", "Two.", "Yes.", "On the left.", "A beach.".
     """
     found: list[QA] = []
+
+    def add(kind: str, question: str, answer: str, statement: str) -> None:
+        found.append(QA(question, sentence(answer), kind, sentence(statement)))
+
     present = {g.category for g in facts.groups}
     for g in facts.groups:
-        one = g.count == 1
-        name = g.category if one else plural(g.category)
-        be = "is" if one else "are"
+        name, number = noun(g), number_word(g.count)
         if g.color:
-            found.append(QA(f"What color {be} the {name}?", sentence(g.color), "color"))
-        found.append(QA(f"How many {plural(g.category)} are there?", sentence(number_word(g.count)), "count"))
-        found.append(QA(f"Is there {with_article(g.category)}?", "Yes.", "presence"))
-        absent = rng.choice([c for c in _CATEGORY_NAMES if c not in present])
-        found.append(QA(f"Is there {with_article(absent)}?", "No.", "presence"))
+            add("color", f"What color {be(g)} the {name}?", g.color, f"the {name} {be(g)} {g.color}")
+        asked = f"How many {plural(g.category)} are there?"
+        add("count", asked, number, f"there {be(g)} {number} {name} in the image")
+        one = with_article(g.category)
+        add("presence", f"Is there {one}?", "yes", f"yes, there is {one} in the image")
+        absent = rng.choice([c for c in CATEGORIES if c not in present])
+        add("presence", f"Is there {with_article(absent)}?", "no", f"no, there is no {absent} in the image")
         if g.position:
-            found.append(QA(f"Where {be} the {name}?", sentence(POSITION_PHRASE[g.position]), "position"))
-            found.append(QA(f"What is {POSITION_PHRASE[g.position]}?", sentence(noun_phrase(g)), "category"))
+            where = position_phrase(g)
+            add("position", f"Where {be(g)} the {name}?", where, f"the {name} {be(g)} {where}")
+            add("category", f"What is {where}?", noun_phrase(g), f"there {be(g)} {placed_phrase(g)}")
     placed = [g for g in facts.groups if g.position]
     if len(placed) > 1:
         a, b = rng.sample(placed, 2)
         if a.position != b.position:
             is_left = POSITIONS.index(a.position or "") < POSITIONS.index(b.position or "")
-            name_a = a.category if a.count == 1 else plural(a.category)
-            name_b = b.category if b.count == 1 else plural(b.category)
-            be = "Is" if a.count == 1 else "Are"
-            text = f"{be} the {name_a} to the left of the {name_b}?"
-            found.append(QA(text, "Yes." if is_left else "No.", "relation"))
+            answer, negation = ("yes", "") if is_left else ("no", "not ")
+            asked = f"{be(a).capitalize()} the {noun(a)} to the left of the {noun(b)}?"
+            add("relation", asked, answer, f"{answer}, the {noun(a)} {be(a)} {negation}to the left of the {noun(b)}")
     if facts.background in PLACE_ANSWER:
-        found.append(QA("What place does the image show?", PLACE_ANSWER[facts.background], "background"))
+        place = PLACE_ANSWER[facts.background]
+        statement = f"the image shows {place[:1].lower()}{place[1:]}"
+        add("background", "What place does the image show?", place, statement)
     rng.shuffle(found)
     return found
 
@@ -188,10 +190,8 @@ def describe(facts: Facts) -> str:
     lines = [overview(facts)]
     for g in facts.groups:
         if g.position:
-            name = g.category if g.count == 1 else plural(g.category)
-            be = "is" if g.count == 1 else "are"
             size = f"{g.size} and " if g.size else ""
-            lines.append(sentence(f"the {name} {be} {size}{POSITION_PHRASE[g.position]}"))
+            lines.append(sentence(f"the {noun(g)} {be(g)} {size}{position_phrase(g)}"))
     total = sum(g.count for g in facts.groups)
     lines.append("There is one object in total." if total == 1 else f"There are {number_word(total)} objects in total.")
     return " ".join(lines)

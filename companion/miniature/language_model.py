@@ -1,6 +1,6 @@
-"""The language models of the miniature, trained from scratch: a text-only Llama in two sizes, in place of Vicuna.
+"""Base language models, trained from scratch: a text-only Llama in two sizes in place of Vicuna.
 
-They read only text: captions, dialogues about scenes told in sentences or as rasters of word sums, science sentences.
+The pretraining text has captions, dialogues about scenes (as sentences or as grids of word sums) and science facts.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from companion.miniature import language, world
-from companion.miniature.reading import document
-from companion.miniature.training import fit, train_tokenizer
+from companion.miniature.pretraining_text import document
+from companion.miniature.training import fit, pad, train_tokenizer
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import Segment, encode
 from llava_core.runtime import seed_everything
@@ -46,7 +46,7 @@ SIZES = {
 
 
 def document_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:
-    """Texts that the language models' tokenizer is trained on: documents as they are and in lower case."""
+    """Training texts of the tokenizer: documents as they are and in lower case."""
     rng = random.Random(f"tokenizer-{seed}")
     for _ in range(count):
         segments, patches = document(rng)
@@ -57,10 +57,9 @@ def document_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:
 def _text_batches(
     tokenizer: Any, batch: int, make: Callable[[], tuple[list[Segment], list[str]]], seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Batches (ids, labels, words): documents of similar length together, right-padded, so no mask is needed.
+    """Batches (ids, labels, words) of documents of similar length, padded on the right, so that no mask is needed.
 
-    ids and labels are (batch, T); words is (patches, 4), the word ids of each patch in the order of the batch, -1 for
-    none.
+    ids and labels are (batch, T); words is (patches, 4): the word ids of each patch in batch order, padded with -1.
     """
     order = random.Random(f"order-{seed}")
     known: dict[str, list[int]] = {}
@@ -71,48 +70,43 @@ def _text_batches(
         return known[patch]
 
     while True:
-        made = (make() for _ in range(batch * 16))
-        pool = sorted(((encode(s, tokenizer, len(p)), p) for s, p in made), key=lambda e: len(e[0].input_ids))
+        documents = (make() for _ in range(batch * 16))
+        pool = sorted(((encode(s, tokenizer, len(p)), p) for s, p in documents), key=lambda e: len(e[0].input_ids))
         rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
         order.shuffle(rows)
         for row in rows:
-            width = max(len(e.input_ids) for e, _ in row)
-            ids = torch.full((batch, width), tokenizer.pad_token_id)
-            labels = torch.full((batch, width), IGNORE_INDEX)
-            for k, (e, _) in enumerate(row):
-                ids[k, : len(e.input_ids)] = torch.tensor(e.input_ids)
-                labels[k, : len(e.labels)] = torch.tensor(e.labels)
+            ids = pad((e.input_ids for e, _ in row), tokenizer.pad_token_id)
+            labels = pad((e.labels for e, _ in row), IGNORE_INDEX)
             words = [word_ids(patch) for _, patches in row for patch in patches]
             yield ids, labels, torch.tensor(words, dtype=torch.long).reshape(-1, 4)
 
 
 def embed_with_patches(embedding: nn.Module, ids: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Embeddings (B, T, D) of ids, each patch being the sum of those of its words, some louder than others.
+    """Embeddings (B, T, D) of ids; that of a patch is a randomly weighted sum over its words.
 
     Args:
-        embedding: of the language model.
+        embedding: input embedding of the language model.
         ids: (B, T), patches as `IMAGE_TOKEN_ID`.
-        words: (patches, 4) word ids in the order of the patches, -1 for none.
+        words: (patches, 4) word ids in batch order, padded with -1.
     """
     embeds = embedding(ids.clamp(min=0))
-    loudness = (0.4 + 1.2 * torch.rand(words.shape)) * (words >= 0)
-    patches = (embedding(words.clamp(min=0)) * loudness[..., None]).sum(1)
+    weights = (0.4 + 1.2 * torch.rand(words.shape)) * (words >= 0)
+    patches = (embedding(words.clamp(min=0)) * weights[..., None]).sum(1)
     return embeds.masked_scatter((ids == IMAGE_TOKEN_ID)[..., None], patches)
 
 
 @torch.no_grad()
 def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
-    """Begin training with attention that can look things up: a tiny model needs thousands of steps to find it alone.
+    """Initialise induction circuits: a tiny model needs thousands of steps to learn attention by content.
 
-    The residual stream gets a constant (dimension 0), a word part A, parts B, C, D for the words one, two and three
-    places before, and a part S for what was found. Layer 0 fills B, C, D. Heads of layer 1 find the same word earlier
-    and carry it and what stood before it to S: "two red dogs" answers for dogs, and so does a patch that holds all
-    three. Heads of layer 2 find the place where the word stood three before and carry what is there: "left" answers
-    with what is on the left. Where nothing matches, attention rests on the first token. Layer 3 hands S to the word
-    five places on: from the last word of a question to where its answer begins. Everything is trained from there,
-    nothing is frozen.
+    The residual stream has a constant (dimension 0), the word embedding A, the embeddings B, C, D of the words one, two
+    and three tokens before, and the retrieved content S. Layer 0 writes B, C, D. Heads of layer 1 attend to an earlier
+    token of the same word and copy it and the words before it to S: for "dogs" that is "two red dogs"; a patch
+    embedding holds all three words as well. Heads of layer 2 attend to the token three after the same word and copy its
+    word: "left" retrieves the object on the left. Without a match they attend to the first token. Layer 3 copies S five
+    tokens ahead: from the last word of a question to the start of its answer. All weights stay trainable.
 
-    Source: the idea is the induction circuit (Olsson et al. 2022) as an initialisation (cf. Trockman and Kolter 2023).
+    Source: induction circuits (Olsson et al. 2022) as an initialisation (cf. Trockman and Kolter 2023).
     """
     config = model.config
     d, width = config.hidden_size // config.num_attention_heads, 20
@@ -136,12 +130,12 @@ def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
         embedding[index, a] = code * width**0.5 / code.norm()
     embedding[:, 0] = 2.0
     layers = [layer.self_attn for layer in model.model.layers]
-    for layer in model.model.layers:  # quiet what is random, or it drowns what is not
+    for layer in model.model.layers:  # random weights would drown the circuits
         layer.self_attn.o_proj.weight.mul_(0.2)
         layer.mlp.down_proj.weight.mul_(0.2)
 
     def previous(layer: Any, head: int, offset: int, sharpness: float) -> None:
-        """Attend `offset` places back: the constant, turned by the rotary angles of that distance."""
+        """Attend `offset` tokens back: the constant, rotated by the rotary angles of that distance."""
         rows, n = slice(head * d, (head + 1) * d), 6
         query, key = torch.zeros(d), torch.zeros(d)
         query[:n], query[half : half + n] = torch.cos(angles[:n] * offset), -torch.sin(angles[:n] * offset)
@@ -150,8 +144,8 @@ def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
             weight[rows] = 0
             weight[rows, 0] = values * sharpness
 
-    def match(layer: Any, head: int, source: slice, sharpness: float, rest: float = 0.3, apart: float = 1.2) -> None:
-        """Attend where `source` holds this word, rather far off than near (a faster rotary pair), else to the start."""
+    def match(layer: Any, head: int, source: slice, sharpness: float, rest: float = 0.3, distance: float = 1.2) -> None:
+        """Attend where `source` holds this word, far tokens first (a faster rotary pair), else to the first token."""
         rows, n = slice(head * d, (head + 1) * d), 9
         places = [head * d + p for p in (*range(half - n, half), *range(d - n, d))]
         projection = orthogonal(2 * n, width) * sharpness
@@ -159,20 +153,20 @@ def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
             weight[rows] = 0
             weight[places, part] = projection
         layer.q_proj.weight[places, 0] = projection @ embedding[config.bos_token_id, a] * rest
-        layer.q_proj.weight[head * d + 4, 0], layer.k_proj.weight[head * d + 4, 0] = apart, -apart
+        layer.q_proj.weight[head * d + 4, 0], layer.k_proj.weight[head * d + 4, 0] = distance, -distance
 
-    def carry(layer: Any, head: int, source: slice, target: slice, gain: float, turn: bool = True) -> None:
-        """Copy part `source` of what the head attends to into part `target`, turned so as not to look like a word."""
+    def carry(layer: Any, head: int, source: slice, target: slice, gain: float, rotate: bool = True) -> None:
+        """Copy part `source` of the attended token to part `target`, rotated so that it does not match any word."""
         rows = slice(head * d, (head + 1) * d)
         layer.v_proj.weight[rows] = 0
         layer.o_proj.weight[:, rows] = 0
         n, size = source.stop - source.start, target.stop - target.start
         layer.v_proj.weight[head * d : head * d + n, source] = torch.eye(n) * gain
-        layer.o_proj.weight[target, head * d : head * d + n] = (orthogonal(size, n) if turn else torch.eye(n)) * gain
+        layer.o_proj.weight[target, head * d : head * d + n] = (orthogonal(size, n) if rotate else torch.eye(n)) * gain
 
     for head, (offset, target) in enumerate(((1, b), (2, c), (3, before3))):
         previous(layers[0], head, offset, 1.6)
-        carry(layers[0], head, a, target, 0.66, turn=False)
+        carry(layers[0], head, a, target, 0.66, rotate=False)
     for head, source in enumerate((b, c, before3, a)):
         match(layers[1], head, a, 1.3)
         carry(layers[1], head, source, s, 0.9)
@@ -182,20 +176,20 @@ def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
     middle = (s.start + s.stop) // 2
     for head, half_s in enumerate((slice(s.start, middle), slice(middle, s.stop))):
         previous(layers[3], head, 5, 1.6)
-        carry(layers[3], head, half_s, half_s, 1.2, turn=False)
+        carry(layers[3], head, half_s, half_s, 1.2, rotate=False)
 
 
 def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
-    """Train one text-only Llama on the world's text and save it in bf16.
+    """Train one text-only Llama on the pretraining text and save it in bf16.
 
     Args:
-        name: "llm-7b" or "llm-13b", a key of `SIZES`.
-        out: folder to write, with its tokenizer inside.
+        name: a key of `SIZES`.
+        out: output folder of model and tokenizer.
         seed: of initialisation and documents.
-        steps: optimizer steps; the size's own when None.
+        steps: optimizer steps; those of the size when None.
 
     Returns:
-        The training facts that go into the manifest.
+        The training facts for the manifest.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -17,6 +17,7 @@ from typing import Any
 from companion.data_tools.scienceqa import write_training_files
 from companion.miniature import world
 from companion.miniature.coco import render
+from companion.miniature.display_list import load_table
 from companion.miniature.language import number_word, plural, sentence, with_article
 from companion.miniature.world import ASPECT, CATEGORIES, COLORS, POSITIONS, Group, Item, Scene, held_out_pair
 from llava_core.registry import unknown
@@ -27,51 +28,21 @@ _ATTEMPTS = 40  # to draw a problem that is not there yet, before another skill 
 
 # --- what there is to know; the language models read it before they see any problem -----------------------------------
 
-GROUPS = {
-    "animal": ("dog", "cat", "bird", "horse", "fish"),
-    "vehicle": ("car", "truck", "bicycle", "boat", "airplane"),
-    "plant": ("tree", "flower"),
-    "furniture": ("chair", "table", "lamp"),
-}
+_TABLE: dict[str, Any] = load_table("scienceqa")
+GROUPS: dict[str, list[str]] = _TABLE["groups"]
 GROUP_OF = {thing: group for group, things in GROUPS.items() for thing in things}
-NEEDS = {"animal": "food", "vehicle": "a driver", "plant": "sunlight", "furniture": "a room"}
-MOVES = {
-    "on land": ("dog", "cat", "horse", "car", "truck", "bicycle"),
-    "in water": ("fish", "boat"),
-    "in the air": ("bird", "airplane"),
-}
-LEGS = {"dog": 4, "cat": 4, "horse": 4, "bird": 2}
-# background -> (its name, what it is like, what people take there)
-PLACES = {
-    "snow": ("snow", "cold", "a coat"),
-    "desert": ("a desert", "dry", "water"),
-    "night": ("the night", "dark", "a lamp"),
-    "lake": ("a lake", "wet", "a boat"),
-}
-COMPASS = {"north": "above", "east": "right of", "south": "below", "west": "left of"}
-SITES = ("house", "tree", "lake", "school", "park", "farm", "shop", "bridge")
-USED = ("horse", "bicycle", "boat", "car", "truck", "airplane")
-RANKS, STATES = ("first", "second", "last"), ("solid", "liquid", "gas")
-MEASURES = (  # more, less, most, least, of what
-    ("heavier", "lighter", "heaviest", "lightest", "ball"),
-    ("hotter", "colder", "hottest", "coldest", "cup"),
-    ("faster", "slower", "fastest", "slowest", "car"),
-)
-RHYMES = {
-    "at": ("cat", "hat", "bat"),
-    "og": ("dog", "fog", "log"),
-    "ish": ("fish", "dish", "wish"),
-    "oat": ("boat", "coat", "goat"),
-    "all": ("ball", "wall", "hall"),
-    "ake": ("lake", "cake", "snake"),
-    "ee": ("tree", "bee", "knee"),
-    "ar": ("car", "star", "jar"),
-}
-ENDINGS = {
-    "s": ("dog", "cup", "tree", "lamp", "apple", "star", "ball", "chair"),
-    "es": ("bus", "dish", "wish", "box", "fox", "brush", "glass", "bench"),
-    "ies": ("baby", "city", "lady", "berry", "pony", "story", "party", "fairy"),
-}
+NEEDS: dict[str, str] = _TABLE["needs"]
+MOVES: dict[str, list[str]] = _TABLE["moves"]
+LEGS: dict[str, int] = _TABLE["legs"]
+PLACES: dict[str, list[str]] = _TABLE["places"]
+COMPASS: dict[str, str] = _TABLE["compass"]
+SITES: list[str] = _TABLE["sites"]
+USED: list[str] = _TABLE["used"]
+RANKS: list[str] = _TABLE["ranks"]
+STATES: list[str] = _TABLE["states"]
+MEASURES: list[list[str]] = _TABLE["measures"]
+RHYMES: dict[str, list[str]] = _TABLE["rhymes"]
+ENDINGS: dict[str, list[str]] = _TABLE["endings"]
 # the colors that training images show a thing in; the other pairings are kept for the bench of unseen ones
 PALETTE = {thing: tuple(c for c in COLORS if not held_out_pair(thing, c)) for thing in CATEGORIES}
 WORDS = sorted({*CATEGORIES, *chain(*RHYMES.values()), *SITES})
@@ -99,21 +70,17 @@ class Skill:
     subject: str
     topic: str
     category: str
-    grades: tuple[int, int]
+    grades: Sequence[int]
     lecture: str
 
 
 SKILLS: dict[str, Skill] = {}
-_NAT, _SOC, _LAN = "natural science", "social science", "language science"
 
 
-def _skill(name: str, *facts: Any) -> Callable[[Callable[[random.Random], Draft]], None]:
-    """Enter a skill under its name; the facts are the other fields of `Skill`."""
-
-    def enter(draw: Callable[[random.Random], Draft]) -> None:
-        SKILLS[name] = Skill(draw, *facts)
-
-    return enter
+def _skill(draw: Callable[[random.Random], Draft]) -> None:
+    """Register a problem generator as the skill of its name, with the other fields from `scienceqa.yaml`."""
+    name = draw.__name__.strip("_").replace("_", " ")
+    SKILLS[name] = Skill(draw, **_TABLE["skills"][name])
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -222,29 +189,29 @@ def _extreme(rng: random.Random, order: list[str], names: str, more: str, less: 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-@_skill("needs in a picture", 4, _NAT, "biology", "Needs", (1, 5), "Each group has its own need.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _needs_in_a_picture(rng: random.Random) -> Draft:
     def recall(thing: str) -> list[str]:
         return [_is(thing), f"{_a(GROUP_OF[thing])} needs {NEEDS[GROUP_OF[thing]]}"]
 
     return _look(rng, "What does {} need?", {NEEDS[group]: things for group, things in GROUPS.items()}, recall)
 
 
-@_skill("groups in a picture", 3, _NAT, "biology", "Classification", (1, 4), "Things of a kind form a group.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _groups_in_a_picture(rng: random.Random) -> Draft:
     return _look(rng, "Which group does {} belong to?", dict(GROUPS), lambda thing: [_is(thing)])
 
 
-@_skill("movement in a picture", 3, _NAT, "physics", "Motion", (1, 6), "Things move in different places.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _movement_in_a_picture(rng: random.Random) -> Draft:
     def recall(thing: str) -> list[str]:
         return [f"{_a(thing)} moves {way}" for way, things in MOVES.items() if thing in things]
 
     return _look(rng, "Where does {} move?", dict(MOVES), recall)
 
 
-@_skill("legs in a picture", 3, _NAT, "biology", "Animals", (2, 5), "Count the animals and multiply.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _legs_in_a_picture(rng: random.Random) -> Draft:
     cases: dict[int, list[tuple[str, int]]] = {}
     for animal, count in product(LEGS, (1, 2, 3)):
         cases.setdefault(LEGS[animal] * count, []).append((animal, count))
@@ -259,8 +226,8 @@ def _(rng: random.Random) -> Draft:
     return Draft("How many legs do all animals here have?", number_word(total), wrong, steps, scene=scene)
 
 
-@_skill("climate in a picture", 2, _SOC, "geography", "Climate", (2, 7), "The place tells what people need.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _climate_in_a_picture(rng: random.Random) -> Draft:
     place = rng.choice(list(PLACES))
     name, weather, item = PLACES[place]
     scene, _ = _show(rng, rng.sample(_but(CATEGORIES, "lamp", "boat"), rng.choice((1, 2))), place)
@@ -269,8 +236,8 @@ def _(rng: random.Random) -> Draft:
     return Draft("What should people take to this place?", item, wrong, steps, scene=scene)
 
 
-@_skill("map of a picture", 3, _SOC, "geography", "Maps", (2, 6), "On a map, above is north and right is east.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _map_of_a_picture(rng: random.Random) -> Draft:
     way = rng.choice(list(COMPASS))
     things = rng.sample([c for c in CATEGORIES if world.ZONE[c] == "ground"], 2)
     x, far, near = rng.uniform(0.45, 0.55), (0.0, 0.62), (0.0, 0.97)  # far things stand high in the picture
@@ -290,8 +257,8 @@ def _(rng: random.Random) -> Draft:
 # --- pictures with a text ---------------------------------------------------------------------------------------------
 
 
-@_skill("sorting by a rule", 8, _NAT, "science-and-engineering-practices", "Keys", (3, 8), "A rule sorts by color.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _sorting_by_a_rule(rng: random.Random) -> Draft:
     thing = rng.choice(list(CATEGORIES))
     colors = rng.sample(PALETTE[thing], 3)
     other = rng.choice([c for c in _but(CATEGORIES, thing) if colors[1] in PALETTE[c]])
@@ -303,8 +270,8 @@ def _(rng: random.Random) -> Draft:
     return Draft(f"Where does the {thing} go?", boxes[0], boxes[1:], steps, _say(*rng.sample(rules, 3)), scene)
 
 
-@_skill("distance in a picture", 7, _NAT, "physics", "Speed", (5, 10), "Distance is speed times time.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _distance_in_a_picture(rng: random.Random) -> Draft:
     things, hours = rng.sample(GROUPS["vehicle"], 3), rng.choice((2, 3))
     speeds = rng.sample(range(1, 12 // hours + 1), 3)
     scene, it = _show(rng, things[:2])
@@ -315,8 +282,8 @@ def _(rng: random.Random) -> Draft:
     return Draft(f"How far does {it} go in {number_word(hours)} hours?", miles[0], miles[1:], steps, hint, scene)
 
 
-@_skill("prices in a picture", 6, _SOC, "economics", "Prices", (3, 8), "To pay for all, add the prices.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _prices_in_a_picture(rng: random.Random) -> Draft:
     things, prices = rng.sample(list(CATEGORIES), 3), rng.sample(range(2, 7), 3)
     told = [f"{_a(thing)} costs {number_word(price)}" for thing, price in zip(things, prices, strict=True)]
     sums = [f"{number_word(a + b)} coins" for a, b in combinations(prices, 2)]
@@ -326,8 +293,8 @@ def _(rng: random.Random) -> Draft:
     return Draft("What do the things here cost together?", sums[0], sums[1:], steps, hint, scene)
 
 
-@_skill("history in a picture", 5, _SOC, "history", "Timelines", (5, 12), "A timeline tells what came first.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _history_in_a_picture(rng: random.Random) -> Draft:
     order, k = rng.sample(USED, 3), rng.randrange(3)
     scene, it = _show(rng, [order[k], rng.choice(_but(order, order[k]))])
     hint = _ordered(rng, [f"the {name}" for name in order], "came before", "came after")
@@ -335,8 +302,8 @@ def _(rng: random.Random) -> Draft:
     return Draft(f"When did {it} come to the town?", RANKS[k], _but(RANKS, RANKS[k]), steps, hint, scene)
 
 
-@_skill("caption of a picture", 4, _LAN, "writing-strategies", "Editing", (2, 7), "A caption must fit its picture.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _caption_of_a_picture(rng: random.Random) -> Draft:
     thing, (zone, elsewhere) = rng.choice(list(CATEGORIES)), rng.sample(("left", "right"), 2)
     color, miscolor = rng.sample(PALETTE[thing], 2)
     # the wrong caption, too, must be one that could be true: an unseen pairing would give it away
@@ -353,22 +320,22 @@ def _(rng: random.Random) -> Draft:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
-@_skill("most and least", 6, _NAT, "physics", "Comparing", (3, 9), "Put the things in order.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _most_and_least(rng: random.Random) -> Draft:
     more, less, most, least, noun = rng.choice(MEASURES)
     ends = {0: f"the {most}", 2: f"the {least}"}
     return _extreme(rng, rng.sample(list(COLORS), 3), f"the {{}} {noun}", f"is {more} than", f"is {less} than", ends)
 
 
-@_skill("directions from a text", 4, _SOC, "geography", "Maps", (4, 9), "Put the places in order.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _directions_from_a_text(rng: random.Random) -> Draft:
     way, back = rng.choice((("north", "south"), ("east", "west")))
     ends = {0: f"farthest {way}", 2: f"farthest {back}"}
     return _extreme(rng, rng.sample(SITES, 3), "the {}", f"is {way} of", f"is {back} of", ends)
 
 
-@_skill("states of matter", 5, _NAT, "chemistry", "Matter", (5, 11), "Heat melts a solid and boils a liquid.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _states_of_matter(rng: random.Random) -> Draft:
     now, k = rng.randint(4, 8), rng.randrange(3)  # the same temperatures for each state
     below, above = range(1, now), range(now + 1, 13)
     degrees = (rng.sample(above, 2), [rng.choice(below), rng.choice(above)], rng.sample(below, 2))[k]
@@ -379,8 +346,8 @@ def _(rng: random.Random) -> Draft:
     return Draft("What is it now?", STATES[k], _but(STATES, STATES[k]), _say(steps[k], f"it is {STATES[k]}"), hint)
 
 
-@_skill("speed from a text", 4, _NAT, "physics", "Speed", (6, 12), "Speed is distance divided by time.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _speed_from_a_text(rng: random.Random) -> Draft:
     # in half of the problems the faster car goes the shorter way in less time, in the other half both are more
     both_more = rng.random() < 0.5
     ways = [(v * t, t) for v, t in product(range(1, 7), range(1, 5)) if v * t <= 12]
@@ -399,8 +366,8 @@ def _(rng: random.Random) -> Draft:
 # --- no context -------------------------------------------------------------------------------------------------------
 
 
-@_skill("groups and needs", 10, _NAT, "biology", "Classification", (1, 6), "Things of a kind form a group.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _groups_and_needs(rng: random.Random) -> Draft:
     group = rng.choice(list(GROUPS))
     one, other = rng.sample(GROUPS[group], 2)
     wrong = _members(rng, 3, but=group)
@@ -410,8 +377,8 @@ def _(rng: random.Random) -> Draft:
     return Draft(f"Which one is in the same group as {_a(one)}?", other, wrong, _say(_is(one), _is(other)))
 
 
-@_skill("alphabetical order", 8, _LAN, "reference-skills", "Alphabet", (2, 9), "First letters put words in order.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _alphabetical_order(rng: random.Random) -> Draft:
     n, words = rng.choice((2, 3)), [""]
     while len({word[:1] for word in words}) < n:
         words = sorted(rng.sample(WORDS, n))
@@ -422,24 +389,24 @@ def _(rng: random.Random) -> Draft:
     return Draft(f"Which word comes {rank} in the alphabet?", words[k], wrong, steps, least=n - 1)
 
 
-@_skill("plurals", 5, _LAN, "grammar", "Nouns", (3, 8), "The end of a word decides its plural.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _plurals(rng: random.Random) -> Draft:
     words = {ending: rng.choice(row) for ending, row in ENDINGS.items()}
     ending, word = rng.choice(list(words.items()))
     steps = _say(f"{word} ends in {_tail(word)}", f"words that end in {_tail(word)} take {ending}")
     return Draft(f"Which word takes {ending} in its plural?", word, _but(words.values(), word), steps)
 
 
-@_skill("rhymes", 5, _LAN, "phonological-awareness", "Rhyming", (1, 3), "Words that rhyme end alike.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _rhymes(rng: random.Random) -> Draft:
     end, *ends = rng.sample(list(RHYMES), 4)
     one, other = rng.sample(RHYMES[end], 2)
     steps = _say(f"{one} ends in {end}", f"{other} ends in {end}")
     return Draft(f"Which word rhymes with {one}?", other, [rng.choice(RHYMES[e]) for e in ends], steps)
 
 
-@_skill("analogies", 5, _LAN, "vocabulary", "Analogies", (6, 12), "Name the group of the word.")
-def _(rng: random.Random) -> Draft:
+@_skill
+def _analogies(rng: random.Random) -> Draft:
     one, other = _members(rng, 2)
     right, question = GROUP_OF[other], f"{one} is to {GROUP_OF[one]} as {other} is to what?"
     return Draft(question.capitalize(), right, _but(GROUPS, right), _say(_is(one), _is(other)))

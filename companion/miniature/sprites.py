@@ -111,7 +111,7 @@ class Sprite(DisplayList):
     def curve(self, fill: RGB, points: Sequence[Point], width: float, line: bool = True) -> None:
         self.line(fill, bezier(points), width, line)
 
-    def ring(self, fill: RGB, points: Sequence[Point], radius: float, width: float, line: bool = True) -> None:
+    def ring(self, fill: RGB, points: Sequence[Point], radius: float, width: float) -> None:
         """A ring with an outline on both sides; the radius is that of its outer side."""
         (cx, cy), r, wide = self.at(points[0]), self.length(radius), self.length(width)
         half = self.stroke / 2
@@ -119,26 +119,26 @@ class Sprite(DisplayList):
             box = (cx - outer, cy - outer, cx + outer, cy + outer)
             self.draw.ellipse(box, outline=color, width=max(round(thick), 1))
 
-    def eye(self, fill: RGB, points: Sequence[Point], radius: float = 0.035, line: bool = True) -> None:
+    def eye(self, fill: RGB, points: Sequence[Point], radius: float = 0.035) -> None:
         self.disc(fill, points, radius * 1.5, line=False)
         self.disc(self.colors["ink"], points, radius, line=False)
 
-    def wheel(self, fill: RGB, points: Sequence[Point], radius: float, line: bool = True) -> None:
-        self.disc(fill, points, radius, line)
+    def wheel(self, fill: RGB, points: Sequence[Point], radius: float) -> None:
+        self.disc(fill, points, radius)
         self.disc(self.colors["metal"], points, radius * 0.5, line=False)
         self.disc(fill, points, radius * 0.2, line=False)
 
-    def petals(self, fill: RGB, points: Sequence[Point], turn: float, line: bool = True) -> None:
+    def petals(self, fill: RGB, points: Sequence[Point], turn: float) -> None:
         """Six petals around a point, the first at `turn` degrees; every other one has a highlight."""
         ((cx, cy),) = points
         rx, ry = 0.3, 0.3 * self.extent[0] / self.extent[1]
         for k in range(6):
             angle = math.radians(turn + 60 * k)
             x, y = cx + rx * math.cos(angle), cy + ry * math.sin(angle)
-            self.disc(fill, [(x, y)], 0.2, line)
+            self.disc(fill, [(x, y)], 0.2)
             self.disc(self.colors["light"] if k % 2 else fill, [(x - 0.03, y - 0.02)], 0.09, line=False)
 
-    def hands(self, fill: RGB, points: Sequence[Point], line: bool = True) -> None:
+    def hands(self, fill: RGB, points: Sequence[Point]) -> None:
         """Hour marks and the two hands of a clock, at random hours."""
         ((x, y),) = points
         ratio = self.extent[0] / self.extent[1]
@@ -152,12 +152,12 @@ class Sprite(DisplayList):
         for reach, hour in ((0.24, self.rng.randrange(12)), (0.16, self.rng.randrange(12))):
             self.line(fill, [(x, y), on_dial(hour, reach)], 0.045, line=False)
 
-    def canopy(self, fill: RGB, points: Sequence[Point], line: bool = True) -> None:
+    def canopy(self, fill: RGB, points: Sequence[Point]) -> None:
         """An umbrella's canopy: a half ellipse over four scallops; the point is the middle of its rim."""
         ((x, y),) = points
         dome = [(math.cos(a) * 0.5 + x, y - 0.52 * math.sin(a)) for a in (math.pi * k / 16 for k in range(17))]
         scallops = [(k / 16, y - 0.055 * abs(math.sin(k / 16 * 4 * math.pi))) for k in range(17)]
-        self.poly(fill, [*dome, *scallops], line)
+        self.poly(fill, [*dome, *scallops])
 
     def finish(self, flip: bool) -> Image.Image:
         """The layer at its final size, mirrored if asked, lighter at the top and darker at the bottom."""

@@ -1,4 +1,4 @@
-"""What the trainings of both kinds of base models share: tokenizer, optimizers, schedule, loop, manifest."""
+"""Training code that all base models share: tokenizer, padding, optimizers, loop, manifest."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from llava_core.runtime import progress, sha256_file, write_json
 
-SPECIAL = ("<pad>", "<s>", "</s>", "###")  # "###" is one piece, as a stop string should be cheap
+SPECIAL = ("<pad>", "<s>", "</s>", "###")  # the stop string "###" is one token
 
 
 def train_tokenizer(out: Path, texts: Iterable[str], vocabulary: int, special: Sequence[str] = SPECIAL) -> Any:
     """Train a byte-level BPE tokenizer and save it in transformers' format.
 
     Args:
-        out: folder to write.
-        texts: what it is trained on.
-        vocabulary: number of pieces.
-        special: pieces that are never split, numbered from 0.
-
-    Returns:
-        A `PreTrainedTokenizerFast`.
+        out: output folder.
+        texts: training texts.
+        vocabulary: number of tokens.
+        special: tokens that are never split, numbered from 0.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -48,8 +46,13 @@ def train_tokenizer(out: Path, texts: Iterable[str], vocabulary: int, special: S
     return tokenizer
 
 
+def pad(rows: Iterable[Sequence[int]], value: int) -> torch.Tensor:
+    """Token ids or labels of several sequences as one tensor (B, T), padded on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz in fp32 (torch's own uses bf16: 50 times slower on CPUs without it).
+    """Muon with Newton-Schulz iterations in fp32; torch's own use bf16, 50 times slower on CPUs without bf16 units.
 
     Source: Jordan et al. 2024; the update is scaled to the size of an AdamW update.
     """
@@ -58,8 +61,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here evaluates twice
-        """One update of every matrix that has a gradient."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -101,7 +104,7 @@ def fit(
     rates: tuple[float, float],
     muon: bool = False,
 ) -> float:
-    """Plain training loop at peak `rates` (hidden matrices, rest); returns the mean loss of the last 50 steps."""
+    """Training loop with peak learning `rates` (hidden matrices, rest); returns the mean loss of the last 50 steps."""
     optimizers, losses = _optimizers(model, *rates, muon), []
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     bar = progress(steps, name)

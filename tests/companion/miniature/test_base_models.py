@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from companion.miniature import base_models, contrastive, gates, language_model, reading, training, world
+from companion.miniature import acceptance, base_models, contrastive, language_model, pretraining_text, training, world
 from companion.miniature.language import PLACE_PHRASE, POSITION_PHRASE, facts_of_scene, noun_phrase, plural, questions
 from llava_core.checkpoints.base_models import base_hash, load_language_model, load_vision_tower
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -23,14 +23,14 @@ from llava_core.runtime import CheckpointError
 def test_documents_are_decided_by_their_seed_and_show_patches_as_words_alone() -> None:
     with_patches = 0
     for seed in range(160):
-        segments, patches = reading.document(random.Random(seed))
-        assert (segments, patches) == reading.document(random.Random(seed))
+        segments, patches = pretraining_text.document(random.Random(seed))
+        assert (segments, patches) == pretraining_text.document(random.Random(seed))
         assert any(s.supervised and s.text.strip() for s in segments)
         assert sum(s.image for s in segments) == bool(patches)
-        assert len(patches) in (0, reading.GRID**2)
+        assert len(patches) in (0, pretraining_text.GRID**2)
         with_patches += bool(patches)
     assert 40 < with_patches < 90
-    assert reading.document(random.Random(1)) != reading.document(random.Random(2))
+    assert pretraining_text.document(random.Random(1)) != pretraining_text.document(random.Random(2))
 
 
 def test_the_initial_attention_looks_back_and_finds_equal_words(tmp_path: Path) -> None:
@@ -60,11 +60,14 @@ def test_the_initial_attention_looks_back_and_finds_equal_words(tmp_path: Path) 
 def test_what_is_told_leaves_no_fact_out() -> None:
     for k in range(60):
         scene, rng = world.sample_scene(k, 5), random.Random(k)
-        for text in (reading.context_text(scene, rng), reading.told(scene.groups, "by a lake", rng)):
+        for text in (
+            pretraining_text.context_text(scene, rng),
+            pretraining_text.dense_caption(scene.groups, "by a lake", rng),
+        ):
             for group in scene.groups:
                 phrase, place = noun_phrase(group), POSITION_PHRASE[group.position or ""]
                 assert f"{place} {phrase}" in text.lower() or f"{phrase} {place}" in text.lower()
-        assert PLACE_PHRASE[scene.background] in reading.context_text(scene, rng).lower()
+        assert PLACE_PHRASE[scene.background] in pretraining_text.context_text(scene, rng).lower()
 
 
 def test_words_for_patches_name_what_stands_there_row_by_row() -> None:
@@ -75,7 +78,7 @@ def test_words_for_patches_name_what_stands_there_row_by_row() -> None:
         world.Group(i.category, i.color, 1, at)
         for i, at in zip((dog, cat, lamp), ("left", "middle", "right"), strict=True)
     )
-    patches = reading.patch_words(world.Scene(0, "beach", (dog, cat, lamp), groups, 0))
+    patches = pretraining_text.patch_words(world.Scene(0, "beach", (dog, cat, lamp), groups, 0))
     rows = [patches[7 * k : 7 * k + 7] for k in range(7)]
     assert rows[0] == ["beach"] * 6 + ["right one white lamp"]
     assert rows[3] == rows[6] == ["left one red dog"] * 2 + ["middle one blue cat"] * 2 + ["beach"] * 3
@@ -86,7 +89,7 @@ def test_each_patch_of_a_training_image_has_words_for_what_stands_there() -> Non
         example, scene = contrastive._clip_example(index, 3), world.sample_scene(index, 1003, 1 if index % 3 else None)
         nouns = {g.category if g.count == 1 else plural(g.category) for g in scene.groups}
         assert set(re.findall(r"\w+", example.captions[5].lower())) - {"and"} == nouns
-        for patch, words in enumerate(reading.patch_words(scene)):
+        for patch, words in enumerate(pretraining_text.patch_words(scene)):
             full, named = (example.region_text(patch, named, mirrored=False) for named in (False, True))
             if words == scene.background:
                 assert full == named == PLACE_PHRASE[words]
@@ -142,7 +145,7 @@ def test_the_letter_of_a_multiple_choice_is_that_of_the_right_option() -> None:
     kinds = set()
     for k in range(80):
         scene, rng = world.sample_scene(k, 6), random.Random(k)
-        asked, said = reading.multiple_choice("Told.", facts_of_scene(scene), rng)
+        asked, said = pretraining_text.multiple_choice("Told.", facts_of_scene(scene), rng)
         question, context, options = asked.split("\n")
         assert context == "Context: Told."
         choices = dict(re.findall(r"\((\w)\) ([^(]+?)(?= \(|$)", options))
@@ -152,7 +155,7 @@ def test_the_letter_of_a_multiple_choice_is_that_of_the_right_option() -> None:
         (right,) = (q for q in questions(facts_of_scene(scene), rng) if q.question == question)
         assert right.answer == f"{solution}."
         kinds.add(right.kind)
-    assert kinds == set(reading.OPTIONS)
+    assert kinds == set(pretraining_text.OPTIONS)
 
 
 def test_the_clearest_patch_of_a_thing_is_one_that_nothing_hides() -> None:
@@ -161,16 +164,16 @@ def test_the_clearest_patch_of_a_thing_is_one_that_nothing_hides() -> None:
     behind = world.Item("cup", "white", "small", (0.2, 0.6, 0.45, 0.9))
     groups = tuple(world.Group(i.category, i.color, 1, "left") for i in (far, near, behind))
     scene = world.Scene(0, "beach", (behind, far, near), groups, 0)
-    seen = [gates.clearest_patch(scene, item) for item in (far, near, behind)]
+    seen = [acceptance.clearest_patch(scene, item) for item in (far, near, behind)]
     assert seen[2] is None
     assert [k % 7 for k in seen[:2]] == [0, 2]
     assert all(k // 7 >= 4 for k in seen[:2])
 
 
 def test_patch_weights_are_shares_of_the_box_row_by_row() -> None:
-    assert gates.patch_weights((0.5, 0.0, 1.0, 0.5), 2).tolist() == [0, 1, 0, 0]
-    assert gates.patch_weights((0.0, 0.25, 1.0, 1.0), 2) == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])
-    weights = gates.patch_weights((0.1, 0.2, 0.37, 0.9), 7).reshape(7, 7)
+    assert acceptance.patch_weights((0.5, 0.0, 1.0, 0.5), 2).tolist() == [0, 1, 0, 0]
+    assert acceptance.patch_weights((0.0, 0.25, 1.0, 1.0), 2) == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])
+    weights = acceptance.patch_weights((0.1, 0.2, 0.37, 0.9), 7).reshape(7, 7)
     assert weights.sum() == pytest.approx(1)
     assert np.flatnonzero(weights.sum(0)).tolist() == [0, 1, 2]
 
@@ -181,7 +184,7 @@ class Parrot:
     def __init__(self, tokenizer: Any, dialogues: list[tuple[str, str]], wrong: dict[str, int]) -> None:
         self.texts = {}
         for question, answer in dialogues:
-            ids = encode(reading.dialogue([(question, answer)]), tokenizer, 0).input_ids
+            ids = encode(pretraining_text.dialogue([(question, answer)]), tokenizer, 0).input_ids
             said = list(ids)
             if question in wrong:
                 said[wrong[question]] = tokenizer.bos_token_id
@@ -201,9 +204,9 @@ class Parrot:
 def test_exact_answers_counts_every_token_of_the_answer_and_no_other(tmp_path: Path, batch: int) -> None:
     tokenizer = tiny.tokenizer(tmp_path)
     dialogues = [("what color is the car", "blue and red"), ("the dog", "red"), ("what", "a helpful human")]
-    assert gates.exact_answers(Parrot(tokenizer, dialogues, {}), tokenizer, dialogues, batch) == [True] * 3
+    assert acceptance.exact_answers(Parrot(tokenizer, dialogues, {}), tokenizer, dialogues, batch) == [True] * 3
     spoiled = {"the dog": -1, "what": 5}  # the terminator of one answer; one word of the other's prompt
-    found = gates.exact_answers(Parrot(tokenizer, dialogues, spoiled), tokenizer, dialogues, batch)
+    found = acceptance.exact_answers(Parrot(tokenizer, dialogues, spoiled), tokenizer, dialogues, batch)
     assert found == [True, False, True]
 
 
@@ -255,7 +258,7 @@ def test_a_language_model_is_decided_by_its_seed(small: None, tmp_path: Path) ->
 
 def test_text_batches_are_padded_on_the_right_and_unsupervised_there(tmp_path: Path) -> None:
     tokenizer, rng = tiny.tokenizer(tmp_path), random.Random(0)
-    batches = language_model._text_batches(tokenizer, 3, lambda: reading.document(rng), 0)
+    batches = language_model._text_batches(tokenizer, 3, lambda: pretraining_text.document(rng), 0)
     for ids, labels, words in islice(batches, 16):
         assert ids.shape == labels.shape
         assert ids.shape[0] == 3
@@ -288,7 +291,8 @@ def test_the_towers_image_settings_are_read_back(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(contrastive, "IMAGE_SIZE", 32)
     contrastive.write_preprocessor(Path(clip))
     _, processor = load_vision_tower(clip, torch.float32)
-    assert (list(processor.mean), list(processor.std)) == contrastive.pixel_statistics()
+    assert list(processor.mean) == [contrastive.PIXEL_MEAN] * 3
+    assert list(processor.std) == [contrastive.PIXEL_STD] * 3
     # what the tower saw while it was trained is what it is given later
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     trained = contrastive.normalise(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -324,7 +328,7 @@ def test_a_retraining_that_breaks_off_leaves_the_old_model(tmp_path: Path, monke
         return {"steps": 1}
 
     monkeypatch.setattr(base_models, "train_clip", whole)
-    monkeypatch.setattr(base_models, "measure_gates", lambda out: {"passed": {}})
+    monkeypatch.setattr(base_models, "measure_acceptance", lambda out: {"passed": {}})
     base_models.train_base_models(tmp_path, only=["clip"])
     assert (tmp_path / "clip" / "model.safetensors").read_text() == "new"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["clip", "gates.json"]

@@ -23,7 +23,6 @@ from companion import miniature
 from companion.data_tools import cc3m as cc3m_filter
 from companion.data_tools.coco import load_annotations
 from companion.miniature import benches, cc3m, coco, language, world
-from companion.miniature.language import QA
 from llava_core.runtime import ConfigError, read_json, read_jsonl
 
 TINY = miniature.TINY
@@ -284,32 +283,50 @@ def test_bench_wild_has_the_official_counts_and_unseen_pairs(tmp_path: Path) -> 
     assert all(world.held_out_pair(PLURALS.get(noun, noun), color) for color, noun in pairs)
 
 
+RED_CAR, TWO_CARS = world.Group("car", "red", 1, "left"), world.Group("car", "red", 2, "middle")
+DOGS, CAT = world.Group("dog", "white", 2, "left"), world.Group("cat", "blue", 1, "right")
+DOG, CATS = world.Group("dog", "white", 1, "left"), world.Group("cat", "blue", 2, "right")
+FISH = world.Group("fish", "blue", 2, "left")
+
+
 @pytest.mark.parametrize(
-    ("question", "short", "full"),
+    ("groups", "question", "short", "statement"),
     [
-        ("What color is the car?", "Red.", "The car is red."),
-        ("What color are the cars?", "Red.", "The cars are red."),
-        ("How many cars are there?", "One.", "There is one car in the image."),
-        ("How many fish are there?", "Two.", "There are two fish in the image."),
-        ("Is there an umbrella?", "Yes.", "Yes, there is an umbrella in the image."),
-        ("Is there a dog?", "No.", "No, there is no dog in the image."),
-        ("Where are the dogs?", "On the left.", "The dogs are on the left."),
-        ("What is on the left?", "A red car.", "There is a red car on the left."),
-        ("What is in the middle?", "Two red cars.", "There are two red cars in the middle."),
-        ("What place does the image show?", "A snow field.", "The image shows a snow field."),
-        ("Are the dogs to the left of the cat?", "No.", "No, the dogs are not to the left of the cat."),
-        ("Is the dog to the left of the cats?", "Yes.", "Yes, the dog is to the left of the cats."),
+        ([RED_CAR], "What color is the car?", "Red.", "The car is red."),
+        ([TWO_CARS], "What color are the cars?", "Red.", "The cars are red."),
+        ([RED_CAR], "How many cars are there?", "One.", "There is one car in the image."),
+        ([FISH], "How many fish are there?", "Two.", "There are two fish in the image."),
+        (
+            [world.Group("umbrella", None, 1, None)],
+            "Is there an umbrella?",
+            "Yes.",
+            "Yes, there is an umbrella in the image.",
+        ),
+        ([RED_CAR], "Is there a dog?", "No.", "No, there is no dog in the image."),
+        ([DOGS], "Where are the dogs?", "On the left.", "The dogs are on the left."),
+        ([RED_CAR], "What is on the left?", "A red car.", "There is a red car on the left."),
+        ([TWO_CARS], "What is in the middle?", "Two red cars.", "There are two red cars in the middle."),
+        ([CAT], "What place does the image show?", "A snow field.", "The image shows a snow field."),
+        ([CAT, DOGS], "Is the cat to the left of the dogs?", "No.", "No, the cat is not to the left of the dogs."),
+        ([CATS, DOG], "Are the cats to the left of the dog?", "No.", "No, the cats are not to the left of the dog."),
+        ([DOG, CATS], "Is the dog to the left of the cats?", "Yes.", "Yes, the dog is to the left of the cats."),
     ],
 )
-def test_full_answers(question: str, short: str, full: str) -> None:
-    assert benches.full_answer(QA(question, short, "any")) == full
+def test_answers_have_a_short_and_a_full_form(
+    groups: list[world.Group], question: str, short: str, statement: str
+) -> None:
+    rng, asked = random.Random(0), {}
+    for _ in range(100):  # the absent category and the order of a relation are drawn
+        found = language.questions(language.Facts(tuple(groups), "snow"), rng)
+        asked |= {qa.question: (qa.answer, qa.statement) for qa in found}
+    assert asked[question] == (short, statement)
 
 
-def test_every_factual_question_has_a_full_answer() -> None:
+def test_every_factual_question_has_a_statement() -> None:
     rng = random.Random(0)
     for k in range(60):
         for qa in language.questions(language.facts_of_scene(world.sample_scene(k, 0)), rng):
-            assert benches.full_answer(qa) != qa.answer, qa
+            assert len(qa.statement) > len(qa.answer), qa
 
 
 def test_cards_are_json_that_others_can_read(tiny: Path) -> None:

@@ -13,7 +13,6 @@ from companion.evaluation.bench_steps import reference_messages
 from companion.evaluation.llava_bench import judge_messages, parse_scores
 from companion.evaluation.science_qa import Failure, parse_answer
 from companion.miniature import language
-from companion.miniature.benches import full_answer
 from companion.miniature.offline_chat import TERSE, THOROUGH, TURNS, JudgeSettings, read_context, read_scene, respond
 from companion.miniature.scienceqa import make_problem
 from companion.miniature.world import Scene, sample_scene
@@ -162,7 +161,7 @@ def test_a_right_answer_scores_above_a_wrong_one() -> None:
         for qa in language.questions(facts, rng):
             others = language.questions(language.facts_of_scene(other), rng) + language.questions(facts, rng)
             wrong = [x.answer for x in others if x.kind == qa.kind and x.answer != qa.answer]
-            right = full_answer(qa)
+            right = qa.statement
             assert scores(qa.question, context, right, qa.answer)[1] >= 9 <= scores(qa.question, context, right, "")[0]
             if wrong:  # "a red car" for "two red cars" is right in part
                 assert scores(qa.question, context, right, wrong[0])[1] <= (8 if qa.kind == "category" else 3)

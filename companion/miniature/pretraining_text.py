@@ -1,4 +1,4 @@
-"""What the base models of the miniature read: scenes told in sentences or patch by patch, dialogues, science."""
+"""Pretraining text of the base language models: scenes as sentences or patch by patch, dialogues, science facts."""
 
 from __future__ import annotations
 
@@ -13,64 +13,6 @@ from llava_core.constants import BRIEF_INSTRUCTIONS, IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Segment
 
 GRID = 7  # patches of the vision tower, per row and per column
-
-
-def told(groups: Sequence[world.Group], place: str, rng: random.Random) -> str:
-    """A scene in one sentence that leaves nothing out, each thing's place, number and color before its name."""
-    parts = [
-        f"{language.POSITION_PHRASE[g.position or 'middle']} {language.noun_phrase(g)}"
-        for g in rng.sample(groups, len(groups))
-    ]
-    parts.insert(rng.choice((0, len(parts))), place)
-    return language.sentence(", ".join(parts))
-
-
-def patch_groups(scene: world.Scene) -> list[world.Group | None]:
-    """The group that covers the center of each patch of a scene's raster, row by row; None where there is none.
-
-    What is too narrow for any center has the column that it stands in; what is too flat for any has no patch.
-    """
-    by_category = {g.category: g for g in scene.groups}
-    patches: list[world.Group | None] = [None] * GRID**2
-    for item in scene.items:  # from far to near
-        centers = [(k + 0.5) / GRID for k in range(GRID)]
-        columns = [k for k, x in enumerate(centers) if item.box[0] <= x <= item.box[2]]
-        rows = [k for k, y in enumerate(centers) if item.box[1] <= y <= item.box[3]]
-        between = int(GRID * (item.box[0] + item.box[2]) / 2)  # a narrow thing that covers no center
-        for row, column in product(rows, columns or [between]):
-            patches[GRID * row + column] = by_category[item.category]
-    return patches
-
-
-def noun(group: world.Group) -> str:
-    """A group's category, in the plural where there are several."""
-    return group.category if group.count == 1 else language.plural(group.category)
-
-
-def patch_words(scene: world.Scene) -> list[str]:
-    """What each patch of a scene's raster shows, in words, row by row: the place's name where nothing stands."""
-    return [
-        f"{g.position} {language.number_word(g.count)} {g.color} {noun(g)}" if g else scene.background
-        for g in patch_groups(scene)
-    ]
-
-
-def context_text(scene: world.Scene, rng: random.Random) -> str:
-    """A text from which every fact of a scene can be read."""
-    kind = rng.random()
-    if kind < 0.6:
-        return told(scene.groups, language.PLACE_PHRASE[scene.background], rng)
-    groups = rng.sample(scene.groups, len(scene.groups))
-    where = [f"{language.noun_phrase(g)} {language.POSITION_PHRASE[g.position or 'middle']}" for g in groups]
-    return language.sentence(f"{language.listing(where)} {language.PLACE_PHRASE[scene.background]}")
-
-
-def dialogue(turns: list[tuple[str, str | None]], everything: bool = False) -> list[Segment]:
-    """A rendered dialogue; `everything` supervises questions and contexts too, as plain pretraining does."""
-    segments = TEMPLATES.get("v0").render(turns)
-    return [Segment("".join(s.text for s in segments), True)] if everything else segments
-
-
 OPTIONS: dict[str, Sequence[str]] = {
     "color": list(world.COLORS),
     "count": language.NUMBERS[1:4],
@@ -79,8 +21,55 @@ OPTIONS: dict[str, Sequence[str]] = {
 }
 
 
+def dense_caption(groups: Sequence[world.Group], place: str, rng: random.Random) -> str:
+    """One sentence with every fact of a scene; the position, number and color of a group precede its name."""
+    parts = [f"{language.position_phrase(g)} {language.noun_phrase(g)}" for g in rng.sample(groups, len(groups))]
+    parts.insert(rng.choice((0, len(parts))), place)
+    return language.sentence(", ".join(parts))
+
+
+def patch_groups(scene: world.Scene) -> list[world.Group | None]:
+    """The group that covers the center of each patch, row by row; None for the background.
+
+    An object that is too narrow to cover a center gets the column of its own center; one that is too flat has no patch.
+    """
+    by_category = {g.category: g for g in scene.groups}
+    patches: list[world.Group | None] = [None] * GRID**2
+    centers = [(k + 0.5) / GRID for k in range(GRID)]
+    for item in scene.items:  # from far to near
+        x1, y1, x2, y2 = item.box
+        columns = [k for k, x in enumerate(centers) if x1 <= x <= x2] or [int(GRID * (x1 + x2) / 2)]
+        rows = [k for k, y in enumerate(centers) if y1 <= y <= y2]
+        for row, column in product(rows, columns):
+            patches[GRID * row + column] = by_category[item.category]
+    return patches
+
+
+def patch_words(scene: world.Scene) -> list[str]:
+    """The content of each patch in words, row by row: position, number, color and noun, or the background."""
+    return [
+        f"{g.position} {language.number_word(g.count)} {g.color} {language.noun(g)}" if g else scene.background
+        for g in patch_groups(scene)
+    ]
+
+
+def context_text(scene: world.Scene, rng: random.Random) -> str:
+    """A text that states every fact of a scene."""
+    place = language.PLACE_PHRASE[scene.background]
+    if rng.random() < 0.6:
+        return dense_caption(scene.groups, place, rng)
+    groups = rng.sample(scene.groups, len(scene.groups))
+    return language.sentence(f"{language.listing([language.placed_phrase(g) for g in groups])} {place}")
+
+
+def dialogue(turns: list[tuple[str, str | None]], supervise_all: bool = False) -> list[Segment]:
+    """A rendered dialogue; `supervise_all` puts the loss on questions and contexts too."""
+    segments = TEMPLATES.get("v0").render(turns)
+    return [Segment("".join(s.text for s in segments), True)] if supervise_all else segments
+
+
 def multiple_choice(context: str, facts: language.Facts, rng: random.Random) -> tuple[str, str]:
-    """A question with lettered options and a reply that says the fact before its letter, laid out as in ScienceQA."""
+    """A question with lettered options in ScienceQA's layout, and a reply that states the fact before its letter."""
     qa = rng.choice([q for q in language.questions(facts, rng) if q.kind in OPTIONS])
     right = qa.answer.rstrip(".").lower()
     wrong = [o for o in OPTIONS[qa.kind] if o != right]
@@ -92,15 +81,15 @@ def multiple_choice(context: str, facts: language.Facts, rng: random.Random) -> 
 
 
 def _caption(scene: world.Scene, rng: random.Random) -> str:
-    """A caption by an annotator, or as the web writes them."""
+    """An annotator's caption or a web caption."""
     return web_caption(scene, rng) if rng.random() < 0.5 else rng.choice(language.captions(scene, rng))
 
 
 def document(rng: random.Random) -> tuple[list[Segment], list[str]]:
     """One training document of the language models, and the words of its patches (empty without a patch text).
 
-    A patch text stands where LLaVA puts an image: one vector for each patch of a scene, the sum of the embeddings of
-    the words for what is there. It is text, no image; but it has the form in which a projector will hand images over.
+    A patch text takes the place of an image: one vector per patch of a scene, the sum of the embeddings of its words.
+    It has the form in which a projector will pass images, without any image.
     """
     kind = rng.random()
     if kind < 0.12:
@@ -109,8 +98,8 @@ def document(rng: random.Random) -> tuple[list[Segment], list[str]]:
     facts = language.facts_of_scene(scene)
     if kind < 0.16:
         return [Segment(_caption(scene, rng), True, eos=True)], []
-    if kind < 0.19:  # the same questions with nothing to look at: the model learns the prior, not to guess one answer
-        return dialogue([(q.question, q.answer) for q in language.questions(facts, rng)[:2]], True), []
+    if kind < 0.19:  # questions without context: the model learns the prior instead of one fixed guess
+        return dialogue([(q.question, q.answer) for q in language.questions(facts, rng)[:2]], supervise_all=True), []
     patches = patch_words(scene) if rng.random() < 0.5 else []
     context = IMAGE_MARKER if patches else context_text(scene, rng)
     if kind < 0.43:

@@ -1,4 +1,4 @@
-"""What the base models must be able to do, measured on scenes that no training has seen."""
+"""Acceptance checks of the base models: question answering and linear probes on held-out scenes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from companion.miniature import language, world
 from companion.miniature.contrastive import IMAGE_SIZE, caption_ids, normalise
-from companion.miniature.reading import GRID, context_text, dialogue, patch_groups
+from companion.miniature.pretraining_text import GRID, context_text, dialogue, patch_groups
+from companion.miniature.training import pad
 from llava_core.checkpoints.base_models import load_language_model
 from llava_core.checkpoints.configs import quiet_transformers
 from llava_core.constants import IGNORE_INDEX
@@ -30,30 +31,27 @@ def held_out_scenes(count: int) -> list[world.Scene]:
 
 @torch.inference_mode()
 def exact_answers(model: Any, tokenizer: Any, dialogues: list[tuple[str, str]], batch: int = 64) -> list[bool]:
-    """Whether greedy decoding answers each (question, answer) exactly, terminator included.
+    """Whether greedy decoding gives the answer of each (question, answer) exactly, terminator included.
 
     One forward pass suffices: greedy text equals the answer if and only if every answer token is the argmax after the
-    right ones before it.
+    right tokens before it.
     """
     right: list[bool] = []
     for k in range(0, len(dialogues), batch):
         rows = [encode(dialogue([pair]), tokenizer, 0) for pair in dialogues[k : k + batch]]
-        width = max(len(e.input_ids) for e in rows)
-        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-        labels = torch.full((len(rows), width), IGNORE_INDEX)
-        for n, e in enumerate(rows):
-            ids[n, : len(e.input_ids)], labels[n, : len(e.labels)] = torch.tensor(e.input_ids), torch.tensor(e.labels)
+        ids = pad((e.input_ids for e in rows), tokenizer.pad_token_id)
+        labels = pad((e.labels for e in rows), IGNORE_INDEX)
         guess = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1)
         right += ((guess == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)).all(1).tolist()
     return right
 
 
-def text_gates(folder: Path, scenes: int = 150) -> dict[str, Any]:
-    """Exact answers of a language model on held-out questions, with the scene told in words and with nothing shown.
+def language_model_checks(folder: Path, scenes: int = 150) -> dict[str, Any]:
+    """Accuracy of exact answers of a language model on held-out questions, with and without the scene as text.
 
     Returns:
-        `told` and `blind`: share answered exactly; `blind_prior`: the best constant answer per kind of question;
-        `told_by_kind`; `n`.
+        `told` and `blind`: accuracy with and without the text; `blind_prior`: accuracy of the best constant answer per
+        kind of question; `told_by_kind`; `n`.
     """
     model, tokenizer = load_language_model(str(folder), torch.float32)
     model.eval()
@@ -62,22 +60,23 @@ def text_gates(folder: Path, scenes: int = 150) -> dict[str, Any]:
     for scene in held_out_scenes(scenes):
         found = language.questions(language.facts_of_scene(scene), rng)[:4]
         questions += [(context_text(scene, rng), q) for q in found]
-    told = exact_answers(model, tokenizer, [(f"{context}\n{q.question}", q.answer) for context, q in questions])
+    informed = exact_answers(model, tokenizer, [(f"{context}\n{q.question}", q.answer) for context, q in questions])
     blind = exact_answers(model, tokenizer, [(q.question, q.answer) for _, q in questions])
     by_kind: dict[str, list[bool]] = {}
     answers: dict[str, list[str]] = {}
-    for (_, q), ok in zip(questions, told, strict=True):
+    for (_, q), ok in zip(questions, informed, strict=True):
         by_kind.setdefault(q.kind, []).append(ok)
         answers.setdefault(q.kind, []).append(q.answer)
     prior = sum(max(map(a.count, set(a))) for a in answers.values()) / len(questions)
     return {
-        "n": len(questions), "told": sum(told) / len(told), "blind": sum(blind) / len(blind), "blind_prior": prior,
+        "n": len(questions), "told": sum(informed) / len(informed), "blind": sum(blind) / len(blind),
+        "blind_prior": prior,
         "told_by_kind": {kind: sum(oks) / len(oks) for kind, oks in sorted(by_kind.items())},
     }  # fmt: skip
 
 
 def _linear_probe(x: torch.Tensor, y: torch.Tensor, train: int, classes: int) -> float:
-    """Held-out accuracy of logistic regression on features x (N, D), targets y (N,), its first `train` rows fitted."""
+    """Held-out accuracy of a linear probe on features x (N, D), targets y (N,), fitted on the first `train` rows."""
     mean, std = x[:train].mean(0), x[:train].std(0) + 1e-6
     x = (x - mean) / std
     probe = nn.Linear(x.shape[1], classes)
@@ -100,20 +99,25 @@ def patch_weights(box: tuple[float, float, float, float], grid: int) -> np.ndarr
 
 
 def clearest_patch(scene: world.Scene, item: world.Item) -> int | None:
-    """The patch that a thing covers most, of those where nothing nearer stands; None where there is none."""
+    """The patch that an object covers most among those where no nearer object hides it; None if there is none."""
     weights = patch_weights(item.box, GRID)
     owners = enumerate(patch_groups(scene))
     own = [k for k, group in owners if group and group.category == item.category and weights[k] > 0]
     return max(own, key=lambda k: weights[k], default=None)
 
 
-def vision_gates(folder: Path, scenes: int = 6000, candidates: int = 100) -> dict[str, Any]:
-    """Linear probes on patch features and image-caption retrieval of the contrastive tower, on held-out scenes.
+def _pixel_values(scenes: Sequence[world.Scene]) -> torch.Tensor:
+    """Normalised images (N, 3, H, W) of scenes."""
+    drawn = np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in scenes])
+    return normalise(torch.from_numpy(drawn).permute(0, 3, 1, 2))
+
+
+def vision_tower_checks(folder: Path, scenes: int = 6000, candidates: int = 100) -> dict[str, Any]:
+    """Linear probes on patch features and image-to-caption retrieval of the vision tower, on held-out scenes.
 
     Returns:
-        `category`, `color`, `position` (left, middle, right): accuracy of a linear probe on layer -2 at a thing's
-        clearest patch, fitted on four fifths of the scenes (`*_last`: layer -1); `retrieval`: R@1, image to caption,
-        among `candidates` held-out pairs; `n` things tested.
+        `category`, `color`, `position`: accuracy of a linear probe on layer -2 at an object's clearest patch, fitted on
+        four fifths of the scenes (`*_last`: layer -1); `retrieval`: R@1 among `candidates` pairs; `n`: objects tested.
     """
     from transformers import AutoTokenizer, CLIPModel
 
@@ -126,7 +130,6 @@ def vision_gates(folder: Path, scenes: int = 6000, candidates: int = 100) -> dic
     train = 0
     for start in range(0, scenes, 200):
         part = drawn[start : start + 200]
-        pixels = torch.from_numpy(np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in part]))
         image, patch = [], []
         for k, scene in enumerate(part):
             zones = {g.category: str(g.position) for g in scene.groups}
@@ -137,7 +140,7 @@ def vision_gates(folder: Path, scenes: int = 6000, candidates: int = 100) -> dic
                     facts.append((item.category, item.color, zones[item.category]))
             train = len(facts) if start + k < scenes * 4 // 5 else train
         with torch.inference_mode():
-            output = model.vision_model(normalise(pixels.permute(0, 3, 1, 2)), output_hidden_states=True)
+            output = model.vision_model(_pixel_values(part), output_hidden_states=True)
             for suffix, states in zip(features, output.hidden_states[-2:], strict=True):
                 features[suffix].append(states[image, patch])
     found: dict[str, Any] = {"n": len(facts) - train}
@@ -148,9 +151,8 @@ def vision_gates(folder: Path, scenes: int = 6000, candidates: int = 100) -> dic
             found[kind + suffix] = _linear_probe(torch.cat(parts).clone(), y, train, len(known))
     rng = random.Random(HELD_OUT_SEED)
     texts = [language.captions(s, rng)[1] for s in drawn[:candidates]]
-    pixels = torch.from_numpy(np.stack([np.asarray(world.draw_scene(s, IMAGE_SIZE)) for s in drawn[:candidates]]))
     with torch.inference_mode():
-        images = normalise(pixels.permute(0, 3, 1, 2))
+        images = _pixel_values(drawn[:candidates])
         scores = model(pixel_values=images, **caption_ids(tokenizer, texts)).logits_per_image
     best = scores.argmax(1).tolist()
     found["retrieval"] = sum(texts[b] == texts[k] for k, b in enumerate(best)) / candidates
