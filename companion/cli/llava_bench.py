@@ -9,10 +9,12 @@ from companion.cli.arguments import Commands, Parser, Result, chat_client, comma
 
 
 def _answers(args: argparse.Namespace) -> Result:
-    from companion.evaluation.bench_steps import load_bench, write_answers
+    from companion.evaluation.bench_steps import load_bench
+    from companion.evaluation.predict import predict_questions
 
-    bench, chosen = load_bench(args.bench, args.limit), given(args, "max_new_tokens", "temperature", "seed", "batch")
-    return write_answers(loaded(args), args.model, bench, args.out, args.images, **chosen)
+    rows, images = load_bench(args.bench, args.limit).rows(args.images)
+    chosen = given(args, "max_new_tokens", "temperature", "seed", "batch")
+    return predict_questions(loaded(args), args.model, rows, images, args.out, **chosen)
 
 
 def _cassette_path(args: argparse.Namespace) -> Path:

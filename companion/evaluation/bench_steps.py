@@ -1,4 +1,4 @@
-"""LLaVA-Bench in steps, each from files to a file: answers of a checkpoint, reference answers, reviews.
+"""LLaVA-Bench in steps, each from files to a file: questions to ask a checkpoint, reference answers, reviews.
 
 Source: paper Section 5.1; llava/eval/{model_vqa,eval_gpt_review_bench}.py@181a2f8. `llava_bench` computes the scores.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.evaluation.llava_bench import JUDGE_MODEL, judge, score_reviews
-from companion.evaluation.predict import MAX_NEW_TOKENS, predict_questions
 from companion.evaluation.prompts import PROMPTS
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import BudgetError, ChatReply, ChatRequest, Message
@@ -21,7 +20,6 @@ from llava_core.runtime import DataError, read_jsonl, shown, write_jsonl
 
 if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient
-    from llava_core.checkpoints.load import Loaded
 
 FILES = {  # official names: In-the-Wild and the miniature, then COCO
     "questions": ("questions.jsonl", "qa90_questions.jsonl"),
@@ -127,45 +125,18 @@ def _description(row: Mapping[str, Any], where: str) -> str:
 # ------------------------------------------------------------------------------------------------ the steps
 
 
-def write_answers(
-    loaded: Loaded,
-    checkpoint: str | Path,
-    bench: Bench,
-    out: str | Path,
-    images: Path | None = None,
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch: int = 16,
-) -> dict[str, Any]:
-    """Answer a bench with a checkpoint; arguments, result and errors as for `predict.predict_questions`.
-
-    The released script sampled at temperature 0.2; greedy decoding, the default here, is deterministic.
-    """
-    rows, images = bench.rows(images)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    return predict_questions(loaded, checkpoint, rows, images, out, batch=batch, **settings)
-
-
 def write_reference(
     bench: Bench, client: ChatClient, out: str | Path, model: str = JUDGE_MODEL, temperature: float = 0.0
 ) -> dict[str, Any]:
     """Answer a bench with a text-only model that reads the images' descriptions, as the paper's GPT-4 did.
 
-    Args:
-        bench: questions and descriptions.
-        client: any chat client.
-        out: JSONL file of question_id, text, category and the source of the text.
-        model: name in the requests.
-        temperature: of the model.
+    The file `out` has question_id, text, category and the source of the text.
 
     Returns:
         answers, file, and the tally of `teacher.asking.ask_all`.
 
     Raises:
         DataError: an image has no description.
-        ServerError: no request can succeed.
     """
     requests = []
     for row in bench.questions:
@@ -209,10 +180,10 @@ def write_reviews(
 
     Args:
         bench: questions, descriptions, and the reference answers unless `reference` is given.
-        answers: JSONL file of question_id and text.
+        answers: JSONL file of question_id and text, like `reference`.
         client: any chat client.
         out: JSONL file for the reviews.
-        reference: JSONL file of question_id and text.
+        reference: reference answers.
         model: name of the judge in the requests.
         swap: review each pair in both orders.
 

@@ -242,10 +242,7 @@ def write_captions(
         references: `captions_*.json`, whose `images` name the files.
         images: folder of the images.
         out: `.json` file for the captions; a `.jsonl` file of the same name has the settings and is resumed.
-        request: the prompt for each image.
-        limit: number of images.
-        max_new_tokens: longest caption in tokens.
-        batch: images captioned together.
+        request: the prompt for each image, of which the first `limit` are captioned.
 
     Returns:
         As `predict.predict_questions`; file is `out`.

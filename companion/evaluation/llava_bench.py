@@ -70,9 +70,7 @@ def judge(
         reference_answers: question id -> text, or rows with question_id and text.
         candidate_answers: likewise.
         client: any chat client of `companion.teacher`.
-        model: name of the judge in the requests.
-        temperature: of the judge.
-        max_tokens: of one review.
+        model: name of the judge in the requests, like `temperature` and `max_tokens`.
         swap: ask a second time with the candidate first, against position bias.
 
     Returns:

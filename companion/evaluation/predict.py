@@ -66,14 +66,9 @@ def predict_questions(
     Args:
         loaded: the model.
         checkpoint: its path; the file stores its hash.
-        rows: `{question_id, text, image}` as for `answer_questions`.
+        rows: `{question_id, text, image}`, for `llava_core.inference.answer_questions`, like the other arguments.
         images: folder of the images.
         out: JSONL file; see `predictions`.
-        max_new_tokens: longest answer in tokens.
-        temperature: 0 is greedy.
-        seed: of sampled answers.
-        batch: rows generated together; answers do not depend on it.
-        desc: label of the progress bar.
 
     Returns:
         answers, new (generated now), conditions, file.
@@ -129,12 +124,8 @@ def predict_science_qa(
         checkpoint: its path; the file stores its hash.
         folder: ScienceQA's official files.
         out: JSONL file; see `predictions`.
-        split: of the problems.
-        limit: number of problems.
+        split: of the problems, the first `limit` of them.
         options: as in `science_answers`.
-
-    Returns:
-        The answers by problem id, in the order of the split.
 
     Raises:
         DataError: the file has answers with other settings.

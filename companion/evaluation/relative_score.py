@@ -16,17 +16,14 @@ from llava_core.runtime import DataError
 
 @dataclass
 class QuestionScores:
-    """Reviews by question.
-
-    Attributes:
-        scores: question id -> mean scores of reference and candidate over the reviews that have scores.
-        answer_ids: question id -> ids of the two answers, where the reviews name them.
-        failed: number of reviews without scores.
-    """
+    """Reviews by question."""
 
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Question id -> mean scores of reference and candidate, over the reviews with scores."""
     answer_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Question id -> ids of the two answers, where the reviews name them."""
     failed: int = 0
+    """Number of reviews without scores."""
 
 
 def question_scores(reviews: Reviews) -> QuestionScores:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from companion.evaluation.bench_steps import FILES, load_bench, write_answers, write_reference, write_reviews
+from companion.evaluation.bench_steps import FILES, Bench, load_bench, write_reference, write_reviews
 from companion.evaluation.llava_bench import score_reviews
 from companion.evaluation.predict import predict_questions
 from companion.evaluation.predictions import checkpoint_id, read_predictions
@@ -42,6 +42,12 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 @pytest.fixture(scope="module")
 def model(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("models") / "model", loaded, "full")
+
+
+def write_answers(loaded: Loaded, model: Path, bench: Bench, out: Path, **options: Any) -> dict[str, Any]:
+    """The answers of a checkpoint, as `llava evaluate bench answers` writes them."""
+    rows, images = bench.rows()
+    return predict_questions(loaded, model, rows, images, out, **{"max_new_tokens": 1024, "batch": 16, **options})
 
 
 @pytest.fixture
