@@ -150,7 +150,7 @@ def test_two_seeds_that_agree_by_chance_resolve_nothing(
         ((80.0, 70.0), "(2 seeds per arm)"),
     ],
 )
-def test_the_verdict_in_words_tells_of_arms_that_have_learned_nothing(
+def test_the_explanation_names_arms_at_chance_level(
     means: tuple[float, float], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ab, "load_problems", lambda *_: [SimpleNamespace(choices=["a", "b"])] * 200)

@@ -138,9 +138,7 @@ def test_any_files_are_read_or_refused(contents: tuple[list[Any], ...]) -> None:
 # ------------------------------------------------------------------------------------------------ answers
 
 
-def test_answers_are_continued_and_say_how_they_came_about(
-    loaded: Loaded, model: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_answers_are_resumed_and_name_their_settings(loaded: Loaded, model: Path, folder: Path, tmp_path: Path) -> None:
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     bench = load_bench(folder)
     made = write_answers(loaded, model, bench, whole, max_new_tokens=6)
@@ -158,7 +156,7 @@ def test_answers_are_continued_and_say_how_they_came_about(
     assert len({json.loads(line)["answer_id"] for line in lines}) == 5
 
 
-def test_answers_of_another_kind_are_not_continued(loaded: Loaded, model: Path, folder: Path, tmp_path: Path) -> None:
+def test_answers_with_other_settings_are_not_resumed(loaded: Loaded, model: Path, folder: Path, tmp_path: Path) -> None:
     out, bench = tmp_path / "a.jsonl", load_bench(folder)
     write_answers(loaded, model, bench, out, max_new_tokens=6)
     with pytest.raises(DataError, match=r"a\.jsonl, record 1: question 0 was answered .*\(max_new_tokens: 6 and 7\)"):
@@ -227,7 +225,7 @@ class Poor:
         return ChatReply("It is red.", "m", 1, 1, finish_reason="length" if self.cut else "stop")
 
 
-def test_only_whole_reference_answers_are_kept(folder: Path, tmp_path: Path) -> None:
+def test_only_complete_reference_answers_are_kept(folder: Path, tmp_path: Path) -> None:
     bench = load_bench(folder)
     made = write_reference(bench, Poor(), tmp_path / "a.jsonl")
     assert (made["answers"], made["stopped"], made["unasked"]) == (2, "budget of 1 USD", 3)

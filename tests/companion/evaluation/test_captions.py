@@ -100,7 +100,7 @@ STORED = [  # candidate, then references, already tokens
 ]
 
 
-def test_intervals_are_about_the_scores_and_differences_are_paired() -> None:
+def test_caption_intervals_contain_the_score_and_pair_the_images() -> None:
     rng = random.Random(0)
     vocabulary = [
         "a",

@@ -51,7 +51,7 @@ class Scripted:
         return ChatReply((AGAIN if "Assistant 2:" in text else FIRST)[key], "gpt-4-snapshot", 100, 10, cost_usd=0.5)
 
 
-def test_only_disagreements_are_asked_again_and_every_reply_is_paid_once(tmp_path: Path) -> None:
+def test_only_disagreements_are_asked_again(tmp_path: Path) -> None:
     client = Scripted()
     recording = RecordClient(client, tmp_path / "tape.sqlite")
     result = ensemble.run(PROBLEMS, LLAVA, recording, shots=SHOTS)
@@ -91,7 +91,7 @@ def test_the_first_query_has_two_solved_examples_and_no_image() -> None:
     assert texts[-1].startswith("Which is 2?\nContext: N/A\nOptions: (A) sun")
 
 
-def test_the_second_query_shows_both_whole_answers_in_the_papers_order() -> None:
+def test_the_second_query_shows_both_answers_in_the_papers_order() -> None:
     system, user = (m["content"] for m in ensemble.requery_messages(PROBLEMS[1], LLAVA["2"], FIRST["2"]))
     assert f"Assistant 1:\n{LLAVA['2']}\n\nAssistant 2:\n{FIRST['2']}" in user
     assert "<image>" not in user
@@ -106,7 +106,7 @@ def test_a_request_without_reply_is_no_answer_and_is_counted() -> None:
         ensemble.run(PROBLEMS, LLAVA, Scripted(ServerError))
 
 
-def test_problems_that_llava_did_not_answer_are_named_before_anything_is_paid() -> None:
+def test_unanswered_problems_are_refused_before_any_request() -> None:
     client = Scripted()
     with pytest.raises(DataError, match=r"not answered 1 of 4 problems \(first: 3\)"):
         ensemble.run(PROBLEMS, {k: v for k, v in LLAVA.items() if k != "3"}, client)

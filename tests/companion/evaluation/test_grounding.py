@@ -68,7 +68,7 @@ def test_shuffled_images_never_stay() -> None:
         shuffle_images(rows[:3], 0)
 
 
-def test_only_a_model_that_looks_loses_by_the_shuffle() -> None:
+def test_shuffled_images_lower_the_accuracy_of_a_grounded_model() -> None:
     truth = {f"{i}.png": ("Red.", "Blue.")[i % 2] for i in range(20)}
     rows = [row(i, image, "What color is the car?", answer) for i, (image, answer) in enumerate(truth.items())]
     shuffled = shuffle_images(rows, 0)

@@ -67,7 +67,7 @@ def test_a_resample_is_what_scipy_says_of_repeated_questions() -> None:
         assert kendall[k] == pytest.approx(stats.kendalltau(x, y).statistic)
 
 
-def test_intervals_cover_a_known_shift_about_as_often_as_they_say() -> None:
+def test_intervals_cover_a_known_shift_at_the_nominal_rate() -> None:
     covered = 0
     for seed in range(60):
         rng = random.Random(seed)

@@ -173,7 +173,7 @@ def test_judging_and_position_swap() -> None:
         judge(QUESTIONS, CONTEXT, REFERENCE, [{"question_id": 1, "text": "a"}] * 2, client)
 
 
-def test_a_malformed_review_is_asked_for_once_more_and_the_first_is_kept() -> None:
+def test_a_malformed_review_is_retried_once_and_kept() -> None:
     client = Judge({0: ["I like both.", "6 9"], 2: ["no", "again no", "8 8"]})
     reviews, tally = judged(client)
     assert [r["tuple"] for r in reviews] == [[6, 9], [8, 7], None]
@@ -188,7 +188,7 @@ def test_a_malformed_review_is_asked_for_once_more_and_the_first_is_kept() -> No
     assert (result["n"], result["failed"], result["failed_ids"]) == (2, 1, [2])
 
 
-def test_a_refused_request_is_a_failed_review_and_the_end_of_the_budget_is_none() -> None:
+def test_a_failed_request_is_a_failed_review_an_unpaid_one_is_not() -> None:
     reviews, tally = judged(Judge({1: [ChatError("status 400")]}))
     assert (reviews[1]["content"], reviews[1]["tuple"], reviews[1]["refused"]) == (None, None, "status 400")
     assert (score_reviews(reviews)["n"], score_reviews(reviews)["failed"], tally["failed"]) == (2, 1, 1)
@@ -199,14 +199,14 @@ def test_a_refused_request_is_a_failed_review_and_the_end_of_the_budget_is_none(
         judged(Judge({0: [ServerError("key refused")]}))
 
 
-def test_a_server_that_is_silent_throughout_is_gone() -> None:
+def test_a_server_without_replies_is_an_error() -> None:
     requests = [ChatRequest([{"role": "system", "content": "x"}, {"role": "user", "content": "What is 0?"}], "m")] * 40
     client = Judge({0: [ChatError(f"no reply {k}") for k in range(40)]})
     with pytest.raises(ServerError, match="in a row had no reply"):
         ask_all(client, requests, lambda reply: None, "test")
 
 
-def test_a_judge_that_fails_changes_n_and_not_what_the_score_means() -> None:
+def test_failed_reviews_change_n_and_not_the_score() -> None:
     rng = random.Random(3)
     rows = [{"question_id": k, "content": f"{rng.randint(6, 10)} {rng.randint(1, 10)}"} for k in range(300)]
     whole = score_reviews(rows)

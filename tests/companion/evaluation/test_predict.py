@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_file_says_how_it_was_made_and_is_refused_for_anything_else(
+def test_a_file_with_other_settings_is_refused(
     checkpoints: dict[str, Path], models: dict[str, Loaded], folder: Path
 ) -> None:
     out, questions = folder / "answers.jsonl", folder / "problems.json"
@@ -75,7 +75,7 @@ def test_a_file_says_how_it_was_made_and_is_refused_for_anything_else(
         evaluate_files(out, questions, checkpoint=checkpoints["QCM-ALE"])
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     checkpoints: dict[str, Path], models: dict[str, Loaded], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, checkpoint, out = models["QCM-LEPA"], checkpoints["QCM-LEPA"], folder / "answers.jsonl"
@@ -129,9 +129,7 @@ def test_the_answer_prompt_follows_the_reasoning(
     assert set(begun[3].values()) == {"SOLUTION: blue. ###\nANSWER:"}
 
 
-def test_answers_do_not_depend_on_the_batch_and_reasoning_leaves_room_for_an_answer(
-    models: dict[str, Loaded], folder: Path
-) -> None:
+def test_answers_do_not_depend_on_the_batch_size(models: dict[str, Loaded], folder: Path) -> None:
     problems = load_problems(folder, "test")
     options = {"max_new_tokens": 1000, "answer_tokens": 2}  # the tiny model has 256 positions
     together = science_answers(models["QCM-LEPA"], problems, **options)

@@ -99,7 +99,7 @@ def test_parsing_never_fails_nor_leaves_the_choices(text: str, n: int, era: str)
 
 @settings(max_examples=400, deadline=None)
 @given(PIECES, st.sampled_from("ABCDE"))
-def test_a_letter_is_in_the_text_and_a_second_one_makes_it_a_failure(text: str, other: str) -> None:
+def test_two_different_letters_are_a_failure(text: str, other: str) -> None:
     for t in (text, f"{text} The answer is {other}."):
         letter = answer_letter(t)
         if letter is None:
@@ -158,7 +158,7 @@ def test_both_question_layouts_agree(reference: Path) -> None:
     assert sum(part["subsets"][name]["correct"] for name in ("G1-6", "G7-12")) == 320
 
 
-def test_failures_are_counted_apart_and_never_guessed() -> None:
+def test_failures_are_counted_separately_and_never_guessed() -> None:
     result = score(TEST, {1: "The answer is B.", "2": "I do not know."})
     assert (result["n"], result["correct"], result["unparsed"], result["invalid"], result["missing"]) == (3, 1, 1, 0, 1)
     assert result["accuracy"] == result["accuracy_if_wrong"] == pytest.approx(100 / 3)
@@ -178,7 +178,7 @@ def test_objects_with_the_same_fields_score_alike() -> None:
     assert score(TEST, answers)["correct"] == 2
 
 
-def test_a_scorer_that_guesses_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guessing_scorer_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"1": "Q", "2": "The answer is E.", "3": "A"}
     honest = score(TEST, answers)
     monkeypatch.setattr(science_qa, "parse_answer", lambda text, n, era: max("ABCDE".find(text[-2:-1]), 0) % n)
@@ -246,7 +246,7 @@ def test_choices_may_run_over_lines() -> None:
     assert (question.id, question.n_choices, question.answer, question.subsets) == ("7", 3, 2, ["TXT", "IMG"])
 
 
-def test_a_result_file_of_the_later_code_stores_failures_as_minus_one(tmp_path: Path) -> None:
+def test_later_result_files_store_failures_as_minus_one(tmp_path: Path) -> None:
     outputs = {"1": "Poles repel. The answer is B.", "2": "It cannot be told.", "3": "It is A. The answer is C."}
     content = {"acc": 33.3, "correct": 1, "count": 3, "results": {"1": 1, "2": -1, "3": -1}, "outputs": outputs}
     (tmp_path / "later.json").write_text(json.dumps(content))

@@ -55,7 +55,7 @@ def test_table_5_has_a_spread_over_three_runs_in_every_cell() -> None:
     assert claim("bench-wild-all").number == "67.3 ± 2.0"
 
 
-def test_every_claim_says_what_it_is_and_what_stands_behind_it() -> None:
+def test_every_claim_has_a_text_and_its_evidence() -> None:
     for known in all_claims().values():
         assert known.text
         assert known.place
@@ -65,7 +65,7 @@ def test_every_claim_says_what_it_is_and_what_stands_behind_it() -> None:
         assert (known.why is not None) == (known.evidence in ("not_attempted", "impossible"))
 
 
-def test_the_parts_of_the_instruction_data_are_the_whole() -> None:
+def test_the_parts_of_the_instruction_data_add_up() -> None:
     parts = [claim(f"instruct-{kind}").value for kind in ("conversation", "detail", "complex")]
     assert parts == [58, 23, 77]
     assert sum(parts) == claim("instruct-total").value == computed_value("instruct-total") == 158
@@ -90,7 +90,7 @@ def test_the_accuracies_of_table_8_are_whole_counts() -> None:
     assert [claim(f"ablation-{i}-accuracy").correct for i in ids] == [3815, 3807, 3639, 3810]
 
 
-def test_what_follows_from_other_numbers_does_so_but_for_four_misprints() -> None:
+def test_computed_claims_agree_except_four_misprints() -> None:
     assert inconsistent() == pytest.approx(MISPRINTS)
     assert claim("whole-cost").value == computed_value("whole-cost") == 144
     assert computed_value("bench-coco-little") == pytest.approx(6.7)
@@ -99,12 +99,12 @@ def test_what_follows_from_other_numbers_does_so_but_for_four_misprints() -> Non
     assert steps == [4652, 14787, 4776]
 
 
-def test_what_is_wrong_with_a_printed_number_is_flagged() -> None:
+def test_errors_in_printed_numbers_are_flagged() -> None:
     flagged = {c.id for c in all_claims().values() if c.flag}
     assert flagged == {*MISPRINTS, "bench-coco-little", "ablation-answer-first"}
 
 
-def test_three_of_the_four_ablations_stay_below_two_standard_errors() -> None:
+def test_three_of_four_ablations_are_below_two_standard_errors() -> None:
     best = claim("sqa-accuracy")
     z = {}
     for name in ("last-layer", "answer-first", "7b", "no-pretraining"):
@@ -171,7 +171,7 @@ def test_a_wrong_entry_is_named_with_its_record(old: str, new: str, message: str
         changed(tmp_path, old, new)
 
 
-def test_a_sum_that_does_not_hold_is_seen(tmp_path: Path) -> None:
+def test_a_wrong_sum_is_detected(tmp_path: Path) -> None:
     claims = changed(tmp_path, "instruct-detail: {value: 23", "instruct-detail: {value: 24")
     assert inconsistent(claims)["instruct-total"] == 159
     corrected = changed(tmp_path, "values: [-2.1, -7.1, -5.0, -4.4]", "values: [-2.1, -6.9, -5.0, -4.6]")

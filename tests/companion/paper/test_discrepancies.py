@@ -27,7 +27,7 @@ def functions(file: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.test])
-def test_the_test_that_shows_an_entry_exists(name: str) -> None:
+def test_the_test_of_an_entry_exists(name: str) -> None:
     file, _, function = (ENTRIES[name].test or "").partition("::")
     assert (ROOT / file).is_file()
     assert function in functions(file)
@@ -51,7 +51,7 @@ def test_a_pair_of_runs_differs_in_the_field_of_its_entry_alone(name: str) -> No
     assert first.run_id != second.run_id
 
 
-def test_a_pair_that_differs_elsewhere_is_seen() -> None:
+def test_a_pair_that_differs_elsewhere_is_detected() -> None:
     arms = Arm(experiment="finetune"), Arm(experiment="finetune", set={"train.epochs": 1, "template": "v1"})
     assert differing_fields(Pair(first=arms[0], second=arms[1], field="template")) == {"train.epochs", "template"}
     assert differing_fields(Pair(first=arms[0], second=arms[0], field="template")) == set()
@@ -126,7 +126,7 @@ def problem() -> Problem:
     )
 
 
-def test_the_second_pass_begins_as_the_training_reply_goes_on() -> None:
+def test_the_second_pass_continues_the_training_reply() -> None:
     reply = format_problem(problem(), "QCM-LEPA").turns[0][1] or ""
     bridge = answer_prompt("QCM-LEPA") or ""
     reasons, found, letter = reply.partition(bridge)

@@ -29,7 +29,7 @@ def save(out: Path, chapter: str, numbers: Any = None, checks: Any = (), fast: b
         ([-3.0, -1.0], True, "not resolved"),
     ],
 )
-def test_a_direction_is_judged_by_its_interval_and_never_after_a_shortened_run(
+def test_the_verdict_on_a_direction_needs_an_interval_and_a_full_run(
     interval: list[float], fast: bool, verdict: str, tmp_path: Path
 ) -> None:
     check = {"id": "ablation-7b", "measured": interval}
@@ -44,7 +44,7 @@ def test_one_seed_has_no_interval_and_decides_nothing(tmp_path: Path) -> None:
     assert ledger.measured(claim("ablation-7b"), tmp_path).verdict == "not resolved"
 
 
-def test_a_cell_of_a_table_is_found_among_the_rows_of_its_chapter(tmp_path: Path) -> None:
+def test_a_table_cell_is_read_from_the_rows_of_its_chapter(tmp_path: Path) -> None:
     rows = [
         {"training data": mix, "questions": kind, "relative score (%)": score, "95 % interval": [score - 1, score + 1],
          "difference": score - 50, "difference interval": [score - 51, score - 49]}
@@ -72,7 +72,7 @@ def test_seeds_are_averaged(tmp_path: Path) -> None:
     assert ledger.measured(claim("ablation-7b-accuracy"), tmp_path).value == 42
 
 
-def test_released_answers_are_scored_where_they_lie(reference: Path, tmp_path: Path) -> None:
+def test_released_answers_are_scored(reference: Path, tmp_path: Path) -> None:
     released = ledger.released_result(reference)
     ids = [c.id for c in all_claims().values() if c.against.test]
     assert set(ids) == {"sqa-accuracy", "sqa-txt", "sqa-img", "sqa-no"}
@@ -84,7 +84,7 @@ def test_released_answers_are_scored_where_they_lie(reference: Path, tmp_path: P
     assert ledger.released_result(tmp_path) is None
 
 
-def test_a_setting_is_compared_with_its_experiment_and_a_sum_with_its_parts(tmp_path: Path) -> None:
+def test_settings_are_compared_with_experiments_sums_with_parts(tmp_path: Path) -> None:
     batch = claim("stage2-batch")
     assert ledger.measured(batch, tmp_path).verdict == "agrees"
     assert ledger.measured(batch.model_copy(update={"value": 128.0}), tmp_path).verdict == "disagrees"
