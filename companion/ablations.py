@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from companion.data_tools.scienceqa import load_problems
-from companion.evaluation.relative_score import compare_systems
 from companion.evaluation.science_qa import right_answers
 from companion.evaluation.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
+from companion.figures import check
 from companion.paper.claims import all_claims, claim
 from companion.paper.ledger import published_ablation
 from companion.paper.verdict import Verdict, verdict_of_interval
-from companion.plots.figures import BLUE, ORANGE, _axes, _styled, check
 from companion.results import science_result
 from llava_core.config import META, RunConfig, experiments, load_experiment, load_scale
 from llava_core.record import RunRecord
@@ -30,7 +29,7 @@ from llava_core.runtime import (
 from llava_core.train.launch import launch, resolve_run
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 @dataclass
@@ -251,84 +250,3 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         fields = content if isinstance(content, dict) else {"": content}
         flat |= {f"{section}.{field}".rstrip("."): value for field, value in fields.items()}
     return flat
-
-
-def _reach(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:
-    """An interval as Matplotlib's error bars want it."""
-    return None if interval is None else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
-
-
-# ------------------------------------------------------------------------------------------------ the mix of data kinds
-
-MIXES = {
-    "full": ("instruct_full", "bench-coco-full"),
-    "detail + complex": ("instruct_detail_complex", "bench-coco-detail-complex"),
-    "conversation + some": ("instruct_conv_some", "bench-coco-conv-some"),
-    "conversation": ("instruct_conversation_only", "bench-coco-conversation"),
-    "none": ("pretrain", "bench-coco-none"),
-}
-"""Rows of the paper's Table 4: name -> experiment, claim id."""
-
-
-def run_mixes(scale: str = "mini", fast: bool = False, n_seeds: int = 2) -> dict[str, list[RunRecord]]:
-    """Train every mix of instruction data. The first seed is the experiment's own: its full mix is chapter 21's run.
-
-    Returns:
-        Mix -> its finished runs, one per seed; `none` is stage 1 alone, one run.
-    """
-    first = load_experiment("finetune", scale).experiment.train.seed
-    seeds = [first, *(s for s in load_scale(scale).seeds if s != first)][: 1 if fast else n_seeds]
-    records: dict[str, list[RunRecord]] = {mix: [] for mix in MIXES}
-    for seed in seeds:
-        for mix, (experiment, _) in MIXES.items():
-            if mix != "none":
-                records[mix].append(launch(resolve_run(experiment, scale, fast, train__seed=seed)))
-    records["none"] = [launch(resolve_run("pretrain", scale, fast))]
-    return records
-
-
-def mix_rows(
-    reviews: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], published: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """Return the table of the training mixes: relative scores and differences to the first mix, in %.
-
-    Args:
-        reviews: as for `relative_score.compare_systems`, with a mix as a system.
-        published: mix -> claim id of its score over all questions.
-    """
-    rows = []
-    for row in compare_systems(reviews):
-        mix, kind = row["system"], row["category"]
-        known = all_claims().get(published[mix] if kind == "all" else f"{published[mix]}-{kind}")
-        rows.append({
-            "training data": mix, "questions": kind, "n": row["n"], "relative score (%)": row["score"],
-            "95 % interval": row["interval"], "difference": row["difference"],
-            "difference interval": row["difference_interval"], "published (%)": known.value if known else None,
-        })  # fmt: skip
-    return rows
-
-
-@_styled
-def mix_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Relative scores by kind of question, one line per training mix, the paper's as open diamonds."""
-    mixes = list(dict.fromkeys(row["training data"] for row in rows))
-    kinds = list(dict.fromkeys(row["questions"] for row in rows))
-    figure, axes = _axes(8.2, 1.2 + 0.36 * len(mixes), 1, len(kinds), grid="x")
-    for ax, kind in zip(axes, kinds, strict=True):
-        for row in (r for r in rows if r["questions"] == kind):
-            y, value = mixes.index(row["training data"]), row["relative score (%)"]
-            ax.errorbar(value, y, xerr=_reach(value, row["95 % interval"]), fmt="o", color=BLUE, capsize=3,
-                        label="here" if y == 0 else None)  # fmt: skip
-            if row["published (%)"] is not None:
-                ax.plot(row["published (%)"], y, "D", color=ORANGE, fillstyle="none", markersize=8, markeredgewidth=1.6,
-                        label="published" if y == 0 else None)  # fmt: skip
-        ax.set(
-            title=kind,
-            xlim=(0, 1.05 * max(100.0, *(r["95 % interval"][1] for r in rows))),
-            ylim=(len(mixes) - 0.5, -0.5),
-        )
-        ax.set_yticks(range(len(mixes)), mixes if ax is axes[0] else [""] * len(mixes))
-    axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.supxlabel("score relative to the reference (%)", fontsize=10)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure

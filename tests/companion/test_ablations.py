@@ -88,43 +88,6 @@ def test_an_unknown_ablation_names_the_nearest() -> None:
         ab.ablate("feature_layers")
 
 
-def _reviews(scores):
-    kinds = ("conv", "detail", "complex")
-    return [{"question_id": k, "category": kinds[k % 3], "tuple": [8.0, s]} for k, s in enumerate(scores)]
-
-
-def test_mixes_are_compared_on_the_same_questions() -> None:
-    full = [[2.0, 4.0, 8.0, 6.0, 7.0, 3.0], [4.0, 4.0, 8.0, 6.0, 7.0, 1.0]]
-    reviews = {"full": [_reviews(run) for run in full], "less": [_reviews([s - 1 for s in run]) for run in full]}
-    rows = {
-        (r["training data"], r["questions"]): r for r in ab.mix_rows(reviews, dict.fromkeys(reviews, "bench-coco-full"))
-    }
-    assert rows["full", "all"]["relative score (%)"] == pytest.approx(62.5)
-    less = rows["less", "all"]
-    assert less["difference"] == pytest.approx(-12.5)
-    # one point less on every question is no matter of which questions are asked, though the scores themselves scatter
-    assert less["difference interval"] == pytest.approx([-12.5, -12.5])
-    assert less["95 % interval"][1] - less["95 % interval"][0] > 5
-    assert rows["full", "detail"]["published (%)"] == 75.3
-    assert rows["full", "conv"]["n"] == 2
-
-
-def test_the_seeds_of_a_mix_are_resampled_too() -> None:
-    less = [_reviews([6.0] * 6), _reviews([2.0] * 6)]  # no question differs from another, the seeds do
-    reviews = {"full": [_reviews([8.0] * 6)] * 2, "less": less, "none": [_reviews([4.0] * 6)]}
-    found = {r["training data"]: r for r in ab.mix_rows(reviews, dict.fromkeys(reviews, "bench-coco-full"))}
-    assert found["less"]["difference"] == pytest.approx(-50)
-    assert found["less"]["difference interval"] == pytest.approx([-75, -25])
-    assert found["none"]["difference interval"] == pytest.approx([-50, -50])
-
-
-def test_a_failed_review_counts_for_neither_side() -> None:
-    rows = _reviews([8.0] * 6)
-    rows[0] = {**rows[0], "tuple": None}
-    found = ab.mix_rows({"full": [rows]}, {"full": "bench-coco-full"})
-    assert found[0]["relative score (%)"] == pytest.approx(100)
-
-
 @pytest.mark.parametrize(("worse", "expected"), [(2, "not resolved"), (160, "agrees")])
 def test_two_seeds_that_agree_by_chance_resolve_nothing(
     monkeypatch: pytest.MonkeyPatch, worse: int, expected: str
