@@ -32,11 +32,7 @@ def no_downloads() -> Iterator[None]:
 
 
 def model_folder(source: str | Path) -> Path:
-    """Return the folder of a model: the source itself, or the hub's local copy of an id.
-
-    Raises:
-        CheckpointError: neither exists.
-    """
+    """Return the folder of a model: the source itself, or the local copy of a hub id."""
     folder = located(source)
     if folder.is_dir():
         return folder
@@ -77,17 +73,12 @@ def base_hash(source: str) -> str:
 
 
 def tower_settings(source: str | Path) -> tuple[dict[str, Any], ImageProcessor]:
-    """Return configuration and image settings of a CLIP model's vision tower.
-
-    Raises:
-        CheckpointError: not a CLIP model, or its image size is not that of its image settings.
-    """
+    """Return configuration and image settings of a CLIP model's vision tower, after checks."""
     folder = model_folder(source)
     config = read_config(folder, "config.json")
-    if config.get("model_type") not in ("clip", "clip_vision_model"):
-        raise error_at(
-            folder, f"its model_type is {config.get('model_type')!r}, not a CLIP vision tower; fix: --vision-tower DIR"
-        )
+    model_type = config.get("model_type")
+    if model_type not in ("clip", "clip_vision_model"):
+        raise error_at(folder, f"model_type {model_type!r} is not a CLIP vision tower; fix: --vision-tower DIR")
     full = tower_config(config)
     return full, _image_settings(folder, full["image_size"])
 

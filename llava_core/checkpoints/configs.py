@@ -101,11 +101,7 @@ def build_on_meta(part: str, config: Mapping[str, Any]) -> Any:
 
 
 def part_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a part's tensors.
-
-    Raises:
-        CheckpointError: the configuration is impossible.
-    """
+    """Return names and shapes of a part's tensors; an impossible configuration is a CheckpointError."""
     layers = config.get("num_hidden_layers", 1)
     if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
         raise CheckpointError(f"{part}: num_hidden_layers is {layers!r}, not 1 to {MAX_LAYERS}")

@@ -159,10 +159,7 @@ class Checkpoint:
             return self._with_tower().require(*parts)
         for part in parts:
             if part not in self.parts:
-                raise error_at(
-                    self.path,
-                    f"has no {part.replace('_', ' ')}; fix: name the language model it was trained with (--base DIR)",
-                )
+                raise error_at(self.path, f"has no {part.replace('_', ' ')}; fix: --base with its language model")
         return self
 
     def _with_tower(self) -> Checkpoint:
@@ -171,11 +168,8 @@ class Checkpoint:
             raise error_at(where, "contains and names no vision tower; fix: --vision-tower DIR")
         config, image = tower_settings(source)
         if config["hidden_size"] != self.description.d_vision:
-            raise error_at(
-                where,
-                f"its projector takes features of width {self.description.d_vision}, the vision tower "
-                f"{shown(source)} gives {config['hidden_size']}; fix: --vision-tower DIR",
-            )
+            problem = f"its projector does not take the width {config['hidden_size']} of the tower {shown(source)}"
+            raise error_at(where, f"{problem}; fix: --vision-tower DIR")
         settings = self.description.image or image.to_dict()
         description = replace(self.description, vision_tower=config, tower_source=None, image=settings)
         tensors, names = open_vision_tower(source)
@@ -195,11 +189,7 @@ class Checkpoint:
 
 
 def expected_shapes(description: Description, parts: Iterable[str] = MODEL_PARTS) -> dict[str, tuple[int, ...]]:
-    """Return our names and shapes of all tensors that a description implies, in the order of a forward pass.
-
-    Raises:
-        CheckpointError: the configuration is impossible.
-    """
+    """Return our names and shapes of all tensors that a description implies, in the order of a forward pass."""
     projector = {
         "name": description.projector, "d_vision": description.d_vision,
         "d_model": description.language_model.get("hidden_size"),
@@ -234,30 +224,19 @@ def check(checkpoint: Checkpoint) -> None:
     for name, shape in expected.items():
         if name not in checkpoint.tensors:
             n = len(expected.keys() - checkpoint.tensors.keys())
-            raise error_at(
-                where, f"{name} is missing ({n} in all); it would start random; fix: get the complete checkpoint"
-            )
-        if checkpoint.tensors[name].shape != shape:
-            raise error_at(
-                where,
-                f"{checkpoint.names.get(name, name)} has shape {checkpoint.tensors[name].shape}, its "
-                f"configuration says {shape}; fix: use the configuration that belongs to these weights",
-            )
+            raise error_at(where, f"{name} is missing ({n} in all); fix: get the complete checkpoint")
+        their_name, actual = checkpoint.names.get(name, name), checkpoint.tensors[name].shape
+        if actual != shape:
+            fix = "use the configuration that belongs to these weights"
+            raise error_at(where, f"{their_name} has shape {actual}, its configuration says {shape}; fix: {fix}")
     for name in checkpoint.tensors:
+        their_name = checkpoint.names.get(name, name)
         if name not in expected:
-            raise error_at(
-                where,
-                f"{checkpoint.names.get(name, name)} is unknown to the model; it would be lost; "
-                "fix: convert it with the code of its own version first",
-            )
+            raise error_at(where, f"{their_name} is unknown to the model; fix: convert it with the code of its version")
 
 
 def check_usage(checkpoint: Checkpoint) -> None:
-    """Check the types of a description's usage fields, and that the vision tower has the feature layer.
-
-    Raises:
-        CheckpointError: a field of another type, or one that the vision tower contradicts.
-    """
+    """Check the types of a description's usage fields, and that the vision tower fits them."""
     description, where = checkpoint.description, checkpoint.path
     tower, usage = description.vision_tower, description.usage
     positions = get_args(ImagePosition)

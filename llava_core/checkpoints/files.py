@@ -48,11 +48,7 @@ def has_file(folder: Path, name: str) -> bool:
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint folder.
-
-    Raises:
-        CheckpointError: the file cannot be read or is not a JSON object.
-    """
+    """Read a JSON object of a checkpoint folder; anything else is a CheckpointError."""
     try:
         value = read_json(contained_file(folder, name))
     except (DataError, OSError) as error:

@@ -112,9 +112,7 @@ def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) ->
     for name in own | tensors:
         stored, needed = (tuple(side[name].shape) if name in side else "missing" for side in (tensors, own))
         if stored != needed:
-            raise error_at(
-                path, f"{name} is {stored} in the checkpoint and {needed} in the model; fix: use its base models"
-            )
+            raise error_at(path, f"{name} is {stored} here and {needed} in the model; fix: use its base models")
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor.read())

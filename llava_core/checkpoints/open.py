@@ -22,11 +22,7 @@ FORMATS: tuple[CheckpointFormat, ...] = (
 
 
 def format_named(name: str) -> CheckpointFormat:
-    """Return the format of a name.
-
-    Raises:
-        ConfigError: there is none; the message lists all.
-    """
+    """Return the format of a name; an unknown one is a ConfigError that lists all."""
     formats = {candidate.name: candidate for candidate in FORMATS}
     if name not in formats:
         raise ConfigError(unknown("checkpoint format", name, formats))
@@ -34,11 +30,7 @@ def format_named(name: str) -> CheckpointFormat:
 
 
 def detect_format(path: Path) -> CheckpointFormat | None:
-    """Return the format of a folder or file, by its content; None if it is not a LLaVA checkpoint.
-
-    Raises:
-        CheckpointError: the path does not exist, or its files cannot be read.
-    """
+    """Return the format of a folder or file, by its content; None if it is not a LLaVA checkpoint."""
     if not path.exists():
         raise error_at(path, "there is no such file or folder; fix: check the path")
     return next((candidate for candidate in FORMATS if candidate.detect(path)), None)
@@ -90,11 +82,7 @@ def _open_base(source: str, options: Options) -> Checkpoint:
 
 
 def with_bases(checkpoint: Checkpoint, options: Options) -> Checkpoint:
-    """Open the base models that a checkpoint of our own format names, and compare them with its hashes.
-
-    Raises:
-        CheckpointError: a base model is missing, damaged or a different one.
-    """
+    """Open the base models that a checkpoint of our own format names, after a comparison with its hashes."""
     usage, where = checkpoint.description.usage, checkpoint.path
     for part in ("vision_tower", "language_model"):
         if part in checkpoint.parts:

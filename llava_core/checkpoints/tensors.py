@@ -88,10 +88,7 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     for name, value in content.items():
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
         if not isinstance(name, str) or not plain or value.is_quantized:
-            raise error_at(
-                path,
-                f"{name!r} is {type(value).__name__}, not a plain tensor; fix: name a file that contains weights only",
-            )
+            raise error_at(path, f"{name!r} is {type(value).__name__}, not a plain tensor; fix: name a weights file")
     return {name: LazyTensor.of(tensor) for name, tensor in content.items()}
 
 
@@ -108,11 +105,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
         except RuntimeError:  # files from before PyTorch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise error_at(
-            path,
-            "holds more than tensors (code, perhaps) or is damaged; nothing of it was executed; "
-            "fix: get the weights as safetensors",
-        ) from None
+        raise error_at(path, "holds more than tensors; nothing of it was executed; fix: get safetensors") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise error_at(path, f"damaged or cut off ({reason}); fix: download it again") from error
@@ -127,16 +120,12 @@ def has_weights(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weights files of a folder, those of its index if it has one; () if there are none.
-
-    Raises:
-        CheckpointError: the index is damaged, or names something that is not a weights file of this folder.
-    """
+    """Return the weights files of a folder, those of its index if it has one; () if there are none."""
     return tuple(contained_file(folder, name) for name in _files_and_index(folder)[0])
 
 
 def _files_and_index(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the weights files, and the index's map from tensor to file (empty for a single file)."""
+    """Return names of the weights files, and the index's map from tensor to file (empty for a single file)."""
     for name in _STEMS:
         if has_file(folder, name):
             return [name], {}
@@ -152,11 +141,7 @@ def _read_index(folder: Path, index: str) -> dict[str, str]:
         raise error_at(folder / index, "no weight_map from tensors to files; fix: download it again")
     for shard in set(weight_map.values()):
         if not shard.endswith((".safetensors", *PICKLE_SUFFIXES)):
-            raise error_at(
-                folder / index,
-                f"names {shard} as a shard, which is not a weights file (an index that leads "
-                "to an index?); fix: download it again",
-            )
+            raise error_at(folder / index, f"{shard} is not a weights file (an index that leads to an index?)")
     return weight_map
 
 

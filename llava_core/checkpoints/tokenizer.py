@@ -29,9 +29,6 @@ def open_tokenizer(folder: Path, language_model: Mapping[str, Any], **options: A
         language_model: configuration that decides the tokenizer's class. The folder's own `model_type` may be "llava",
             for which transformers takes a class that drops SentencePiece's dummy prefix.
         options: of transformers' `from_pretrained`.
-
-    Raises:
-        CheckpointError: it cannot be read, or a package for it is missing.
     """
     from transformers import AutoConfig, AutoTokenizer
 

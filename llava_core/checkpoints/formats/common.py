@@ -69,11 +69,7 @@ def _drop_tied_head(
     if not description.tied or head not in ours or words not in ours:
         return
     if not torch.equal(ours.pop(head).read(), ours[words].read()):
-        raise error_at(
-            path,
-            "its configuration ties the output embedding to the input embedding, but they differ; "
-            'fix: set "tie_word_embeddings": false',
-        )
+        raise error_at(path, 'tied embeddings that differ; fix: set "tie_word_embeddings": false in its configuration')
     left_out[names.pop(head)] = "repeats the input embedding (tied)"
 
 
@@ -116,11 +112,7 @@ def check_supported(config: Mapping[str, Any], where: Path, supported: Mapping[s
 
 
 def check_unchanged(stored: Description, config: Mapping[str, Any], where: Path, fields: Mapping[str, Any]) -> None:
-    """Check that a configuration file that we wrote for another format still agrees with our description in it.
-
-    Raises:
-        CheckpointError: a field differs, so somebody has changed the checkpoint since.
-    """
+    """Check that nobody changed a configuration file since we wrote it together with our description."""
     for name, value in fields.items():
         if config.get(name) != value:
             raise error_at(

@@ -108,11 +108,7 @@ def _without_identity(tensors: dict[str, LazyTensor], path: Path) -> dict[str, L
         raise error_at(path, "multi_modal_projector.linear_2 is missing; fix: get the complete file")
     matrix = values["weight"]
     if not torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)) or values["bias"].any():
-        raise error_at(
-            path,
-            "two linear layers without an activation between them, the second not the identity, are no "
-            "projector of LLaVA; fix: multiply them into one first",
-        )
+        raise error_at(path, "linear_1 and linear_2 without an activation between them; fix: multiply them into one")
     return {name: tensor for name, tensor in tensors.items() if name not in second}
 
 
@@ -127,12 +123,9 @@ def _description(path: Path, config: dict[str, Any], notes: list[str]) -> Descri
     except DataError as error:
         raise error_at(path, f"image settings: {error}") from error
     tokens = (tower["image_size"] // tower["patch_size"]) ** 2
-    if config.get("image_seq_length", tokens) != tokens:
-        raise error_at(
-            where,
-            f"image_seq_length is {config['image_seq_length']}, but the tower gives {tokens} tokens; fix: "
-            f"write {tokens} there",
-        )
+    length = config.get("image_seq_length", tokens)
+    if length != tokens:
+        raise error_at(where, f"image_seq_length is {length}, but the tower gives {tokens} tokens; fix: write {tokens}")
     notes.append("template v1 and image position first (those of LLaVA 1.5) assumed")
     return Description(
         language_model=language_config({"model_type": "llama"} | config["text_config"], where),

@@ -62,18 +62,11 @@ def read(path: Path, options: Options, base: Checkpoint) -> Checkpoint:
         if name not in tensors:
             raise error_at(adapters, f"adapts {name}, which the base {shown(base.path)} does not have")
         if tensors[name].shape != (b.shape[0], a.shape[1]):
-            raise error_at(
-                adapters,
-                f"{name} is {tensors[name].shape} in the base {shown(base.path)}, the adapter's is "
-                f"{(b.shape[0], a.shape[1])}; fix: --base with the model that it was trained on",
-            )
+            shapes = f"{(b.shape[0], a.shape[1])}, in the base {shown(base.path)} {tensors[name].shape}"
+            raise error_at(adapters, f"{name} is {shapes}; fix: --base with the model that it was trained on")
         tensors[name] = tensors[name].map(partial(_merge, a=a, b=b, scale=scale))
     if not any(name.startswith("multi_modal_projector.") for name in tensors):
-        raise error_at(
-            path,
-            f"no projector in {trained} or the base, so the model could not use an image; fix: copy "
-            "that file from the training output, too",
-        )
+        raise error_at(path, f"no projector, so the model could not use an image; fix: copy {trained} here, too")
     notes: list[str] = []
     description = base.description
     if mm_config(path):

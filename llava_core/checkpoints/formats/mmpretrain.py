@@ -49,11 +49,7 @@ def read(path: Path, options: Options) -> Checkpoint:
         description = Description.from_dict(stored, file)
         description = replace(description, tower_source=options.vision_tower or description.tower_source)
     elif options.base is None:
-        raise error_at(
-            file,
-            "weights without a configuration; fix: --base DIR with config.json and tokenizer of its "
-            "language model, and --vision-tower DIR",
-        )
+        raise error_at(file, "weights without a configuration; fix: --base and --vision-tower with its base models")
     else:
         base = model_folder(options.base)
         tokenizer = tokenizer or tokenizer_folder(base)

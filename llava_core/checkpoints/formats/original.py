@@ -59,9 +59,7 @@ def read_description(path: Path, config: dict[str, Any], options: Options, notes
     check_supported(config, where, _SUPPORTED)
     model_type = str(config.get("model_type"))
     if model_type not in _LANGUAGE_MODELS:
-        raise error_at(
-            where, f"model_type {model_type!r} is not one of LLaVA's language models ({', '.join(_LANGUAGE_MODELS)})"
-        )
+        raise error_at(where, f"model_type {model_type!r} is not one of {', '.join(_LANGUAGE_MODELS)}")
     layer = config.get("mm_vision_select_layer")
     if layer is None:
         notes.append("feature layer -2 (the paper's) assumed: config.json does not say it")
@@ -107,17 +105,11 @@ def read(path: Path, options: Options) -> Checkpoint:
     description = read_description(path, mm_config(path), options, notes)
     tensors = open_folder(path)
     if not any("mm_projector" in name for name in tensors):
-        raise error_at(
-            path,
-            "the projector (model.mm_projector...) is missing, so the model could not use an image; "
-            "fix: get the complete checkpoint, or use its mm_projector.bin",
-        )
+        raise error_at(path, "no model.mm_projector, so the model could not use an image; fix: get the complete file")
     tokenizer = tokenizer_folder(path)
     checkpoint = new_checkpoint(FORMAT.name, path, tensors, from_original, description, tokenizer, notes)
     if is_delta(checkpoint.tensors):
-        raise error_at(
-            path, "these are delta weights (their norms are near zero), not a model; fix: `llava delta apply`"
-        )
+        raise error_at(path, "delta weights (their norms are near zero), not a model; fix: `llava delta apply`")
     return checkpoint
 
 

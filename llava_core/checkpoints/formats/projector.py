@@ -64,12 +64,9 @@ def read(path: Path, options: Options) -> Checkpoint:
         return Checkpoint(FORMAT.name, path, description, projector, names, left_out, tokenizer, notes)
     base = open_language_model(options.base)
     language = base.description.language_model
-    if language.get("hidden_size") != d_model:
-        raise error_at(
-            file,
-            f"a projector into width {d_model}, but {shown(base.path)} has "
-            f"{language.get('hidden_size')}; fix: --base with the language model that it was trained with",
-        )
+    width = language.get("hidden_size")
+    if width != d_model:
+        raise error_at(file, f"projector into width {d_model}, but {shown(base.path)} has {width}; fix: --base DIR")
     usage = description.usage | {"base": {"language_model": str(options.base)}, "base_hash": {}}
     description = with_tower_settings(replace(description, language_model=language, usage=usage), notes)
     checkpoint = replace(

@@ -209,7 +209,7 @@ def test_the_pickle_trap_works_without_weights_only(tmp_path) -> None:
 WRONG_FIELDS = {
     "parts": (["multi_modal_projector"], "manifest and weights disagree about language_model"),
     "projector": ("mlp2x_gelu", "multi_modal_projector.0.weight is missing"),
-    "d_vision": (4096, "has shape|gives 24"),
+    "d_vision": (4096, "has shape|does not take the width 24"),
     "image": ({"size": 32, "mode": "crop"}, "mean is missing"),
     "files": ({"model.safetensors": "0" * 64}, "damaged"),
     "files left out": ({}, r"model\.safetensors: the manifest does not list it"),
