@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from companion.teacher.chat import BudgetError, ChatClient, ChatError, ChatReply, ChatRequest, ServerError
 from companion.teacher.parse import ReplyError
@@ -17,8 +17,6 @@ Check = Callable[[ChatReply], Any]
 """Returns the content of a reply, or raises `ReplyError`."""
 Retry = Callable[[ChatRequest, ChatReply, ReplyError], ChatRequest]
 """Returns the request that follows a malformed reply."""
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass
@@ -138,9 +136,8 @@ def ask_each(
     _prefetch(client, jobs, retry)
     asked: list[Asked] = []
     spend, failed, silent = 0.0, 0, 0
-    stop = getattr(client, "stop", lambda: None)
     with progress(len(jobs), desc, **options) as bar:
-        for one in concurrently(lambda job: _ask(client, *job, retry), jobs, getattr(client, "concurrency", 1), stop):
+        for one in _in_order(client, jobs, retry):
             asked.append(one)
             silent = silent + 1 if one.refused and not one.unasked else 0
             if silent >= MOST_SILENT:
@@ -188,21 +185,15 @@ def _ask(client: ChatClient, request: ChatRequest, check: Check, retry: Retry) -
     return asked
 
 
-def concurrently(work: Callable[[_T], _R], items: Iterable[_T], workers: int, stop: Callable[[], None]) -> Iterator[_R]:
-    """Yield results in the order of the items, from a pool of threads.
-
-    Args:
-        work: called with each item.
-        items: its arguments.
-        workers: number of threads.
-        stop: called when the user interrupts, before the pool waits for its threads.
-    """
-    if workers <= 1:
-        yield from map(work, items)
+def _in_order(client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], retry: Retry) -> Iterator[Asked]:
+    """Yield the results in the order of the jobs, from a pool of `client.concurrency` threads."""
+    threads = getattr(client, "concurrency", 1)
+    if threads <= 1:
+        yield from (_ask(client, request, check, retry) for request, check in jobs)
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="ask") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="ask") as pool:
         try:
-            yield from pool.map(work, items)
+            yield from pool.map(lambda job: _ask(client, *job, retry), jobs)
         except KeyboardInterrupt:
-            stop()
+            getattr(client, "stop", lambda: None)()  # otherwise the pool waits for all further attempts
             raise

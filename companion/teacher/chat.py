@@ -1,13 +1,13 @@
-"""What is asked and what comes back: the records of a chat, its errors, prices, and an estimate beforehand."""
+"""Records of a chat: request, reply, errors, prices, and the protocol of a client."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 from llava_core.registry import unknown
 from llava_core.runtime import CompanionError, ConfigError
@@ -32,24 +32,24 @@ TOKENS_PER_SECOND = 20.0  # of one reply as it is written; ours, a GPT-4 of 2023
 
 
 class ChatError(CompanionError):
-    """A request got no reply: refused, or given up after all attempts."""
+    """There is no reply to a request: the server refused it, or all attempts failed."""
 
 
 class ServerError(ChatError):
-    """No request can succeed: the key is refused, the model unknown, the quota used up, or the server gone."""
+    """No request can succeed: wrong key, unknown model, exhausted quota, or an unreachable server."""
 
 
 class BudgetError(ChatError):
-    """The next request could pass the budget; it was not sent."""
+    """The request could exceed the budget; it was not sent."""
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What is asked.
+    """A chat request.
 
     Attributes:
-        messages: of {role, content}, the last of them a user's.
-        model: the name asked for.
+        messages: of {role, content}; the last one is a user's.
+        model: by the name that its server knows.
         temperature: of the model.
         max_tokens: of the reply.
     """
@@ -62,7 +62,7 @@ class ChatRequest:
     @property
     def canonical(self) -> str:
         """The request as JSON, the same on every machine."""
-        # made anew each time: kept, these texts would fill a gigabyte at the paper's number of requests
+        # not cached: at the paper's number of requests these texts fill a gigabyte
         fields = {
             "messages": [{"role": m["role"], "content": m["content"]} for m in self.messages],
             "model": self.model,
@@ -73,35 +73,35 @@ class ChatRequest:
 
     @cached_property
     def key(self) -> str:
-        """The request's name: SHA-256 of its canonical JSON."""
+        """SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
     def most_tokens(self) -> tuple[int, int]:
-        """Return what prompt and reply have at most: a token is at least one byte of UTF-8."""
+        """Return upper bounds of prompt and reply tokens: a token is at least one byte of UTF-8."""
         return sum(len(m["content"].encode()) + 16 for m in self.messages) + 16, self.max_tokens
 
     def expected_tokens(self) -> tuple[int, int]:
-        """Return about how many tokens prompt and reply have, by the usual length of an English token."""
+        """Return estimated prompt and reply tokens, from the usual length of an English token."""
         characters = sum(len(m["content"]) for m in self.messages)
         return round(characters / CHARACTERS_PER_TOKEN) + 4 * len(self.messages), min(REPLY_TOKENS, self.max_tokens)
 
 
 @dataclass(frozen=True)
 class ChatReply:
-    """What came back.
+    """A chat reply.
 
     Attributes:
         text: the reply.
-        model: the snapshot that says it answered; may be another name than the one asked for.
+        model: the snapshot that the server reports; may differ from the requested name.
         prompt_tokens: length of the request.
         completion_tokens: length of the reply.
-        cost_usd: what this reply cost when it was made.
+        cost_usd: at the time of the reply.
         finish_reason: `stop`, or `length` for a reply that was cut off.
         price_prompt: USD per million tokens of the prompt.
         price_completion: USD per million tokens of the reply.
         date: when it arrived (UTC); empty for an offline reply, which is the same on every day.
         kind: `live`, `batch`, or `offline` for a function's reply.
-        cached: it comes from a cassette, so that nothing was paid now.
+        cached: from a cassette; nothing was paid now.
     """
 
     text: str
@@ -116,17 +116,13 @@ class ChatReply:
     kind: str = "live"
     cached: bool = False
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields by name."""
-        return asdict(self)
-
 
 class ChatClient(Protocol):
-    """Anything that completes a chat; it may be called from several threads at once.
+    """Completes chats; `complete` may be called from several threads.
 
-    A client that gains from it has an attribute `concurrency`: how many requests it likes to have under way; one that
-    repeats requests has a method `stop()`, after which it begins no further attempt; one that wants to know many
-    requests before it answers the first has a method `prefetch(requests)`, which returns a reply or None for each.
+    Optional attributes: `concurrency`, the number of requests under way at once; `stop()`, after which no further
+    attempt begins; `prefetch(requests)`, called with many requests before the first `complete`, which returns a reply
+    or None for each.
     """
 
     def complete(self, request: ChatRequest) -> ChatReply:

@@ -115,26 +115,6 @@ class RecordClient:
         getattr(self.inner, "stop", lambda: None)()
 
 
-def record_client(cassette: str | Path, **live: Any) -> RecordClient:
-    """Return a client that records a paid server; no other process may record to the same cassette.
-
-    Args:
-        cassette: SQLite file of the replies.
-        live: arguments of `LiveClient`. A budget includes the cost of all recorded replies.
-
-    Raises:
-        ConfigError: the package openai is not installed, there is no key, or the cassette is in use.
-        DataError: the file is no cassette.
-    """
-    tape = Cassette(cassette)
-    client = RecordClient(LiveClient(cassette=tape, **live), tape, hold(tape.path))
-    if batch := tape.open_batch():  # sent one by one, these requests would be paid twice
-        client.lock = None
-        open_batch = f"a batch of {len(batch.requests)} requests is under way"
-        raise ConfigError(f"{shown(cassette)}: {open_batch}; let the client 'batch' read it, or name another cassette")
-    return client
-
-
 def client_from_name(
     name: str,
     *,
@@ -151,7 +131,8 @@ def client_from_name(
         live: arguments of `LiveClient`, for `record` and `live`, or of `BatchClient`.
 
     Raises:
-        ConfigError: unknown name, or the argument that the client needs is missing.
+        ConfigError: unknown name, a missing argument, no package openai, no key, or a cassette in use.
+        DataError: the file is no cassette.
     """
     if name not in CLIENTS:
         raise ConfigError(unknown("chat client", name, CLIENTS))
@@ -165,4 +146,12 @@ def client_from_name(
         raise ConfigError(f"the client '{name}' needs a cassette: the SQLite file that holds the replies")
     if name == "replay":
         return ReplayClient(cassette)
-    return BatchClient(cassette, **live) if name == "batch" else record_client(cassette, **live)
+    if name == "batch":
+        return BatchClient(cassette, **live)
+    tape = Cassette(cassette)
+    client = RecordClient(LiveClient(cassette=tape, **live), tape, hold(tape.path))
+    if batch := tape.open_batch():  # sent one by one, these requests would be paid twice
+        client.lock = None  # a traceback would keep it
+        open_batch = f"a batch of {len(batch.requests)} requests is under way"
+        raise ConfigError(f"{shown(cassette)}: {open_batch}; let the client 'batch' read it, or name another cassette")
+    return client

@@ -306,14 +306,10 @@ def _write_parquet(path: Path, records: list[dict[str, Any]]) -> list[Path]:
         path.unlink(missing_ok=True)  # of an earlier call
         return []
     text = pa.string()
-    source = [("request", text), ("model", text), ("date", text), ("client", text), ("prompt", text)]
-    columns = {
-        "id": text,
-        "image": text,
-        "type": text,
-        "conversations": pa.list_(pa.struct([("from", text), ("value", text)])),
-        "provenance": pa.struct([*source, ("seed", pa.int64())]),
-    }
+    source = [(name, text) for name in ("request", "model", "date", "client", "prompt")]
+    columns = [(name, text) for name in ("id", "image", "type")]
+    columns += [("conversations", pa.list_(pa.struct([("from", text), ("value", text)])))]
+    columns += [("provenance", pa.struct([*source, ("seed", pa.int64())]))]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(columns)), buffer, compression="zstd")
     return [atomic_write(path, buffer.getvalue())]

@@ -1,4 +1,4 @@
-"""From a teacher's reply to turns. The released pipeline never published its parser; what it refuses has a name here.
+"""Parser of the teacher's replies: turns, or a named error. The released pipeline did not publish its parser.
 
 A dialogue is blocks separated by a line `===`; blocks alternate `Question:` and `Answer:`, each followed by its text. A
 description is paragraphs and nothing else.
