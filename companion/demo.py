@@ -1,4 +1,4 @@
-"""The chat widget: choose or upload an image, ask, read the answer as it is written."""
+"""Chat widget for notebooks: an image, a question box, and the streamed answer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SUGGESTIONS = ("What do you see?", "Describe this in detail.", CAPTION)
 
 
 def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = "What do you see?") -> Any:
-    """The demo: choose or upload an image, ask, read the answer as it is written.
+    """Return the chat widget: image list and upload, question box, streamed answer.
 
     Args:
         model: checkpoint directory, or a loaded model.
-        images: files offered in the list.
-        question: text in the box at first.
+        images: files of the list.
+        question: initial text of the box.
 
     Returns:
         An ipywidgets box; its `conversation` is the live `Conversation`.
@@ -48,8 +48,8 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
             rows.append((box.value, answer))
         log.value = "".join(f"<p><b>You:</b> {html.escape(q)}<br><b>LLaVA:</b> {html.escape(a)}</p>" for q, a in rows)
 
-    def take(image: Image.Image) -> None:
-        """Show what the model sees of an image, and begin anew."""
+    def set_image(image: Image.Image) -> None:
+        """Start a conversation about an image and show its visible region."""
         buffer = io.BytesIO()
         conversation.set_image(image).resize((224, 224), Image.Resampling.BICUBIC).save(buffer, "PNG")
         shown.value = buffer.getvalue()
@@ -60,7 +60,7 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
         if change["new"]:
             file = change["new"][0]
             try:
-                take(load_image(file["content"], file["name"]))
+                set_image(load_image(file["content"], file["name"]))
             except DataError as error:
                 log.value = f"<p>{html.escape(str(error))}</p>"
 
@@ -80,13 +80,13 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
         box.value = button.description
         on_ask(button)
 
-    choice.observe(lambda change: take(load_image(change["new"])), "value")
+    choice.observe(lambda change: set_image(load_image(change["new"])), "value")
     upload.observe(on_upload, "value")
     ask.on_click(on_ask)
     for button in suggestions:
         button.on_click(suggest)
     if images:
-        take(load_image(images[0]))
+        set_image(load_image(images[0]))
     left = widgets.VBox([choice, upload, shown, cropped])
     right = widgets.VBox([widgets.HBox([box, ask]), widgets.HBox(suggestions), log])
     app = widgets.HBox([left, right], layout={"align_items": "flex-start"})

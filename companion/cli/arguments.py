@@ -132,13 +132,15 @@ class Parser(argparse.ArgumentParser):
 
     def pace(self) -> None:
         self.option("--price", "PROMPT,REPLY", "USD per million tokens, for an unlisted model", type=_price)
-        self.option("--concurrency", "N", "concurrent requests", type=int, default=8)
+        self.option(
+            "--concurrency", "N", "concurrent requests; record repeats these after kill -9", type=int, default=8
+        )
 
     def timeout(self) -> None:
         self.option("--timeout", "SECONDS", "without data from the server", type=float, default=120.0)
 
     def seed(self) -> None:
-        self.add_argument("--seed", type=int, default=0, help="for random draws per record and for retry delays")
+        self.add_argument("--seed", type=int, default=0, help="for random draws per record")
 
     def teacher(self, tape: str, name: str = "--model") -> None:
         self.client()

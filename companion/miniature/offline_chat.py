@@ -118,14 +118,12 @@ def read_context(text: str) -> Context:
 
 
 _WORDS = {form: name for name in CATEGORIES for form in (language.plural(name), name)}
-
-
 _GROUP = (
-    rf"(?P<n>an?|{either(NUMBERS[1:])}) (?:(?P<size>small|large) )?(?:(?P<color>{either(list(COLORS))}) )?"
-    rf"(?P<noun>{either(list(_WORDS))})\b"
+    rf"(?P<n>an?|{either(NUMBERS[1:])}) (?:(?P<size>small|large) )?(?:(?P<color>{either(COLORS)}) )?"
+    rf"(?P<noun>{either(_WORDS)})\b"
 )
-_POSITION = rf"(?P<position>{either(list(POSITION_PHRASE.values()))})"
-_STATED = rf"\bthe (?P<noun>{either(list(_WORDS))}) (?:is|are) (?:(?P<size>small|large) and )?{_POSITION}"
+_POSITION = rf"(?P<position>{either(POSITION_PHRASE.values())})"
+_STATED = rf"\bthe (?P<noun>{either(_WORDS)}) (?:is|are) (?:(?P<size>small|large) and )?{_POSITION}"
 _LEFT_OF = re.compile(rf"\b{re.sub('P<', 'P<a_', _GROUP)} to the left of {re.sub('P<', 'P<b_', _GROUP)}")
 _MENTION = re.compile(rf"\b{_GROUP}(?: {_POSITION})?")
 _TOTAL = re.compile(rf"\bthere (?:is|are) {either(NUMBERS)} objects? in total")
@@ -147,11 +145,10 @@ def read_scene(captions: Sequence[str], boxes: Sequence[tuple[str, Box]] = ()) -
     order: list[tuple[str, str]] = []
     background = None
 
-    def learn(noun: str, **facts: object) -> str:
+    def learn(noun: str, **facts: object) -> None:
         name = _WORDS[noun]
         news = {key: value for key, value in facts.items() if value is not None}
         known[name] = replace(known.get(name, Group(name, None, 1, None)), **news)  # type: ignore[arg-type]
-        return name
 
     def count(word: str) -> int:
         return NUMBERS.index(word) if word in NUMBERS else 1
@@ -251,7 +248,7 @@ _KEYWORDS: dict[str, tuple[str, str]] = {
     "yes": ("truth", "yes"),
 }
 _EMPTY = "the and are was has had its for not but with that this these there from image which who"
-_COLORED = re.compile(rf"\bthe (?P<noun>{either(list(_WORDS))}) (?:is|are) (?P<color>{either(list(COLORS))})\b")
+_COLORED = re.compile(rf"\bthe (?P<noun>{either(_WORDS)}) (?:is|are) (?P<color>{either(COLORS)})\b")
 Claims = set[tuple[str, ...]]
 
 

@@ -193,7 +193,7 @@ def _in_order(client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], ret
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="ask") as pool:
         try:
-            yield from pool.map(lambda job: _ask(client, *job, retry), jobs)
+            yield from pool.map(lambda job: _ask(client, job[0], job[1], retry), jobs)
         except KeyboardInterrupt:
             getattr(client, "stop", lambda: None)()  # otherwise the pool waits for all further attempts
             raise

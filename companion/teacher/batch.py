@@ -86,7 +86,7 @@ class BatchClient:
         self._refused: dict[str, ChatError] = {}
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        """Reply as `ChatClient` says; a request that was not prefetched becomes a batch of its own.
+        """Complete a chat, as of `ChatClient`; a request that was not prefetched becomes a batch of its own.
 
         Raises:
             ConfigError: the model's price is not known, or another process holds the cassette.

@@ -186,7 +186,10 @@ class Cassette:
         with self._lock:
             row = self._file.execute("SELECT name, file, id FROM batches WHERE state = 'open'").fetchone()
             asked = self._file.execute("SELECT request FROM asked ORDER BY rowid").fetchall() if row else []
-        return OpenBatch(*row, [ChatRequest(**json.loads(text)) for (text,) in asked]) if row else None
+        if row is None:
+            return None
+        name, file, batch_id = row
+        return OpenBatch(name, file, batch_id, [ChatRequest(**json.loads(text)) for (text,) in asked])
 
     def note_batch(self, batch: OpenBatch) -> None:
         """Record the server's id of the open batch."""

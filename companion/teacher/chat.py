@@ -140,7 +140,7 @@ def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | No
     Args:
         model: asked for by this name.
         prices: by the model's name.
-        price: goes before the table.
+        price: takes precedence over the table.
 
     Raises:
         ConfigError: the table does not name the model.

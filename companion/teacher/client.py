@@ -33,7 +33,7 @@ class OfflineClient:
         self.responder = responder
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        """Reply as `ChatClient` says; the model's name is reported as `offline`."""
+        """Complete a chat, as of `ChatClient`; the model's name is reported as `offline`."""
         text = self.responder(list(request.messages))
         words = sum(len(m["content"].split()) for m in request.messages)
         return ChatReply(text, "offline", words, len(text.split()), kind="offline")
@@ -52,7 +52,7 @@ class ReplayClient:
         self.cassette = Cassette(cassette, read_only=True)
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        """Reply as `ChatClient` says.
+        """Complete a chat, as of `ChatClient`.
 
         Raises:
             DataError: this request was never recorded.
@@ -87,7 +87,7 @@ class RecordClient:
         self._under_way: dict[str, Future[ChatReply]] = {}
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        """Reply as `ChatClient` says; when this returns the reply is on disk."""
+        """Complete a chat, as of `ChatClient`; when this returns the reply is on disk."""
         with self._lock:
             if reply := self.cassette.get(request):
                 return reply

@@ -102,7 +102,7 @@ class LiveClient:
         concurrency: int = CONCURRENCY,
         cassette: Cassette | None = None,
     ) -> None:
-        hooks = {"request": [self._before_attempt], "response": [self._after_answer]}
+        hooks: dict[str, list[Any]] = {"request": [self._before_attempt], "response": [self._after_answer]}
         self._openai, self._sdk = open_sdk(base_url, api_key, timeout, retries, **hooks)
         self.price, self.timeout, self.retries, self.concurrency = price, timeout, retries, concurrency
         self.budget_usd, self.cassette = budget_usd, Cassette(None) if cassette is None else cassette
@@ -110,7 +110,7 @@ class LiveClient:
         self._thread = threading.local()  # the call of each thread, for the hooks
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        """Reply as `ChatClient` says.
+        """Complete a chat, as of `ChatClient`.
 
         Raises:
             ConfigError: the model's price is not known; nothing was sent.

@@ -29,7 +29,7 @@ class CutOffReply(ReplyError):
 
 
 class Refusal(ReplyError):
-    """The model declines or speaks of itself."""
+    """The model declines, or refers to itself."""
 
 
 class MissingLabel(ReplyError):
@@ -57,7 +57,7 @@ class NotADescription(ReplyError):
 
 
 class StrayMarker(ReplyError):
-    """The text holds the image marker, which a record may hold only once, where the image stands."""
+    """The text holds the image marker, which a record holds once, at the position of the image."""
 
 
 _LABEL = re.compile(r"^\s*\**(question|answer)\**\s*:\**[ \t]*", re.IGNORECASE)
@@ -89,7 +89,7 @@ def parse_dialogue(text: str, finish_reason: str = "stop") -> list[tuple[str, st
         (question, answer) per turn.
 
     Raises:
-        ReplyError: the reply is not of the format; the subclass says how.
+        ReplyError: the reply is not of the format; the subclass names the error.
     """
     turns: list[tuple[str, str]] = []
     question: str | None = None

@@ -72,10 +72,7 @@ def plan(
 
 
 def estimate(
-    requests: Iterable[ChatRequest],
-    prices: Mapping[str, Price] = PRICES,
-    concurrency: int = 8,
-    tokens_per_second: float = TOKENS_PER_SECOND,
+    requests: Iterable[ChatRequest], prices: Mapping[str, Price] = PRICES, concurrency: int = 8
 ) -> dict[str, Any]:
     """Estimate the cost of requests.
 
@@ -83,7 +80,6 @@ def estimate(
         requests: repeated ones count once.
         prices: USD per million tokens of prompt and completion by model.
         concurrency: requests under way at once.
-        tokens_per_second: of one reply.
 
     Returns:
         requests; tokens (prompt and completion, expected); usd (expected); usd_most (every reply as long as allowed,
@@ -92,22 +88,18 @@ def estimate(
     Raises:
         ConfigError: the price of a model is not known.
     """
-    tokens, usd, most, seconds, seen = [0, 0], 0.0, 0.0, 0.0, set()
-    for request in requests:
-        if request.key in seen:
-            continue
-        seen.add(request.key)
-        price, expected = price_of(request.model, prices), request.expected_tokens()
-        tokens = [tokens[0] + expected[0], tokens[1] + expected[1]]
-        usd += cost_usd(expected, price)
-        most += cost_usd(request.most_tokens(), price)
-        seconds += expected[1] / tokens_per_second
+    wanted = list({request.key: request for request in requests}.values())
+    price = {model: price_of(model, prices) for model in {request.model for request in wanted}}
+    expected = [request.expected_tokens() for request in wanted]
+    prompt, reply = (sum(tokens[k] for tokens in expected) for k in (0, 1))
+    usd = sum(cost_usd(tokens, price[request.model]) for request, tokens in zip(wanted, expected, strict=True))
+    usd_most = sum(cost_usd(request.most_tokens(), price[request.model]) for request in wanted)
     return {
-        "requests": len(seen),
-        "tokens": {"prompt": tokens[0], "completion": tokens[1], "total": sum(tokens)},
+        "requests": len(wanted),
+        "tokens": {"prompt": prompt, "completion": reply, "total": prompt + reply},
         "usd": round(usd, 4),
-        "usd_most": round(most, 4),
-        "hours": round(seconds / max(concurrency, 1) / 3600, 4),
+        "usd_most": round(usd_most, 4),
+        "hours": round(reply / TOKENS_PER_SECOND / max(concurrency, 1) / 3600, 4),
     }
 
 

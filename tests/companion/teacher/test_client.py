@@ -174,12 +174,12 @@ def test_without_the_sdk_the_error_names_the_package(
 
 def test_an_estimate_counts_each_request_once_and_bounds_it() -> None:
     long = ChatRequest([{"role": "user", "content": "word " * 800}], "gpt-4", max_tokens=1000)
-    said = estimate([long, long, REQUEST], concurrency=2, tokens_per_second=10)
+    said = estimate([long, long, REQUEST], concurrency=2)
     assert said["requests"] == 2
     assert said["tokens"] == {"prompt": 1004 + 16, "completion": 305, "total": 1325}
     assert said["usd"] == pytest.approx(cost_usd((1020, 305), (30, 60)), abs=1e-4)
     assert said["usd_most"] > cost_usd((4000, 1005), (30, 60))
-    assert said["hours"] == pytest.approx(305 / 10 / 2 / 3600, abs=1e-4)
+    assert said["hours"] == pytest.approx(305 / 20 / 2 / 3600, abs=1e-4)
     assert estimate([])["usd"] == 0
     with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give price="):
         estimate([ChatRequest(MESSAGES, "mine")])
