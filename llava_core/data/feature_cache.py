@@ -1,9 +1,8 @@
-"""What a frozen tower makes of images, computed once and kept on disk, mapped into memory.
+"""Features of the frozen vision tower, computed once per image and memory-mapped from disk.
 
-The tower is frozen in both stages, so its features are the same in every epoch, for every sample of an image and in
-every ablation. They are kept in the dtype that the tower ran in: anything coarser would change the gradients.
-
-An image is known by its bytes; tower, layer and preprocessing name the folder.
+The tower is frozen in both stages, so the features of an image are equal in every epoch, sample and ablation. They keep
+the dtype of the tower: a coarser one would change the gradients. An image is identified by the hash of its bytes;
+tower, layers and preprocessing name the folder.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ import torch
 
 from llava_core.runtime import DataError, atomic_write, fingerprint, progress, read_json, sha256_file, shown, write_json
 
-SHARD = 512  # images of one file; who kills a run loses the file that was being made
-MOST_OF_DISK = 0.5  # of what is free
+SHARD = 512  # images per file; a killed run loses the unfinished file
+MAX_DISK_FRACTION = 0.5  # of the free space
 
 _STORED = {torch.bfloat16: np.uint16}  # numpy has no bf16: its bits
 
 
 class FeatureCache:
-    """Features of images in files of `SHARD` images.
+    """Features of images, `SHARD` images per file.
 
     Args:
-        folder: where the caches of all towers lie.
-        facts: whatever the features depend on but the image: tower, layers, preprocessing, dtype.
+        folder: parent folder of all caches.
+        facts: what the features depend on, apart from the image: tower, layers, preprocessing, dtype.
         shape: (layers, P, D) of one image.
         dtype: of the features.
     """
@@ -40,10 +39,10 @@ class FeatureCache:
     def __init__(self, folder: Path, facts: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.folder, self.shape, self.dtype = folder / fingerprint(facts), tuple(shape), dtype
         self._places: dict[str, tuple[np.ndarray, int]] = {}
-        self._names: dict[str, list[Any]] = {}
-        self._memo = self.folder / "images.json"
-        if self._memo.exists():
-            self._names = read_json(self._memo)
+        self._hashes: dict[str, list[Any]] = {}
+        self._hashes_file = self.folder / "images.json"
+        if self._hashes_file.exists():
+            self._hashes = read_json(self._hashes_file)
         for index in sorted(self.folder.glob("*.index.json")):
             self._open(index)
         if not self.folder.exists():
@@ -62,54 +61,54 @@ class FeatureCache:
         self._places |= {key: (features, k) for k, key in enumerate(keys)}
 
     def key(self, image: Path) -> str:
-        """SHA-256 of the image's bytes, remembered by its size and time."""
-        found = os.stat(image)
-        stamp = [found.st_size, found.st_mtime_ns]
-        known = self._names.get(str(image))
+        """SHA-256 of the image's bytes; recomputed if its size or time has changed."""
+        status = os.stat(image)
+        stamp = [status.st_size, status.st_mtime_ns]
+        known = self._hashes.get(str(image))
         if known is None or known[:2] != stamp:
-            known = self._names[str(image)] = [*stamp, sha256_file(image)]
+            known = self._hashes[str(image)] = [*stamp, sha256_file(image)]
         return str(known[2])
 
     def missing(self, images: Iterable[Path]) -> list[Path]:
-        """The images, each once, whose features are not here."""
-        found = {key: image for image in dict.fromkeys(images) if (key := self.key(image)) not in self._places}
-        return list(found.values())
+        """The images without cached features, each once."""
+        missing = {key: image for image in dict.fromkeys(images) if (key := self.key(image)) not in self._places}
+        return list(missing.values())
 
     def bytes_per_image(self) -> int:
         """Size of one image's features."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def room(self, images: int) -> str | None:
-        """Why the disk does not hold the features of so many further images, or None."""
+    def disk_shortage(self, images: int) -> str | None:
+        """Why the disk cannot hold the features of so many more images, or None."""
         need, free = images * self.bytes_per_image(), shutil.disk_usage(self.folder).free
-        if need <= MOST_OF_DISK * free:
+        if need <= MAX_DISK_FRACTION * free:
             return None
         return (
-            f"features of {images} images need {need / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB that are free "
-            f"{MOST_OF_DISK:.0%} may be used"
+            f"features of {images} images need {need / 2**30:.1f} GiB; of the {free / 2**30:.1f} GiB of free space "
+            f"{MAX_DISK_FRACTION:.0%} may be used"
         )
 
     def fill(self, images: Sequence[Path], compute: Callable[[Sequence[Path]], torch.Tensor]) -> int:
-        """Compute and keep what is missing.
+        """Compute and store missing features.
 
         Args:
-            images: their files.
-            compute: gives the features (n, layers, P, D) of n images.
+            images: image files.
+            compute: features (n, layers, P, D) of n images.
 
         Returns:
-            How many were computed.
+            Number of computed images.
         """
         missing = self.missing(images)
         if missing:
             with progress(len(missing), "features of images", unit=" images") as bar:
                 for begin in range(0, len(missing), SHARD):
-                    some = missing[begin : begin + SHARD]
-                    self._keep([self.key(image) for image in some], compute(some))
-                    bar.update(len(some))
-        atomic_write(self._memo, json.dumps(self._names, separators=(",", ":")))
+                    shard = missing[begin : begin + SHARD]
+                    self._store([self.key(image) for image in shard], compute(shard))
+                    bar.update(len(shard))
+        atomic_write(self._hashes_file, json.dumps(self._hashes, separators=(",", ":")))
         return len(missing)
 
-    def _keep(self, keys: list[str], features: torch.Tensor) -> None:
+    def _store(self, keys: list[str], features: torch.Tensor) -> None:
         array = features.detach().cpu()
         stored = array.view(torch.uint16).numpy() if self.dtype in _STORED else array.numpy()
         buffer = io.BytesIO()
@@ -117,15 +116,16 @@ class FeatureCache:
         name = fingerprint(keys)
         atomic_write(self.folder / f"{name}.npy", buffer.getvalue())
         index = self.folder / f"{name}.index.json"
-        write_json(index, keys)  # last: without its index a file counts as absent
+        write_json(index, keys)  # last: a file without an index does not count
         self._open(index)
 
     def get(self, images: Sequence[Path], layer: int = 0) -> torch.Tensor:
-        """Features (n, P, D) of images that are here, of one of the layers kept.
+        """Features (n, P, D) of cached images from one of the cached layers.
 
         Raises:
-            KeyError: an image is not here.
+            KeyError: an image is not cached.
         """
-        found = np.stack([features[k][layer] for features, k in (self._places[self.key(i)] for i in images)])
-        tensor = torch.from_numpy(found)
+        places = [self._places[self.key(image)] for image in images]
+        stacked = np.stack([features[k][layer] for features, k in places])
+        tensor = torch.from_numpy(stacked)
         return tensor.view(self.dtype) if self.dtype in _STORED else tensor

@@ -1,6 +1,6 @@
-"""One image path for training, evaluation, demo and export: read, orient, crop, normalise.
+"""Image reading and preprocessing for training, evaluation, demo and export.
 
-The settings are stored in every checkpoint's manifest; nothing else decides what the model sees.
+The settings are stored in every checkpoint's manifest.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from llava_core.registry import unknown
 from llava_core.runtime import DataError, shown
 
 MAX_PIXELS = 89_478_485
-"""An image of more pixels is refused by its header, before it is decoded. It is the number from which Pillow warns of a
-decompression bomb, so an accepted image never raises that warning; decoded it takes 341 MiB."""
+"""Larger images are refused by their header. At this number Pillow warns of a decompression bomb; decoded it takes 341
+MiB."""
 
 MAX_ASPECT = 200
-"""An image longer than so many times its other side is refused: its short side scaled to the model's, a 30,000 x 1
-strip would take 6 GB, of which the crop shows nothing. (Qwen2-VL draws the same line.)"""
+"""Maximum aspect ratio, as in Qwen2-VL: resized by its short side, a 30,000 x 1 image would take 6 GB."""
 
 MAX_SIZE = 4096
 """Largest `ImageProcessor.size`."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""What is read, told by content, not by the file's name. Pillow knows more, but some of those start a program (EPS)."""
+"""Accepted formats, identified by content. Pillow knows more, but some of those start a program (EPS)."""
 
 _OTHER_CONTENT = {
     b"<!doctype html": ("a web page", "the link answered with a page; download the image again"),
@@ -68,23 +67,18 @@ def _error(name: str, reason: str, fix: str = "download or write it again", miss
 
 
 def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
-    """Read an image completely: its first frame, upright by its EXIF tag, in 8-bit RGB.
+    """Decode an image: first frame, EXIF orientation applied, 8-bit RGB.
 
-    Transparency is put on white (as CLIPImageProcessor does since transformers 5.21; the color under it is arbitrary),
-    16-bit grey keeps its high byte, CMYK is converted without its color profile, and a wrong file name extension does
-    not matter. Damage that a decoder passes over in silence (a flipped bit inside a JPEG) cannot be noticed.
+    Transparency becomes white, as in CLIPImageProcessor since transformers 5.21. 16-bit grey keeps its high byte. CMYK
+    is converted without its color profile. A decoder does not notice every damage, such as a flipped bit in a JPEG.
 
     Args:
-        source: a path, the content of a file (an upload), or an open binary file, which is read to its end.
-        name: how messages call the image; by default its path.
-
-    Returns:
-        The RGB image, with nothing left to be read from the file.
+        source: a path, the bytes of a file, or an open binary file.
+        name: the image's name for errors; default: its path.
 
     Raises:
-        ImageError: a DataError: the file is missing, no image of `FORMATS`, cut off or damaged, larger than
-            `MAX_PIXELS`, longer than `MAX_ASPECT`, or of values without a defined brightness; the message names the
-            file and the fix.
+        ImageError: the file is missing, has none of `FORMATS`, is cut off or damaged, exceeds `MAX_PIXELS` or
+            `MAX_ASPECT`, or its values have no defined brightness.
     """
     with _opened(source, name) as (image, name):
         return _rgb(_upright(image), name)
@@ -95,25 +89,22 @@ def check_image(source: ImageSource, name: str | None = None, decode: bool = Tru
 
     Args:
         source, name: as for `load_image`.
-        decode: read the image to its end; without it only the file's existence and its header are looked at.
-
-    Raises:
-        ImageError: the image cannot be used.
+        decode: decode the image; otherwise only the file's existence and its header are checked.
     """
     with _opened(source, name) as (image, name):
         if decode:
-            image.draft("RGB", (1, 1))  # a JPEG is still read to its end, but its pixels need not be computed
+            image.draft("RGB", (1, 1))  # reads a JPEG to its end without computing all pixels
             _rgb(_upright(image), name)
 
 
 @contextmanager
 def _opened(source: ImageSource, name: str | None) -> Iterator[tuple[Image.Image, str]]:
-    """Yield the image, of which only the header was read and found usable, and its name; name what goes wrong."""
+    """The image with a checked header, not decoded, and its name; all errors become `ImageError`."""
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     name = name or ("the image" if path is None else shown(path))
     too_large = _error(name, f"has more than {MAX_PIXELS:,} pixels", "make it smaller")
     try:
-        if path is not None and not path.is_file():  # a pipe would be waited for without end
+        if path is not None and not path.is_file():  # reading a pipe would block
             reason = "is a folder or a device, not a file" if path.exists() else "there is no such image"
             raise _error(name, reason, "check the image folder of the data set", missing=True)
         with _binary(source) as file:
@@ -148,8 +139,8 @@ def _binary(source: ImageSource) -> BinaryIO:
 
 
 def _identified(file: BinaryIO) -> Image.Image:
-    """Image.open under our limit of pixels, whatever this process set for Pillow."""
-    Image.init()  # otherwise only half of the formats are known
+    """`Image.open` with our limit of pixels, whatever limit this process set for Pillow."""
+    Image.init()  # registers all formats
     formats = [name for name in FORMATS if name in Image.OPEN]  # older Pillows have no AVIF
     with _PILLOW_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
@@ -169,9 +160,9 @@ def _check_shape(image: Image.Image, name: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Decode the image, then turn it as its EXIF tag says; an unreadable tag turns nothing."""
+    """Decode the image and apply its EXIF orientation, if it is readable."""
     image.load()
-    with suppress(Exception):  # the readers of metadata raise as many kinds as those of pixels
+    with suppress(Exception):  # Pillow's readers of metadata raise many kinds of errors
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
@@ -179,7 +170,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     """8-bit RGB as `load_image` documents it."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # Pillow would clip at 255 and show almost everything white; of 16-bit colors it, too, keeps the high byte
+        # Pillow would clip at 255; of 16-bit colors it keeps the high byte, too
         grey = np.asarray(image, dtype=np.int32) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -195,14 +186,13 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Image to pixel values, as CLIPImageProcessor does it (resize by bicubic, crop the center, scale, normalise).
+    """Preprocessing of CLIPImageProcessor: bicubic resize, center crop, rescale, normalise.
 
-    The pixels are those of transformers' PIL backend, bit for bit. Its torchvision backend, which transformers prefers
-    where torchvision is installed, resizes otherwise: of photographs and drawings about 0.2 % of the
-    values differ, nearly all by 1 of 255.
+    Pixels equal those of transformers' PIL backend bitwise. Its torchvision backend resizes differently: about 0.2 % of
+    the values differ, nearly all by 1 of 255.
 
     Attributes:
-        size: width and height of the result in pixels.
+        size: width and height of the result.
         mode: "crop" (the paper: shortest side to `size`, center crop), "pad" (square canvas of the mean color) or
             "resize".
         mean, std: per channel, on the 0-1 scale.
@@ -229,13 +219,10 @@ class ImageProcessor:
             raise DataError(f"image settings: std is {self.std}; give numbers above 0")
 
     def visible(self, image: Image.Image) -> Image.Image:
-        """The (size, size) RGB image that the model sees.
-
-        Args:
-            image: what `load_image` returns; other images are converted as it does.
+        """The (size, size) RGB image before rescaling and normalisation.
 
         Raises:
-            ImageError: the image has no pixels or is longer than `MAX_ASPECT`.
+            ImageError: the image has no pixels or exceeds `MAX_ASPECT`.
         """
         _check_shape(image, "the image")
         image = image if image.mode == "RGB" else _rgb(image, "the image")
@@ -244,16 +231,16 @@ class ImageProcessor:
         if self.mode == "resize":
             return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         short, long = sorted(image.size)
-        scaled = (self.size, int(self.size * long / short))  # cut off, not rounded: so does transformers
+        scaled = (self.size, int(self.size * long / short))  # truncated, as in transformers
         width, height = scaled if image.width <= image.height else scaled[::-1]
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
 
     def _padded(self, image: Image.Image) -> Image.Image:
-        """The square canvas resized, without ever holding it: of a 30,000 x 3,000 image it would take 3.4 GiB.
+        """The resized square canvas, computed in strips of rows: for 30,000 x 3,000 pixels it would take 3.4 GiB.
 
-        Pillow resizes the rows, each for itself, and then the columns; so strips of rows give the same pixels.
+        Pillow resizes each row and then each column, so the pixels are the same.
         """
         fill = tuple(int(value * 255) for value in self.mean)
         side = max(image.size)
@@ -282,10 +269,10 @@ class ImageProcessor:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> ImageProcessor:
-        """Inverse of `to_dict`; every field is named, none is guessed.
+        """Inverse of `to_dict`; all fields are required.
 
         Raises:
-            DataError: a field is missing, unknown, of another type or outside its range; the message names it.
+            DataError: a field is missing, unknown, of another type or outside its range.
         """
         if not isinstance(settings, Mapping):
             raise DataError(f"image settings: expected an object with fields, not {settings!r}")
@@ -321,10 +308,10 @@ class ImageProcessor:
 
     @classmethod
     def from_hf(cls, settings: Mapping[str, Any]) -> ImageProcessor:
-        """Read a `preprocessor_config.json` of transformers; what is absent or null has CLIPImageProcessor's default.
+        """Settings from a `preprocessor_config.json`; absent or null fields have CLIPImageProcessor's defaults.
 
         Raises:
-            DataError: a setting that would give other pixels than ours, or one whose effect is not known; it is named.
+            DataError: a setting that would change the pixels or whose effect is unknown.
         """
         if not isinstance(settings, Mapping):
             raise DataError(f"preprocessor config: expected an object with fields, not {settings!r}")
@@ -382,7 +369,7 @@ def _not_ours(name: str, value: Any, expected: str) -> DataError:
 
 
 def _hf_side(name: str, value: Any) -> tuple[int, bool]:
-    """Side of a size in one of transformers' notations, and whether it is the shortest edge's."""
+    """Side of a size in one of transformers' notations, and whether it is that of the shortest edge."""
     keys = set(value) if isinstance(value, Mapping) else None
     if keys == {"shortest_edge"}:
         side, is_edge = value["shortest_edge"], True

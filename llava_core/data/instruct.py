@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Record:
-    """A parsed record and its place in the file.
-
-    Attributes:
-        line: line on which the record starts, from 1; of parquet, the row; None for a record of no file.
-        position: index of the record, from 0.
-        value: what JSON or parquet holds there.
-    """
+    """A parsed record, its line (of parquet: row) from 1, and its index from 0."""
 
     line: int | None
     position: int
@@ -64,7 +59,7 @@ class Problem:
     """One defect of a data file.
 
     Attributes:
-        line: as in `Record`; of a syntax error, its own line; None for the file.
+        line: line of the record or syntax error (of parquet: row), from 1; None for the file.
         record: the record's label; None for the file.
         kind: a key of `companion.data_tools.check.PROBLEM_KINDS`.
         message: the defect and its remedy.
@@ -290,25 +285,23 @@ class ImageFolder:
 
     Args:
         path: the folder.
-        decode: decode the images; otherwise only missing files and wrong headers are noticed.
+        decode: as for `image_fault`.
 
     Raises:
         DataError: there is no such folder.
     """
 
     def __init__(self, path: str | Path, decode: bool = True) -> None:
-        self.path, self.decode = Path(path), decode
-        self._faults: dict[str, tuple[str, str] | None] = {}
+        self.path = Path(path)
         if not self.path.is_dir():
             raise DataError(f"{shown(self.path)}: no such folder; give the folder that the records' images lie in")
+        self._fault = lru_cache(maxsize=None)(lambda name: image_fault(self.path / name, decode))
 
     def problem(self, name: str) -> tuple[str, str] | None:
         """(kind, message) if the image cannot be used, else None."""
-        if name not in self._faults:
-            fault = image_fault(self.path / name, self.decode)
-            message = fault and f"image {shown(self.path / name)}: {fault[1]}; restore the file or remove the record"
-            self._faults[name] = fault and (fault[0], str(message))
-        return self._faults[name]
+        if (fault := self._fault(name)) is None:
+            return None
+        return fault[0], f"image {shown(self.path / name)}: {fault[1]}; restore the file or remove the record"
 
 
 def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:

@@ -160,7 +160,7 @@ def open_features(
     }  # fmt: skip
     shape = (len(CACHED_LAYERS), loaded.model.n_image_tokens, tower.config.hidden_size)
     cache = FeatureCache(resolve(FEATURES), facts, shape, dtype)
-    if (reason := cache.room(len(cache.missing(images)))) is not None:
+    if (reason := cache.disk_shortage(len(cache.missing(images)))) is not None:
         sys.stderr.write(f"images go through the tower at every use: {reason}\n")
         return None
 

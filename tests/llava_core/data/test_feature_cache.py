@@ -90,13 +90,13 @@ def test_a_killed_run_loses_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, torch.float32).missing(paths) == paths[4:]
 
 
-def test_no_room_is_told_in_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_shortage_names_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FeatureCache(tmp_path / "kept", {"tower": "a"}, (2, 256, 1024), torch.bfloat16)
     assert cache.bytes_per_image() == 2**20
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, 300 * 2**30))
-    assert cache.room(100_000) is None
-    assert cache.room(595_375) == (
-        "features of 595375 images need 581.4 GiB, of 300.0 GiB that are free 50% may be used"
+    assert cache.disk_shortage(100_000) is None
+    assert cache.disk_shortage(595_375) == (
+        "features of 595375 images need 581.4 GiB; of the 300.0 GiB of free space 50% may be used"
     )
 
 
