@@ -45,7 +45,7 @@ def _show_problems(result: Result) -> str:
 
 
 def _audit(args: argparse.Namespace) -> Result:
-    from companion.data_tools.audit import CARD, TWIN, audit_file, write_card
+    from companion.data_tools.data_card import CARD, TWIN, audit_file, write_card
     from companion.data_tools.folders import generated_folder
 
     audit = audit_file(args.file, args.annotations, args.images)

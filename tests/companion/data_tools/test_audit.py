@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from companion import cli
-from companion.data_tools import audit, phrases
-from companion.data_tools.audit import Fault, audit_file, card_text, find_faults, near_duplicates, write_card
+from companion.data_tools import data_card, phrases
+from companion.data_tools.audit import LEAK, Fault, find_faults, near_duplicates
 from companion.data_tools.coco import AnnotatedImage, load_annotations
+from companion.data_tools.data_card import audit_file, card_text, write_card
 from companion.data_tools.objects import Vocabulary, plural, unsupported
 from companion.data_tools.verbs import BARE, NONE, PAIR, root_verbs
 from llava_core.data.instruct import Sample
@@ -82,7 +83,7 @@ def test_dialogues_that_nearly_agree_name_the_earlier_record() -> None:
 )
 def test_a_leak_is_found_with_its_record(leak: str, text: str) -> None:
     faults = find_faults([sample("1", ("What is it?", "A dog.")), sample("2", ("What is it?", text))])
-    hit = [fault for fault in faults if fault.name.startswith(audit.LEAK) and fault.total]
+    hit = [fault for fault in faults if fault.name.startswith(LEAK) and fault.total]
     assert len(hit) == 1
     assert leak in hit[0].name
     assert (hit[0].total, hit[0].examples[0]["record"]) == (1, "2")
@@ -100,13 +101,13 @@ def test_a_leak_is_found_with_its_record(leak: str, text: str) -> None:
 )
 def test_what_only_resembles_a_leak_is_none(text: str) -> None:
     faults = find_faults([sample("1", (text, text))])
-    assert sum(fault.total for fault in faults if fault.name.startswith(audit.LEAK)) == 0
+    assert sum(fault.total for fault in faults if fault.name.startswith(LEAK)) == 0
 
 
 def test_a_request_for_a_caption_is_no_leak() -> None:
     wanted = "Give this image a caption."
     faults = find_faults([sample("1", (wanted, "A dog.")), sample("2", ("Why that caption?", "A dog."))])
-    assert named(faults, f"{audit.LEAK} a word on captions").examples[0]["record"] == "2"
+    assert named(faults, f"{LEAK} a word on captions").examples[0]["record"] == "2"
 
 
 # ------------------------------------------------------------------------------------------------ objects
@@ -321,10 +322,10 @@ def test_the_card_holds_what_was_measured_and_nothing_of_the_day_it_is_written(
 def test_a_card_of_others_or_of_another_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phrases, "SPACY_MODELS", ())
     result = audit_file(chat(tmp_path))
-    (tmp_path / audit.CARD).write_text("# Another's")
+    (tmp_path / data_card.CARD).write_text("# Another's")
     with pytest.raises(DataError, match="somebody else"):
         write_card(result, tmp_path)
-    assert (tmp_path / audit.CARD).read_text() == "# Another's"
+    assert (tmp_path / data_card.CARD).read_text() == "# Another's"
     write_card(result, tmp_path / "own")
     write_card(result, tmp_path / "own")
     with pytest.raises(DataError, match=r"the card of chat\.json"):
@@ -349,10 +350,10 @@ def test_the_command_writes_the_card_beside_the_file(
     assert cli.main(["data", "audit", str(path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["records"] == 2
-    assert (tmp_path / audit.CARD).is_file()
+    assert (tmp_path / data_card.CARD).is_file()
     assert cli.main(["data", "audit", str(path), "--out", str(tmp_path / "there")]) == 0
     assert "2 of        4 texts    a text with a word on captions" in capsys.readouterr().out
-    assert (tmp_path / "there" / audit.TWIN).is_file()
+    assert (tmp_path / "there" / data_card.TWIN).is_file()
     path.write_text("[{}]")
     assert cli.main(["data", "audit", str(path)]) == 1
     assert "chat.json" in capsys.readouterr().err

@@ -1,0 +1,279 @@
+"""The data card of a file of instruction records: `llava data audit`."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from companion.data_tools.audit import Fault, find_faults, kind_rows, questions_of
+from companion.data_tools.coco import load_annotations
+from companion.data_tools.verbs import Verbs, root_verbs
+from llava_core.data.instruct import Sample, load_instruct
+from llava_core.runtime import (
+    ConfigError,
+    DataError,
+    atomic_write,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    shown,
+    write_json,
+)
+
+CARD, TWIN = "DATA_CARD.md", "audit.json"
+_LIMITS_FILE = Path(__file__).with_name("data_card_limits.txt")
+MAKER = "llava data audit"  # in the twin: marks the card as written by this project
+
+_RELEASED = {
+    "about": "LLaVA-Instruct, as released with the paper",
+    "license": "CC BY NC 4.0; the texts come from GPT-4, so OpenAI's terms of use hold too",
+    "images": "COCO 2014, named as in COCO 2017; each image under the license that COCO's files name for it",
+}
+RELEASED = dict.fromkeys(
+    (
+        "llava_instruct_150k.json", "llava_instruct_80k.json", "conversation_58k.json", "detail_23k.json",
+        "complex_reasoning_77k.json",
+    ),
+    _RELEASED,
+)  # fmt: skip
+"""Facts about the released files by their names.
+
+Source: the model and data cards of LLaVA v1.
+"""
+
+
+def audit_file(
+    path: str | Path,
+    annotations: str | Path | None = None,
+    images: str | Path | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Audit a file of instruction records.
+
+    Args:
+        path: LLaVA-Instruct JSON, JSONL or parquet.
+        annotations: captions and boxes of the images, as for `load_annotations`; None: objects are not checked.
+        images: folder of the images; None: no image is opened.
+        cache: folder of the parser's cache.
+
+    Returns:
+        The result of `summary`. Without a parser, root verbs are left out and `verbs_missing` says why.
+
+    Raises:
+        DataError: the file has problems, or the annotations are of other images.
+    """
+    path, folder = Path(path), Path(images) if images is not None else None
+    samples = load_instruct(path, folder)
+    faults = find_faults(samples, None if annotations is None else load_annotations(annotations), folder)
+    try:
+        verbs, missing = root_verbs(questions_of(samples), path, cache), None
+    except ConfigError as error:
+        verbs, missing = None, str(error)
+    result = summary(path, samples, faults, verbs, annotations)
+    return result | ({"verbs_missing": missing} if missing else {})
+
+
+def summary(
+    path: Path,
+    samples: Sequence[Sample],
+    faults: Sequence[Fault],
+    verbs: Mapping[str, Verbs] | None,
+    annotations: str | Path | None = None,
+    tokens: Mapping[str, Mapping[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Facts and numbers of a data set, from which its card is written.
+
+    Args:
+        path: the audited file; `provenance.jsonl` and `failures.jsonl` of `llava generate` are read from its folder.
+        samples: its records.
+        faults: from `find_faults`.
+        verbs: from `root_verbs`, or None.
+        annotations: source of the annotations; a `card.json` there names the images' license.
+        tokens: kind -> numbers on the length of its token sequences.
+
+    Returns:
+        A JSON object: maker, file, sha256, annotations, records, images, turns, source, teacher (None without a log),
+        kinds, tokens, faults and verbs.
+    """
+    log = path.parent / "provenance.jsonl"
+    rows = [row for row in read_jsonl(log) if isinstance(row, dict) and "request" in row] if log.is_file() else []
+    failures = path.parent / "failures.jsonl"
+    return {
+        "maker": MAKER,
+        "file": _portable(path),
+        "sha256": sha256_file(path),
+        "annotations": None if annotations is None else _portable(Path(annotations)),
+        "records": len(samples),
+        "images": len({sample.image for sample in samples} - {None}),
+        "turns": sum(len(sample.turns) for sample in samples),
+        "source": _source(path, annotations, bool(rows)),
+        "teacher": _teacher(rows, len(read_jsonl(failures)) if failures.is_file() else 0) if rows else None,
+        "kinds": kind_rows(samples),
+        "tokens": None if tokens is None else {kind: dict(numbers) for kind, numbers in tokens.items()},
+        "faults": [fault.row() for fault in faults],
+        "verbs": None
+        if verbs is None
+        else {
+            kind: {**found.found, "pairs": [[*pair, n] for pair, n in found.pairs.items()]}
+            for kind, found in verbs.items()
+        },
+    }
+
+
+def _portable(path: Path) -> str:
+    """A path for the card: relative to the repository, or only the name."""
+    return path.name if Path(shown(path.absolute())).is_absolute() else shown(path.absolute())
+
+
+def _source(path: Path, annotations: str | Path | None, logged: bool) -> dict[str, str]:
+    """Origin and licenses of texts and images."""
+    unknown = "not stated in the file; ask whoever made it"
+    source = {"about": unknown, "license": unknown, "images": unknown}
+    if logged:
+        source["about"] = "written by a teacher that read captions and boxes; each of its replies is logged"
+        source["license"] = "that of the captions and boxes, and the terms of the teacher named below"
+    elif path.name in RELEASED:
+        source = dict(RELEASED[path.name])
+    place = None if annotations is None else Path(annotations)
+    cards = [folder / "card.json" for folder in (place, place.parent, place.parent.parent)] if place else []
+    card: Any = next((read_json(file) for file in cards if file.is_file()), {})
+    if isinstance(card, dict) and {"name", "about", "license"} <= card.keys():
+        source["images"] = f"{card['name']}: {card['about']} License: {card['license']}"
+    return source
+
+
+def _teacher(rows: Sequence[Mapping[str, Any]], failures: int) -> dict[str, Any]:
+    """Numbers of the log of requests."""
+
+    def different(key: str) -> list[Any]:
+        return sorted({str(row[key]) for row in rows if row.get(key) is not None})
+
+    prompts: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        prompts[str(row.get("type"))].add(str(row.get("prompt")))
+    dates = different("date")
+    sums = {key: sum(row.get(key) or 0 for row in rows) for key in ("prompt_tokens", "completion_tokens", "cost_usd")}
+    return {
+        "models": dict(sorted(Counter(str(row.get("model")) for row in rows).items())),
+        "asked_for": different("asked_model"),
+        "clients": different("client"),
+        "replies": len(rows),
+        "refused_replies": failures,
+        **sums,
+        "usd_per_million_tokens": sorted({tuple(row["price"]) for row in rows if row.get("price")}),
+        "temperature": different("temperature"),
+        "prompts": {kind: sorted(versions) for kind, versions in sorted(prompts.items())},
+        "dates": [dates[0], dates[-1]] if dates else None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the card
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *([_number(v) for v in row.values()] for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
+
+
+def card_text(audit: Mapping[str, Any]) -> str:
+    """The data card, as Markdown, from the result of `summary` or `audit_file`."""
+    source, teacher, faults = audit["source"], audit["teacher"], audit["faults"]
+    dates = teacher and teacher["dates"]
+    facts = {
+        "what": source["about"],
+        "size": f"{audit['records']:,} records, {audit['turns']:,} turns, {audit['images']:,} images",
+        "images": source["images"],
+        "license": source["license"],
+        "file": f"`{audit['file']}`, SHA-256 `{audit['sha256'][:16]}`",
+        "date": " to ".join(dict.fromkeys(date[:10] for date in dates)) if dates else "not recorded",
+    }
+    lines = ["# Data card", "", *_table([{"": key, " ": text} for key, text in facts.items()])]
+    lines += ["## What is in it", "", *_table(audit["kinds"])]
+    if audit["tokens"]:
+        lines += ["Tokens per record:", "", *_table([{"kind": k, **row} for k, row in audit["tokens"].items()])]
+    lines += ["## How it was made", "", *_teacher_table(teacher)]
+    lines += ["## What was found", ""]
+    columns = ("fault", "found", "of", "unit", "percent")
+    lines += _table([{key: fault[key] for key in columns} for fault in faults])
+    for fault in (fault for fault in faults if fault["found"]):
+        kinds = ", ".join(f"{kind} {n['found']:,} of {n['of']:,}" for kind, n in fault["by_kind"].items())
+        first = fault["examples"][0]
+        lines.append(f"- **{fault['fault']}**: {kinds}. Such as {first['kind']} `{first['record']}`.")
+    if not any(fault["found"] for fault in faults):
+        lines.append("None of these was found.")
+    if audit["annotations"] is None:
+        lines.append("- Objects that nothing supports were not looked for: no annotations were given.")
+    lines += ["", "## What is asked", "", *_verb_table(audit), ""]
+    lines += [_LIMITS_FILE.read_text("utf-8").rstrip(), "", "## Make it again", ""]
+    command = f"llava data audit {audit['file']}"
+    command += f" --annotations {audit['annotations']}" if audit["annotations"] else ""
+    made = "Prompts' versions and requests' keys are in `provenance.jsonl`, beside the records. " * bool(teacher)
+    return "\n".join([*lines, f"{made}This card:", "", "```bash", command, "```", ""])
+
+
+def _teacher_table(teacher: Mapping[str, Any] | None) -> list[str]:
+    if teacher is None:
+        return ["No log of requests lies beside the file.", ""]
+    models = ", ".join(f"{model} ({n:,} replies)" for model, n in teacher["models"].items())
+    facts = {
+        "teacher": models,
+        "asked for": ", ".join(teacher["asked_for"]),
+        "through": ", ".join(teacher["clients"]),
+        "refused replies": teacher["refused_replies"],
+        "tokens": f"{teacher['prompt_tokens']:,} of prompts, {teacher['completion_tokens']:,} of replies",
+        "price": "; ".join(f"{a:g} and {b:g}" for a, b in teacher["usd_per_million_tokens"])
+        + " USD per million tokens of prompt and reply",
+        "paid": f"{teacher['cost_usd']:,.2f} USD",
+        "temperature": ", ".join(teacher["temperature"]),
+        "prompts": "; ".join(f"{kind} `{', '.join(keys)}`" for kind, keys in teacher["prompts"].items()),
+    }
+    return _table([{"": key, " ": value} for key, value in facts.items()])
+
+
+def _verb_table(audit: Mapping[str, Any]) -> list[str]:
+    if audit["verbs"] is None:
+        return [f"Root verbs were not looked for. {audit.get('verbs_missing', '')}".strip()]
+    rows = []
+    for kind, found in audit["verbs"].items():
+        common = ", ".join(f"{verb} {noun} ({n:,})" for verb, noun, n in found["pairs"][:5])
+        rows.append({"kind": kind, **{k: n for k, n in found.items() if k != "pairs"}, "commonest": common or "–"})
+    return _table(rows)
+
+
+def write_card(audit: Mapping[str, Any], folder: str | Path) -> list[Path]:
+    """Write `DATA_CARD.md` and its numbers, `audit.json`, into a folder.
+
+    Args:
+        audit: result of `summary` or `audit_file`.
+        folder: created if needed.
+
+    Returns:
+        The two files.
+
+    Raises:
+        DataError: the folder has a card of another project or of another file.
+    """
+    card, twin = Path(folder) / CARD, Path(folder) / TWIN
+    for file in (card, twin):
+        if file.exists() and not is_ours(twin):
+            raise DataError(f"{shown(file)}: written by somebody else, so it is not replaced; name another folder")
+    if twin.exists() and (other := read_json(twin).get("file")) != audit["file"]:
+        raise DataError(f"{shown(card)}: the card of {other}, so it is not replaced; name another folder")
+    return [write_json(twin, audit), atomic_write(card, card_text(audit))]
+
+
+def is_ours(twin: Path) -> bool:
+    """Whether a file is an `audit.json` of this project."""
+    try:
+        content = read_json(twin)
+    except DataError:
+        return False
+    return isinstance(content, dict) and content.get("maker") == MAKER
