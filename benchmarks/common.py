@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from llava_core.runtime import DataError, atomic_write, environment, shown
+from llava_core.runtime import DataError, atomic_write, display_path, environment
 
 Clock = Literal["wall", "cpu"]
 
@@ -134,7 +134,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     columns = list(rows[0])
     before = path.read_text() if path.exists() else ""
     if before and before.splitlines()[0].split(",") != columns:
-        raise DataError(f"{shown(path)}: its columns are not {', '.join(columns)}; fix: move the file away")
+        raise DataError(f"{display_path(path)}: its columns are not {', '.join(columns)}; fix: move the file away")
     return atomic_write(path, before + pd.DataFrame(rows).to_csv(index=False, header=not before))
 
 

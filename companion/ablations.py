@@ -24,7 +24,7 @@ from llava_core.record import RunRecord
 from llava_core.registry import unknown
 from llava_core.runtime import (
     ConfigError,
-    shown,
+    display_path,
 )
 from llava_core.train.launch import launch, resolve_run
 
@@ -115,7 +115,7 @@ def ablations() -> dict[str, Ablation]:
         if (section := config.ablation) is None:
             continue
         name, reference = section.name or experiment, section.reference or config.base
-        where = f"{shown(path)}, ablation"
+        where = f"{display_path(path)}, ablation"
         if reference is None or reference not in files:
             raise ConfigError(f"{where}: {unknown('reference experiment', str(reference), files)}")
         if name in found:

@@ -271,7 +271,7 @@ class RunConfig(_Strict):
     @classmethod
     def read(cls, path: str | Path) -> RunConfig:
         """Read what `write` wrote."""
-        return _validated(cls, _read_yaml(Path(path)), lambda field: runtime.shown(path))
+        return _validated(cls, _read_yaml(Path(path)), lambda field: runtime.display_path(path))
 
     def write(self, path: str | Path) -> Path:
         """Write the resolved configuration as YAML."""
@@ -296,12 +296,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
-        raise ConfigError(f"{runtime.shown(path)}: no such file") from error
+        raise ConfigError(f"{runtime.display_path(path)}: no such file") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{runtime.shown(path)}{line}: not valid YAML ({error.problem})") from error
+        raise ConfigError(f"{runtime.display_path(path)}{line}: not valid YAML ({error.problem})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{runtime.shown(path)}: expected `key: value` lines")
+        raise ConfigError(f"{runtime.display_path(path)}: expected `key: value` lines")
     return content
 
 
@@ -329,7 +329,7 @@ def _named(kind: str, name: str, files: dict[str, Path]) -> tuple[Path, dict[str
         raise ConfigError(unknown(kind, name, files))
     content = _read_yaml(files[name])
     if content.get("name") != name:
-        raise ConfigError(f"{runtime.shown(files[name])}: its `name` must be '{name}', the name of the file")
+        raise ConfigError(f"{runtime.display_path(files[name])}: its `name` must be '{name}', the name of the file")
     return files[name], content
 
 
@@ -429,14 +429,15 @@ def load_scale(name: str) -> ScaleConfig:
         ConfigError: there is no such scale, or a key or value of the file is wrong.
     """
     path, content = _named("scale", name, scales())
-    scale = _validated(ScaleConfig, content, lambda field: runtime.shown(path))
+    scale = _validated(ScaleConfig, content, lambda field: runtime.display_path(path))
     for part in scale.stand_ins:
         if part not in scale.models | scale.data:
             raise ConfigError(
-                f"{runtime.shown(path)}, stand_ins: {unknown('data set or model', part, scale.models | scale.data)}"
+                f"{runtime.display_path(path)}, stand_ins: "
+                f"{unknown('data set or model', part, scale.models | scale.data)}"
             )
     for experiment, departs in scale.departs.items():
-        where = f"{runtime.shown(path)}, departs.{experiment}"
+        where = f"{runtime.display_path(path)}, departs.{experiment}"
         if experiment != "*" and experiment not in experiments():
             raise ConfigError(f"{where}: {unknown('experiment', experiment, experiments())}")
         for field in departs.set:
@@ -456,7 +457,7 @@ def _chain(name: str) -> list[tuple[str, dict[str, Any]]]:
             raise ConfigError(f"experiments {' -> '.join([*seen, current])}: `base` goes round in a circle")
         seen.append(current)
         path, content = _named("experiment", current, files)
-        chain.append((runtime.shown(path), dict(_flatten(content, runtime.shown(path)))))
+        chain.append((runtime.display_path(path), dict(_flatten(content, runtime.display_path(path)))))
         current = content.get("base")
     return chain[::-1]
 
@@ -496,7 +497,7 @@ def load_experiment(
 
     here, why = dict(paper), {}
     first = 2 if chain[0][1]["name"] == BASE else 1  # level of the first ablation
-    scale_file = runtime.shown(scales()[scale])
+    scale_file = runtime.display_path(scales()[scale])
     for level, experiment in enumerate(["*", *(own["name"] for _, own in chain)]):
         if (departs := place.departs.get(experiment)) is None:
             continue

@@ -82,7 +82,9 @@ class RunRecord:
             DataError: the run has not finished.
         """
         if not self.finished:
-            raise DataError(f"{runtime.shown(self.path)}: the run has not finished; start it again to go on with it")
+            raise DataError(
+                f"{runtime.display_path(self.path)}: the run has not finished; start it again to go on with it"
+            )
         return dict(runtime.read_json(self.path / "summary.json"))
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -104,7 +106,7 @@ class RunRecord:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{runtime.shown(path)}, line {number}: not JSON; remove the run's folder and run again"
+                    f"{runtime.display_path(path)}, line {number}: not JSON; remove the run's folder and run again"
                 ) from error
         return rows
 

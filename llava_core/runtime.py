@@ -57,7 +57,7 @@ def resolve(path: str | Path) -> Path:
     return path if path.is_absolute() else ROOT / path
 
 
-def located(path: str | Path) -> Path:
+def user_path(path: str | Path) -> Path:
     """Return what a user typed as an absolute path: from the working folder if it is there, else as `resolve` does."""
     with contextlib.suppress(RuntimeError, OSError, ValueError):  # "~nobody", too long, NUL
         if Path(path).expanduser().exists():
@@ -66,7 +66,7 @@ def located(path: str | Path) -> Path:
     return ROOT / "no such path"
 
 
-def shown(path: str | Path) -> str:
+def display_path(path: str | Path) -> str:
     """Return `path` as a reader would type it: relative to the repository root where it lies inside."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
@@ -111,9 +111,9 @@ def _read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(f"{shown(path)}: no such file; check the path or run the step that writes it") from error
+        raise DataError(f"{display_path(path)}: no such file; check the path or run the step that writes it") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{shown(path)}: not UTF-8 text (byte {error.start}); is it the right file?") from error
+        raise DataError(f"{display_path(path)}: not UTF-8 text (byte {error.start}); is it the right file?") from error
 
 
 def read_json(path: str | Path) -> Any:
@@ -126,9 +126,11 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{shown(path)}, line {error.lineno}: not JSON ({error.msg}); write the file again") from error
+        raise DataError(
+            f"{display_path(path)}, line {error.lineno}: not JSON ({error.msg}); write the file again"
+        ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise DataError(f"{shown(path)}: not JSON that anybody wrote ({error}); write the file again") from error
+        raise DataError(f"{display_path(path)}: invalid JSON ({error}); write the file again") from error
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
@@ -145,11 +147,11 @@ def read_jsonl(path: str | Path) -> list[Any]:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{shown(path)}, line {number}: not JSON ({error.msg}); correct or remove the line"
+                    f"{display_path(path)}, line {number}: not JSON ({error.msg}); correct or remove the line"
                 ) from error
             except (ValueError, RecursionError) as error:  # as in `read_json`
                 raise DataError(
-                    f"{shown(path)}, line {number}: not JSON that anybody wrote ({error}); remove the line"
+                    f"{display_path(path)}, line {number}: invalid JSON ({error}); remove the line"
                 ) from error
     return rows
 
@@ -170,7 +172,7 @@ def sha256_file(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(f"{shown(path)}: no such file; check the path or run the step that writes it") from error
+        raise DataError(f"{display_path(path)}: no such file; check the path or run the step that writes it") from error
 
 
 def verify_files(folder: Path) -> dict[str, str]:
@@ -187,13 +189,14 @@ def verify_files(folder: Path) -> dict[str, str]:
     """
     if not (folder / "manifest.json").is_file():
         raise CheckpointError(
-            f"{shown(folder)}: no base model here; fix: `git checkout -- models`, or `llava base-models`"
+            f"{display_path(folder)}: no base model here; fix: `git checkout -- models`, or `llava base-models`"
         )
     files: dict[str, str] = read_json(folder / "manifest.json")["files"]
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256_file(folder / name) != digest:
             raise CheckpointError(
-                f"{shown(folder / name)}: missing, or its SHA-256 is not the manifest's; fix: `git checkout -- models` "
+                f"{display_path(folder / name)}: missing, or its SHA-256 is not the manifest's; fix: `git checkout -- "
+                "models` "
                 "or `llava base-models` to train it again"
             )
     return files

@@ -21,10 +21,10 @@ from llava_core.runtime import (
     CompanionError,
     DataError,
     atomic_write,
+    display_path,
     fingerprint,
     read_json,
     sha256_file,
-    shown,
     write_json,
 )
 
@@ -72,7 +72,7 @@ def _content(path: Path) -> str:
     """Return a hash of what Sphinx reads: the page with its values and chips."""
     if path.suffix not in (".md", ".ipynb"):
         return sha256_file(path)
-    return fingerprint(pages.rendered(path.read_text(encoding="utf-8"), shown(path), path.suffix == ".ipynb"))
+    return fingerprint(pages.rendered(path.read_text(encoding="utf-8"), display_path(path), path.suffix == ".ipynb"))
 
 
 def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
@@ -92,7 +92,9 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
     book, source = out.parent, out.parent.parent / "jupyter_book_config.yml"
     for path in (book / "_toc.yml", source):
         if not path.exists():
-            raise CompanionError(f"{shown(path)}: no such file, so no book can be built; take it from the repository")
+            raise CompanionError(
+                f"{display_path(path)}: no such file, so no book can be built; take it from the repository"
+            )
     present = [name for name in names if (out / f"{name}.ipynb").exists() and (out / f"{name}.json").exists()]
     missing = [name for name in names if name not in present]
     made_pages = {
@@ -139,6 +141,8 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
     if done.returncode != 0 or not first.exists():
         text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
         lines = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|Error:", line)]
-        raise CompanionError("\n".join([f"the book could not be built; the full log is {shown(log)}", *lines[:10]]))
+        raise CompanionError(
+            "\n".join([f"the book could not be built; the full log is {display_path(log)}", *lines[:10]])
+        )
     write_json(stamp, made_of)
     return first

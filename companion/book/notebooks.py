@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.config import load_scale
-from llava_core.runtime import ROOT, ConfigError, DataError, fingerprint, read_json, sha256_file, shown, verify_files
+from llava_core.runtime import (
+    ROOT,
+    ConfigError,
+    DataError,
+    display_path,
+    fingerprint,
+    read_json,
+    sha256_file,
+    verify_files,
+)
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("llava_core", "companion", "benchmarks")
@@ -89,13 +98,13 @@ def read_chapters(folder: Path) -> dict[str, Chapter]:
     for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("cells"), list):
-            raise DataError(f"{shown(path)}: not a notebook of format 4; save it again with JupyterLab")
+            raise DataError(f"{display_path(path)}: not a notebook of format 4; save it again with JupyterLab")
         tagged = [c for c in content["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
         facts = content.get("metadata", {}).get("companion", {})
         declared = [name for cell in tagged for name in _assigned(_code(cell))]
         found[path.stem] = Chapter(path.stem, path, content, list(facts.get("needs", [])), declared)
     if not found:
-        raise ConfigError(f"{shown(folder)}: no notebooks NN_name.ipynb here")
+        raise ConfigError(f"{display_path(folder)}: no notebooks NN_name.ipynb here")
 
     ordered: dict[str, Chapter] = {}
 
@@ -104,7 +113,9 @@ def read_chapters(folder: Path) -> dict[str, Chapter]:
             raise ConfigError(f"notebooks need each other in a circle: {' -> '.join([*trail, name])}")
         for need in found[name].needs:
             if need not in found:
-                raise ConfigError(f"{name} needs '{need}', which is not in {shown(folder)}; known: {', '.join(found)}")
+                raise ConfigError(
+                    f"{name} needs '{need}', which is not in {display_path(folder)}; known: {', '.join(found)}"
+                )
             visit(need, (*trail, name))
         ordered.setdefault(name, found[name])
 
@@ -162,12 +173,12 @@ def imported_code(names: Iterable[str]) -> dict[str, str]:
             if path in seen or not path.is_file():
                 continue
             seen.add(path)
-            hashes[shown(path)], more = _module(path, path.stat().st_mtime_ns)
+            hashes[display_path(path)], more = _module(path, path.stat().st_mtime_ns)
             todo.extend(name for name in more if name.partition(".")[0] in PACKAGES)
     for folder in {path.parent for path in seen}:
         for path in folder.iterdir():
             if path.suffix in (".yaml", ".json", ".txt", ".mplstyle", ".svg"):
-                hashes[shown(path)] = sha256_file(path)[:12]
+                hashes[display_path(path)] = sha256_file(path)[:12]
     return hashes
 
 
@@ -210,7 +221,7 @@ def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
     for manifest in manifests:
         verify_files(manifest.parent)
     files = [*(ROOT / "configs").rglob("*.yaml"), *manifests, *data]
-    parts = {shown(path): sha256_file(path)[:12] for path in sorted(files)}
+    parts = {display_path(path): sha256_file(path)[:12] for path in sorted(files)}
     return parts | ({"the miniature's data": "to be written"} if stale else {})
 
 
@@ -283,7 +294,7 @@ def give_parameters(
     for chapter in chapters.values():
         if missing := [name for name in fixed if name not in chapter.declared]:
             raise ConfigError(
-                f"{shown(chapter.path)}: its cell tagged 'parameters' must assign {' and '.join(missing)}; "
+                f"{display_path(chapter.path)}: its cell tagged 'parameters' must assign {' and '.join(missing)}; "
                 f"it has {', '.join(chapter.declared) or 'none'}"
             )
         own = {name: value for name, value in extra.items() if chapter.name in chosen and name in chapter.declared}

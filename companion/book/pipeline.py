@@ -31,7 +31,7 @@ from companion.book.notebooks import (
     with_needs,
 )
 from llava_core.config import load_scale
-from llava_core.runtime import ROOT, CompanionError, file_lock, read_json, shown, write_json
+from llava_core.runtime import ROOT, CompanionError, display_path, file_lock, read_json, write_json
 
 OUT = ROOT / "book" / "notebooks"
 HEARTBEAT_S = 60  # between two lines of progress where the output is not a terminal
@@ -133,7 +133,7 @@ class _Worker:
             chapter.error = str(read_json(self.error_file)["message"])
         else:
             why = f"ended with code {code}" if code > 0 else f"was ended by signal {-code} (9: often too little memory)"
-            chapter.error = f"{chapter.name}: its process {why}; see {shown(self.log)}"
+            chapter.error = f"{chapter.name}: its process {why}; see {display_path(self.log)}"
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -227,7 +227,7 @@ def _alone(out: Path) -> Iterator[None]:
             stack.enter_context(file_lock(out / ".state" / "lock", wait=False))
         except BlockingIOError:
             raise CompanionError(
-                f"another `llava reproduce` is running in {shown(out)}; wait until it has finished"
+                f"another `llava reproduce` is running in {display_path(out)}; wait until it has finished"
             ) from None
         yield
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from companion.book.notebooks import source_of, state_path
-from llava_core.runtime import ROOT, DataError, read_json, sha256_file, shown, write_json
+from llava_core.runtime import ROOT, DataError, display_path, read_json, sha256_file, write_json
 
 
 def _end_with(parent: int) -> None:
@@ -86,7 +86,7 @@ def run(spec: Mapping[str, Any]) -> int:
         message = _failure(name, part, error)
         if part.exists():
             os.replace(part, failed)
-            message += f"\nthe executed copy is {shown(failed)}"
+            message += f"\nthe executed copy is {display_path(failed)}"
         write_json(out / ".state" / f"{name}.error.json", {"message": message})
         return 1
     copy = read_json(part)

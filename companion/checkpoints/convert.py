@@ -12,7 +12,7 @@ from llava_core.checkpoints.files import atomic_folder, error_at
 from llava_core.checkpoints.formats.names import export_name
 from llava_core.checkpoints.open import FORMATS, format_named, open_checkpoint
 from llava_core.checkpoints.tensors import SHARD_BYTES
-from llava_core.runtime import CheckpointError, shown
+from llava_core.runtime import CheckpointError, display_path
 
 
 def targets() -> list[str]:
@@ -84,6 +84,6 @@ def convert(
     return {
         "layout": checkpoint.format, "to": to, "tensors": len(written.tensors), "parameters": written.parameters,
         "bytes": sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
-        "left_out": checkpoint.left_out, "notes": checkpoint.notes, "path": shown(target),
+        "left_out": checkpoint.left_out, "notes": checkpoint.notes, "path": display_path(target),
         "largest_difference": max((m.relative for m in modules), default=None),
     }  # fmt: skip

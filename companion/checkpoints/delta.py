@@ -22,7 +22,7 @@ from llava_core.checkpoints.files import atomic_folder, contained_file, error_at
 from llava_core.checkpoints.formats.original import is_delta, mm_config
 from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor, has_weights, open_folder, write_tensors
 from llava_core.checkpoints.tokenizer import copy_tokenizer
-from llava_core.runtime import CheckpointError, shown, write_json
+from llava_core.runtime import CheckpointError, display_path, write_json
 
 DELTA = "delta.json"  # our file next to the weights: the fingerprint of their base
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -119,7 +119,7 @@ def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_ru
     plan = _plan(tensors, base_tensors, source)
     fingerprint = _fingerprint(base_tensors, source, sign)
     report = {
-        "base": shown(base_folder), **plan,
+        "base": display_path(base_folder), **plan,
         "bytes": sum(t.bytes for t in tensors.values()), "fingerprint": fingerprint, "written": not dry_run,
     }  # fmt: skip
     if dry_run:

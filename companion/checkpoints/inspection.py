@@ -17,7 +17,7 @@ from llava_core.checkpoints.formats import original
 from llava_core.checkpoints.open import detect_format, open_checkpoint
 from llava_core.checkpoints.tensors import open_folder
 from llava_core.checkpoints.tokenizer import open_tokenizer
-from llava_core.runtime import CompanionError, shown
+from llava_core.runtime import CompanionError, display_path
 
 RELEASED_SYSTEMS = {  # system sentences of the released code by the first digits of their SHA-256
     "ace78a978005f68a": "Vicuna v0's, of v0 training and 1.0 inference",
@@ -43,7 +43,7 @@ def inspect(path: Path, options: Options | None = None, usage: Mapping[str, Any]
         and `problems`, a list of single lines; fields that could not be read are None.
     """
     result: dict[str, Any] = {
-        "path": shown(path), "layout": None, "parts": [], "parameters": None, "dtypes": [], "template": None,
+        "path": display_path(path), "layout": None, "parts": [], "parameters": None, "dtypes": [], "template": None,
         "system": None, "image": None, "facts": {}, "notes": [], "left_out": {}, "problems": [],
     }  # fmt: skip
     try:
@@ -91,7 +91,7 @@ def _system(text: str | None) -> str:
 
 def _check_loadable(checkpoint: Checkpoint) -> None:
     """Check that tower, weights and tokenizer fit each other, as `load` needs it."""
-    where = shown(checkpoint.path)
+    where = display_path(checkpoint.path)
     check(checkpoint.require(*MODEL_PARTS))
     if checkpoint.tokenizer is None:
         raise error_at(where, "no tokenizer (tokenizer.json or tokenizer.model); fix: copy it from the base")

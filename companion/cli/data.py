@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, positive, some_of
-from llava_core.runtime import shown
+from llava_core.runtime import display_path
 
 KINDS = ("conversation", "detail", "complex")
 FORMATS = ("QCM-LEPA", "QCM-ALE")
@@ -50,7 +50,7 @@ def _audit(args: argparse.Namespace) -> Result:
 
     audit = audit_file(args.file, args.annotations, args.images)
     folder = args.out or generated_folder(args.file.parent, CARD, TWIN)
-    return audit | {"files": [shown(file) for file in write_card(audit, folder)]}
+    return audit | {"files": [display_path(file) for file in write_card(audit, folder)]}
 
 
 def _show_audit(result: Result) -> str:
@@ -70,7 +70,10 @@ def _scienceqa(args: argparse.Namespace) -> Result:
     from companion.data_tools.scienceqa import write_training_files
 
     counts = write_training_files(args.folder, args.formats)
-    return {"records": sum(counts.values()), "files": {shown(args.folder / name): n for name, n in counts.items()}}
+    return {
+        "records": sum(counts.values()),
+        "files": {display_path(args.folder / name): n for name, n in counts.items()},
+    }
 
 
 def _formats(text: str) -> list[str]:

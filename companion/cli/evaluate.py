@@ -7,7 +7,7 @@ from pathlib import Path
 
 from companion.cli import llava_bench
 from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, loaded, names
-from llava_core.runtime import ROOT, CompanionError, DataError, shown
+from llava_core.runtime import ROOT, CompanionError, DataError, display_path
 
 
 def _predict_science_qa(args: argparse.Namespace) -> Result:
@@ -16,7 +16,7 @@ def _predict_science_qa(args: argparse.Namespace) -> Result:
     model = loaded(args, args.device, args.dtype)
     chosen = given(args, "split", "limit", "max_new_tokens", "temperature", "batch", "released")
     answers = predict_science_qa(model, args.model, args.data, args.out, images=not args.blind, **chosen)
-    return {"answers": len(answers), "prompt_format": model.manifest["prompt_format"], "out": shown(args.out)}
+    return {"answers": len(answers), "prompt_format": model.manifest["prompt_format"], "out": display_path(args.out)}
 
 
 def _score(args: argparse.Namespace) -> Result:
@@ -54,7 +54,7 @@ def _ensemble(args: argparse.Namespace) -> Result:
     shots = [p for p in train if p.id in args.shots] if args.shots else ensemble.pick_shots(train)
     if args.shots and len(shots) < len(args.shots):
         raise DataError(
-            f"--shots {','.join(args.shots)}: not all are problems of the train split of {shown(args.data)}"
+            f"--shots {','.join(args.shots)}: not all are problems of the train split of {display_path(args.data)}"
         )
     answers, tape = read_predictions(args.predictions).answers, args.predictions.with_suffix(".cassette.sqlite")
     result = ensemble.run(problems, answers, chat_client(args, args.cassette or tape), shots=shots, model=args.model)

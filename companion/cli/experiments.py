@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from companion.cli.arguments import Commands, Result, command, given, names
-from llava_core.runtime import shown
+from llava_core.runtime import display_path
 
 
 def _reproduce(args: argparse.Namespace) -> Result:
@@ -43,7 +43,7 @@ def _train(args: argparse.Namespace) -> Result:
 
     record = launch(load_experiment(args.experiment, args.scale, dict(args.set)), resume=args.resume == "auto")
     numbers = {key: record.summary.get(key) for key in ("final_loss", "samples_per_s")}
-    return {"run": shown(record.path), **numbers, "checkpoint": shown(record.checkpoint)}
+    return {"run": display_path(record.path), **numbers, "checkpoint": display_path(record.checkpoint)}
 
 
 def add(commands: Commands) -> None:

@@ -24,7 +24,7 @@ from companion.data_tools.image_availability import ImageAvailability, image_ava
 from companion.data_tools.phrases import ARTICLES, PRONOUNS, Phrases, extract, extract_file, extractor_named
 from companion.data_tools.repair import write_parquet
 from llava_core.constants import IMAGE_MARKER
-from llava_core.runtime import ConfigError, DataError, atomic_write, progress, shown, write_json
+from llava_core.runtime import ConfigError, DataError, atomic_write, display_path, progress, write_json
 
 BLOCK = 256  # phrases per block of the search for the next phrase; about the square root of their number
 Integers = NDArray[np.integer[Any]]
@@ -135,12 +135,13 @@ def read_captions(path: str | Path) -> Iterator[Row]:
                         raise ValueError(f"{len(cells)} tab-separated cells{'' if all(cells) else ', some empty'}")
                 except ValueError as error:  # bytes that are not UTF-8 are one too
                     raise DataError(
-                        f"{shown(path)}, line {number + 1}: {error}; a line is caption, url and perhaps an image file, "
+                        f"{display_path(path)}, line {number + 1}: {error}; a line is caption, url and perhaps an "
+                        "image file, "
                         "in UTF-8: correct or remove it"
                     ) from error
                 yield Row(number, cells[0], cells[1], cells[2] if len(cells) == 3 else f"GCC_train_{number:09d}.jpg")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(f"{shown(path)}: no such file; give the TSV of captions") from error
+        raise DataError(f"{display_path(path)}: no such file; give the TSV of captions") from error
 
 
 # ------------------------------------------------------------------------------------------------ noun phrases
@@ -445,7 +446,11 @@ def write_pairs(filtered: Filtered, out: str | Path) -> dict[str, Any]:
             for row, question in pairs
         ]
         write_parquet(table, rows)
-    files = {"parquet": shown(table) if has_parquet else None, "chat": shown(chat), "metadata": shown(metadata)}
+    files = {
+        "parquet": display_path(table) if has_parquet else None,
+        "chat": display_path(chat),
+        "metadata": display_path(metadata),
+    }
     report = {**filtered.report(), **files}
     write_json(out / "report.json", report)
     return report

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, read_json, read_jsonl, shown
+from llava_core.runtime import DataError, display_path, read_json, read_jsonl
 
 Box = tuple[float, float, float, float]
 
@@ -66,14 +66,15 @@ def load_annotations(path: str | Path, split: str | None = None, crowd: bool = F
     if path.is_dir():
         return _from_coco(*_pair(path, split), crowd)
     if path.suffix == ".jsonl":
-        return [_from_record(record, f"{shown(path)}, record {k}") for k, record in enumerate(read_jsonl(path))]
+        return [_from_record(record, f"{display_path(path)}, record {k}") for k, record in enumerate(read_jsonl(path))]
     content = read_json(path)
     if isinstance(content, list):
-        return [_from_record(record, f"{shown(path)}, record {k}") for k, record in enumerate(content)]
+        return [_from_record(record, f"{display_path(path)}, record {k}") for k, record in enumerate(content)]
     kind, _, name = path.stem.partition("_")
     if kind not in ("captions", "instances") or not isinstance(content, dict) or "annotations" not in content:
         raise DataError(
-            f"{shown(path)}: neither COCO annotations (captions_<split>.json, instances_<split>.json) nor a list of "
+            f"{display_path(path)}: neither COCO annotations (captions_<split>.json, instances_<split>.json) nor a "
+            "list of "
             "{id, image, captions, instances}; name one of these"
         )
     return _from_coco(*_pair(path.parent, name), crowd)
@@ -92,26 +93,28 @@ def _pair(folder: Path, split: str | None) -> tuple[Path, Path]:
             if split is None and splits
             else unknown("split", str(split), splits)
         )
-        raise DataError(f"{shown(folder)}: {wanted}; name a split that has a captions_<split>.json there")
+        raise DataError(f"{display_path(folder)}: {wanted}; name a split that has a captions_<split>.json there")
     pair = folder / f"captions_{split}.json", folder / f"instances_{split}.json"
     if not pair[1].is_file():
-        raise DataError(f"{shown(pair[1])}: no such file; put COCO's instances beside its captions, for the boxes")
+        raise DataError(
+            f"{display_path(pair[1])}: no such file; put COCO's instances beside its captions, for the boxes"
+        )
     return pair
 
 
 def _from_coco(captions_file: Path, instances_file: Path, crowd: bool) -> list[AnnotatedImage]:
     captions = _tables(captions_file, "images", "annotations")
     instances = _tables(instances_file, "images", "annotations", "categories")
-    where = f"{shown(captions_file)}, image"
+    where = f"{display_path(captions_file)}, image"
     texts: dict[int, list[str]] = {}
     for entry in captions["annotations"]:
-        _require(entry, {"image_id": int, "caption": str}, f"{shown(captions_file)}, annotation {_id(entry)}")
+        _require(entry, {"image_id": int, "caption": str}, f"{display_path(captions_file)}, annotation {_id(entry)}")
         texts.setdefault(entry["image_id"], []).append(entry["caption"])
     names = {category["id"]: category["name"] for category in instances["categories"]}
     sizes = {entry["id"]: entry for entry in instances["images"]}
     boxes: dict[int, list[tuple[str, Box]]] = {}
     for entry in instances["annotations"]:
-        place = f"{shown(instances_file)}, annotation {_id(entry)}"
+        place = f"{display_path(instances_file)}, annotation {_id(entry)}"
         _require(entry, {"image_id": int, "category_id": int, "bbox": list}, place)
         if entry.get("iscrowd") and not crowd:
             continue
@@ -134,7 +137,7 @@ def _tables(path: Path, *keys: str) -> dict[str, list[Any]]:
     content = read_json(path)
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(f"{shown(path)}: no list '{key}'; is it the official COCO file?")
+            raise DataError(f"{display_path(path)}: no list '{key}'; is it the official COCO file?")
     return dict(content)
 
 

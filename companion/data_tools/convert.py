@@ -23,7 +23,7 @@ from companion.data_tools.repair import repair_record, write_parquet
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.instruct import FORMATS, Record, import_pyarrow, rows_of
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, atomic_write, read_json, shown, write_json, write_jsonl
+from llava_core.runtime import DataError, atomic_write, display_path, read_json, write_json, write_jsonl
 
 KNOWN_COLUMNS = {
     "id": ("id", "image_id", "question_id"),
@@ -113,7 +113,7 @@ def convert_data(
     """
     source, out = Path(source), Path(out)
     if out.suffix not in FORMATS:
-        raise DataError(f"{shown(out)}: no known format; end the name in {', '.join(FORMATS)}")
+        raise DataError(f"{display_path(out)}: no known format; end the name in {', '.join(FORMATS)}")
     for field in columns or {}:
         if field not in KNOWN_COLUMNS:
             raise DataError(f"columns: {unknown('field', field, KNOWN_COLUMNS)}")
@@ -122,7 +122,7 @@ def convert_data(
     options = _Options(out, Path(images) if images is not None else None, columns or {}, split)
     opened = _READERS[layout](source, options)
     if not opened.images.is_dir():
-        raise DataError(f"{shown(opened.images)}: no such folder; name the folder of the images with --images")
+        raise DataError(f"{display_path(opened.images)}: no such folder; name the folder of the images with --images")
     checker = Checker(opened.images, decode=False)
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
@@ -135,18 +135,18 @@ def convert_data(
         some = "".join(f"\n  {fault['place']}: {fault['message']}" for fault in skipped[:_LISTED])
         more = f"\n  and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else ""
         raise DataError(
-            f"{shown(source)}: {len(skipped)} problem(s){some}{more}\n"
+            f"{display_path(source)}: {len(skipped)} problem(s){some}{more}\n"
             "  put them right, or leave these out with --skip; no records were written"
         )
     if not records:
-        raise DataError(f"{shown(source)}: it has no records; check that it is the right source")
+        raise DataError(f"{display_path(source)}: it has no records; check that it is the right source")
     write = {".json": write_json, ".jsonl": write_jsonl, ".parquet": write_parquet}[out.suffix]
     write(out, records)
     return {
         "source": layout,
         "records": len(records),
-        "images": shown(opened.images),
-        "out": shown(out),
+        "images": display_path(opened.images),
+        "out": display_path(out),
         "skipped": skipped,
     }
 
@@ -160,9 +160,10 @@ def _layout(source: Path) -> str:
         known = ("state.json", "dataset_dict.json")
         return "datasets" if any((source / name).is_file() for name in known) else "folder"
     if not source.exists():
-        raise DataError(f"{shown(source)}: no such file or folder; check the path")
+        raise DataError(f"{display_path(source)}: no such file or folder; check the path")
     raise DataError(
-        f"{shown(source)}: no known layout; give a .csv, .tsv or .parquet file, a folder of images and .txt files, or "
+        f"{display_path(source)}: no known layout; give a .csv, .tsv or .parquet file, a folder of images and .txt "
+        "files, or "
         "a folder that `datasets` wrote with save_to_disk"
     )
 
@@ -233,7 +234,7 @@ def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: 
     """Our field -> the source's column: those that were given, and those with known names."""
     for field, column in columns.items():
         if column not in present:
-            raise DataError(f"{shown(source)}: {unknown('column', column, present)}; it was named for '{field}'")
+            raise DataError(f"{display_path(source)}: {unknown('column', column, present)}; it was named for '{field}'")
     chosen = dict(columns)
     for field, names in KNOWN_COLUMNS.items():
         free = [name for name in names if name in present and name not in chosen.values()]
@@ -241,7 +242,8 @@ def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: 
             chosen[field] = free[0]
     if "conversations" not in chosen and "answer" not in chosen:
         raise DataError(
-            f"{shown(source)}: no column holds an answer or turns (columns: {', '.join(present)}); name it, e.g. "
+            f"{display_path(source)}: no column holds an answer or turns (columns: {', '.join(present)}); name it, "
+            "e.g. "
             f"--columns answer={present[-1] if present else 'caption'}"
         )
     return chosen
@@ -252,7 +254,7 @@ def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: 
 
 def _read_folder(source: Path, options: _Options) -> _Source:
     if options.columns or options.split:
-        raise DataError(f"{shown(source)}: a folder of images and texts has neither columns nor splits")
+        raise DataError(f"{display_path(source)}: a folder of images and texts has neither columns nor splits")
     root = options.images or source
     images: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*")):
@@ -261,25 +263,25 @@ def _read_folder(source: Path, options: _Options) -> _Source:
     texts = {path.relative_to(source).with_suffix("").as_posix(): path for path in sorted(source.rglob("*.txt"))}
     if not images or not texts:
         what = "image" if not images else ".txt file"
-        raise DataError(f"{shown(source)}: no {what} in this folder; each image needs a text of the same name")
+        raise DataError(f"{display_path(source)}: no {what} in this folder; each image needs a text of the same name")
 
     def rows() -> Iterator[_Row]:
         for name, paths in images.items():
             if name not in texts:
-                yield _Row(shown(paths[0]), {}, f"no text; write {name}.txt")
+                yield _Row(display_path(paths[0]), {}, f"no text; write {name}.txt")
         for name, text in texts.items():
             found = images.get(name, [])
             if len(found) != 1:
                 what = f"several images, {', '.join(p.name for p in found)}" if found else "no image of this name"
-                yield _Row(shown(text), {}, f"{what}; one text belongs to one image")
+                yield _Row(display_path(text), {}, f"{what}; one text belongs to one image")
                 continue
             try:
                 answer = text.read_bytes().decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
-                yield _Row(shown(text), {}, f"not UTF-8 text (byte {error.start}); save the file as UTF-8")
+                yield _Row(display_path(text), {}, f"not UTF-8 text (byte {error.start}); save the file as UTF-8")
                 continue
             image = found[0].relative_to(root).as_posix()
-            yield _Row(shown(text), {"id": name, "image": image, "answer": answer})
+            yield _Row(display_path(text), {"id": name, "image": image, "answer": answer})
 
     return _Source(rows(), root)
 
@@ -287,14 +289,16 @@ def _read_folder(source: Path, options: _Options) -> _Source:
 def _read_csv(source: Path, options: _Options) -> _Source:
     # not pandas: it fills up short rows and renames columns of the same name in silence, and counts no lines
     if options.split:
-        raise DataError(f"{shown(source)}: a CSV has no splits; leave --split out")
+        raise DataError(f"{display_path(source)}: a CSV has no splits; leave --split out")
     lines = _csv_lines(source)
     _, header = next(lines, (1, []))
     if len(header) == 1 and ";" in header[0]:
-        raise DataError(f"{shown(source)}, line 1: separated by semicolons; save it with commas, or as .tsv with tabs")
+        raise DataError(
+            f"{display_path(source)}, line 1: separated by semicolons; save it with commas, or as .tsv with tabs"
+        )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise DataError(f"{shown(source)}, line 1: two columns are called '{twice[0]}'; rename one")
+        raise DataError(f"{display_path(source)}, line 1: two columns are called '{twice[0]}'; rename one")
     chosen = _choose_columns(options.columns, header, source)
 
     def rows() -> Iterator[_Row]:
@@ -315,7 +319,7 @@ def _csv_lines(source: Path) -> Iterator[tuple[int, list[str]]]:
         text = source.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = source.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{shown(source)}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+        raise DataError(f"{display_path(source)}, line {line}: not UTF-8 text; save the file as UTF-8") from error
     csv.field_size_limit(2**24)  # an answer may be longer than csv's 128 KiB
     delimiter = "\t" if source.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -326,7 +330,9 @@ def _csv_lines(source: Path) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            message = f"{shown(source)}, line {line}: {error}; the rest cannot be read: correct the quotation marks"
+            message = (
+                f"{display_path(source)}, line {line}: {error}; the rest cannot be read: correct the quotation marks"
+            )
             raise DataError(message) from error
         if cells:
             yield line, cells
@@ -340,13 +346,17 @@ def _read_datasets(source: Path, options: _Options) -> _Source:
     try:
         files = [source / entry["filename"] for entry in state["_data_files"]]
     except (KeyError, TypeError) as error:
-        message = f"{shown(source / 'state.json')}: names no data files; save the data set again with save_to_disk"
+        message = (
+            f"{display_path(source / 'state.json')}: names no data files; save the data set again with save_to_disk"
+        )
         raise DataError(message) from error
     if state.get("_indices_data_files"):
-        raise DataError(f"{shown(source)}: the rows are chosen by an index; call flatten_indices() and save it again")
+        raise DataError(
+            f"{display_path(source)}: the rows are chosen by an index; call flatten_indices() and save it again"
+        )
     for file in files:
         if file.parent != source or not file.is_file():
-            raise DataError(f"{shown(file)}: named in state.json, and not there; copy the whole folder again")
+            raise DataError(f"{display_path(file)}: named in state.json, and not there; copy the whole folder again")
 
     def batches() -> Iterator[tuple[Path, Any]]:
         for file in files:
@@ -355,7 +365,7 @@ def _read_datasets(source: Path, options: _Options) -> _Source:
                     for batch in stream:
                         yield file, batch
             except (OSError, arrow.ArrowException) as error:
-                raise DataError(f"{shown(file)}: damaged ({error}); copy or save the data set again") from error
+                raise DataError(f"{display_path(file)}: damaged ({error}); copy or save the data set again") from error
 
     return _read_batches(source, options, batches)
 
@@ -363,22 +373,22 @@ def _read_datasets(source: Path, options: _Options) -> _Source:
 def _split_folder(source: Path, split: str | None) -> Path:
     if not (source / "dataset_dict.json").is_file():
         if split:
-            raise DataError(f"{shown(source)}: it has no splits; leave --split out")
+            raise DataError(f"{display_path(source)}: it has no splits; leave --split out")
         return source
     known = read_json(source / "dataset_dict.json").get("splits", [])
     split = known[0] if split is None and len(known) == 1 else split
     if split is None:
-        raise DataError(f"{shown(source)}: it has the splits {', '.join(known)}; choose one with --split")
+        raise DataError(f"{display_path(source)}: it has the splits {', '.join(known)}; choose one with --split")
     if split not in known:
-        raise DataError(f"{shown(source)}: {unknown('split', split, known)}")
+        raise DataError(f"{display_path(source)}: {unknown('split', split, known)}")
     if not (source / split / "state.json").is_file():
-        raise DataError(f"{shown(source / split)}: no state.json in it; copy the whole data set again")
+        raise DataError(f"{display_path(source / split)}: no state.json in it; copy the whole data set again")
     return source / split
 
 
 def _read_parquet(source: Path, options: _Options) -> _Source:
     if options.split:
-        raise DataError(f"{shown(source)}: a parquet file has no splits; leave --split out")
+        raise DataError(f"{display_path(source)}: a parquet file has no splits; leave --split out")
     arrow, parquet = import_pyarrow(), import_pyarrow("parquet")
 
     def batches() -> Iterator[tuple[Path, Any]]:
@@ -387,7 +397,7 @@ def _read_parquet(source: Path, options: _Options) -> _Source:
                 for batch in file.iter_batches(batch_size=256):
                     yield source, batch
         except (OSError, arrow.ArrowException) as error:
-            raise DataError(f"{shown(source)}: no parquet, or damaged ({error}); download it again") from error
+            raise DataError(f"{display_path(source)}: no parquet, or damaged ({error}); download it again") from error
 
     return _read_batches(source, options, batches)
 
@@ -396,7 +406,7 @@ def _read_batches(source: Path, options: _Options, batches: Callable[[], Iterato
     """The rows of arrow record batches; images stored as bytes are written to the folder of images."""
     first = next(batches(), None)
     if first is None:
-        raise DataError(f"{shown(source)}: the data set has no rows")
+        raise DataError(f"{display_path(source)}: the data set has no rows")
     chosen = _choose_columns(options.columns, first[1].schema.names, source)
     kind = first[1].schema.field(chosen["image"]).type if "image" in chosen else None
     types = import_pyarrow("types")

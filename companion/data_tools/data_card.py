@@ -15,10 +15,10 @@ from llava_core.runtime import (
     ConfigError,
     DataError,
     atomic_write,
+    display_path,
     read_json,
     read_jsonl,
     sha256_file,
-    shown,
     write_json,
 )
 
@@ -124,7 +124,7 @@ def summary(
 
 def _portable(path: Path) -> str:
     """A path for the card: relative to the repository, or only the name."""
-    return path.name if Path(shown(path.absolute())).is_absolute() else shown(path.absolute())
+    return path.name if Path(display_path(path.absolute())).is_absolute() else display_path(path.absolute())
 
 
 def _source(path: Path, annotations: str | Path | None, logged: bool) -> dict[str, str]:
@@ -264,9 +264,11 @@ def write_card(audit: Mapping[str, Any], folder: str | Path) -> list[Path]:
     card, twin = Path(folder) / CARD, Path(folder) / TWIN
     for file in (card, twin):
         if file.exists() and not is_ours(twin):
-            raise DataError(f"{shown(file)}: written by somebody else, so it is not replaced; name another folder")
+            raise DataError(
+                f"{display_path(file)}: written by somebody else, so it is not replaced; name another folder"
+            )
     if twin.exists() and (other := read_json(twin).get("file")) != audit["file"]:
-        raise DataError(f"{shown(card)}: the card of {other}, so it is not replaced; name another folder")
+        raise DataError(f"{display_path(card)}: the card of {other}, so it is not replaced; name another folder")
     return [write_json(twin, audit), atomic_write(card, card_text(audit))]
 
 

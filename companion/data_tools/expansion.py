@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from llava_core.constants import BRIEF_INSTRUCTIONS, DETAIL_INSTRUCTIONS, IMAGE_MARKER
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, shown
+from llava_core.runtime import DataError, display_path
 
 T = TypeVar("T")
 LISTS = {"brief": BRIEF_INSTRUCTIONS, "detail": DETAIL_INSTRUCTIONS}
@@ -44,19 +44,23 @@ def load_instructions(source: str | Path) -> tuple[str, ...]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{shown(path)}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+        raise DataError(f"{display_path(path)}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
     found: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.strip().removeprefix("- ").removeprefix("• ").strip()
         text = text[1:-1].strip() if len(text) > 1 and text[0] + text[-1] in ('""', "“”") else text
         if IMAGE_MARKER in text:
-            raise DataError(f"{shown(path)}, line {number}: {IMAGE_MARKER} is put in later; take it out of the line")
+            raise DataError(
+                f"{display_path(path)}, line {number}: {IMAGE_MARKER} is put in later; take it out of the line"
+            )
         if text in found:
-            raise DataError(f"{shown(path)}, line {number}: the same instruction as line {found[text]}; remove one")
+            raise DataError(
+                f"{display_path(path)}, line {number}: the same instruction as line {found[text]}; remove one"
+            )
         if text:
             found[text] = number
     if not found:
-        raise DataError(f"{shown(path)}: no instruction in it; write one per line")
+        raise DataError(f"{display_path(path)}: no instruction in it; write one per line")
     return tuple(found)
 
 

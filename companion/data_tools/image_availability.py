@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from companion.data_tools.parallel import parallel_map
 from llava_core.data.instruct import image_fault, leaves_folder
-from llava_core.runtime import DataError, atomic_write, fingerprint, progress, read_json, shown
+from llava_core.runtime import DataError, atomic_write, display_path, fingerprint, progress, read_json
 
 SHARD = 2000  # images: some seconds of decoding
 MAX_EXAMPLES = 20
@@ -59,7 +59,7 @@ def image_availability(
     """
     images = Path(images)
     if not images.is_dir():
-        raise DataError(f"{shown(images)}: no such folder; give the folder of the images, or none")
+        raise DataError(f"{display_path(images)}: no such folder; give the folder of the images, or none")
     folder = Path(cache) / fingerprint([str(images.resolve()), decode]) if cache is not None else None
 
     def shards() -> Iterator[tuple[Any, ...]]:

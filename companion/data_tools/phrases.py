@@ -26,11 +26,11 @@ from llava_core.runtime import (
     ConfigError,
     DataError,
     atomic_write,
+    display_path,
     fingerprint,
     progress,
     read_json,
     sha256_file,
-    shown,
     write_json,
 )
 
@@ -210,7 +210,7 @@ def _load_shard(path: Path) -> list[list[str]]:
     try:
         shard: list[list[str]] = read_json(path)
     except DataError as error:
-        raise DataError(f"{shown(path)}: damaged shard of phrases; remove it and run again ({error})") from error
+        raise DataError(f"{display_path(path)}: damaged shard of phrases; remove it and run again ({error})") from error
     return shard
 
 

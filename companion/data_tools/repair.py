@@ -17,7 +17,7 @@ from typing import Any
 from companion.data_tools.check import MAX_WORDS, Checker, report
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.instruct import FORMATS, ROLES, Problem, Record, import_pyarrow, leaves_folder, read_records
-from llava_core.runtime import DataError, atomic_write, shown
+from llava_core.runtime import DataError, atomic_write, display_path
 
 REPAIRS = {
     "field_names": "messages, role and content become conversations, from and value",
@@ -193,9 +193,9 @@ def fix_file(
     """
     path, out = Path(path), Path(out)
     if out.suffix not in FORMATS:
-        raise DataError(f"{shown(out)}: the copy is of no known format; end its name in {', '.join(FORMATS)}")
+        raise DataError(f"{display_path(out)}: the copy is of no known format; end its name in {', '.join(FORMATS)}")
     if out.exists() and path.exists() and out.samefile(path):
-        raise DataError(f"{shown(out)}: the copy would replace the file; give --fix another name")
+        raise DataError(f"{display_path(out)}: the copy would replace the file; give --fix another name")
     checker, unit = Checker(images, decode, max_words), "row" if path.suffix == ".parquet" else "line"
     problems: list[Problem] = []
     fixed: list[dict[str, Any]] = []
@@ -226,7 +226,7 @@ def fix_file(
     else:
         atomic_write(out, b"".join(line + b"\n" for line in lines))
     result = report(path, count, problems)
-    return {**result, "fixed": fixed, "written": len(lines), "out": shown(out)}
+    return {**result, "fixed": fixed, "written": len(lines), "out": display_path(out)}
 
 
 def _repaired(record: Record, checker: Checker, unit: str) -> tuple[Record, list[str], list[Problem]]:
@@ -269,5 +269,7 @@ def write_parquet(path: str | Path, records: list[Any]) -> Path:
         rows = [{name: record.get(name) for name in names} for record in records]
         parquet.write_table(arrow.Table.from_pylist(rows), sink)
     except (arrow.ArrowException, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{shown(path)}: parquet cannot hold these records ({error}); write .jsonl instead") from error
+        raise DataError(
+            f"{display_path(path)}: parquet cannot hold these records ({error}); write .jsonl instead"
+        ) from error
     return atomic_write(path, sink.getvalue().to_pybytes())

@@ -17,7 +17,7 @@ from typing import Any
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.instruct import Sample
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, DataError, read_json, shown, write_json
+from llava_core.runtime import ConfigError, DataError, display_path, read_json, write_json
 
 LETTERS = "ABCDE"
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -81,25 +81,27 @@ def load_problems(folder: str | Path, split: str = "train", check_images: bool =
     folder = Path(folder)
     splits, problems = read_json(folder / "pid_splits.json"), read_json(folder / "problems.json")
     if split not in splits:
-        raise DataError(f"{shown(folder / 'pid_splits.json')}: {unknown('split', split, splits)}")
+        raise DataError(f"{display_path(folder / 'pid_splits.json')}: {unknown('split', split, splits)}")
     absent = [name for name in splits[split] if name not in problems]
     if absent:
         raise DataError(
-            f"{shown(folder / 'problems.json')}: {len(absent)} of {len(splits[split])} problems of split '{split}' are "
+            f"{display_path(folder / 'problems.json')}: {len(absent)} of {len(splits[split])} problems of split "
+            f"'{split}' are "
             f"missing, the first is {absent[0]}; take problems.json and pid_splits.json from the same release"
         )
     loaded = [_parse(name, problems[name], folder) for name in splits[split]]
     lost = [problem for problem in loaded if check_images and problem.image and not problem.image.is_file()]
     if lost:
         raise DataError(
-            f"{shown(str(lost[0].image))}: no such file (problem {lost[0].id}; {len(lost)} images of split '{split}' "
-            f"are missing); unpack the images into {shown(folder / 'images')}"
+            f"{display_path(str(lost[0].image))}: no such file (problem {lost[0].id}; {len(lost)} images of split "
+            f"'{split}' "
+            f"are missing); unpack the images into {display_path(folder / 'images')}"
         )
     return loaded
 
 
 def _parse(name: str, raw: Any, folder: Path) -> Problem:
-    place = f"{shown(folder / 'problems.json')}, problem {name}"
+    place = f"{display_path(folder / 'problems.json')}, problem {name}"
     fields = {"question": str, "choices": list, "answer": int, "subject": str, "grade": str, "split": str}
     for field, kind in fields.items():
         if not isinstance(raw, dict) or not isinstance(raw.get(field), kind):

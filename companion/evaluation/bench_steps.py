@@ -16,7 +16,7 @@ from companion.teacher.asking import ask_all
 from companion.teacher.chat import BudgetError, ChatReply, ChatRequest, Message
 from companion.teacher.parse import ReplyError
 from companion.teacher.prompts import context_text
-from llava_core.runtime import DataError, read_jsonl, shown, write_jsonl
+from llava_core.runtime import DataError, display_path, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient
@@ -57,7 +57,8 @@ class Bench:
             name = next((name for name in names if (images / name).is_file()), None)
             if name is None:
                 raise DataError(
-                    f"{shown(images / row['image'])}: no such image (question {row['question_id']}); name the folder "
+                    f"{display_path(images / row['image'])}: no such image (question {row['question_id']}); name the "
+                    "folder "
                     "of the bench's images, COCO val2014 for the questions about COCO"
                 )
             found.append({**row, "image": name})
@@ -78,11 +79,11 @@ def load_bench(folder: str | Path, limit: int | None = None) -> Bench:
     paths = {name: _one_of(folder, name) for name in FILES}
     if paths["questions"] is None or paths["context"] is None:
         names = " and ".join(" or ".join(FILES[name]) for name in ("questions", "context") if paths[name] is None)
-        raise DataError(f"{shown(folder)}: no {names}; give the folder of LLaVA-Bench's official files")
+        raise DataError(f"{display_path(folder)}: no {names}; give the folder of LLaVA-Bench's official files")
     questions = _rows(paths["questions"], {"image": str, "text": str, "category": str}, unique=True)
     context = {}
     for number, row in enumerate(_rows(paths["context"], {"image": str}), start=1):
-        context[row["image"]] = _description(row, f"{shown(paths['context'])}, record {number}")
+        context[row["image"]] = _description(row, f"{display_path(paths['context'])}, record {number}")
     reference = _rows(paths["reference"], {"text": str}, unique=True) if paths["reference"] else None
     return Bench(folder, questions[:limit], context, reference)
 
@@ -90,7 +91,9 @@ def load_bench(folder: str | Path, limit: int | None = None) -> Bench:
 def _one_of(folder: Path, what: str) -> Path | None:
     found = [folder / name for name in FILES[what] if (folder / name).is_file()]
     if len(found) > 1:
-        raise DataError(f"{shown(folder)}: {found[0].name} and {found[1].name}; give each bench a folder of its own")
+        raise DataError(
+            f"{display_path(folder)}: {found[0].name} and {found[1].name}; give each bench a folder of its own"
+        )
     return found[0] if found else None
 
 
@@ -98,7 +101,7 @@ def _rows(path: Path, fields: Mapping[str, type], unique: bool = False) -> list[
     """Read JSONL rows with these fields; `unique`: each has another question_id."""
     rows, seen = read_jsonl(path), set()
     for number, row in enumerate(rows, start=1):
-        where = f"{shown(path)}, record {number}"
+        where = f"{display_path(path)}, record {number}"
         wrong = [n for n, kind in fields.items() if not isinstance(row, dict) or not isinstance(row.get(n), kind)]
         if wrong or (unique and not isinstance(row.get("question_id"), int | str)):
             raise DataError(f"{where}: needs {', '.join([*fields, *(['question_id'] if unique else [])])}")
@@ -106,7 +109,7 @@ def _rows(path: Path, fields: Mapping[str, type], unique: bool = False) -> list[
             raise DataError(f"{where}: question {row['question_id']} has a row already; keep one")
         seen.add(str(row.get("question_id")))
     if not rows:
-        raise DataError(f"{shown(path)}: is empty; copy it again")
+        raise DataError(f"{display_path(path)}: is empty; copy it again")
     return rows
 
 
@@ -141,7 +144,9 @@ def write_reference(
     requests = []
     for row in bench.questions:
         if row["image"] not in bench.context:
-            raise DataError(f"{shown(bench.folder)}: question {row['question_id']}: no context for {row['image']}")
+            raise DataError(
+                f"{display_path(bench.folder)}: question {row['question_id']}: no context for {row['image']}"
+            )
         messages = reference_messages(row["text"], bench.context[row["image"]])
         requests.append(ChatRequest(messages, model, temperature))
     asked, tally = ask_all(client, requests, _check_complete, "reference")
@@ -150,7 +155,7 @@ def write_reference(
         for row, found in zip(bench.questions, asked, strict=True)
         if found.good
     ]
-    return {"answers": len(rows), **tally, "file": shown(write_jsonl(out, rows))}
+    return {"answers": len(rows), **tally, "file": display_path(write_jsonl(out, rows))}
 
 
 def reference_messages(question: str, context: str) -> list[Message]:
@@ -196,10 +201,10 @@ def write_reviews(
     """
     given = _rows(Path(reference), {"text": str}, unique=True) if reference else bench.reference
     if given is None:
-        raise DataError(f"{shown(bench.folder)}: no reference answers; fix: llava evaluate bench reference")
+        raise DataError(f"{display_path(bench.folder)}: no reference answers; fix: llava evaluate bench reference")
     candidate = _rows(Path(answers), {"text": str}, unique=True)
     reviews, tally = judge(bench.questions, bench.context, given, candidate, client, model=model, swap=swap)
     if not reviews:
-        raise BudgetError(f"{shown(out)}: no review: {tally['stopped']}")
-    file = shown(write_jsonl(out, reviews))
+        raise BudgetError(f"{display_path(out)}: no review: {tally['stopped']}")
+    file = display_path(write_jsonl(out, reviews))
     return {**score_reviews(reviews), **{k: v for k, v in tally.items() if k != "failed"}, "file": file}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_core.runtime import DataError, read_json, read_jsonl, shown, write_json
+from llava_core.runtime import DataError, display_path, read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
     from llava_core.checkpoints.load import Loaded
@@ -199,23 +199,26 @@ def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str,
     annotated, rows = read_json(references), read_json(predictions)
     annotations = annotated.get("annotations") if isinstance(annotated, dict) else None
     if not isinstance(annotations, list) or not annotations:
-        raise DataError(f"{shown(references)}: no `annotations`; give COCO's captions_*.json")
+        raise DataError(f"{display_path(references)}: no `annotations`; give COCO's captions_*.json")
     if not isinstance(rows, list) or not rows:
         raise DataError(
-            f"{shown(predictions)}: not a list of captions; give COCO's result layout [{{image_id, caption}}]"
+            f"{display_path(predictions)}: not a list of captions; give COCO's result layout [{{image_id, caption}}]"
         )
     refs: dict[str, list[str]] = defaultdict(list)
     for number, row in enumerate(annotations):
-        identifier, caption = _caption_row(row, f"{shown(references)}, annotation {number}")
+        identifier, caption = _caption_row(row, f"{display_path(references)}, annotation {number}")
         refs[identifier].append(caption)
     captions: dict[str, str] = {}
     for number, row in enumerate(rows):
-        identifier, caption = _caption_row(row, f"{shown(predictions)}, record {number}")
+        identifier, caption = _caption_row(row, f"{display_path(predictions)}, record {number}")
         if identifier in captions:
-            raise DataError(f"{shown(predictions)}, record {number}: image {identifier} has a second caption; keep one")
+            raise DataError(
+                f"{display_path(predictions)}, record {number}: image {identifier} has a second caption; keep one"
+            )
         if identifier not in refs:
             raise DataError(
-                f"{shown(predictions)}, record {number}: image {identifier} is not in {shown(references)}; "
+                f"{display_path(predictions)}, record {number}: image {identifier} is not in "
+                f"{display_path(references)}; "
                 "give the caption file of the same images"
             )
         captions[identifier] = caption
@@ -253,24 +256,26 @@ def write_captions(
     from companion.evaluation.predict import predict_questions
 
     if Path(out).suffix != ".json":
-        raise DataError(f"{shown(out)}: give a name that ends in .json")
+        raise DataError(f"{display_path(out)}: give a name that ends in .json")
     content = read_json(references)
     listed = content.get("images") if isinstance(content, dict) else None
     if not isinstance(listed, list) or not listed:
-        raise DataError(f"{shown(references)}: no `images`; give COCO's captions_*.json")
+        raise DataError(f"{display_path(references)}: no `images`; give COCO's captions_*.json")
     rows = []
     for number, row in enumerate(listed[:limit]):
-        where = f"{shown(references)}, image {number}"
+        where = f"{display_path(references)}, image {number}"
         if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("file_name"), str):
             raise DataError(f"{where}: needs `id` and `file_name`, has {str(row)[:80]}")
         if not (images / row["file_name"]).is_file():
-            raise DataError(f"{where}: {shown(images / row['file_name'])} is not there; name the folder of the images")
+            raise DataError(
+                f"{where}: {display_path(images / row['file_name'])} is not there; name the folder of the images"
+            )
         rows.append({"question_id": row["id"], "text": request, "image": row["file_name"]})
     answers = Path(out).with_suffix(".jsonl")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch": batch, "desc": "captions"}
     result = predict_questions(loaded, checkpoint, rows, images, answers, **options)
     captions = [{"image_id": row["question_id"], "caption": row["text"]} for row in read_jsonl(answers)]
-    return result | {"file": shown(write_json(out, captions))}
+    return result | {"file": display_path(write_json(out, captions))}
 
 
 def _caption_row(row: Any, where: str) -> tuple[str, str]:

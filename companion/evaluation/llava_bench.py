@@ -17,7 +17,7 @@ from companion.evaluation.statistics import seeds_interval
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import ChatRequest
 from companion.teacher.parse import ReplyError
-from llava_core.runtime import DataError, fingerprint, read_jsonl, shown
+from llava_core.runtime import DataError, display_path, fingerprint, read_jsonl
 
 if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient, ChatReply
@@ -191,7 +191,7 @@ def review_rows(reviews: Reviews) -> tuple[str, list[Mapping[str, Any]]]:
     Raises:
         DataError: the file is missing, empty or has other rows than reviews.
     """
-    where = shown(reviews) if isinstance(reviews, str | Path) else "reviews"
+    where = display_path(reviews) if isinstance(reviews, str | Path) else "reviews"
     rows = read_jsonl(reviews) if isinstance(reviews, str | Path) else list(reviews)
     if not rows:
         raise DataError(f"{where}: holds no review; give the JSONL that the judge wrote")

@@ -14,7 +14,7 @@ from companion.data_tools.scienceqa import Problem, answer_prompt, format_proble
 from companion.evaluation.predictions import checkpoint_id, write_predictions
 from llava_core.constants import IMAGE_MARKER
 from llava_core.inference import answer_questions
-from llava_core.runtime import DataError, fingerprint, progress, shown
+from llava_core.runtime import DataError, display_path, fingerprint, progress
 
 if TYPE_CHECKING:
     from llava_core.checkpoints.load import Loaded
@@ -86,7 +86,7 @@ def predict_questions(
             yield answer_questions(loaded, left[k : k + batch], images, batch=batch, desc=None, **generation)
 
     found = write_predictions(out, rows, settings, answer)
-    return {"answers": len(found), "new": new, "conditions": settings, "file": shown(out)}
+    return {"answers": len(found), "new": new, "conditions": settings, "file": display_path(out)}
 
 
 def science_answers(loaded: Loaded, problems: Sequence[Problem], **options: Any) -> dict[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_core.runtime import DataError, fingerprint, located, read_json, read_jsonl, sha256_file, shown
+from llava_core.runtime import DataError, display_path, fingerprint, read_json, read_jsonl, sha256_file, user_path
 
 _LINE_START = b'{"question_id": '  # of our files
 _LAYOUTS = "{outputs: {id: text}} or JSONL of question_id and text"
@@ -47,9 +47,9 @@ def read_predictions(path: str | Path) -> Predictions:
         released = {k: v for k, v in content.items() if k != "outputs"}
         content = [{"question_id": key, "text": text} for key, text in content["outputs"].items()]
     if not isinstance(content, list):
-        raise DataError(f"{shown(path)}: not a prediction file; give {_LAYOUTS}")
+        raise DataError(f"{display_path(path)}: not a prediction file; give {_LAYOUTS}")
     if not content:
-        raise DataError(f"{shown(path)}: holds no prediction; was the run interrupted before its first batch?")
+        raise DataError(f"{display_path(path)}: holds no prediction; was the run interrupted before its first batch?")
     return Predictions(_texts(path, content), _settings(content[0]), released)
 
 
@@ -63,7 +63,7 @@ def _texts(path: Path, rows: Sequence[Any]) -> dict[str, str]:
     answers: dict[str, str] = {}
     models = set()
     for number, row in enumerate(rows, start=1):
-        where = f"{shown(path)}, record {number}"
+        where = f"{display_path(path)}, record {number}"
         if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
             raise DataError(f"{where}: needs `question_id` and a string `text`, has {str(row)[:80]}")
         if (own := _settings(row)) != (first := _settings(rows[0])):
@@ -94,7 +94,7 @@ def checkpoint_id(path: str | Path) -> str:
     Raises:
         CheckpointError: there are no weights.
     """
-    path = located(path)
+    path = user_path(path)
     manifest = path / "manifest.json"
     if manifest.is_file() and "base_hash" in (content := read_json(manifest)):
         return f"manifest:{fingerprint(content)}"
@@ -126,12 +126,14 @@ def check_made_with(
         option = f"--{name.replace('_', '-')}"
         if found.made_with is None:
             raise DataError(
-                f"{shown(path)}: does not name the settings of its answers (a foreign layout), so {option} cannot be "
+                f"{display_path(path)}: does not name the settings of its answers (a foreign layout), so {option} "
+                "cannot be "
                 f"checked; leave out {option} to score it without this check"
             )
         if (own := found.made_with.get(name)) != value:
             raise DataError(
-                f"{shown(path)}: its answers have {name} {own!r}, not {value!r}; give the matching file, or leave out "
+                f"{display_path(path)}: its answers have {name} {own!r}, not {value!r}; give the matching file, or "
+                "leave out "
                 f"{option}"
             )
 
@@ -162,7 +164,7 @@ def write_predictions(
     out = Path(out)
     asked = {str(row["question_id"]): row for row in rows}
     if len(asked) != len(rows):
-        raise DataError(f"{shown(out)}: two questions have the same question_id")
+        raise DataError(f"{display_path(out)}: two questions have the same question_id")
     known = _resume(out, asked, settings)
     model = settings.get("run_id") or settings["checkpoint"]
     for texts in answer([row for key, row in asked.items() if key not in known]):
@@ -180,7 +182,7 @@ def write_predictions(
 def _resume(out: Path, asked: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the answers of an interrupted run; refuse a file of any other run."""
     if out.suffix != ".jsonl":
-        raise DataError(f"{shown(out)}: answers are written as JSONL; name a file that ends in .jsonl")
+        raise DataError(f"{display_path(out)}: answers are written as JSONL; name a file that ends in .jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.touch()
     content = out.read_bytes()
@@ -191,7 +193,7 @@ def _resume(out: Path, asked: Mapping[str, Mapping[str, Any]], settings: Mapping
     known: dict[str, str] = {}
     for number, row in enumerate(read_jsonl(out), start=1):
         if why := _refusal(row, known, asked, settings):
-            raise DataError(f"{shown(out)}, record {number}: {why}; name another file, or remove this one")
+            raise DataError(f"{display_path(out)}, record {number}: {why}; name another file, or remove this one")
         known[str(row["question_id"])] = row["text"]
     if last and not cut:
         with open(out, "ab") as file:

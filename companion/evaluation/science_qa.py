@@ -12,7 +12,7 @@ from typing import Any
 from companion.data_tools.scienceqa import SUBJECTS, SUBSETS
 from companion.evaluation.predictions import check_made_with, differences, read_predictions
 from companion.evaluation.statistics import mcnemar, paired_bootstrap, proportion
-from llava_core.runtime import DataError, read_json, shown
+from llava_core.runtime import DataError, display_path, read_json
 
 PAPER_ACCURACY = 90.92
 """Source: paper Table 7, LLaVA, average; 3856 of 4241."""
@@ -116,18 +116,19 @@ def read_questions(path: str | Path, split: str = "test") -> list[Question]:
     """
     content = read_json(path)
     if not content:
-        raise DataError(f"{shown(path)}: empty; give problems.json or llava_test_CQM-A.json")
+        raise DataError(f"{display_path(path)}: empty; give problems.json or llava_test_CQM-A.json")
     if isinstance(content, list):
-        return [_from_conversation(record, f"{shown(path)}, record {i}") for i, record in enumerate(content)]
+        return [_from_conversation(record, f"{display_path(path)}, record {i}") for i, record in enumerate(content)]
     if not isinstance(content, dict):
         raise DataError(
-            f"{shown(path)}: neither a dict of problems nor a list of conversations; give a ScienceQA question file"
+            f"{display_path(path)}: neither a dict of problems nor a list of conversations; give a ScienceQA question "
+            "file"
         )
     wanted = {key: p for key, p in content.items() if not isinstance(p, dict) or p.get("split", split) == split}
     if not wanted:
         splits = sorted({str(p.get("split")) for p in content.values()})
-        raise DataError(f"{shown(path)}: no problem of split {split!r}; the file has {', '.join(splits)}")
-    return as_questions(wanted, shown(path))
+        raise DataError(f"{display_path(path)}: no problem of split {split!r}; the file has {', '.join(splits)}")
+    return as_questions(wanted, display_path(path))
 
 
 def as_questions(problems: Mapping[str, Any] | Iterable[Any], where: str = "problems") -> list[Question]:
@@ -328,19 +329,22 @@ def evaluate_files(
     known = {q.id for q in asked}
     if not known & found.answers.keys():
         raise DataError(
-            f"{shown(predictions)}: none of its {len(found.answers)} question ids is in {shown(questions)}; "
+            f"{display_path(predictions)}: none of its {len(found.answers)} question ids is in "
+            f"{display_path(questions)}; "
             "give the questions that were asked"
         )
     answers = {key: text for key, text in found.answers.items() if key in known or not subset}
     try:
         result = score(asked, answers, era=era)
     except DataError as error:
-        raise DataError(f"{shown(predictions)} against {shown(questions)}: {error}") from error
+        raise DataError(f"{display_path(predictions)} against {display_path(questions)}: {error}") from error
     result |= {"made_with": found.made_with, "header": {k: v for k, v in found.released.items() if k != "results"}}
     stored = found.released.get("results")
     if released:
         if not isinstance(stored, dict):
-            raise DataError(f"{shown(predictions)}: stores no choices (`results`), only texts; leave --released away")
+            raise DataError(
+                f"{display_path(predictions)}: stores no choices (`results`), only texts; leave --released away"
+            )
         texts = {q.id: parse_answer(answers[q.id], q.n_choices, era) for q in asked if q.id in answers}
         result |= tally(asked, {q.id: _stored(q, stored, texts[q.id]) for q in asked if q.id in texts})
         result["notes"] = [
@@ -410,21 +414,23 @@ def compare_files(
         alone = [key for key in files[one].answers if key not in files[other].answers]
         if alone:
             raise DataError(
-                f"{shown(paths[one])} answers {len(alone)} questions that {shown(paths[other])} does not "
+                f"{display_path(paths[one])} answers {len(alone)} questions that {display_path(paths[other])} does not "
                 f"({_some(alone)}); compare answers to the same questions"
             )
     asked = {q.id: q for q in read_questions(questions, split)}
     unknown = [key for key in files[0].answers if key not in asked]
     if unknown:
-        raise DataError(f"{shown(first)}: {len(unknown)} questions are not in {shown(questions)} ({_some(unknown)})")
+        raise DataError(
+            f"{display_path(first)}: {len(unknown)} questions are not in {display_path(questions)} ({_some(unknown)})"
+        )
     answered = [asked[key] for key in sorted(files[0].answers)]
     if len(answered) < 2:
-        raise DataError(f"{shown(first)}: one answer cannot be compared; give two or more")
+        raise DataError(f"{display_path(first)}: one answer cannot be compared; give two or more")
     right = [right_answers(answered, found.answers, era) for found in files]
     change, test = paired_bootstrap(*right), mcnemar(*right)
     notes = [] if len(asked) == len(answered) else [f"{len(answered)} of {len(asked)} questions are answered."]
     settings = [found.made_with for found in files]
-    unnamed = [shown(path) for path, own in zip(paths, settings, strict=True) if own is None]
+    unnamed = [display_path(path) for path, own in zip(paths, settings, strict=True) if own is None]
     notes += [f"{path} does not name the settings of its answers." for path in unnamed]
     if all(settings):
         notes += [f"Different settings: {line}." for line in differences(settings[0] or {}, settings[1] or {})]

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from llava_core.config import _read_yaml, _Strict, _validated
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, shown
+from llava_core.runtime import ConfigError, display_path
 
 LEDGER = Path(__file__).with_name("claims.yaml")
 Evidence = Literal["recomputed", "measured", "measured_gpu", "not_attempted", "impossible"]
@@ -149,7 +149,7 @@ class Claim(_Strict):
         return text if self.spread is None else f"{text} ± {self.spread:.{self.digits or 0}f}"
 
     @property
-    def shown(self) -> str:
+    def display_path(self) -> str:
         """The number with its unit, for tables."""
         relation = "" if self.relation == "equals" else f"{self.relation} "
         return f"{relation}{self.number}{'' if self.unit == '%' else ' '}{self.unit}"
@@ -227,7 +227,7 @@ def read_ledger(path: Path = LEDGER) -> dict[str, Claim]:
         ConfigError: an unknown key (with the nearest), a missing or wrong field, a duplicate id, a reference to an
             unknown claim, or a percentage that no count of answers gives; with file and record.
     """
-    file, content = shown(path), _read_yaml(path)
+    file, content = display_path(path), _read_yaml(path)
     tolerances = {name: _validated(Tolerance, given, lambda _: file) for name, given in content["tolerances"].items()}
     claims: dict[str, Claim] = {}
     for number, group in enumerate(content["groups"], start=1):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from llava_core.config import _read_yaml, _Strict, _validated
-from llava_core.runtime import shown
+from llava_core.runtime import display_path
 
 REGISTER = Path(__file__).with_name("discrepancies.yaml")
 
@@ -60,7 +60,7 @@ def read_register(path: Path = REGISTER) -> dict[str, Discrepancy]:
     """
     entries = _read_yaml(path).items()
     return {
-        name: _validated(Discrepancy, {"id": name, **fields}, lambda _, name=name: f"{shown(path)}, '{name}'")
+        name: _validated(Discrepancy, {"id": name, **fields}, lambda _, name=name: f"{display_path(path)}, '{name}'")
         for name, fields in entries
     }
 

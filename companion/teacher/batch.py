@@ -32,7 +32,7 @@ from companion.teacher.chat import (
     price_of,
 )
 from companion.teacher.live import RetryableError, one_line, open_sdk, read_reply, retryable
-from llava_core.runtime import progress, shown
+from llava_core.runtime import display_path, progress
 
 ENDPOINT, WINDOW_HOURS = "/v1/chat/completions", 24
 MOST_REQUESTS, MOST_BYTES = 50_000, 200 * 10**6  # of one file, as OpenAI's API allows
@@ -314,7 +314,7 @@ class BatchClient:
                 try:
                     yield dict(json.loads(line))
                 except ValueError as error:  # it may be a paid reply: another request could be paid twice
-                    where = f"{shown(self._tape.path)}: batch {ended.id}, file {file}, line {number}"
+                    where = f"{display_path(self._tape.path)}: batch {ended.id}, file {file}, line {number}"
                     raise ServerError(f"{where}: no JSON object; {RESTART}") from error
 
 

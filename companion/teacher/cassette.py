@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from companion.teacher.chat import BudgetError, ChatReply, ChatRequest
-from llava_core.runtime import ConfigError, DataError, shown
+from llava_core.runtime import ConfigError, DataError, display_path
 
 _REPLY = (
     "text, model, prompt_tokens, completion_tokens, cost_usd, finish_reason, price_prompt, price_completion, date, kind"
@@ -86,7 +86,9 @@ class Cassette:
             self._file.execute(f"SELECT key, request, {_REPLY} FROM replies LIMIT 1")
             self._file.execute("SELECT key, date, why, doubtful_usd, last FROM failures LIMIT 1")
         except sqlite3.Error as error:
-            raise DataError(f"{shown(self.path)}: no cassette of replies ({error}); name another file") from error
+            raise DataError(
+                f"{display_path(self.path)}: no cassette of replies ({error}); name another file"
+            ) from error
 
     def get(self, request: ChatRequest) -> ChatReply | None:
         """Return the reply to a request, or None."""
@@ -240,7 +242,7 @@ class WriterLock:
             self._file.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
             raise ConfigError(
-                f"{shown(path)}: another process records to this cassette; wait for it or name another cassette"
+                f"{display_path(path)}: another process records to this cassette; wait for it or name another cassette"
             ) from error
 
     def __del__(self) -> None:

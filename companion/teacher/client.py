@@ -20,7 +20,7 @@ from companion.teacher.cassette import Cassette, WriterLock, hold
 from companion.teacher.chat import ChatClient, ChatError, ChatReply, ChatRequest, Message
 from companion.teacher.live import LiveClient
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, DataError, shown
+from llava_core.runtime import ConfigError, DataError, display_path
 
 CLIENTS = ("offline", "replay", "record", "batch", "live")
 PAYING = ("record", "batch", "live")
@@ -48,7 +48,7 @@ class ReplayClient:
 
     def __init__(self, cassette: str | Path) -> None:
         if not Path(cassette).is_file():
-            raise DataError(f"{shown(cassette)}: no such cassette; record one with the client 'record'")
+            raise DataError(f"{display_path(cassette)}: no such cassette; record one with the client 'record'")
         self.cassette = Cassette(cassette, read_only=True)
 
     def complete(self, request: ChatRequest) -> ChatReply:
@@ -64,7 +64,8 @@ class ReplayClient:
         if reply is None:
             last = request.messages[-1]["content"][:60]
             raise DataError(
-                f"{shown(self.cassette.path)}: holds no reply to this request (model '{request.model}', temperature "
+                f"{display_path(self.cassette.path)}: holds no reply to this request (model '{request.model}', "
+                "temperature "
                 f"{request.temperature:g}, last message {last!r}); record it with the client 'record'"
             )
         return reply
@@ -153,5 +154,7 @@ def client_from_name(
     if batch := tape.open_batch():  # sent one by one, these requests would be paid twice
         client.lock = None  # a traceback would keep it
         open_batch = f"a batch of {len(batch.requests)} requests is under way"
-        raise ConfigError(f"{shown(cassette)}: {open_batch}; let the client 'batch' read it, or name another cassette")
+        raise ConfigError(
+            f"{display_path(cassette)}: {open_batch}; let the client 'batch' read it, or name another cassette"
+        )
     return client

@@ -26,7 +26,7 @@ from companion.teacher.prompts import (
 )
 from llava_core.constants import IMAGE_MARKER
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, atomic_write, shown, write_json, write_jsonl
+from llava_core.runtime import ConfigError, atomic_write, display_path, write_json, write_jsonl
 
 MODEL = "gpt-4-0314"
 
@@ -293,7 +293,7 @@ def _write(
     files += _write_parquet(out / "llava_instruct.parquet", records)
     files.append(write_jsonl(out / "failures.jsonl", failures))
     files.append(write_jsonl(out / "provenance.jsonl", provenance))
-    return [shown(file) for file in files]
+    return [display_path(file) for file in files]
 
 
 def _write_parquet(path: Path, records: list[dict[str, Any]]) -> list[Path]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from companion.teacher.chat import Message
 from llava_core.constants import DETAIL_INSTRUCTIONS
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, DataError, fingerprint, shown
+from llava_core.runtime import ConfigError, DataError, display_path, fingerprint
 
 FOLDERS = {"conversation": "conversation", "detail": "detail_description", "complex": "complex_reasoning"}
 KINDS = tuple(FOLDERS)
@@ -98,11 +98,11 @@ def load_prompt_folder(path: str | Path) -> Prompt:
             content = (folder / name).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"{shown(folder / name)}: {error}; a folder of prompts holds system_message.txt and pairs "
+                f"{display_path(folder / name)}: {error}; a folder of prompts holds system_message.txt and pairs "
                 "NNN_caps.txt, NNN_conv.txt"
             ) from error
         if not content:
-            raise DataError(f"{shown(folder / name)}: is empty; write it or remove its pair")
+            raise DataError(f"{display_path(folder / name)}: is empty; write it or remove its pair")
         return content
 
     system = text("system_message.txt")

@@ -15,7 +15,7 @@ from llava_core.checkpoints.configs import quiet_transformers, tower_config
 from llava_core.checkpoints.files import error_at, has_file, read_config
 from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder, weight_files
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import CheckpointError, DataError, fingerprint, located, sha256_file, verify_files
+from llava_core.runtime import CheckpointError, DataError, fingerprint, sha256_file, user_path, verify_files
 
 _DOWNLOADS: ContextVar[bool] = ContextVar("downloads", default=True)
 _TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_scale")  # of a CLIP model
@@ -33,7 +33,7 @@ def no_downloads() -> Iterator[None]:
 
 def model_folder(source: str | Path) -> Path:
     """Return the folder of a model: the source itself, or the local copy of a hub id."""
-    folder = located(source)
+    folder = user_path(source)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
@@ -61,7 +61,7 @@ def base_hash(source: str) -> str:
     Raises:
         CheckpointError: a file of the model is missing or differs from the manifest's SHA-256.
     """
-    folder = located(source)
+    folder = user_path(source)
     if not folder.is_dir() and not Path(source).is_absolute():
         return f"name:{fingerprint(source)}"
     if not folder.is_dir() or (has_file(folder, "manifest.json") and "files" in read_config(folder, "manifest.json")):

@@ -15,7 +15,7 @@ from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.tensors import LazyTensor
 from llava_core.data.conversation import TEMPLATES, ImagePosition
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import CheckpointError, DataError, shown
+from llava_core.runtime import CheckpointError, DataError, display_path
 
 DESCRIPTION_KEY = "llava_core"  # field of other formats' configuration files that holds our description
 IMAGE_DELIMITERS = ["<im_start>", "<im_end>"]
@@ -168,7 +168,9 @@ class Checkpoint:
             raise error_at(where, "contains and names no vision tower; fix: --vision-tower DIR")
         config, image = tower_settings(source)
         if config["hidden_size"] != self.description.d_vision:
-            problem = f"its projector does not take the width {config['hidden_size']} of the tower {shown(source)}"
+            problem = (
+                f"its projector does not take the width {config['hidden_size']} of the tower {display_path(source)}"
+            )
             raise error_at(where, f"{problem}; fix: --vision-tower DIR")
         settings = self.description.image or image.to_dict()
         description = replace(self.description, vision_tower=config, tower_source=None, image=settings)

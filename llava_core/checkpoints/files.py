@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_core.runtime import CheckpointError, DataError, read_json, shown
+from llava_core.runtime import CheckpointError, DataError, display_path, read_json
 
 
 def error_at(path: str | Path, problem: str) -> CheckpointError:
     """Return the error of a file or folder; `problem` also says how to fix it."""
-    return CheckpointError(f"{shown(path)}: {problem}")
+    return CheckpointError(f"{display_path(path)}: {problem}")
 
 
 def contained_file(folder: Path, name: str) -> Path:

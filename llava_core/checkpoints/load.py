@@ -23,7 +23,7 @@ from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor
 from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.data.images import ImageProcessor
 from llava_core.models.llava import Llava
-from llava_core.runtime import located, shown
+from llava_core.runtime import display_path, user_path
 
 Kind = Literal["full", "projector"]
 _SAVED = {"full": ("multi_modal_projector.", "language_model."), "projector": ("multi_modal_projector.",)}
@@ -58,7 +58,7 @@ def load(
     Raises:
         CheckpointError: anything missing, damaged, or not of the base models named in the manifest.
     """
-    checkpoint = open_checkpoint(located(path), options, usage).require(*MODEL_PARTS)
+    checkpoint = open_checkpoint(user_path(path), options, usage).require(*MODEL_PARTS)
     check(checkpoint)
     description = checkpoint.description
     if checkpoint.tokenizer is None or description.image is None:
@@ -126,7 +126,7 @@ def build(
     llm, tokenizer = load_language_model(language_model, dtype)
     tower, processor = load_vision_tower(vision_tower, dtype)
     model = Llava(tower, llm, projector, feature_layer)
-    names = {"language_model": shown(language_model), "vision_tower": shown(vision_tower)}
+    names = {"language_model": display_path(language_model), "vision_tower": display_path(vision_tower)}
     return Loaded(model, tokenizer, processor, {"base": names, "base_hash": hashes})
 
 

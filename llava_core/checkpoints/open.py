@@ -13,7 +13,7 @@ from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf, lora, mmpretrain, native, original, projector
 from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, located, shown
+from llava_core.runtime import ConfigError, display_path, user_path
 
 FORMATS: tuple[CheckpointFormat, ...] = (
     native.FORMAT, lora.FORMAT, hf.FORMAT, original.FORMAT, mmpretrain.FORMAT, projector.FORMAT
@@ -75,7 +75,7 @@ def open_checkpoint(path: Path, options: Options | None = None, usage: Mapping[s
 
 def _open_base(source: str, options: Options) -> Checkpoint:
     """Open the model that adapters were trained on: a LLaVA checkpoint or a plain language model."""
-    folder = located(source)
+    folder = user_path(source)
     if folder.is_dir() and detect_format(folder) is not None:
         return open_checkpoint(folder, Options(vision_tower=options.vision_tower))
     return open_language_model(source)
@@ -94,9 +94,9 @@ def with_bases(checkpoint: Checkpoint, options: Options) -> Checkpoint:
             raise error_at(where, f"neither contains nor names its {text}")
         expected, actual = str(usage["base_hash"].get(part, "")), base_hash(source)
         if expected.partition(":")[0] != actual.partition(":")[0]:
-            checkpoint.notes.append(f"{text} {shown(source)}: taken unchecked, only its name is recorded")
+            checkpoint.notes.append(f"{text} {display_path(source)}: taken unchecked, only its name is recorded")
         elif expected != actual:
-            raise error_at(where, f"made with another {text} than {shown(source)}; fix: restore that one")
+            raise error_at(where, f"made with another {text} than {display_path(source)}; fix: restore that one")
         if part == "language_model":
             base = open_language_model(source)
             tensors, names = checkpoint.tensors | base.tensors, checkpoint.names | base.names

@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_core.runtime import DataError, atomic_write, fingerprint, progress, read_json, sha256_file, shown, write_json
+from llava_core.runtime import (
+    DataError,
+    atomic_write,
+    display_path,
+    fingerprint,
+    progress,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 SHARD = 512  # images per file; a killed run loses the unfinished file
 MAX_DISK_FRACTION = 0.5  # of the free space
@@ -55,9 +64,13 @@ class FeatureCache:
         try:
             features = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"{shown(path)}: no file of features ({error}); remove {shown(index)} and it") from error
+            raise DataError(
+                f"{display_path(path)}: no file of features ({error}); remove {display_path(index)} and it"
+            ) from error
         if features.shape != (len(keys), *self.shape):
-            raise DataError(f"{shown(path)}: features of shape {features.shape}; remove {shown(index)} and it")
+            raise DataError(
+                f"{display_path(path)}: features of shape {features.shape}; remove {display_path(index)} and it"
+            )
         self._places |= {key: (features, k) for k, key in enumerate(keys)}
 
     def key(self, image: Path) -> str:

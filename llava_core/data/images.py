@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, shown
+from llava_core.runtime import DataError, display_path
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused by their header. At this number Pillow warns of a decompression bomb; decoded it takes 341
@@ -101,7 +101,7 @@ def check_image(source: ImageSource, name: str | None = None, decode: bool = Tru
 def _opened(source: ImageSource, name: str | None) -> Iterator[tuple[Image.Image, str]]:
     """The image with a checked header, not decoded, and its name; all errors become `ImageError`."""
     path = Path(source) if isinstance(source, str | os.PathLike) else None
-    name = name or ("the image" if path is None else shown(path))
+    name = name or ("the image" if path is None else display_path(path))
     too_large = _error(name, f"has more than {MAX_PIXELS:,} pixels", "make it smaller")
     try:
         if path is not None and not path.is_file():  # reading a pipe would block

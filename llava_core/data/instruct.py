@@ -22,7 +22,7 @@ from typing import Any
 
 from llava_core.constants import IMAGE_MARKER
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, shown
+from llava_core.runtime import DataError, display_path
 
 ROLES = ("human", "gpt")
 FORMATS = (".json", ".jsonl", ".parquet")
@@ -89,10 +89,11 @@ def read_records(path: Path) -> Iterator[Record | Problem]:
         DataError: there is no such file, or it has another format.
     """
     if not path.is_file():
-        raise DataError(f"{shown(path)}: no such file; check the path or run the step that writes it")
+        raise DataError(f"{display_path(path)}: no such file; check the path or run the step that writes it")
     if path.suffix not in FORMATS:
         raise DataError(
-            f"{shown(path)}: neither .json nor .jsonl nor .parquet; `llava data convert` makes one of these of a "
+            f"{display_path(path)}: neither .json nor .jsonl nor .parquet; `llava data convert` makes one of these of "
+            "a "
             "CSV, a folder of images and texts, or a data set on disk"
         )
     if path.suffix == ".parquet":
@@ -294,14 +295,16 @@ class ImageFolder:
     def __init__(self, path: str | Path, decode: bool = True) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise DataError(f"{shown(self.path)}: no such folder; give the folder that the records' images lie in")
+            raise DataError(
+                f"{display_path(self.path)}: no such folder; give the folder that the records' images lie in"
+            )
         self._fault = lru_cache(maxsize=None)(lambda name: image_fault(self.path / name, decode))
 
     def problem(self, name: str) -> tuple[str, str] | None:
         """(kind, message) if the image cannot be used, else None."""
         if (fault := self._fault(name)) is None:
             return None
-        return fault[0], f"image {shown(self.path / name)}: {fault[1]}; restore the file or remove the record"
+        return fault[0], f"image {display_path(self.path / name)}: {fault[1]}; restore the file or remove the record"
 
 
 def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
@@ -362,8 +365,10 @@ def load_instruct(
         problems.append(Problem(1, None, "no_records", NO_RECORDS))
     if problems:
         some = "".join(f"\n  {problem}" for problem in problems[:5])
-        command = f"llava data check {shown(path)}" + (f" --images {shown(folder.path)}" if folder is not None else "")
-        raise DataError(f"{shown(path)}: {len(problems)} problem(s){some}\n  `{command}` lists all of them")
+        command = f"llava data check {display_path(path)}" + (
+            f" --images {display_path(folder.path)}" if folder is not None else ""
+        )
+        raise DataError(f"{display_path(path)}: {len(problems)} problem(s){some}\n  `{command}` lists all of them")
     if subset:
         samples = [samples[k] for k in _select_kinds([sample.kind for sample in samples], subset, seed, path)]
     return samples
@@ -400,9 +405,9 @@ def _select_kinds(kinds: Sequence[str | None], subset: Mapping[str, float], seed
     for kind, share in subset.items():
         if kind not in by_kind:
             wrong = unknown("kind of record", kind, by_kind)
-            raise DataError(f"{shown(path)}: {wrong}; correct data.subset or the records' type")
+            raise DataError(f"{display_path(path)}: {wrong}; correct data.subset or the records' type")
         if not 0 <= share <= 1:
-            raise DataError(f"{shown(path)}: the share of '{kind}' is {share}; give a number from 0 to 1")
+            raise DataError(f"{display_path(path)}: the share of '{kind}' is {share}; give a number from 0 to 1")
         indices = by_kind[kind]
         size = max(1, round(share * len(indices))) if share else 0
         # a prefix of one seeded permutation, so that a smaller subset is part of a larger one

@@ -18,7 +18,7 @@ from llava_core.constants import IGNORE_INDEX
 from llava_core.data.conversation import TEMPLATES, Encoded, Turn
 from llava_core.data.images import ImageProcessor, load_image
 from llava_core.data.instruct import Sample, load_instruct
-from llava_core.runtime import CheckpointError, DataError, resolve_dtype, seed_everything, shown
+from llava_core.runtime import CheckpointError, DataError, display_path, resolve_dtype, seed_everything
 
 Item = tuple[Encoded, "np.ndarray | None"]
 Normalise = Callable[[np.ndarray], np.ndarray]  # pixels uint8 (N, H, W, 3) -> pixel values (N, 3, H, W)
@@ -150,7 +150,7 @@ def load_samples(config: RunConfig) -> tuple[Sequence[Sample], Sequence[Sample]]
     data, files = config.experiment.data, training_files(config)
     for path in files:
         if not path.is_file():
-            raise DataError(f"{shown(path)}: not found; fix: run {data.written_by}, which writes it")
+            raise DataError(f"{display_path(path)}: not found; fix: run {data.written_by}, which writes it")
     seed = config.experiment.train.seed
     loaded = [load_instruct(path, config.images_path, data.subset or None, seed=seed) for path in files]
     if data.validation_file:

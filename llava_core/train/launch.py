@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
-from llava_core.runtime import ROOT, CompanionError, file_lock, fingerprint, set_offline, sha256_file, shown
+from llava_core.runtime import ROOT, CompanionError, display_path, file_lock, fingerprint, set_offline, sha256_file
 
 # The code that decides a run's numbers: all files of these folders except those used only after training.
 CODE_FOLDERS = ("ops", "models", "data", "checkpoints", "train")
@@ -38,7 +38,7 @@ def run_inputs(config: RunConfig) -> dict[str, Any]:
     from llava_core.train.dataset import training_files
 
     return {
-        "data": {shown(f): sha256_file(f) for f in training_files(config)},
+        "data": {display_path(f): sha256_file(f) for f in training_files(config)},
         "base": {name: base_hash(config.model_source(name)) for name in config.base_models},
         "code": code_fingerprint(),
     }
@@ -90,4 +90,4 @@ def _start(config: RunConfig, record: RunRecord, initial: Path | None, resume: b
         *(["--init", str(initial)] if initial else []), *([] if resume else ["--no-resume"]),
     ]  # fmt: skip
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        raise CompanionError(f"{shown(record.path)}: training failed; its log is above; start again to resume")
+        raise CompanionError(f"{display_path(record.path)}: training failed; its log is above; start again to resume")

@@ -16,7 +16,7 @@ from llava_core.data.conversation import supervised_fraction
 from llava_core.models.llava import Llava
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.record import RunRecord
-from llava_core.runtime import CompanionError, progress, rank, resolve_device, shown, world_size
+from llava_core.runtime import CompanionError, display_path, progress, rank, resolve_device, world_size
 from llava_core.train.dataset import Normalise, TrainingSet, build_model, load_samples
 from llava_core.train.engine import sum_gradients, sum_over_ranks
 from llava_core.train.loader import CACHED_LAYERS, Loader, RowInputs, StepBatch, open_features
@@ -229,7 +229,7 @@ class Trainer:
             "final_loss": sum(r["loss"] for r in tail) / len(tail), "heldout_loss": rows[-1]["heldout_loss"],
             "samples_per_s": rows[-1]["samples_per_s"], "tokens_per_s": rows[-1]["tokens_per_s"],
             "seconds": self.seconds, "trainable_parameters": sum(p.numel() for p in self.trainable.values()),
-            "shortened_samples": len(self.train_set.dropped), "checkpoint": shown(self.record.checkpoint),
+            "shortened_samples": len(self.train_set.dropped), "checkpoint": display_path(self.record.checkpoint),
         }  # fmt: skip
         save_checkpoint(
             self.record.checkpoint, self.loaded, "full" if "language_model" in self.config.trainable else "projector",

@@ -135,5 +135,5 @@ def test_the_root_can_be_set_from_outside(tmp_path: Path) -> None:
     env = {**os.environ, "LLAVA_ROOT": str(tmp_path)}
     answer = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == str(tmp_path.resolve() / "configs")
-    assert runtime.shown(runtime.ROOT / "a" / "b") == str(Path("a", "b"))
-    assert runtime.shown("/elsewhere/b") == "/elsewhere/b"
+    assert runtime.display_path(runtime.ROOT / "a" / "b") == str(Path("a", "b"))
+    assert runtime.display_path("/elsewhere/b") == "/elsewhere/b"

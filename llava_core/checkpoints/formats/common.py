@@ -16,7 +16,7 @@ from llava_core.checkpoints.files import error_at, read_config
 from llava_core.checkpoints.formats.names import rename_tensors
 from llava_core.checkpoints.tensors import LazyTensor, open_folder
 from llava_core.checkpoints.tokenizer import tokenizer_folder
-from llava_core.runtime import CheckpointError, shown
+from llava_core.runtime import CheckpointError, display_path
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def with_tower_settings(description: Description, notes: list[str]) -> Descripti
     except CheckpointError as error:
         notes.append(f"the vision tower is not available: {error}")
         return description
-    notes.append(f"vision tower read from {shown(folder)}, which the files or the caller name")
+    notes.append(f"vision tower read from {display_path(folder)}, which the files or the caller name")
     return replace(description, vision_tower=config, image=replace(image, mode=mode or image.mode).to_dict())
 
 

@@ -20,7 +20,7 @@ from llava_core.checkpoints.formats.common import CheckpointFormat, with_tower_s
 from llava_core.checkpoints.formats.names import rename_tensors
 from llava_core.checkpoints.formats.original import from_original, mm_config, read_description
 from llava_core.checkpoints.tensors import LazyTensor, open_file
-from llava_core.runtime import located, shown
+from llava_core.runtime import display_path, user_path
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _IRRELEVANT = frozenset({  # peft's settings that do not change the meaning of W + scale * B A
@@ -41,9 +41,9 @@ def base_of(path: Path, options: Options) -> str:
     """Return the folder of the model that the adapters were trained on: a language model, or a LLaVA of any format."""
     where = path / "adapter_config.json"
     source = options.base or read_config(path, "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(source, str) or (not options.base and not located(source).is_dir()):
+    if not isinstance(source, str) or (not options.base and not user_path(source).is_dir()):
         raise error_at(where, f"its base model {source!r} is not here; fix: --base DIR")
-    if located(source).resolve() == path.resolve():
+    if user_path(source).resolve() == path.resolve():
         raise error_at(where, "names itself as its base; fix: --base DIR")
     return source
 
@@ -60,9 +60,9 @@ def read(path: Path, options: Options, base: Checkpoint) -> Checkpoint:
     tensors = base.tensors | replaced
     for name, (a, b) in _pairs(open_file(adapters), adapters, settings["r"]).items():
         if name not in tensors:
-            raise error_at(adapters, f"adapts {name}, which the base {shown(base.path)} does not have")
+            raise error_at(adapters, f"adapts {name}, which the base {display_path(base.path)} does not have")
         if tensors[name].shape != (b.shape[0], a.shape[1]):
-            shapes = f"{(b.shape[0], a.shape[1])}, in the base {shown(base.path)} {tensors[name].shape}"
+            shapes = f"{(b.shape[0], a.shape[1])}, in the base {display_path(base.path)} {tensors[name].shape}"
             raise error_at(adapters, f"{name} is {shapes}; fix: --base with the model that it was trained on")
         tensors[name] = tensors[name].map(partial(_merge, a=a, b=b, scale=scale))
     if not any(name.startswith("multi_modal_projector.") for name in tensors):

@@ -16,7 +16,7 @@ from llava_core.checkpoints.formats.names import export_tensors
 from llava_core.checkpoints.formats.original import RULES, mm_config, original_config, read_description
 from llava_core.checkpoints.tensors import LazyTensor, has_weights, lone_weights_file, open_file
 from llava_core.checkpoints.tokenizer import open_tokenizer, tokenizer_folder
-from llava_core.runtime import shown, write_json
+from llava_core.runtime import display_path, write_json
 
 _PREFIXES = (
     "base_model.model.model.mm_projector.", "model.mm_projector.", "mm_projector.", "multi_modal_projector.",
@@ -66,7 +66,9 @@ def read(path: Path, options: Options) -> Checkpoint:
     language = base.description.language_model
     width = language.get("hidden_size")
     if width != d_model:
-        raise error_at(file, f"projector into width {d_model}, but {shown(base.path)} has {width}; fix: --base DIR")
+        raise error_at(
+            file, f"projector into width {d_model}, but {display_path(base.path)} has {width}; fix: --base DIR"
+        )
     usage = description.usage | {"base": {"language_model": str(options.base)}, "base_hash": {}}
     description = with_tower_settings(replace(description, language_model=language, usage=usage), notes)
     checkpoint = replace(
