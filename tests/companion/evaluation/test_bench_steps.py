@@ -1,4 +1,4 @@
-"""The steps of LLaVA-Bench on the official files, and answer files that are continued or refused."""
+"""The steps of LLaVA-Bench on the official files; answer files are resumed or refused."""
 
 from __future__ import annotations
 

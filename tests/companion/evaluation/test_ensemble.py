@@ -1,4 +1,4 @@
-"""Who is asked what, what is asked again, what it costs, and what the rules make of it."""
+"""Requests, repeated requests, costs and rules of the ScienceQA ensemble."""
 
 from __future__ import annotations
 

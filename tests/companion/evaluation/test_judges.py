@@ -1,4 +1,4 @@
-"""Agreement of judges beside scipy's own functions, on planted judges, and on three reviews of the same answers."""
+"""Agreement of judges: against scipy, on simulated judges, and on three reviews of the same answers."""
 
 from __future__ import annotations
 

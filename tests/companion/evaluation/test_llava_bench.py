@@ -1,4 +1,4 @@
-"""Scores out of reviews, the published reviews to the digit, and a judge that may fail."""
+"""Scores from reviews, the published reviews to the digit, and failed reviews."""
 
 from __future__ import annotations
 

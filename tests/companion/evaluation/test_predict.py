@@ -1,4 +1,4 @@
-"""Answers to ScienceQA: what a file of them says, in two passes where the format wants them, resumed by batches."""
+"""Answers to ScienceQA: settings in the file, one or two passes, resumed by batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file of answers says how they were made, and nothing that was made otherwise is mixed in or scored."""
+"""Prediction files name their settings; answers with other settings are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Letters out of answers, the released result file to the digit, and every failure counted apart."""
+"""Choices extracted from answers, the released result file to the digit, and failures counted separately."""
 
 from __future__ import annotations
 

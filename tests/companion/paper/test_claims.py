@@ -1,4 +1,4 @@
-"""The ledger: what it holds, that its numbers agree with each other, and that a wrong one is seen."""
+"""The ledger of claims: its content, its arithmetic, and the detection of wrong entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The register of differences: every entry is shown, by a test that exists or by two runs that differ in its field."""
+"""The register of differences: every entry has an existing test, or two runs that differ in its field."""
 
 from __future__ import annotations
 

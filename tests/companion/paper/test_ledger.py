@@ -1,4 +1,4 @@
-"""What stands beside the paper's numbers is read from saved numbers, and judged by its interval."""
+"""Measured values are read from saved numbers; verdicts follow from their intervals."""
 
 from __future__ import annotations
 
