@@ -76,11 +76,8 @@ def convert(
         modules = verify_export(checkpoint, folder) if verify else []
         wrong = first_module(modules)
         if wrong is not None:
-            raise error_at(
-                source,
-                f"in transformers the first module that differs is {wrong.name}, by "
-                f"{wrong.largest:.3g} of {wrong.size:.3g}",
-            )
+            by = f"{wrong.largest:.3g} of {wrong.size:.3g}"
+            raise error_at(source, f"in transformers the first module that differs is {wrong.name}, by {by}")
     return {
         "layout": checkpoint.format, "to": to, "tensors": len(written.tensors), "parameters": written.parameters,
         "bytes": sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),

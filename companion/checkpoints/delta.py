@@ -40,11 +40,8 @@ def _plan(checkpoint: dict[str, LazyTensor], base: dict[str, LazyTensor], where:
         elif name in _VOCABULARY and tensor.shape[1:] == base[name].shape[1:] and tensor.shape[0] > base[name].shape[0]:
             blocks[name] = base[name].shape[0]
         else:
-            raise error_at(
-                where,
-                f"{name} is {tensor.shape}, in the base {base[name].shape}; fix: --base with the "
-                "model (size and vocabulary) that the delta was made from",
-            )
+            fix = "--base with the model (size and vocabulary) that the delta belongs to"
+            raise error_at(where, f"{name} is {tensor.shape}, in the base {base[name].shape}; fix: {fix}")
     unused = sorted(name for name in base if name not in checkpoint and not name.endswith(_COMPUTED))
     if unused:
         raise error_at(where, f"the base's {unused[0]} is missing in it ({len(unused)} in all)")
@@ -106,11 +103,8 @@ def apply(base: str, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry
 
 def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_run: bool) -> dict[str, Any]:
     if not mm_config(source) or not has_weights(source):
-        raise error_at(
-            source,
-            "not a folder with a LLaVA in the original format (config.json, weights); fix: check the "
-            "path, or `llava convert --to original`",
-        )
+        problem = "not a folder with a LLaVA in the original format (config.json, weights)"
+        raise error_at(source, f"{problem}; fix: check the path, or `llava convert --to original`")
     base_folder = model_folder(base)
     base_tensors, tensors = _open(base_folder), _open(source)
     if is_delta(tensors) != (sign > 0):
@@ -147,11 +141,8 @@ def _fingerprint(base: dict[str, LazyTensor], source: Path, sign: int) -> str:
         return actual
     recorded = read_config(source, DELTA).get("base_fingerprint")
     if recorded != actual:
-        raise error_at(
-            source,
-            f"was made from a base whose weights have the fingerprint {str(recorded)[:12]}..., this "
-            f"one has {actual[:12]}...; fix: --base with that very model",
-        )
+        problem = f"its base's fingerprint is {str(recorded)[:12]}..., this one's {actual[:12]}..."
+        raise error_at(source, f"{problem}; fix: --base with that very model")
     return "matches"
 
 

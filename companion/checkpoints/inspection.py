@@ -100,8 +100,5 @@ def _check_loadable(checkpoint: Checkpoint) -> None:
     # the padding token is never embedded, and v0's released tokenizer has it after the last row
     tokens = 1 + max(k for token, k in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
     if tokens > language_model["vocab_size"]:
-        raise error_at(
-            where,
-            f"its tokenizer knows {tokens} tokens, the word embeddings have {language_model['vocab_size']} "
-            "rows; fix: use the tokenizer that belongs to these weights",
-        )
+        rows = f"the word embeddings have {language_model['vocab_size']} rows"
+        raise error_at(where, f"its tokenizer knows {tokens} tokens, {rows}; fix: use the tokenizer of these weights")
