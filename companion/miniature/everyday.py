@@ -21,8 +21,6 @@ from companion.miniature.language import NUMBERS, QA, listing, number_word, plur
 
 Box = tuple[float, float, float, float]
 
-# ------------------------------------------------------------------------------------------------ vocabulary
-
 _DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
@@ -95,9 +93,6 @@ _FINITE = re.compile(
     r"poses|glances?|splashes|follows|rests|plays|includes|surrounds|overlooks|takes|stares)\b|"
     r"(s|people|men|women|children|couple) (sit|stand|lay|lie|walk|ride|hold|wear|eat|look|fly|graze|watch|pose|rest)\b"
 )
-
-
-# ------------------------------------------------------------------------------------------------ facts
 
 
 @dataclass(frozen=True)
@@ -310,8 +305,6 @@ def _statement(text: str) -> str:
     main = re.split(r"\b(?:that|who|which|with|while|as)\b", text.lower())[0]
     return sentence(text if _FINITE.search(main) else f"the image shows {text}")
 
-
-# ------------------------------------------------------------------------------------------------ sentences
 
 _TURNS = 6
 _CONSPICUOUS = _words(_DATA["conspicuous"])
