@@ -63,7 +63,7 @@ SETS = {
         "Multiple-choice science questions with lecture and solution, some with an image, in the format of ScienceQA.",
         "scienceqa.write_scienceqa",
         lambda s: {"sizes": {"train": s.science_train, "val": s.science_val, "test": s.science_test}},
-        depends=("../data_tools/scienceqa",),
+        depends=("../data_tools/scienceqa", "science_skills"),
     ),
     "bench-coco": _Set(
         "Val scenes of mini-coco, three questions each (conversation, detail, reasoning), as in LLaVA-Bench (COCO).",

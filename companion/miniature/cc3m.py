@@ -1,7 +1,7 @@
-"""mini-cc3m: web-like captions with their images in the layout of Conceptual Captions, as a downloader leaves it.
+"""mini-cc3m: web-like captions with their images in the layout of Conceptual Captions after download.
 
-Some popular subjects fill almost half of the lines, the rest shows the whole world, rare words make a long tail: a
-few noun phrases occur in hundreds of captions and most in one or two, the shape that the paper's filter was made for.
+A few popular subjects fill almost half of the lines, and rare words give a long tail: few noun phrases occur in
+hundreds of captions and most in one or two, the distribution that the paper's filter is meant for.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from llava_core.runtime import atomic_write
 TSV = "Train_GCC-training.tsv"
 DEAD_SHARE = 0.08
 BROKEN = 3
-# Shares: lines with a popular subject, titles that name nothing, made-up places; names with rare words, with a size.
+# shares of lines with a popular subject, a title without objects, an invented place; of names with rare words, a size
 POPULAR, TITLES, TAILS, RARE, SIZES = 0.45, 0.06, 0.07, 0.12, 0.06
-SEVERAL = 0.1  # of the layouts with several popular things, the share that is taken: the web's products stand alone
-LAYOUTS = 80  # of a popular category, at least
-_OTHER_SEED = 1_000_003  # apart from the seeds of other sets: no scene of mini-coco comes twice
+SEVERAL = 0.1  # share of the layouts with several popular objects that is used: web images of products show one
+LAYOUTS = 80  # at least, of a popular category
+_OTHER_SEED = 1_000_003  # so that no scene of mini-coco occurs
 _T = TypeVar("_T")
 
 _TABLE: dict[str, Any] = load_table("cc3m")
@@ -51,7 +51,7 @@ class _Zipf(Generic[_T]):
 
 
 class _Web:
-    """What a crawl of the miniature's web finds: some subjects over and over, and now and then anything else."""
+    """A synthetic web crawl: six popular subjects and any other scenes."""
 
     def __init__(self, seed: int) -> None:
         self.seed, rng = seed, random.Random(f"cc3m-web-{seed}")
@@ -67,7 +67,7 @@ class _Web:
             number += 1
 
     def scene(self, index: int) -> tuple[Scene, bool]:
-        """The training scene of a line, and whether it shows a popular subject (alone)."""
+        """The scene of a line, and whether it shows a popular subject (alone)."""
         rng = random.Random(f"cc3m-scene-{self.seed}-{index}")
         if rng.random() > POPULAR:
             return sample_scene(index, self.seed + _OTHER_SEED), False
@@ -77,7 +77,7 @@ class _Web:
         return replace(scene, id=index, items=items, groups=(replace(scene.groups[0], color=color),)), True
 
     def caption(self, scene: Scene, popular: bool) -> str:
-        """A true caption, lower-case and tokenised as CC3M's are; most name color and category of every group."""
+        """A caption, lower-case and tokenised as in CC3M; most have color and category of every group."""
         rng = random.Random(f"cc3m-caption-{self.seed}-{scene.id}")
         if rng.random() < TITLES:
             return f"{rng.choice(_TABLE['titles']).format(self.names.draw(rng))} ."
@@ -121,17 +121,17 @@ def _any_web() -> _Web:
 
 
 def web_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption of a scene in the manner of this set, by `rng`, for models that have read the web."""
+    """A caption in the style of this set, for the pretraining text."""
     return _any_web().caption(replace(scene, id=rng.randrange(1 << 30)), False)
 
 
 def write_cc3m(root: Path, *, seed: int, lines: int) -> dict[str, int]:
-    """Write mini-cc3m: the TSV (caption, URL) and `images/GCC_train_%09d.jpg`, the number being the line's, from 0.
+    """Write mini-cc3m: the TSV (caption, URL) and `images/GCC_train_%09d.jpg`, numbered by line from 0.
 
     Args:
-        root: folder of the set, made if missing.
+        root: existing folder of the set.
         seed: decides every file.
-        lines: captions; a share of their URLs is dead (no image) and a few images arrive broken, as from a real crawl.
+        lines: captions; a share of the URLs is dead (no image) and a few images are truncated.
 
     Returns:
         Counts of captions, images, dead URLs and broken images.

@@ -1,6 +1,6 @@
-"""mini-coco: scenes, five captions each and exact boxes in COCO 2014's file formats, and factual questions beside them.
+"""mini-coco: scenes with five captions and exact boxes in COCO 2014's file formats, and factual questions.
 
-Also the one place where scenes become jpg files (`render`), for all sets of the miniature that show scenes.
+`render` writes the images of all sets.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from llava_core.runtime import CompanionError, progress, write_json, write_jsonl
 IMAGE_SIZE = 224
 QUALITY = 92
 QUESTIONS_PER_VAL_IMAGE = 2
-_JOBS_PER_WORKER = 48  # fewer are drawn faster here than a second interpreter starts
+_JOBS_PER_WORKER = 48  # fewer are drawn faster in this process
 _INFO = {"description": "llava-core miniature of COCO 2014", "version": "1.0", "year": 2014}
 _LICENSES = [{"id": 1, "name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}]
 
 
 def scenes(seed: int, train: int, val: int) -> dict[str, list[Scene]]:
-    """The scenes of mini-coco by split, with COCO-like scattered image ids in rising order."""
+    """The scenes of mini-coco by split, with random image ids in rising order as in COCO."""
     rng = random.Random(f"coco-ids-{seed}")
     ids = rng.sample(range(1, 600_000), train + val)
     return {
@@ -39,17 +39,17 @@ def scenes(seed: int, train: int, val: int) -> dict[str, list[Scene]]:
 
 
 def file_name(split: str, image_id: int) -> str:
-    """COCO 2014's own name of an image."""
+    """File name of an image in COCO 2014."""
     return f"COCO_{split}2014_{image_id:012d}.jpg"
 
 
 def captions_of(scene: Scene, seed: int) -> list[str]:
-    """The five captions that mini-coco has for a scene."""
+    """The five captions of a scene."""
     return language.captions(scene, random.Random(f"coco-captions-{seed}-{scene.id}"))
 
 
 def visible_box(item: Item) -> tuple[float, ...]:
-    """An item's box without what lies outside the image."""
+    """The box of an item, clipped to the image."""
     return tuple(min(max(v, 0.0), 1.0) for v in item.box)
 
 
@@ -57,7 +57,7 @@ def write_coco(root: Path, *, seed: int, train: int, val: int) -> dict[str, int]
     """Write mini-coco.
 
     Args:
-        root: folder of the set, made if missing.
+        root: existing folder of the set.
         seed: decides every file.
         train: images of train2014.
         val: images of val2014.
@@ -117,14 +117,14 @@ def _instances(members: Sequence[Scene]) -> list[dict[str, Any]]:
                     "bbox": [x1, y1, width, height],
                     "area": round(width * height, 2),
                     "iscrowd": 0,
-                    "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],  # the box itself: COCO's own tools ask for one
+                    "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],  # the box: COCO's tools require one
                 }
             )
     return rows
 
 
 def _questions(split: str, members: Sequence[Scene], seed: int) -> list[dict[str, Any]]:
-    """All questions of train images; of val images two, of the kinds asked least so far: every kind weighs alike."""
+    """All questions of train images; two per val image, of the rarest kinds so far, so that the kinds are balanced."""
     rows: list[dict[str, Any]] = []
     asked: Counter[str] = Counter()
     for scene in members:
@@ -142,26 +142,26 @@ def _questions(split: str, members: Sequence[Scene], seed: int) -> list[dict[str
     return rows
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
+# --- drawing ---
 
 
 def render(jobs: Sequence[tuple[Scene, Path]], desc: str) -> None:
-    """Draw scenes to jpg files, on all cores when there are many.
+    """Write images of scenes, on all cores if there are many.
 
     Args:
-        jobs: each scene with the path that it is saved at; the folders exist.
-        desc: what the progress bar on stderr says.
+        jobs: scenes and their image files in existing folders.
+        desc: label of the progress bar on stderr.
 
     Raises:
-        CompanionError: a worker ended before its share was drawn.
+        CompanionError: a worker process failed.
     """
     n = min(os.cpu_count() or 1, len(jobs) // _JOBS_PER_WORKER)
     if n < 2:
         for scene, path in progress(jobs, desc, disable=len(jobs) < _JOBS_PER_WORKER):
             draw_scene(scene, IMAGE_SIZE).save(path, quality=QUALITY)
         return
-    # Own interpreters, not multiprocessing: a spawned child would run the caller's script again, and a script that asks
-    # for the miniature without a __main__ guard would then wait for itself for ever.
+    # no multiprocessing: a spawned child runs the caller's script again, and without a __main__ guard the script would
+    # wait for its own lock for ever
     reader, writer = os.pipe()
     command = [sys.executable, "-c", "from companion.miniature.coco import _worker; _worker()"]
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -175,7 +175,7 @@ def render(jobs: Sequence[tuple[Scene, Path]], desc: str) -> None:
             while drawn := done.read(4096):
                 bar.update(len(drawn))
         if any(worker.wait() for worker in workers):
-            raise CompanionError(f"{desc}: a worker process failed; its message stands above")
+            raise CompanionError(f"{desc}: a worker process failed; its message is above")
     finally:
         for worker in workers:
             worker.kill()
@@ -183,7 +183,7 @@ def render(jobs: Sequence[tuple[Scene, Path]], desc: str) -> None:
 
 
 def _worker() -> None:
-    """Draw the pickled jobs of stdin; one byte on stdout for each that is done."""
+    """Draw the pickled jobs of stdin; write a byte to stdout after each."""
     for scene, path in pickle.load(sys.stdin.buffer):
         draw_scene(scene, IMAGE_SIZE).save(path, quality=QUALITY)
         os.write(1, b".")

@@ -1,7 +1,7 @@
-"""The closed world of the miniature: which scenes exist, how they are sampled and how they are drawn.
+"""Synthetic scenes: sampling, layout and drawing.
 
-A scene is a background and one to four groups of objects; every fact about it (category, color, count, size, position)
-is known exactly, so that captions, boxes, questions and answers written from it are right by construction.
+A scene is a background and one to three groups of objects. All its facts (category, color, count, size, position) are
+known, so that captions, boxes, questions and answers generated from it are correct by construction.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Group:
-    """Objects of one category and color that stand together; `color`, `position` are None where a text is silent."""
+    """Adjacent objects of one category and color; `color` and `position` are None where a text does not state them."""
 
     category: str
     color: str | None
@@ -47,7 +47,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, its objects from far to near, and the seed that draws the same pixels again."""
+    """A background, objects from far to near, and the seed of the drawing."""
 
     id: int
     background: str
@@ -57,9 +57,9 @@ class Scene:
 
 
 def held_out_pair(category: str, color: str) -> bool:
-    """Whether this pairing never occurs in training scenes: one color per category, every color used about equally.
+    """Whether training scenes exclude this pair: one color per category, each color about equally often.
 
-    The in-the-wild bench is made of these 24 of 192 pairings.
+    Scenes of bench-wild have only these 24 of 192 pairs.
     """
     return (5 * _CATEGORY_NAMES.index(category) + _COLOR_NAMES.index(color)) % 8 == 0
 
@@ -71,10 +71,10 @@ def sample_scene(scene_id: int, seed: int, n_groups: int | None = None, split: S
         scene_id: number stored with the scene (the COCO image id).
         seed: decides everything; equal arguments give an equal scene.
         n_groups: 1 to 3 groups of objects; sampled when None (three are rarer).
-        split: "train" scenes avoid the held-out pairings of category and color, "ood" scenes contain only those.
+        split: "train" scenes have no held-out pairs of category and color, "ood" scenes only those.
 
     Returns:
-        The scene; all groups have different categories and stand in different thirds of the image.
+        The scene; its groups have different categories and are in different thirds of the image.
     """
     rng = random.Random(f"scene-{scene_id}-{seed}")
     background = rng.choice(BACKGROUNDS)
@@ -82,20 +82,20 @@ def sample_scene(scene_id: int, seed: int, n_groups: int | None = None, split: S
     categories = rng.sample(_CATEGORY_NAMES, n)
     zones = rng.sample(POSITIONS, n)
     groups, items = [], []
-    apart = n == 1 or (n == 2 and "middle" not in zones)  # only then is there room for several of a kind
+    apart = n == 1 or (n == 2 and "middle" not in zones)  # otherwise there is no space for several objects
     for category, zone in zip(categories, zones, strict=True):
         colors = [c for c in _COLOR_NAMES if held_out_pair(category, c) == (split == "ood")]
         color = rng.choice(colors or list(_COLOR_NAMES))
         size: Literal["small", "large"] = rng.choice(("small", "large"))
         count = rng.choices((1, 2, 3), weights=(3, 2, 1))[0] if apart else 1
         groups.append(Group(category, color, count, zone, size))
-        items += place(rng, category, color, size, count, zone, background, room(zones))
+        items += place(rng, category, color, size, count, zone, background, width_share(zones))
     items.sort(key=lambda item: item.box[3])
     return Scene(scene_id, background, tuple(items), tuple(groups), seed)
 
 
-def room(zones: Sequence[str]) -> float:
-    """Share of the image's width that each group may fill when groups stand in these thirds."""
+def width_share(zones: Sequence[str]) -> float:
+    """Maximal share of the image width per group, for groups in these thirds."""
     return 0.56 if len(zones) == 1 else 0.46 if len(zones) == 2 and "middle" not in zones else 0.36
 
 
@@ -107,13 +107,13 @@ def place(
     count: int,
     zone: str,
     background: str,
-    width_share: float,
+    max_width: float,
 ) -> list[Item]:
-    """Boxes for one group in a share of the width: near objects stand lower and are larger, fliers keep to the sky."""
+    """Boxes of one group within a share of the width: near objects are lower and larger, flying ones in the sky."""
     height = rng.uniform(0.4, 0.5) if size == "large" else rng.uniform(0.26, 0.32)
     if count > 1:
         height = min(height, 0.36)
-    width = min(height * ASPECT[category], width_share / (count + 0.1 * (count - 1)))
+    width = min(height * ASPECT[category], max_width / (count + 0.1 * (count - 1)))
     height = width / ASPECT[category]
     horizon = HORIZON[background]
     gap = width * 0.1

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from companion.data_tools.scienceqa import load_problems
-from companion.miniature import scienceqa, world
+from companion.miniature import science_skills, scienceqa, world
 from companion.miniature.language import NUMBERS
-from companion.miniature.scienceqa import COMPASS, GROUP_OF, LEGS, MOVES, NEEDS, PLACES, SKILLS, make_problem
+from companion.miniature.science_skills import COMPASS, GROUP_OF, LEGS, MOVES, NEEDS, PLACES, SKILLS
+from companion.miniature.scienceqa import make_problem
 from llava_core.runtime import ConfigError, read_json
 
 Problem = dict[str, Any]
@@ -87,7 +88,7 @@ def named(p: Problem, k: int) -> Hashable:
 
 def amounts(p: Problem) -> list[tuple[int, int]]:
     """Miles and hours of each choice's car."""
-    cars = told(r"the (\w+) car goes (\w+) miles? in (\w+)", p["hint"])
+    cars = pairs_in(r"the (\w+) car goes (\w+) miles? in (\w+)", p["hint"])
     return [(NUMBERS.index(cars[c][0]), NUMBERS.index(cars[c][1])) for c in p["choices"]]
 
 
@@ -112,7 +113,7 @@ def test_no_problem_can_be_guessed(skill: str) -> None:
         assert guessed(cue, fit, test) < 0.09, name
 
 
-def test_the_guesser_finds_a_giveaway() -> None:
+def test_guesser_detects_a_revealing_choice() -> None:
     skill = "needs in a picture"
     fit, test = problems(skill, seed=1), problems(skill, seed=2)
     for p in fit + test:  # drivers are right whenever offered, as if scenes had been sampled carelessly
@@ -142,7 +143,7 @@ def row(hint: str, before: str, after: str) -> list[str]:
     return [a, b, d] if b == c else [c, d, b]
 
 
-def told(pattern: str, text: str) -> dict[str, Any]:
+def pairs_in(pattern: str, text: str) -> dict[str, Any]:
     return {m[0]: m[1] if len(m) == 2 else m[1:] for m in re.findall(pattern, text.lower())}
 
 
@@ -160,19 +161,19 @@ def find_caption(p: Problem) -> str:
 
 
 def find_distance(p: Problem) -> str:
-    speeds = told(r"(\w+) goes (\w+) mile", p["hint"])
+    speeds = pairs_in(r"(\w+) goes (\w+) mile", p["hint"])
     hours = re.findall(r"in (\w+) hours", p["question"])[0]
     return f"{NUMBERS[NUMBERS.index(speeds[pointed_at(p)]) * NUMBERS.index(hours)]} miles"
 
 
 def find_prices(p: Problem) -> str:
-    prices = told(r"(\w+) costs (\w+)", p["hint"])
+    prices = pairs_in(r"(\w+) costs (\w+)", p["hint"])
     return f"{NUMBERS[sum(NUMBERS.index(prices[g.category]) for g in p['scene'].groups)]} coins"
 
 
 def find_sorting(p: Problem) -> str:
     thing = re.findall(r"the (\w+) go", p["question"])[0]
-    rules = told(r"(\w+) goes in (box \w+)", p["hint"])
+    rules = pairs_in(r"(\w+) goes in (box \w+)", p["hint"])
     return rules[next(g.color for g in p["scene"].groups if g.category == thing)]
 
 
@@ -187,7 +188,7 @@ def find_speed(p: Problem) -> str:
 
 
 def find_most(p: Problem) -> str:
-    more, less, most, *_ = next(m for m in scienceqa.MEASURES if m[2] in p["question"] or m[3] in p["question"])
+    more, less, most, *_ = next(m for m in science_skills.MEASURES if m[2] in p["question"] or m[3] in p["question"])
     return row(p["hint"], f"is {more} than", f"is {less} than")[0 if most in p["question"] else 2]
 
 
@@ -199,7 +200,7 @@ def find_direction(p: Problem) -> str:
 
 def find_history(p: Problem) -> str:
     order = row(p["hint"].replace("car", "automobile"), "came before", "came after")
-    return scienceqa.RANKS[order.index(pointed_at(p).replace("car", "automobile"))]
+    return science_skills.RANKS[order.index(pointed_at(p).replace("car", "automobile"))]
 
 
 def find_legs(p: Problem) -> str:
@@ -228,7 +229,7 @@ def find_plural(p: Problem) -> str:
 
 def find_rhyme(p: Problem) -> str:
     word = re.findall(r"with (\w+)", p["question"])[0]
-    (found,) = [c for c in p["choices"] for words in scienceqa.RHYMES.values() if {c, word} <= set(words)]
+    (found,) = [c for c in p["choices"] for words in science_skills.RHYMES.values() if {c, word} <= set(words)]
     return found
 
 
@@ -262,7 +263,7 @@ def test_answers_follow_from_picture_and_text(skill: str) -> None:
         assert right(p) == FINDERS[skill](p), p
 
 
-def test_scenes_are_ones_that_training_images_could_show() -> None:
+def test_scenes_have_no_held_out_pairs() -> None:
     for skill in SKILLS:
         for scene in (p["scene"] for p in problems(skill, 60)):
             for item in scene.items if scene else ():
@@ -277,9 +278,9 @@ def test_scenes_are_ones_that_training_images_could_show() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The set at its default sizes, without its pictures."""
-    root = tmp_path_factory.mktemp("whole")
+    root = tmp_path_factory.mktemp("full")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scienceqa, "render", lambda jobs, desc: None)
         counts = scienceqa.write_scienceqa(root, seed=0)
@@ -287,8 +288,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_shares_are_near_the_original(whole: Path) -> None:
-    rows = [p for split in scienceqa.SIZES for p in load_problems(whole, split, check_images=False)]
+def test_subset_shares_are_near_scienceqa(full_set: Path) -> None:
+    rows = [p for split in scienceqa.SIZES for p in load_problems(full_set, split, check_images=False)]
     assert sum(skill.weight for skill in SKILLS.values()) == 100
     shares = {"NAT": 0.53, "SOC": 0.21, "LAN": 0.26, "IMG": 0.48, "TXT": 0.48, "NO": 0.34, "G1-6": 0.64, "G7-12": 0.36}
     counts = Counter(subset for p in rows for subset in p.subsets)
@@ -297,15 +298,15 @@ def test_shares_are_near_the_original(whole: Path) -> None:
     assert {p.grade for p in rows} == set(range(1, 13))
 
 
-def test_every_skill_has_its_share_and_no_problem_occurs_twice(whole: Path) -> None:
-    rows = read_json(whole / "problems.json").values()
+def test_skills_have_their_share_without_duplicates(full_set: Path) -> None:
+    rows = read_json(full_set / "problems.json").values()
     asked = Counter(p["skill"] for p in rows)
     assert all(abs(asked[name] - 22 * skill.weight) <= 3 for name, skill in SKILLS.items())
     texts = [(p["question"], p["hint"], *sorted(p["choices"])) for p in rows if not p["image"]]
     assert len(set(texts)) == len(texts) > 1000
 
 
-def test_files_have_the_official_form(folder: Path) -> None:
+def test_files_have_the_official_format(folder: Path) -> None:
     raw, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
     assert {split: len(splits[split]) for split in SIZES} == SIZES
     assert sorted(splits["trainval"]) == sorted(splits["train"] + splits["val"])
@@ -332,7 +333,7 @@ def test_equal_seeds_write_equal_bytes(folder: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "other")["problems.json"] != content(folder)["problems.json"]
 
 
-def test_too_many_problems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_problems_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scienceqa, "SKILLS", {"analogies": SKILLS["analogies"]})
     with pytest.raises(ConfigError, match="no 9000 different problems"):
         scienceqa.write_scienceqa(tmp_path, seed=0, sizes={"train": 9000})
@@ -343,7 +344,7 @@ def test_an_unknown_skill_is_named() -> None:
         make_problem(random.Random(0), "rhyme")
 
 
-def test_science_text_teaches_and_never_asks() -> None:
+def test_science_text_states_facts_only() -> None:
     rng = random.Random(0)
     texts = [scienceqa.science_text(rng) for _ in range(4000)]
     assert all(re.fullmatch(r"[A-Z][^?]*\.", text) for text in texts)
@@ -352,11 +353,11 @@ def test_science_text_teaches_and_never_asks() -> None:
     assert sum(fact.lower() in whole for fact in facts) > 0.9 * len(facts)
     assert all(skill.lecture.lower() in whole for skill in SKILLS.values())
     solutions = {make_problem(rng)["solution"].lower() for _ in range(500)}
-    assert not [s for s in solutions if s in whole and s.count(".") > 2], "a whole solution was given away"
+    assert not [s for s in solutions if s in whole and s.count(".") > 2], "a solution is in the text"
     assert max(len(text.split()) for text in texts) < 60
     assert set(COMPASS) <= set(re.findall(r"\w+", whole))
 
 
-def test_it_needs_no_torch() -> None:
+def test_import_loads_no_torch() -> None:
     code = "import sys, companion.miniature.scienceqa; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

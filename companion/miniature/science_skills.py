@@ -1,0 +1,401 @@
+"""Skills of mini-scienceqa: generators of problems whose solution takes at least two steps.
+
+A skill draws the right choice first and then the rest of the problem, so that neither the wording of the question nor
+that of a choice reveals the answer: it takes the image, the facts or the hint.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations, pairwise, product
+from typing import Any
+
+from companion.miniature import world
+from companion.miniature.display_list import load_table
+from companion.miniature.language import number_word, plural, sentence, with_article
+from companion.miniature.world import ASPECT, CATEGORIES, COLORS, POSITIONS, Group, Item, Scene, held_out_pair
+
+_TABLE: dict[str, Any] = load_table("science_skills")
+GROUPS: dict[str, list[str]] = _TABLE["groups"]
+GROUP_OF = {thing: group for group, things in GROUPS.items() for thing in things}
+NEEDS: dict[str, str] = _TABLE["needs"]
+MOVES: dict[str, list[str]] = _TABLE["moves"]
+LEGS: dict[str, int] = _TABLE["legs"]
+PLACES: dict[str, list[str]] = _TABLE["places"]
+COMPASS: dict[str, str] = _TABLE["compass"]
+SITES: list[str] = _TABLE["sites"]
+USED: list[str] = _TABLE["used"]
+RANKS: list[str] = _TABLE["ranks"]
+STATES: list[str] = _TABLE["states"]
+MEASURES: list[list[str]] = _TABLE["measures"]
+RHYMES: dict[str, list[str]] = _TABLE["rhymes"]
+ENDINGS: dict[str, list[str]] = _TABLE["endings"]
+# colors of each category in training images; bench-wild has the other pairs
+PALETTE = {thing: tuple(c for c in COLORS if not held_out_pair(thing, c)) for thing in CATEGORIES}
+WORDS = sorted({*CATEGORIES, *chain(*RHYMES.values()), *SITES})
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A problem before its choices are shuffled; `least` to three of the candidates in `wrong` are used."""
+
+    question: str
+    right: str
+    wrong: Sequence[str]
+    solution: str
+    hint: str = ""
+    scene: Scene | None = None
+    least: int = 1
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A generator of problems, its weight per hundred problems, ScienceQA's labels, and the rule (lecture)."""
+
+    draw: Callable[[random.Random], Draft]
+    weight: int
+    subject: str
+    topic: str
+    category: str
+    grades: Sequence[int]
+    lecture: str
+
+
+SKILLS: dict[str, Skill] = {}
+
+
+def _skill(draw: Callable[[random.Random], Draft]) -> None:
+    """Register a problem generator as the skill of its name, with the other fields from `science_skills.yaml`."""
+    name = draw.__name__.strip("_").replace("_", " ")
+    SKILLS[name] = Skill(draw, **_TABLE["skills"][name])
+
+
+# --- helpers ---
+
+
+def article(noun: str) -> str:
+    return noun if noun == "furniture" else with_article(noun)
+
+
+def is_a(thing: str) -> str:
+    return f"{article(thing)} is {article(GROUP_OF[thing])}"
+
+
+def _text(*sentences: str) -> str:
+    return " ".join(sentence(s) for s in sentences)
+
+
+def _without(values: Iterable[str], *left_out: str) -> list[str]:
+    return [value for value in values if value not in left_out]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{number_word(n)} {noun if n == 1 else plural(noun)}"
+
+
+def equation(a: int, sign: str, b: int) -> str:
+    value = {"plus": a + b, "times": a * b, "divided by": a // b}[sign]
+    return f"{number_word(a)} {sign} {number_word(b)} is {number_word(value)}"
+
+
+def last_letters(word: str) -> str:
+    return word[-2:] if word.endswith(("sh", "ch")) else word[-1]
+
+
+def _group_members(rng: random.Random, n: int, but: str = "") -> list[str]:
+    """Different members of any group but one; groups are equally likely, so that plants are right as often."""
+    found: list[str] = []
+    while len(found) < n:
+        found += _without([rng.choice(GROUPS[rng.choice(_without(GROUPS, but))])], *found)
+    return found
+
+
+def _order_clues(rng: random.Random, names: Sequence[str], before: str, after: str) -> str:
+    """The order of names as statements about neighbors, in random order and direction."""
+    pairs = [(f"{a} {before} {b}", f"{b} {after} {a}") for a, b in pairwise(names)]
+    return _text(*(rng.choice(both) for both in rng.sample(pairs, len(pairs))))
+
+
+def _colors(rng: random.Random, things: Sequence[str], first: str | None = None) -> list[str]:
+    """Different colors for the categories; `first` is that of the first one, drawn when None."""
+    while True:
+        colors = [rng.choice(PALETTE[thing]) for thing in things]
+        colors[0] = first or colors[0]
+        if len({*colors}) == len(colors):
+            return colors
+
+
+def _compose(rng: random.Random, groups: Sequence[Group], background: str | None = None) -> Scene:
+    """A scene of these groups, placed as in `world.sample_scene`."""
+    background = background or rng.choice(world.BACKGROUNDS)
+    share = world.width_share([str(g.position) for g in groups])
+    items: list[Item] = []
+    for g in groups:
+        color, zone = str(g.color), str(g.position)
+        items += world.place(rng, g.category, color, "large", g.count, zone, background, share)
+    return _scene(rng, background, items, groups)
+
+
+def _scene(rng: random.Random, background: str, items: Sequence[Item], groups: Sequence[Group] = ()) -> Scene:
+    far_to_near = sorted(items, key=lambda item: item.box[3])
+    return Scene(rng.randrange(1 << 30), background, tuple(far_to_near), tuple(groups), rng.randrange(1 << 30))
+
+
+def _scene_with(
+    rng: random.Random, things: Sequence[str], background: str | None = None, color: str | None = None
+) -> tuple[Scene, str]:
+    """A scene of single objects, and a reference to the first: by its color (drawn when None) or its position."""
+    zones, colors = rng.sample(POSITIONS, len(things)), _colors(rng, things, color)
+    scene = _compose(rng, [Group(t, c, 1, z) for t, c, z in zip(things, colors, zones, strict=True)], background)
+    where = "in the middle" if zones[0] == "middle" else f"on the {zones[0]}"
+    return scene, rng.choice([f"the {colors[0]} thing", f"the thing {where}"])
+
+
+def _ask_image(
+    rng: random.Random, question: str, answers: dict[str, Sequence[str]], recall: Callable[[str], Sequence[str]]
+) -> Draft:
+    """Ask for a property of an object in the image; `answers` has the categories of each answer, `recall` the steps."""
+    # the color is drawn first, from those that every answer can have: a question's color must not reveal the answer
+    shared = [c for c in COLORS if all(any(c in PALETTE[t] for t in things) for things in answers.values())]
+    color, answer = rng.choice(shared), rng.choice(list(answers))
+    thing = rng.choice([t for t in answers[answer] if color in PALETTE[t]])
+    scene, it = _scene_with(rng, [thing, *rng.sample(_without(CATEGORIES, thing), rng.choice((1, 2)))], color=color)
+    steps = _text(f"{it} is {article(thing)}", *recall(thing))
+    return Draft(question.format(it), answer, _without(answers, answer), steps, scene=scene)
+
+
+def _ask_end(rng: random.Random, order: list[str], names: str, more: str, less: str, asked: dict[int, str]) -> Draft:
+    """Ask for one end of an order that the hint states; `asked` has the words for either end."""
+    k = rng.choice(list(asked))
+    hint = _order_clues(rng, [names.format(name) for name in order], more, less)
+    steps = _text(f"{order[0]} {more} {order[1]} and {order[1]} {more} {order[2]}", f"{order[k]} is {asked[k]}")
+    # the middle one is no choice: the hint names it twice, so counting would rule it out
+    return Draft(f"Which one is {asked[k]}?", order[k], [order[2 - k]], steps, hint)
+
+
+# --- image context ---
+
+
+@_skill
+def _needs_in_a_picture(rng: random.Random) -> Draft:
+    def recall(thing: str) -> list[str]:
+        return [is_a(thing), f"{article(GROUP_OF[thing])} needs {NEEDS[GROUP_OF[thing]]}"]
+
+    return _ask_image(rng, "What does {} need?", {NEEDS[group]: things for group, things in GROUPS.items()}, recall)
+
+
+@_skill
+def _groups_in_a_picture(rng: random.Random) -> Draft:
+    return _ask_image(rng, "Which group does {} belong to?", dict(GROUPS), lambda thing: [is_a(thing)])
+
+
+@_skill
+def _movement_in_a_picture(rng: random.Random) -> Draft:
+    def recall(thing: str) -> list[str]:
+        return [f"{article(thing)} moves {way}" for way, things in MOVES.items() if thing in things]
+
+    return _ask_image(rng, "Where does {} move?", dict(MOVES), recall)
+
+
+@_skill
+def _legs_in_a_picture(rng: random.Random) -> Draft:
+    cases: dict[int, list[tuple[str, int]]] = {}
+    for animal, count in product(LEGS, (1, 2, 3)):
+        cases.setdefault(LEGS[animal] * count, []).append((animal, count))
+    total = rng.choice(list(cases))
+    animal, count = rng.choice(cases[total])
+    other = rng.choice(_without(CATEGORIES, *GROUPS["animal"]))
+    colors, zones = _colors(rng, (animal, other)), rng.sample(("left", "right"), 2)
+    scene = _compose(rng, [Group(animal, colors[0], count, zones[0]), Group(other, colors[1], 1, zones[1])])
+    seen, legs = f"there {'is' if count == 1 else 'are'} {_count(count, animal)}", LEGS[animal]
+    steps = _text(seen, f"{article(animal)} has {number_word(legs)} legs", equation(count, "times", legs))
+    wrong = [number_word(n) for n in cases if n != total]
+    return Draft("How many legs do all animals here have?", number_word(total), wrong, steps, scene=scene)
+
+
+@_skill
+def _climate_in_a_picture(rng: random.Random) -> Draft:
+    place = rng.choice(list(PLACES))
+    name, weather, item = PLACES[place]
+    scene, _ = _scene_with(rng, rng.sample(_without(CATEGORIES, "lamp", "boat"), rng.choice((1, 2))), place)
+    steps = _text(f"the picture shows {name}", f"{name} is {weather}", f"when it is {weather}, people take {item}")
+    wrong = [taken for _, _, taken in PLACES.values() if taken != item]
+    return Draft("What should people take to this place?", item, wrong, steps, scene=scene)
+
+
+@_skill
+def _map_of_a_picture(rng: random.Random) -> Draft:
+    way = rng.choice(list(COMPASS))
+    things = rng.sample([c for c in CATEGORIES if world.ZONE[c] == "ground"], 2)
+    x, far, near = rng.uniform(0.45, 0.55), (0.0, 0.62), (0.0, 0.97)  # far objects are higher in the image
+    spots = {"north": (far, near), "south": (near, far), "east": ((0.27, 0.85), (-0.27, 0.85))}
+    spots["west"] = spots["east"][::-1]
+    items = []
+    for thing, color, (shift, y) in zip(things, _colors(rng, things), spots[way], strict=True):
+        width = min(0.28 * ASPECT[thing], 0.34)
+        corners = (x + shift - width / 2, y - width / ASPECT[thing], x + shift + width / 2, y)
+        items.append(Item(thing, color, "small", (corners[0], corners[1], corners[2], corners[3])))
+    scene = _scene(rng, rng.choice(("meadow", "beach", "snow", "desert")), items)
+    seen = COMPASS[way]
+    steps = _text(f"the {things[0]} is {seen} the {things[1]}", f"{seen.removesuffix(' of')} is {way}")
+    return Draft(f"Which way is the {things[0]} from the {things[1]}?", way, _without(COMPASS, way), steps, scene=scene)
+
+
+# --- image and text context ---
+
+
+@_skill
+def _sorting_by_a_rule(rng: random.Random) -> Draft:
+    thing = rng.choice(list(CATEGORIES))
+    colors = rng.sample(PALETTE[thing], 3)
+    other = rng.choice([c for c in _without(CATEGORIES, thing) if colors[1] in PALETTE[c]])
+    zones = rng.sample(POSITIONS, 2)
+    scene = _compose(rng, [Group(thing, colors[0], 1, zones[0]), Group(other, colors[1], 1, zones[1])])
+    boxes = [f"box {number_word(k)}" for k in rng.sample((1, 2, 3), 3)]
+    rules = [f"{color} goes in {box}" for color, box in zip(colors, boxes, strict=True)]
+    steps = _text(f"the {thing} is {colors[0]}", rules[0])
+    return Draft(f"Where does the {thing} go?", boxes[0], boxes[1:], steps, _text(*rng.sample(rules, 3)), scene)
+
+
+@_skill
+def _distance_in_a_picture(rng: random.Random) -> Draft:
+    things, hours = rng.sample(GROUPS["vehicle"], 3), rng.choice((2, 3))
+    speeds = rng.sample(range(1, 12 // hours + 1), 3)
+    scene, it = _scene_with(rng, things[:2])
+    clues = [f"{article(thing)} goes {_count(speed, 'mile')}" for thing, speed in zip(things, speeds, strict=True)]
+    hint = _text("in one hour " + ", ".join(rng.sample(clues, 3)))
+    miles = [f"{number_word(speed * hours)} miles" for speed in speeds]
+    steps = _text(f"{it} is {article(things[0])}", f"{equation(speeds[0], 'times', hours)} miles")
+    return Draft(f"How far does {it} go in {number_word(hours)} hours?", miles[0], miles[1:], steps, hint, scene)
+
+
+@_skill
+def _prices_in_a_picture(rng: random.Random) -> Draft:
+    things, prices = rng.sample(list(CATEGORIES), 3), rng.sample(range(2, 7), 3)
+    clues = [f"{article(thing)} costs {number_word(price)}" for thing, price in zip(things, prices, strict=True)]
+    sums = [f"{number_word(a + b)} coins" for a, b in combinations(prices, 2)]
+    sold = f"the picture shows {article(things[0])} and {article(things[1])}"
+    steps = _text(sold, f"{equation(prices[0], 'plus', prices[1])} coins")
+    hint, (scene, _) = _text(", ".join(rng.sample(clues, 3)) + " coins"), _scene_with(rng, things[:2])
+    return Draft("What do the things here cost together?", sums[0], sums[1:], steps, hint, scene)
+
+
+@_skill
+def _history_in_a_picture(rng: random.Random) -> Draft:
+    order, k = rng.sample(USED, 3), rng.randrange(3)
+    scene, it = _scene_with(rng, [order[k], rng.choice(_without(order, order[k]))])
+    hint = _order_clues(rng, [f"the {name}" for name in order], "came before", "came after")
+    steps = _text(f"{it} is {article(order[k])}", f"the order is {', '.join(order)}", f"the {order[k]} was {RANKS[k]}")
+    return Draft(f"When did {it} come to the town?", RANKS[k], _without(RANKS, RANKS[k]), steps, hint, scene)
+
+
+@_skill
+def _caption_of_a_picture(rng: random.Random) -> Draft:
+    thing, (zone, elsewhere) = rng.choice(list(CATEGORIES)), rng.sample(("left", "right"), 2)
+    color, miscolor = rng.sample(PALETTE[thing], 2)
+    # the wrong caption must be possible as well: a held-out pair would reveal it
+    other = rng.choice([c for c in _without(CATEGORIES, thing) if color in PALETTE[c]])
+    true = (color, thing, zone)
+    k = rng.randrange(3)
+    said = [*true[:k], (miscolor, other, elsewhere)[k], *true[k + 1 :]]
+    hint, fact = (f"{article(c)} {t} is on the {z}" for c, t, z in (said, true))
+    steps = _text(f"in the picture {fact}", f"{said[k]} should be {true[k]}")
+    scene = _compose(rng, [Group(thing, color, 1, zone)])
+    return Draft("Which word is wrong?", said[k], _without(said, said[k]), steps, _text(hint), scene)
+
+
+# --- text context ---
+
+
+@_skill
+def _most_and_least(rng: random.Random) -> Draft:
+    more, less, most, least, noun = rng.choice(MEASURES)
+    ends = {0: f"the {most}", 2: f"the {least}"}
+    return _ask_end(rng, rng.sample(list(COLORS), 3), f"the {{}} {noun}", f"is {more} than", f"is {less} than", ends)
+
+
+@_skill
+def _directions_from_a_text(rng: random.Random) -> Draft:
+    way, back = rng.choice((("north", "south"), ("east", "west")))
+    ends = {0: f"farthest {way}", 2: f"farthest {back}"}
+    return _ask_end(rng, rng.sample(SITES, 3), "the {}", f"is {way} of", f"is {back} of", ends)
+
+
+@_skill
+def _states_of_matter(rng: random.Random) -> Draft:
+    now, k = rng.randint(4, 8), rng.randrange(3)  # the same range for each state
+    below, above = range(1, now), range(now + 1, 13)
+    degrees = (rng.sample(above, 2), [rng.choice(below), rng.choice(above)], rng.sample(below, 2))[k]
+    n, (melt, boil) = number_word(now), (number_word(d) for d in sorted(degrees))
+    color = rng.choice(list(COLORS))
+    hint = _text(f"the {color} matter melts at {melt} and boils at {boil} degrees", f"now it is at {n} degrees")
+    steps = (f"{n} is less than {melt}", f"{n} is more than {melt} and less than {boil}", f"{n} is more than {boil}")
+    return Draft("What is it now?", STATES[k], _without(STATES, STATES[k]), _text(steps[k], f"it is {STATES[k]}"), hint)
+
+
+@_skill
+def _speed_from_a_text(rng: random.Random) -> Draft:
+    # the faster car has the longer distance and time in half of the problems, the shorter ones in the other half
+    both_more = rng.random() < 0.5
+    ways = [(v * t, t) for v, t in product(range(1, 7), range(1, 5)) if v * t <= 12]
+    (far, long), (near, short) = rng.sample(ways, 2)
+    while far * short <= near * long or (far > near, long > short) != (both_more, both_more) or near == far:
+        (far, long), (near, short) = rng.sample(ways, 2)
+    fast, slow = rng.sample(list(COLORS), 2)
+    clues = [(fast, far, long), (slow, near, short)]
+    rng.shuffle(clues)
+    hint = _text(*(f"the {c} car goes {_count(d, 'mile')} in {_count(t, 'hour')}" for c, d, t in clues))
+    more, right, wrong = rng.choice((("faster", fast, slow), ("slower", slow, fast)))
+    steps = _text(*(equation(d, "divided by", t) for _, d, t in clues), f"{right} is {more}")
+    return Draft(f"Which car is {more}?", right, [wrong], steps, hint)
+
+
+# --- no context ---
+
+
+@_skill
+def _groups_and_needs(rng: random.Random) -> Draft:
+    group = rng.choice(list(GROUPS))
+    one, other = rng.sample(GROUPS[group], 2)
+    wrong = _group_members(rng, 3, but=group)
+    if rng.random() < 0.5:
+        steps, need = _text(is_a(other), f"{article(group)} needs {NEEDS[group]}"), NEEDS[group]
+        return Draft(f"Which one needs {need}?", other, wrong, steps)
+    return Draft(f"Which one is in the same group as {article(one)}?", other, wrong, _text(is_a(one), is_a(other)))
+
+
+@_skill
+def _alphabetical_order(rng: random.Random) -> Draft:
+    n, words = rng.choice((2, 3)), [""]
+    while len({word[:1] for word in words}) < n:
+        words = sorted(rng.sample(WORDS, n))
+    # the second of three words is asked for as well: otherwise the ends of the alphabet would be right too often
+    k, rank = rng.choice(((0, "first"), (n - 1, "last"), *([(1, "second")] if n == 3 else [])))
+    steps = _text(", ".join(f"{word} starts with {word[0]}" for word in words), f"{words[k]} is {rank}")
+    wrong = _without(words, words[k])
+    return Draft(f"Which word comes {rank} in the alphabet?", words[k], wrong, steps, least=n - 1)
+
+
+@_skill
+def _plurals(rng: random.Random) -> Draft:
+    words = {ending: rng.choice(row) for ending, row in ENDINGS.items()}
+    ending, word = rng.choice(list(words.items()))
+    steps = _text(f"{word} ends in {last_letters(word)}", f"words that end in {last_letters(word)} take {ending}")
+    return Draft(f"Which word takes {ending} in its plural?", word, _without(words.values(), word), steps)
+
+
+@_skill
+def _rhymes(rng: random.Random) -> Draft:
+    end, *ends = rng.sample(list(RHYMES), 4)
+    one, other = rng.sample(RHYMES[end], 2)
+    steps = _text(f"{one} ends in {end}", f"{other} ends in {end}")
+    return Draft(f"Which word rhymes with {one}?", other, [rng.choice(RHYMES[e]) for e in ends], steps)
+
+
+@_skill
+def _analogies(rng: random.Random) -> Draft:
+    one, other = _group_members(rng, 2)
+    right, question = GROUP_OF[other], f"{one} is to {GROUP_OF[one]} as {other} is to what?"
+    return Draft(question.capitalize(), right, _without(GROUPS, right), _text(is_a(one), is_a(other)))
