@@ -175,33 +175,6 @@ def sha256_file(path: str | Path) -> str:
         raise DataError(f"{display_path(path)}: no such file; check the path or run the step that writes it") from error
 
 
-def verify_files(folder: Path) -> dict[str, str]:
-    """Make sure that a base model's files are those of its manifest.
-
-    Args:
-        folder: of the base model.
-
-    Returns:
-        File name -> SHA-256.
-
-    Raises:
-        CheckpointError: there is no manifest, or a file is missing or another one.
-    """
-    if not (folder / "manifest.json").is_file():
-        raise CheckpointError(
-            f"{display_path(folder)}: no base model here; fix: `git checkout -- models`, or `llava base-models`"
-        )
-    files: dict[str, str] = read_json(folder / "manifest.json")["files"]
-    for name, digest in files.items():
-        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
-            raise CheckpointError(
-                f"{display_path(folder / name)}: missing, or its SHA-256 is not the manifest's; fix: `git checkout -- "
-                "models` "
-                "or `llava base-models` to train it again"
-            )
-    return files
-
-
 def fingerprint(value: Any) -> str:
     """Return 12 hex digits that depend on a JSON-like value and not on the order of its keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

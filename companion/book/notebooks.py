@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_core.checkpoints.files import verify_files
 from llava_core.config import load_scale
 from llava_core.runtime import (
     ROOT,
@@ -25,7 +26,6 @@ from llava_core.runtime import (
     fingerprint,
     read_json,
     sha256_file,
-    verify_files,
 )
 
 CODE_ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 
 from llava_core.checkpoints.configs import quiet_transformers, tower_config
-from llava_core.checkpoints.files import error_at, has_file, read_config
+from llava_core.checkpoints.files import error_at, has_file, read_config, verify_files
 from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder, weight_files
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import CheckpointError, DataError, fingerprint, sha256_file, user_path, verify_files
+from llava_core.runtime import CheckpointError, DataError, fingerprint, sha256_file, user_path
 
 _DOWNLOADS: ContextVar[bool] = ContextVar("downloads", default=True)
 _TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_scale")  # of a CLIP model

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_core.runtime import CheckpointError, DataError, display_path, read_json
+from llava_core.runtime import CheckpointError, DataError, display_path, read_json, sha256_file
 
 
 def error_at(path: str | Path, problem: str) -> CheckpointError:
@@ -79,3 +79,30 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def verify_files(folder: Path) -> dict[str, str]:
+    """Make sure that a base model's files are those of its manifest.
+
+    Args:
+        folder: of the base model.
+
+    Returns:
+        File name -> SHA-256.
+
+    Raises:
+        CheckpointError: there is no manifest, or a file is missing or another one.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{display_path(folder)}: no base model here; fix: `git checkout -- models`, or `llava base-models`"
+        )
+    files: dict[str, str] = read_json(folder / "manifest.json")["files"]
+    for name, digest in files.items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            raise CheckpointError(
+                f"{display_path(folder / name)}: missing, or its SHA-256 is not the manifest's; fix: `git checkout -- "
+                "models` "
+                "or `llava base-models` to train it again"
+            )
+    return files
