@@ -149,7 +149,7 @@ class Claim(_Strict):
         return text if self.spread is None else f"{text} ± {self.spread:.{self.digits or 0}f}"
 
     @property
-    def display_path(self) -> str:
+    def shown(self) -> str:
         """The number with its unit, for tables."""
         relation = "" if self.relation == "equals" else f"{self.relation} "
         return f"{relation}{self.number}{'' if self.unit == '%' else ' '}{self.unit}"
