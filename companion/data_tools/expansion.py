@@ -13,11 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from llava_core.constants import BRIEF_INSTRUCTIONS, DETAIL_INSTRUCTIONS, IMAGE_MARKER
+from llava_core.constants import IMAGE_MARKER
 from llava_core.registry import unknown
 from llava_core.runtime import DataError, display_path
 
 T = TypeVar("T")
+
+
+def _own_list(name: str) -> tuple[str, ...]:
+    path = Path(__file__).with_name(f"{name}_instructions.txt")
+    return tuple(path.read_text(encoding="utf-8").splitlines())
+
+
+BRIEF_INSTRUCTIONS, DETAIL_INSTRUCTIONS = _own_list("brief"), _own_list("detail")
 LISTS = {"brief": BRIEF_INSTRUCTIONS, "detail": DETAIL_INSTRUCTIONS}
 """Our own wordings, as many as the paper has: 11 that ask for a caption, 16 that ask for a detailed description."""
 

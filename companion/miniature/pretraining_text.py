@@ -6,10 +6,11 @@ import random
 from collections.abc import Sequence
 from itertools import product
 
+from companion.data_tools.expansion import BRIEF_INSTRUCTIONS
 from companion.miniature import language, scienceqa, world
 from companion.miniature.cc3m import web_caption
 from companion.teacher.prompts import DETAIL_QUESTIONS
-from llava_core.constants import BRIEF_INSTRUCTIONS, IMAGE_MARKER
+from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Segment
 
 GRID = 7  # patches of the vision tower, per row and per column

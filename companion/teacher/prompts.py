@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from companion.data_tools.expansion import DETAIL_INSTRUCTIONS
 from companion.teacher.chat import Message
-from llava_core.constants import DETAIL_INSTRUCTIONS
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, display_path, fingerprint
 

@@ -21,9 +21,9 @@ from PIL import Image
 from companion.data_tools import cc3m
 from companion.data_tools.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, select
 from companion.data_tools.check import check_file
+from companion.data_tools.expansion import BRIEF_INSTRUCTIONS
 from companion.data_tools.filter_sensitivity import VARIANTS, filter_sensitivity
 from companion.data_tools.phrases import Phrases, extractor_named, rule_phrases
-from llava_core.constants import BRIEF_INSTRUCTIONS
 from llava_core.runtime import ConfigError, DataError
 
 RULES = FilterSettings(phrases="rules")

@@ -14,12 +14,12 @@ import pytest
 from companion import cli
 from companion.data_tools.check import check_file
 from companion.data_tools.coco import load_annotations
+from companion.data_tools.expansion import DETAIL_INSTRUCTIONS
 from companion.miniature.offline_chat import respond
 from companion.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest, Message, ServerError
 from companion.teacher.client import OfflineClient, RecordClient, ReplayClient
 from companion.teacher.generate import generate, requests_for
 from companion.teacher.prompts import DETAIL_QUESTIONS, KINDS, PROMPTS, load_prompts
-from llava_core.constants import DETAIL_INSTRUCTIONS
 from llava_core.data.instruct import load_instruct
 from llava_core.runtime import ROOT, ConfigError, DataError, read_json, read_jsonl
 
