@@ -20,7 +20,7 @@ from llava_core.data.conversation import encode
 from llava_core.runtime import CheckpointError
 
 
-def test_documents_are_decided_by_their_seed_and_show_patches_as_words_alone() -> None:
+def test_documents_depend_on_the_seed_alone() -> None:
     with_patches = 0
     for seed in range(160):
         segments, patches = pretraining_text.document(random.Random(seed))
@@ -33,7 +33,7 @@ def test_documents_are_decided_by_their_seed_and_show_patches_as_words_alone() -
     assert pretraining_text.document(random.Random(1)) != pretraining_text.document(random.Random(2))
 
 
-def test_the_initial_attention_looks_back_and_finds_equal_words(tmp_path: Path) -> None:
+def test_lookup_init_attends_to_equal_words(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def test_the_initial_attention_looks_back_and_finds_equal_words(tmp_path: Path) 
         assert (fourth[0, 0].diagonal(-5)[3:].mean() > 0.3) == looks_up
 
 
-def test_what_is_told_leaves_no_fact_out() -> None:
+def test_context_text_states_every_fact() -> None:
     for k in range(60):
         scene, rng = world.sample_scene(k, 5), random.Random(k)
         for text in (
@@ -70,7 +70,7 @@ def test_what_is_told_leaves_no_fact_out() -> None:
         assert PLACE_PHRASE[scene.background] in pretraining_text.context_text(scene, rng).lower()
 
 
-def test_words_for_patches_name_what_stands_there_row_by_row() -> None:
+def test_patch_words_are_row_by_row() -> None:
     dog = world.Item("dog", "red", "large", (0.0, 0.5, 0.5, 1.0))
     cat = world.Item("cat", "blue", "large", (0.25, 0.5, 0.5, 1.0))  # nearer: it hides half of the dog
     lamp = world.Item("lamp", "white", "small", (0.86, 0.0, 0.9, 0.2))  # too narrow for any center
@@ -84,7 +84,7 @@ def test_words_for_patches_name_what_stands_there_row_by_row() -> None:
     assert rows[3] == rows[6] == ["left one red dog"] * 2 + ["middle one blue cat"] * 2 + ["beach"] * 3
 
 
-def test_each_patch_of_a_training_image_has_words_for_what_stands_there() -> None:
+def test_patch_phrases_match_the_scene() -> None:
     for index in range(12):
         example, scene = contrastive._clip_example(index, 3), world.sample_scene(index, 1003, 1 if index % 3 else None)
         nouns = {g.category if g.count == 1 else plural(g.category) for g in scene.groups}
@@ -103,7 +103,7 @@ def test_each_patch_of_a_training_image_has_words_for_what_stands_there() -> Non
             assert example.region_text(patch, True, mirrored=True) == f"{noun} {POSITION_PHRASE[other]}"
 
 
-def test_the_text_half_of_the_tower_reads_a_caption_to_its_end(tmp_path: Path) -> None:
+def test_clip_text_model_pools_at_the_end_token(tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     for special, reads_on in ((contrastive.CAPTION_SPECIAL, True), (training.SPECIAL, False)):
@@ -119,7 +119,7 @@ def test_the_text_half_of_the_tower_reads_a_caption_to_its_end(tmp_path: Path) -
         assert torch.equal(output.pooler_output, output.last_hidden_state[torch.arange(3), end]) == reads_on
 
 
-def test_a_sine_grid_tells_every_place_from_every_other() -> None:
+def test_sine_grid_separates_all_positions() -> None:
     places = contrastive.sine_grid(7, 128)
     assert places.shape == (49, 128)
     assert float(places.std()) == pytest.approx(1, abs=0.1)
@@ -128,7 +128,7 @@ def test_a_sine_grid_tells_every_place_from_every_other() -> None:
     assert torch.equal(row[0, :, :64], row[0, :1, :64].expand(7, 64))  # half tells the row, half the column
 
 
-def test_a_patch_is_the_sum_of_its_words() -> None:
+def test_patch_embedding_is_a_sum_of_words() -> None:
     embedding = torch.nn.Embedding(10, 4)
     ids = torch.tensor([[5, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 6], [IMAGE_TOKEN_ID, 7, 0, 0]])
     words = torch.tensor([[1, 2, -1, -1], [3, -1, -1, -1], [4, 1, 2, 3]])
@@ -141,7 +141,7 @@ def test_a_patch_is_the_sum_of_its_words() -> None:
         assert ((share > 0.39) & (share < 1.61)).all()
 
 
-def test_the_letter_of_a_multiple_choice_is_that_of_the_right_option() -> None:
+def test_multiple_choice_letter_is_right() -> None:
     kinds = set()
     for k in range(80):
         scene, rng = world.sample_scene(k, 6), random.Random(k)
@@ -158,7 +158,7 @@ def test_the_letter_of_a_multiple_choice_is_that_of_the_right_option() -> None:
     assert kinds == set(pretraining_text.OPTIONS)
 
 
-def test_the_clearest_patch_of_a_thing_is_one_that_nothing_hides() -> None:
+def test_clearest_patch_is_not_hidden() -> None:
     far = world.Item("dog", "red", "large", (0.0, 0.5, 0.5, 1.0))
     near = world.Item("cat", "blue", "large", (0.15, 0.5, 0.5, 1.0))
     behind = world.Item("cup", "white", "small", (0.2, 0.6, 0.45, 0.9))
@@ -170,7 +170,7 @@ def test_the_clearest_patch_of_a_thing_is_one_that_nothing_hides() -> None:
     assert all(k // 7 >= 4 for k in seen[:2])
 
 
-def test_patch_weights_are_shares_of_the_box_row_by_row() -> None:
+def test_patch_weights_are_shares_of_the_box() -> None:
     assert acceptance.patch_weights((0.5, 0.0, 1.0, 0.5), 2).tolist() == [0, 1, 0, 0]
     assert acceptance.patch_weights((0.0, 0.25, 1.0, 1.0), 2) == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])
     weights = acceptance.patch_weights((0.1, 0.2, 0.37, 0.9), 7).reshape(7, 7)
@@ -201,7 +201,7 @@ class Parrot:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 64])
-def test_exact_answers_counts_every_token_of_the_answer_and_no_other(tmp_path: Path, batch: int) -> None:
+def test_exact_answers_counts_answer_tokens_only(tmp_path: Path, batch: int) -> None:
     tokenizer = tiny.tokenizer(tmp_path)
     dialogues = [("what color is the car", "blue and red"), ("the dog", "red"), ("what", "a helpful human")]
     assert acceptance.exact_answers(Parrot(tokenizer, dialogues, {}), tokenizer, dialogues, batch) == [True] * 3
@@ -218,7 +218,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_model, "document_texts", lambda: texts(60))
 
 
-def test_a_trained_language_model_is_found_again_and_checked(small: None, tmp_path: Path) -> None:
+def test_trained_language_model_loads_and_is_verified(small: None, tmp_path: Path) -> None:
     folder = tmp_path / "llm-7b"
     facts = language_model.train_language_model("llm-7b", folder)
     assert (facts["steps"], facts["shape"]["hidden"]) == (3, 128)
@@ -248,7 +248,7 @@ def test_a_trained_language_model_is_found_again_and_checked(small: None, tmp_pa
         base_hash(str(folder))
 
 
-def test_a_language_model_is_decided_by_its_seed(small: None, tmp_path: Path) -> None:
+def test_language_model_depends_on_the_seed_alone(small: None, tmp_path: Path) -> None:
     weights = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         language_model.train_language_model("llm-7b", tmp_path / name, seed, steps=2)
@@ -256,7 +256,7 @@ def test_a_language_model_is_decided_by_its_seed(small: None, tmp_path: Path) ->
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_text_batches_are_padded_on_the_right_and_unsupervised_there(tmp_path: Path) -> None:
+def test_text_batches_are_padded_on_the_right(tmp_path: Path) -> None:
     tokenizer, rng = tiny.tokenizer(tmp_path), random.Random(0)
     batches = language_model._text_batches(tokenizer, 3, lambda: pretraining_text.document(rng), 0)
     for ids, labels, words in islice(batches, 16):
@@ -270,7 +270,7 @@ def test_text_batches_are_padded_on_the_right_and_unsupervised_there(tmp_path: P
         assert words.shape == (int((ids == IMAGE_TOKEN_ID).sum()), 4)
 
 
-def test_features_of_unit_size_are_those_of_the_same_tower(tmp_path: Path) -> None:
+def test_unit_features_keeps_the_tower_output(tmp_path: Path) -> None:
     _, clip = tiny.base_models(tmp_path)
     tower, _ = load_vision_tower(clip, torch.float32)
     pixels = torch.randn(6, 3, 32, 32)
@@ -286,7 +286,7 @@ def test_features_of_unit_size_are_those_of_the_same_tower(tmp_path: Path) -> No
     torch.testing.assert_close(after.pooler_output, before.pooler_output, rtol=1e-2, atol=1e-2)
 
 
-def test_the_towers_image_settings_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_settings_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, clip = tiny.base_models(tmp_path)
     monkeypatch.setattr(contrastive, "IMAGE_SIZE", 32)
     contrastive.write_preprocessor(Path(clip))
@@ -299,7 +299,7 @@ def test_the_towers_image_settings_are_read_back(tmp_path: Path, monkeypatch: py
     assert torch.from_numpy(processor.normalise(pixels)) == pytest.approx(trained, abs=1e-6)
 
 
-def test_a_tower_of_two_steps_is_whole_and_read_back(tmp_path: Path) -> None:
+def test_tower_of_two_steps_loads(tmp_path: Path) -> None:
     facts = contrastive.train_clip(tmp_path / "clip", steps=2, images=16, batch=8)
     assert (facts["steps"], facts["images"]) == (2, 16)
     assert 0 < facts["final_loss"] < 20
@@ -309,7 +309,7 @@ def test_a_tower_of_two_steps_is_whole_and_read_back(tmp_path: Path) -> None:
     assert {f.name for f in (tmp_path / "clip").iterdir()} >= {"model.safetensors", "preprocessor_config.json"}
 
 
-def test_a_retraining_that_breaks_off_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_retraining_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "model.safetensors").write_text("old")
 

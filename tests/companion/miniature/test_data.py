@@ -63,9 +63,7 @@ def test_every_set_has_its_card(tiny: Path) -> None:
         assert all(file in text for file in card["files"])
 
 
-def test_ensure_rewrites_what_is_stale_and_nothing_else(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_ensure_rewrites_stale_sets_only(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     root = tmp_path / "mini"
     shutil.copytree(tiny, root)
     names = list(miniature.SETS)
@@ -91,7 +89,7 @@ def test_ensure_rewrites_what_is_stale_and_nothing_else(
     assert miniature.stale(root, "mini-coco", 0, TINY) == "another generator"
 
 
-def test_an_unknown_set_is_named() -> None:
+def test_unknown_set_is_rejected_by_name() -> None:
     with pytest.raises(ConfigError, match="no set named coco; known are mini-cc3m"):
         miniature.ensure(only=["coco"])
 
@@ -101,7 +99,7 @@ def script(body: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", body], cwd=miniature.runtime.ROOT)
 
 
-def test_two_processes_at_once_and_one_that_was_killed(tmp_path: Path) -> None:
+def test_concurrent_and_killed_writers(tmp_path: Path) -> None:
     call = "from companion import miniature; from pathlib import Path; import sys; from dataclasses import replace\n"
     sizes = "replace(miniature.TINY, coco_train={})"
     many = f"miniature.ensure(Path({str(tmp_path)!r}), only=['mini-coco'], sizes={sizes.format(400)})"
@@ -137,7 +135,7 @@ def test_worker_processes_draw_the_same_pixels(tmp_path: Path, monkeypatch: pyte
 # --- mini-coco --------------------------------------------------------------------------------------------------------
 
 
-def test_coco_files_have_the_official_form(tiny: Path) -> None:
+def test_coco_files_have_the_official_format(tiny: Path) -> None:
     root = tiny / "mini-coco"
     for split, n in (("train", TINY.coco_train), ("val", TINY.coco_val)):
         captions = read_json(root / "annotations" / f"captions_{split}2014.json")
@@ -190,7 +188,7 @@ def crawl() -> list[tuple[world.Scene, str]]:
     return [(scene, web.caption(scene, popular)) for scene, popular in found]
 
 
-def test_cc3m_is_what_a_crawl_leaves(tmp_path: Path) -> None:
+def test_cc3m_files_are_those_of_a_download(tmp_path: Path) -> None:
     lines = 40
     counts = cc3m.write_cc3m(tmp_path, seed=2, lines=lines)
     rows = list(cc3m_filter.read_captions(tmp_path / "Train_GCC-training.tsv"))
@@ -329,6 +327,6 @@ def test_every_factual_question_has_a_statement() -> None:
             assert len(qa.statement) > len(qa.answer), qa
 
 
-def test_cards_are_json_that_others_can_read(tiny: Path) -> None:
+def test_card_has_the_counts(tiny: Path) -> None:
     card = json.loads((tiny / "mini-cc3m" / "card.json").read_text())
     assert card["counts"] == {"captions": 12, "images": 11, "dead_urls": 1, "broken_images": 1}
