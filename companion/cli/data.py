@@ -205,7 +205,8 @@ def _add_generate(commands: Commands) -> None:
 
 
 def _filter(args: argparse.Namespace) -> Result:
-    from companion.data_tools.cc3m import filter_file, settings_from
+    from companion.data_tools.cc3m import filter_file
+    from companion.data_tools.filter_settings import settings_from
 
     settings = settings_from(dict(args.set))
     return filter_file(args.captions, args.out, args.images, settings, True, args.cache, args.processes)

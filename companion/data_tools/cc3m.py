@@ -11,93 +11,25 @@ import importlib.util
 import json
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from companion.data_tools.expansion import load_instructions
+from companion.data_tools.filter_settings import FilterSettings
 from companion.data_tools.image_availability import ImageAvailability, image_availability
 from companion.data_tools.phrases import ARTICLES, PRONOUNS, Phrases, extract, extract_file, extractor_named
 from companion.data_tools.repair import write_parquet
 from llava_core.constants import IMAGE_MARKER
-from llava_core.runtime import ConfigError, DataError, atomic_write, display_path, progress, write_json
+from llava_core.runtime import DataError, atomic_write, display_path, progress, write_json
 
 BLOCK = 256  # phrases per block of the search for the next phrase; about the square root of their number
 Integers = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class FilterSettings:
-    """The two numbers of the published recipe, and every choice that it leaves open.
-
-    Attributes:
-        phrases: `spacy` (noun chunks of a parser, as in the paper) or `rules` (a chunker without a model). Default
-            `auto`: spaCy if it is installed.
-        lowercase: count "Dog" and "dog" as one phrase. CC3M has no capitals, so it matters only for other data.
-        strip_determiners: count "the dog" and "a dog" as one phrase. Default yes: the paper balances concepts, and with
-            determiners there are eight times as many phrases as it reports.
-        drop_pronouns: leave out "it", "who", "something", which name no concept.
-        max_words: leave out longer phrases. Default None: the paper mentions no limit.
-        count: frequency = number of `captions` that contain the phrase (default), or of all its `occurrences`.
-        min_frequency: leave out rarer phrases (paper: 3).
-        cap: draw so many captions of a phrase that has more (paper: 100).
-        order: `static` goes by frequency in all captions, `remaining` by the number of captions not yet in the pool.
-            Equal phrases come in the order of first appearance. With `draw` = `all` both give the same pool.
-        draw: the captions that are compared with the cap and drawn from. Default `all`: all captions of the phrase, in
-            the pool or not (the paper's words). `unpooled`: those not yet in the pool. `top_up`: as many as its
-            captions in the pool fall short of the cap.
-        unavailable: rows without a readable image leave `before` the phrases are counted (default: every kept concept
-            is then in the pool), or `after` the selection.
-        instructions: requests for the caption: a list of `expansion.py` by name, or a text file of one per line.
-        seed: of the draws, the instructions and the side of the image.
-
-    Source: paper, appendix E and Figure 7.
-    """
-
-    phrases: Literal["auto", "spacy", "rules"] = "auto"
-    lowercase: bool = True
-    strip_determiners: bool = True
-    drop_pronouns: bool = True
-    max_words: int | None = None
-    count: Literal["captions", "occurrences"] = "captions"
-    min_frequency: int = 3
-    cap: int = 100
-    order: Literal["static", "remaining"] = "static"
-    draw: Literal["all", "unpooled", "top_up"] = "all"
-    unavailable: Literal["before", "after"] = "before"
-    instructions: str = "brief"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(FilterSettings).items():
-            value = getattr(self, name)
-            if isinstance(value, str) and (known := get_args(kind)) and value not in known:
-                raise ConfigError(f"filter setting {name} = '{value}'; choose one of {', '.join(known)}")
-        for name, least in {"min_frequency": 0, "cap": 1, "max_words": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"filter setting {name} = {value}; write {least} or more")
-
-
-def settings_from(values: Mapping[str, Any]) -> FilterSettings:
-    """Settings from names and values of a command line.
-
-    Raises:
-        ConfigError: a name is unknown or a value has the wrong type.
-    """
-    known = {entry.name: entry.default for entry in fields(FilterSettings)}
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"no filter setting '{name}'; choose one of {', '.join(known)}")
-        wanted = int if name == "max_words" else type(known[name])
-        if type(value) is not wanted and not (name == "max_words" and value is None):
-            raise ConfigError(f"filter setting {name} = {value!r}: write {wanted.__name__}, e.g. {known[name]!r}")
-    return FilterSettings(**values)
 
 
 class Row(NamedTuple):
@@ -136,8 +68,7 @@ def read_captions(path: str | Path) -> Iterator[Row]:
                 except ValueError as error:  # bytes that are not UTF-8 are one too
                     raise DataError(
                         f"{display_path(path)}, line {number + 1}: {error}; a line is caption, url and perhaps an "
-                        "image file, "
-                        "in UTF-8: correct or remove it"
+                        "image file, in UTF-8: correct or remove it"
                     ) from error
                 yield Row(number, cells[0], cells[1], cells[2] if len(cells) == 3 else f"GCC_train_{number:09d}.jpg")
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -206,8 +137,8 @@ def phrase_table(captions: Iterable[str] | Phrases, settings: FilterSettings | N
                 entries[number] = len(ids)
                 rows.append(row)
                 ids.append(number)
-    columns = (np.array(column, np.int32) for column in (rows, ids, repeats))
-    return PhraseTable(list(numbers), row + 1, *columns, found.extractor.name)
+    columns = [np.array(column, np.int32) for column in (rows, ids, repeats)]
+    return PhraseTable(list(numbers), row + 1, columns[0], columns[1], columns[2], found.extractor.name)
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -428,43 +359,31 @@ def write_pairs(filtered: Filtered, out: str | Path) -> dict[str, Any]:
     Returns:
         The report, with the paths of the files; `parquet` is None if pyarrow is not installed.
     """
-    out, pairs = Path(out), list(chosen_pairs(filtered))
-    chat, metadata, table = out / "chat.json", out / "metadata.json", out / "pairs.parquet"
-    _write_list(chat, (_chat_record(row, question) for row, question in pairs))
-    # the released file adds a caption by BLIP, which the filter does not have
-    _write_list(
-        metadata,
-        (
-            {"id": row.id, "image": row.image, "caption": row.caption, "blip_caption": None, "url": row.url}
-            for row, _ in pairs
-        ),
-    )
-    has_parquet = importlib.util.find_spec("pyarrow") is not None
-    if has_parquet:
-        rows = [
-            {"id": row.id, "image": row.image, "question": question, "caption": row.caption, "url": row.url}
-            for row, question in pairs
-        ]
-        write_parquet(table, rows)
-    files = {
-        "parquet": display_path(table) if has_parquet else None,
-        "chat": display_path(chat),
-        "metadata": display_path(metadata),
-    }
+    out = Path(out)
+    chat: list[dict[str, Any]] = []
+    metadata: list[dict[str, Any]] = []
+    table: list[dict[str, Any]] = []
+    for row, question in chosen_pairs(filtered):
+        named = {"id": row.id, "image": row.image}
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": row.caption}]
+        chat.append({**named, "conversations": turns})
+        # the released file adds a caption by BLIP, which the filter does not have
+        metadata.append({**named, "caption": row.caption, "blip_caption": None, "url": row.url})
+        table.append({**named, "question": question, "caption": row.caption, "url": row.url})
+    files: dict[str, str | None] = {"parquet": None}
+    files["chat"] = display_path(_write_list(out / "chat.json", chat))
+    files["metadata"] = display_path(_write_list(out / "metadata.json", metadata))
+    if importlib.util.find_spec("pyarrow") is not None:
+        files["parquet"] = display_path(write_parquet(out / "pairs.parquet", table))
     report = {**filtered.report(), **files}
     write_json(out / "report.json", report)
     return report
 
 
-def _chat_record(row: Row, question: str) -> dict[str, Any]:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": row.caption}]
-    return {"id": row.id, "image": row.image, "conversations": turns}
-
-
-def _write_list(path: Path, values: Iterable[Any]) -> None:
+def _write_list(path: Path, values: Iterable[Any]) -> Path:
     """Write a JSON list with one element per line."""
     lines = ",\n".join(json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values)
-    atomic_write(path, f"[\n{lines}\n]\n" if lines else "[]\n")
+    return atomic_write(path, f"[\n{lines}\n]\n" if lines else "[]\n")
 
 
 def filter_file(

@@ -1,4 +1,4 @@
-"""COCO captions and boxes: the symbolic form in which a text-only teacher is shown an image (paper, section 3)."""
+"""COCO captions and boxes: the symbolic representation of an image for a text-only teacher (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An image by what people wrote and drew about it.
+    """Captions and boxes of an image.
 
     Attributes:
         id: COCO's image id, 12 digits.
         image: file name, relative to the folder of images.
         captions: one sentence per annotator.
-        boxes: (category, (x1, y1, x2, y2)) per object; top left and bottom right corner, from 0 to 1.
+        boxes: (category, (x1, y1, x2, y2)) per object; corners, from 0 to 1.
     """
 
     id: str
@@ -30,11 +30,11 @@ class AnnotatedImage:
 
 
 def context_text(image: AnnotatedImage, boxes: bool = True) -> str:
-    """Write an image as the paper's teacher reads it.
+    """An image as text for the teacher.
 
     Args:
         image: captions and boxes.
-        boxes: append the boxes; the prompts for conversations do without them.
+        boxes: append the boxes; the prompts for conversations have none.
 
     Returns:
         One caption per line; with boxes a blank line and per object `category: [x1, y1, x2, y2]`, to 3 decimals.
@@ -48,19 +48,19 @@ def context_text(image: AnnotatedImage, boxes: bool = True) -> str:
 
 
 def load_annotations(path: str | Path, split: str | None = None, crowd: bool = False) -> list[AnnotatedImage]:
-    """Load annotated images; the content decides which format it is.
+    """Load annotated images; the content decides the format.
 
     Args:
         path: a folder with `captions_<split>.json` and `instances_<split>.json` (or with a folder `annotations` that
             holds them), one of these two files, or a file of `{id, image, captions, instances}` records.
-        split: which of a folder's splits, e.g. `train2014`; needed only where there are several.
-        crowd: keep boxes that COCO marks as a crowd of objects rather than one.
+        split: split of a folder that has several, e.g. `train2014`.
+        crowd: keep boxes that COCO marks as a crowd of objects.
 
     Returns:
-        The images in the order of the file; those without a caption are left out, since nothing describes them.
+        The images with at least one caption, in the order of the file.
 
     Raises:
-        DataError: a file is missing or a record is not of the format; the message names file, record and fix.
+        DataError: a file is missing or a record has another format.
     """
     path = Path(path)
     if path.is_dir():
@@ -74,8 +74,7 @@ def load_annotations(path: str | Path, split: str | None = None, crowd: bool = F
     if kind not in ("captions", "instances") or not isinstance(content, dict) or "annotations" not in content:
         raise DataError(
             f"{display_path(path)}: neither COCO annotations (captions_<split>.json, instances_<split>.json) nor a "
-            "list of "
-            "{id, image, captions, instances}; name one of these"
+            "list of {id, image, captions, instances}; name one of these"
         )
     return _from_coco(*_pair(path.parent, name), crowd)
 
@@ -96,9 +95,7 @@ def _pair(folder: Path, split: str | None) -> tuple[Path, Path]:
         raise DataError(f"{display_path(folder)}: {wanted}; name a split that has a captions_<split>.json there")
     pair = folder / f"captions_{split}.json", folder / f"instances_{split}.json"
     if not pair[1].is_file():
-        raise DataError(
-            f"{display_path(pair[1])}: no such file; put COCO's instances beside its captions, for the boxes"
-        )
+        raise DataError(f"{display_path(pair[1])}: no such file; put COCO's instances next to its captions")
     return pair
 
 

@@ -142,13 +142,8 @@ def convert_data(
         raise DataError(f"{display_path(source)}: it has no records; check that it is the right source")
     write = {".json": write_json, ".jsonl": write_jsonl, ".parquet": write_parquet}[out.suffix]
     write(out, records)
-    return {
-        "source": layout,
-        "records": len(records),
-        "images": display_path(opened.images),
-        "out": display_path(out),
-        "skipped": skipped,
-    }
+    paths = {"images": display_path(opened.images), "out": display_path(out)}
+    return {"source": layout, "records": len(records), **paths, "skipped": skipped}
 
 
 def _layout(source: Path) -> str:

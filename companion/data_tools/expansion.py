@@ -1,7 +1,6 @@
-"""Naive expansion: a caption becomes a record when a question that asks for it is put before it.
+"""Naive expansion: a caption becomes a record with a question that asks for it.
 
-The question is drawn from wordings of the same request, so that the model does not learn one sentence by heart.
-It depends on the seed and the record's id alone: not on the order of the records, nor on which others there are.
+The question is drawn from several wordings of the same request. It depends only on the seed and the record's id.
 
 Source: paper, section 3 and appendix F, Tables 11 (brief) and 12 (detailed).
 """
@@ -31,14 +30,11 @@ LISTS = {"brief": BRIEF_INSTRUCTIONS, "detail": DETAIL_INSTRUCTIONS}
 
 
 def load_instructions(source: str | Path) -> tuple[str, ...]:
-    """Read a list of instructions: one of ours by name, or a file, such as the official list, of one per line.
+    """Read a list of instructions by name, or from a file with one per line, such as the official list.
 
     Args:
-        source: `brief`, `detail`, or a UTF-8 text file; its empty lines are skipped, and so is a bullet or a pair of
-            quotation marks around a line.
-
-    Returns:
-        The instructions in the order of the list.
+        source: `brief`, `detail`, or a UTF-8 text file; empty lines, bullets and quotation marks around a line are
+            ignored.
 
     Raises:
         DataError: neither a known name nor a file, no UTF-8, no instruction in it, one twice, or one with the marker.
@@ -73,13 +69,7 @@ def load_instructions(source: str | Path) -> tuple[str, ...]:
 
 
 def draw(choices: Sequence[T], record: str, seed: int = 0) -> T:
-    """Choose for a record: by a hash of seed and id, so that each choice is equally probable.
-
-    Args:
-        choices: such as a list of instructions.
-        record: the record's id.
-        seed: another one draws anew.
-    """
+    """Uniform choice for a record, by a hash of the seed and the record's id."""
     digest = hashlib.sha256(f"{seed}:{record}".encode(errors="surrogatepass")).digest()
     return choices[int.from_bytes(digest[:8], "big") % len(choices)]
 
@@ -92,12 +82,9 @@ def expand(
     Args:
         caption: the answer.
         record: the record's id, which decides the question and the side of the image.
-        instructions: the list of questions.
-        seed: another one draws anew.
+        instructions: the questions.
+        seed: of the choices.
         image: put the marker before or after the question, each in half of the records (paper, equation 2).
-
-    Returns:
-        `[{"from": "human", ...}, {"from": "gpt", ...}]`
     """
     question = draw(instructions, record, seed)
     if image:

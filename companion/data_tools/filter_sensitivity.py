@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from math import exp, log
 from typing import Any
 
-from companion.data_tools.cc3m import Filtered, FilterSettings, phrase_table, select
+from companion.data_tools.cc3m import Filtered, phrase_table, select
+from companion.data_tools.filter_settings import FilterSettings
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,11 @@ class Vocabulary:
             elif word in NEGATIONS or word.endswith(("n't", "n’t")):
                 negated = negated or position > 0 or words[1:2] not in ([","], ["."], [])
             length = self._length(words, position)
-            behind = position + length
-            if length and (lenient or self._is_object(words, position, behind)):
-                name = tuple(words[position:behind])
+            end = position + length
+            if length and (lenient or self._is_object(words, position, end)):
+                name = tuple(words[position:end])
                 yield Mention(self.forms[name], " ".join(name), negated)
-            position = behind if length else position + 1
+            position = end if length else position + 1
 
     def named(self, text: str) -> set[str]:
         """The categories that a text may name, negated or not."""

@@ -19,10 +19,11 @@ from hypothesis import given
 from PIL import Image
 
 from companion.data_tools import cc3m
-from companion.data_tools.cc3m import FilterSettings, filter_captions, filter_file, phrase_table, select
+from companion.data_tools.cc3m import filter_captions, filter_file, phrase_table, select
 from companion.data_tools.check import check_file
 from companion.data_tools.expansion import BRIEF_INSTRUCTIONS
 from companion.data_tools.filter_sensitivity import VARIANTS, filter_sensitivity
+from companion.data_tools.filter_settings import FilterSettings, settings_from
 from companion.data_tools.phrases import Phrases, extractor_named, rule_phrases
 from llava_core.runtime import ConfigError, DataError
 
@@ -246,13 +247,13 @@ def test_each_variant_is_a_selection_of_its_own(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_command_line_are_checked() -> None:
-    given = cc3m.settings_from({"draw": "top_up", "cap": 50, "max_words": 3, "lowercase": False})
+    given = settings_from({"draw": "top_up", "cap": 50, "max_words": 3, "lowercase": False})
     assert given == FilterSettings(draw="top_up", cap=50, max_words=3, lowercase=False)
-    assert cc3m.settings_from({"max_words": None}) == FilterSettings()
+    assert settings_from({"max_words": None}) == FilterSettings()
     with pytest.raises(ConfigError, match="no filter setting 'caps'; choose one of phrases, lowercase"):
-        cc3m.settings_from({"caps": 3})
+        settings_from({"caps": 3})
     with pytest.raises(ConfigError, match=r"cap = '3': write int, e\.g\. 100"):
-        cc3m.settings_from({"cap": "3"})
+        settings_from({"cap": "3"})
 
 
 def test_third_column_names_the_image_and_may_not_leave_the_folder(tmp_path: Path) -> None:
