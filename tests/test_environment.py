@@ -31,7 +31,7 @@ def lock() -> ModuleType:
 
 
 @pytest.mark.parametrize("line", DECLARED)
-def test_every_declared_package_is_pinned_to_a_version_that_it_allows(line: str, lock: ModuleType) -> None:
+def test_every_declared_package_is_pinned_in_range(line: str, lock: ModuleType) -> None:
     requirement = Requirement(line)
     pins = lock.pins((ROOT / "constraints.txt").read_text())
     name = canonicalize_name(requirement.name)
@@ -39,7 +39,7 @@ def test_every_declared_package_is_pinned_to_a_version_that_it_allows(line: str,
     assert pins[name] in requirement.specifier, f"{name}=={pins[name]} does not satisfy {line}; run `make lock`"
 
 
-def test_every_constraint_is_one_exact_version(lock: ModuleType) -> None:
+def test_constraints_are_exact_versions(lock: ModuleType) -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines == sorted(lines)
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
@@ -47,7 +47,7 @@ def test_every_constraint_is_one_exact_version(lock: ModuleType) -> None:
     assert not [line for line in lines if line.startswith(("nvidia-", "cuda-"))]
 
 
-def test_environment_yml_is_pyproject_as_conda_reads_it(lock: ModuleType) -> None:
+def test_environment_yml_equals_pyproject(lock: ModuleType) -> None:
     text = (ROOT / "environment.yml").read_text()
     assert text == lock.environment_yml(), "environment.yml is out of step; run `make lock`"
     packages = yaml.safe_load(text)["dependencies"][-1]["pip"]
@@ -55,23 +55,23 @@ def test_environment_yml_is_pyproject_as_conda_reads_it(lock: ModuleType) -> Non
 
 
 @pytest.mark.parametrize("name", [*NAMED, "nbdime"])
-def test_the_project_s_tools_are_declared(name: str) -> None:
+def test_development_tools_are_declared(name: str) -> None:
     assert name in {canonicalize_name(Requirement(line).name) for line in DECLARED}
 
 
-def test_the_book_s_theme_stays_below_the_version_that_shows_two_headers() -> None:
+def test_book_theme_version_is_limited() -> None:
     theme = next(Requirement(line) for line in EXTRAS["book"] if line.startswith("pydata-sphinx-theme"))
     assert "0.17.1" not in theme.specifier
     assert "0.16.1" in theme.specifier
 
 
-def test_set_up_installs_everything_but_the_gpu_packages() -> None:
+def test_setup_installs_all_but_gpu_packages() -> None:
     makefile = (ROOT / "Makefile").read_text()
     installed = re.search(r"^EXTRAS := (\S+)$", makefile, re.MULTILINE)
     assert installed is not None
     assert set(installed.group(1).split(",")) == set(EXTRAS) - {"gpu"}
 
 
-def test_no_other_file_names_a_version() -> None:
+def test_no_other_file_pins_versions() -> None:
     for name in ("Makefile", ".ci/run"):
         assert not re.search(r"[a-z]==[0-9]", (ROOT / name).read_text()), name

@@ -48,13 +48,13 @@ def registries() -> Iterator[None]:
         registry._parts.update(entries)
 
 
-def test_the_projector_of_llava_1_5_trains(root: Path) -> None:
+def test_projector_of_llava_1_5_trains(root: Path) -> None:
     record = launch(load_experiment("pretrain", "mini", {**ONE_STEP, "model.projector": "mlp2x_gelu"}))
     assert json.loads((record.checkpoint / "manifest.json").read_text())["projector"] == "mlp2x_gelu"
     assert record.summary["steps"] == 1
 
 
-def test_a_projector_is_one_registered_builder(root: Path) -> None:
+def test_projector_is_one_registered_builder(root: Path) -> None:
     @PROJECTORS.register("normed")
     def normed(d_vision: int, d_model: int) -> nn.Module:
         return nn.Sequential(nn.LayerNorm(d_vision), nn.Linear(d_vision, d_model))
@@ -63,13 +63,13 @@ def test_a_projector_is_one_registered_builder(root: Path) -> None:
     assert record.summary["trainable_parameters"] == sum(p.numel() for p in normed(24, 32).parameters())
 
 
-def test_a_template_is_one_registered_record(root: Path) -> None:
+def test_template_is_one_registered_record(root: Path) -> None:
     TEMPLATES.register("short")(replace(TEMPLATES.get("v0"), name="short", system="Talk about the image."))
     record = launch(load_experiment("pretrain", "mini", {**ONE_STEP, "template": "short"}))
     assert json.loads((record.checkpoint / "manifest.json").read_text())["template"] == "short"
 
 
-def test_an_ablation_is_one_file(root: Path) -> None:
+def test_ablation_is_one_file(root: Path) -> None:
     from companion.ablations import ablations
 
     file = root / "configs" / "experiments" / "ablations" / "half_rate.yaml"
@@ -89,7 +89,7 @@ def test_an_ablation_is_one_file(root: Path) -> None:
     assert record.summary["steps"] == 1
 
 
-def test_an_attention_backend_is_one_registered_record(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_backend_is_one_registered_record(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def mine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: object) -> torch.Tensor:

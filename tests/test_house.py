@@ -99,7 +99,7 @@ def circle(needs: dict[str, list[str]]) -> list[str]:
     return sorted(set(needs) - ready)
 
 
-def test_there_are_notebooks() -> None:
+def test_notebooks_exist() -> None:
     assert NOTEBOOKS
     numbers = [path.name.partition("_")[0] for path in NOTEBOOKS]
     assert all(re.fullmatch(r"\d\d", number) for number in numbers)
@@ -107,11 +107,11 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_holds_its_contract(path: Path) -> None:
+def test_notebooks_follow_the_contract(path: Path) -> None:
     assert broken_rules(json.loads(path.read_text())) == []
 
 
-def test_the_ablation_chapters_have_the_same_code() -> None:
+def test_ablation_chapters_have_the_same_code() -> None:
     """Chapters 40 to 43 differ in their parameters and in prose."""
     chapters = [path for path in NOTEBOOKS if path.stem[:2] in ("40", "41", "42", "43")]
     assert len(chapters) == 4
@@ -127,7 +127,7 @@ def test_the_ablation_chapters_have_the_same_code() -> None:
     assert code[1:] == code[:-1]
 
 
-def test_what_notebooks_need_exists_and_can_be_run_in_an_order() -> None:
+def test_notebook_needs_exist_without_a_circle() -> None:
     needs = needs_of({path.stem: json.loads(path.read_text()) for path in NOTEBOOKS})
     assert not {n for upstream in needs.values() for n in upstream} - needs.keys()
     assert circle(needs) == []
@@ -168,7 +168,7 @@ def sample_notebook() -> dict[str, Any]:
         (3, "assert x", "save_numbers"),
     ],
 )
-def test_the_notebook_rule_sees_each_break(cell: int, source: str, rule: str) -> None:
+def test_notebook_rules_detect_each_violation(cell: int, source: str, rule: str) -> None:
     notebook = sample_notebook()
     assert broken_rules(notebook) == []
     notebook["cells"][cell]["source"] = source
@@ -177,7 +177,7 @@ def test_the_notebook_rule_sees_each_break(cell: int, source: str, rule: str) ->
     assert rule in found[0]
 
 
-def test_the_notebook_rule_sees_outputs_and_missing_facts() -> None:
+def test_notebook_rules_detect_outputs_and_missing_metadata() -> None:
     notebook = sample_notebook()
     notebook["cells"][2]["outputs"] = [{"output_type": "stream"}]
     notebook["cells"][3]["execution_count"] = 3
@@ -193,7 +193,7 @@ def test_the_notebook_rule_sees_outputs_and_missing_facts() -> None:
 # ------------------------------------------------------------------------------------------------ git
 
 
-def test_what_is_in_git_stays_small() -> None:
+def test_files_in_git_are_small() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

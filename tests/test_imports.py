@@ -117,7 +117,7 @@ def test_no_import_circle() -> None:
         ("llava_core/__init__.py", "from llava_core.train import launch"),
     ],
 )
-def test_a_planted_upward_import_is_found(path: str, source: str) -> None:
+def test_planted_upward_import_is_detected(path: str, source: str) -> None:
     assert len(upward(EMPTY | {"benchmarks/common.py": "", path: source})) == 1
 
 
@@ -129,7 +129,7 @@ def test_a_planted_upward_import_is_found(path: str, source: str) -> None:
          "llava_core/ops/c.py": "import llava_core.ops.a"},
     ],
 )  # fmt: skip
-def test_a_planted_circle_is_found(planted: dict[str, str]) -> None:
+def test_planted_circle_is_detected(planted: dict[str, str]) -> None:
     assert set(circle(EMPTY | planted)) == set(planted)
 
 

@@ -79,14 +79,14 @@ def texts() -> dict[str, str]:
     return pages
 
 
-def test_every_number_in_prose_has_something_behind_it() -> None:
+def test_every_number_in_prose_has_a_source() -> None:
     known = values()
     found = {place: numbers for place, text in texts().items() if (numbers := unexplained(text, known))}
     assert found == {}, "render it ({{ claim:... }}, {{ record:... }}; companion/book/pages.py), or leave it out"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[why for _, why, _ in RULES])
-def test_a_rule_explains_its_example_and_no_other_does(rule: tuple[str, str, str]) -> None:
+def test_each_rule_explains_only_its_example(rule: tuple[str, str, str]) -> None:
     known, example = values(), rule[2]
     assert unexplained(example, known) == []
     assert unexplained(example, known, tuple(other for other in RULES if other != rule)) != []
@@ -107,11 +107,11 @@ def test_a_rule_explains_its_example_and_no_other_does(rule: tuple[str, str, str
         ("The text has 12 words.", ["12"]),
     ],
 )
-def test_numbers_without_a_source_are_found(text: str, numbers: list[str]) -> None:
+def test_numbers_without_a_source_are_detected(text: str, numbers: list[str]) -> None:
     assert unexplained(text, values()) == numbers
 
 
-def test_the_quantile_is_that_of_the_confidence() -> None:
+def test_quantile_matches_the_confidence() -> None:
     from scipy import stats
 
     assert round(float(stats.norm.ppf((1 + CONFIDENCE) / 2)), 2) == NORMAL_95

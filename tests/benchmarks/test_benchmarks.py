@@ -19,7 +19,7 @@ from llava_core.runtime import DataError
 CPU = torch.device("cpu")
 
 
-def test_the_slower_peer_gives_a_ratio_above_one_and_both_begin_in_turn() -> None:
+def test_ratio_is_above_one_when_the_peer_is_slower() -> None:
     order: list[str] = []
 
     def work(name: str, seconds: float) -> None:
@@ -34,7 +34,7 @@ def test_the_slower_peer_gives_a_ratio_above_one_and_both_begin_in_turn() -> Non
     assert idle["ours"] < idle["peer"]
 
 
-def test_the_peak_is_that_of_the_work() -> None:
+def test_peak_memory_is_measured_in_its_own_process() -> None:
     before = peak_mib(lambda: None, CPU)
     held = torch.ones(2**22)  # 16 MiB that stay
     high = peak_mib(lambda: torch.ones(48 * 2**18).sum(), CPU)  # 48 MiB for a moment
@@ -44,7 +44,7 @@ def test_the_peak_is_that_of_the_work() -> None:
     del held
 
 
-def test_a_function_in_its_own_process() -> None:
+def test_function_in_its_own_process() -> None:
     assert in_own_process("json:dumps", obj=[1, "a"]) == '[1, "a"]'
     with pytest.raises(RuntimeError, match="no_such_name"):
         in_own_process("json:no_such_name")
@@ -60,7 +60,7 @@ def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
         append_rows(path, [{"a": 1, "c": 2}])
 
 
-def test_both_models_write_the_same_tokens_and_every_case_is_a_row() -> None:
+def test_generate_rows_have_equal_tokens_of_both_models() -> None:
     found = bench_generate("tiny", (1, 3), new_tokens=6, rounds=1, memory=False)
     assert found["same_tokens"] is True
     assert found["peak_memory_ratio"] is None
@@ -71,13 +71,13 @@ def test_both_models_write_the_same_tokens_and_every_case_is_a_row() -> None:
     assert bench_of.peak("ours", "tiny", 1, 2, "cpu") > 50
 
 
-def test_other_weights_write_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_refuses_different_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     of = bench_of.peer_model
     monkeypatch.setattr(bench_of, "peer_model", lambda shape, device, ours: of(shape, device))
     assert bench_generate("tiny", (1,), new_tokens=6, rounds=1, memory=False)["same_tokens"] is False
 
 
-def test_every_way_of_attention_computes_the_same_and_is_a_row() -> None:
+def test_attention_rows_of_equal_outputs() -> None:
     found = bench_attention(("tiny",), length=96, rows=2, rounds=2, scale=0.08, memory=False)
     rows = found["cases"]
     assert {row["case"] for row in rows} == {"causal", "packed", "packed, shared prefixes"}
@@ -90,14 +90,14 @@ def test_every_way_of_attention_computes_the_same_and_is_a_row() -> None:
     assert bench_attention_peak("padded", "tiny", 96, 1, "cpu", 0.08) > 50
 
 
-def test_samples_share_their_beginnings_and_fill_the_rows() -> None:
+def test_attention_samples_share_prefixes_and_fill_rows() -> None:
     for case in instruct_cases(300, rows=2, scale=0.1)[1:]:
         lengths = [len(tokens) for _, tokens in case.samples]
         assert all(int(tokens[-1]) < 300 for _, tokens in case.samples)
         assert (sum(lengths) > 600) == (case.name == "packed, shared prefixes")
 
 
-def test_a_way_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_with_another_output_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = BACKENDS.get("cpu_varlen").run
     broken = Backend("cpu_varlen", lambda q, k, v, s: right(q, k, v, None))
     get = BACKENDS.get

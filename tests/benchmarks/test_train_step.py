@@ -35,14 +35,14 @@ def case(folder: Path, stage: int) -> Case:
 
 @pytest.mark.parametrize("saving", SAVINGS)
 @pytest.mark.parametrize("stage", [1, 2])
-def test_every_saving_leaves_loss_and_gradient_as_they_are(tmp_path: Path, stage: int, saving: str) -> None:
+def test_every_saving_keeps_loss_and_gradients(tmp_path: Path, stage: int, saving: str) -> None:
     found = difference(case(tmp_path, stage), saving)
     assert found["loss"] < 1e-5
     assert found["gradient"] < 1e-4
 
 
 @pytest.mark.parametrize(("samples", "padding"), [(8, 1.5), (16, 1.7)])
-def test_the_samples_of_stage_two_have_the_lengths_that_are_said(samples: int, padding: float) -> None:
+def test_stage_2_samples_have_the_stated_lengths(samples: int, padding: float) -> None:
     rng, n_image = random.Random(1), 196
     fixed = bench.SYSTEM_TOKENS + n_image
     drawn = [[fixed + sum(map(sum, bench._turns(rng, 2))) for _ in range(samples)] for _ in range(2000)]
@@ -63,7 +63,7 @@ def test_loss_curves_of_both_sides_are_equal(tmp_path: Path, monkeypatch: pytest
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_a_peer_that_reads_another_layer_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_with_another_feature_layer_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, real = case(tmp_path, 1), TransformersStep.__init__
 
     def another(self: TransformersStep, case: Case) -> None:
@@ -74,7 +74,7 @@ def test_a_peer_that_reads_another_layer_is_seen(tmp_path: Path, monkeypatch: py
     assert difference(made)["gradient"] > 1e-3
 
 
-def test_what_is_counted(tmp_path: Path) -> None:
+def test_samples_and_tokens_are_counted(tmp_path: Path) -> None:
     one, two = case(tmp_path / "one", 1), case(tmp_path / "two", 2)
     assert bench.tokens(two, "samples") > bench.tokens(two, "packed") > bench.tokens(two, "shared")
     assert 0 < bench.step_flops(PackedStep(one)) < bench.step_flops(PackedStep(two))
@@ -82,7 +82,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert two.padding > 1
 
 
-def test_a_row_per_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_saving_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "make_case", lambda *_, **__: case(tmp_path, 2))
     rows = bench.bench_train_step("mini", 2, rounds=2, savings=("packed", ALL), memory=False)["cases"]
     assert [row["case"] for row in rows] == ["packed", ALL]
@@ -92,7 +92,7 @@ def test_a_row_per_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert {"model", "stage", "ours", "peer", "ratio", "peak_ratio", "loss_difference", "device"} < set(row)
 
 
-def test_unknown_names_are_clear(tmp_path: Path) -> None:
+def test_unknown_names_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no model '8b'; choose one of mini, 135m, 7b"):
         bench.make_case("8b", 1)
     with pytest.raises(ConfigError, match="no saving 'pack'; choose one of head, features, packed, shared"):

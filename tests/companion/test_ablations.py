@@ -12,13 +12,13 @@ from llava_core.config import load_experiment
 from llava_core.runtime import ConfigError
 
 
-def test_the_papers_small_differences_are_not_significant() -> None:
+def test_papers_small_differences_are_not_significant() -> None:
     z = {name: ab.published_difference(name)["z"] for name in ab.ablations()}
     assert {name for name, value in z.items() if abs(value) >= 1.96} == {"pretraining"}
     assert z["feature_layer"] == pytest.approx(-1.514, abs=1e-3)  # 3856 against 3815 of 4241
 
 
-def test_a_difference_pairs_the_seeds() -> None:
+def test_difference_pairs_the_seeds() -> None:
     found = ab.difference(ab.Arm("a", "x", [90.0, 80.0, 70.0]), ab.Arm("b", "y", [89.0, 79.2, 68.8]))
     assert found["effect"] == pytest.approx(-1)
     assert found["interval"][1] < 0  # unpaired, the scatter of 10 points between seeds would hide it
@@ -57,7 +57,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "configs" / "experiments" / "ablations" / "half_rate.yaml"
 
 
-def test_an_ablation_is_one_file(path: Path) -> None:
+def test_ablation_is_one_file(path: Path) -> None:
     path.write_text(ADDED + "ablation: {labels: [full rate, half rate]}")
     chosen = ab.ablation("half_rate")
     assert (chosen.reference, chosen.other) == (("full rate", "science_qa"), ("half rate", "half_rate"))
@@ -77,21 +77,19 @@ def test_an_ablation_is_one_file(path: Path) -> None:
         ("{labls: [a, b]}", "half_rate.yaml: unknown key 'labls'; did you mean 'labels'"),
     ],
 )
-def test_a_wrong_ablation_section_is_refused(path: Path, section: str, message: str) -> None:
+def test_wrong_ablation_section_is_refused(path: Path, section: str, message: str) -> None:
     path.write_text(f"{ADDED}ablation: {section}")
     with pytest.raises(ConfigError, match=message):
         ab.ablations()
 
 
-def test_an_unknown_ablation_names_the_nearest() -> None:
+def test_unknown_ablation_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="feature_layer"):
         ab.ablate("feature_layers")
 
 
 @pytest.mark.parametrize(("worse", "expected"), [(2, "not resolved"), (160, "agrees")])
-def test_two_seeds_that_agree_by_chance_resolve_nothing(
-    monkeypatch: pytest.MonkeyPatch, worse: int, expected: str
-) -> None:
+def test_two_close_seeds_are_not_resolved(monkeypatch: pytest.MonkeyPatch, worse: int, expected: str) -> None:
     better = 1  # questions that the ablated arm alone answers; its accuracy falls equally with both seeds
     first = [1.0] * worse + [0.0] * better + [1.0] * (400 - worse - better)
     second = [0.0] * worse + [1.0] * better + [1.0] * (400 - worse - better)
@@ -113,7 +111,7 @@ def test_two_seeds_that_agree_by_chance_resolve_nothing(
         ((80.0, 70.0), "(2 seeds per arm)"),
     ],
 )
-def test_the_explanation_names_arms_at_chance_level(
+def test_explanation_names_arms_at_chance_level(
     means: tuple[float, float], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ab, "load_problems", lambda *_: [SimpleNamespace(choices=["a", "b"])] * 200)

@@ -14,7 +14,7 @@ from llava_core.runtime import ROOT
 ROW = checks.shared_prefix_row([(6, [4, 7]), (3, [5])])
 
 
-def test_the_imports_of_the_chapter_load_no_compiler() -> None:
+def test_chapter_imports_load_no_compiler() -> None:
     """Triton reads at its import whether it is to interpret, so the chapter must come first; and it takes seconds."""
     modules = "benchmarks.common", "companion.attention_checks", "companion.figures", "llava_core.ops"
     code = f"import sys, {', '.join(modules)}; "
@@ -38,7 +38,7 @@ def test_backends_hold_the_ratio_rule_in_both_precisions() -> None:
         assert all(row["ratio"] <= row["allowed"] for row in rows)
 
 
-def test_the_ratio_rule_detects_a_missing_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratio_rule_detects_a_missing_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = checks.random_inputs(ROW, head_dim=16)
     right = BACKENDS.get("cpu_varlen").run
     broken = Backend("cpu_varlen", lambda q, k, v, s: right(q * 1.01, k, v, s))
@@ -59,7 +59,7 @@ def test_only_the_moved_boundary_is_detected() -> None:
     assert checks.detection_rows(no_number, exact)[0]["caught"]
 
 
-def test_a_mutated_kernel_is_detected() -> None:
+def test_mutated_kernel_is_detected() -> None:
     inputs = checks.random_inputs(ROW, head_dim=16)
     if not checks.supported_passes("triton", inputs[0]):
         assert checks.mutated_kernels(inputs, ROW, ["dk lacks the scale"]) == {}

@@ -19,7 +19,7 @@ def _parts(app: Any) -> tuple[Any, Any, Any, Any]:
     return left.children[0], left.children[1], right.children[1], right.children[2]
 
 
-def test_the_ask_button_fills_the_log(loaded: Loaded, images: list[Path], prompts: list[list[int]]) -> None:
+def test_ask_button_fills_the_log(loaded: Loaded, images: list[Path], prompts: list[list[int]]) -> None:
     app = chat_widget(loaded, images, "what <b>color</b>")
     choice, _, suggestions, log = _parts(app)
     assert log.value == ""
@@ -39,7 +39,7 @@ def test_the_ask_button_fills_the_log(loaded: Loaded, images: list[Path], prompt
     assert not app.ask_button.disabled
 
 
-def test_an_own_image_is_taken_upright_and_a_text_is_refused(loaded: Loaded, images: list[Path]) -> None:
+def test_uploads_are_turned_upright_and_text_is_refused(loaded: Loaded, images: list[Path]) -> None:
     app = chat_widget(loaded, images)
     _, upload, _, log = _parts(app)
     buffer, turned = io.BytesIO(), Image.Exif()

@@ -12,7 +12,7 @@ from llava_core.record import RunRecord
 from llava_core.runtime import write_json
 
 
-def test_a_result_is_cached_until_code_or_data_change(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_is_cached_until_code_or_data_change(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record, calls = RunRecord.open(load_experiment("pretrain", "mini")), []
 
     def compute() -> dict[str, int]:

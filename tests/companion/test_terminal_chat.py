@@ -43,7 +43,7 @@ def test_visible_region(mode, size, words) -> None:
     assert visible_region(Image.new("RGB", size), ImageProcessor(16, mode)).endswith(words)
 
 
-def test_the_preview_has_two_pixels_per_character() -> None:
+def test_preview_has_two_pixels_per_character() -> None:
     picture = Image.new("RGB", (8, 8), (255, 0, 0))
     picture.paste((0, 0, 255), (0, 4, 8, 8))
     lines = preview(picture, 4).split("\n")

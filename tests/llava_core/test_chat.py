@@ -31,7 +31,7 @@ def test_asking_keeps_the_turns(loaded: Loaded, images: list[Path], prompts: lis
     assert _text(loaded, prompts[1]).endswith("is it a dog\n### Assistant:")
 
 
-def test_a_new_image_starts_a_new_dialogue(loaded: Loaded, images: list[Path], prompts: list[list[int]]) -> None:
+def test_new_image_starts_a_new_dialogue(loaded: Loaded, images: list[Path], prompts: list[list[int]]) -> None:
     talk = Conversation(loaded, Image.open(images[0]))
     talk.ask("what color")
     visible = talk.set_image(Image.open(images[1]))
@@ -42,14 +42,14 @@ def test_a_new_image_starts_a_new_dialogue(loaded: Loaded, images: list[Path], p
 
 
 @pytest.mark.parametrize("question", ["", "  \n", "<image>"])
-def test_an_empty_question_is_an_error(loaded: Loaded, images: list[Path], question: str) -> None:
+def test_empty_question_is_an_error(loaded: Loaded, images: list[Path], question: str) -> None:
     talk = Conversation(loaded, Image.open(images[0]))
     with pytest.raises(DataError, match="question is empty"):
         talk.ask(question)
     assert talk.turns == []
 
 
-def test_a_question_without_image(loaded: Loaded, prompts: list[list[int]]) -> None:
+def test_question_without_image(loaded: Loaded, prompts: list[list[int]]) -> None:
     assert Conversation(loaded).ask("what") == "red car"
     assert IMAGE_TOKEN_ID not in prompts[0]
 
@@ -116,7 +116,7 @@ def test_finish_reason(loaded: Loaded, images: list[Path], prompts: list[list[in
     assert talk.finish is None
 
 
-def test_an_interrupted_answer_is_no_turn(loaded: Loaded, images: list[Path]) -> None:
+def test_interrupted_answer_is_no_turn(loaded: Loaded, images: list[Path]) -> None:
     talk = Conversation(loaded, Image.open(images[0]))
     next(talk.stream(QUESTIONS[0], 12))
     assert talk.turns == []

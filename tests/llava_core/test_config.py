@@ -57,7 +57,7 @@ def test_every_experiment_loads_at_every_scale(name: str, scale: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_value_stands_beside_its_source(name: str) -> None:
+def test_every_value_has_a_source(name: str) -> None:
     experiment = load_experiment(name, "a100x8").experiment
     written = yaml.safe_load(config.experiments()[name].read_text())["sources"]
     for field in own_fields(name):
@@ -71,7 +71,7 @@ def test_every_value_stands_beside_its_source(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in EXPERIMENTS if load_experiment(n, "a100x8").experiment.base != "base"])
-def test_an_ablation_changes_one_field(name: str) -> None:
+def test_ablation_changes_one_field(name: str) -> None:
     """A run that starts elsewhere may do so only because its start made the same one change."""
     changed = own_fields(name)
     start = changed.pop("init_from", None)
@@ -90,7 +90,7 @@ def test_an_ablation_changes_one_field(name: str) -> None:
         "science_qa": (2, "scienceqa", 2e-5, 12, 32, ["projector", "language_model"], "pretrain"),
     }.items(),
 )
-def test_the_paper_s_recipe(name: str, facts: tuple[object, ...]) -> None:
+def test_paper_recipe(name: str, facts: tuple[object, ...]) -> None:
     run = load_experiment(name, "a100x8")
     e, t = run.experiment, run.experiment.train
     assert (e.stage, e.data.name, t.learning_rate, t.epochs, t.global_batch, t.trainable, e.init_from) == facts
@@ -99,7 +99,7 @@ def test_the_paper_s_recipe(name: str, facts: tuple[object, ...]) -> None:
     assert [d.field for d in run.departures] == ["scale.vicuna-13b"]
 
 
-def test_the_miniature_says_where_and_why_it_leaves_the_paper() -> None:
+def test_mini_scale_explains_its_departures() -> None:
     departures = {d.field: d for d in load_experiment("finetune", "mini").departures}
     size = departures["model.language_model"]
     assert (size.paper, size.here) == ("vicuna-13b", "vicuna-7b")
@@ -108,7 +108,7 @@ def test_the_miniature_says_where_and_why_it_leaves_the_paper() -> None:
     assert "scale.scienceqa" not in departures
 
 
-def test_the_full_mix_is_the_run_without_a_choice() -> None:
+def test_full_mix_is_the_default_run() -> None:
     assert load_experiment("instruct_full", "a100x8").run_id == load_experiment("finetune", "a100x8").run_id
     assert load_experiment("instruct_conversation_only", "a100x8").experiment.data.subset == {"conversation": 1.0}
 
@@ -116,7 +116,7 @@ def test_the_full_mix_is_the_run_without_a_choice() -> None:
 # ---------------------------------------------------------------------------------------- order of the layers
 
 
-def test_a_scale_s_departure_never_undoes_an_ablation(sandbox: Path) -> None:
+def test_scale_departures_never_undo_an_ablation(sandbox: Path) -> None:
     departs = {
         "*": {"set": {"model.language_model": "vicuna-7b", "train.epochs": 1}, "why": "small"},
         "science_qa": {
@@ -145,7 +145,7 @@ def test_overrides_win_and_are_listed() -> None:
     assert not [d for d in run.departures if d.field == "train.epochs"]
 
 
-def test_the_model_goes_along_to_the_run_that_it_starts_from() -> None:
+def test_model_override_applies_to_the_start_run() -> None:
     run = load_experiment("finetune", "mini", {"model.language_model": "vicuna-13b"})
     upstream = run.upstream()
     assert upstream is not None
@@ -153,7 +153,7 @@ def test_the_model_goes_along_to_the_run_that_it_starts_from() -> None:
     assert upstream.run_id == run.init_id == load_experiment("pretrain_13b", "mini").run_id
 
 
-def test_a_fast_run_starts_from_a_fast_run() -> None:
+def test_fast_run_starts_from_a_fast_run() -> None:
     run = load_experiment("finetune", "mini", {"train.epochs": 2}, fast=True)
     assert (run.fast, run.experiment.data.limit, run.experiment.train.epochs) == (True, 96, 2)
     upstream = run.upstream()
@@ -162,7 +162,7 @@ def test_a_fast_run_starts_from_a_fast_run() -> None:
     assert load_experiment("finetune", "mini", {"data.limit": 96}).upstream().experiment.data.limit is None
 
 
-def test_the_base_is_sourced_and_keeps_the_departures_of_a_scale() -> None:
+def test_base_has_sources_and_keeps_scale_departures() -> None:
     base = yaml.safe_load(config.experiments()["pretrain"].with_name("base.yaml").read_text())
     fields = {field for field, _ in config._flatten(base, "base")} - {*config.META}
     covered = {f for f in fields for known in base["sources"] if f == known or f.startswith(f"{known}.")}
@@ -173,7 +173,7 @@ def test_the_base_is_sourced_and_keeps_the_departures_of_a_scale() -> None:
 # ---------------------------------------------------------------------------------------- the run's id
 
 
-def test_the_run_id_sees_what_changes_the_result_and_nothing_else(sandbox: Path) -> None:
+def test_run_id_depends_only_on_what_changes_results(sandbox: Path) -> None:
     before = load_experiment("finetune").run_id
     mini, stage_2 = sandbox / "scales" / "mini.yaml", sandbox / "experiments" / "finetune.yaml"
     change(mini, micro_batch=3, threads=2, title="Renamed", seeds=[5], eval_samples=7)
@@ -194,7 +194,7 @@ def test_the_run_id_sees_what_changes_the_result_and_nothing_else(sandbox: Path)
     assert load_experiment("finetune", overrides={"train.seed": 1}).run_id not in seen
 
 
-def test_a_resolved_run_survives_the_way_to_disk_and_back(tmp_path: Path) -> None:
+def test_resolved_run_round_trips_through_its_file(tmp_path: Path) -> None:
     run = load_experiment("science_qa", "mini")
     again = RunConfig.read(run.write(tmp_path / "config.yaml"))
     assert again == run
@@ -224,7 +224,7 @@ def test_paths_start_at_the_root_and_hub_ids_stay(workspace: Path) -> None:
         (lambda: load_experiment("finetune", overrides={"train.learning_rate": float("nan")}), "learning_rate"),
     ],
 )
-def test_a_wrong_call_is_one_clear_error(call: object, message: str) -> None:
+def test_wrong_calls_are_errors(call: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()  # type: ignore[operator]
 
@@ -251,14 +251,14 @@ def test_a_wrong_call_is_one_clear_error(call: object, message: str) -> None:
         ("scales/gpu", "stand_ins:", "stand_ins:\n  vicuna-8b: x", r"stand_ins: unknown data set or model 'vicuna-8b'"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_key(sandbox: Path, file: str, old: str, new: str, message: str) -> None:
+def test_wrong_files_are_named_with_their_key(sandbox: Path, file: str, old: str, new: str, message: str) -> None:
     spoil(sandbox / f"{file}.yaml", old, new)
     kind, _, name = file.partition("/")
     with pytest.raises(ConfigError, match=message):
         load_experiment(*([name] if kind == "experiments" else ["finetune", name]))
 
 
-def test_a_scale_without_a_place_for_the_data_is_named(sandbox: Path) -> None:
+def test_missing_data_path_of_a_scale_is_an_error(sandbox: Path) -> None:
     path = sandbox / "scales" / "mini.yaml"
     change(path, stand_ins={}, data={"cc595k": "data/x"})
     with pytest.raises(
@@ -267,7 +267,7 @@ def test_a_scale_without_a_place_for_the_data_is_named(sandbox: Path) -> None:
         load_experiment("finetune")
 
 
-def test_a_value_that_a_scale_sets_is_blamed_on_the_scale(sandbox: Path) -> None:
+def test_invalid_scale_value_names_the_scale(sandbox: Path) -> None:
     path = sandbox / "scales" / "mini.yaml"
     change(path, departs={"finetune": {"set": {"train.epochs": -1}, "why": "wrong"}})
     with pytest.raises(ConfigError, match=r"mini\.yaml, departs\.finetune: train\.epochs"):
@@ -283,7 +283,7 @@ def test_a_value_that_a_scale_sets_is_blamed_on_the_scale(sandbox: Path) -> None
         load_scale("mini")
 
 
-def test_outside_a_checkout_the_error_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_outside_a_checkout_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava_core.runtime.ROOT", tmp_path)
     with pytest.raises(ConfigError, match="LLAVA_ROOT"):
         load_experiment("finetune")

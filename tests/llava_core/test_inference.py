@@ -56,16 +56,16 @@ def test_answers_do_not_depend_on_the_batch(loaded: Loaded, images: Path) -> Non
     assert together["5"] != together["9"]  # only the image tells them apart
 
 
-def test_no_questions_no_answers(loaded: Loaded) -> None:
+def test_no_questions_give_no_answers(loaded: Loaded) -> None:
     assert answer_questions(loaded, []) == {}
 
 
-def test_a_missing_image_is_named(loaded: Loaded, images: Path) -> None:
+def test_missing_image_is_named(loaded: Loaded, images: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png"):
         answer_questions(loaded, [{**ROWS[0], "image": "gone.png"}], images)
 
 
-def test_a_prompt_has_the_image_once_and_ends_before_the_answer(loaded: Loaded) -> None:
+def test_prompt_has_one_image_and_ends_before_the_answer(loaded: Loaded) -> None:
     n = loaded.model.n_image_tokens
     for text in ("what", "what\n<image>", "<image>\nwhat"):
         ids = prompt_ids(loaded, [(text, None)], True)
@@ -78,14 +78,14 @@ def test_a_prompt_has_the_image_once_and_ends_before_the_answer(loaded: Loaded) 
     assert loaded.tokenizer.decode(prompt[len(blind) :]) == " red"
 
 
-def test_the_manifest_decides_template_and_image_position(loaded: Loaded) -> None:
+def test_manifest_decides_template_and_image_position(loaded: Loaded) -> None:
     other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, {"template": "v1", "image_position": "last"})
     ids = prompt_ids(other, [("what", None)], True)
     after = ids[len(ids) - ids[::-1].index(IMAGE_TOKEN_ID) :]
     assert loaded.tokenizer.decode(after) == " ASSISTANT:"
 
 
-def test_a_prompt_is_what_training_ends_its_questions_with(loaded: Loaded) -> None:
+def test_prompt_equals_the_training_question(loaded: Loaded) -> None:
     """For every template and image position: the same facts, the same ids on both sides."""
     for template in ("v0", "v1", "plain"):
         for position in ("data", "first", "last", "random"):
@@ -114,19 +114,19 @@ def test_released_v0_prompt_has_the_image_after_the_question(loaded: Loaded) -> 
     assert loaded.tokenizer.decode(prompt[at + n :]) == "###Assistant: red"
 
 
-def test_an_image_is_put_into_no_question_if_one_has_it_already(loaded: Loaded) -> None:
+def test_mentioned_image_is_not_inserted_twice(loaded: Loaded) -> None:
     ids = prompt_ids(loaded, [("what", "red"), ("the dog\n<image>", None)], True)
     assert ids.count(IMAGE_TOKEN_ID) == loaded.model.n_image_tokens
 
 
-def test_a_delimiter_that_the_tokenizer_does_not_know_is_named(loaded: Loaded) -> None:
+def test_unknown_delimiter_is_named(loaded: Loaded) -> None:
     facts = {"image_delimiters": ["<im_start>", "<im_end>"]}
     other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, facts)
     with pytest.raises(DataError, match=r"<im_start>.*manifest"):
         prompt_ids(other, [("what", None)], True)
 
 
-def test_what_an_answer_begins_with_goes_to_its_own_question(
+def test_answer_prefixes_go_to_their_own_questions(
     loaded: Loaded, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, str] = {}
@@ -156,7 +156,7 @@ def test_long_answer_prefixes_keep_their_end(loaded: Loaded, monkeypatch: pytest
     assert used == [256 - 100]
 
 
-def test_an_answer_is_what_plain_forward_passes_say(loaded: Loaded, images: Path) -> None:
+def test_answers_equal_plain_forward_passes(loaded: Loaded, images: Path) -> None:
     row = ROWS[0]
     ids = prompt_ids(loaded, [(row["text"], None)], True)
     pixels = torch.from_numpy(loaded.processor(load_image(images / row["image"])))[None]

@@ -9,7 +9,7 @@ from llava_core.record import RunRecord
 from llava_core.runtime import DataError
 
 
-def test_a_record_lies_where_experiment_scale_and_run_say(workspace: Path) -> None:
+def test_record_path_has_experiment_scale_and_run(workspace: Path) -> None:
     config = load_experiment("pretrain", "mini")
     record = RunRecord.open(config)
     assert record.path == workspace / "runs" / "pretrain" / "mini" / config.run_id
@@ -19,7 +19,7 @@ def test_a_record_lies_where_experiment_scale_and_run_say(workspace: Path) -> No
     assert record.metrics() == []
 
 
-def test_the_same_run_is_opened_again_and_another_one_is_not(workspace: Path) -> None:
+def test_same_run_is_reopened_and_another_is_refused(workspace: Path) -> None:
     config = load_experiment("pretrain", "mini")
     record = RunRecord.open(config, {"data": "abc"})
     record.log({"step": 1})
@@ -28,13 +28,13 @@ def test_the_same_run_is_opened_again_and_another_one_is_not(workspace: Path) ->
     assert RunRecord.open(load_experiment("pretrain", "mini", {"train.seed": 7}), {"data": "abc"}).metrics() == []
 
 
-def test_a_run_that_another_name_began_is_the_same_run(workspace: Path) -> None:
+def test_renamed_experiment_continues_the_same_run(workspace: Path) -> None:
     RunRecord.open(load_experiment("science_qa", "a100x8")).log({"step": 1})
     assert RunRecord.open(load_experiment("science_qa_13b", "a100x8")).metrics() == [{"step": 1}]
     assert RunRecord.open(load_experiment("science_qa_7b", "a100x8")).metrics() == []
 
 
-def test_summary_exists_only_when_the_run_has_finished(workspace: Path) -> None:
+def test_summary_exists_only_for_a_finished_run(workspace: Path) -> None:
     record = RunRecord.open(load_experiment("pretrain", "mini"))
     with pytest.raises(DataError, match="has not finished"):
         _ = record.summary
@@ -43,7 +43,7 @@ def test_summary_exists_only_when_the_run_has_finished(workspace: Path) -> None:
     assert RunRecord.open(record.config).summary == {"final_loss": 1.5}
 
 
-def test_rewind_forgets_what_came_after_the_checkpoint(workspace: Path) -> None:
+def test_rewind_drops_rows_after_the_checkpoint(workspace: Path) -> None:
     record = RunRecord.open(load_experiment("pretrain", "mini"))
     for step in range(1, 6):
         record.log({"step": step, "loss": 1 / step})
@@ -53,7 +53,7 @@ def test_rewind_forgets_what_came_after_the_checkpoint(workspace: Path) -> None:
     assert record.metrics()[-1] == {"step": 4, "loss": 0.0}
 
 
-def test_a_row_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(workspace: Path) -> None:
+def test_truncated_last_row_is_dropped_broken_row_is_an_error(workspace: Path) -> None:
     record = RunRecord.open(load_experiment("pretrain", "mini"))
     record.log({"step": 1})
     path = record.path / "metrics.jsonl"

@@ -6,14 +6,14 @@ from llava_core.registry import Registry
 from llava_core.runtime import ConfigError
 
 
-def test_a_registered_part_is_found_by_its_exact_name() -> None:
+def test_registered_part_is_looked_up_by_exact_name() -> None:
     parts: Registry[type] = Registry("shape")
     circle = parts.register("circle")(type("Circle", (), {}))
     assert parts.get("circle") is circle
     assert parts.names() == ["circle"]
 
 
-def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
+def test_unknown_name_lists_known_and_nearest_names() -> None:
     parts: Registry[int] = Registry("shape")
     parts.register("circle")(1)
     parts.register("square")(2)
@@ -23,7 +23,7 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
         parts.get("zzz")
 
 
-def test_a_name_is_given_once() -> None:
+def test_duplicate_name_is_refused() -> None:
     parts: Registry[int] = Registry("shape")
     parts.register("circle")(1)
     with pytest.raises(ConfigError, match="twice"):

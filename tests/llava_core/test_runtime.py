@@ -12,7 +12,7 @@ from llava_core import runtime
 from llava_core.runtime import ConfigError, DataError
 
 
-def test_atomic_write_replaces_the_whole_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_atomic_write_replaces_the_file_without_leftovers(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     runtime.atomic_write(path, "first, and longer")
     runtime.atomic_write(path, b"second")
@@ -20,7 +20,7 @@ def test_atomic_write_replaces_the_whole_file_and_leaves_nothing_beside_it(tmp_p
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = runtime.atomic_write(tmp_path / "file.txt", "old")
 
     def full_disk(*_: object) -> None:
@@ -33,19 +33,19 @@ def test_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_atomic_write_gives_the_permissions_of_any_other_file(tmp_path: Path) -> None:
+def test_atomic_write_keeps_default_permissions(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("")
     assert runtime.atomic_write(tmp_path / "file", "x").stat().st_mode == plain.stat().st_mode
 
 
-def test_json_lines_survive_the_way_to_disk_and_back(tmp_path: Path) -> None:
+def test_json_lines_round_trip(tmp_path: Path) -> None:
     rows = [{"text": "a\u2028b é"}, [1, 2.5, None]]
     assert runtime.read_jsonl(runtime.write_jsonl(tmp_path / "rows.jsonl", rows)) == rows
     assert runtime.read_json(runtime.write_json(tmp_path / "value.json", rows)) == rows
 
 
-def test_a_bad_file_is_named_with_its_line(tmp_path: Path) -> None:
+def test_bad_file_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n{"a": \n')
     with pytest.raises(DataError, match=r"rows\.jsonl, line 3: not JSON"):
@@ -61,13 +61,13 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path) -> None:
             read(tmp_path / "absent.json")
 
 
-def test_fingerprint_sees_values_and_not_the_order_of_keys() -> None:
+def test_fingerprint_ignores_the_order_of_keys() -> None:
     assert runtime.fingerprint({"a": 1, "b": [1, 2]}) == runtime.fingerprint({"b": [1, 2], "a": 1})
     assert runtime.fingerprint({"a": 1}) != runtime.fingerprint({"a": 2})
     assert len(runtime.fingerprint(None)) == 12
 
 
-def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+def test_sha256_file_hashes_the_bytes(tmp_path: Path) -> None:
     path = runtime.atomic_write(tmp_path / "x", b"abc")
     assert runtime.sha256_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -86,7 +86,7 @@ def test_seeds_repeat_every_generator() -> None:
     assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
 
 
-def test_cuda_where_there_is_none_is_one_clear_error() -> None:
+def test_missing_cuda_is_one_error() -> None:
     import torch
 
     assert runtime.resolve_device("cpu") == torch.device("cpu")
@@ -113,7 +113,7 @@ def test_environment_is_json_and_names_versions() -> None:
     assert facts["date"].endswith("+00:00")
 
 
-def test_offline_switch_is_the_libraries_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_switch_sets_library_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     for name in names:
         monkeypatch.delenv(name, raising=False)
@@ -130,7 +130,7 @@ def test_progress_goes_to_stderr_only(capsys: pytest.CaptureFixture[str]) -> Non
     assert "counting" in err
 
 
-def test_the_root_can_be_set_from_outside(tmp_path: Path) -> None:
+def test_root_can_be_set_by_variable(tmp_path: Path) -> None:
     code = "from llava_core import runtime; print(runtime.resolve('configs'))"
     env = {**os.environ, "LLAVA_ROOT": str(tmp_path)}
     answer = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

@@ -42,7 +42,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "book" / "notebooks"
 
 
-def test_the_book_is_built_from_what_has_run(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_book_is_built_from_executed_notebooks(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = {"claim": "a <claim>", "published": 1.5, "measured": [1, 2], "verdict": "agrees", "note": "n"}
     chapter(out, NAMES[0], "# Alignment\n\nClaims: `ablation-7b`.\n\nSee [the bench](30_bench.ipynb).", [check])
     vendor = out.parent / "_vendor" / "mathjax"
@@ -82,7 +82,7 @@ def test_the_book_is_built_from_what_has_run(out: Path, capsys: pytest.CaptureFi
     assert not (out.parent / "_build" / "built.json").exists()
 
 
-def test_the_contents_list_every_chapter_that_is_there_and_drop_empty_parts() -> None:
+def test_contents_list_executed_chapters_without_empty_parts() -> None:
     pages = [f"notebooks/{name}" for name in ("00_overview", "20_a", "21_b", "results")]
     toc = book._toc(ROOT / "book" / "_toc.yml", pages)
     assert toc["root"] == "intro"
@@ -100,7 +100,7 @@ def test_every_notebook_of_the_project_has_a_part() -> None:
     assert toc["format"] == "jb-book"
 
 
-def test_local_scripts_are_used_only_where_they_are(tmp_path: Path) -> None:
+def test_local_scripts_are_used_where_they_exist(tmp_path: Path) -> None:
     source = ROOT / "jupyter_book_config.yml"
     plain = book._config(source, tmp_path, partial=False)["sphinx"]["config"]
     assert plain["html_static_path"] == ["assets"]
@@ -113,6 +113,6 @@ def test_local_scripts_are_used_only_where_they_are(tmp_path: Path) -> None:
     assert "mathjax_path" not in local
 
 
-def test_without_its_sources_there_is_no_book(tmp_path: Path) -> None:
+def test_missing_page_sources_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(CompanionError, match=r"_toc\.yml: no such file"):
         book.build_book(tmp_path / "book" / "notebooks", [], "mini")

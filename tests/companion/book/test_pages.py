@@ -26,7 +26,7 @@ def test_every_claim_is_a_row_of_the_overview(tmp_path: Path) -> None:
     assert "\n\n<tr" not in page  # an empty line would end the table
 
 
-def test_measured_values_stand_beside_the_published(tmp_path: Path) -> None:
+def test_overview_shows_measured_and_published_values(tmp_path: Path) -> None:
     saved = {"scale": "mini", "fast": False, "numbers": {"effect": -2.25}}
     saved["checks"] = [{"id": "ablation-7b", "measured": [-3.5, -1.5]}]
     (tmp_path / "43_ablation_model_size.json").write_text(json.dumps(saved))
@@ -35,13 +35,13 @@ def test_measured_values_stand_beside_the_published(tmp_path: Path) -> None:
         assert text in row
 
 
-def test_every_difference_has_its_heading() -> None:
+def test_every_discrepancy_has_a_heading() -> None:
     page = generated.differences_page()
     assert re.findall(r"^## (.+)$", page, re.M) == [entry.title for entry in all_discrepancies().values()]
     assert "`finetune` and `finetune` with `train.global_batch=128`: only `train.global_batch` differs" in page
 
 
-def test_claims_named_at_the_top_of_a_chapter_become_chips() -> None:
+def test_claims_of_a_chapter_become_chips() -> None:
     text = "# T\n\nWords, `ablation-7b`.\n\nClaims of the ledger: `sqa-accuracy`,\n`ablation-7b`; see `x`.\n\n| a |"
     made = pages.with_chips(text)
     assert made.count('class="chip') == 2
@@ -52,7 +52,7 @@ def test_claims_named_at_the_top_of_a_chapter_become_chips() -> None:
     assert pages.with_chips("# T\n\nNo line of that kind.") == "# T\n\nNo line of that kind."
 
 
-def test_a_notebook_is_changed_for_the_book_only_in_its_first_text(tmp_path: Path) -> None:
+def test_book_changes_only_the_first_text_of_a_notebook(tmp_path: Path) -> None:
     def cell(kind: str, source: str) -> dict[str, object]:
         return {"cell_type": kind, "source": [source]}
 
@@ -85,12 +85,12 @@ def test_values_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("{{ config:pretrain }}", "missing 1 required"),
     ],
 )
-def test_a_value_that_is_not_there_names_page_and_place(text: str, message: str) -> None:
+def test_missing_value_names_page_and_place(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=r"page\.md: \{\{ " + r"(?s:.*)" + re.escape(message)):
         pages.with_values(text, "page.md")
 
 
-def test_all_kinds_of_evidence_have_a_color() -> None:
+def test_every_kind_of_evidence_has_a_color() -> None:
     css = (pages.ROOT / "book" / "assets" / "companion.css").read_text()
     for kind in ("recomputed", "measured", "measured_gpu", "impossible"):
         assert f".chip.{kind} {{" in css

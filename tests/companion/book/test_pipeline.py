@@ -60,7 +60,9 @@ def statuses(result: dict[str, Any]) -> dict[str, str]:
     return {row["name"]: row["status"] for row in result["notebooks"]}
 
 
-def test_runs_in_order_skips_and_says_why(folders: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_notebooks_run_in_order_and_skip_with_a_reason(
+    folders: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     notebooks, out = folders["notebooks_dir"], folders["out_dir"]
     trace = out.parent / "trace.txt"
     first = write(notebooks, "20_first", f"open({str(trace)!r}, 'a').write('first ')")
@@ -88,7 +90,7 @@ def test_runs_in_order_skips_and_says_why(folders: dict[str, Any], capsys: pytes
     assert list(statuses(pipeline.reproduce(**folders, dry_run=True, only="10"))) == ["20_first", "10_second"]
 
 
-def test_a_broken_cell_stops_what_needs_it_and_the_next_call_resumes(
+def test_broken_cell_stops_dependents_until_the_next_call(
     folders: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     notebooks, out = folders["notebooks_dir"], folders["out_dir"]
@@ -110,7 +112,7 @@ def test_a_broken_cell_stops_what_needs_it_and_the_next_call_resumes(
     assert not (out / "03_broken.failed.ipynb").exists()
 
 
-def test_a_dead_kernel_and_missing_numbers_are_named(folders: dict[str, Any]) -> None:
+def test_dead_kernel_and_missing_numbers_are_named(folders: dict[str, Any]) -> None:
     write(folders["notebooks_dir"], "01_dies", "import os; os.kill(os.getpid(), 9)")
     path = write(folders["notebooks_dir"], "02_silent")
     path.write_text(path.read_text().replace(".write_text", ".joinpath"))
@@ -120,7 +122,7 @@ def test_a_dead_kernel_and_missing_numbers_are_named(folders: dict[str, Any]) ->
     assert "no 02_silent.json was written" in errors["02_silent"]
 
 
-def test_parameters_reach_the_notebooks_that_have_them(folders: dict[str, Any]) -> None:
+def test_parameters_reach_notebooks_that_declare_them(folders: dict[str, Any]) -> None:
     write(folders["notebooks_dir"], "10_plain")
     write(folders["notebooks_dir"], "11_own", "assert annotations == 'x.jsonl' and fast", parameters="annotations = ''")
     with pytest.raises(ConfigError, match=r"parameter 'anotations'.*10_plain has none; 11_own has annotations"):
@@ -135,7 +137,7 @@ def test_parameters_reach_the_notebooks_that_have_them(folders: dict[str, Any]) 
     assert reason == "changed: its parameters"
 
 
-def test_wrong_calls_name_what_is_known(folders: dict[str, Any]) -> None:
+def test_wrong_calls_list_known_names(folders: dict[str, Any]) -> None:
     notebooks = folders["notebooks_dir"]
     with pytest.raises(ConfigError, match="no notebooks"):
         pipeline.reproduce(**folders)
@@ -158,7 +160,7 @@ def test_wrong_calls_name_what_is_known(folders: dict[str, Any]) -> None:
         pipeline.reproduce(**folders)
 
 
-def test_two_calls_at_once_do_not_mix(folders: dict[str, Any]) -> None:
+def test_concurrent_calls_do_not_mix(folders: dict[str, Any]) -> None:
     write(folders["notebooks_dir"], "10_one")
     with pipeline._alone(folders["out_dir"]), pytest.raises(CompanionError, match="another `llava reproduce`"):
         pipeline.reproduce(**folders)
@@ -197,7 +199,7 @@ def test_imported_code_follows_imports_and_ignores_comments(tmp_path: Path, monk
     assert {name for name, value in reached().items() if value != before[name]} == {"b/three.py"}
 
 
-def test_what_many_chapters_need_starts_first() -> None:
+def test_most_needed_chapters_start_first() -> None:
     needs = {"a": [], "b": ["a"], "c": ["b"], "d": []}
     plan = [parts.Chapter(name, Path(name), {}, upstream, []) for name, upstream in needs.items()]
     assert pipeline._dependents("a", plan) == {"b", "c"}
@@ -205,7 +207,7 @@ def test_what_many_chapters_need_starts_first() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_kill_9_leaves_no_process_and_no_half_written_copy(folders: dict[str, Any]) -> None:
+def test_kill_9_leaves_no_process_and_no_partial_copy(folders: dict[str, Any]) -> None:
     notebooks, out = folders["notebooks_dir"], folders["out_dir"]
     pid_file = out.parent / "kernel.pid"
     wait = f"import os, time, pathlib\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(SLEEP)"
@@ -241,7 +243,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_damaged_base_model_is_told_before_any_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_base_model_is_reported_before_any_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tmp_path / "models" / "mini" / "clip"
     model.mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"weights")
@@ -261,9 +263,7 @@ def test_a_damaged_base_model_is_told_before_any_notebook_runs(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(("failures", "message"), [(2, None), (3, "died before"), (1, "cell")])
-def test_a_kernel_that_could_not_begin_gets_two_more_chances(
-    failures: int, message: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernel_start_is_retried_twice(failures: int, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     import papermill
 
     said = "Kernel died before replying to kernel_info" if message != "cell" else "a cell failed"
@@ -283,5 +283,5 @@ def test_a_kernel_that_could_not_begin_gets_two_more_chances(
     assert len(calls) == (1 if message == "cell" else 3)
 
 
-def test_a_chapter_that_loads_a_checkpoint_depends_on_how_that_is_done() -> None:
+def test_chapter_key_covers_checkpoint_loading_code() -> None:
     assert "llava_core/chat.py" in parts.imported_code(["llava_core.load"])

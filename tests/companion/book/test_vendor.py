@@ -47,7 +47,7 @@ cp {folder}/*.tgz "$to"
     return folder
 
 
-def test_only_the_pinned_file_is_used(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_pinned_archive_is_used(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"package/a.js": "1", "package/fonts/x.woff": "2", "package/rest.js": "3"}
     package = archive(tools, "thing-1.0.tgz", files)
     wanted = {"package/a.js": "m/a.js", "package/fonts/": "m/fonts/"}
@@ -70,7 +70,7 @@ def test_only_the_pinned_file_is_used(tools: Path, tmp_path: Path, monkeypatch: 
     assert not (target / "m" / "a.js").exists()
 
 
-def test_without_npm_the_wheel_serves_and_without_both_a_line_says_so(
+def test_wheel_replaces_npm_and_missing_both_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wheel = archive(tmp_path, "w.whl", {"es5/tex-mml-chtml.js": "1", "es5/output/chtml/fonts/woff-v2/f.woff": "2"})
@@ -98,14 +98,14 @@ def test_without_npm_the_wheel_serves_and_without_both_a_line_says_so(
     assert said == ["note: the book will load viewer from the network (npm is not installed)"]
 
 
-def test_a_missing_tool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CompanionError, match="npm is not installed"):
         vendor.fetch({"tool": "npm", "spec": "thing@1.0"}, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["p.tgz", "p.whl"])
-def test_nothing_is_written_outside_and_a_missing_path_is_named(tmp_path: Path, name: str) -> None:
+def test_archive_paths_stay_inside_and_missing_ones_are_named(tmp_path: Path, name: str) -> None:
     path = archive(tmp_path, name, {"package/fonts/../../../x": "1", "package/a.js": "2"})
     with pytest.raises(CompanionError, match=r"cannot be unpacked|has no package/fonts/"):
         vendor.unpack(path, {"package/fonts/": "fonts/"}, tmp_path / "to")

@@ -197,7 +197,7 @@ def test_damaged_checkpoints_are_one_line_and_run_nothing(intact, name, tmp_path
     assert not mark.exists()
 
 
-def test_the_pickle_trap_works_without_weights_only(tmp_path) -> None:
+def test_pickle_trap_works_without_weights_only(tmp_path) -> None:
     """Without `weights_only` the file's code runs, so the tests above can fail."""
     mark = tmp_path / "executed"
     (tmp_path / "x.bin").write_bytes(pickle.dumps({"a": Trap(mark)}))

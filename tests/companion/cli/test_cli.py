@@ -41,7 +41,7 @@ def example_of(parser: argparse.ArgumentParser) -> list[str]:
     return shlex.split(parser.epilog.splitlines()[-1])[1:]
 
 
-def test_the_layouts_that_can_be_asked_for_are_those_that_can_be_written() -> None:
+def test_convert_targets_are_the_writable_formats() -> None:
     from companion.checkpoints.convert import targets
 
     assert set(weights.FORMATS) == set(targets())
@@ -51,7 +51,7 @@ def test_the_layouts_that_can_be_asked_for_are_those_that_can_be_written() -> No
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_ends_well_and_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_exits_0_and_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([*name.split(), "--help"])
     assert end.value.code == 0
@@ -59,7 +59,7 @@ def test_help_ends_well_and_shows_an_example(name: str, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("name", WORKING)
-def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
+def test_help_examples_are_valid_calls(name: str) -> None:
     words = example_of(WORKING[name])
     args = cli._parser(words).parse_args(words)
     assert args.run is WORKING[name].get_default("run")
@@ -82,7 +82,7 @@ def test_the_example_of_a_command_is_a_call_of_it(name: str) -> None:
         ("evaluate bench score", "companion.evaluation.llava_bench.score_reviews", {"n": 1}),
     ],
 )
-def test_a_command_calls_its_function_in_a_way_that_it_takes(
+def test_commands_call_functions_with_valid_arguments(
     name: str, target: str, answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, _, function = target.rpartition(".")
@@ -96,7 +96,7 @@ def test_a_command_calls_its_function_in_a_way_that_it_takes(
 
 
 @pytest.mark.parametrize("name", ["attention", "generate", "loss", "train-step"])
-def test_a_benchmark_prints_its_headline(
+def test_benchmark_prints_its_headline(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     function, calls = run.load(name), []
@@ -150,7 +150,7 @@ def test_bench_step_by_step_from_files_to_a_score(tmp_path: Path, capsys: pytest
     assert "b.sqlite: no such cassette" in capsys.readouterr().err
 
 
-def test_captions_of_a_model_need_a_file_to_go_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_captions_of_a_model_need_an_output_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "refs.json").write_text("{}")
     assert cli.main(["evaluate", "captions", "--model", "a", "--references", str(tmp_path / "refs.json")]) == 1
     assert "--out FILE" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_train_reports_the_finished_run(
     assert (train.seed, train.learning_rate) == (1, 0.002)
 
 
-def test_a_notebook_that_failed_is_a_one_and_is_named(
+def test_failed_notebook_exits_1_and_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from companion.book import pipeline
@@ -195,7 +195,7 @@ def test_a_notebook_that_failed_is_a_one_and_is_named(
     assert (options["only"], options["start"], options["fast"], options["scale"]) == (["20"], "20", True, "mini")
 
 
-def test_base_models_that_miss_a_gate_are_a_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_base_models_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     from companion.miniature import base_models
 
     answer = {"passed": {"one gate": True, "another": False}}
@@ -205,9 +205,7 @@ def test_base_models_that_miss_a_gate_are_a_one(monkeypatch: pytest.MonkeyPatch)
     assert cli.main(["base-models", "--only", "clip"]) == 1
 
 
-def test_chat_writes_to_the_terminal_itself(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chat_writes_to_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from companion import terminal_chat
     from llava_core import chat
 
@@ -221,7 +219,7 @@ def test_chat_writes_to_the_terminal_itself(
     assert capsys.readouterr().err == "error: photo.jpg: not an image\n"
 
 
-def test_demo_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_listens_on_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
     run = create_autospec(subprocess.run, return_value=subprocess.CompletedProcess([], 0))
     monkeypatch.setattr(lab.subprocess, "run", run)
     assert cli.main(["demo"]) == 0
@@ -252,7 +250,7 @@ CALL = ["evaluate", "llava-bench", "--reviews", "reviews.jsonl"]
         (KeyboardInterrupt(), "error: interrupted\n"),
     ],
 )
-def test_work_that_fails_is_one_line_and_a_one(
+def test_failed_work_is_one_line_and_exit_1(
     error: BaseException, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer_with(error, monkeypatch)
@@ -263,7 +261,7 @@ def test_work_that_fails_is_one_line_and_a_one(
     assert err.count("\n") == 1
 
 
-def test_a_mistake_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programming_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(ZeroDivisionError(), monkeypatch)
     with pytest.raises(ZeroDivisionError):
         cli.main(CALL)
@@ -290,7 +288,7 @@ def test_a_mistake_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch)
         "reproduce --only 20 --sc mini",
     ],
 )
-def test_a_wrong_call_is_a_two(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(shlex.split(words))
     assert end.value.code == 2
@@ -299,9 +297,7 @@ def test_a_wrong_call_is_a_two(words: str, capsys: pytest.CaptureFixture[str]) -
     assert err.startswith("usage: llava")
 
 
-def test_json_is_alone_on_stdout_whatever_the_work_prints(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_the_only_output_on_stdout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     def noisy(_: object, **__: object) -> dict[str, Any]:
         print("from Python")  # noqa: T201
         subprocess.run([sys.executable, "-c", "print('from a child process')"], check=True)
@@ -316,7 +312,7 @@ def test_json_is_alone_on_stdout_whatever_the_work_prints(
     assert "from a child process" in err
 
 
-def test_the_package_is_a_command_too() -> None:
+def test_python_m_companion_is_the_command() -> None:
     answer = subprocess.run(
         [sys.executable, "-m", "companion", "--version"], capture_output=True, text=True, check=True
     )
@@ -332,9 +328,7 @@ def test_the_package_is_a_command_too() -> None:
 # ------------------------------------------------------------------------------------------------ real files
 
 
-def test_the_released_answers_are_scored_as_the_issue_of_the_coin_flip_tells(
-    reference: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_released_answers_have_their_known_scores(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = reference / "scienceqa"
     words = ["--predictions", str(folder / "test_sqa_llava_13b_v0.json"), "--questions"]
     words = ["evaluate", "science-qa", *words, str(folder / "llava_test_CQM-A.json")]
@@ -347,7 +341,7 @@ def test_the_released_answers_are_scored_as_the_issue_of_the_coin_flip_tells(
     assert "3247" in capsys.readouterr().out
 
 
-def test_real_annotations_become_instruction_data_that_the_check_accepts(
+def test_generated_instruction_data_passes_the_check(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations = str(reference / "coco" / "caps_boxes_coco2014_val_80.jsonl")
@@ -361,7 +355,7 @@ def test_real_annotations_become_instruction_data_that_the_check_accepts(
     assert "no such cassette" in capsys.readouterr().err
 
 
-def test_a_file_with_problems_is_a_one_and_lists_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_exits_1_and_lists_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]
     good = {"id": "1", "image": "1.jpg", "conversations": turns}
     path = tmp_path / "chat.json"

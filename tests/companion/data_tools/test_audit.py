@@ -41,7 +41,7 @@ def annotated(name: str, captions: list[str], *categories: str) -> AnnotatedImag
 # ------------------------------------------------------------------------------------------------ duplicates and leaks
 
 
-def test_a_turn_that_is_asked_twice_about_one_image_is_a_duplicate_wherever_the_marker_stands() -> None:
+def test_repeated_turns_about_one_image_are_duplicates() -> None:
     twice = Sample("2", [("What is it?\n<image>", "A dog.")], Path("1.jpg"), "detail")
     other = sample("3", ("What is it?", "A cat."), image="1.jpg")
     faults = find_faults([sample("1", ("What is it?", "A dog.")), twice, other])
@@ -51,19 +51,19 @@ def test_a_turn_that_is_asked_twice_about_one_image_is_a_duplicate_wherever_the_
     assert named(faults, "the same question and answer").total == 0  # it is the same image
 
 
-def test_question_and_answer_that_recur_with_another_image_are_a_share_of_the_turns() -> None:
+def test_turns_repeated_with_other_images_are_a_share() -> None:
     samples = [sample(name, ("Is there a dog?", "No."), (f"What is {name}?", "A thing.")) for name in "ab"]
     row = named(find_faults(samples), "the same question and answer").row()
     assert (row["found"], row["of"], row["percent"]) == (2, 4, 50.0)
 
 
-def test_near_duplicates_ignore_case_and_signs_and_see_one_word_among_many() -> None:
+def test_near_duplicates_ignore_case_and_punctuation() -> None:
     long = " ".join(f"word{k}" for k in range(60))
     texts = [long, long.upper() + "!", long.replace("word59", "other"), long.replace("word2", "x")]
     assert near_duplicates([*texts, "", "A dog.", "a dog", "a cat"]) == [(1, 0), (2, 0), (6, 5)]
 
 
-def test_dialogues_that_nearly_agree_name_the_earlier_record() -> None:
+def test_near_duplicate_dialogues_name_the_earlier_record() -> None:
     turn = ("What is to be seen here?", "A red car stands in front of a house in the snow.")
     fault = named(find_faults([sample("1", turn), sample("2", turn), sample("3", ("Why?", "Because."))]), "a dialogue")
     assert (fault.total, fault.examples[0]["record"], fault.examples[0]["text"]) == (1, "2", "like conversation 1")
@@ -81,7 +81,7 @@ def test_dialogues_that_nearly_agree_name_the_earlier_record() -> None:
         ("numbers like", "The dog is at 0.125."),
     ],
 )
-def test_a_leak_is_found_with_its_record(leak: str, text: str) -> None:
+def test_leaks_name_their_record(leak: str, text: str) -> None:
     faults = find_faults([sample("1", ("What is it?", "A dog.")), sample("2", ("What is it?", text))])
     hit = [fault for fault in faults if fault.name.startswith(LEAK) and fault.total]
     assert len(hit) == 1
@@ -99,12 +99,12 @@ def test_a_leak_is_found_with_its_record(leak: str, text: str) -> None:
         "v10.25.3",
     ],
 )
-def test_what_only_resembles_a_leak_is_none(text: str) -> None:
+def test_similar_phrases_are_no_leak(text: str) -> None:
     faults = find_faults([sample("1", (text, text))])
     assert sum(fault.total for fault in faults if fault.name.startswith(LEAK)) == 0
 
 
-def test_a_request_for_a_caption_is_no_leak() -> None:
+def test_request_for_a_caption_is_no_leak() -> None:
     wanted = "Give this image a caption."
     faults = find_faults([sample("1", (wanted, "A dog.")), sample("2", ("Why that caption?", "A dog."))])
     assert named(faults, f"{LEAK} a word on captions").examples[0]["record"] == "2"
@@ -146,11 +146,11 @@ COCO = ("person", "dog", "bed", "bear", "teddy bear", "orange", "car", "truck", 
         ("No", []),
     ],
 )
-def test_objects_that_a_text_says_are_there(text: str, found: list[str]) -> None:
+def test_objects_stated_as_present(text: str, found: list[str]) -> None:
     assert [mention.category for mention in Vocabulary(COCO).mentions(text) if not mention.negated] == found
 
 
-def test_a_category_is_no_synonym_of_another() -> None:
+def test_categories_are_no_synonyms_of_each_other() -> None:
     assert Vocabulary(["dining table"]).named("a table") == {"dining table"}
     assert Vocabulary(["dining table", "table"]).named("a table and a dining table") == {"dining table", "table"}
 
@@ -166,11 +166,11 @@ def test_a_category_is_no_synonym_of_another() -> None:
         ("Is there a dog?", "Yes, a dog.", {"dog": "dog"}),
     ],
 )
-def test_what_a_no_answers_is_not_made_up(question: str, answer: str, found: dict[str, str]) -> None:
+def test_denied_objects_are_not_unsupported(question: str, answer: str, found: dict[str, str]) -> None:
     assert unsupported(Vocabulary(COCO), question, answer, {"car"}) == found
 
 
-def test_a_box_or_a_caption_supports_an_object_and_others_are_counted_per_kind() -> None:
+def test_objects_are_supported_by_boxes_or_captions() -> None:
     images = [annotated("000000000001", ["A puppy sleeps."], "car"), annotated("x/2", ["Snow."], "dog", "bus")]
     coco = "train/COCO_train2014_000000000001.jpg"  # the prefix of COCO 2014 is no difference
     samples = [
@@ -190,7 +190,7 @@ def test_a_box_or_a_caption_supports_an_object_and_others_are_counted_per_kind()
         find_faults(samples[2:], images)
 
 
-def test_real_answers_are_supported_by_their_own_images_and_not_by_others(reference: Path) -> None:
+def test_real_answers_are_supported_by_their_own_images(reference: Path) -> None:
     folder = reference / "coco"
     images = {image.image: image for image in load_annotations(folder / "caps_boxes_coco2014_val_80.jsonl")}
     rows = [
@@ -232,9 +232,7 @@ SENTENCES = {
 
 
 @needs_parser
-def test_root_verbs_and_their_objects_are_counted_once_per_question_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_verbs_are_counted_per_question_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "chat.json"
     source.write_text("[]")
     questions = {"a": [*SENTENCES, "Is there a bird?"], "b": ["Describe this image in detail."] * 3}
@@ -252,7 +250,7 @@ def test_root_verbs_and_their_objects_are_counted_once_per_question_and_kept(
         root_verbs({"a": ["Describe the dog."]}, source, tmp_path / "cache")
 
 
-def test_a_missing_parser_is_clear_and_the_audit_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audit_runs_without_a_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phrases, "SPACY_MODELS", ())
     with pytest.raises(ConfigError, match=r"root verbs need a parser.*pip install"):
         root_verbs({"a": ["What?"]}, tmp_path)
@@ -285,9 +283,7 @@ def provenance(folder: Path) -> None:
     (folder / "failures.jsonl").write_text('{"error": "MissingLabel"}\n')
 
 
-def test_the_card_holds_what_was_measured_and_nothing_of_the_day_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_card_has_the_measurements_and_no_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phrases, "SPACY_MODELS", ())
     provenance(tmp_path)
     (tmp_path / "card.json").write_text('{"name": "mine", "about": "Photos.", "license": "CC0-1.0"}')
@@ -319,7 +315,7 @@ def test_the_card_holds_what_was_measured_and_nothing_of_the_day_it_is_written(
     assert card_text(json.loads(twin.read_text())) == text  # the twin holds all that the card needs
 
 
-def test_a_card_of_others_or_of_another_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_cards_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phrases, "SPACY_MODELS", ())
     result = audit_file(chat(tmp_path))
     (tmp_path / data_card.CARD).write_text("# Another's")
@@ -332,7 +328,7 @@ def test_a_card_of_others_or_of_another_file_is_not_replaced(tmp_path: Path, mon
         write_card(audit_file(chat(tmp_path, "more.json")), tmp_path / "own")
 
 
-def test_what_is_known_of_the_released_files_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_card_has_notes_on_the_released_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phrases, "SPACY_MODELS", ())
     text = card_text(audit_file(chat(tmp_path, "llava_instruct_150k.json")))
     assert "CC BY NC 4.0" in text
@@ -342,7 +338,7 @@ def test_what_is_known_of_the_released_files_is_said(tmp_path: Path, monkeypatch
     assert "not stated" in card_text(audit_file(chat(tmp_path, "mine.json")))
 
 
-def test_the_command_writes_the_card_beside_the_file(
+def test_audit_command_writes_the_card_next_to_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(phrases, "SPACY_MODELS", ())

@@ -47,7 +47,7 @@ def test_rules_find_noun_phrases(caption: str, phrases: list[str]) -> None:
     assert rule_phrases(caption) == phrases
 
 
-def test_normalisation_is_what_the_settings_say() -> None:
+def test_normalisation_follows_the_settings() -> None:
     captions = ["The Dog and a dog", "dog , it", "the big old brown dog"]
     assert phrase_table(captions, RULES).phrases == ["dog", "big old brown dog"]
     raw = FilterSettings(phrases="rules", lowercase=False, strip_determiners=False, max_words=2)
@@ -130,7 +130,9 @@ readings = st.builds(
 
 @given(settings=readings, seed=st.integers(0, 10**6), rows=st.integers(0, 60), dead=st.sampled_from([0, 0.3]))
 @hypothesis.settings(max_examples=200, deadline=None)
-def test_the_filter_equals_the_recipe_done_slowly(settings: FilterSettings, seed: int, rows: int, dead: float) -> None:
+def test_filter_equals_the_reference_implementation(
+    settings: FilterSettings, seed: int, rows: int, dead: float
+) -> None:
     rng = random.Random(seed)
     names = [*WORDS, *(f"thing{k}" for k in range(rng.randint(0, 12)))]
     weights = rng.sample([1 / (k + 1) for k in range(len(names))], len(names))
@@ -152,7 +154,7 @@ def test_the_filter_equals_the_recipe_done_slowly(settings: FilterSettings, seed
     }  # fmt: skip
 
 
-def test_literal_reading_covers_every_kept_phrase_and_balances() -> None:
+def test_literal_settings_cover_and_balance_phrases() -> None:
     captions = [f"a dog , a rare{k // 3}" for k in range(600)] + ["a dog , the sun"] * 500 + ["a single"] * 2
     found = select(phrase_table(captions, RULES), RULES)
     after, counts = found.frequencies_after, found.counts()
@@ -223,13 +225,13 @@ def test_files_have_the_released_format(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").glob(".*")] == []
 
 
-def test_no_pair_is_an_empty_list(tmp_path: Path) -> None:
+def test_no_pairs_give_an_empty_list(tmp_path: Path) -> None:
     report = filter_file(corpus(tmp_path, 2), tmp_path / "out", None, RULES)
     assert report["pairs_kept"] == 0
     assert json.loads((tmp_path / "out" / "chat.json").read_text()) == []
 
 
-def test_each_variant_is_a_selection_of_its_own(tmp_path: Path) -> None:
+def test_each_variant_has_its_own_selection(tmp_path: Path) -> None:
     filtered = filter_captions(corpus(tmp_path), None, FilterSettings("rules", cap=5))
     published = {"phrases": 3, "phrases_kept": 3, "pairs_kept": 15}
     rows = filter_sensitivity(filtered, published)
@@ -246,7 +248,7 @@ def test_each_variant_is_a_selection_of_its_own(tmp_path: Path) -> None:
     assert filter_sensitivity(filtered, {"pairs_kept": 0})[0]["times_off"] is None
 
 
-def test_settings_of_a_command_line_are_checked() -> None:
+def test_command_line_settings_are_checked() -> None:
     given = settings_from({"draw": "top_up", "cap": 50, "max_words": 3, "lowercase": False})
     assert given == FilterSettings(draw="top_up", cap=50, max_words=3, lowercase=False)
     assert settings_from({"max_words": None}) == FilterSettings()
@@ -256,7 +258,7 @@ def test_settings_of_a_command_line_are_checked() -> None:
         settings_from({"cap": "3"})
 
 
-def test_third_column_names_the_image_and_may_not_leave_the_folder(tmp_path: Path) -> None:
+def test_third_column_names_an_image_inside_the_folder(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (8, 8)).save(images / "one.png")
@@ -278,7 +280,7 @@ def test_malformed_line_is_named(tmp_path: Path, line: bytes) -> None:
         filter_captions(path, None, RULES)
 
 
-def test_the_list_of_instructions_is_a_setting(tmp_path: Path) -> None:
+def test_instruction_list_is_a_setting(tmp_path: Path) -> None:
     asks = tmp_path / "asks.txt"
     asks.write_text("What is it?\nTell me about this.\n")
     settings = replace(RULES, instructions=str(asks))
@@ -290,11 +292,11 @@ def test_the_list_of_instructions_is_a_setting(tmp_path: Path) -> None:
         filter_captions(tmp_path / "none.tsv", None, replace(RULES, instructions="breif"))
 
 
-def test_eleven_instructions_of_our_own() -> None:
+def test_default_list_has_eleven_instructions() -> None:
     assert len(set(BRIEF_INSTRUCTIONS)) == 11
 
 
-def test_unknown_setting_is_clear() -> None:
+def test_unknown_setting_is_an_error() -> None:
     with pytest.raises(ConfigError, match="order = 'rarest'; choose one of static, remaining"):
         FilterSettings(order="rarest")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cap = 0; write 1 or more"):

@@ -84,7 +84,7 @@ def planted() -> tuple[list[Any], list[tuple[int, str]]]:
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "lines", "indented"])
-def test_each_planted_defect_is_found_once_and_none_invented(tmp_path: Path, images: Path, layout: str) -> None:
+def test_every_planted_defect_is_reported_once(tmp_path: Path, images: Path, layout: str) -> None:
     records, wanted = planted()
     lines = [json.dumps(item) for item in records]
     path = tmp_path / ("data.jsonl" if layout == "jsonl" else "data.json")
@@ -104,7 +104,7 @@ def test_each_planted_defect_is_found_once_and_none_invented(tmp_path: Path, ima
     assert all(p["record"] and p["message"] for p in found["problems"])
 
 
-def test_damaged_image_shared_by_records_is_named_once_a_missing_one_each_time(images: Path, tmp_path: Path) -> None:
+def test_damaged_images_are_reported_once_missing_ones_always(images: Path, tmp_path: Path) -> None:
     def named(image: str, decode: bool) -> list[str]:
         file = write_json(tmp_path / "three.json", [record(str(k), image) for k in range(3)])
         return [problem["record"] for problem in check_file(file, images, decode)["problems"]]
@@ -114,7 +114,7 @@ def test_damaged_image_shared_by_records_is_named_once_a_missing_one_each_time(i
     assert named("cut.jpg", decode=False) == []
 
 
-def test_bytes_that_are_not_utf8_are_named_by_their_record(tmp_path: Path) -> None:
+def test_invalid_utf8_names_its_record(tmp_path: Path) -> None:
     for name in ("data.json", "data.jsonl"):
         good = [json.dumps(record(str(k))).encode() for k in range(3)]
         good[1] = good[1].replace(b"A cat.", b"A c\xff\xfet.")
@@ -124,7 +124,7 @@ def test_bytes_that_are_not_utf8_are_named_by_their_record(tmp_path: Path) -> No
         assert [(p["line"], p["record"], p["kind"]) for p in problems] == [(2, "1", "invalid_utf8")]
 
 
-def test_broken_json_does_not_hide_the_records_behind_it(tmp_path: Path) -> None:
+def test_records_after_broken_json_are_checked(tmp_path: Path) -> None:
     records = [record(str(k)) for k in range(4)] + [record("last", image=None) | {"conversations": []}]
     text = json.dumps(records, indent=2)
     (tmp_path / "a.json").write_text(text.replace('"id": "1",', '"id": "1"', 1))
@@ -147,7 +147,7 @@ def test_broken_json_does_not_hide_the_records_behind_it(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "kind"), [("", "not_json"), ("[]", "no_records"), ('{"a": 1}', "wrong_type"), ("[{}] []", "not_json")]
 )
-def test_files_that_are_no_list_of_records(tmp_path: Path, content: str, kind: str) -> None:
+def test_files_without_a_record_list_are_errors(tmp_path: Path, content: str, kind: str) -> None:
     (tmp_path / "a.json").write_text(content)
     assert kind in [p["kind"] for p in check_file(tmp_path / "a.json")["problems"]]
     with pytest.raises(DataError, match=r"a\.json"):

@@ -44,7 +44,7 @@ def test_official_files_become_normalised_corners(tmp_path: Path) -> None:
     assert load_annotations(folder / "instances_val2014.json") == [dog, cup]
 
 
-def test_context_has_captions_a_blank_line_and_boxes_of_three_decimals() -> None:
+def test_context_has_captions_and_boxes_of_three_decimals() -> None:
     image = AnnotatedImage("1", "1.jpg", ["A dog.\n", "One\ndog runs."], [("sports ball", (0, 0.12345, 0.6999, 1))])
     assert context_text(image) == "A dog.\nOne dog runs.\n\nsports ball: [0.0, 0.123, 0.7, 1.0]"
     assert context_text(image, boxes=False) == "A dog.\nOne dog runs."

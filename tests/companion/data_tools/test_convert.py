@@ -40,7 +40,7 @@ def checked(out: Path, images: Path) -> list[dict[str, Any]]:
     return json.loads(out.read_text())
 
 
-def test_a_folder_of_images_and_texts(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_of_images_and_texts(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "photos"
     (source / "garden").mkdir(parents=True)
     for name in ("cat.jpg", "garden/tree.png"):
@@ -73,7 +73,7 @@ def test_a_folder_of_images_and_texts(tmp_path: Path, images: Path, capsys: pyte
     assert "not UTF-8" in places["latin.txt"]
 
 
-def test_a_csv_by_the_names_of_its_columns(tmp_path: Path, images: Path) -> None:
+def test_csv_by_the_names_of_its_columns(tmp_path: Path, images: Path) -> None:
     path, out = tmp_path / "table.csv", tmp_path / "mine.json"
     rows = [
         ["photo", "legend", "ask", "nr"],
@@ -133,7 +133,7 @@ def content(color: int, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def test_a_data_set_on_disk_with_images_as_bytes(tmp_path: Path) -> None:
+def test_data_set_on_disk_with_images_as_bytes(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     tables = [
         pa.table({
@@ -175,7 +175,7 @@ def test_a_data_set_on_disk_with_images_as_bytes(tmp_path: Path) -> None:
         convert_data(source, out)
 
 
-def test_a_data_set_on_disk_with_paths_and_turns_as_columns(tmp_path: Path, images: Path) -> None:
+def test_data_set_on_disk_with_paths_and_turns_as_columns(tmp_path: Path, images: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     sequence = {"from": ["human", "gpt"], "value": ["<image>\nWhy?", "So."]}
     table = pa.table({"image": ["good.jpg", str(images.absolute() / "good.png")], "conversations": [sequence] * 2})
@@ -193,7 +193,7 @@ def test_a_data_set_on_disk_with_paths_and_turns_as_columns(tmp_path: Path, imag
 # ------------------------------------------------------------------------------------------------ naive expansion
 
 
-def test_our_lists_are_as_long_as_the_papers_and_a_file_is_read_line_by_line(tmp_path: Path) -> None:
+def test_instruction_lists_have_the_papers_length(tmp_path: Path) -> None:
     assert [len(set(load_instructions(name))) for name in ("brief", "detail")] == [11, 16]
     path = tmp_path / "official.txt"
     path.write_text('\ufeffDescribe the image.\n\n- "Say it."\n', encoding="utf-8")
@@ -206,7 +206,7 @@ def test_our_lists_are_as_long_as_the_papers_and_a_file_is_read_line_by_line(tmp
         load_instructions("breif")
 
 
-def test_the_instruction_is_drawn_by_seed_and_id_alone_and_evenly() -> None:
+def test_instructions_are_drawn_evenly_by_seed_and_id() -> None:
     brief = LISTS["brief"]
     assert draw(brief, "000000123") == draw(brief, "000000123")
     drawn = Counter(draw(brief, str(k)) for k in range(11_000))

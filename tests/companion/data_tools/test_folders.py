@@ -6,7 +6,7 @@ from companion.data_tools.folders import generated_folder
 from llava_core.runtime import ROOT
 
 
-def test_a_downloaded_data_set_is_not_replaced(tmp_path: Path) -> None:
+def test_downloaded_data_set_is_not_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "LLaVA-Instruct"
     assert generated_folder(folder, "chat.json", "report.json") == folder
     folder.mkdir()

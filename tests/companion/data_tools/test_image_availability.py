@@ -14,7 +14,7 @@ from companion.data_tools.image_availability import image_availability
 from llava_core.runtime import DataError
 
 
-def test_no_broken_image_stops_the_filter(tmp_path: Path) -> None:
+def test_filter_continues_after_broken_images(tmp_path: Path) -> None:
     images = tmp_path / "images"
     (images / "folder.jpg").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(images / "good.jpg")
@@ -42,7 +42,7 @@ def folder_of(path: Path, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_only_changed_images_are_checked_again(tmp_path: Path, processes: int) -> None:
+def test_unchanged_images_are_not_rechecked(tmp_path: Path, processes: int) -> None:
     names, images, cache = folder_of(tmp_path / "images", 11), tmp_path / "images", tmp_path / "cache"
     with mock.patch.object(module, "SHARD", 4):
         first = image_availability(names, images, cache=cache, processes=processes)
@@ -76,11 +76,11 @@ def test_only_changed_images_are_checked_again(tmp_path: Path, processes: int) -
             assert 3 <= len(looked) <= 4, "a damaged shard only"
 
 
-def test_no_folder_is_an_error(tmp_path: Path) -> None:
+def test_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder; give the folder of the images, or none"):
         image_availability(["a.jpg"], tmp_path / "none")
 
 
-def test_no_row_is_no_error(tmp_path: Path) -> None:
+def test_empty_input_is_valid(tmp_path: Path) -> None:
     available, counts = image_availability([], tmp_path)
     assert (len(available), counts.available, counts.examples) == (0, 0, [])

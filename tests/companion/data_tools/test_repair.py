@@ -107,7 +107,7 @@ def plant(images: Path, path: Path) -> list[tuple[int, str, bool]]:
     return wanted
 
 
-def test_forty_planted_defects_are_found_once_each_and_only_the_unfixable_are_left(
+def test_repair_leaves_only_unrepairable_defects(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "mine.jsonl", tmp_path / "mended.jsonl"
@@ -142,7 +142,7 @@ def test_forty_planted_defects_are_found_once_each_and_only_the_unfixable_are_le
     assert all(json.dumps(text).encode() in out.read_bytes() for text in texts)
 
 
-def test_what_is_mended_is_what_was_meant(tmp_path: Path, images: Path) -> None:
+def test_repaired_records_have_the_intended_content(tmp_path: Path, images: Path) -> None:
     path = tmp_path / "mine.json"
     turns = [("human", "Why?"), ("gpt", "So.")]
     records = [
@@ -169,7 +169,7 @@ def test_what_is_mended_is_what_was_meant(tmp_path: Path, images: Path) -> None:
     assert turns == [("human", "Why?"), ("gpt", "So.")]
 
 
-def test_the_copy_never_replaces_the_file_and_may_be_of_another_format(tmp_path: Path, images: Path) -> None:
+def test_repaired_copy_is_a_new_file_of_any_format(tmp_path: Path, images: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(record("a")) + "\n" + json.dumps(record("b", [("human", "Why?"), ("gpt", "So.")])))
     with pytest.raises(DataError, match="replace"):
@@ -221,7 +221,7 @@ def test_words_are_counted_without_a_tokenizer(tmp_path: Path) -> None:
     assert check_file(path, max_words=None)["errors"] == 0
 
 
-def test_the_check_of_many_records_takes_little_time_per_record(tmp_path: Path, images: Path) -> None:
+def test_check_time_per_record_is_bounded(tmp_path: Path, images: Path) -> None:
     from time import process_time
 
     path, n = tmp_path / "many.jsonl", 10_000

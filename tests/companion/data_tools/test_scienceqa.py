@@ -70,7 +70,7 @@ REPLIES = {
 }
 
 
-def test_formats_say_what_their_letters_say(tmp_path: Path) -> None:
+def test_prompt_formats_follow_their_letters(tmp_path: Path) -> None:
     problem = magnet(tmp_path)
     asked, choices = "Will these magnets attract or repel each other?", "Options: (A) attract (B) repel"
     context = "Context: Two magnets lie on a table.\nQuestion: how do they act?"
@@ -96,7 +96,7 @@ def test_formats_say_what_their_letters_say(tmp_path: Path) -> None:
     assert format_problem(problem, "CQM-A", released=True).turns[0][1] == "The answer is B."
 
 
-def test_the_released_converter_departs_from_its_names(tmp_path: Path) -> None:
+def test_released_converter_swaps_two_formats(tmp_path: Path) -> None:
     hint, lecture = "Look   here.\nQuestion: how do they act?", "One\\ntwo. Answer: none."
     problem = magnet(tmp_path, hint=hint, lecture=lecture)
     asked, replied = format_problem(problem, "QCM-AE", released=True).turns[0]
@@ -116,7 +116,7 @@ def test_the_released_converter_departs_from_its_names(tmp_path: Path) -> None:
     assert "BECAUSE" not in format_problem(bare, "QCLM-A").turns[0][0]
 
 
-def test_absent_parts_leave_no_trace(tmp_path: Path) -> None:
+def test_missing_parts_add_no_text(tmp_path: Path) -> None:
     problem = magnet(tmp_path, lecture="", solution=" ", hint="", image=None)
     asked, replied = format_problem(problem, "QCM-ALE").turns[0]
     assert asked.endswith("\nContext: N/A\nOptions: (A) attract (B) repel")

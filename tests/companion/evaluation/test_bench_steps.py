@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def test_the_official_files_of_the_coco_bench(reference: Path, tmp_path: Path) -> None:
+def test_official_files_of_the_coco_bench(reference: Path, tmp_path: Path) -> None:
     bench = load_bench(reference / "coco")
     assert (len(bench.questions), len(bench.context), len(bench.reference or [])) == (90, 80, 90)
     assert {row["image"] for row in bench.questions} <= bench.context.keys()
@@ -79,7 +79,7 @@ def test_the_official_files_of_the_coco_bench(reference: Path, tmp_path: Path) -
         bench.rows()
 
 
-def test_the_first_questions_only(folder: Path) -> None:
+def test_first_questions_only(folder: Path) -> None:
     bench = load_bench(folder, 2)
     assert [row["question_id"] for row in bench.questions] == [0, 1]
     assert bench.reference is None
@@ -102,7 +102,7 @@ def test_files_of_another_format_are_named(folder: Path, name: str, rows: Any, m
         load_bench(folder)
 
 
-def test_a_folder_without_a_bench(tmp_path: Path) -> None:
+def test_folder_without_a_bench(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no questions\.jsonl or qa90_questions\.jsonl and context\.jsonl"):
         load_bench(tmp_path)
 

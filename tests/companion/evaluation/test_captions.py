@@ -56,7 +56,7 @@ def test_bleu_clips_repeated_words() -> None:
     assert scores[1] < 1e-6
 
 
-def test_bleu_counts_over_the_corpus_and_punishes_brevity() -> None:
+def test_bleu_is_a_corpus_score_with_brevity_penalty() -> None:
     refs = [[words("a cat sleeps here")], [words("a red car drives by")]]
     scores = bleu(refs, [words("a cat"), words("a red car drives by")])
     brevity = math.exp(1 - 9 / 7)
@@ -68,7 +68,7 @@ def test_bleu_counts_over_the_corpus_and_punishes_brevity() -> None:
     assert half[3] == pytest.approx((7 / 9 * 4 / 7 * 3 / 5 * 2 / 3) ** 0.25)
 
 
-def test_bleu_takes_the_shorter_of_two_equally_close_references() -> None:
+def test_bleu_prefers_the_shorter_of_two_close_references() -> None:
     refs = [[words("a b c d"), words("a b c d e f")]]
     assert bleu(refs, [words("a b c d e")])[0] == pytest.approx(1)  # 4, not 6: no brevity penalty
 
@@ -81,7 +81,7 @@ def test_cider_by_hand() -> None:
     assert repeated == pytest.approx(10 * (1 / 2 + 1 / math.sqrt(5)) / 4 * math.exp(-4 / 72))
 
 
-def test_cider_ignores_what_every_image_has() -> None:
+def test_cider_ignores_words_of_every_image() -> None:
     refs = [[words("the red car")], [words("the blue boat")]]
     assert cider(refs, [["the"], ["the"]]) == [0, 0]
 
@@ -100,7 +100,7 @@ STORED = [  # candidate, then references, already tokens
 ]
 
 
-def test_caption_intervals_contain_the_score_and_pair_the_images() -> None:
+def test_caption_intervals_are_paired_by_image() -> None:
     rng = random.Random(0)
     vocabulary = [
         "a",
@@ -149,7 +149,7 @@ def test_stored_numbers_of_the_coco_scorer() -> None:
     )
 
 
-def test_the_scores_are_those_of_pycocoevalcap() -> None:
+def test_scores_equal_pycocoevalcap() -> None:
     reason = "pycocoevalcap is not installed; benchmarks/results/captions.csv has what was measured with it"
     peer_bleu = pytest.importorskip("pycocoevalcap.bleu.bleu", reason=reason).Bleu
     peer_cider = pytest.importorskip("pycocoevalcap.cider.cider", reason=reason).Cider
@@ -167,7 +167,7 @@ def test_the_scores_are_those_of_pycocoevalcap() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=60))
-def test_any_text_has_tokens_without_white_space(text: str) -> None:
+def test_tokens_have_no_white_space(text: str) -> None:
     tokens = tokenize(text)
     assert all(token and token == token.strip() and len(token.split()) == 1 for token in tokens)
 
@@ -191,7 +191,7 @@ def test_any_files_are_scored_or_refused(references: Any, predictions: Any) -> N
             assert evaluate_files(*paths)["n"] > 0
 
 
-def test_a_checkpoint_captions_the_images_of_a_file(tmp_path: Path) -> None:
+def test_checkpoint_captions_the_images_of_a_file(tmp_path: Path) -> None:
     made = build(*tiny.base_models(tmp_path / "bases"), torch.float32)
     made.model.eval()
     model = save_checkpoint(tmp_path / "model", made, "full")

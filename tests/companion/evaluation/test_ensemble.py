@@ -82,7 +82,7 @@ def test_every_difference_has_its_interval() -> None:
     assert systems.keys() - {name for name, row in systems.items() if "against_llava" in row} == {"llava"}
 
 
-def test_the_first_query_has_two_solved_examples_and_no_image() -> None:
+def test_first_query_has_two_examples_and_no_image() -> None:
     roles = [m["role"] for m in ensemble.solver_messages(PROBLEMS[1], SHOTS)]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
     texts = [m["content"] for m in ensemble.solver_messages(PROBLEMS[1], SHOTS)]
@@ -91,14 +91,14 @@ def test_the_first_query_has_two_solved_examples_and_no_image() -> None:
     assert texts[-1].startswith("Which is 2?\nContext: N/A\nOptions: (A) sun")
 
 
-def test_the_second_query_shows_both_answers_in_the_papers_order() -> None:
+def test_second_query_shows_both_answers_in_paper_order() -> None:
     system, user = (m["content"] for m in ensemble.requery_messages(PROBLEMS[1], LLAVA["2"], FIRST["2"]))
     assert f"Assistant 1:\n{LLAVA['2']}\n\nAssistant 2:\n{FIRST['2']}" in user
     assert "<image>" not in user
     assert system.endswith("The answer is X.")
 
 
-def test_a_request_without_reply_is_no_answer_and_is_counted() -> None:
+def test_requests_without_reply_are_counted() -> None:
     result = ensemble.run(PROBLEMS, LLAVA, Scripted(ChatError))
     assert result["bills"]["gpt4"]["unanswered"] == 1
     assert result["systems"]["gpt4"]["unparsed_ids"] == ["2", "4"]
@@ -106,14 +106,14 @@ def test_a_request_without_reply_is_no_answer_and_is_counted() -> None:
         ensemble.run(PROBLEMS, LLAVA, Scripted(ServerError))
 
 
-def test_unanswered_problems_are_refused_before_any_request() -> None:
+def test_unanswered_problems_are_refused_early() -> None:
     client = Scripted()
     with pytest.raises(DataError, match=r"not answered 1 of 4 problems \(first: 3\)"):
         ensemble.run(PROBLEMS, {k: v for k, v in LLAVA.items() if k != "3"}, client)
     assert client.requests == []
 
 
-def test_examples_have_no_image_and_depend_on_the_seed_alone() -> None:
+def test_examples_have_no_image_and_depend_on_the_seed() -> None:
     train = [problem(str(k), image=k % 2 == 0) for k in range(40)]
     shots = ensemble.pick_shots(train)
     assert len(shots) == 2
@@ -121,9 +121,7 @@ def test_examples_have_no_image_and_depend_on_the_seed_alone() -> None:
     assert shots == ensemble.pick_shots(train) != ensemble.pick_shots(train, seed=1)
 
 
-def test_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def raw(p: Problem, split: str) -> dict[str, Any]:
         fields = {"question": p.question, "choices": p.choices, "answer": p.answer, "grade": "grade1", "split": split}
         return fields | {"subject": p.subject, "image": p.image and p.image.name}

@@ -30,7 +30,7 @@ def two_judges(n: int = 40, seed: int = 0) -> tuple[list[tuple[float, float]], l
     return first, second
 
 
-def test_the_numbers_are_scipys_and_kappa_is_by_hand() -> None:
+def test_agreement_equals_scipy() -> None:
     first, second = two_judges()
     found = agreement(reviews(first), reviews(second))
     a, b = np.array(first, float), np.array(second, float)
@@ -55,7 +55,7 @@ def test_kappa_by_hand() -> None:
     assert [list(row.values()) for row in found["table"].values()] == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 
-def test_a_resample_is_what_scipy_says_of_repeated_questions() -> None:
+def test_resampled_correlation_equals_scipy() -> None:
     first, second = (np.array(scores, float)[:, 1] for scores in two_judges(15))
     weights = item_counts(15, 3, 0)
     spearman, kendall = (correlation(f, weights, first, second) for f in (stats.spearmanr, stats.kendalltau))
@@ -67,7 +67,7 @@ def test_a_resample_is_what_scipy_says_of_repeated_questions() -> None:
         assert kendall[k] == pytest.approx(stats.kendalltau(x, y).statistic)
 
 
-def test_intervals_cover_a_known_shift_at_the_nominal_rate() -> None:
+def test_intervals_have_the_nominal_coverage() -> None:
     covered = 0
     for seed in range(60):
         rng = random.Random(seed)
@@ -78,7 +78,7 @@ def test_intervals_cover_a_known_shift_at_the_nominal_rate() -> None:
     assert 51 <= covered <= 60  # 95 % of 60 are 57
 
 
-def test_a_judge_without_opinion_has_no_correlation() -> None:
+def test_constant_judge_has_no_correlation() -> None:
     found = agreement(reviews([(8, 8)] * 5), reviews([(8, k) for k in range(1, 6)]))
     nothing = {"value": None, "interval": None}
     assert found["candidate"]["spearman"] == found["candidate"]["kendall"] == found["reference"]["spearman"] == nothing
@@ -87,7 +87,7 @@ def test_a_judge_without_opinion_has_no_correlation() -> None:
     assert agreement(reviews([(8, 8)] * 5), reviews([(9, 9)] * 5))["verdicts"]["kappa"] == nothing
 
 
-def test_failures_and_missing_questions_are_counted_and_left_out() -> None:
+def test_failed_and_missing_questions_are_left_out() -> None:
     first, second = reviews([(8, 4), (9, 5), (7, 7), (9, 2)]), reviews([(8, 5), (9, 5), (7, 6)])
     first[1]["content"] = "I cannot say."
     found = agreement(first, second)
@@ -102,7 +102,7 @@ def test_failures_and_missing_questions_are_counted_and_left_out() -> None:
         agreement([{"content": "8 9"}], second)
 
 
-def test_both_orders_of_a_question_are_one_opinion() -> None:
+def test_both_orders_of_a_question_are_one_score() -> None:
     rows = reviews([(8, 6)]) + reviews([(4, 7)], order="candidate_first")  # content is in the order of asking
     assert question_scores(rows).scores == {"0": (7.5, 5)}
 
@@ -119,7 +119,7 @@ def test_judges_are_compared_on_the_same_answers_only() -> None:
         question_scores([first[0], second[1] | {"question_id": 0}])
 
 
-def test_a_difference_of_systems_is_paired_or_not() -> None:
+def test_difference_of_systems_is_paired_or_not() -> None:
     rng = random.Random(1)
     first = [(10.0, float(rng.randint(1, 8))) for _ in range(60)]
     better = [(a, b + 1) for a, b in first]

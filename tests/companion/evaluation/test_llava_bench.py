@@ -63,7 +63,7 @@ def test_parse_scores(review: str, scores: Any) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet=st.one_of(st.sampled_from("0123456789 .,/-:\n()Assistant*"), st.characters()), max_size=60))
-def test_parsing_never_fails_nor_leaves_the_scale(review: str) -> None:
+def test_parsed_scores_stay_on_the_scale(review: str) -> None:
     scores = parse_scores(review)
     assert scores is None or all(0 <= score <= 10 for score in scores)
 
@@ -173,7 +173,7 @@ def test_judging_and_position_swap() -> None:
         judge(QUESTIONS, CONTEXT, REFERENCE, [{"question_id": 1, "text": "a"}] * 2, client)
 
 
-def test_a_malformed_review_is_retried_once_and_kept() -> None:
+def test_malformed_review_is_retried_once_and_kept() -> None:
     client = Judge({0: ["I like both.", "6 9"], 2: ["no", "again no", "8 8"]})
     reviews, tally = judged(client)
     assert [r["tuple"] for r in reviews] == [[6, 9], [8, 7], None]
@@ -188,7 +188,7 @@ def test_a_malformed_review_is_retried_once_and_kept() -> None:
     assert (result["n"], result["failed"], result["failed_ids"]) == (2, 1, [2])
 
 
-def test_a_failed_request_is_a_failed_review_an_unpaid_one_is_not() -> None:
+def test_failed_request_is_a_failed_review() -> None:
     reviews, tally = judged(Judge({1: [ChatError("status 400")]}))
     assert (reviews[1]["content"], reviews[1]["tuple"], reviews[1]["refused"]) == (None, None, "status 400")
     assert (score_reviews(reviews)["n"], score_reviews(reviews)["failed"], tally["failed"]) == (2, 1, 1)
@@ -199,7 +199,7 @@ def test_a_failed_request_is_a_failed_review_an_unpaid_one_is_not() -> None:
         judged(Judge({0: [ServerError("key refused")]}))
 
 
-def test_a_server_without_replies_is_an_error() -> None:
+def test_server_without_replies_is_an_error() -> None:
     requests = [ChatRequest([{"role": "system", "content": "x"}, {"role": "user", "content": "What is 0?"}], "m")] * 40
     client = Judge({0: [ChatError(f"no reply {k}") for k in range(40)]})
     with pytest.raises(ServerError, match="in a row had no reply"):
@@ -258,11 +258,11 @@ def test_any_rows_are_scored_or_refused(rows: list[dict[str, Any]], released: bo
 
 
 @pytest.mark.parametrize("stored", ["89", [8, "9"], [8, float("nan")], [True, 9], [8, 9, 7], [-1, -1], 89, None])
-def test_stored_scores_are_not_guessed(stored: Any) -> None:
+def test_invalid_stored_scores_are_refused(stored: Any) -> None:
     assert score_reviews([{"tuple": stored}])["failed"] == 1
 
 
-def test_the_released_parser_reads_no_number_that_is_none() -> None:
+def test_parser_reads_no_number_from_other_text() -> None:
     assert score_reviews([{"content": "nan inf"}, {"content": "8 4"}], released=True)["reference"] == 35
 
 

@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_file_with_other_settings_is_refused(
+def test_file_with_other_settings_is_refused(
     checkpoints: dict[str, Path], models: dict[str, Loaded], folder: Path
 ) -> None:
     out, questions = folder / "answers.jsonl", folder / "problems.json"
@@ -75,7 +75,7 @@ def test_a_file_with_other_settings_is_refused(
         evaluate_files(out, questions, checkpoint=checkpoints["QCM-ALE"])
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(
+def test_resumed_run_equals_an_uninterrupted_one(
     checkpoints: dict[str, Path], models: dict[str, Loaded], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, checkpoint, out = models["QCM-LEPA"], checkpoints["QCM-LEPA"], folder / "answers.jsonl"
@@ -104,7 +104,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert asked[4:] == [2, 2, 1, 1]  # two passes over the three that were left
 
 
-def test_two_passes_only_where_the_format_wants_them(models: dict[str, Loaded], folder: Path) -> None:
+def test_second_pass_depends_on_the_prompt_format(models: dict[str, Loaded], folder: Path) -> None:
     problems = load_problems(folder, "test")
     second, one = (science_answers(models[name], problems, **SHORT) for name in ("QCM-LEPA", "QCM-ALE"))
     assert all("\n The answer is " in text for text in second.values())
@@ -112,7 +112,7 @@ def test_two_passes_only_where_the_format_wants_them(models: dict[str, Loaded], 
     assert {key: text.split("\n The answer is ")[0] for key, text in second.items()} == one
 
 
-def test_the_answer_prompt_follows_the_reasoning(
+def test_answer_prompt_follows_the_reasoning(
     models: dict[str, Loaded], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[dict[str, str]] = []
@@ -140,13 +140,13 @@ def test_answers_do_not_depend_on_the_batch_size(models: dict[str, Loaded], fold
     assert all((blind[p.id] == seeing[p.id]) or p.image for p in problems)
 
 
-def test_a_checkpoint_without_a_prompt_format_is_refused(models: dict[str, Loaded], folder: Path) -> None:
+def test_checkpoint_without_a_prompt_format_is_refused(models: dict[str, Loaded], folder: Path) -> None:
     bare = Loaded(models["QCM-ALE"].model, models["QCM-ALE"].tokenizer, models["QCM-ALE"].processor, {})
     with pytest.raises(DataError, match="names no prompt format"):
         science_answers(bare, load_problems(folder, "test"))
 
 
-def test_from_the_command_line(checkpoints: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(checkpoints: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = checkpoints["QCM-ALE"], folder / "answers.jsonl"
     words = [
         "predict",

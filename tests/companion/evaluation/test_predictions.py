@@ -50,7 +50,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return path, write_json(tmp_path / "problems.json", PROBLEMS)
 
 
-def test_a_written_file_is_read_with_its_settings(files: tuple[Path, Path]) -> None:
+def test_written_file_is_read_with_its_settings(files: tuple[Path, Path]) -> None:
     found = read_predictions(files[0])
     assert (found.answers, found.made_with) == ({"0": "The answer is B.", "1": "The answer is A."}, SETTINGS)
     result = evaluate_files(*files, prompt_format="QCM-LEPA")
@@ -66,7 +66,7 @@ def test_another_format_or_checkpoint_is_refused(files: tuple[Path, Path], optio
         evaluate_files(*files, **{option: value})  # type: ignore[arg-type]
 
 
-def test_an_incomplete_file_is_resumed_with_equal_settings_only(files: tuple[Path, Path]) -> None:
+def test_incomplete_file_is_resumed_with_equal_settings_only(files: tuple[Path, Path]) -> None:
     path, questions = files
     with open(path, "a") as file:
         file.write('{"question_id": "2", "te')  # killed in the middle of a line
@@ -81,7 +81,7 @@ def test_an_incomplete_file_is_resumed_with_equal_settings_only(files: tuple[Pat
     assert write(path, {}) == []
 
 
-def test_a_file_is_resumed_after_a_kill_at_any_byte(tmp_path: Path) -> None:
+def test_file_is_resumed_after_a_kill_at_any_byte(tmp_path: Path) -> None:
     answers, whole, path = dict.fromkeys(PROBLEMS, "Größe B."), tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
     write(whole, answers)
     content = whole.read_bytes()
@@ -96,7 +96,7 @@ def test_a_file_is_resumed_after_a_kill_at_any_byte(tmp_path: Path) -> None:
         read_predictions(path)
 
 
-def test_a_file_without_settings_is_not_resumed(tmp_path: Path) -> None:
+def test_file_without_settings_is_not_resumed(tmp_path: Path) -> None:
     path = tmp_path / "foreign.jsonl"
     for content in (
         '{"question_id": "0", "text": "A"}',
@@ -130,7 +130,7 @@ def test_answers_of_several_runs_are_not_scored_as_one(files: tuple[Path, Path])
         write(path, {})
 
 
-def test_a_comparison_names_different_settings(files: tuple[Path, Path]) -> None:
+def test_comparison_names_different_settings(files: tuple[Path, Path]) -> None:
     path, questions = files
     other = path.with_name("other.jsonl")
     write(other, {"0": "The answer is B.", "1": "The answer is B."}, SETTINGS | {"prompt_format": "QCM-ALE"})
@@ -138,7 +138,7 @@ def test_a_comparison_names_different_settings(files: tuple[Path, Path]) -> None
     assert result["notes"][-1] == "Different settings: prompt_format: 'QCM-LEPA' and 'QCM-ALE'."
 
 
-def test_the_identity_of_a_checkpoint_is_its_manifest(tmp_path: Path) -> None:
+def test_identity_of_a_checkpoint_is_its_manifest(tmp_path: Path) -> None:
     manifest = {"base_hash": {}, "files": {"model.safetensors": "0" * 64}}
     for name in ("a", "b"):
         write_json(tmp_path / name / "manifest.json", manifest)

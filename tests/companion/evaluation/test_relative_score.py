@@ -23,7 +23,7 @@ def test_systems_are_compared_on_the_same_questions() -> None:
     assert rows["full", "conv"]["n"] == 2
 
 
-def test_the_seeds_of_a_system_are_resampled_too() -> None:
+def test_seeds_of_a_system_are_resampled_too() -> None:
     less = [_reviews([6.0] * 6), _reviews([2.0] * 6)]  # no question differs from another, the seeds do
     reviews = {"full": [_reviews([8.0] * 6)] * 2, "less": less, "none": [_reviews([4.0] * 6)]}
     found = {r["system"]: r for r in compare_systems(reviews)}
@@ -32,7 +32,7 @@ def test_the_seeds_of_a_system_are_resampled_too() -> None:
     assert found["none"]["difference_interval"] == pytest.approx([-50, -50])
 
 
-def test_a_failed_review_counts_for_neither_side() -> None:
+def test_failed_review_counts_for_neither_side() -> None:
     rows = _reviews([8.0] * 6)
     rows[0] = {**rows[0], "tuple": None}
     found = compare_systems({"full": [rows]})

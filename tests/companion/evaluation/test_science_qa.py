@@ -91,7 +91,7 @@ PIECES = st.lists(
 
 @settings(max_examples=400, deadline=None)
 @given(PIECES, st.integers(2, 5), st.sampled_from(science_qa.ERAS))
-def test_parsing_never_fails_nor_leaves_the_choices(text: str, n: int, era: str) -> None:
+def test_parsed_letters_are_among_the_choices(text: str, n: int, era: str) -> None:
     for t in (text, f"The answer is {text}.", text[:1] + ". "):
         answer = parse_answer(t, n, era)
         assert answer in (UNPARSED, INVALID) or answer in range(n)
@@ -158,7 +158,7 @@ def test_both_question_layouts_agree(reference: Path) -> None:
     assert sum(part["subsets"][name]["correct"] for name in ("G1-6", "G7-12")) == 320
 
 
-def test_failures_are_counted_separately_and_never_guessed() -> None:
+def test_failures_are_counted_and_never_guessed() -> None:
     result = score(TEST, {1: "The answer is B.", "2": "I do not know."})
     assert (result["n"], result["correct"], result["unparsed"], result["invalid"], result["missing"]) == (3, 1, 1, 0, 1)
     assert result["accuracy"] == result["accuracy_if_wrong"] == pytest.approx(100 / 3)
@@ -178,7 +178,7 @@ def test_objects_with_the_same_fields_score_alike() -> None:
     assert score(TEST, answers)["correct"] == 2
 
 
-def test_a_guessing_scorer_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guessing_scorer_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"1": "Q", "2": "The answer is E.", "3": "A"}
     honest = score(TEST, answers)
     monkeypatch.setattr(science_qa, "parse_answer", lambda text, n, era: max("ABCDE".find(text[-2:-1]), 0) % n)

@@ -76,7 +76,7 @@ def test_unpaired_difference() -> None:
         unpaired_difference(0, 0, 1, 5)
 
 
-def test_welch_of_summaries_is_welch_of_the_runs() -> None:
+def test_welch_of_summaries_equals_welch_of_runs() -> None:
     from scipy import stats
 
     first, second = [19.0, 19.5, 18.7], [66.0, 69.6, 66.3]
@@ -90,7 +90,7 @@ def test_welch_of_summaries_is_welch_of_the_runs() -> None:
         welch(1, 1, 1, 2, 1, 3)
 
 
-def test_seeds_and_items_takes_in_both_levels() -> None:
+def test_seeds_and_items_covers_both_levels() -> None:
     rng = np.random.default_rng(0)
     n_seeds, n = 8, 400
     seed_effects, item_effects = rng.normal(scale=0.2, size=(n_seeds, 1)), rng.normal(scale=1.0, size=(1, n))
@@ -107,7 +107,7 @@ def test_seeds_and_items_takes_in_both_levels() -> None:
     assert items_only["interval"][1] - items_only["interval"][0] < 0.9 * (high - low)
 
 
-def test_seeds_and_items_of_one_seed_is_the_paired_bootstrap() -> None:
+def test_one_seed_equals_the_paired_bootstrap() -> None:
     rng = np.random.default_rng(1)
     first, second = rng.integers(0, 2, size=(2, 300)).astype(float).tolist()
     alone, paired = seeds_and_items([first], [second]), paired_bootstrap(first, second)

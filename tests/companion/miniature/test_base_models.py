@@ -20,7 +20,7 @@ from llava_core.data.conversation import encode
 from llava_core.runtime import CheckpointError
 
 
-def test_documents_depend_on_the_seed_alone() -> None:
+def test_documents_depend_only_on_the_seed() -> None:
     with_patches = 0
     for seed in range(160):
         segments, patches = pretraining_text.document(random.Random(seed))
@@ -158,7 +158,7 @@ def test_multiple_choice_letter_is_right() -> None:
     assert kinds == set(pretraining_text.OPTIONS)
 
 
-def test_clearest_patch_is_not_hidden() -> None:
+def test_clearest_patch_is_visible() -> None:
     far = world.Item("dog", "red", "large", (0.0, 0.5, 0.5, 1.0))
     near = world.Item("cat", "blue", "large", (0.15, 0.5, 0.5, 1.0))
     behind = world.Item("cup", "white", "small", (0.2, 0.6, 0.45, 0.9))
@@ -248,7 +248,7 @@ def test_trained_language_model_loads_and_is_verified(small: None, tmp_path: Pat
         base_hash(str(folder))
 
 
-def test_language_model_depends_on_the_seed_alone(small: None, tmp_path: Path) -> None:
+def test_language_model_depends_only_on_the_seed(small: None, tmp_path: Path) -> None:
     weights = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         language_model.train_language_model("llm-7b", tmp_path / name, seed, steps=2)

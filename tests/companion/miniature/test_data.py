@@ -53,7 +53,7 @@ def test_equal_seeds_write_equal_bytes(tiny: Path, tmp_path: Path) -> None:
     assert other["images"]["sha256"] != again["mini-cc3m"]["images"]["sha256"]
 
 
-def test_every_set_has_its_card(tiny: Path) -> None:
+def test_every_data_set_has_a_card(tiny: Path) -> None:
     for name in miniature.SETS:
         card = read_json(tiny / name / "card.json")
         assert card["license"] == "Apache-2.0"
@@ -188,7 +188,7 @@ def crawl() -> list[tuple[world.Scene, str]]:
     return [(scene, web.caption(scene, popular)) for scene, popular in found]
 
 
-def test_cc3m_files_are_those_of_a_download(tmp_path: Path) -> None:
+def test_cc3m_files_have_the_download_layout(tmp_path: Path) -> None:
     lines = 40
     counts = cc3m.write_cc3m(tmp_path, seed=2, lines=lines)
     rows = list(cc3m_filter.read_captions(tmp_path / "Train_GCC-training.tsv"))

@@ -47,7 +47,7 @@ def test_facts_need_two_captions() -> None:
     assert "bed" not in {t.name for t in Photo(("A dog bed frame.", "An apple tree.")).things}
 
 
-def test_a_conversation_uses_confirmed_facts() -> None:
+def test_conversation_uses_confirmed_facts() -> None:
     turns = {qa.question: qa.answer for seed in range(20) for qa in conversation(Photo(RED), random.Random(seed))}
     assert turns["How many dogs are there?"] == "There are two dogs."
     assert "red" in next(answer for question, answer in turns.items() if question.startswith("What color is the bi"))
@@ -61,7 +61,7 @@ def test_relations_need_separate_boxes() -> None:
     assert relations(Photo(("A dog and a cat.",), apart)) == ["The cat is to the right of the dog."]
 
 
-def test_a_photograph_without_known_words_gets_replies() -> None:
+def test_photograph_without_known_words_gets_replies() -> None:
     photo = Photo(("Zwei Katzen.",))
     assert len(conversation(photo, random.Random(0))) >= 3
     assert detail(photo)

@@ -131,7 +131,7 @@ def test_replies_are_deterministic_by_prompt() -> None:
     assert respond(chat) != respond(other)
 
 
-def test_a_prompt_of_no_known_job_is_an_error() -> None:
+def test_prompt_of_no_known_job_is_an_error() -> None:
     for messages in (
         [{"role": "user", "content": "Write a poem."}],
         [{"role": "system", "content": "Describe the picture."}, {"role": "user", "content": ""}],
@@ -154,7 +154,7 @@ def scores(question: str, context: str, first: str, second: str) -> tuple[float,
     return found
 
 
-def test_a_right_answer_scores_above_a_wrong_one() -> None:
+def test_right_answer_scores_above_a_wrong_one() -> None:
     for scene, other in zip(SCENES[:15], SCENES[60:75], strict=True):
         facts, context = language.facts_of_scene(scene), written(captions_of(scene), boxes_of(scene))
         rng = random.Random(scene.id)
@@ -174,7 +174,7 @@ def test_a_right_answer_scores_above_a_wrong_one() -> None:
             assert scores(reason.question, context, reason.answer, "The zebra, because it is nice.") >= (9, 1)
 
 
-def test_the_wild_bench_is_judged_by_descriptions() -> None:
+def test_wild_bench_is_judged_by_descriptions() -> None:
     facts = language.facts_of_scene(SCENES[0])
     group = facts.groups[0]
     name = group.category if group.count == 1 else language.plural(group.category)
@@ -185,7 +185,7 @@ def test_the_wild_bench_is_judged_by_descriptions() -> None:
     assert low < 3
 
 
-def test_an_answer_with_all_colors_is_not_right() -> None:
+def test_answer_with_all_colors_is_not_right() -> None:
     context = "A red car on a street.\nA red car."
     every = " or ".join(language.COLORS)
     right, vague = scores("What color is the car?", context, "The car is red.", f"It is {every}.")
@@ -219,7 +219,7 @@ def choose(text: str) -> str:
     return respond([{"role": "user", "content": text}])
 
 
-def test_a_knowledge_question_gets_a_letter() -> None:
+def test_knowledge_question_gets_a_letter() -> None:
     assert choose(QUESTION) == "The answer is B."
     assert choose("Which word rhymes with cat?\nA. hat\nB. lake") == "The answer is A."
     assert choose("Which one needs food?\nContext: \nOptions: (A) car (B) tree (C) horse\n") == "The answer is C."
@@ -240,7 +240,7 @@ def test_it_declines_questions_that_need_the_image() -> None:
     assert outcomes["read right"] > 0.3 * (outcomes.total() - outcomes["seen declined"])
 
 
-def test_an_image_question_takes_over_an_earlier_answer() -> None:
+def test_image_question_takes_over_an_earlier_answer() -> None:
     for text in (QUESTION + "<image>", QUESTION.replace("Which", "In this picture, which")):
         assert "cannot see" in choose(text)
         assert choose(f"{text}\nFirst: The answer is B.\nSecond: The answer is A.") == "The answer is A."

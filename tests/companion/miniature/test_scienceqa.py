@@ -339,7 +339,7 @@ def test_too_many_problems_are_rejected(tmp_path: Path, monkeypatch: pytest.Monk
         scienceqa.write_scienceqa(tmp_path, seed=0, sizes={"train": 9000})
 
 
-def test_an_unknown_skill_is_named() -> None:
+def test_unknown_skill_is_named() -> None:
     with pytest.raises(ConfigError, match="'rhyme'; did you mean 'rhymes'"):
         make_problem(random.Random(0), "rhyme")
 

@@ -48,7 +48,7 @@ def test_tables_have_the_same_names() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_sprite_fills_its_box_and_ends_there(category: str, seed: int) -> None:
+def test_sprite_fills_exactly_its_box(category: str, seed: int) -> None:
     mask = drawn(category, "blue", seed)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     width, height = columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
@@ -91,7 +91,7 @@ def test_every_color_stands_out_from_every_background(background: str, color: st
     assert np.mean(changed > 25) > 0.55
 
 
-def test_pixels_depend_on_the_seed_alone() -> None:
+def test_pixels_depend_only_on_the_seed() -> None:
     def scene(seed: int) -> bytes:
         rng = random.Random(seed)
         canvas = draw_background("lake", 64, rng)

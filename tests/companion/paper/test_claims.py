@@ -42,14 +42,14 @@ def changed(tmp_path: Path, old: str, new: str) -> dict[str, Claim]:
 
 
 @pytest.mark.parametrize("place", TABLES)
-def test_the_tables_are_complete(place: str) -> None:
+def test_tables_are_complete(place: str) -> None:
     bracketed = "in brackets" in place
     found = [c for c in all_claims().values() if c.place.startswith(place) and ("brackets" in c.place) == bracketed]
     found = [c for c in found if c.unit in ("%", "points")]  # Table 4's shares of the samples are settings
     assert len(found) == TABLES[place]
 
 
-def test_table_5_has_a_spread_over_three_runs_in_every_cell() -> None:
+def test_table_5_cells_have_a_deviation_over_three_runs() -> None:
     cells = [c for c in all_claims().values() if c.place.startswith("Table 5")]
     assert all(c.spread and c.runs == 3 for c in cells)
     assert claim("bench-wild-all").number == "67.3 ± 2.0"
@@ -65,13 +65,13 @@ def test_every_claim_has_a_text_and_its_evidence() -> None:
         assert (known.why is not None) == (known.evidence in ("not_attempted", "impossible"))
 
 
-def test_the_parts_of_the_instruction_data_add_up() -> None:
+def test_parts_of_the_instruction_data_add_up() -> None:
     parts = [claim(f"instruct-{kind}").value for kind in ("conversation", "detail", "complex")]
     assert parts == [58, 23, 77]
     assert sum(parts) == claim("instruct-total").value == computed_value("instruct-total") == 158
 
 
-def test_every_count_of_table_7_is_whole_and_adds_up() -> None:
+def test_table_7_counts_are_integers_and_add_up() -> None:
     right = {c.id: c.correct for c in all_claims().values() if c.correct is not None}
     assert right["sqa-accuracy"] == 3856
     assert [right[f"sqa-{part}"] for part in ("img", "txt", "no")] == [1775, 1831, 1301]
@@ -85,7 +85,7 @@ def test_every_count_of_table_7_is_whole_and_adds_up() -> None:
         assert sum(right[f"{name}-{part}"] for part in ("g1-6", "g7-12")) == right[row]
 
 
-def test_the_accuracies_of_table_8_are_whole_counts() -> None:
+def test_table_8_accuracies_are_integer_counts() -> None:
     ids = ("last-layer", "answer-first", "no-pretraining", "7b")
     assert [claim(f"ablation-{i}-accuracy").correct for i in ids] == [3815, 3807, 3639, 3810]
 
@@ -136,13 +136,13 @@ def test_tests_and_chapters_that_claims_name_exist() -> None:
             assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
 
 
-def test_the_chapters_name_claims_that_exist() -> None:
+def test_chapters_name_claims_that_exist() -> None:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for name in json.loads(path.read_text())["metadata"]["companion"]["claims"]:
             claim(name)
 
 
-def test_an_unknown_claim_names_the_nearest() -> None:
+def test_unknown_claim_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'sqa-accuracy'"):
         claim("sqa-acuracy")
 
@@ -166,12 +166,12 @@ def test_an_unknown_claim_names_the_nearest() -> None:
         ("{sum: [instruct", "{share: [a, b], sum: [instruct", "exactly one of"),
     ],
 )
-def test_a_wrong_entry_is_named_with_its_record(old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_wrong_entry_is_named_with_its_record(old: str, new: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         changed(tmp_path, old, new)
 
 
-def test_a_wrong_sum_is_detected(tmp_path: Path) -> None:
+def test_wrong_sum_is_detected(tmp_path: Path) -> None:
     claims = changed(tmp_path, "instruct-detail: {value: 23", "instruct-detail: {value: 24")
     assert inconsistent(claims)["instruct-total"] == 159
     corrected = changed(tmp_path, "values: [-2.1, -7.1, -5.0, -4.4]", "values: [-2.1, -6.9, -5.0, -4.6]")

@@ -27,7 +27,7 @@ def functions(file: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.test])
-def test_the_test_of_an_entry_exists(name: str) -> None:
+def test_test_of_an_entry_exists(name: str) -> None:
     file, _, function = (ENTRIES[name].test or "").partition("::")
     assert (ROOT / file).is_file()
     assert function in functions(file)
@@ -40,7 +40,7 @@ def differing_fields(pair: Pair) -> set[str]:
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.pair])
-def test_a_pair_of_runs_differs_in_the_field_of_its_entry_alone(name: str) -> None:
+def test_paired_runs_differ_in_one_field(name: str) -> None:
     pair = ENTRIES[name].pair
     assert pair is not None
     assert differing_fields(pair) == {pair.field}
@@ -51,7 +51,7 @@ def test_a_pair_of_runs_differs_in_the_field_of_its_entry_alone(name: str) -> No
     assert first.run_id != second.run_id
 
 
-def test_a_pair_that_differs_elsewhere_is_detected() -> None:
+def test_pair_that_differs_elsewhere_is_detected() -> None:
     arms = Arm(experiment="finetune"), Arm(experiment="finetune", set={"train.epochs": 1, "template": "v1"})
     assert differing_fields(Pair(first=arms[0], second=arms[1], field="template")) == {"train.epochs", "template"}
     assert differing_fields(Pair(first=arms[0], second=arms[0], field="template")) == set()
@@ -68,7 +68,7 @@ def test_a_pair_that_differs_elsewhere_is_detected() -> None:
         ("a: {title: t, paper: p, released: r, at: x, here: h, other: o, test: somewhere}", "test: "),
     ],
 )
-def test_a_wrong_entry_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_wrong_entry_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "d.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_register(tmp_path / "d.yaml")
@@ -78,7 +78,7 @@ def test_a_wrong_entry_is_named(text: str, message: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("width", "parameters"), [(4096, 4_198_400), (5120, 5_248_000)])
-def test_the_projection_has_the_released_bias_and_size(width: int, parameters: int) -> None:
+def test_projection_has_the_released_bias_and_size(width: int, parameters: int) -> None:
     with torch.device("meta"):
         projection = PROJECTORS.get("linear")(1024, width)
     assert dict(projection.named_parameters()).keys() == {"weight", "bias"}
@@ -126,7 +126,7 @@ def problem() -> Problem:
     )
 
 
-def test_the_second_pass_continues_the_training_reply() -> None:
+def test_second_pass_continues_the_training_reply() -> None:
     reply = format_problem(problem(), "QCM-LEPA").turns[0][1] or ""
     bridge = answer_prompt("QCM-LEPA") or ""
     reasons, found, letter = reply.partition(bridge)
@@ -137,7 +137,7 @@ def test_the_second_pass_continues_the_training_reply() -> None:
     assert answer_prompt("QCM-LEPA", released=True) == " ###\nANSWER:"  # what the released test appended
 
 
-def test_the_released_converter_swaps_two_letters() -> None:
+def test_released_converter_swaps_two_letters() -> None:
     for name, named, swapped in (("QCM-AL", "A lecture.", "A solution."), ("QCM-AE", "A solution.", "A lecture.")):
         ours, theirs = (format_problem(problem(), name, released=r).turns[0][1] or "" for r in (False, True))
         assert named in ours

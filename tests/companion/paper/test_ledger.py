@@ -29,7 +29,7 @@ def save(out: Path, chapter: str, numbers: Any = None, checks: Any = (), fast: b
         ([-3.0, -1.0], True, "not resolved"),
     ],
 )
-def test_the_verdict_on_a_direction_needs_an_interval_and_a_full_run(
+def test_direction_verdict_needs_interval_and_full_run(
     interval: list[float], fast: bool, verdict: str, tmp_path: Path
 ) -> None:
     check = {"id": "ablation-7b", "measured": interval}
@@ -39,12 +39,12 @@ def test_the_verdict_on_a_direction_needs_an_interval_and_a_full_run(
     assert ("shortened" in found.note) is fast
 
 
-def test_one_seed_has_no_interval_and_decides_nothing(tmp_path: Path) -> None:
+def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
     save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [{"id": "ablation-7b", "measured": -2.0}])
     assert ledger.measured(claim("ablation-7b"), tmp_path).verdict == "not resolved"
 
 
-def test_a_table_cell_is_read_from_the_rows_of_its_chapter(tmp_path: Path) -> None:
+def test_table_cell_is_read_from_the_rows_of_its_chapter(tmp_path: Path) -> None:
     rows = [
         {"training data": mix, "questions": kind, "relative score (%)": score, "95 % interval": [score - 1, score + 1],
          "difference": score - 50, "difference interval": [score - 51, score - 49]}
@@ -61,7 +61,7 @@ def test_a_table_cell_is_read_from_the_rows_of_its_chapter(tmp_path: Path) -> No
     assert "no such number" in missing.note
 
 
-def test_without_a_record_nothing_is_shown(tmp_path: Path) -> None:
+def test_no_record_shows_no_value(tmp_path: Path) -> None:
     found = ledger.measured(claim("ablation-7b"), tmp_path)
     assert (found.value, found.interval, found.verdict) == (None, None, "not resolved")
     assert "43_ablation_model_size has not run" in found.note
@@ -84,14 +84,14 @@ def test_released_answers_are_scored(reference: Path, tmp_path: Path) -> None:
     assert ledger.released_result(tmp_path) is None
 
 
-def test_settings_are_compared_with_experiments_sums_with_parts(tmp_path: Path) -> None:
+def test_settings_and_sums_are_compared(tmp_path: Path) -> None:
     batch = claim("stage2-batch")
     assert ledger.measured(batch, tmp_path).verdict == "agrees"
     assert ledger.measured(batch.model_copy(update={"value": 128.0}), tmp_path).verdict == "disagrees"
     assert (ledger.measured(claim("whole-cost"), tmp_path).value, claim("whole-cost").value) == (144, 144)
 
 
-def test_the_papers_differences_have_their_standard_errors() -> None:
+def test_papers_differences_have_their_standard_errors() -> None:
     ablations, benches = ledger.significance_rows()
     assert [abs(row["z"]) >= 1.96 for row in ablations] == [False, False, False, True]
     unsure = [row for row in benches if row["95 % interval"][0] < 0]
@@ -100,7 +100,7 @@ def test_the_papers_differences_have_their_standard_errors() -> None:
     assert above["BLIP-2", "all questions"] == pytest.approx(29.2)
 
 
-def test_the_command_line_prints_them(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
+def test_command_line_prints_them(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("LLAVA_OUT", str(tmp_path))
     save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [{"id": "ablation-7b", "measured": [-3.0, -1.0]}])
     assert main(["claims", "ablation-7b", "--json"]) == 0

@@ -23,16 +23,16 @@ from llava_core.runtime import ROOT, DataError
         ([-3, -1], None, "shown only"),
     ],
 )
-def test_the_verdict_on_a_sign(interval: Sequence[float] | None, direction: str | None, expected: str) -> None:
+def test_verdict_on_a_sign(interval: Sequence[float] | None, direction: str | None, expected: str) -> None:
     assert verdict_of_interval(interval, direction) == expected
 
 
-def test_the_verdict_on_a_direct_check() -> None:
+def test_verdict_on_a_direct_check() -> None:
     assert [verdict_of(holds) for holds in (True, np.bool_(False), None)] == ["agrees", "disagrees", "shown only"]
     assert json.dumps(verdict_of(True)) == '"agrees"'
 
 
-def test_an_unknown_verdict_is_refused() -> None:
+def test_unknown_verdict_is_refused() -> None:
     with pytest.raises(DataError, match="unknown verdict 'holds'"):
         Verdict("holds")
 

@@ -55,18 +55,18 @@ def test_numbers_are_saved_as_plain_finite_json(out: Path) -> None:
         ({"a": object()}, r"'numbers\.a' is a object"),
     ],
 )
-def test_numbers_that_cannot_be_trusted_are_refused(out: Path, numbers: dict[str, Any], message: str) -> None:
+def test_invalid_numbers_are_refused(out: Path, numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         figures.save_numbers("20_x", numbers)
     assert not list(out.iterdir())
 
 
-def test_a_check_without_a_verdict_is_refused(out: Path) -> None:
+def test_check_without_a_verdict_is_refused(out: Path) -> None:
     with pytest.raises(DataError, match="lacks measured, verdict"):
         figures.save_numbers("20_x", {}, [{"claim": "c", "published": 1}])
 
 
-def test_a_check_of_the_ledger_names_its_place() -> None:
+def test_check_of_the_ledger_names_its_place() -> None:
     row = figures.check_claim("ablation-7b", [-2.0, -0.5], True)
     assert row["place"] == "Table 8"
     assert "points" in row["published"]
@@ -74,7 +74,7 @@ def test_a_check_of_the_ledger_names_its_place() -> None:
         figures.check_claim("ablation-7bb", 1, True)
 
 
-def test_a_figure_is_saved_with_its_numbers_and_always_the_same(out: Path) -> None:
+def test_figures_are_saved_reproducibly_with_their_numbers(out: Path) -> None:
     rows = [{"step": step, "loss": 2 / (step + 1), "seconds": 1.0} for step in range(30)] + [
         {"step": 29, "heldout_loss": 1.0}
     ]
@@ -90,7 +90,7 @@ def test_a_figure_is_saved_with_its_numbers_and_always_the_same(out: Path) -> No
     assert twin == {"notebook": "20_x", "figure": "loss", "numbers": {"last": 0.07}, "runs": []}
 
 
-def test_the_smoothed_loss_does_not_lag(out: Path) -> None:
+def test_smoothed_loss_does_not_lag(out: Path) -> None:
     rows = [{"step": step, "loss": 10.0 - step * 0.05} for step in range(100)]
     raw, smooth = figures.loss_curves({"a": rows}).axes[0].lines
     inner = slice(5, -5)
@@ -111,7 +111,7 @@ def test_bars_show_value_interval_and_published() -> None:
         figures.bars_with_intervals([{"label": "none"}])
 
 
-def test_the_frequency_plot_counts_concepts_and_stays_small() -> None:
+def test_frequency_plot_counts_concepts_and_is_small() -> None:
     before = Counter({f"noun {rank}": 100_000 // (rank + 1) + 1 for rank in range(50_000)})
     lines = figures.frequency_plot(before, [3, 5, 4]).axes[0].lines
     assert [line.get_label() for line in lines] == ["before: 50,000 concepts", "after: 3 concepts"]
@@ -121,7 +121,7 @@ def test_the_frequency_plot_counts_concepts_and_stays_small() -> None:
     figures.frequency_plot([], {})
 
 
-def test_images_are_taken_back_to_colors_and_cut_into_patches() -> None:
+def test_images_are_denormalised_and_cut_into_patches() -> None:
     image = Image.new("RGB", (32, 24), (255, 0, 64))
     pixels = (numpy.asarray(image.resize((28, 28))) / 255 - figures.CLIP_MEAN) / figures.CLIP_STD
     figure = figures.patch_grid(image, pixels.transpose(2, 0, 1), patch=14)
@@ -131,7 +131,7 @@ def test_images_are_taken_back_to_colors_and_cut_into_patches() -> None:
     assert len(figures.attention_over_image(image, [numpy.eye(2)] * 2, ["a", "b"]).axes) == 3
 
 
-def test_supervised_tokens_are_marked_and_the_image_is_one_piece() -> None:
+def test_supervised_tokens_are_marked() -> None:
     tokens, labels = ["What", "<image>", "<image>", " <b>", "\n"], [-100, -100, -100, 7, 2]
     text = figures.supervised_text_html(tokens, labels).data
     assert text.count('class="supervised"') == 2
@@ -142,7 +142,7 @@ def test_supervised_tokens_are_marked_and_the_image_is_one_piece() -> None:
         figures.supervised_text_html(tokens, labels[1:])
 
 
-def test_tables_show_numbers_as_a_reader_wants_them() -> None:
+def test_tables_format_their_numbers() -> None:
     values = {
         None: "–",
         True: "yes",
@@ -160,7 +160,7 @@ def test_tables_show_numbers_as_a_reader_wants_them() -> None:
     assert ">c</th>" not in text
 
 
-def test_the_diagram_carries_the_shapes_and_the_image() -> None:
+def test_diagram_shows_shapes_and_image() -> None:
     shapes = {"image": (3, 64, 64), "features": (64, 128), "projector": "linear, 128 → 256"}
     drawing = figures.architecture_diagram(shapes, Image.new("RGB", (8, 8)), question="What & why?").data
     words = [node.text for node in ElementTree.fromstring(drawing).iter(f"{SVG}text")]

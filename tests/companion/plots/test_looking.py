@@ -25,13 +25,13 @@ def words(svg: str) -> list[str]:
     return [text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_the_threshold_and_the_numbers_of_verbs_and_nouns_decide_what_is_drawn() -> None:
+def test_verb_chart_follows_threshold_and_limits() -> None:
     assert drawn_pairs(FEW) == {"describe": {"image": 90, "scene": 20}, "hold": {"<thing>": 29, "cup": 1}}
     assert drawn_pairs(FEW, least=30) == {"describe": {"image": 90}}
     assert drawn_pairs(FEW, most=(1, 1)) == {"describe": {"image": 90}}
 
 
-def test_a_chart_names_verbs_and_nouns_and_says_how_many_questions_it_shows() -> None:
+def test_verb_chart_names_words_and_question_count() -> None:
     said = words(verb_chart(FEW, "detail", 2).data)
     assert said[:2] == ["detail", "139 of 190 questions; pairs that occur 2 times or more"]
     assert said[2:] == ["describe", "image", "scene", "hold", "<thing>"]
@@ -41,7 +41,7 @@ def test_a_chart_names_verbs_and_nouns_and_says_how_many_questions_it_shows() ->
     assert words(verb_chart(FEW, "x", 91).data)[-1] == "no pair occurs that often"
 
 
-def test_a_ring_of_one_pair_is_whole() -> None:
+def test_verb_chart_of_one_pair_is_a_full_ring() -> None:
     svg = verb_chart(Verbs({("show", "place"): 7}, {PAIR: 7}), "x").data
     paths = re.findall(r'<path d="([^"]+)"', svg)
     assert len(paths) == 2
@@ -50,13 +50,13 @@ def test_a_ring_of_one_pair_is_whole() -> None:
         assert all(a != b for a, b in pairwise(points))
 
 
-def test_thresholds_end_at_the_commonest_pair() -> None:
+def test_thresholds_end_at_the_most_frequent_pair() -> None:
     assert thresholds({"a": FEW, "b": NONE_AT_ALL}) == [1, 2, 5, 10, 20, 50]
     assert thresholds({"b": NONE_AT_ALL}) == [1]
 
 
 @pytest.mark.parametrize("kinds", [{"a": FEW}, {"a": FEW, "b": NONE_AT_ALL}])
-def test_the_slider_chooses_a_page_in_the_browser(kinds: dict[str, Verbs]) -> None:
+def test_slider_selects_a_page_in_the_browser(kinds: dict[str, Verbs]) -> None:
     from ipywidgets.widgets import widget, widget_link
 
     box = verb_browser(kinds)
@@ -68,7 +68,7 @@ def test_the_slider_chooses_a_page_in_the_browser(kinds: dict[str, Verbs]) -> No
     assert any((w.source, w.target) == ((slider, "index"), (stack, "selected_index")) for w in links)
 
 
-def test_a_sample_s_page_holds_what_was_read_said_and_learned() -> None:
+def test_sample_page_shows_prompt_answer_and_supervision() -> None:
     tokens = figures.supervised_text_html(["<image>", "Why", "Because"], [-100, -100, 7])
     turns = [("<image>\nWhy?", "Because <it> is.")]
     page = sample_html(Image.new("RGB", (8, 8)), turns, "A caption.\ncar: [0, 0, 1, 1]", tokens)

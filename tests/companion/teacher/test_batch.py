@@ -69,7 +69,7 @@ def batch_client(folder: Path, server: Running, **options: Any) -> BatchClient:
 # ------------------------------------------------------------------------------------------------ one batch
 
 
-def test_a_batch_costs_half_and_keeps_the_order(tmp_path: Path) -> None:
+def test_batch_costs_half_and_keeps_the_order(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         client = batch_client(tmp_path, server)
         requests = ask(*(f"car {k}" for k in range(7)), "car 3")
@@ -101,7 +101,7 @@ def test_limits_of_a_batch_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["expired", "cancelled"])
-def test_unanswered_requests_are_sent_in_at_most_three_batches(tmp_path: Path, end: str) -> None:
+def test_unanswered_requests_go_into_at_most_three_batches(tmp_path: Path, end: str) -> None:
     requests = ask(*(f"car {k}" for k in range(8)))
     with serving(tmp_path, ends=[end] * 2) as server:
         assert all(batch_client(tmp_path, server).prefetch(requests))  # 4, 2, and the last 2
@@ -136,7 +136,7 @@ def test_request_errors_are_fatal_or_retried(tmp_path: Path) -> None:
         assert server.billed() == {requests[0].key: 1}
 
 
-def test_a_refused_file_costs_nothing(tmp_path: Path) -> None:
+def test_refused_file_costs_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, refuse="line 1 is not accepted") as server:
         wrong = r"batch_1: the server refused its file and billed nothing: line 1: line 1 is not accepted \(invalid"
         with pytest.raises(ServerError, match=wrong):
@@ -146,7 +146,7 @@ def test_a_refused_file_costs_nothing(tmp_path: Path) -> None:
         assert all(batch_client(tmp_path, server).prefetch(ask("one")))
 
 
-def test_an_enqueued_token_limit_halves_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_enqueued_token_limit_halves_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(tmp_path, most=3) as server:
         assert all(batch_client(tmp_path, server).prefetch(ask(*(f"car {k}" for k in range(9)))))
         assert server.events()["create"] == 2 + 5  # 9 and 4 refused; then 2, 2, 2, 2, 1
@@ -154,7 +154,7 @@ def test_an_enqueued_token_limit_halves_the_batch(tmp_path: Path, capsys: pytest
     assert "next: 4 requests" in capsys.readouterr().err
 
 
-def test_a_server_without_batches_names_the_other_client(tmp_path: Path) -> None:
+def test_server_without_batches_names_the_other_client(tmp_path: Path) -> None:
     with serving(tmp_path, missing=True) as server:
         with pytest.raises(
             ServerError, match=r"^the server has no batch endpoint \(status 404\); use the client 'reco"
@@ -165,7 +165,7 @@ def test_a_server_without_batches_names_the_other_client(tmp_path: Path) -> None
         assert isinstance(client, RecordClient)
 
 
-def test_a_cassette_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cassette_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("companion.teacher.cassette.PATIENCE", 0.1)
     with serving(tmp_path) as server:
         another = "another process records to this cassette"
@@ -175,7 +175,7 @@ def test_a_cassette_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert all(batch_client(tmp_path, server).prefetch(ask("one")))
 
 
-def test_the_budget_bounds_every_batch(tmp_path: Path) -> None:
+def test_budget_bounds_every_batch(tmp_path: Path) -> None:
     requests = ask(*(f"{1200 * 'x'} {k}" for k in range(40)), max_tokens=500)
     most = cost_usd(requests[-1].most_tokens(), PRICES["gpt-4-0314"]) / 2
     with serving(tmp_path) as server:
@@ -213,7 +213,7 @@ def test_malformed_replies_are_repaired_in_a_second_batch(tmp_path: Path) -> Non
         assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_the_command_line_prints_its_estimate(
+def test_command_line_prints_its_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -246,7 +246,7 @@ STAGES = {"upload": 2, "create": 2, "poll": 2, "content": 2, "late create": 2}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_kill_at_any_stage_pays_each_request_once(tmp_path: Path, stage: str) -> None:
+def test_kill_at_any_stage_pays_each_request_once(tmp_path: Path, stage: str) -> None:
     with serving(tmp_path, stall=stage, malformed=["4"], ends=["expired"]) as server:
         killed = start("batch", tmp_path, 12, base_url=server.url, **QUICK)
         while not server.events()[stage.removeprefix("late ")]:
@@ -276,14 +276,14 @@ def test_a_kill_at_any_stage_pays_each_request_once(tmp_path: Path, stage: str) 
         assert server.events()["delete"] == (stage == "late create")
 
 
-def test_an_unconfirmed_batch_is_found_in_the_list(tmp_path: Path) -> None:
+def test_unconfirmed_batch_is_found_in_the_list(tmp_path: Path) -> None:
     with serving(tmp_path, lost=1) as server:
         assert all(batch_client(tmp_path, server).prefetch(ask("one", "two")))
         assert server.events()["create"] == 1
         assert set(server.billed().values()) == {1}
 
 
-def test_an_unreadable_output_is_not_paid_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_output_is_not_paid_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tmp_path) as server:
         client = batch_client(tmp_path, server)
         files = client._sdk.files

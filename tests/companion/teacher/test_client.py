@@ -51,14 +51,14 @@ def test_request_keys_are_stable_and_distinct() -> None:
     assert len(others | {request.key}) == 6
 
 
-def test_an_offline_reply_costs_nothing_and_has_no_date() -> None:
+def test_offline_reply_costs_nothing_and_has_no_date() -> None:
     client = OfflineClient(lambda messages: messages[-1]["content"].upper())
     reply = client.complete(REQUEST)
     assert reply == ChatReply("GRÜSSE, WHAT IS 2 + 2?", "offline", 8, 6, kind="offline")
     assert (reply.cost_usd, reply.cached, reply.date) == (0.0, False, "")
 
 
-def test_a_recorded_request_is_never_paid_again(tmp_path: Path) -> None:
+def test_recorded_request_is_never_paid_again(tmp_path: Path) -> None:
     tape, server = tmp_path / "new" / "tape.sqlite", Server()
     first = RecordClient(server, tape).complete(REQUEST)
     again = RecordClient(server, tape).complete(REQUEST)
@@ -78,7 +78,7 @@ def test_a_recorded_request_is_never_paid_again(tmp_path: Path) -> None:
     assert row[1:] == (first.date, 30.0, 60.0)
 
 
-def test_the_same_request_from_several_threads_is_paid_once(tmp_path: Path) -> None:
+def test_same_request_from_several_threads_is_paid_once(tmp_path: Path) -> None:
     server = Server(seconds=0.2)
     client = RecordClient(server, tmp_path / "tape.sqlite")
     with ThreadPoolExecutor(8) as pool:
@@ -88,7 +88,7 @@ def test_the_same_request_from_several_threads_is_paid_once(tmp_path: Path) -> N
     assert sum(not reply.cached for reply in replies) == 1
 
 
-def test_an_error_reaches_all_waiting_threads(tmp_path: Path) -> None:
+def test_error_reaches_all_waiting_threads(tmp_path: Path) -> None:
     class Broken:
         def complete(self, request: ChatRequest) -> ChatReply:
             time.sleep(0.1)
@@ -102,7 +102,7 @@ def test_an_error_reaches_all_waiting_threads(tmp_path: Path) -> None:
     assert client.complete(REQUEST).text == "says 1"
 
 
-def test_the_first_reply_to_a_request_stays(tmp_path: Path) -> None:
+def test_first_reply_to_a_request_stays(tmp_path: Path) -> None:
     tape = Cassette(tmp_path / "tape.sqlite")
     tape.put(REQUEST, ChatReply("one", "m", 1, 1))
     tape.put(REQUEST, ChatReply("two", "m", 1, 1))
@@ -112,7 +112,7 @@ def test_the_first_reply_to_a_request_stays(tmp_path: Path) -> None:
     assert tape.get(replace(REQUEST, model="another")) is None
 
 
-def test_a_cassette_in_a_read_only_folder_replays(tmp_path: Path) -> None:
+def test_cassette_in_a_read_only_folder_replays(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     tape = Cassette(folder / "tape.sqlite")
     tape.put(REQUEST, ChatReply("one", "m", 1, 1))
@@ -124,7 +124,7 @@ def test_a_cassette_in_a_read_only_folder_replays(tmp_path: Path) -> None:
         folder.chmod(0o755)
 
 
-def test_a_missing_recording_is_an_error_with_its_request(tmp_path: Path) -> None:
+def test_missing_recording_is_an_error_with_its_request(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     with pytest.raises(DataError, match=r"tape.sqlite: no such cassette; record one"):
         ReplayClient(tape)
@@ -134,7 +134,7 @@ def test_a_missing_recording_is_an_error_with_its_request(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", [b"not a database, but long enough to look like one" * 40, b""])
-def test_a_file_that_is_no_cassette_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_no_cassette_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"notes.txt: no cassette"):
@@ -172,7 +172,7 @@ def test_without_the_sdk_the_error_names_the_package(
 # ------------------------------------------------------------------------------------------------ estimate
 
 
-def test_an_estimate_counts_each_request_once_and_bounds_it() -> None:
+def test_estimate_counts_each_request_once_and_bounds_it() -> None:
     long = ChatRequest([{"role": "user", "content": "word " * 800}], "gpt-4", max_tokens=1000)
     said = estimate([long, long, REQUEST], concurrency=2)
     assert said["requests"] == 2
@@ -186,7 +186,7 @@ def test_an_estimate_counts_each_request_once_and_bounds_it() -> None:
     assert estimate([ChatRequest(MESSAGES, "mine")], {"mine": (0.0, 0.0)})["usd_most"] == 0
 
 
-def test_a_plan_uses_cassette_and_batch_price(tmp_path: Path) -> None:
+def test_plan_uses_cassette_and_batch_price(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     requests = [replace(REQUEST, max_tokens=k) for k in (5, 6, 7)]
     all_of_them = plan([*requests, REQUEST], cassette=tape)

@@ -43,7 +43,7 @@ def scripted(messages: list[Message]) -> str:
     return {"conversation": REPLY, "detail": "A car.", "complex": "\n".join(REPLY.split("\n")[:5])}[kind]
 
 
-def test_records_have_the_official_format_and_two_more_keys(tmp_path: Path) -> None:
+def test_records_have_the_official_format_and_two_keys(tmp_path: Path) -> None:
     result = generate(IMAGES[:3], KINDS, OfflineClient(scripted), tmp_path)
     assert {k: result[k] for k in ("records", "failed", "requests", "replayed", "spend_usd")} == {
         "records": 9, "failed": 0, "requests": 9, "replayed": 0, "spend_usd": 0.0
@@ -84,7 +84,7 @@ def first_turns(folder: Path) -> dict[tuple[str, str], str]:
     return {(r["id"], r["type"]): r["conversations"][0]["value"] for r in records}
 
 
-def test_the_image_position_follows_seed_and_record(tmp_path: Path) -> None:
+def test_image_position_follows_seed_and_record(tmp_path: Path) -> None:
     for name, images, seed in (("a", IMAGES, 0), ("b", IMAGES, 0), ("c", IMAGES, 1), ("d", IMAGES[7:9], 0)):
         generate(images, ["detail"], OfflineClient(scripted), tmp_path / name, seed=seed)
     a, b, c, d = (first_turns(tmp_path / name) for name in "abcd")
@@ -102,7 +102,7 @@ BAD = {"1": "", "2": "Question:\nA?", "3": "Answer:\nA.", "4": "Question:\nA?"}
 
 
 @pytest.mark.parametrize("learns", [False, True])
-def test_malformed_replies_are_kept_counted_and_retried_once(tmp_path: Path, learns: bool) -> None:
+def test_malformed_replies_are_counted_and_retried_once(tmp_path: Path, learns: bool) -> None:
     asked: list[list[Message]] = []
 
     def sloppy(messages: list[Message]) -> str:
@@ -161,7 +161,7 @@ def test_missing_replies_and_changed_models_are_reported(tmp_path: Path) -> None
         generate([*images] * 5, ["detail"], Moody("all"), tmp_path / "b")
 
 
-def test_a_spent_budget_leaves_the_records_until_then(tmp_path: Path) -> None:
+def test_spent_budget_keeps_earlier_records(tmp_path: Path) -> None:
     images = [Image(str(k), f"{k}.jpg", [str(k)], []) for k in range(9)]
     client = Moody(broke_after=5)
     client.concurrency = 1
@@ -192,7 +192,7 @@ def test_files_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("detail_*")) == ["detail_2.json", "detail_23k.json"]
 
 
-def test_an_unknown_kind_is_an_error_before_any_request(tmp_path: Path) -> None:
+def test_unknown_kind_is_an_error_before_any_request(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'details'; did you mean 'detail'"):
         generate(IMAGES, ["conversation", "details"], OfflineClient(lambda m: pytest.fail("asked")), tmp_path)
     with pytest.raises(ConfigError, match="unknown kind of instruction data 'detail'"):
@@ -215,7 +215,7 @@ class Server:
         return ChatReply(scripted(list(messages)), "gpt-4-0314", 1, 1, 0.5, date="2023-05-01T00:00:00+00:00")
 
 
-def test_a_resumed_run_pays_each_request_once(tmp_path: Path) -> None:
+def test_resumed_run_pays_each_request_once(tmp_path: Path) -> None:
     images = [Image(str(k), f"{k}.jpg", [f"Car {k}."]) for k in range(7)]
     script = (
         "import importlib.util, sys; from pathlib import Path\n"
@@ -334,7 +334,7 @@ def test_prefetch_gets_first_requests_then_retries(tmp_path: Path) -> None:
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_the_command_line_takes_prompts_and_instructions(
+def test_command_line_takes_prompts_and_instructions(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     annotations, folder = reference / "coco" / "caps_boxes_coco2014_val_80.jsonl", reference / "coco" / "prompts"

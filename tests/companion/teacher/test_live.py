@@ -75,7 +75,7 @@ def usd(rows: list[dict[str, Any]]) -> float:
 # ------------------------------------------------------------------------------------------------ one client
 
 
-def test_a_reply_has_its_cost_and_model_snapshot(tmp_path: Path) -> None:
+def test_reply_has_its_cost_and_model_snapshot(tmp_path: Path) -> None:
     with serving(tmp_path, rename_after=1) as server:
         client = LiveClient(server.url, **QUICK)
         replies = [client.complete(ask(text)) for text in ("one", "two")]
@@ -92,7 +92,7 @@ def test_a_reply_has_its_cost_and_model_snapshot(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "stalled", "truncated", "invalid", "closed"])
-def test_a_failing_server_is_given_up_with_its_reason(tmp_path: Path, fault: str) -> None:
+def test_failing_server_ends_with_its_reason(tmp_path: Path, fault: str) -> None:
     with serving(tmp_path, faulty=1.0, faults=[fault]) as server:
         client = LiveClient(server.url, retries=2, **QUICK | {"timeout": 0.4})
         said = {"429": "status 429", "500": "status 500", "stalled": "no reply in 0.4 s"}
@@ -104,7 +104,7 @@ def test_a_failing_server_is_given_up_with_its_reason(tmp_path: Path, fault: str
 
 
 @pytest.mark.parametrize("fault", ["429 seconds", "429 date"])
-def test_the_wait_follows_retry_after(tmp_path: Path, fault: str) -> None:
+def test_wait_follows_retry_after(tmp_path: Path, fault: str) -> None:
     with serving(tmp_path, faulty=1.0, faults=[fault]) as server:
         with pytest.raises(ChatError):
             LiveClient(server.url, retries=1, **QUICK).complete(ask())
@@ -122,7 +122,7 @@ def test_fatal_and_invalid_requests_are_not_repeated(tmp_path: Path, fault: str,
         assert len(server.stop()["times"]) == 1
 
 
-def test_a_missing_key_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_key_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for name in ("live", "record"):
         with pytest.raises(ConfigError, match=r"(?i)the openai SDK: .*OPENAI_API_KEY"):
@@ -140,7 +140,7 @@ def test_concurrency_is_the_number_of_requests_under_way(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("faulty", [0.0, 0.3])
-def test_the_budget_is_not_exceeded(tmp_path: Path, faulty: float) -> None:
+def test_budget_is_not_exceeded(tmp_path: Path, faulty: float) -> None:
     options: dict[str, Any] = {"faulty": faulty, "faults": ["429", "500", "truncated"], "usage": [1000, 100]}
     with serving(tmp_path, **options) as server:
         settings = QUICK | {"base_url": server.url, "concurrency": 5, "budget_usd": 1.5}
@@ -157,7 +157,7 @@ def test_the_budget_is_not_exceeded(tmp_path: Path, faulty: float) -> None:
             again.complete(ask("another"))
 
 
-def test_a_replay_repeats_given_up_requests(tmp_path: Path) -> None:
+def test_replay_repeats_failed_requests(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     with serving(tmp_path, faulty=0.4, faults=["400", "truncated"]) as server:
         client = client_from_name("record", cassette=tape, base_url=server.url, retries=1, **QUICK)
@@ -171,7 +171,7 @@ def test_a_replay_repeats_given_up_requests(tmp_path: Path) -> None:
     assert Cassette(tape).doubtful() > 0  # truncated replies, which the server may have billed
 
 
-def test_the_command_line_records_until_its_budget(
+def test_command_line_records_until_its_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -218,7 +218,7 @@ def kill_at(process: subprocess.Popen[str], server: Running, billed: int, later:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_killed_process_repeats_only_requests_under_way(tmp_path: Path) -> None:
+def test_killed_process_repeats_only_requests_under_way(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.4) as server:
         options = QUICK | {"base_url": server.url, "concurrency": 10}
         kill_at(start("record", tmp_path, 60, **options), server, 10, later=0.2)
@@ -236,7 +236,7 @@ def test_a_killed_process_repeats_only_requests_under_way(tmp_path: Path) -> Non
     assert tape.spend() + tape.doubtful() >= usd(server.billed())
 
 
-def test_a_budget_holds_over_kills(tmp_path: Path) -> None:
+def test_budget_holds_over_kills(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.3, usage=[1000, 2000]) as server:
         options = QUICK | {"base_url": server.url, "concurrency": 5, "budget_usd": 8.0}
         for billed in (5, 10):
@@ -247,7 +247,7 @@ def test_a_budget_holds_over_kills(tmp_path: Path) -> None:
         assert 0 < usd(server.billed()) <= 8.0
 
 
-def test_an_interrupt_records_requests_under_way(tmp_path: Path) -> None:
+def test_interrupt_records_requests_under_way(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.3, faulty=0.5, faults=["429"]) as server:
         options = QUICK | {"base_url": server.url, "concurrency": 10}
         process = start("record", tmp_path, 60, **options)

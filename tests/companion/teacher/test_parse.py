@@ -21,7 +21,7 @@ TWO = "Question:\nHow many?\n===\nAnswer:\nTwo.\n\nReally.\n===\nQuestion:\nWher
         TWO.replace("===", "  ===== "),
     ],
 )
-def test_a_dialogue(text: str) -> None:
+def test_dialogue(text: str) -> None:
     assert parse_dialogue(text) == [("How many?", "Two.\n\nReally."), ("Where?", "There.")]
 
 
@@ -46,7 +46,7 @@ def test_a_dialogue(text: str) -> None:
         ("As an AI language model, I", "Refusal"),
     ],
 )
-def test_what_is_wrong_with_a_dialogue_has_a_name(text: str, error: str) -> None:
+def test_dialogue_errors_have_names(text: str, error: str) -> None:
     with pytest.raises(parse.ReplyError) as raised:
         parse_dialogue(text)
     assert type(raised.value) is getattr(parse, error)
@@ -54,7 +54,7 @@ def test_what_is_wrong_with_a_dialogue_has_a_name(text: str, error: str) -> None
     assert str(raised.value)
 
 
-def test_a_cut_off_reply_is_refused_even_if_it_parses() -> None:
+def test_truncated_reply_is_refused() -> None:
     for function in (parse_dialogue, parse_reasoning, parse_detail):
         with pytest.raises(parse.CutOffReply):
             function("Question:\nA?\n===\nAnswer:\nB and", "length")
@@ -66,7 +66,7 @@ def test_reasoning_is_one_question() -> None:
         parse_reasoning(TWO)
 
 
-def test_a_description_is_paragraphs() -> None:
+def test_description_is_paragraphs() -> None:
     assert parse_detail("\n A dog.\n\n \n\nA cat: it sleeps.\n") == "A dog.\n\nA cat: it sleeps."
     for text in (TWO, "A dog.\n===\nA cat.", "Question: A dog?"):
         with pytest.raises(parse.NotADescription):
@@ -77,7 +77,7 @@ def test_a_description_is_paragraphs() -> None:
         parse_detail("I cannot describe people.")
 
 
-def test_the_released_few_shot_replies_parse(reference: Path) -> None:
+def test_released_few_shot_replies_parse(reference: Path) -> None:
     folder = reference / "coco" / "prompts"
     turns = [len(parse_dialogue(f.read_text())) for f in sorted((folder / "conversation").glob("*_conv.txt"))]
     assert len(turns) == 2

@@ -24,7 +24,7 @@ PAIRS = {"conversation": 2, "detail": 3, "complex": 3}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chat_is_system_message_examples_and_the_query(kind: str) -> None:
+def test_chat_is_system_message_examples_and_query(kind: str) -> None:
     messages = build_messages(kind, "A dog.")
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * PAIRS[kind], "user"]
     assert messages[-1]["content"] == "A dog."
@@ -33,7 +33,7 @@ def test_a_chat_is_system_message_examples_and_the_query(kind: str) -> None:
     assert all(with_boxes) if kind != "conversation" else not any(with_boxes)
 
 
-def test_our_examples_are_what_the_parser_expects() -> None:
+def test_our_examples_pass_the_parser() -> None:
     assert all(len(parse_dialogue(reply)) > 3 for _, reply in PROMPTS["conversation"].examples)
     assert all(parse_reasoning(reply) for _, reply in PROMPTS["complex"].examples)
     assert all(parse_detail(reply) == reply for _, reply in PROMPTS["detail"].examples)
@@ -42,7 +42,7 @@ def test_our_examples_are_what_the_parser_expects() -> None:
             assert not any(word in reply.lower() for word in ("caption", "bounding", "sentence", "0."))
 
 
-def test_our_prompts_share_no_eight_words_with_the_released(reference: Path) -> None:
+def test_our_prompts_share_no_eight_words_with_released_ones(reference: Path) -> None:
     """No run of eight words is shared with the released prompts."""
 
     def runs(text: str) -> set[tuple[str, ...]]:
@@ -55,12 +55,12 @@ def test_our_prompts_share_no_eight_words_with_the_released(reference: Path) -> 
     assert not ours & theirs
 
 
-def test_sixteen_different_ways_to_ask_for_a_description() -> None:
+def test_sixteen_different_detail_questions() -> None:
     assert len(set(DETAIL_QUESTIONS)) == 16
     assert all("<image>" not in question and question[-1] in ".?" for question in DETAIL_QUESTIONS)
 
 
-def test_the_version_of_a_prompt_follows_its_wording() -> None:
+def test_version_of_a_prompt_follows_its_wording() -> None:
     prompt = PROMPTS["detail"]
     assert prompt.version == Prompt(prompt.system, prompt.examples).version
     assert prompt.version != Prompt(prompt.system + " ", prompt.examples).version
@@ -76,12 +76,12 @@ def test_context_text_agrees_with_the_coco_module(reference: Path) -> None:
     assert text == coco.context_text(coco.AnnotatedImage("1", "1.jpg", ["a\ndog"], [("dog", (0.12345, 0, 1, 0.5))]))
 
 
-def test_an_unknown_kind_names_the_nearest() -> None:
+def test_unknown_kind_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="'conversations'; did you mean 'conversation'"):
         build_messages("conversations", "A dog.")
 
 
-def test_the_released_folders_load(reference: Path) -> None:
+def test_released_folders_load(reference: Path) -> None:
     folder = reference / "coco" / "prompts"
     prompts = load_prompts(folder)
     assert {kind: len(prompt.examples) for kind, prompt in prompts.items()} == PAIRS
@@ -95,7 +95,7 @@ def test_the_released_folders_load(reference: Path) -> None:
     assert json.dumps(messages)
 
 
-def test_an_incomplete_folder_of_prompts_is_an_error(tmp_path: Path) -> None:
+def test_incomplete_folder_of_prompts_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"system_message.txt: .*NNN_caps.txt, NNN_conv.txt"):
         load_prompt_folder(tmp_path / "none")
     (tmp_path / "system_message.txt").write_text("Speak.")

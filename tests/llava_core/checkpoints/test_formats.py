@@ -170,7 +170,7 @@ def test_new_format_is_one_entry_in_the_tuple(world, tmp_path, monkeypatch) -> N
     assert first_divergence(open_checkpoint(source), open_checkpoint(tmp_path / "back")) is None
 
 
-def test_safetensors_win_over_the_index_of_another_format(world, tmp_path) -> None:
+def test_safetensors_precede_an_index_of_another_format(world, tmp_path) -> None:
     root, loaded, _ = world
     source = write("original", loaded, root, tmp_path / "source")  # pytorch_model.bin.index.json and shards
     tensors = {n: t + 1 for n, t in foreign.language(loaded.model).items()} | foreign.projector(loaded.model)
@@ -263,7 +263,7 @@ def test_first_divergence_names_the_changed_tensor(world, intact, tmp_path) -> N
         torch.testing.assert_close(logits(load(folder)), logits(loaded))
 
 
-def test_swapped_tensors_are_caught_after_writing(intact, tmp_path, monkeypatch) -> None:
+def test_swapped_tensors_are_detected_after_writing(intact, tmp_path, monkeypatch) -> None:
     real = format_named("original").write
     assert real is not None
 

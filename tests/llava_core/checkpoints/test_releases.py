@@ -127,7 +127,7 @@ def test_export_declares_the_dtype_of_its_language_model(original, tmp_path) -> 
     ("bos", "delimiters", "template", "position"),
     [("</s>", True, "v0_exact", "last"), ("</s>", False, "v0_exact", "last"), ("<s>", False, "v1", "first")],
 )
-def test_the_era_decides_template_and_image_position(original, bos, delimiters, template, position) -> None:
+def test_era_decides_template_and_image_position(original, bos, delimiters, template, position) -> None:
     (original / "special_tokens_map.json").write_text(json.dumps({"bos_token": bos}))
     change(original / "config.json", mm_use_im_start_end=delimiters)
     opened = open_checkpoint(original)

@@ -135,7 +135,7 @@ def check_supervision(template: Template, turns: list[tuple[str, str]], tokenize
 @pytest.mark.parametrize("name", list(ENDS))
 @given(turns=conversations())
 @settings(max_examples=50, deadline=None)
-def test_the_answers_and_their_ends_are_supervised_and_nothing_else(tokenizers, kind, name, turns) -> None:
+def test_only_answers_and_end_tokens_are_supervised(tokenizers, kind, name, turns) -> None:
     assume(name != "plain" or kind not in METASPACE or not turns[0][1].startswith(" "))
     check_supervision(TEMPLATES.get(name), turns, tokenizers[kind])
 
@@ -144,14 +144,14 @@ def test_the_answers_and_their_ends_are_supervised_and_nothing_else(tokenizers, 
 @pytest.mark.parametrize("name", ["v0", "v1"])
 @given(problem=problems(), prompt_format=st.sampled_from(PROMPT_FORMATS))
 @settings(max_examples=25, deadline=None)
-def test_so_are_those_of_science_qa(tokenizers, kind, name, problem, prompt_format) -> None:
+def test_scienceqa_supervises_only_its_answers(tokenizers, kind, name, problem, prompt_format) -> None:
     check_supervision(TEMPLATES.get(name), format_problem(problem, prompt_format).turns, tokenizers[kind])
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(turns=conversations())
 @settings(max_examples=25, deadline=None)
-def test_no_text_is_invented_between_segments(tokenizers, kind, turns) -> None:
+def test_segments_add_no_text(tokenizers, kind, turns) -> None:
     template, made = TEMPLATES.get("v0"), tokenizers[kind]
     turns = [(question.replace(IMAGE_MARKER, ""), answer) for question, answer in turns]
     ids = template.encode(turns, made, N).input_ids[made.bos_token_id is not None :]
@@ -162,7 +162,7 @@ def test_no_text_is_invented_between_segments(tokenizers, kind, turns) -> None:
 @pytest.mark.parametrize("name", list(ENDS))
 @given(turns=conversations())
 @settings(max_examples=25, deadline=None)
-def test_a_prompt_is_the_beginning_of_the_training_sequence(tokenizers, kind, name, turns) -> None:
+def test_prompt_is_a_prefix_of_the_training_sequence(tokenizers, kind, name, turns) -> None:
     template, made = TEMPLATES.get(name), tokenizers[kind]
     whole = template.encode(turns, made, N)
     prompt = template.encode([*turns[:-1], (turns[-1][0], None)], made, N)
@@ -175,7 +175,7 @@ def test_a_prompt_is_the_beginning_of_the_training_sequence(tokenizers, kind, na
 @pytest.mark.parametrize("name", [*ENDS, "v0_exact"])
 @given(turns=conversations())
 @settings(max_examples=8, deadline=None)
-def test_truncation_keeps_whole_turns_and_images_or_refuses(tokenizers, kind, name, turns) -> None:
+def test_truncation_keeps_complete_turns_and_images(tokenizers, kind, name, turns) -> None:
     template, made = TEMPLATES.get(name), tokenizers[kind]
     prefixes = [template.encode(turns[:k], made, N) for k in range(1, len(turns) + 1)]
     lengths = [len(encoded.input_ids) for encoded in prefixes]
@@ -195,7 +195,7 @@ def test_truncation_keeps_whole_turns_and_images_or_refuses(tokenizers, kind, na
 
 
 @pytest.mark.parametrize("name", ["v0", "v1", "v0_exact"])
-def test_an_image_is_not_dropped_with_its_turn_and_a_prompt_not_at_all(tokenizer, name) -> None:
+def test_truncation_never_drops_images_or_prompts(tokenizer, name) -> None:
     template = TEMPLATES.get(name)
     late = [("what", "red"), ("<image>\nthe dog", "blue")]
     n = len(template.encode(late, tokenizer, N).input_ids)
@@ -225,14 +225,14 @@ TURNS = [("<image>\nwhat is the car", "red"), ("and the dog", "blue.")]
         ("plain", {"bridge": " "}),
     ],
 )
-def test_a_changed_separator_does_not_go_unnoticed(tokenizers, name, change) -> None:
+def test_changed_separator_is_detected(tokenizers, name, change) -> None:
     for made in tokenizers.values():
         check_supervision(TEMPLATES.get(name), TURNS, made)
         with pytest.raises(AssertionError):
             check_supervision(replace(TEMPLATES.get(name), **change), TURNS, made)
 
 
-def test_an_invented_space_does_not_go_unnoticed(llama, monkeypatch) -> None:
+def test_inserted_space_is_detected(llama, monkeypatch) -> None:
     monkeypatch.setattr(tokenization, "_without_dummy_prefix", lambda tokenizer: None)
     with pytest.raises(AssertionError):
         check_supervision(TEMPLATES.get("v0"), TURNS, llama)
@@ -275,7 +275,7 @@ EXACT = {
 
 @pytest.mark.parametrize("kind", ["llama, legacy", "llama"])
 @pytest.mark.parametrize("case", list(EXACT))
-def test_v0_exact_supervises_what_the_released_code_did(tokenizers, kind, case) -> None:
+def test_v0_exact_supervises_like_the_released_code(tokenizers, kind, case) -> None:
     turns, expected = EXACT[case]
     encoded = TEMPLATES.get("v0_exact").encode(turns, tokenizers[kind], N, system="A car.")
     assert tokens(encoded, tokenizers[kind]) == expected
@@ -289,7 +289,7 @@ def test_v0_exact_counts_the_delimiters_of_an_image(llama) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama, legacy", "bytes"])
-def test_v0_exact_asks_as_the_released_evaluation_did(tokenizers, kind) -> None:
+def test_v0_exact_prompts_like_the_released_evaluation(tokenizers, kind) -> None:
     made, template = tokenizers[kind], TEMPLATES.get("v0_exact")
     for turns, expected in (
         ([("what", None)], "A car.###Human: what###Assistant:"),
@@ -306,7 +306,7 @@ def test_v0_exact_asks_as_the_released_evaluation_did(tokenizers, kind) -> None:
 
 @given(turns=conversations())
 @settings(max_examples=25, deadline=None)
-def test_v0_exact_never_supervises_an_image_whatever_the_tokenizer(tokenizers, turns) -> None:
+def test_v0_exact_never_supervises_an_image(tokenizers, turns) -> None:
     turns = [*turns, ("what\n<image>", "red")]  # with these tokenizers, masks of later questions drift
     for made in tokenizers.values():
         encoded = TEMPLATES.get("v0_exact").encode(turns, made, N)
@@ -342,7 +342,7 @@ def test_wrong_delimiters_are_named(tokenizers, name) -> None:
                 TEMPLATES.get(name).encode(TURNS, made, N, delimiters=wrong)
 
 
-def test_a_system_message_of_others_replaces_ours(tokenizer) -> None:
+def test_system_message_can_be_replaced(tokenizer) -> None:
     for name in ("v0", "v1", "v0_exact"):
         ids = TEMPLATES.get(name).encode([("what", "red")], tokenizer, N, system="The {car}.").input_ids
         assert tokenizer.decode(ids).startswith("<s>The {car}.")
@@ -358,7 +358,7 @@ def test_image_position() -> None:
     assert place_image(text, "random", "5") == place_image(text, "random", "5")
 
 
-def test_an_image_that_no_question_mentions_goes_where_its_era_put_it() -> None:
+def test_unmentioned_image_goes_where_its_era_put_it() -> None:
     bare = [("look", "red"), ("two", None)]
     for name in ("v0", "v1", "plain"):
         assert TEMPLATES.get(name).with_image(bare) == [("<image>\nlook", "red"), ("two", None)]
@@ -388,7 +388,7 @@ def test_turns_that_cannot_be_rendered(tokenizer, name) -> None:
         TEMPLATES.get("v1").render([])
 
 
-def test_an_end_token_that_does_not_exist_is_told(tokenizer) -> None:
+def test_missing_end_token_is_an_error(tokenizer) -> None:
     from transformers import PreTrainedTokenizerFast
 
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
@@ -396,12 +396,12 @@ def test_an_end_token_that_does_not_exist_is_told(tokenizer) -> None:
         TEMPLATES.get("v1").encode(TURNS, without, N, name="record 7")
 
 
-def test_a_segment_list_is_encoded_as_it_is(tokenizer) -> None:
+def test_segment_lists_are_encoded_unchanged(tokenizer) -> None:
     template = TEMPLATES.get("v0")
     assert encode(template.render(TURNS), tokenizer, N) == template.encode(TURNS, tokenizer, N)
 
 
-def test_a_tokenizer_keeps_its_own_way_at_the_beginning_of_a_text(tokenizers) -> None:
+def test_tokenizer_keeps_its_dummy_prefix_at_the_start(tokenizers) -> None:
     made = tokenizers["llama, legacy"]
     assert made.convert_ids_to_tokens(token_ids(made, "red")) == ["▁red"]
     assert made.convert_ids_to_tokens(token_ids(made, " red", continues=True)) == ["▁red"]
@@ -430,7 +430,7 @@ class Slow:
         return list(bytes(ids).decode())
 
 
-def test_a_slow_tokenizer_is_refused_only_where_it_would_invent_spaces() -> None:
+def test_slow_tokenizer_is_refused_where_it_adds_spaces() -> None:
     assert token_ids(Slow(""), "red", continues=True) == list(b"red")
     with pytest.raises(DataError, match="fast"):
         token_ids(Slow("▁"), "red", continues=True)
@@ -448,14 +448,14 @@ def training_set(samples: list[Sample], tokenizer: Any, **overrides: Any) -> Tra
     return TrainingSet(samples, tokenizer, None, config, N)  # type: ignore[arg-type]
 
 
-def test_a_sample_without_a_supervised_token_is_refused(tokenizer) -> None:
+def test_sample_without_a_supervised_token_is_refused(tokenizer) -> None:
     for template in ("v0", "v0_exact"):
         data = training_set([Sample("7", [("what", None)])], tokenizer, template=template)  # type: ignore[list-item]
         with pytest.raises(DataError, match=r"sample 7: no token is supervised; fix"):
             data.encoded(0)
 
 
-def test_turns_that_training_leaves_out_are_counted_and_told_once(tokenizer, capsys) -> None:
+def test_left_out_turns_are_counted_and_reported_once(tokenizer, capsys) -> None:
     long = Sample("long", [("what", "red"), ("the dog", "blue"), ("two", "cars")])
     samples = [Sample("short", [("what", "red")]), long, replace(long, id="longer")]
     n = len(training_set(samples, tokenizer).encoded(0).input_ids)
@@ -469,7 +469,7 @@ def test_turns_that_training_leaves_out_are_counted_and_told_once(tokenizer, cap
     assert "no room for the last 2 of its 3 turns" in told[0]
 
 
-def test_training_uses_the_template_and_the_side_of_the_image_of_its_experiment(tokenizer) -> None:
+def test_training_uses_template_and_image_position(tokenizer) -> None:
     sample = Sample("7", [("what\n<image>", "red")], Path("image.png"))
     for template, position, side in (("v0", "data", "what\n<image>"), ("v1", "first", "<image>\nwhat")):
         data = training_set([sample], tokenizer, template=template, image_position=position)

@@ -40,7 +40,9 @@ class Tower:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_kept_is_what_was_computed(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_features_equal_computed_ones(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "SHARD", 4)
     paths, tower = images(tmp_path / "images", 10), Tower(dtype)
     cache = FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, dtype)
@@ -54,7 +56,7 @@ def test_what_is_kept_is_what_was_computed(tmp_path: Path, dtype: torch.dtype, m
         assert kept.missing(paths) == []
 
 
-def test_an_image_is_known_by_its_bytes(tmp_path: Path) -> None:
+def test_images_are_keyed_by_their_bytes(tmp_path: Path) -> None:
     paths, tower = images(tmp_path / "images", 4), Tower()
     cache = FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, torch.float32)
     cache.fill(paths, tower)
@@ -67,14 +69,14 @@ def test_an_image_is_known_by_its_bytes(tmp_path: Path) -> None:
     assert torch.equal(again.get([tmp_path / "elsewhere.png"])[0], tower.of(paths[2])[0])
 
 
-def test_another_tower_has_features_of_its_own(tmp_path: Path) -> None:
+def test_each_tower_has_its_own_features(tmp_path: Path) -> None:
     paths = images(tmp_path / "images", 2)
     FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, torch.float32).fill(paths, Tower())
     for facts in ({"tower": "b"}, {"tower": "a", "layers": [-1]}):
         assert FeatureCache(tmp_path / "kept", facts, SHAPE, torch.float32).missing(paths) == paths
 
 
-def test_a_killed_run_loses_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_run_loses_at_most_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARD", 2)
     paths = images(tmp_path / "images", 7)
 
@@ -90,7 +92,7 @@ def test_a_killed_run_loses_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, torch.float32).missing(paths) == paths[4:]
 
 
-def test_a_disk_shortage_names_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_error_names_the_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FeatureCache(tmp_path / "kept", {"tower": "a"}, (2, 256, 1024), torch.bfloat16)
     assert cache.bytes_per_image() == 2**20
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, 300 * 2**30))
@@ -100,7 +102,7 @@ def test_a_disk_shortage_names_the_numbers(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_damaged_file_is_named(tmp_path: Path) -> None:
     paths = images(tmp_path / "images", 2)
     cache = FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, torch.float32)
     cache.fill(paths, Tower())

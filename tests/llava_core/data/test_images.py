@@ -73,7 +73,7 @@ def assert_same_pixels(ours: ImageProcessor, theirs: Any, image: Image.Image, pl
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [224, 33])
-def test_every_shape_has_the_pixels_of_transformers(mode: Any, size: int, tmp_path: Path) -> None:
+def test_pixels_equal_transformers_for_every_shape(mode: Any, size: int, tmp_path: Path) -> None:
     """Odd differences round the crop's corner down; a side of one pixel, the exact size and one off are in the list."""
     ours = ImageProcessor(size, mode)
     theirs = peer(ours, tmp_path)
@@ -82,7 +82,7 @@ def test_every_shape_has_the_pixels_of_transformers(mode: Any, size: int, tmp_pa
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_real_images_have_the_pixels_of_transformers(mode: Any, reference: Path, tmp_path: Path) -> None:
+def test_pixels_of_real_images_equal_transformers(mode: Any, reference: Path, tmp_path: Path) -> None:
     ours = ImageProcessor(224, mode)
     theirs = peer(ours, tmp_path)
     paths = sorted((reference / "scienceqa" / "images").glob("*/image.png"))
@@ -93,7 +93,7 @@ def test_real_images_have_the_pixels_of_transformers(mode: Any, reference: Path,
             assert np.array_equal(ours(load_image(path)), theirs(Image.open(path))["pixel_values"][0]), path
 
 
-def test_crop_is_the_file_that_openai_ships(tmp_path: Path) -> None:
+def test_crop_settings_equal_the_openai_file(tmp_path: Path) -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     shipped = {"crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3}
@@ -116,7 +116,7 @@ def test_torchvision_backend_differs_by_little(mode: Any, tmp_path: Path) -> Non
         assert apart.mean() < 0.5, shape  # of noise, with one side enlarged and one reduced: the worst case
 
 
-def test_pad_equals_the_whole_canvas_in_strips() -> None:
+def test_strip_padding_equals_full_padding() -> None:
     for shape in ((2300, 2100), (2000, 2400), (4300, 40), (40, 4300)):
         image = noise(*shape)
         canvas = Image.new("RGB", (max(shape),) * 2, (122, 116, 104))
@@ -128,7 +128,7 @@ def test_pad_equals_the_whole_canvas_in_strips() -> None:
     assert tuple(padded[8, 8]) == (255, 0, 0)
 
 
-def test_images_that_load_image_did_not_read_are_treated_alike() -> None:
+def test_images_from_memory_are_treated_alike() -> None:
     for mode in MODES:
         processor = ImageProcessor(16, mode)
         clear = Image.new("RGBA", (20, 30), (255, 0, 0, 0))
@@ -186,7 +186,7 @@ def test_transparency_shows_white() -> None:
     assert load_image(encoded(palette, "PNG")).getpixel((3, 1)) == clear[:3]  # no transparency declared
 
 
-def test_deep_grey_stays_a_gradient() -> None:
+def test_sixteen_bit_grey_stays_a_gradient() -> None:
     values = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(2, axis=0)
     little, big = Image.fromarray(values), values.astype(">u2").tobytes()
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
@@ -301,7 +301,7 @@ def test_folders_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("limit", [None, 10, MAX_PIXELS, 10**12])
-def test_the_limit_is_ours_and_checked_before_decoding(limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixel_limit_is_checked_before_decoding(limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     small = encoded(noise(9, 7), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     assert load_image(small).size == (9, 7)
@@ -321,7 +321,7 @@ def test_the_limit_is_ours_and_checked_before_decoding(limit: int | None, monkey
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_without_decoding_only_the_header_is_looked_at(tmp_path: Path) -> None:
+def test_header_check_does_not_decode(tmp_path: Path) -> None:
     for name in ("cut.jpeg", "damaged.png"):
         check_image(REFUSED[name][0], decode=False)
     for name in ("text.png", "bomb.png", "strip.png", "empty.jpg"):
@@ -396,6 +396,6 @@ def test_notations_of_transformers() -> None:
         ("mean", [0.5, 0.5, 0.5]),
     ],
 )
-def test_what_is_not_reproduced_is_refused_by_name(field: str, value: Any) -> None:
+def test_unsupported_settings_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(DataError, match=f"preprocessor config: {field}"):
         ImageProcessor.from_hf(ImageProcessor(224).to_hf() | {field: value})

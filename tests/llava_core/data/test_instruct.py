@@ -37,7 +37,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_check_agrees_with_the_reader(images: Path) -> None:
+def test_check_agrees_with_the_reader(images: Path) -> None:
     (images / "folder.png").mkdir()
     Image.new("RGB", (300, 1)).save(images / "strip.png")
     Image.new("F", (4, 4)).save(images / "float.tif")
@@ -59,7 +59,7 @@ def test_the_check_agrees_with_the_reader(images: Path) -> None:
     assert header == {"absent.jpg", "empty.jpg", "folder.png", "large.png", "strip.png", "text.jpg"}
 
 
-def test_load_keeps_text_and_marker(tmp_path: Path, images: Path) -> None:
+def test_load_keeps_text_and_image_marker(tmp_path: Path, images: Path) -> None:
     records = [record("a", type="detail"), record("b", None), record("c", "good.png")]
     records[2]["conversations"][0]["value"] = "<image>\nWhat is it — really?\u2028"
     for suffix in (".json", ".jsonl"):
@@ -88,7 +88,7 @@ def test_load_refuses_a_file_with_problems_and_names_them(tmp_path: Path, images
         load_instruct(path.rename(tmp_path / "data.csv"))
 
 
-def test_subset_takes_seeded_nested_shares_in_file_order(tmp_path: Path) -> None:
+def test_subsets_are_seeded_and_nested(tmp_path: Path) -> None:
     kinds = ["conversation"] * 40 + ["detail"] * 40 + ["complex"] * 20
     path = tmp_path / "data.json"
     path.write_text(json.dumps([record(str(k), None, type=kind) for k, kind in enumerate(kinds)]))

@@ -53,7 +53,7 @@ def tokens_of(row: PackedRow, rows: list[PackedRow]) -> dict[int, list[tuple[int
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("max_tokens", [40, 90, 10_000])
 @pytest.mark.parametrize("seed", range(4))
-def test_every_sample_is_there_once_as_it_is(seed: int, max_tokens: int, share: bool) -> None:
+def test_packing_keeps_every_sample_once_unchanged(seed: int, max_tokens: int, share: bool) -> None:
     items, images = batch(seed)
     rows = pack(items, images, max_tokens, share)
     found = {k: tokens for row in rows for k, tokens in tokens_of(row, rows).items()}
@@ -68,7 +68,7 @@ def test_every_sample_is_there_once_as_it_is(seed: int, max_tokens: int, share: 
     assert sum(len(row.images) for row in rows) >= len({image for image in images if image})
 
 
-def test_rows_are_filled_well_and_depend_on_the_batch_alone() -> None:
+def test_packing_fills_rows_and_depends_only_on_the_batch() -> None:
     items, images = batch(0, 200)
     rows = pack(items, images, 2000, share=False)
     assert sum(len(row.input_ids) for row in rows[:-1]) >= 0.98 * 2000 * (len(rows) - 1)
@@ -76,7 +76,7 @@ def test_rows_are_filled_well_and_depend_on_the_batch_alone() -> None:
     assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(rows, again, strict=True))
 
 
-def test_what_is_common_is_computed_once() -> None:
+def test_shared_prefixes_are_stored_once() -> None:
     rng = random.Random(1)
     items = [sample(rng, True) for _ in range(4)]
     lengths = [max(p for p, label in enumerate(i.labels) if label != IGNORE_INDEX) for i in items]
@@ -90,7 +90,7 @@ def test_what_is_common_is_computed_once() -> None:
     assert len(both.input_ids) <= lengths[0] + lengths[2] - len(SYSTEM) - len(BLOCK)
 
 
-def test_an_image_after_the_question_is_not_shared() -> None:
+def test_image_after_the_question_is_not_shared() -> None:
     rng = random.Random(2)
     items = [sample(rng, True, first=False) for _ in range(2)]
     (row,) = pack(items, ["a", "a"], 10_000)

@@ -168,7 +168,7 @@ def test_padding_is_masked_and_not_counted(loaded, pixels) -> None:
     assert [places.tolist() for places in positions[2:]] == [[[0, 1, 2], [0, 0, 1]], [[3], [2]]]
 
 
-def test_a_sliding_window_is_respected() -> None:
+def test_sliding_window_is_respected() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=6, eos_token_id=None)
@@ -232,7 +232,7 @@ def test_every_end_id_ends_a_row(loaded, scripted, monkeypatch, listed: Any) -> 
     assert rows[0].token_ids == (*red, 2)
 
 
-def test_an_answer_of_exactly_max_new_tokens_can_stop(loaded, scripted) -> None:
+def test_answer_of_max_new_tokens_can_stop(loaded, scripted) -> None:
     red, stopped = said(loaded, " red", " red ###")
     scripted([[*red, 2], stopped])
     settings = [GenerationSettings(len(red) + 1), GenerationSettings(len(stopped), seed=1, stop="###")]
@@ -287,7 +287,7 @@ def test_streamed_text_only_grows(loaded, scripted, kind: str) -> None:
     assert sum(bool(row.text) for row in shown[4]) > n / 2  # it appears as it is written
 
 
-def test_an_incomplete_last_character_is_omitted(loaded, scripted) -> None:
+def test_incomplete_last_character_is_omitted(loaded, scripted) -> None:
     (ids,) = said(loaded, "dog漢")
     scripted([ids[:-1], [*ids[:-1], 2], [*ids[:-1], *said(loaded, "red")[0]]])
     settings = [GenerationSettings(n, seed=k) for k, n in enumerate((len(ids) - 1, 40, len(ids)))]
@@ -323,7 +323,7 @@ def test_no_space_is_retracted_before_a_full_stop(loaded, scripted) -> None:
     assert steps == ["a", "a dog", "a dog .", "a dog . b", "a dog . b cat", "a dog . b cat ?"]
 
 
-def test_the_last_step_of_stream_equals_generate_rows(loaded, pixels) -> None:
+def test_last_step_of_stream_equals_generate_rows(loaded, pixels) -> None:
     settings = [GenerationSettings(n) for n in (4, 9, 1, 6, 6)]
     steps = list(stream(loaded.model, loaded.tokenizer, PROMPTS, pixels, settings))
     assert len(steps) == 9
@@ -492,7 +492,7 @@ def test_image_features_equal_pixel_values(loaded, pixels) -> None:
     torch.testing.assert_close(features[:1], single, rtol=1e-5, atol=1e-5)
 
 
-def test_a_shared_prefix_is_prefilled_once(loaded, pixels, fed: list[int]) -> None:
+def test_shared_prefix_is_prefilled_once(loaded, pixels, fed: list[int]) -> None:
     settings, kept = GenerationSettings(5, stop_ids=(-1,)), PrefixCache()
     first = PROMPTS[2]
     features = loaded.model.encode_images(pixels[1:3])
@@ -519,7 +519,7 @@ def test_generated_tokens_are_part_of_the_prefix(loaded, fed: list[int]) -> None
     assert fed[0] == 3
 
 
-def test_an_interrupted_prompt_does_not_corrupt_the_prefix_cache(loaded) -> None:
+def test_interrupted_prompt_keeps_the_prefix_cache_valid(loaded) -> None:
     kept, settings = PrefixCache(), GenerationSettings(6)
     expected = generate_rows(loaded.model, loaded.tokenizer, [[1, 5, 6, 7]], None, settings)
     halves = stream(loaded.model, loaded.tokenizer, [[1, 5, 6, 8]], None, settings, prefix=kept)
@@ -564,7 +564,7 @@ def test_preallocated_layer_equals_dynamic_layer() -> None:
     assert kept > 25  # most steps copy nothing
 
 
-def test_the_language_model_is_driven_by_public_arguments(loaded) -> None:
+def test_language_model_is_driven_by_public_arguments(loaded) -> None:
     """The same ids with transformers' own cache, which a language model makes when it is given none."""
     config = LlamaConfig(
         vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -65,7 +65,7 @@ def test_padding_does_not_change_the_loss(loaded) -> None:
     torch.testing.assert_close(plain, padded, rtol=1e-5, atol=1e-5)
 
 
-def test_what_trains(loaded) -> None:
+def test_trainable_parameters(loaded) -> None:
     model = loaded.model
     assert model.set_trainable(["projector"]) == ["multi_modal_projector.weight", "multi_modal_projector.bias"]
     assert any(n.startswith("language_model") for n in model.set_trainable(["projector", "language_model"]))

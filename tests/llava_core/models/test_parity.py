@@ -163,7 +163,7 @@ def test_logits_loss_and_gradients_equal_transformers(shape: Shape) -> None:
         "layers.0.input_layernorm.weight", "lm_head.weight",
     ],
 )  # fmt: skip
-def test_one_changed_weight_is_noticed(end: str) -> None:
+def test_one_changed_weight_is_detected(end: str) -> None:
     ours, theirs = pair(SHAPES[0])
     (changed,) = (p for name, p in ours.named_parameters() if name.endswith(end))
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_one_changed_weight_is_noticed(end: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_in_bf16_it_errs_at_most_twice_what_transformers_errs(shape: Shape) -> None:
+def test_bf16_error_is_at_most_twice_that_of_transformers(shape: Shape) -> None:
     ours, theirs = pair(shape)
     with torch.no_grad():
         (exact, _), _ = results(shape, (ours, theirs))

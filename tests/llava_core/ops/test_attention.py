@@ -83,7 +83,7 @@ def test_short_samples_with_one_prefix_are_one_group() -> None:
 
 
 @pytest.mark.parametrize("name", ["no mask", "padding left in", "a prefix one token short"])
-def test_a_wrong_schedule_is_caught(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_wrong_schedule_is_detected(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     real = cpu_varlen.make_schedule
 
     def wrong(packed_mask: PackedMask) -> Schedule:
@@ -113,7 +113,7 @@ def test_a_wrong_schedule_is_caught(monkeypatch: pytest.MonkeyPatch, name: str) 
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "cpu_varlen", "reference"])
-def test_a_row_without_mask_is_one_sample(backend: str) -> None:
+def test_row_without_mask_is_one_sample(backend: str) -> None:
     q, k, v = inputs(packed_row("one sample"), SHAPES[1])
     plain = attention(q, k, v, backend=backend)
     torch.testing.assert_close(plain, attention(q, k, v, packed_mask=packed_row("one sample"), backend="reference"))
@@ -149,7 +149,7 @@ def test_samples_of_rows() -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_packed_row_equals_separate_samples(name: str) -> None:
+def test_packed_row_equals_separate_samples(name: str) -> None:
     packed_mask = packed_row(name)
     q, k, v = inputs(packed_mask, SHAPES[1])
     packed = attention(q, k, v, packed_mask=packed_mask)
@@ -160,7 +160,7 @@ def test_a_packed_row_equals_separate_samples(name: str) -> None:
             torch.testing.assert_close(packed[b : b + 1, :, index], single, rtol=1e-5, atol=1e-5)
 
 
-def test_a_wrong_mask_is_caught() -> None:
+def test_wrong_mask_is_detected() -> None:
     q, k, v = inputs(packed_row("two levels"), SHAPES[1])
     right = attention(q, k, v, packed_mask=packed_row("two levels"), backend="reference")
     for place, end in ((9, 14), (3, 13), (0, 14)):
@@ -198,7 +198,7 @@ def test_flex_attention_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def test_a_backend_that_cannot_run_says_why() -> None:
+def test_unavailable_backend_says_why() -> None:
     q, k, v = inputs(packed_row("one sample"), SHAPES[0])
     with pytest.raises(CompanionError, match="FlexAttention has no backward pass on a CPU"):
         attention(q, k, v, backend="flex")
@@ -207,7 +207,7 @@ def test_a_backend_that_cannot_run_says_why() -> None:
         attention(q, k, v, packed_mask=packed_row("three samples"))
 
 
-def test_auto_chooses_the_first_available_and_logs_why(
+def test_auto_selects_the_first_available_and_logs_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     packed_mask = packed_row("two levels")
@@ -245,11 +245,11 @@ def test_unknown_backend_names_the_known() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["sdpa", "cpu_varlen"])
-def test_a_correct_backend_passes_its_self_test(name: str, dtype: torch.dtype) -> None:
+def test_correct_backend_passes_its_self_test(name: str, dtype: torch.dtype) -> None:
     assert self_test(name, 16, dtype, torch.device("cpu")) is None
 
 
-def test_a_wrong_backend_fails_its_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_backend_fails_its_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_mask: PackedMask | None) -> torch.Tensor:
         raise RuntimeError("out of resource: shared memory\nmore")
 

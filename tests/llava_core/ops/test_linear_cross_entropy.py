@@ -34,7 +34,7 @@ def test_chunks_equal_the_definition(chunk: int, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_low_precision_errs_at_most_by_the_ratio_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_precision_error_follows_ratio_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 101 * 4)
     exact, plain, ours = run("reference"), run("reference", torch.bfloat16), run("chunked", torch.bfloat16)
     for k, (e, p, o) in enumerate(zip(exact, plain, ours, strict=True)):
@@ -42,7 +42,7 @@ def test_low_precision_errs_at_most_by_the_ratio_rule(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
     hidden, weight, targets = inputs()
     if frozen in ("hidden", "both"):
         hidden = hidden.detach()
@@ -82,7 +82,7 @@ def test_peak_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch
     assert grown["chunked"] < 100
 
 
-def test_a_backend_that_is_not_here_says_why() -> None:
+def test_unavailable_backend_says_why() -> None:
     hidden, weight, targets = inputs()
     with pytest.raises(ConfigError, match="chunked"):
         linear_cross_entropy(hidden, weight, targets, backend="chunkd")

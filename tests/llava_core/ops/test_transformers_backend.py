@@ -120,7 +120,7 @@ def test_lora_with_checkpointing_has_the_same_gradients() -> None:
         torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_the_previous_implementation_is_restored() -> None:
+def test_previous_implementation_is_restored() -> None:
     model = language_model()
     before = model.config._attn_implementation
     with pytest.raises(ConfigError, match="without `packed_mask`"), packed_attention(model):
@@ -141,7 +141,7 @@ def test_no_dense_mask_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
         model(input_ids=ids, packed_mask=packed_mask, position_ids=positions(packed_mask))
 
 
-def test_the_scaling_of_the_model_is_used() -> None:
+def test_scaling_of_the_model_is_used() -> None:
     ids, packed_mask = packed()
     model = language_model().eval()
     for layer in model.model.layers:
@@ -184,14 +184,14 @@ def test_unsupported_features_are_named() -> None:
         pass
 
 
-def test_a_model_with_fixed_attention_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_with_fixed_attention_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = language_model()
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     with pytest.raises(CompanionError, match="does not support another attention"), packed_attention(model):
         pass
 
 
-def test_a_packed_row_compiles() -> None:
+def test_packed_row_compiles() -> None:
     model, (ids, packed_mask) = language_model().eval(), packed()
     place = {"input_ids": ids, "position_ids": positions(packed_mask), "packed_mask": packed_mask}
     with packed_attention(model):

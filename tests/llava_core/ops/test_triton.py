@@ -215,7 +215,7 @@ def expected() -> list[torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # of some mutants
 @pytest.mark.parametrize("name", ["original", *mutants.ATTENTION])
-def test_mutants_are_caught(name: str, expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutants_are_detected(name: str, expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = kernel
     if name in mutants.ATTENTION:
         mutant: Any = mutants.mutated_module(mutants.ATTENTION[name])
@@ -233,7 +233,7 @@ def test_mutants_are_caught(name: str, expected: list[torch.Tensor], monkeypatch
     assert error > 100 if name in mutants.ATTENTION else error < 1
 
 
-def test_a_mutant_changes_exactly_one_place() -> None:
+def test_mutant_changes_exactly_one_place() -> None:
     with pytest.raises(DataError, match="occurs 0 times"):
         mutants.mutated_module(mutants.Mutant("llava_core/ops/block_mask.py", "no such text", ""))
 

@@ -42,7 +42,7 @@ def _run(name="pretrain", **overrides) -> RunRecord:
     )
 
 
-def test_stage_one_moves_the_projector_only_and_learns(world: Path) -> None:
+def test_stage_1_trains_only_the_projector(world: Path) -> None:
     record = _run(train__epochs=6, train__learning_rate=0.03)
     rows = [r for r in record.metrics() if "loss" in r]
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -53,7 +53,7 @@ def test_stage_one_moves_the_projector_only_and_learns(world: Path) -> None:
     assert record.metrics()[0]["trainable"] == ["multi_modal_projector"]
 
 
-def test_stage_two_starts_from_stage_one_and_is_found_again(world: Path) -> None:
+def test_stage_2_starts_from_stage_1_and_is_reused(world: Path) -> None:
     record = _run("finetune")
     assert {p.parent.parent.name for p in world.glob("runs/*/mini/*/summary.json")} == {"mini"}
     assert len(list(world.glob("runs/*/mini/*/summary.json"))) == 2  # pretrain was launched on the way
@@ -75,7 +75,7 @@ def test_micro_batches_do_not_change_the_run(world: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_an_epoch_shuffles_samples_or_images(world: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+def test_epoch_shuffles_samples_or_images(world: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     images = ["a", "b", "c", None, "a", "d", None, "b", "a", "e", "f", "c"]
 
     class Samples:
@@ -142,7 +142,7 @@ def test_out_of_memory_enables_activation_checkpointing(
         _run("finetune", train__seed=9)
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_run_resumes_bitwise(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = _run(train__seed=5)
     numbers = [(r["step"], r["loss"]) for r in undisturbed.metrics() if "loss" in r]
     for folder in world.glob("runs/*"):
@@ -166,7 +166,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(world: Path, monkeypatch: pyte
     assert not (resumed.path / "state.pt").exists()
 
 
-def test_bad_data_is_one_clear_error_before_the_first_step(world: Path) -> None:
+def test_bad_data_is_an_error_before_the_first_step(world: Path) -> None:
     image = world / "data" / "images" / "3.png"
     image.write_bytes(image.read_bytes()[:60])
     with pytest.raises(DataError, match=r"3\.png"):
@@ -176,7 +176,7 @@ def test_bad_data_is_one_clear_error_before_the_first_step(world: Path) -> None:
         _run()
 
 
-def test_a_changed_kernel_changes_the_run_id(tmp_path: Path) -> None:
+def test_changed_kernel_changes_the_run_id(tmp_path: Path) -> None:
     package = tmp_path / "llava_core"
     shutil.copytree(Path(launching.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
     before = launching.code_fingerprint(package)
@@ -193,7 +193,7 @@ def test_a_changed_kernel_changes_the_run_id(tmp_path: Path) -> None:
     assert len(seen | {launching.code_fingerprint(package)}) == 6
 
 
-def test_a_registered_projector_trains(world: Path) -> None:
+def test_registered_projector_trains(world: Path) -> None:
     record = _run("finetune", model__projector="mlp2x_gelu", data__limit=16)
     names = {name for file in record.checkpoint.glob("*.safetensors") for name in load_file(file)}
     assert {n.partition(".")[2] for n in names if "projector" in n} == {"0.bias", "0.weight", "2.bias", "2.weight"}
@@ -201,7 +201,7 @@ def test_a_registered_projector_trains(world: Path) -> None:
         _run(model__projector="mlp3x")
 
 
-def test_a_validation_file_replaces_the_share(world: Path) -> None:
+def test_validation_file_replaces_the_held_out_share(world: Path) -> None:
     config = load_experiment("pretrain", "mini")
     train, held_out = load_samples(config)
     assert ([s.id for s in held_out], len(train)) == (["0", "25"], 24)
@@ -272,6 +272,6 @@ def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_configuration_is_the_tests_own(world: Path) -> None:
+def test_training_root_uses_its_own_configuration(world: Path) -> None:
     assert configuration.load_scale("mini").micro_batch == 8
     assert torch.get_num_threads() >= 1
