@@ -60,7 +60,7 @@ def bench_loss(
             in_own_process("benchmarks.loss:loss_peak", backend=name, train_head=train_head, **sizes) for name in steps
         ]
         case = f"loss, head {'trained' if train_head else 'frozen'}, {clock} time"
-        row = {"case": case, "size": f"{rows} x {width} x {words}"}
+        row: dict[str, Any] = {"case": case, "size": f"{rows} x {width} x {words}"}
         row |= {name: round(value, 4) for name, value in turns.items()}
         row |= {"peak_mib": round(peaks[0]), "peer_peak_mib": round(peaks[1])}
         cases.append(row | circumstances(torch.device(device)))
