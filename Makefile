@@ -27,7 +27,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test reproduce nb book serve lab bench ci lock clean
+.PHONY: help setup check format test reproduce nb book figures serve lab bench ci lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +73,9 @@ nb: setup ## one notebook (NB=, SCALE=, FAST=1)
 
 book: setup ## build the book from the notebooks that have run
 	$(LLAVA) reproduce --scale $(SCALE) --book only
+
+figures: setup ## update figures/, the curated set in git, from the notebooks that have run
+	$(BIN)/python -c "from companion.figures import copy_curated; print(*copy_curated(), sep='\n')"
 
 serve: setup ## show the built book in a browser, on this machine only (PORT=)
 	@test -d book/_build/html || { echo "error: no book yet; run make reproduce first" >&2; exit 1; }
