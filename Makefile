@@ -97,5 +97,5 @@ ci: ## all of the above in a fresh environment, as continuous integration does
 lock: setup ## write constraints.txt and environment.yml from pyproject.toml and .venv
 	$(BIN)/python tools/lock.py
 
-clean: ## remove what can be made again, except .venv
+clean: ## remove build products, except .venv
 	rm -rf .venv-ci build dist *.egg-info book/_build book/notebooks data/mini data/features runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -227,13 +227,13 @@ def bench_attention(
             seconds = all_in_turns({name: way.forward_backward for name, way in ways.items()}, rounds, clock)
             peer = next(iter(ways))
             for name, values in seconds.items():
-                spread = {"low": min(values), "high": max(values), "ms": statistics.median(values)}
+                times = {"low": min(values), "high": max(values), "ms": statistics.median(values)}
                 cases.append(
                     {
                         **facts, "case": case.name, "shape": shape, "heads": heads, "kv_heads": kv_heads,
                         "head_dim": head_dim, "dtype": str(given[0].dtype).removeprefix("torch."), "rows": rows,
                         "length": length, "samples": len(case.samples), "candidate": name,
-                        **{key: round(1000 * spread[key], 3) for key in ("ms", "low", "high")}, "peer": peer,
+                        **{key: round(1000 * times[key], 3) for key in ("ms", "low", "high")}, "peer": peer,
                         **{key: round(value, 3) for key, value in ratios(values, seconds[peer]).items()},
                         "rounds": rounds, "clock": clock,
                     }

@@ -29,8 +29,8 @@ def peer_scores(tokens: list[list[list[str]]]) -> list[float]:
     texts = [[" ".join(caption) for caption in captions] for captions in tokens]
     references, candidates = ({k: own[part] for k, own in enumerate(texts)} for part in (slice(1, None), slice(1)))
     with contextlib.redirect_stdout(io.StringIO()):
-        found = Bleu(4).compute_score(references, candidates, verbose=0)[0]
-    return [*map(float, found), float(Cider().compute_score(references, candidates)[0])]
+        scores = Bleu(4).compute_score(references, candidates, verbose=0)[0]
+    return [*map(float, scores), float(Cider().compute_score(references, candidates)[0])]
 
 
 def our_scores(tokens: list[list[list[str]]]) -> list[float]:
@@ -43,8 +43,8 @@ def ptb_tokens(texts: list[str]) -> list[list[str]]:
     """The scorer's own tokens, by Stanford's Java program."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    found = PTBTokenizer().tokenize({k: [{"caption": text}] for k, text in enumerate(texts)})
-    return [found[k][0].split() for k in range(len(texts))]
+    tokens = PTBTokenizer().tokenize({k: [{"caption": text}] for k, text in enumerate(texts)})
+    return [tokens[k][0].split() for k in range(len(texts))]
 
 
 def measure(case: str, captions: Captions) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def plant_corpus(folder: Path, captions: int = CAPTIONS, seed: int = 0) -> Path:
             words = iter([_name(int(k)) for k in which])
             phrases = [[next(words) for _ in range(length)] for length in lengths.tolist()]
             (parts / f"{number:06d}.json").write_text(json.dumps(phrases))
-            for row, found in enumerate(phrases):
-                text = " and ".join(found)
+            for row, names in enumerate(phrases):
+                text = " and ".join(names)
                 file.write(f"{text} .\thttps://example.org/{begin + row}.jpg\n")
     facts = shard_facts(source, extractor_named("rules"))
     home = folder / "cache" / fingerprint(facts)
@@ -69,11 +69,11 @@ def select_kept(source: str, write: bool = False, **settings: Any) -> dict[str, 
     """Count and select by cached phrases, and write the pairs if asked; seconds, counts and peak memory."""
     path = Path(source)
     result: dict[str, Any] = {}
-    reading = cc3m.FilterSettings("rules", **settings)
+    filter_settings = cc3m.FilterSettings("rules", **settings)
 
     def work() -> None:
         begin = time.perf_counter()
-        filtered = cc3m.filter_captions(path, None, reading, cache=path.parent / "cache")
+        filtered = cc3m.filter_captions(path, None, filter_settings, cache=path.parent / "cache")
         if write:
             cc3m.write_pairs(filtered, path.parent / "out")
         result.update(filtered.selection.counts(), seconds=time.perf_counter() - begin)
@@ -100,11 +100,11 @@ def bench_selection(captions: int = CAPTIONS, corpus: Path | None = None) -> lis
         home = corpus or Path(folder) / "corpus"
         source = home / "train.tsv" if (home / "cache").exists() else plant_corpus(home, captions)
         for case, settings in cases.items():
-            found = in_own_process("benchmarks.filter:select_kept", source=str(source), **settings)
+            result = in_own_process("benchmarks.filter:select_kept", source=str(source), **settings)
             rows.append(
                 _row(
-                    case=case, captions=found["captions"], phrases=found["phrases"], pairs=found["pairs_kept"],
-                    processes=1, ours=found["seconds"], peak_mib=round(found["peak_mib"]),
+                    case=case, captions=result["captions"], phrases=result["phrases"], pairs=result["pairs_kept"],
+                    processes=1, ours=result["seconds"], peak_mib=round(result["peak_mib"]),
                 )
             )  # fmt: skip
     return rows
@@ -116,10 +116,10 @@ def bench_selection(captions: int = CAPTIONS, corpus: Path | None = None) -> lis
 def varied_captions(source: Path, count: int, seed: int = 0) -> list[str]:
     """Different captions of about ten words, like CC3M's, each from two of the miniature."""
     short = sorted({row.caption.rstrip(" .") for row in cc3m.read_captions(source)})
-    rng, found = random.Random(seed), dict[str, None]()
-    while len(found) < count:
-        found[f"{rng.choice(short)} near {rng.choice(short)} ."] = None
-    return list(found)
+    rng, captions = random.Random(seed), dict[str, None]()
+    while len(captions) < count:
+        captions[f"{rng.choice(short)} near {rng.choice(short)} ."] = None
+    return list(captions)
 
 
 def bench_extraction(source: Path, captions: int = 2000, rounds: int = 5, clock: Clock = "cpu") -> dict[str, Any]:

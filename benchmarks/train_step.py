@@ -256,13 +256,13 @@ class PackedStep:
         return self.model.tower_features(values.to(self.device))
 
     def loss(self) -> torch.Tensor:
-        """Mean loss over the supervised tokens; the rows are packed anew, as the loader does."""
+        """Mean loss over the supervised tokens; packs the rows as the loader does."""
         return (self._packed() if "packed" in self.on else self._padded()) / self.case.supervised
 
     def _packed(self) -> torch.Tensor:
-        capacity = len(self.case.items) * max(len(item.input_ids) for item in self.case.items)
+        max_tokens = len(self.case.items) * max(len(item.input_ids) for item in self.case.items)
         total = torch.zeros((), device=self.device)
-        for row in pack(self.case.items, self.case.keys, capacity, "shared" in self.on):
+        for row in pack(self.case.items, self.case.keys, max_tokens, "shared" in self.on):
             keys = list(dict.fromkeys(row.images))
             images = torch.stack([self.features[key] for key in keys]) if keys else None
             inputs = RowInputs.of(row, images, [keys.index(key) for key in row.images])

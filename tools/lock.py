@@ -35,7 +35,7 @@ def closure(requirements: list[str], known: dict[str, str]) -> dict[str, str]:
     Raises:
         SystemExit: a declared package is neither installed nor pinned before.
     """
-    found: dict[str, str] = {}
+    pinned: dict[str, str] = {}
     queue = [(Requirement(line), True) for line in requirements]
     done = set()
     while queue:
@@ -50,14 +50,14 @@ def closure(requirements: list[str], known: dict[str, str]) -> dict[str, str]:
             if direct and name not in known:
                 raise SystemExit(f"{name}: install it, or add `{name}==VERSION` to constraints.txt once") from None
             if direct:
-                found[name] = known[name]
+                pinned[name] = known[name]
             continue
-        found[name] = package.version.partition("+")[0]  # 2.13.0+cpu: which build is the machine's choice
+        pinned[name] = package.version.partition("+")[0]  # 2.13.0+cpu: which build is the machine's choice
         for line in package.requires or []:
             inner = Requirement(line)
             if any(not inner.marker or inner.marker.evaluate({"extra": e}) for e in ["", *requirement.extras]):
                 queue.append((inner, False))
-    return found
+    return pinned
 
 
 def environment_yml() -> str:
