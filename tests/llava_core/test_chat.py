@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from chats import images, loaded, prompts  # noqa: F401 - fixtures
+from checkpoint_fixtures import loaded, original, root  # noqa: F401 - fixtures
 from PIL import Image
 
 import llava_core
-from llava_core.chat import Conversation
+from llava_core.chat import Assistant, Conversation
 from llava_core.checkpoints.load import Loaded, save_checkpoint
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.data.conversation import TEMPLATES
@@ -154,3 +155,18 @@ def test_assistant_from_python(loaded: Loaded, images: list[Path], tmp_path: Pat
     ids = prompt_ids(plain.loaded, [("", None)], True)
     assert ids.count(IMAGE_TOKEN_ID) == loaded.model.n_image_tokens
     assert isinstance(plain.caption(images[0], max_new_tokens=4), str)
+
+
+def test_image_and_image_file_give_the_same_pixels(loaded, tmp_path) -> None:
+    clear = Image.new("RGBA", (40, 32), (10, 20, 30, 0))
+    clear.save(tmp_path / "clear.png")
+    turned, exif = Image.new("RGB", (32, 40), (255, 255, 255)), Image.Exif()
+    turned.paste((0, 0, 0), (0, 0, 32, 20))
+    exif[0x0112] = 3
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assistant = Assistant(loaded)
+    for name in ("clear.png", "turned.jpg"):
+        from_file, opened = (assistant.chat(p).image for p in (tmp_path / name, Image.open(tmp_path / name)))
+        assert from_file is not None
+        assert opened is not None
+        assert from_file.tobytes() == opened.tobytes()

@@ -16,6 +16,12 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
+from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    change_json,
+    loaded,
+    original,
+    root,
+)
 from safetensors.torch import load_file, save_file
 
 from companion.checkpoints.convert import convert
@@ -39,11 +45,11 @@ class Trap:
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("intact")
-    loaded = foreign.model(root)
+    loaded = foreign.random_model(root)
     full = save_checkpoint(root / "llava", loaded, "full", template="v0", image_position="last")
     convert(full, root / "hf", "hf", shard_bytes=30_000)
     return {
-        "llava": full, "hf": root / "hf", "root": root, "original": foreign.original(loaded, root, root / "o", 3),
+        "llava": full, "hf": root / "hf", "root": root, "original": foreign.write_original(loaded, root, root / "o", 3),
         "projector": save_checkpoint(root / "p", loaded, "projector", template="plain"),
     }  # fmt: skip
 
@@ -331,3 +337,57 @@ def test_random_configuration_values_never_crash(intact, name, tmp_path) -> None
         assert len(problems) <= 1, (file.name, way, last, inner[last])
         assert all("\n" not in problem for problem in problems)
         file.write_text(text)
+
+
+def test_missing_text_config_fields_have_defaults(loaded, root, tmp_path) -> None:
+    """As llava-hf writes it: only what differs from transformers' defaults."""
+    folder = foreign.write_hf(foreign.random_model(tmp_path / "b", "mlp2x_gelu"), tmp_path / "b", tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("hidden_act", "rms_norm_eps", "attention_bias", "rope_parameters", "tie_word_embeddings"):
+        config["text_config"].pop(name)
+    config["text_config"]["torch_dtype"] = "float16"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert inspect(folder)["problems"] == []
+
+
+def test_inspect_downloads_nothing(original, monkeypatch) -> None:
+    import huggingface_hub
+
+    change_json(original / "config.json", mm_vision_tower="someone/a-tower")
+    asked = []
+
+    def snapshot(source: str, local_files_only: bool = False, **_: object) -> str:
+        asked.append(local_files_only)
+        raise OSError("not here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    (problem,) = inspect(original)["problems"]
+    assert "someone/a-tower" in problem
+    assert asked
+    assert all(asked)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("config.json", "[" * 100_000), ("config.json", '{"mm_vision_tower": 1' + "0" * 5000 + "}")],
+)
+def test_invalid_json_is_a_one_line_problem(original, file, text) -> None:
+    (original / file).write_text(text)
+    (problem,) = inspect(original)["problems"]
+    assert "invalid JSON" in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"system": 5}, "system is 5"),
+        ({"base": {"vision_tower": 7}}, "not names of base models"),
+        ({"base_hash": 3}, "base_hash"),
+    ],
+)
+def test_usage_of_a_wrong_type_is_a_one_line_problem(loaded, tmp_path, fields, message) -> None:
+    saved = save_checkpoint(tmp_path / "c", loaded, "full", template="v0")
+    change_json(saved / "manifest.json", **fields)
+    (problem,) = inspect(saved)["problems"]
+    assert message in problem

@@ -35,7 +35,7 @@ def exported(request, tmp_path_factory) -> tuple[Loaded, Any, Any, list[Image.Im
     """Our model, transformers' model and processor of the same checkpoint, and images of several shapes."""
     template, projector, position, delimited = request.param
     root = tmp_path_factory.mktemp("exported")
-    loaded = foreign.model(root, projector, delimiters=delimited)
+    loaded = foreign.random_model(root, projector, delimiters=delimited)
     facts = {"template": template, "image_position": position}
     facts |= {"image_delimiters": foreign.DELIMITERS} if delimited else {}
     saved = save_checkpoint(root / "c", loaded, "full", **facts)

@@ -1,4 +1,4 @@
-"""LoRA directories and delta weights: the same function as peft's merge and as the target the delta was made from."""
+"""Delta weights: made from a target, applied to its base, refused on another."""
 
 from __future__ import annotations
 
@@ -9,119 +9,27 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
+from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    loaded,
+    original,
+    root,
+)
+from foreign import logits
 from safetensors.torch import load_file, save_file
 
 from companion.checkpoints import delta
-from companion.checkpoints.convert import convert
 from companion.checkpoints.divergence import first_divergence
+from companion.checkpoints.inspection import inspect
 from llava_core.checkpoints.describe import Options
 from llava_core.checkpoints.load import Loaded, load
 from llava_core.checkpoints.open import open_checkpoint
-from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.runtime import CheckpointError
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> tuple[Path, Loaded, Options]:
     """Base models, a random model, and its language model as a plain LLaMA folder `base`."""
-    root = tmp_path_factory.mktemp("lora")
-    loaded = foreign.model(root)
-    base = foreign.plain_base(loaded, root / "base")
-    return root, loaded, Options(base=str(base), vision_tower=str(root / "clip"))
-
-
-def logits(loaded: Loaded) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.tensor([[1, 5, *[IMAGE_TOKEN_ID] * loaded.model.n_image_tokens, 9, 20, 30]])
-    with torch.no_grad():
-        found: torch.Tensor = loaded.model(ids, torch.randn(1, 3, 32, 32, generator=generator)).logits
-    return found
-
-
-# ------------------------------------------------------------------------------------------------ LoRA
-
-
-@pytest.fixture(scope="module")
-def adapter(world) -> tuple[Path, torch.Tensor]:
-    """A LoRA directory as the original trainer writes it (adapters by peft itself), and the logits of peft's merge."""
-    import copy
-
-    from peft import LoraConfig, get_peft_model
-
-    root, loaded, options = world
-    folder = root / "lora"
-    full = copy.deepcopy(loaded)
-    torch.manual_seed(5)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    adapted = get_peft_model(full.model.language_model, config)
-    for name, p in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(p, 0, 0.2)
-    adapted.save_pretrained(folder)
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = options.base
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    trained = foreign.projector(loaded.model, "base_model.model.model.mm_projector.")
-    torch.save({n: t + 0.5 for n, t in trained.items()}, folder / "non_lora_trainables.bin")
-    (folder / "config.json").write_text(json.dumps(foreign.original_config(loaded.model, str(root / "clip"))))
-    full.model.language_model = adapted.merge_and_unload()
-    with torch.no_grad():
-        for p in full.model.multi_modal_projector.parameters():
-            p += 0.5
-    return folder, logits(full)
-
-
-def test_lora_merge_equals_peft(world, adapter, tmp_path) -> None:
-    folder, wanted = adapter
-    opened = open_checkpoint(folder)
-    assert opened.format == "lora"
-    torch.testing.assert_close(logits(load(folder)), wanted, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(wanted, logits(world[1]), atol=1e-2)
-    for to in ("llava", "original", "hf"):
-        convert(folder, tmp_path / to, to)
-        torch.testing.assert_close(logits(load(tmp_path / to))[..., : wanted.shape[-1]], wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_lora_on_a_llava_base(world, adapter, tmp_path) -> None:
-    root, loaded, _ = world
-    folder, wanted = adapter
-    base = foreign.original(loaded, root, tmp_path / "base")
-    got = logits(load(folder, options=Options(base=str(base))))
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"use_dora": True}, "use_dora is True"),
-        ({"r": 0}, "give no scale"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"base_model_name_or_path": "nowhere/at-all"}, r"nowhere/at-all.* is not here; fix: --base"),
-    ],
-)
-def test_unsupported_lora_settings_are_refused(adapter, change, message, tmp_path) -> None:
-    shutil.copytree(adapter[0], tmp_path / "c")
-    file = tmp_path / "c" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path / "c")
-
-
-def test_incomplete_adapters_are_refused(world, adapter, tmp_path) -> None:
-    folder = tmp_path / "c"
-    shutil.copytree(adapter[0], folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    name = next(n for n in tensors if "lora_B" in n)
-    save_file({n: t for n, t in tensors.items() if n != name}, folder / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="lacks one of its two matrices"):
-        open_checkpoint(folder)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "non_lora_trainables.bin").unlink()
-    with pytest.raises(CheckpointError, match="could not use an image"):
-        open_checkpoint(folder)
-
-
-# ------------------------------------------------------------------------------------------------ delta
+    return foreign.model_with_bases(tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +37,13 @@ def tuned(world) -> tuple[Path, Loaded, Path]:
     """A LLaVA in the original format, fine-tuned from its base and with three more rows."""
     root, loaded, options = world
     torch.manual_seed(9)
-    tensors = {n: t for n, t in foreign.language(loaded.model).items() if "inv_freq" not in n}
+    tensors = {n: t for n, t in foreign.language_tensors(loaded.model).items() if "inv_freq" not in n}
     tensors = {n: t + 0.01 * torch.randn_like(t) for n, t in tensors.items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], torch.randn(3, 32)])
     folder = root / "target"
     folder.mkdir()
-    torch.save(tensors | foreign.projector(loaded.model), folder / "pytorch_model.bin")
+    torch.save(tensors | foreign.projector_tensors(loaded.model), folder / "pytorch_model.bin")
     config = foreign.original_config(loaded.model, str(root / "clip"))
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 3}))
     loaded.tokenizer.save_pretrained(folder)
@@ -205,3 +113,17 @@ def test_non_finite_values_are_refused(tuned, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is not finite"):
         delta.apply(str(base), tmp_path / "delta", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_models_and_deltas_are_distinguished(original, loaded, root, tmp_path) -> None:
+    base = foreign.write_llama(loaded, tmp_path / "base", offset=0.001)
+    with pytest.raises(CheckpointError, match="is a model already, no delta"):
+        delta.apply(str(base), original, tmp_path / "out")
+    delta.make(str(base), original, tmp_path / "delta")
+    with pytest.raises(CheckpointError, match="is a delta already"):
+        delta.make(str(base), tmp_path / "delta", tmp_path / "out")
+    found = inspect(tmp_path / "delta")
+    assert (found["layout"], found["problems"]) == ("delta", [])
+    assert "fingerprint is recorded" in found["notes"][0]
+    with pytest.raises(CheckpointError, match=r"not a folder with a LLaVA.*fix"):
+        delta.apply(str(base), tmp_path / "nowhere", tmp_path / "out")

@@ -1,0 +1,72 @@
+"""Comparison of two checkpoints: the first tensor or module that differs."""
+
+from __future__ import annotations
+
+import foreign
+import pytest
+import torch
+from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    edit_tensors,
+    intact,
+    loaded,
+    original,
+    root,
+    world,
+)
+from foreign import logits
+
+from companion.checkpoints import divergence
+from companion.checkpoints.convert import convert
+from companion.checkpoints.divergence import first_divergence, first_module, verify_export
+from llava_core.checkpoints.load import load
+from llava_core.checkpoints.open import open_checkpoint
+from llava_core.runtime import CheckpointError
+
+
+def test_first_divergence_names_the_changed_tensor(world, intact, tmp_path) -> None:
+    import shutil
+
+    loaded = world[1]
+    folder = tmp_path / "c"
+    shutil.copytree(intact["original"], folder)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+            tensors[key][0, 0] += 0.25
+
+    edit_tensors(folder, change)
+    one, other = (open_checkpoint(f) for f in (intact["original"], folder))
+    found = first_divergence(one, other)
+    assert found is not None
+    assert found.name == "language_model.model.layers.0.mlp.down_proj.weight"
+    assert found.largest == pytest.approx(0.25, rel=1e-5)
+    assert first_divergence(one, other, tolerance=0.3) is None
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(logits(load(folder)), logits(loaded))
+
+
+def test_verification_names_the_first_module_that_differs(world, tmp_path) -> None:
+    root, loaded, _ = world
+    source = foreign.write_original(loaded, root, tmp_path / "source")
+    report = convert(source, tmp_path / "hf", "hf", verify=True)
+    assert 0 <= report["largest_difference"] < 1e-5
+    opened = open_checkpoint(source).require("vision_tower")
+    full = verify_export(opened, tmp_path / "hf")
+    names = [d.name for d in full]
+    assert first_module(full) is None
+    assert names.index("vision_tower.embeddings") < names.index("multi_modal_projector") < len(names) - 1
+    assert {"language_model.model.layers.1.mlp", "language_model.lm_head"} <= set(names)
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    opened.tensors[name] = opened.tensors[name].map(lambda t: t + 0.1)
+    wrong = first_module(verify_export(opened, tmp_path / "hf"))
+    assert wrong is not None
+    assert wrong.name == "language_model.model.layers.1.mlp.up_proj"
+    with pytest.raises(CheckpointError, match="only what is written as 'hf'"):
+        convert(source, tmp_path / "x", "original", verify=True)
+
+
+def test_comparison_of_no_module_is_an_error(original, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(divergence, "_in_memory", lambda name: f"nowhere.{name}")
+    with pytest.raises(CheckpointError, match="nothing is compared"):
+        convert(original, tmp_path / "hf", "hf", verify=True)
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,59 @@
+"""Opening a checkpoint: format, template and image position are detected."""
+
+from __future__ import annotations
+
+import json
+
+import foreign
+import pytest
+import torch
+from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    change_json,
+    loaded,
+    original,
+    root,
+    world,
+    write_checkpoint,
+)
+from safetensors.torch import save_file
+
+from llava_core.checkpoints.describe import Options
+from llava_core.checkpoints.open import detect_format, open_checkpoint
+from llava_core.runtime import CheckpointError
+
+
+def test_safetensors_precede_an_index_of_another_format(world, tmp_path) -> None:
+    root, loaded, _ = world
+    source = write_checkpoint("original", loaded, root, tmp_path / "source")  # pytorch_model.bin.index.json and shards
+    tensors = {n: t + 1 for n, t in foreign.language_tensors(loaded.model).items()} | foreign.projector_tensors(
+        loaded.model
+    )
+    save_file(tensors, source / "model.safetensors")
+    words = open_checkpoint(source).tensors["language_model.model.embed_tokens.weight"].read()
+    assert torch.equal(words, tensors["model.embed_tokens.weight"])
+
+
+def test_release_with_an_extra_projector_file(original, loaded) -> None:
+    torch.save(foreign.projector_tensors(loaded.model), original / "mm_projector.bin")
+    assert getattr(detect_format(original), "name", None) == "original"
+    assert "language_model" in open_checkpoint(original).parts
+
+
+@pytest.mark.parametrize(
+    ("bos", "delimiters", "template", "position"),
+    [("</s>", True, "v0_exact", "last"), ("</s>", False, "v0_exact", "last"), ("<s>", False, "v1", "first")],
+)
+def test_era_decides_template_and_image_position(original, bos, delimiters, template, position) -> None:
+    (original / "special_tokens_map.json").write_text(json.dumps({"bos_token": bos}))
+    change_json(original / "config.json", mm_use_im_start_end=delimiters)
+    opened = open_checkpoint(original)
+    assert opened.description.usage["template"] == template
+    assert opened.description.usage["image_position"] == position
+    assert any(note.startswith(f"template {template}") for note in opened.notes)
+    changed = open_checkpoint(original, usage={"template": "v0"})
+    assert not any(note.startswith("template") for note in changed.notes)
+
+
+def test_unused_options_are_refused(original, root) -> None:
+    with pytest.raises(CheckpointError, match="contains what --base names"):
+        open_checkpoint(original, Options(base=str(root / "llm")))
