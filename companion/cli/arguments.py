@@ -180,10 +180,10 @@ def loaded(args: argparse.Namespace, device: str = "auto", dtype: str | None = N
 def chat_client(args: argparse.Namespace, tape: Path) -> Any:
     """The client of --client: offline, replay, record, batch or live."""
     from companion.miniature.offline_chat import respond
-    from companion.teacher.client import PAYING, client_from_name
+    from companion.teacher.client import PAID_CLIENTS, client_from_name
 
     live: dict[str, Any] = {}
-    if args.client in PAYING:
+    if args.client in PAID_CLIENTS:
         waiting = "poll" if args.client == "batch" else "concurrency"
         live = given(args, "base_url", "budget_usd", "price", "timeout", waiting)
     return client_from_name(args.client, responder=respond, cassette=tape, **live)

@@ -135,7 +135,7 @@ def _add_data(commands: Commands) -> None:
 
 
 def _requests(args: argparse.Namespace) -> Any:
-    """The jobs of `llava generate` and of its plan, with the prompts that they were made of."""
+    """The jobs of `llava generate` and of its plan, with their prompts."""
     from companion.data_tools.coco import load_annotations
     from companion.teacher.generate import requests_for
     from companion.teacher.prompts import load_prompts
@@ -147,17 +147,17 @@ def _requests(args: argparse.Namespace) -> Any:
 
 def _generate(args: argparse.Namespace) -> Result:
     from companion.data_tools.expansion import load_instructions
-    from companion.teacher.client import PAYING
+    from companion.teacher.client import PAID_CLIENTS
     from companion.teacher.generate import ask, write
-    from companion.teacher.plan import in_words, plan
+    from companion.teacher.plan import plan, plan_text
 
     jobs, prompts = _requests(args)
     questions = load_instructions(args.instructions)
     tape = args.cassette or args.out / "cassette.sqlite"
-    if args.client in PAYING:
+    if args.client in PAID_CLIENTS:
         known = None if args.client == "live" else tape
-        told = plan((job[2] for job in jobs), args.client, known, args.price, args.concurrency)
-        print(in_words(told), file=sys.stderr)
+        estimate = plan((job[2] for job in jobs), args.client, known, args.price, args.concurrency)
+        print(plan_text(estimate), file=sys.stderr)
     records = ask(jobs, chat_client(args, tape))
     return write(records, args.kinds, args.out, args.seed, prompts, questions)
 
@@ -174,7 +174,7 @@ def _asking(parser: Parser, tape: str) -> None:
     parser.option("--split", "NAME", "which of a folder's splits, e.g. train2014")
     parser.option("--kinds", "KIND,KIND", f"of {', '.join(KINDS)}", type=some_of(KINDS), default=list(KINDS))
     parser.limit(" images")
-    parser.path("--prompts", "DIR", "folder of prompts in the released layout")
+    parser.path("--prompts", "DIR", "folder of prompts in the released format")
     parser.chat_model("teacher")
     parser.cassette(tape)
     parser.pace()

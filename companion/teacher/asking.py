@@ -12,7 +12,7 @@ from companion.teacher.chat import BudgetError, ChatClient, ChatError, ChatReply
 from companion.teacher.parse import ReplyError
 from llava_core.runtime import progress
 
-MOST_SILENT = 20  # requests in a row without a reply, after which the server counts as unreachable
+MAX_UNANSWERED = 20  # consecutive requests without a reply, after which the server counts as unreachable
 Check = Callable[[ChatReply], Any]
 """Returns the content of a reply, or raises `ReplyError`."""
 Retry = Callable[[ChatRequest, ChatReply, ReplyError], ChatRequest]
@@ -24,9 +24,9 @@ class Asked:
     """The result of a request.
 
     Attributes:
-        request: the first one.
+        request: the first request.
         replies: one, or two if the first was malformed; each with its request and its error.
-        value: the content of the last reply, if it is good.
+        value: the checked content of the last reply, None if it is malformed.
         refused: why there is no reply to the last request.
     """
 
@@ -66,14 +66,16 @@ class Asked:
         return row | ({"refused": str(self.refused)} if self.refused else {})
 
 
-def again(request: ChatRequest, reply: ChatReply, reason: str) -> ChatRequest:
-    """Return a request that quotes a reply and asks for another one, with the reason."""
+def follow_up(request: ChatRequest, reply: ChatReply, reason: str) -> ChatRequest:
+    """Return the request that continues a chat: the reply, then the reason why another one is needed."""
     quoted = [{"role": "assistant", "content": reply.text}] if reply.text.strip() else []
     return replace(request, messages=[*request.messages, *quoted, {"role": "user", "content": reason}])
 
 
 def _retry(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatRequest:
-    return again(request, reply, f"This reply cannot be used: {error}. Reply again, in the form that was asked for.")
+    return follow_up(
+        request, reply, f"This reply cannot be used: {error}. Reply again, in the form that was asked for."
+    )
 
 
 def ask_all(
@@ -117,13 +119,13 @@ def ask_each(
 ) -> list[Asked]:
     """Send requests, as many at once as the client's attribute `concurrency` says.
 
-    A malformed reply is kept, and followed by one more request. A client with `prefetch` gets all first requests
-    together, and then all second ones.
+    A malformed reply stays in the result and is followed by one more request. A client with `prefetch` gets all first
+    requests together, and then all second ones.
 
     Args:
         client: any chat client.
         jobs: each request with the check of its reply.
-        retry: makes the second request.
+        retry: builds the second request.
         desc: of the progress bar.
         options: of the progress bar.
 
@@ -140,7 +142,7 @@ def ask_each(
         for one in _in_order(client, jobs, retry):
             asked.append(one)
             silent = silent + 1 if one.refused and not one.unasked else 0
-            if silent >= MOST_SILENT:
+            if silent >= MAX_UNANSWERED:
                 raise ServerError(f"{silent} requests in a row had no reply; the last one: {one.refused}")
             spend += one.paid
             failed += not one.good and not one.unasked

@@ -1,7 +1,7 @@
-"""Client of the batch endpoint: a file of requests, replies within a day, half the price.
+"""Client of OpenAI's batch endpoint: a file of requests, replies within a day, half the price.
 
 One batch is under way at a time, so that the budget left is known before the next one begins. The cassette holds its
-requests before the server is asked to create it, under a name that the server keeps as metadata. A client that starts
+requests before the server is asked to create it, under a name that the server stores as metadata. A client that starts
 after `kill -9` finds the batch by this name and reads its replies; nothing is paid twice.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from companion.teacher.cassette import Cassette, Failure, OpenBatch, hold, over_budget
+from companion.teacher.cassette import Cassette, Failure, OpenBatch, lock_cassette, over_budget
 from companion.teacher.chat import (
     BATCH_PRICE,
     PRICES,
@@ -116,12 +116,12 @@ class BatchClient:
         """
         with self._lock:
             if missing := self._missing(requests):
-                lock = hold(self._tape.path)
+                lock = lock_cassette(self._tape.path)
                 try:
                     with progress(len({r.key for r in missing}), "batch", unit="request") as bar:
                         self._run(requests, bar)
                 finally:
-                    del lock  # a traceback would keep it
+                    del lock  # otherwise a traceback would hold a reference to it
             return [self._tape.get(request) for request in requests]
 
     def _run(self, requests: Sequence[ChatRequest], bar: Any) -> None:

@@ -31,15 +31,15 @@ _TABLES = (
 )
 _SPEND, _DOUBTFUL = "SELECT TOTAL(cost_usd) FROM replies", "SELECT TOTAL(doubtful_usd) FROM failures"
 NO_REPLY = "sent, and no reply arrived"
-PATIENCE = 5.0  # seconds to wait for another process that writes the cassette
+LOCK_TIMEOUT = 5.0  # seconds to wait for another process that writes the cassette
 
 
 @dataclass(frozen=True)
 class OpenBatch:
-    """A batch that was requested and whose replies are not recorded yet.
+    """A requested batch; its replies are not recorded yet.
 
     Attributes:
-        name: ours; the server keeps it as metadata.
+        name: chosen by this client; the server stores it as metadata.
         file: the server's id of the uploaded requests.
         id: the server's id of the batch; None if its creation was not confirmed.
         requests: in the batch.
@@ -184,7 +184,7 @@ class Cassette:
             self._file.executemany("INSERT INTO asked (key, request) VALUES (?, ?)", rows)
 
     def open_batch(self) -> OpenBatch | None:
-        """Return the batch whose replies are not recorded yet, or None."""
+        """Return the batch without recorded replies, or None."""
         with self._lock:
             row = self._file.execute("SELECT name, file, id FROM batches WHERE state = 'open'").fetchone()
             asked = self._file.execute("SELECT request FROM asked ORDER BY rowid").fetchall() if row else []
@@ -233,11 +233,11 @@ def _now() -> str:
 
 
 class WriterLock:
-    """The right to record to a cassette; it ends with the object or with the process, also by `kill -9`."""
+    """Exclusive lock for writing to a cassette; it ends with the object or with the process, also by `kill -9`."""
 
-    def __init__(self, path: Path, patience: float) -> None:
+    def __init__(self, path: Path, timeout: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = sqlite3.connect(f"{path}.lock", timeout=patience, isolation_level=None, check_same_thread=False)
+        self._file = sqlite3.connect(f"{path}.lock", timeout=timeout, isolation_level=None, check_same_thread=False)
         try:
             self._file.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
@@ -249,17 +249,17 @@ class WriterLock:
         self._file.close()
 
 
-_HELD: weakref.WeakValueDictionary[Path, WriterLock] = weakref.WeakValueDictionary()
+_LOCKS: weakref.WeakValueDictionary[Path, WriterLock] = weakref.WeakValueDictionary()
 
 
-def hold(cassette: Path) -> WriterLock:
+def lock_cassette(cassette: Path) -> WriterLock:
     """Lock a cassette against other processes; within one process all callers share the lock.
 
     Raises:
-        ConfigError: another process held it for `PATIENCE` seconds.
+        ConfigError: another process had the lock for `LOCK_TIMEOUT` seconds.
     """
     path = cassette.absolute()
-    lock = _HELD.get(path)
+    lock = _LOCKS.get(path)
     if lock is None:
-        lock = _HELD[path] = WriterLock(path, PATIENCE)
+        lock = _LOCKS[path] = WriterLock(path, LOCK_TIMEOUT)
     return lock

@@ -14,7 +14,7 @@ from llava_core.runtime import CompanionError, ConfigError
 
 Message = dict[str, str]
 Price = tuple[float, float]
-TEMPERATURE, MAX_TOKENS = 0.7, 2048  # ours: the paper gives neither
+TEMPERATURE, MAX_TOKENS = 0.7, 2048  # the paper gives neither
 PRICES: dict[str, Price] = {  # USD per million tokens of prompt and of completion, as OpenAI listed them
     "gpt-4": (30.0, 60.0),  # 2023
     "gpt-4-0314": (30.0, 60.0),
@@ -28,7 +28,7 @@ PRICES: dict[str, Price] = {  # USD per million tokens of prompt and of completi
 BATCH_PRICE = 0.5  # of the listed one, for a reply of the batch endpoint
 CHARACTERS_PER_TOKEN = 4.0  # English text; only estimates use it
 REPLY_TOKENS = 300  # of an expected reply: a dialogue of four turns, a description, or an argued answer
-TOKENS_PER_SECOND = 20.0  # of one reply as it is written; ours, a GPT-4 of 2023
+TOKENS_PER_SECOND = 20.0  # decoding speed of one reply; our assumption for GPT-4 of 2023
 
 
 class ChatError(CompanionError):
@@ -145,10 +145,10 @@ def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | No
     Raises:
         ConfigError: the table does not name the model.
     """
-    found = price or prices.get(model)
-    if found is None:
+    listed = price or prices.get(model)
+    if listed is None:
         raise ConfigError(f"{unknown('price of model', model, prices)}; give price=(prompt, completion)")
-    return found
+    return listed
 
 
 def cost_usd(tokens: tuple[int, int], price: Price) -> float:

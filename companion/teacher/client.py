@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from companion.teacher.batch import BatchClient
-from companion.teacher.cassette import Cassette, WriterLock, hold
+from companion.teacher.cassette import Cassette, WriterLock, lock_cassette
 from companion.teacher.chat import ChatClient, ChatError, ChatReply, ChatRequest, Message
 from companion.teacher.live import LiveClient
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, display_path
 
 CLIENTS = ("offline", "replay", "record", "batch", "live")
-PAYING = ("record", "batch", "live")
+PAID_CLIENTS = ("record", "batch", "live")
 
 
 class OfflineClient:
@@ -43,7 +43,7 @@ class ReplayClient:
     """Replies from a cassette only.
 
     Raises:
-        DataError: the cassette does not exist or is none.
+        DataError: the file does not exist or is no cassette.
     """
 
     def __init__(self, cassette: str | Path) -> None:
@@ -65,8 +65,7 @@ class ReplayClient:
             last = request.messages[-1]["content"][:60]
             raise DataError(
                 f"{display_path(self.cassette.path)}: holds no reply to this request (model '{request.model}', "
-                "temperature "
-                f"{request.temperature:g}, last message {last!r}); record it with the client 'record'"
+                f"temperature {request.temperature:g}, last message {last!r}); record it with the client 'record'"
             )
         return reply
 
@@ -77,7 +76,7 @@ class RecordClient:
     Args:
         inner: the other client.
         cassette: file of the replies.
-        lock: of the cassette, held as long as this client.
+        lock: of the cassette, released with this client.
     """
 
     def __init__(self, inner: ChatClient, cassette: str | Path | Cassette, lock: WriterLock | None = None) -> None:
@@ -150,9 +149,9 @@ def client_from_name(
     if name == "batch":
         return BatchClient(cassette, **live)
     tape = Cassette(cassette)
-    client = RecordClient(LiveClient(cassette=tape, **live), tape, hold(tape.path))
+    client = RecordClient(LiveClient(cassette=tape, **live), tape, lock_cassette(tape.path))
     if batch := tape.open_batch():  # sent one by one, these requests would be paid twice
-        client.lock = None  # a traceback would keep it
+        client.lock = None  # otherwise a traceback would hold a reference to it
         open_batch = f"a batch of {len(batch.requests)} requests is under way"
         raise ConfigError(
             f"{display_path(cassette)}: {open_batch}; let the client 'batch' read it, or name another cassette"

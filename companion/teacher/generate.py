@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from companion.teacher.asking import Asked, again, ask_each, tally
+from companion.teacher.asking import Asked, ask_each, follow_up, tally
 from companion.teacher.chat import MAX_TOKENS, TEMPERATURE, ChatClient, ChatReply, ChatRequest
 from companion.teacher.parse import ReplyError, parse_detail, parse_dialogue, parse_reasoning
 from companion.teacher.prompts import (
@@ -61,7 +61,7 @@ def requests_for(
     Args:
         annotations: the images.
         kinds: of `companion.teacher.prompts.KINDS`.
-        prompts: by kind; ours when None.
+        prompts: by kind; `PROMPTS` when None.
         model: by the name that its server knows.
         temperature: of the model.
         max_tokens: of one reply.
@@ -86,7 +86,7 @@ def requests_for(
 def retry_request(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatRequest:
     """Return the request that follows a malformed reply: the reply and its error."""
     wrong = f"This reply cannot be used ({type(error).__name__}): {error}."
-    return again(request, reply, f"{wrong}\nReply again, in the format of the examples.")
+    return follow_up(request, reply, f"{wrong}\nReply again, in the format of the examples.")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def generate(
         out: folder; see `write`.
         limit: only the first so many images.
         seed: see `write`.
-        prompts: by kind, e.g. of `load_prompts`; ours when None.
+        prompts: by kind, e.g. of `load_prompts`; `PROMPTS` when None.
         model: by the name that its server knows.
         temperature: of the model.
         max_tokens: of one reply.
@@ -180,7 +180,7 @@ def write(
             date per reply). Files of these names from an earlier call are replaced.
         seed: draws, per record, whether the image comes first or last in the first turn, and the description's
             question.
-        prompts: of the requests, by kind; ours when None.
+        prompts: of the requests, by kind; `PROMPTS` when None.
         detail_questions: questions that a description answers.
 
     Returns:

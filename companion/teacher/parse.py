@@ -1,7 +1,7 @@
 """Parser of the teacher's replies: turns, or a named error. The released pipeline did not publish its parser.
 
-A dialogue is blocks separated by a line `===`; blocks alternate `Question:` and `Answer:`, each followed by its text. A
-description is paragraphs and nothing else.
+A dialogue has blocks separated by a line `===`; `Question:` and `Answer:` blocks alternate, each label followed by its
+text. A description has paragraphs only.
 
 Source: paper Section 3 and Table 13; the few-shot replies in playground/data/prompts of haotian-liu/LLaVA@54bcf81.
 """
@@ -25,7 +25,7 @@ class EmptyReply(ReplyError):
 
 
 class CutOffReply(ReplyError):
-    """The reply ran into the limit of tokens, so that its end is missing."""
+    """The reply reached the token limit, so its end is missing."""
 
 
 class Refusal(ReplyError):
@@ -37,7 +37,7 @@ class MissingLabel(ReplyError):
 
 
 class BadAlternation(ReplyError):
-    """Questions and answers do not take turns, or a `===` between two blocks is missing."""
+    """Questions and answers do not alternate, or a `===` between two blocks is missing."""
 
 
 class MissingAnswer(ReplyError):
@@ -82,7 +82,7 @@ def parse_dialogue(text: str, finish_reason: str = "stop") -> list[tuple[str, st
     """Parse questions and answers.
 
     Args:
-        text: the reply; empty blocks and bold labels are let pass.
+        text: the reply; empty blocks and bold labels are accepted.
         finish_reason: why the model stopped; `length` means that the end is missing.
 
     Returns:
@@ -94,10 +94,10 @@ def parse_dialogue(text: str, finish_reason: str = "stop") -> list[tuple[str, st
     turns: list[tuple[str, str]] = []
     question: str | None = None
     for block in filter(str.strip, _SEPARATOR.split(_checked(text, finish_reason))):
-        found = _LABEL.match(block)
-        if not found:
+        match = _LABEL.match(block)
+        if not match:
             raise MissingLabel(f"a block opens with {block.strip()[:40]!r}, not with Question: or Answer:")
-        label, body = found[1].lower(), block[found.end() :].strip()
+        label, body = match[1].lower(), block[match.end() :].strip()
         if any(_LABEL.match(line) for line in body.split("\n")):
             raise BadAlternation(f"{label.title()}: {body[:40]!r}... holds another label; a line === is missing")
         if not body:

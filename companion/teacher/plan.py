@@ -45,11 +45,11 @@ def plan(
         client: `record` or `live`, or `batch` with its own price and time.
         cassette: its replies are free; the file need not exist.
         price: USD per million tokens of prompt and reply, for a model that `PRICES` does not list.
-        concurrency: requests under way at once; of no meaning for `batch`.
+        concurrency: concurrent requests; ignored for `batch`.
 
     Returns:
         requests; cached (those that the cassette answers); and for the others tokens (prompt, completion, total),
-        usd (expected), usd_most, hours; memory_gib (0: the model runs elsewhere); client; assumed, in words.
+        usd (expected), usd_most, hours; memory_gib (0: the model runs elsewhere); client; assumed, as text.
 
     Raises:
         ConfigError: the price of a model is not known.
@@ -79,7 +79,7 @@ def estimate(
     Args:
         requests: repeated ones count once.
         prices: USD per million tokens of prompt and completion by model.
-        concurrency: requests under way at once.
+        concurrency: concurrent requests.
 
     Returns:
         requests; tokens (prompt and completion, expected); usd (expected); usd_most (every reply as long as allowed,
@@ -103,8 +103,8 @@ def estimate(
     }
 
 
-def in_words(planned: dict[str, Any]) -> str:
-    """Return an estimate of `plan` in one line."""
+def plan_text(planned: dict[str, Any]) -> str:
+    """Return an estimate of `plan` as one line of text."""
     tokens, longest = planned["tokens"], "up to " if planned["client"] == "batch" else ""
     return (
         f"estimate: {planned['requests']} requests, {planned['cached']} of them in the cassette; for the others "

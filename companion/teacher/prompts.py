@@ -1,8 +1,8 @@
 """Prompts of the teacher: system message, few-shot examples, and the query image as captions and boxes.
 
-The three kinds and the file layout are the paper's; the wording and the examples, in `prompt_texts/`, are ours. The
-released folders of prompts can be loaded instead. Conversations are generated from the captions alone, the other two
-kinds from captions and boxes.
+The three kinds are the paper's, the file format that of the released prompts. Wording and examples, in
+`prompt_texts/`, were written for this project; the released folders can be loaded instead. Conversations are generated
+from captions only, the other two kinds from captions and boxes.
 
 Source: paper Section 3, Tables 13-16; playground/data/prompts of haotian-liu/LLaVA; issue #87 there (no boxes in
 conversations).
@@ -25,10 +25,10 @@ KINDS = tuple(FOLDERS)
 KINDS_WITH_BOXES = ("detail", "complex")
 
 DETAIL_QUESTIONS = DETAIL_INSTRUCTIONS
-"""Sixteen ways to ask for a description, drawn per record: as many as Table 12 has, and the list of `data.expansion`.
+"""Sixteen instructions for a detailed description, as many as in Table 12; one is drawn per record.
 
-The released descriptions mostly ask otherwise: the thirty of LLaVA-Bench (COCO) have eleven wordings, one of them of
-Table 12. `generate(detail_questions=...)` takes any other list."""
+The released data mostly use other instructions: the thirty of LLaVA-Bench (COCO) have eleven wordings, one of them of
+Table 12. `generate(detail_questions=...)` takes any list."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def build_messages(kind: str, context: str, prompts: Mapping[str, Prompt] | None
 
 
 def load_prompt_folder(path: str | Path) -> Prompt:
-    """Load one kind's prompt in the released layout.
+    """Load one kind's prompt from a folder in the released format.
 
     Args:
         path: folder with `system_message.txt` and pairs `NNN_caps.txt` (context), `NNN_conv.txt` (reply).
@@ -91,7 +91,7 @@ def load_prompt_folder(path: str | Path) -> Prompt:
     """
     folder = Path(path)
     names = sorted(file.name for file in folder.glob("*.txt")) if folder.is_dir() else []
-    numbers = sorted({found[1] for name in names if (found := re.fullmatch(r"(\d+)_(caps|conv)\.txt", name))})
+    numbers = sorted({match[1] for name in names if (match := re.fullmatch(r"(\d+)_(caps|conv)\.txt", name))})
 
     def text(name: str) -> str:
         try:
@@ -115,4 +115,4 @@ def load_prompts(path: str | Path) -> dict[str, Prompt]:
 
 
 PROMPTS = load_prompts(Path(__file__).parent / "prompt_texts")
-"""Our prompts by kind, with as many few-shot examples as the paper used: 2, 3 and 3."""
+"""The prompts of this project by kind, with as many few-shot examples as the paper used: 2, 3 and 3."""

@@ -166,7 +166,7 @@ def test_server_without_batches_names_the_other_client(tmp_path: Path) -> None:
 
 
 def test_cassette_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("companion.teacher.cassette.PATIENCE", 0.1)
+    monkeypatch.setattr("companion.teacher.cassette.LOCK_TIMEOUT", 0.1)
     with serving(tmp_path) as server:
         another = "another process records to this cassette"
         with lock(tmp_path / "tape.sqlite"), pytest.raises(ConfigError, match=another):

@@ -13,13 +13,13 @@ from companion.teacher.cassette import Cassette
 from companion.teacher.chat import ChatReply, ChatRequest, ServerError, cost_usd
 from companion.teacher.client import (
     CLIENTS,
-    PAYING,
+    PAID_CLIENTS,
     OfflineClient,
     RecordClient,
     ReplayClient,
     client_from_name,
 )
-from companion.teacher.plan import estimate, in_words, plan
+from companion.teacher.plan import estimate, plan, plan_text
 from llava_core.runtime import ConfigError, DataError
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße, what is 2 + 2?"}]
@@ -152,13 +152,13 @@ def test_clients_by_name(tmp_path: Path) -> None:
         client_from_name("offlin")
     with pytest.raises(ConfigError, match="needs a responder"):
         client_from_name("offline")
-    assert set(PAYING) == set(CLIENTS) - set(made)
+    assert set(PAID_CLIENTS) == set(CLIENTS) - set(made)
     for name in ("record", "replay", "batch"):
         with pytest.raises(ConfigError, match=f"'{name}' needs a cassette"):
             client_from_name(name)
 
 
-@pytest.mark.parametrize("name", PAYING)
+@pytest.mark.parametrize("name", PAID_CLIENTS)
 def test_without_the_sdk_the_error_names_the_package(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +205,7 @@ def test_plan_uses_cassette_and_batch_price(tmp_path: Path) -> None:
     assert own["usd"] == own["tokens"]["prompt"]
     with pytest.raises(ConfigError, match=r"unknown price of model 'mine'"):
         plan([ChatRequest(MESSAGES, "mine")])
-    said = in_words(half)
+    said = plan_text(half)
     assert said.startswith("estimate: 3 requests, 1 of them in the cassette; for the others ")
     assert said.endswith("up to 24.0 hours")
-    assert "up to" not in in_words(rest)
+    assert "up to" not in plan_text(rest)

@@ -191,8 +191,8 @@ def test_command_line_records_until_its_budget(
 
 
 def test_two_processes_do_not_share_a_cassette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tape, patience = tmp_path / "tape.sqlite", "companion.teacher.cassette.PATIENCE"
-    monkeypatch.setattr(patience, 0.1)
+    tape, timeout = tmp_path / "tape.sqlite", "companion.teacher.cassette.LOCK_TIMEOUT"
+    monkeypatch.setattr(timeout, 0.1)
     with serving(tmp_path) as server:
         with lock(tape), pytest.raises(ConfigError, match="another process records to this cassette"):
             client_from_name("record", cassette=tape, base_url=server.url, **QUICK)
