@@ -99,16 +99,7 @@ class RunRecord:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the logged rows in order; a last row without its line end was cut off and is left out."""
         path = self.path / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        rows = []
-        for number, line in enumerate(text.split("\n")[:-1], start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{runtime.display_path(path)}, line {number}: not JSON; remove the run's folder and run again"
-                ) from error
-        return rows
+        return runtime.read_jsonl(path, drop_cut_line=True) if path.exists() else []
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, as a run must that goes on from its checkpoint of that step."""

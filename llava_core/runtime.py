@@ -122,38 +122,35 @@ def read_json(path: str | Path) -> Any:
     Raises:
         DataError: the file is missing or is not JSON; the message names file and line.
     """
-    text = _read_text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{display_path(path)}, line {error.lineno}: not JSON ({error.msg}); write the file again"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise DataError(f"{display_path(path)}: invalid JSON ({error}); write the file again") from error
+    return _parse(_read_text(path), path)
 
 
-def read_jsonl(path: str | Path) -> list[Any]:
+def read_jsonl(path: str | Path, drop_cut_line: bool = False) -> list[Any]:
     """Read a file of one JSON value per line; blank lines are skipped.
+
+    Args:
+        path: the file.
+        drop_cut_line: leave out a last line without its line end, as a killed writer leaves it.
 
     Raises:
         DataError: the file is missing or a line is not JSON; the message names file and line.
     """
-    rows = []
     # split("\n"), not splitlines(): JSON strings may hold U+2028 and its like unescaped
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{display_path(path)}, line {number}: not JSON ({error.msg}); correct or remove the line"
-                ) from error
-            except (ValueError, RecursionError) as error:  # as in `read_json`
-                raise DataError(
-                    f"{display_path(path)}, line {number}: invalid JSON ({error}); remove the line"
-                ) from error
-    return rows
+    lines = _read_text(path).split("\n")
+    if drop_cut_line:
+        lines.pop()
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _parse(text: str, path: str | Path, line: int | None = None) -> Any:
+    """Parse JSON; `line` is the line of the file if the text is one of its lines."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, lists in lists in lists
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        line = line or getattr(error, "lineno", None)
+        place = f"{display_path(path)}, line {line}" if line else display_path(path)
+        raise DataError(f"{place}: not JSON ({reason}); correct the line or write the file again") from error
 
 
 def write_json(path: str | Path, value: Any) -> Path:

@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from companion.checkpoints.divergence import first_divergence, first_module, verify_export
+from companion.checkpoints.writers import WRITERS, Writer
 from llava_core.checkpoints.describe import Checkpoint, Options, check
 from llava_core.checkpoints.files import atomic_folder, error_at
 from llava_core.checkpoints.formats.names import export_name
-from llava_core.checkpoints.open import FORMATS, format_named, open_checkpoint
+from llava_core.checkpoints.open import open_checkpoint
 from llava_core.checkpoints.tensors import SHARD_BYTES
-from llava_core.runtime import CheckpointError, display_path
+from llava_core.registry import unknown
+from llava_core.runtime import CheckpointError, ConfigError, display_path
 
 
-def targets() -> list[str]:
-    """Return the names of the formats that can be written."""
-    return [known.name for known in FORMATS if known.write is not None]
+def writer_named(name: str) -> Writer:
+    """Return the writer of a format; an unknown one is a ConfigError that lists all."""
+    if name not in WRITERS:
+        raise ConfigError(f"{unknown('checkpoint format', name, WRITERS)}; other formats are only read")
+    return WRITERS[name]
 
 
 def key_map(checkpoint: Checkpoint, to: str) -> list[tuple[str, str, str, tuple[int, ...]]]:
     """Return the weight map: per tensor its name in its own format, ours, the name in format `to`, and its shape."""
-    rules = format_named(to).rules
+    rules = writer_named(to).rules
     return [
         (checkpoint.names.get(name, name), name, export_name(name, rules), tensor.shape)
         for name, tensor in checkpoint.tensors.items()
@@ -56,19 +60,17 @@ def convert(
         CheckpointError: a tensor is missing, unknown or of another shape; or what was written differs from what was
             read, with the first tensor or module of a forward pass that differs. The target is then removed.
     """
-    chosen = format_named(to)
-    if chosen.write is None:
-        raise CheckpointError(f"format '{to}' is read-only; these can be written: {', '.join(targets())}")
+    writer = writer_named(to)
     if verify and to != "hf":
         raise CheckpointError(
             f"only what is written as 'hf' can be run by other code; '{to}' is compared tensor by tensor"
         )
-    checkpoint = open_checkpoint(source, options, usage).require(*chosen.required_parts)
+    checkpoint = open_checkpoint(source, options, usage).require(*writer.required_parts)
     check(checkpoint)
-    if chosen.only_required_parts:
-        checkpoint.tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(chosen.required_parts)}
+    if writer.only_required_parts:
+        checkpoint.tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(writer.required_parts)}
     with atomic_folder(target) as folder:
-        chosen.write(checkpoint, folder, shard_bytes)
+        writer.write(checkpoint, folder, shard_bytes)
         written = open_checkpoint(folder)
         difference = first_divergence(checkpoint, written)
         if difference is not None:

@@ -12,21 +12,12 @@ from llava_core.checkpoints.describe import Checkpoint, Options, check_usage
 from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf, lora, mmpretrain, native, original, projector
 from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model
-from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, display_path, user_path
+from llava_core.runtime import display_path, user_path
 
 FORMATS: tuple[CheckpointFormat, ...] = (
     native.FORMAT, lora.FORMAT, hf.FORMAT, original.FORMAT, mmpretrain.FORMAT, projector.FORMAT
 )  # fmt: skip
 """All formats, in the order in which they are tried. A new one is a module in `formats` and an entry here."""
-
-
-def format_named(name: str) -> CheckpointFormat:
-    """Return the format of a name; an unknown one is a ConfigError that lists all."""
-    formats = {candidate.name: candidate for candidate in FORMATS}
-    if name not in formats:
-        raise ConfigError(unknown("checkpoint format", name, formats))
-    return formats[name]
 
 
 def detect_format(path: Path) -> CheckpointFormat | None:

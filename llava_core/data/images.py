@@ -285,27 +285,6 @@ class ImageProcessor:
                 raise DataError(f"image settings: {name} is missing; write the manifest again")
         return cls(**settings)
 
-    def to_hf(self) -> dict[str, Any]:
-        """The `preprocessor_config.json` of transformers that gives the same pixels (with its PIL backend).
-
-        Crop and resize are a CLIPImageProcessor; pad is a LlavaImageProcessor, whose `do_pad` means a square canvas.
-        """
-        return {
-            "image_processor_type": "LlavaImageProcessor" if self.mode == "pad" else "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            **({"do_pad": True} if self.mode == "pad" else {}),
-            "do_resize": True,
-            "size": {"shortest_edge": self.size} if self.mode == "crop" else {"height": self.size, "width": self.size},
-            "resample": int(Image.Resampling.BICUBIC),
-            "do_center_crop": self.mode == "crop",
-            "crop_size": {"height": self.size, "width": self.size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-        }
-
     @classmethod
     def from_hf(cls, settings: Mapping[str, Any]) -> ImageProcessor:
         """Settings from a `preprocessor_config.json`; absent or null fields have CLIPImageProcessor's defaults.

@@ -24,25 +24,15 @@ class CheckpointFormat:
     """One format of checkpoints on disk.
 
     Attributes:
-        name: as `llava convert --to` takes it.
-        summary: what it is, in a few words.
+        name: as `llava inspect` shows it.
         detect: whether a path has this format, by its content.
         read: opens a path: read(path, options), or read(path, options, base) if there is a `base_of`.
-        write: writes a checkpoint into an empty folder in shards of so many bytes; None for a format that is only read.
-        rules: pairs (our prefix, the format's prefix), the longest first.
-        required_parts: what a checkpoint must contain to be written; a vision tower may else be named only.
-        only_required_parts: whether nothing but `required_parts` is written.
         base_of: name of the model that must be opened first and is passed to `read`; None where there is none.
     """
 
     name: str
-    summary: str
     detect: Callable[[Path], bool]
     read: Callable[..., Checkpoint]
-    write: Callable[[Checkpoint, Path, int], None] | None = None
-    rules: tuple[tuple[str, str], ...] = ()
-    required_parts: tuple[str, ...] = ("multi_modal_projector", "language_model")
-    only_required_parts: bool = False
     base_of: Callable[[Path, Options], str] | None = None
 
 

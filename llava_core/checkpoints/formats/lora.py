@@ -113,4 +113,4 @@ def _merge(weight: torch.Tensor, a: LazyTensor, b: LazyTensor, scale: float) -> 
     return (weight.float() + scale * (b.read().float() @ a.read().float())).to(weight.dtype)
 
 
-FORMAT = CheckpointFormat("lora", "LoRA adapters with their projector, on a base model", detect, read, base_of=base_of)
+FORMAT = CheckpointFormat("lora", detect, read, base_of)

@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from llava_core.checkpoints.base_models import model_folder
 from llava_core.checkpoints.configs import language_config
 from llava_core.checkpoints.describe import (
@@ -23,10 +21,9 @@ from llava_core.checkpoints.describe import (
 from llava_core.checkpoints.files import error_at, read_config
 from llava_core.checkpoints.formats import original
 from llava_core.checkpoints.formats.common import CheckpointFormat, new_checkpoint
-from llava_core.checkpoints.formats.names import export_tensors, import_name
+from llava_core.checkpoints.formats.names import import_name
 from llava_core.checkpoints.tensors import PICKLE_SUFFIXES, LazyTensor, load_pickle, lone_weights_file, open_file
-from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
-from llava_core.runtime import write_json
+from llava_core.checkpoints.tokenizer import tokenizer_folder
 
 _PREFIX = "model.lang_encoder."
 RULES = tuple((ours, _PREFIX + theirs) for ours, theirs in original.RULES)
@@ -75,13 +72,4 @@ def _assumed_description(tensors: Mapping[str, LazyTensor], base: Path, vision_t
     return Description(config, tower_source=vision_tower, d_vision=width, projector=projector, usage=usage)
 
 
-def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
-    copy_tokenizer(checkpoint.tokenizer, folder)
-    write_json(folder / "config.json", checkpoint.description.language_model)  # of its lang_encoder
-    tensors = {name: tensor.read().contiguous() for name, tensor in export_tensors(checkpoint, RULES).items()}
-    torch.save(
-        {"meta": {DESCRIPTION_KEY: checkpoint.description.to_dict()}, "state_dict": tensors}, folder / "model.pth"
-    )
-
-
-FORMAT = CheckpointFormat("mmpretrain", "one .pth of mmpretrain", detect, read, write, RULES)
+FORMAT = CheckpointFormat("mmpretrain", detect, read)

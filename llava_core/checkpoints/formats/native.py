@@ -101,4 +101,4 @@ def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     )  # fmt: skip
 
 
-FORMAT = CheckpointFormat("llava", "this project's self-describing directory", detect, read, write)
+FORMAT = CheckpointFormat("llava", detect, read)

@@ -12,10 +12,9 @@ from llava_core.checkpoints.configs import language_config
 from llava_core.checkpoints.describe import DESCRIPTION_KEY, IMAGE_DELIMITERS, Checkpoint, Description, Options
 from llava_core.checkpoints.files import error_at, has_file, read_config
 from llava_core.checkpoints.formats.common import CheckpointFormat, check_supported, check_unchanged, new_checkpoint
-from llava_core.checkpoints.formats.names import export_tensors, import_name
-from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder, write_tensors
-from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
-from llava_core.runtime import write_json
+from llava_core.checkpoints.formats.names import import_name
+from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder
+from llava_core.checkpoints.tokenizer import tokenizer_folder
 
 RULES = (
     ("multi_modal_projector.", "model.mm_projector."),
@@ -24,7 +23,6 @@ RULES = (
     ("language_model.", ""),
 )
 _LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llama": "llama", "llava_mistral": "mistral"}
-_ARCHITECTURES = {"llama": ("llava", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mm_vision_select_feature": (None, "patch"),
     "mm_patch_merge_type": (None, "flat"),
@@ -41,9 +39,6 @@ def mm_config(path: Path) -> dict[str, Any]:
 
 def detect(path: Path) -> bool:
     return bool(mm_config(path)) and has_weights(path) and not has_file(path, "adapter_config.json")
-
-
-# ------------------------------------------------------------------------------------------------ reading
 
 
 def read_description(path: Path, config: dict[str, Any], options: Options, notes: list[str]) -> Description:
@@ -124,35 +119,4 @@ def is_delta(tensors: Mapping[str, LazyTensor]) -> bool:
     return bool(scales) and statistics.median(scales) < 0.05
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
-
-def original_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return `config.json` of the original code for a checkpoint; it also contains our description."""
-    description = checkpoint.description
-    language_model, usage = description.language_model, description.usage
-    model_type = language_model["model_type"]
-    if model_type not in _ARCHITECTURES:
-        raise error_at(checkpoint.path, f"the original code has no {model_type}; fix: --to hf")
-    original_type, architecture = _ARCHITECTURES[model_type]
-    theta = (language_model.get("rope_parameters") or {}).get("rope_theta")
-    return {
-        **language_model, **({"rope_theta": theta} if theta else {}),
-        "model_type": original_type, "architectures": [architecture],
-        "mm_vision_tower": description.tower_source or usage.get("base", {}).get("vision_tower"),
-        "mm_hidden_size": description.d_vision, "mm_projector_type": description.projector,
-        "mm_vision_select_layer": description.feature_layer, "mm_vision_select_feature": "patch",
-        "mm_use_im_start_end": bool(usage.get("image_delimiters")), "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad" if (description.image or {}).get("mode") == "pad" else "square",
-        "use_mm_proj": True, "unfreeze_mm_vision_tower": "vision_tower" in checkpoint.parts,
-        DESCRIPTION_KEY: description.to_dict(),
-    }  # fmt: skip
-
-
-def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
-    write_json(folder / "config.json", original_config(checkpoint))
-    copy_tokenizer(checkpoint.tokenizer, folder)
-    write_tensors(folder, export_tensors(checkpoint, RULES), shard_bytes)
-
-
-FORMAT = CheckpointFormat("original", "the original releases (v0, v1, 1.5)", detect, read, write, RULES)
+FORMAT = CheckpointFormat("original", detect, read)

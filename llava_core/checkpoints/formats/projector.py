@@ -12,11 +12,10 @@ import torch
 from llava_core.checkpoints.describe import IMAGE_DELIMITERS, USAGE_OF_V1, Checkpoint, Description, Options
 from llava_core.checkpoints.files import error_at, has_file
 from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model, with_tower_settings
-from llava_core.checkpoints.formats.names import export_tensors
-from llava_core.checkpoints.formats.original import RULES, mm_config, original_config, read_description
+from llava_core.checkpoints.formats.original import mm_config, read_description
 from llava_core.checkpoints.tensors import LazyTensor, has_weights, lone_weights_file, open_file
 from llava_core.checkpoints.tokenizer import open_tokenizer, tokenizer_folder
-from llava_core.runtime import display_path, write_json
+from llava_core.runtime import display_path
 
 _PREFIXES = (
     "base_model.model.model.mm_projector.", "model.mm_projector.", "mm_projector.", "multi_modal_projector.",
@@ -129,13 +128,4 @@ def _delimiter_ids(folder: Path, language_model: dict[str, Any]) -> list[int]:
     return [vocabulary[token] for token in IMAGE_DELIMITERS]
 
 
-def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
-    write_json(folder / "config.json", original_config(checkpoint))
-    tensors = {name: tensor.read().clone() for name, tensor in export_tensors(checkpoint, RULES).items()}
-    torch.save(tensors, folder / "mm_projector.bin")
-
-
-FORMAT = CheckpointFormat(
-    "projector", "a projector by itself, mm_projector.bin", detect, read, write, RULES,
-    required_parts=("multi_modal_projector",), only_required_parts=True,
-)  # fmt: skip
+FORMAT = CheckpointFormat("projector", detect, read)

@@ -26,14 +26,15 @@ from checkpoint_fixtures import (  # noqa: F401 - fixtures
 from foreign import logits
 from safetensors import safe_open
 
-from companion.checkpoints.convert import convert, key_map, targets
+from companion.checkpoints.convert import convert, key_map
 from companion.checkpoints.divergence import first_divergence
 from companion.checkpoints.inspection import inspect
+from companion.checkpoints.writers import WRITERS, Writer
 from llava_core.checkpoints.describe import Checkpoint, Description, Options
 from llava_core.checkpoints.formats.common import CheckpointFormat, new_checkpoint
 from llava_core.checkpoints.formats.names import import_name
 from llava_core.checkpoints.load import load, save_checkpoint
-from llava_core.checkpoints.open import FORMATS, detect_format, format_named, open_checkpoint
+from llava_core.checkpoints.open import FORMATS, detect_format, open_checkpoint
 from llava_core.checkpoints.tensors import LazyTensor
 from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
 from llava_core.runtime import CheckpointError, ConfigError
@@ -41,7 +42,7 @@ from llava_core.runtime import CheckpointError, ConfigError
 SOURCES = ("original", "original with tower", "mmpretrain", "hf", "llava", "projector")
 
 
-COMPLETE_FORMATS = [name for name in targets() if not format_named(name).only_required_parts]
+COMPLETE_FORMATS = [name for name, writer in WRITERS.items() if not writer.only_required_parts]
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -82,8 +83,8 @@ def test_projector_file_round_trip(world, tmp_path) -> None:
         convert(tmp_path / "p", tmp_path / "q", "hf", Options(vision_tower=options.vision_tower))
 
 
-def npz_format() -> CheckpointFormat:
-    """A format of one NumPy archive and our description, as a contributor would add it."""
+def npz_format() -> tuple[CheckpointFormat, Writer]:
+    """Reader and writer of a format of one NumPy archive and our description, as a contributor would add it."""
 
     def read(path: Path, options: Options) -> Checkpoint:
         description = Description.from_dict(json.loads((path / "about.json").read_text()), path / "about.json")
@@ -96,15 +97,20 @@ def npz_format() -> CheckpointFormat:
         (folder / "about.json").write_text(json.dumps(checkpoint.description.to_dict()))
         copy_tokenizer(checkpoint.tokenizer, folder)
 
-    return CheckpointFormat("npz", "a NumPy archive", lambda path: (path / "weights.npz").exists(), read, write)
+    def detect(path: Path) -> bool:
+        return (path / "weights.npz").exists()
+
+    return CheckpointFormat("npz", detect, read), Writer("a NumPy archive", write)
 
 
-def test_new_format_is_one_entry_in_the_tuple(world, tmp_path, monkeypatch) -> None:
+def test_new_format_is_one_reader_and_one_writer(world, tmp_path, monkeypatch) -> None:
     root, loaded, _ = world
     source = write_checkpoint("original", loaded, root, tmp_path / "source")
     with pytest.raises(ConfigError, match="unknown checkpoint format 'npz'"):
         convert(source, tmp_path / "npz", "npz")
-    monkeypatch.setattr("llava_core.checkpoints.open.FORMATS", (*FORMATS, npz_format()))
+    reader, writer = npz_format()
+    monkeypatch.setattr("llava_core.checkpoints.open.FORMATS", (*FORMATS, reader))
+    monkeypatch.setitem(WRITERS, "npz", writer)
     convert(source, tmp_path / "npz", "npz")
     convert(tmp_path / "npz", tmp_path / "back", "original")
     torch.testing.assert_close(logits(load(tmp_path / "npz")), logits(loaded), rtol=0, atol=0)
@@ -137,7 +143,7 @@ def test_wrong_tensor_is_named_in_the_error(world, intact, name, wrong, tmp_path
             tensors[key] = tensors[key][:-1].clone()
 
     edit_tensors(folder, change)
-    ours = import_name(key, format_named(name).rules)
+    ours = import_name(key, WRITERS[name].rules)
     named = {"missing": ours, "renamed": ours, "extra": key.replace("weight", "bias"), "shape": key}[wrong]
     for act in (
         lambda: load(folder, options=options),
@@ -150,18 +156,15 @@ def test_wrong_tensor_is_named_in_the_error(world, intact, name, wrong, tmp_path
 
 
 def test_swapped_tensors_are_detected_after_writing(intact, tmp_path, monkeypatch) -> None:
-    real = format_named("original").write
-    assert real is not None
+    writer = WRITERS["original"]
 
     def swapped(opened: Checkpoint, folder: Path, shard_bytes: int) -> None:
         t = opened.tensors
         a, b = (f"language_model.model.layers.{k}.mlp.gate_proj.weight" for k in (0, 1))
         changed = Checkpoint(**{**vars(opened), "tensors": {**t, a: t[b], b: t[a]}})
-        real(changed, folder, shard_bytes)
+        writer.write(changed, folder, shard_bytes)
 
-    broken = format_named("original")
-    changed = tuple(replace(f, write=swapped) if f is broken else f for f in FORMATS)
-    monkeypatch.setattr("llava_core.checkpoints.open.FORMATS", changed)
+    monkeypatch.setitem(WRITERS, "original", replace(writer, write=swapped))
     with pytest.raises(
         CheckpointError, match=r"not the same: language_model\.model\.layers\.0\.mlp\.gate_proj\.weight"
     ):
@@ -208,9 +211,7 @@ def test_conversion_needs_memory_for_one_shard(intact, tmp_path) -> None:
     opened.tensors = {n: counted(t) for n, t in opened.tensors.items()}
     folder = tmp_path / "out"
     folder.mkdir()
-    write_original = format_named("original").write
-    assert write_original is not None
-    write_original(opened, folder, 20_000)
+    WRITERS["original"].write(opened, folder, 20_000)
     largest = max(t.bytes for t in opened.tensors.values())
     assert most <= 20_000 + 2 * largest
     assert most < sum(t.bytes for t in opened.tensors.values()) / 2

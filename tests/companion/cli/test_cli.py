@@ -42,9 +42,9 @@ def example_of(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def test_convert_targets_are_the_writable_formats() -> None:
-    from companion.checkpoints.convert import targets
+    from companion.checkpoints.writers import WRITERS
 
-    assert set(weights.FORMATS) == set(targets())
+    assert set(weights.FORMATS) == set(WRITERS)
 
 
 # ------------------------------------------------------------------------------------------------ every command

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from companion.checkpoints.convert import key_map
+from companion.checkpoints.writers import WRITERS
 from llava_core.checkpoints.configs import tower_config
 from llava_core.checkpoints.describe import Checkpoint, Description, check, expected_shapes
 from llava_core.checkpoints.formats.common import new_checkpoint
 from llava_core.checkpoints.formats.names import export_name, import_name
 from llava_core.checkpoints.formats.original import from_original
-from llava_core.checkpoints.open import format_named
 from llava_core.checkpoints.tensors import LazyTensor
 from llava_core.runtime import CheckpointError
 
@@ -33,7 +33,7 @@ def test_weight_map_of_7b_and_13b_is_complete(name, layers, width, heads, ffn) -
     }  # fmt: skip
     description = Description(language, tower, None, 1024, "mlp2x_gelu", -2, None)
     shapes = expected_shapes(description)
-    rules = format_named(name).rules
+    rules = WRITERS[name].rules
     theirs = {export_name(n, rules): s for n, s in shapes.items()}
     assert len(theirs) == len(shapes) == 9 * layers + 3 + 4 + 24 * 16 + 7
     assert {import_name(n, rules) for n in theirs} == set(shapes)
@@ -68,7 +68,7 @@ def test_released_7b_names_convert_completely(tmp_path) -> None:
     )
     description = Description(language, tower, None, 1024, "mlp2x_gelu", -2, None)
     shapes = expected_shapes(description)
-    rules = format_named("original").rules
+    rules = WRITERS["original"].rules
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     names += [f"model.mm_projector.{k}.{end}" for k in (0, 2) for end in ("weight", "bias")]
     names += [f"model.layers.{k}.{end}" for k in range(32) for end in ends]

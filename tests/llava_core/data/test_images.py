@@ -17,6 +17,7 @@ import pytest
 from packaging.version import Version
 from PIL import Image, ImageFile
 
+from companion.checkpoints.hf_export import preprocessor_config
 from llava_core.data.images import MAX_PIXELS, ImageError, ImageProcessor, check_image, load_image
 from llava_core.runtime import DataError
 
@@ -59,7 +60,7 @@ def peer(ours: ImageProcessor, tmp_path: Path, backend: str = "pil") -> Any:
     model = "llava" if ours.mode == "pad" else "clip"
     suffix, name = ("_pil", "Pil") if backend == "pil" else ("", "")
     module = pytest.importorskip(f"transformers.models.{model}.image_processing{suffix}_{model}")
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(ours.to_hf()))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(ours)))
     return getattr(module, f"{model.title() if model == 'llava' else 'CLIP'}ImageProcessor{name}").from_pretrained(
         tmp_path
     )
@@ -336,7 +337,7 @@ def test_settings_round_trip() -> None:
     for mode in MODES:
         ours = ImageProcessor(64, mode, (0.5, 0.25, 1.0), (0.25, 0.5, 1.0))
         assert ImageProcessor.from_dict(json.loads(json.dumps(ours.to_dict()))) == ours
-        assert ImageProcessor.from_hf(json.loads(json.dumps(ours.to_hf()))) == ours
+        assert ImageProcessor.from_hf(json.loads(json.dumps(preprocessor_config(ours)))) == ours
 
 
 @pytest.mark.parametrize(
@@ -398,4 +399,4 @@ def test_notations_of_transformers() -> None:
 )
 def test_unsupported_settings_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(DataError, match=f"preprocessor config: {field}"):
-        ImageProcessor.from_hf(ImageProcessor(224).to_hf() | {field: value})
+        ImageProcessor.from_hf(preprocessor_config(ImageProcessor(224)) | {field: value})

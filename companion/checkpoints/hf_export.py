@@ -1,0 +1,162 @@
+"""The writer of transformers' `LlavaForConditionalGeneration`: weights, configuration, processor and chat template."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from string import Template as TextTemplate
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava_core.checkpoints.describe import DESCRIPTION_KEY, Checkpoint
+from llava_core.checkpoints.files import error_at
+from llava_core.checkpoints.formats import hf
+from llava_core.checkpoints.formats.names import export_tensors
+from llava_core.checkpoints.tensors import LazyTensor, write_tensors
+from llava_core.checkpoints.tokenizer import copy_tokenizer, open_tokenizer
+from llava_core.constants import IMAGE_MARKER
+from llava_core.data.conversation import TEMPLATES, Template
+from llava_core.data.images import ImageProcessor
+from llava_core.runtime import write_json
+
+_ROWS_MULTIPLE = 64  # the word embeddings are padded to a multiple of it, as in the hub's checkpoints
+
+
+def write_hf(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
+    """Write weights, configuration and processor, so that `from_pretrained` needs no code of ours."""
+    description = checkpoint.description
+    if checkpoint.tokenizer is None or description.image is None or description.vision_tower is None:
+        raise error_at(checkpoint.path, "without tokenizer and image settings no processor can be written")
+    size, patch = (description.vision_tower[k] for k in ("image_size", "patch_size"))
+    rows, image_id, pad_id = _write_processor(checkpoint, folder, patch)
+    tensors = {}
+    for name, tensor in export_tensors(checkpoint, hf.RULES).items():
+        if name in hf.EMBEDDINGS:
+            tensor = tensor.map(lambda table: _pad_rows(table, rows), (rows, *tensor.shape[1:]))
+        tensors[name] = tensor
+        if name == "multi_modal_projector.linear_1.bias" and description.projector == "linear":
+            (width,), dtype = tensor.shape, tensor.dtype
+            tensors["multi_modal_projector.linear_2.weight"] = LazyTensor.of(torch.eye(width, dtype=dtype))
+            tensors["multi_modal_projector.linear_2.bias"] = LazyTensor.of(torch.zeros(width, dtype=dtype))
+    write_tensors(folder, tensors, shard_bytes)
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "dtype": str(checkpoint.tensors[hf.EMBEDDINGS[0]].dtype).removeprefix("torch."),  # the tower's may differ
+        "text_config": description.language_model | {"vocab_size": rows},
+        "vision_config": description.vision_tower, "image_token_index": image_id, "pad_token_id": pad_id,
+        "image_seq_length": (size // patch) ** 2, "vision_feature_layer": description.feature_layer,
+        "vision_feature_select_strategy": "default", "multimodal_projector_bias": True,
+        "projector_hidden_act": "linear" if description.projector == "linear" else "gelu",
+        "tie_word_embeddings": description.tied,
+        DESCRIPTION_KEY: {
+            "description": description.to_dict(), "vocabulary": description.language_model["vocab_size"], "rows": rows
+        },
+    }  # fmt: skip
+    write_json(folder / "config.json", config)
+
+
+def _pad_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """Append the mean row: the mean of all logits is never the largest, so greedy answers do not change."""
+    mean = table.float().mean(0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - len(table), -1)]) if rows > len(table) else table
+
+
+def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> tuple[int, int, int]:
+    """Write tokenizer, image settings, chat template and generation settings; return embedding rows and two token ids.
+
+    Returns:
+        Rows of the padded word embeddings, id of the image token, id of the padding token.
+    """
+    assert checkpoint.tokenizer is not None
+    language_model, usage = checkpoint.description.language_model, checkpoint.description.usage
+    template = TEMPLATES.get(usage.get("template", "v0"))
+    # `padding_side` is passed here because only arguments of the constructor are saved
+    tokenizer = open_tokenizer(checkpoint.tokenizer, language_model, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    (folder / hf.ORIGINAL_TOKENIZER).mkdir()
+    copy_tokenizer(checkpoint.tokenizer, folder / hf.ORIGINAL_TOKENIZER)
+    image = preprocessor_config(ImageProcessor.from_dict(checkpoint.description.image or {}))
+    write_json(folder / "preprocessor_config.json", image | {"processor_class": "LlavaProcessor"})
+    processor = {
+        "processor_class": "LlavaProcessor", "patch_size": patch, "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1, "image_token": IMAGE_MARKER,
+    }  # fmt: skip
+    write_json(folder / "processor_config.json", processor)
+    (folder / "chat_template.jinja").write_text(chat_template(template, usage), encoding="utf-8")
+    stops = [tokenizer.eos_token_id]
+    stop_ids = tokenizer(template.stop, add_special_tokens=False)["input_ids"] if template.stop else []
+    if len(stop_ids) == 1 and stop_ids[0] not in stops:  # longer stops need `stop_strings` when generating
+        stops += stop_ids
+    ends = {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    ends = {name: value for name, value in ends.items() if value is not None}
+    write_json(folder / "generation_config.json", {**ends, "do_sample": False})
+    rows = -(-max(len(tokenizer), language_model["vocab_size"]) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+    return rows, int(tokenizer.convert_tokens_to_ids(IMAGE_MARKER)), int(tokenizer.pad_token_id)
+
+
+def preprocessor_config(image: ImageProcessor) -> dict[str, Any]:
+    """Return the `preprocessor_config.json` of transformers that gives the same pixels (with its PIL backend).
+
+    Crop and resize are a CLIPImageProcessor; pad is a LlavaImageProcessor, whose `do_pad` means a square canvas.
+    """
+    square = {"height": image.size, "width": image.size}
+    return {
+        "image_processor_type": "LlavaImageProcessor" if image.mode == "pad" else "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        **({"do_pad": True} if image.mode == "pad" else {}),
+        "do_resize": True,
+        "size": {"shortest_edge": image.size} if image.mode == "crop" else square,
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_center_crop": image.mode == "crop",
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
+
+
+def chat_template(template: Template, usage: dict[str, Any]) -> str:
+    """Return a conversation template as Jinja, for transformers' `apply_chat_template`.
+
+    Args:
+        template: of the checkpoint.
+        usage: its `system` message, `image_position` and `image_delimiters`.
+
+    Returns:
+        Jinja text that renders messages as `Template.render` does, with images where the checkpoint was trained on.
+    """
+    start, end = usage.get("image_delimiters") or ("", "")
+    image, newline = f"{start}{IMAGE_MARKER}{end}", "\n"
+    if template.encoder is not None:  # the prompt of the v0 release, whose tokenizer lost white space around images
+        mark = "###"
+        template = replace(
+            template, opening=f"{{system}}{mark}Human: ", opening_next="Human: ", bridge=f"{mark}Assistant:",
+            closing=mark,
+        )  # fmt: skip
+        newline = ""
+    position = usage.get("image_position", "data")
+    first = (template.image_side if position in ("data", "random") else position) == "first"
+    images = "{%- for _ in range(images) -%}{{- @ -}}{%- endfor -%}\n"
+    before_system, _, after_system = template.opening.partition("{system}")
+    if "{system}" not in template.opening:
+        before_system = ""
+    quote = repr  # Python's and Jinja's string literals agree on these texts
+    jinja = Path(__file__).with_name("hf_chat_template.txt").read_text(encoding="utf-8").rstrip()
+    return TextTemplate(jinja).substitute(
+        system=quote(usage.get("system") or template.system),
+        opening_before_system=quote(before_system),
+        opening_after_system=quote(after_system),
+        opening_next=quote(template.opening_next),
+        images_before=images.replace("@", quote(image + newline)) if first else "",
+        images_after="" if first else images.replace("@", quote(newline + image)),
+        bridge=quote(template.bridge),
+        space=quote(" " if template.bridge else ""),
+        closing=quote(template.closing) + (" + eos_token" if template.eos else ""),
+    )
