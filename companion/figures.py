@@ -51,7 +51,7 @@ def output_folder() -> Path:
 
 
 def figure_folder() -> Path:
-    """Return the folder of the figures that the chapters save."""
+    """Return the folder of the saved figures."""
     return output_folder() / "figures"
 
 
@@ -66,9 +66,6 @@ def copy_curated(target: Path = ROOT / "figures") -> list[Path]:
         raise DataError(f"no figure {', '.join(dict.fromkeys(missing))} in {figure_folder()}; run `make reproduce`")
     target.mkdir(exist_ok=True)
     return [Path(shutil.copyfile(path, target / path.name)) for path in sources]
-
-
-# ------------------------------------------------------------------------------------------------ numbers
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -128,7 +125,7 @@ def save_numbers(
         numbers: finite numbers, texts, or lists and dicts of these, by name.
         checks: rows made by `check`.
         runs: the records, or their paths, that the numbers come from.
-        scale, fast: the notebook's parameters; by default the notebook's own variables of these names.
+        scale, fast: by default the notebook's variables of these names.
 
     Raises:
         DataError: a number is not finite or cannot be stored, or a check lacks a field.
@@ -177,9 +174,6 @@ def save_figure(
     write_json(path.with_suffix(".json"), facts)
     if get_ipython() is not None:
         display(figure)
-
-
-# ------------------------------------------------------------------------------------------------ style and tables
 
 
 def use_style() -> None:
@@ -254,9 +248,6 @@ def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict
 
 def _setting_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
-
-
-# ------------------------------------------------------------------------------------------------ texts with images
 
 
 def image_uri(image: Image) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from companion.figures import cell_text
 from companion.paper import ledger
 from companion.paper.claims import EVIDENCE, SOURCES, Claim, all_claims, computed_value
 from companion.paper.discrepancies import Arm, all_discrepancies
 from companion.paper.verdict import Verdict
-from companion.plots.figures import cell_text
 from llava_core.config import load_scale
 from llava_core.runtime import read_json
 

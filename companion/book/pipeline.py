@@ -323,7 +323,7 @@ def _result(plan: Sequence[Chapter], checks: list[dict[str, Any]], page: Path | 
 
 
 def _print_summary(result: Mapping[str, Any]) -> None:
-    from companion.plots.figures import cell_text
+    from companion.figures import cell_text
 
     heads = ("claim", "published", "measured", "verdict")
     for check in result["checks"]:

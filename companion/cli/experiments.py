@@ -27,7 +27,7 @@ def _claims(args: argparse.Namespace) -> Result:
 
 
 def _show_claims(result: Result) -> str:
-    from companion.plots.figures import cell_text
+    from companion.figures import cell_text
 
     lines = []
     for row in result["claims"]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from companion.evaluation.science_qa import evaluate_files
 from companion.evaluation.statistics import unpaired_difference, welch
+from companion.figures import output_folder
 from companion.paper.claims import EVIDENCE, Claim, all_claims, claim, computed_value, inconsistent
 from companion.paper.verdict import Verdict, verdict_of, verdict_of_interval
-from companion.plots.figures import output_folder
 from llava_core.config import load_experiment
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, read_json

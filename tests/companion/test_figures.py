@@ -1,20 +1,23 @@
-"""What notebooks draw and save: numbers that can be trusted, figures with their twins, readable marks."""
+"""What chapters save and show: numbers, figures with their JSON twins, tables, texts with images."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy
+import pandas as pd
 import pytest
+from IPython.display import HTML
 from PIL import Image
 
-from companion.plots import figures
+from companion import figures
+from llava_core.config import load_experiment
 from llava_core.runtime import ROOT, ConfigError, DataError
 
 matplotlib.use("agg")
@@ -75,66 +78,49 @@ def test_check_of_the_ledger_names_its_place() -> None:
 
 
 def test_figures_are_saved_reproducibly_with_their_numbers(out: Path) -> None:
-    rows = [{"step": step, "loss": 2 / (step + 1), "seconds": 1.0} for step in range(30)] + [
-        {"step": 29, "heldout_loss": 1.0}
-    ]
+    figures.use_style()
     path = out / "figures" / "20_x_loss.svg"
     seen = []
     for _ in range(2):
-        figures.save_figure("20_x", "loss", figures.loss_curves({"stage 1": rows}, "Loss", (0.1, 0.2)), {"last": 0.07})
+        figure, ax = plt.subplots()
+        ax.plot([2.0, 1.0, 0.5])
+        figures.save_figure("20_x", "loss", figure, {"last": 0.5})
         seen.append(path.read_bytes())
     assert seen[0] == seen[1]
     assert ElementTree.fromstring(seen[0]).tag == f"{SVG}svg"
-    assert figures.CARD.lower().encode() in seen[0].lower()  # the card that keeps it readable on a dark page
+    assert figures.CARD.lower().encode() in seen[0].lower()  # the background that is readable on a dark page
     twin = json.loads(path.with_suffix(".json").read_text())
-    assert twin == {"notebook": "20_x", "figure": "loss", "numbers": {"last": 0.07}, "runs": []}
+    assert twin == {"notebook": "20_x", "figure": "loss", "numbers": {"last": 0.5}, "runs": []}
+    figures.save_figure("20_x", "model", HTML("<svg/>"), {})
+    assert (out / "figures" / "20_x_model.svg").read_text() == "<svg/>"
 
 
-def test_smoothed_loss_does_not_lag(out: Path) -> None:
-    rows = [{"step": step, "loss": 10.0 - step * 0.05} for step in range(100)]
-    raw, smooth = figures.loss_curves({"a": rows}).axes[0].lines
-    inner = slice(5, -5)
-    assert numpy.allclose(raw.get_ydata()[inner], smooth.get_ydata()[inner])
+def test_curated_figures_are_copied_with_their_twins(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=figures.CURATED[0]):
+        figures.copy_curated(tmp_path / "kept")
+    (out / "figures").mkdir()
+    for name in [*figures.CURATED, "20_other"]:
+        (out / "figures" / f"{name}.svg").write_text("<svg/>")
+        (out / "figures" / f"{name}.json").write_text("{}")
+    copied = figures.copy_curated(tmp_path / "kept")
+    assert len(copied) == 2 * len(figures.CURATED)
+    assert not (tmp_path / "kept" / "20_other.svg").exists()
 
 
-def test_bars_show_value_interval_and_published() -> None:
-    rows = [
-        {"label": "image", "value": 80.0, "low": 75.0, "high": 85.0, "published": 90.0},
-        {"label": "none", "value": 30.0},
-    ]
-    axes = figures.bars_with_intervals(rows, baseline=25).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["80", "30"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["image", "none"]
-    assert {label.get_text() for label in axes.get_legend().get_texts()} == {"published", "chance"}
-    assert axes.get_xlim()[1] > 90
-    with pytest.raises(DataError, match="'none' has no value"):
-        figures.bars_with_intervals([{"label": "none"}])
-
-
-def test_frequency_plot_counts_concepts_and_is_small() -> None:
-    before = Counter({f"noun {rank}": 100_000 // (rank + 1) + 1 for rank in range(50_000)})
-    lines = figures.frequency_plot(before, [3, 5, 4]).axes[0].lines
-    assert [line.get_label() for line in lines] == ["before: 50,000 concepts", "after: 3 concepts"]
-    assert len(lines[0].get_xdata()) < 1000
-    assert list(lines[1].get_ydata()) == [5, 4, 3]
-    assert (lines[0].get_xdata()[0], lines[0].get_xdata()[-1]) == (1, 50_000)
-    figures.frequency_plot([], {})
-
-
-def test_images_are_denormalised_and_cut_into_patches() -> None:
-    image = Image.new("RGB", (32, 24), (255, 0, 64))
-    pixels = (numpy.asarray(image.resize((28, 28))) / 255 - figures.CLIP_MEAN) / figures.CLIP_STD
-    figure = figures.patch_grid(image, pixels.transpose(2, 0, 1), patch=14)
-    assert "2 × 2 = 4 patches" in figure.axes[1].get_title(loc="left")
-    assert numpy.allclose(figure.axes[1].images[0].get_array(), numpy.array([255, 0, 64]) / 255, atol=1e-6)
-    assert len(figures.sample_grid([image] * 3, ["a", "b", "c"], columns=2).axes) == 4
-    assert len(figures.attention_over_image(image, [numpy.eye(2)] * 2, ["a", "b"]).axes) == 3
+def test_setting_rows_have_every_departure_and_no_unused_setting() -> None:
+    config = load_experiment("pretrain", "mini")
+    rows = {row["setting"]: row for row in figures.setting_rows(config)}
+    assert {d.field.removeprefix("scale.") for d in config.departures} <= rows.keys()
+    assert rows["train.learning_rate"]["paper"] == "0.002" != rows["train.learning_rate"]["here"]
+    assert "App. C" in rows["train.learning_rate"]["source, reason"]
+    assert "data.prompt_format" not in rows
+    assert figures.setting_rows(config, since=config) == []
 
 
 def test_supervised_tokens_are_marked() -> None:
     tokens, labels = ["What", "<image>", "<image>", " <b>", "\n"], [-100, -100, -100, 7, 2]
     text = figures.supervised_text_html(tokens, labels).data
-    assert text.count('class="supervised"') == 2
+    assert text.count('class="supervised"') == 1
     assert "image × 2" in text
     assert "&lt;b&gt;" in text
     assert "2 of 5 positions carry loss" in text
@@ -153,18 +139,17 @@ def test_tables_format_their_numbers() -> None:
         "x": "x",
     }
     assert {value: figures.cell_text(value) for value in values} == values
+    assert figures.cell_text(math.nan) == "–"
     assert figures.cell_text([-2.5, -0.4]) == "-2.5 to -0.4"
-    text = figures.table([{"a": 1, "b": "<i>", "c": None}], caption="T").data
+    text = figures.table([{"a": 1, "b": "<i>", "c": None}, {"a": 2.5}], caption="T & U").to_html()
     assert "&lt;i&gt;" in text
-    assert "<th" in text
+    assert "T &amp; U" in text
     assert ">c</th>" not in text
+    assert figures.table(pd.DataFrame({"x": [1, 2]}), ["x"]).data.shape == (2, 1)
 
 
-def test_diagram_shows_shapes_and_image() -> None:
-    shapes = {"image": (3, 64, 64), "features": (64, 128), "projector": "linear, 128 → 256"}
-    drawing = figures.architecture_diagram(shapes, Image.new("RGB", (8, 8)), question="What & why?").data
-    words = [node.text for node in ElementTree.fromstring(drawing).iter(f"{SVG}text")]
-    assert {"3 × 64 × 64", "64 × 128", "linear, 128 → 256", "What & why?"} <= set(words)
-    assert "data:image/png;base64," in drawing
-    with pytest.raises(DataError, match="unknown part tower; known: image"):
-        figures.architecture_diagram({"tower": (1,)})
+def test_cards_escape_their_texts() -> None:
+    page = figures.cards([Image.new("RGB", (40, 20)), None], [[("Human", "1 < 2?")], [("LLaVA", "<b>yes</b>")]]).data
+    assert page.count("data:image/jpeg;base64,") == 1
+    assert "1 &lt; 2?" in page
+    assert "<b>yes" not in page

@@ -1,1 +1,0 @@
-"""The chapters' figures and tables."""
