@@ -1,4 +1,4 @@
-"""A server on this machine with the files and batches of OpenAI's API; run as a program, it is told how to misbehave.
+"""A local server with the files and batches of OpenAI's API; run as a program, its faults are arguments.
 
 What it bills is a request that it has executed; each one is a line of its log. Every call is a line of its events,
 written before it is answered, so that a test can kill the caller at a known moment.
@@ -18,10 +18,10 @@ USAGE = (1000, 500)
 
 
 class State:
-    """What the server knows.
+    """State of the server.
 
     Args:
-        folder: gets `billed.jsonl`, `events.jsonl` and `made.jsonl` (the batches).
+        folder: gets `billed.jsonl`, `events.jsonl` and `batches.jsonl` (the batches).
         missing: there is no batch endpoint.
         refuse: every file fails validation, with this message.
         most: more requests per batch are refused as too many waiting tokens.
@@ -68,7 +68,7 @@ class State:
         }  # fmt: skip
         lines = [json.loads(line) for line in self.files[asked["input_file_id"]].splitlines()]
         size = len(self.files[asked["input_file_id"]])
-        self.write("made.jsonl", {"requests": len(lines), "bytes": size, "model": lines[0]["body"]["model"]})
+        self.write("batches.jsonl", {"requests": len(lines), "bytes": size, "model": lines[0]["body"]["model"]})
         batch["request_counts"] = {"total": len(lines), "completed": 0, "failed": 0}
         self.batches[batch["id"]] = batch
         wrong = self.options["refuse"]
@@ -160,10 +160,10 @@ def handler(state: State) -> type[BaseHTTPRequestHandler]:
 
         def do_DELETE(self) -> None:
             with state.lock:
-                found = state.files.pop(self.path.rpartition("/")[2], None)
+                result = state.files.pop(self.path.rpartition("/")[2], None)
                 state.write("events.jsonl", "delete")
             state.deleted.set()
-            self.send(200 if found is not None else 404, {"deleted": found is not None})
+            self.send(200 if result is not None else 404, {"deleted": result is not None})
 
         def do_GET(self) -> None:
             parts = self.path.partition("?")[0].split("/")[2:]  # after /v1

@@ -1,4 +1,4 @@
-"""A server on this machine that speaks chat completions and misbehaves on purpose; run as a program, it is told how.
+"""A local server of chat completions with injected faults; run as a program, the faults are arguments.
 
 A request's fault is drawn from its text and the number of its attempt, so that a second attempt may meet another one.
 What the server bills is a reply that it has sent to the last byte; each one is a line of its log.
@@ -122,7 +122,7 @@ class Server:
 
 
 async def main(log: Path, options: dict[str, Any]) -> None:
-    """Say the port on stdout, serve until stdin ends, then say what was met."""
+    """Print the port on stdout, serve until stdin ends, then print the faults that occurred."""
     server = Server(log, **options)
     listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
     print(listening.sockets[0].getsockname()[1], flush=True)  # noqa: T201

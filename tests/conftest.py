@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ runtime.set_offline()
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """Folder of real files that this project did not make and does not ship."""
+    """Folder of real files of other projects, not shipped with this one."""
     path = Path(os.environ.get("LLAVA_REFERENCE") or runtime.ROOT.parent / "shared" / "reference")
     if not path.is_dir():
         pytest.skip(f"no reference files at {path}; set LLAVA_REFERENCE to their folder")

@@ -1,4 +1,4 @@
-"""pyproject.toml is the only place of versions; the files made from it stay in step."""
+"""pyproject.toml is the only place of versions; the files generated from it agree with it."""
 
 from __future__ import annotations
 

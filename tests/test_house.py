@@ -1,4 +1,4 @@
-"""What a notebook may be, and what is in git."""
+"""The contract of notebooks, and the size of files in git."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def broken_rules(notebook: dict[str, Any]) -> list[str]:
             broken.append('the parameters must begin with `scale: str = "mini"` and `fast: bool = False`')
         if len(named) != len(tree_of(tagged[0]).body):
             broken.append("each parameter needs a type")
-        text = ["", *lines_of(tagged[0])]  # behind the parameter, or above one that takes several lines
+        text = ["", *lines_of(tagged[0])]  # after the parameter, or above one that takes several lines
         if [n for n in named if "#" not in text[n.lineno] and not text[n.lineno - 1].startswith("#")]:
             broken.append("each parameter needs a comment")
     if len(code) > MOST_CELLS:
@@ -172,9 +172,9 @@ def test_notebook_rules_detect_each_violation(cell: int, source: str, rule: str)
     notebook = sample_notebook()
     assert broken_rules(notebook) == []
     notebook["cells"][cell]["source"] = source
-    found = broken_rules(notebook)
-    assert len(found) == 1
-    assert rule in found[0]
+    result = broken_rules(notebook)
+    assert len(result) == 1
+    assert rule in result[0]
 
 
 def test_notebook_rules_detect_outputs_and_missing_metadata() -> None:

@@ -158,11 +158,11 @@ def test_modules_named_in_strings_exist() -> None:
     for path, text in lines.items():
         for name in named.findall(text):
             parts = name.split(".")
-            found = [end for end in range(1, len(parts) + 1) if module_file(".".join(parts[:end]), files)]
-            # at most `module.Class.attribute` follows a module; a lost module leaves nothing but its package
-            package_only = bool(found) and module_file(".".join(parts[: max(found)]), files).endswith("__init__.py")
-            rest = parts[max(found) :] if found else parts
-            if not found or (package_only and rest and not defined(files, parts[: max(found)], rest[0])):
+            ends = [end for end in range(1, len(parts) + 1) if module_file(".".join(parts[:end]), files)]
+            # at most `module.Class.attribute` follows a module; a lost module leaves only its package
+            package_only = bool(ends) and module_file(".".join(parts[: max(ends)]), files).endswith("__init__.py")
+            rest = parts[max(ends) :] if ends else parts
+            if not ends or (package_only and rest and not defined(files, parts[: max(ends)], rest[0])):
                 lost.append(f"{path}: {name}")
     assert lost == []
 
@@ -174,7 +174,7 @@ def defined(files: dict[str, str], package: list[str], name: str) -> bool:
 
 
 def test_globbed_folders_exist() -> None:
-    """Code that is hashed by folder: a moved folder would be hashed as nothing."""
+    """Code that is hashed by folder: a moved folder would be missing in the hash."""
     from companion.results import EVALUATION_CODE
     from llava_core.train.launch import CODE_FOLDERS, NOT_TRAINING
 

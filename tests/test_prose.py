@@ -1,4 +1,4 @@
-"""No digit in prose that nothing stands behind: a number is rendered, is in the ledger or the configs, or is no value.
+"""No number in prose without a source: it is rendered, or in the ledger or the configs, or is no value.
 
 A rule below says which digits are no values. What it matches is taken out of the text; a number that is left must be a
 value of the ledger or of `configs/`, and long enough that this is no accident.
@@ -51,13 +51,13 @@ def values() -> set[str]:
     files = sorted((ROOT / "configs").rglob("*.yaml"))
     known = {n for path in files for n in numbers(yaml.safe_load(path.read_text()))}
     known |= {c.value for c in all_claims().values()}
-    shown = {
+    displayed = {
         text
         for n in known
         for text in (f"{n:g}", f"{n:.1f}", f"{n:.2f}", f"{n:,.0f}", f"{n:.0f}")
         if float(text.replace(",", "")) == n
     }
-    long = {text for text in shown if sum(c.isdigit() for c in text) >= LONG}
+    long = {text for text in displayed if sum(c.isdigit() for c in text) >= LONG}
     sizes = {f"{all_claims()[name].value:g}B" for name in ("llm-large", "llm-small")}
     return long | sizes | {f"{NORMAL_95}", f"{100 * CONFIDENCE:g} %"}
 
@@ -66,8 +66,8 @@ def unexplained(text: str, known: set[str], rules: tuple[tuple[str, str, str], .
     """The numbers of a text that no rule and no value explains."""
     for pattern, _, _ in rules:
         text = re.sub(pattern, " ", text)
-    found = re.findall(r"\d[\d.,]*(?: %|\w+)?", text)
-    return [number for number in (n.rstrip(".,") for n in found) if number not in known]
+    result = re.findall(r"\d[\d.,]*(?: %|\w+)?", text)
+    return [number for number in (n.rstrip(".,") for n in result) if number not in known]
 
 
 def texts() -> dict[str, str]:
@@ -81,8 +81,8 @@ def texts() -> dict[str, str]:
 
 def test_every_number_in_prose_has_a_source() -> None:
     known = values()
-    found = {place: numbers for place, text in texts().items() if (numbers := unexplained(text, known))}
-    assert found == {}, "render it ({{ claim:... }}, {{ record:... }}; companion/book/pages.py), or leave it out"
+    result = {place: numbers for place, text in texts().items() if (numbers := unexplained(text, known))}
+    assert result == {}, "render it ({{ claim:... }}, {{ record:... }}; companion/book/pages.py), or leave it out"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[why for _, why, _ in RULES])

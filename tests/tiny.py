@@ -1,4 +1,4 @@
-"""Tiny random base models of the real architectures and layouts, of the tests."""
+"""Tiny random base models of the real architectures and layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training step beside transformers' own: the same function, with every saving on or off."""
+"""The training step against transformers: the same function, with every saving on or off."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def case(folder: Path, stage: int) -> Case:
 @pytest.mark.parametrize("saving", SAVINGS)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_every_saving_keeps_loss_and_gradients(tmp_path: Path, stage: int, saving: str) -> None:
-    found = difference(case(tmp_path, stage), saving)
-    assert found["loss"] < 1e-5
-    assert found["gradient"] < 1e-4
+    result = difference(case(tmp_path, stage), saving)
+    assert result["loss"] < 1e-5
+    assert result["gradient"] < 1e-4
 
 
 @pytest.mark.parametrize(("samples", "padding"), [(8, 1.5), (16, 1.7)])
@@ -56,22 +56,22 @@ def test_stage_2_samples_have_the_stated_lengths(samples: int, padding: float) -
 def test_loss_curves_of_both_sides_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = bench._settings()
     monkeypatch.setattr(bench, "_settings", lambda: real.model_copy(update={"learning_rate": 1e-3}))
-    made = case(tmp_path, 2)
-    peer, ours = TransformersStep(made), PackedStep(made)
+    result = case(tmp_path, 2)
+    peer, ours = TransformersStep(result), PackedStep(result)
     curves = [[side.step() for _ in range(8)] for side in (peer, ours)]
     assert curves[0][-1] < 0.95 * curves[0][0]
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_peer_with_another_feature_layer_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, real = case(tmp_path, 1), TransformersStep.__init__
+    result, real = case(tmp_path, 1), TransformersStep.__init__
 
     def another(self: TransformersStep, case: Case) -> None:
         real(self, case)
         self.model.model.config.vision_feature_layer = -1
 
     monkeypatch.setattr(TransformersStep, "__init__", another)
-    assert difference(made)["gradient"] > 1e-3
+    assert difference(result)["gradient"] > 1e-3
 
 
 def test_samples_and_tokens_are_counted(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ def test_papers_small_differences_are_not_significant() -> None:
 
 
 def test_difference_pairs_the_seeds() -> None:
-    found = ab.difference(ab.Arm("a", "x", [90.0, 80.0, 70.0]), ab.Arm("b", "y", [89.0, 79.2, 68.8]))
-    assert found["effect"] == pytest.approx(-1)
-    assert found["interval"][1] < 0  # unpaired, the scatter of 10 points between seeds would hide it
-    row = ab.verdict_check("ablation-7b", {**found, "verdict": "not resolved"})
+    result = ab.difference(ab.Arm("a", "x", [90.0, 80.0, 70.0]), ab.Arm("b", "y", [89.0, 79.2, 68.8]))
+    assert result["effect"] == pytest.approx(-1)
+    assert result["interval"][1] < 0  # unpaired, the scatter of 10 points between seeds would hide it
+    row = ab.verdict_check("ablation-7b", {**result, "verdict": "not resolved"})
     assert (row["verdict"], row["id"]) == ("not resolved", "ablation-7b")
 
 
@@ -90,21 +90,21 @@ def test_unknown_ablation_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(("worse", "expected"), [(2, "not resolved"), (160, "agrees")])
 def test_two_close_seeds_are_not_resolved(monkeypatch: pytest.MonkeyPatch, worse: int, expected: str) -> None:
-    better = 1  # questions that the ablated arm alone answers; its accuracy falls equally with both seeds
+    better = 1  # questions that only the ablated arm answers; its accuracy falls equally with both seeds
     first = [1.0] * worse + [0.0] * better + [1.0] * (400 - worse - better)
     second = [0.0] * worse + [1.0] * better + [1.0] * (400 - worse - better)
     arms = [ab.Arm("a", "science_qa", [50.0, 52.0]), ab.Arm("b", "x", [50 - worse / 4 + 0.25, 52 - worse / 4 + 0.25])]
     monkeypatch.setattr(ab, "run_arms", lambda *_: arms)
     monkeypatch.setattr(ab, "question_scores", lambda arm, _: [first if arm is arms[0] else second] * 2)
-    found = ab.ablate("feature_layer")
-    assert found["interval"][0] == found["interval"][1] == pytest.approx(-(worse - better) / 4)
-    assert found["widest"][0] < found["interval"][0]
-    assert found["verdict"] == expected
-    assert ab.difference_check("x", None, found)["measured"] == found["widest"]
+    result = ab.ablate("feature_layer")
+    assert result["interval"][0] == result["interval"][1] == pytest.approx(-(worse - better) / 4)
+    assert result["widest"][0] < result["interval"][0]
+    assert result["verdict"] == expected
+    assert ab.difference_check("x", None, result)["measured"] == result["widest"]
 
 
 @pytest.mark.parametrize(
-    ("means", "said"),
+    ("means", "output"),
     [
         ((38.0, 39.0), "No arm is above a blind guess (50.0 %)"),
         ((80.0, 45.0), "Not above a blind guess (50.0 %): other."),
@@ -112,14 +112,14 @@ def test_two_close_seeds_are_not_resolved(monkeypatch: pytest.MonkeyPatch, worse
     ],
 )
 def test_explanation_names_arms_at_chance_level(
-    means: tuple[float, float], said: str, monkeypatch: pytest.MonkeyPatch
+    means: tuple[float, float], output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ab, "load_problems", lambda *_: [SimpleNamespace(choices=["a", "b"])] * 200)
     record = SimpleNamespace(config=SimpleNamespace(data_path=None))
     arms = [SimpleNamespace(name=n, mean=m, records=[record]) for n, m in zip(("full", "other"), means, strict=True)]
     text = ab.explain({"n_seeds": 2, "arms": arms, "verdict": "not resolved"})
     assert text.startswith("**Not resolved.** Over seeds or over questions")
-    assert said in text
+    assert output in text
     assert ab.explain({"n_seeds": 1, "arms": arms, "verdict": "not resolved"}).startswith(
         "**Not resolved.** There is one"
     )

@@ -52,8 +52,10 @@ def test_only_the_moved_boundary_is_detected() -> None:
     exact = checks.forward_backward("reference", inputs, ROW)
     wrong = checks.moved_boundary(ROW)
     assert wrong.samples == [[[(0, 11)], [(0, 6), (11, 17)], [(17, 25)]]]
-    found = {name: checks.forward_backward("cpu_varlen", inputs, row) for name, row in (("ROW", ROW), ("wrong", wrong))}
-    assert [row["caught"] for row in checks.detection_rows(found, exact)] == [False, True]
+    result = {
+        name: checks.forward_backward("cpu_varlen", inputs, row) for name, row in (("ROW", ROW), ("wrong", wrong))
+    }
+    assert [row["caught"] for row in checks.detection_rows(result, exact)] == [False, True]
     assert checks.packed_difference(inputs, ROW) < 1e-5
     no_number = {"nan": {"output": torch.full_like(exact["output"], float("nan"))}}
     assert checks.detection_rows(no_number, exact)[0]["caught"]
@@ -64,9 +66,9 @@ def test_mutated_kernel_is_detected() -> None:
     if not checks.supported_passes("triton", inputs[0]):
         assert checks.mutated_kernels(inputs, ROW, ["dk lacks the scale"]) == {}
         pytest.skip(f"triton: {BACKENDS.get('triton').unavailable(inputs[0])}")
-    found = checks.mutated_kernels(inputs, ROW, ["dk lacks the scale"])
+    result = checks.mutated_kernels(inputs, ROW, ["dk lacks the scale"])
     exact = checks.forward_backward("reference", inputs, ROW)
-    assert [row["caught"] for row in checks.detection_rows(found, exact)] == [True]
+    assert [row["caught"] for row in checks.detection_rows(result, exact)] == [True]
 
 
 def test_segments_of_lengths_are_a_row_without_images() -> None:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from chats import images, loaded, prompts  # noqa: F401 - fixtures
+from chat_fixtures import images, loaded, prompts  # noqa: F401 - fixtures
 from PIL import Image
 
 from companion import demo

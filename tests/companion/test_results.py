@@ -1,4 +1,4 @@
-"""Results of a run are computed once, and again for other code or data."""
+"""Results of a run are cached until code or data change."""
 
 from __future__ import annotations
 

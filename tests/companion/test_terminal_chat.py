@@ -4,7 +4,7 @@ import builtins
 from pathlib import Path
 
 import pytest
-from chats import images, loaded, prompts  # noqa: F401 - fixtures
+from chat_fixtures import images, loaded, prompts  # noqa: F401 - fixtures
 from PIL import Image
 
 from companion.terminal_chat import chat_in_terminal, preview, visible_region
@@ -19,15 +19,15 @@ def test_terminal_chat_continues_after_errors(
     lines = iter(["what color", "/image nowhere.png", f"/image {images[1]}", "is it a dog", ""])
     monkeypatch.setattr(builtins, "input", lambda _: next(lines))
     chat_in_terminal(Assistant(loaded), images[0])
-    said = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr().out.splitlines()
     cut = "20% is cut off, half of it each left and right"
-    assert said[0] == f"red.png: 40 x 32 pixels, the middle 32 x 32 scaled to 32 x 32; {cut}"
-    assert said[1] == "LLaVA: red car"
-    assert said[2].startswith("error: nowhere.png")
-    assert said[3].startswith("blue.png: 40 x 32")
-    assert said[4] == "LLaVA: red car"
+    assert output[0] == f"red.png: 40 x 32 pixels, the middle 32 x 32 scaled to 32 x 32; {cut}"
+    assert output[1] == "LLaVA: red car"
+    assert output[2].startswith("error: nowhere.png")
+    assert output[3].startswith("blue.png: 40 x 32")
+    assert output[4] == "LLaVA: red car"
     assert len(prompts) == 2
-    assert "\x1b" not in "".join(said)  # no colors where no terminal shows them
+    assert "\x1b" not in "".join(output)  # no colors where no terminal shows them
 
 
 @pytest.mark.parametrize(

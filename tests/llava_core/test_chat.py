@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chats import images, loaded, prompts  # noqa: F401 - fixtures
+from chat_fixtures import images, loaded, prompts  # noqa: F401 - fixtures
 from checkpoint_fixtures import loaded, original, root  # noqa: F401 - fixtures
 from PIL import Image
 
@@ -133,9 +133,9 @@ def test_conversation_equals_evaluation(loaded: Loaded, images: list[Path]) -> N
     row = {"question_id": 0, "text": "what color is the car", "image": images[0].name}
     expected = answer_questions(loaded, [row], images[0].parent, max_new_tokens=12)["0"]
     talk = Conversation(loaded, Image.open(images[0]))
-    shown = list(talk.stream(row["text"], 12))
-    assert shown[-1] == expected == talk.turns[0][1]
-    assert len(shown) > 1  # it appears as it is written
+    displayed = list(talk.stream(row["text"], 12))
+    assert displayed[-1] == expected == talk.turns[0][1]
+    assert len(displayed) > 1  # it appears as it is written
 
 
 def test_assistant_from_python(loaded: Loaded, images: list[Path], tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_image_and_image_file_give_the_same_pixels(loaded, tmp_path) -> None:
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assistant = Assistant(loaded)
     for name in ("clear.png", "turned.jpg"):
-        from_file, opened = (assistant.chat(p).image for p in (tmp_path / name, Image.open(tmp_path / name)))
+        from_file, checkpoint = (assistant.chat(p).image for p in (tmp_path / name, Image.open(tmp_path / name)))
         assert from_file is not None
-        assert opened is not None
-        assert from_file.tobytes() == opened.tobytes()
+        assert checkpoint is not None
+        assert from_file.tobytes() == checkpoint.tobytes()

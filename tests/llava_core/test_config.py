@@ -72,7 +72,7 @@ def test_every_value_has_a_source(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in EXPERIMENTS if load_experiment(n, "a100x8").experiment.base != "base"])
 def test_ablation_changes_one_field(name: str) -> None:
-    """A run that starts elsewhere may do so only because its start made the same one change."""
+    """A run may start from another experiment only if that one has the same single change."""
     changed = own_fields(name)
     start = changed.pop("init_from", None)
     if start is None:
@@ -196,9 +196,9 @@ def test_run_id_depends_only_on_what_changes_results(sandbox: Path) -> None:
 
 def test_resolved_run_round_trips_through_its_file(tmp_path: Path) -> None:
     run = load_experiment("science_qa", "mini")
-    again = RunConfig.read(run.write(tmp_path / "config.yaml"))
-    assert again == run
-    assert again.run_id == run.run_id
+    second = RunConfig.read(run.write(tmp_path / "config.yaml"))
+    assert second == run
+    assert second.run_id == run.run_id
 
 
 def test_paths_start_at_the_root_and_hub_ids_stay(workspace: Path) -> None:

@@ -86,17 +86,17 @@ def test_manifest_decides_template_and_image_position(loaded: Loaded) -> None:
 
 
 def test_prompt_equals_the_training_question(loaded: Loaded) -> None:
-    """For every template and image position: the same facts, the same ids on both sides."""
+    """For every template and image position: the same usage, the same ids on both sides."""
     for template in ("v0", "v1", "plain"):
         for position in ("data", "first", "last", "random"):
-            facts = {"template": template, "image_position": position}
-            config = load_experiment("finetune", "mini", facts)
+            usage = {"template": template, "image_position": position}
+            config = load_experiment("finetune", "mini", usage)
             for key, question in enumerate(("what", "<image>\nwhat", "what\n<image>")):
                 samples = [Sample(str(key), [(question, "red")], Path("image.png"))]
                 data = TrainingSet(samples, loaded.tokenizer, loaded.processor, config, loaded.model.n_image_tokens)
                 data.system, data.image_delimiters = "The {dog}.", ["<s>", "</s>"]
-                facts |= {"system": data.system, "image_delimiters": data.image_delimiters}
-                other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, facts)
+                usage |= {"system": data.system, "image_delimiters": data.image_delimiters}
+                other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, usage)
                 prompt = prompt_ids(other, [(question, None)], True, key=str(key))
                 assert data.encoded(0).input_ids[: len(prompt)] == prompt
                 at = prompt.index(IMAGE_TOKEN_ID)
@@ -120,8 +120,8 @@ def test_mentioned_image_is_not_inserted_twice(loaded: Loaded) -> None:
 
 
 def test_unknown_delimiter_is_named(loaded: Loaded) -> None:
-    facts = {"image_delimiters": ["<im_start>", "<im_end>"]}
-    other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, facts)
+    usage = {"image_delimiters": ["<im_start>", "<im_end>"]}
+    other = Loaded(loaded.model, loaded.tokenizer, loaded.processor, usage)
     with pytest.raises(DataError, match=r"<im_start>.*manifest"):
         prompt_ids(other, [("what", None)], True)
 

@@ -107,10 +107,10 @@ def test_rank_and_world_size_come_from_the_launcher(monkeypatch: pytest.MonkeyPa
 
 
 def test_environment_is_json_and_names_versions() -> None:
-    facts = json.loads(json.dumps(runtime.environment()))
-    assert facts["packages"]["llava-core"]
-    assert facts["packages"]["torch"]
-    assert facts["date"].endswith("+00:00")
+    environment = json.loads(json.dumps(runtime.environment()))
+    assert environment["packages"]["llava-core"]
+    assert environment["packages"]["torch"]
+    assert environment["date"].endswith("+00:00")
 
 
 def test_offline_switch_sets_library_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The book: what is in it, when it is built again, and that a warning is an error."""
+"""The book: its contents, when it is rebuilt, and that a warning is an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ["20_alignment", "30_bench"]
 
 
 def chapter(out: Path, name: str, text: str, checks: list[dict[str, Any]]) -> None:
-    """Write what a notebook that has run leaves behind."""
+    """Write the files of an executed notebook."""
     cells: list[dict[str, Any]] = [{"cell_type": "markdown", "id": "a", "metadata": {}, "source": text}]
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Pages that are made: every claim and every difference is on them, and a page's values come from where it says."""
+"""Generated pages: every claim and every discrepancy is listed, and values come from their named sources."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_every_discrepancy_has_a_heading() -> None:
 
 def test_claims_of_a_chapter_become_chips() -> None:
     text = "# T\n\nWords, `ablation-7b`.\n\nClaims of the ledger: `sqa-accuracy`,\n`ablation-7b`; see `x`.\n\n| a |"
-    made = pages.with_chips(text)
-    assert made.count('class="chip') == 2
-    assert 'class="chip recomputed" href="claims.html#sqa-accuracy"' in made
-    assert "ablation-7b: -1.08 points" in made
-    assert "Words, `ablation-7b`." in made
-    assert "see `x`." in made
+    result = pages.with_chips(text)
+    assert result.count('class="chip') == 2
+    assert 'class="chip recomputed" href="claims.html#sqa-accuracy"' in result
+    assert "ablation-7b: -1.08 points" in result
+    assert "Words, `ablation-7b`." in result
+    assert "see `x`." in result
     assert pages.with_chips("# T\n\nNo line of that kind.") == "# T\n\nNo line of that kind."
 
 
@@ -58,10 +58,10 @@ def test_book_changes_only_the_first_text_of_a_notebook(tmp_path: Path) -> None:
 
     cells = [cell("markdown", "# T\n\nClaims: `ablation-7b`."), cell("code", "d = {1: {2}}"),
              cell("markdown", "Claims: `ablation-7b`. {{ claim:max-length }}")]  # fmt: skip
-    made = json.loads(pages.rendered(json.dumps({"cells": cells}), "x", notebook=True))["cells"]
-    assert "chip measured" in made[0]["source"]
-    assert made[1]["source"] == ["d = {1: {2}}"]
-    assert made[2]["source"] == "Claims: `ablation-7b`. 2048"
+    result = json.loads(pages.rendered(json.dumps({"cells": cells}), "x", notebook=True))["cells"]
+    assert "chip measured" in result[0]["source"]
+    assert result[1]["source"] == ["d = {1: {2}}"]
+    assert result[2]["source"] == "Claims: `ablation-7b`. 2048"
 
 
 def test_values_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,4 +94,4 @@ def test_every_kind_of_evidence_has_a_color() -> None:
     css = (pages.ROOT / "book" / "assets" / "companion.css").read_text()
     for kind in ("recomputed", "measured", "measured_gpu", "impossible"):
         assert f".chip.{kind} {{" in css
-    assert "takes eight A100" in pages.chip(claim("stage1-hours"))  # says why there is no evidence
+    assert "takes eight A100" in pages.chip(claim("stage1-hours"))  # the reason for the missing evidence

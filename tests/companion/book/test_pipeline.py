@@ -30,7 +30,7 @@ numbers = {"notebook": NAME, "scale": scale, "fast": fast, "numbers": {"x": 1}, 
 
 
 def write(folder: Path, name: str, *code: str, needs: list[str] | None = None, parameters: str = "") -> Path:
-    """Write a notebook: a title, the parameters, the given cells, and the numbers."""
+    """Write a notebook: a title, the parameters, these cells, and the numbers."""
     save = SAVE.replace("NAME", repr(name))
     sources = [("markdown", f"# {name}"), ("code", PARAMETERS + parameters), *(("code", c) for c in (*code, save))]
     cells: list[dict[str, Any]] = []
@@ -266,13 +266,13 @@ def test_damaged_base_model_is_reported_before_any_notebook(tmp_path: Path, monk
 def test_kernel_start_is_retried_twice(failures: int, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     import papermill
 
-    said = "Kernel died before replying to kernel_info" if message != "cell" else "a cell failed"
+    output = "Kernel died before replying to kernel_info" if message != "cell" else "a cell failed"
     calls: list[str] = []
 
     def execute(source: str, copy: str, **_: Any) -> None:
         calls.append(copy)
         if len(calls) <= failures:
-            raise RuntimeError(said)
+            raise RuntimeError(output)
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     if message is None:

@@ -1,4 +1,4 @@
-"""The book's scripts: pinned, checked, and never a reason to fail."""
+"""The book's scripts: pinned, checked, and a failed download is no error."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_only_the_pinned_archive_is_used(tools: Path, tmp_path: Path, monkeypatc
     assert read_json(target / "versions.json") == {"thing": "thing@1.0"}
 
     archive(tools, "thing-1.0.tgz", {**files, "package/a.js": "evil"})
-    assert vendor.vendor(target) == {"thing": "thing@1.0"}  # there already: nothing is asked for
+    assert vendor.vendor(target) == {"thing": "thing@1.0"}  # already installed: no download
     (target / "m" / "a.js").unlink()
     reason = vendor.vendor(target)["thing"]
     assert "not the pinned" in reason
@@ -94,8 +94,8 @@ def test_wheel_replaces_npm_and_missing_both_is_reported(
     monkeypatch.setattr(vendor.vendor, "__defaults__", (tmp_path / "book",))
     assert vendor.main() == 0
     assert (tmp_path / "book" / "mathjax" / "output" / "chtml" / "fonts" / "woff-v2" / "f.woff").exists()
-    said = capsys.readouterr().err.splitlines()
-    assert said == ["note: the book will load viewer from the network (npm is not installed)"]
+    output = capsys.readouterr().err.splitlines()
+    assert output == ["note: the book will load viewer from the network (npm is not installed)"]
 
 
 def test_missing_tool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,24 +50,24 @@ def test_every_format_converts_to_every_other(world, name, tmp_path) -> None:
     root, loaded, options = world
     source, options = write_checkpoint(name, loaded, root, tmp_path / "source"), needed_options(options, name)
     wanted = logits(loaded)
-    opened = open_checkpoint(source, options)
+    checkpoint = open_checkpoint(source, options)
     detected = detect_format(source)
     assert detected is not None
-    assert opened.format == detected.name == name.split(" ")[0]
+    assert checkpoint.format == detected.name == name.split(" ")[0]
     torch.testing.assert_close(logits(load(source, options=options)), wanted, rtol=0, atol=0)
     for to in COMPLETE_FORMATS:
         target = tmp_path / to
         report = convert(source, target, to, options, shard_bytes=20_000)
-        again = open_checkpoint(target)
-        assert first_divergence(opened, again) is None
-        assert set(again.tensors) >= set(opened.tensors)
-        assert {n.split(".")[0] for n in set(again.tensors) - set(opened.tensors)} <= {"vision_tower"}
-        assert report["parameters"] == again.parameters
+        repeated = open_checkpoint(target)
+        assert first_divergence(checkpoint, repeated) is None
+        assert set(repeated.tensors) >= set(checkpoint.tensors)
+        assert {n.split(".")[0] for n in set(repeated.tensors) - set(checkpoint.tensors)} <= {"vision_tower"}
+        assert report["parameters"] == repeated.parameters
         back = logits(load(target))
         torch.testing.assert_close(back[..., : wanted.shape[-1]], wanted, rtol=0, atol=0)
         second = convert(target, tmp_path / f"{to}-again", "original")
         assert second["left_out"] == {}  # what was dropped (inv_freq) was dropped once
-        assert first_divergence(opened, open_checkpoint(tmp_path / f"{to}-again")) is None
+        assert first_divergence(checkpoint, open_checkpoint(tmp_path / f"{to}-again")) is None
 
 
 def test_projector_file_round_trip(world, tmp_path) -> None:
@@ -77,8 +77,8 @@ def test_projector_file_round_trip(world, tmp_path) -> None:
     names = set(torch.load(tmp_path / "p" / "mm_projector.bin", weights_only=True))
     assert names == {f"model.mm_projector.{n}" for n, _ in loaded.model.multi_modal_projector.named_parameters()}
     torch.testing.assert_close(logits(load(tmp_path / "p", options=options)), logits(loaded), rtol=0, atol=0)
-    alone = open_checkpoint(tmp_path / "p")
-    assert alone.parts == ("multi_modal_projector",)
+    single = open_checkpoint(tmp_path / "p")
+    assert single.parts == ("multi_modal_projector",)
     with pytest.raises(CheckpointError, match=r"no language model.*--base"):
         convert(tmp_path / "p", tmp_path / "q", "hf", Options(vision_tower=options.vision_tower))
 
@@ -158,10 +158,10 @@ def test_wrong_tensor_is_named_in_the_error(world, intact, name, wrong, tmp_path
 def test_swapped_tensors_are_detected_after_writing(intact, tmp_path, monkeypatch) -> None:
     writer = WRITERS["original"]
 
-    def swapped(opened: Checkpoint, folder: Path, shard_bytes: int) -> None:
-        t = opened.tensors
+    def swapped(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
+        t = checkpoint.tensors
         a, b = (f"language_model.model.layers.{k}.mlp.gate_proj.weight" for k in (0, 1))
-        changed = Checkpoint(**{**vars(opened), "tensors": {**t, a: t[b], b: t[a]}})
+        changed = Checkpoint(**{**vars(checkpoint), "tensors": {**t, a: t[b], b: t[a]}})
         writer.write(changed, folder, shard_bytes)
 
     monkeypatch.setitem(WRITERS, "original", replace(writer, write=swapped))
@@ -178,11 +178,11 @@ def test_shards_are_small_and_in_order(intact, tmp_path) -> None:
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 5
     assert files[0].endswith(f"-of-{len(files):05d}.safetensors")
-    held = {}
+    kept = {}
     for file in files:
         with safe_open(tmp_path / "out" / file, "pt") as shard:
-            held |= dict.fromkeys(shard.keys(), file)
-    assert held == index["weight_map"]
+            kept |= dict.fromkeys(shard.keys(), file)
+    assert kept == index["weight_map"]
 
 
 def test_conversion_needs_memory_for_one_shard(intact, tmp_path) -> None:
@@ -207,14 +207,14 @@ def test_conversion_needs_memory_for_one_shard(intact, tmp_path) -> None:
 
         return LazyTensor(tensor.shape, tensor.dtype, read)
 
-    opened = open_checkpoint(intact["original"])
-    opened.tensors = {n: counted(t) for n, t in opened.tensors.items()}
+    checkpoint = open_checkpoint(intact["original"])
+    checkpoint.tensors = {n: counted(t) for n, t in checkpoint.tensors.items()}
     folder = tmp_path / "out"
     folder.mkdir()
-    WRITERS["original"].write(opened, folder, 20_000)
-    largest = max(t.bytes for t in opened.tensors.values())
+    WRITERS["original"].write(checkpoint, folder, 20_000)
+    largest = max(t.bytes for t in checkpoint.tensors.values())
     assert most <= 20_000 + 2 * largest
-    assert most < sum(t.bytes for t in opened.tensors.values()) / 2
+    assert most < sum(t.bytes for t in checkpoint.tensors.values()) / 2
 
 
 def test_weight_map_has_all_three_names(intact) -> None:
@@ -240,10 +240,10 @@ def test_tied_embeddings_are_stored_once(tmp_path) -> None:
     llm.config.tie_word_embeddings = True
     llm.lm_head.weight = llm.model.embed_tokens.weight
     saved = save_checkpoint(tmp_path / "c", loaded, "full", template="v0")
-    opened = open_checkpoint(saved)
-    assert "language_model.lm_head.weight" not in opened.tensors
-    again = load(saved)
-    torch.testing.assert_close(logits(again), logits(loaded), rtol=0, atol=0)
+    checkpoint = open_checkpoint(saved)
+    assert "language_model.lm_head.weight" not in checkpoint.tensors
+    second = load(saved)
+    torch.testing.assert_close(logits(second), logits(loaded), rtol=0, atol=0)
     convert(saved, tmp_path / "hf", "hf")
     back = logits(load(tmp_path / "hf"))
     torch.testing.assert_close(back, logits(loaded), rtol=0, atol=0)
@@ -313,8 +313,8 @@ def test_tensor_with_two_names_is_written_twice(original, tmp_path) -> None:
         file.unlink()
     torch.save(merged, original / "pytorch_model.bin")
     convert(original, tmp_path / "out", "llava")
-    opened = open_checkpoint(tmp_path / "out")
-    assert torch.equal(opened.tensors["language_model.lm_head.weight"].read(), merged["lm_head.weight"])
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert torch.equal(checkpoint.tensors["language_model.lm_head.weight"].read(), merged["lm_head.weight"])
 
 
 def test_convert_into_an_empty_working_folder(original, tmp_path, monkeypatch) -> None:

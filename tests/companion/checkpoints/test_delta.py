@@ -52,14 +52,14 @@ def tuned(world) -> tuple[Path, Loaded, Path]:
 
 def test_delta_round_trip_gives_the_target(tuned, tmp_path) -> None:
     target, loaded, base = tuned
-    made = delta.make(str(base), target, tmp_path / "delta", shard_bytes=20_000)
-    assert made["blocks"] == {"model.embed_tokens.weight": 320, "lm_head.weight": 320}
-    assert sorted(made["stored"]) == ["model.mm_projector.bias", "model.mm_projector.weight"]
+    report = delta.make(str(base), target, tmp_path / "delta", shard_bytes=20_000)
+    assert report["blocks"] == {"model.embed_tokens.weight": 320, "lm_head.weight": 320}
+    assert sorted(report["stored"]) == ["model.mm_projector.bias", "model.mm_projector.weight"]
     applied = delta.apply(str(base), tmp_path / "delta", tmp_path / "again", shard_bytes=20_000)
     assert applied["fingerprint"] == "matches"
     torch.testing.assert_close(logits(load(tmp_path / "again")), logits(loaded), rtol=1e-5, atol=1e-5)
-    found = first_divergence(open_checkpoint(target), open_checkpoint(tmp_path / "again"), tolerance=1e-6)
-    assert found is None
+    divergence = first_divergence(open_checkpoint(target), open_checkpoint(tmp_path / "again"), tolerance=1e-6)
+    assert divergence is None
     tensors = delta._open(tmp_path / "delta")
     extra = tensors["model.embed_tokens.weight"].read()[320:]
     stored = torch.load(target / "pytorch_model.bin", weights_only=True)
@@ -122,8 +122,8 @@ def test_models_and_deltas_are_distinguished(original, loaded, root, tmp_path) -
     delta.make(str(base), original, tmp_path / "delta")
     with pytest.raises(CheckpointError, match="is a delta already"):
         delta.make(str(base), tmp_path / "delta", tmp_path / "out")
-    found = inspect(tmp_path / "delta")
-    assert (found["layout"], found["problems"]) == ("delta", [])
-    assert "fingerprint is recorded" in found["notes"][0]
+    result = inspect(tmp_path / "delta")
+    assert (result["layout"], result["problems"]) == ("delta", [])
+    assert "fingerprint is recorded" in result["notes"][0]
     with pytest.raises(CheckpointError, match=r"not a folder with a LLaVA.*fix"):
         delta.apply(str(base), tmp_path / "nowhere", tmp_path / "out")

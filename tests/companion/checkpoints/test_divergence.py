@@ -36,10 +36,10 @@ def test_first_divergence_names_the_changed_tensor(world, intact, tmp_path) -> N
 
     edit_tensors(folder, change)
     one, other = (open_checkpoint(f) for f in (intact["original"], folder))
-    found = first_divergence(one, other)
-    assert found is not None
-    assert found.name == "language_model.model.layers.0.mlp.down_proj.weight"
-    assert found.largest == pytest.approx(0.25, rel=1e-5)
+    result = first_divergence(one, other)
+    assert result is not None
+    assert result.name == "language_model.model.layers.0.mlp.down_proj.weight"
+    assert result.largest == pytest.approx(0.25, rel=1e-5)
     assert first_divergence(one, other, tolerance=0.3) is None
     with pytest.raises(AssertionError):
         torch.testing.assert_close(logits(load(folder)), logits(loaded))
@@ -50,15 +50,15 @@ def test_verification_names_the_first_module_that_differs(world, tmp_path) -> No
     source = foreign.write_original(loaded, root, tmp_path / "source")
     report = convert(source, tmp_path / "hf", "hf", verify=True)
     assert 0 <= report["largest_difference"] < 1e-5
-    opened = open_checkpoint(source).require("vision_tower")
-    full = verify_export(opened, tmp_path / "hf")
+    checkpoint = open_checkpoint(source).require("vision_tower")
+    full = verify_export(checkpoint, tmp_path / "hf")
     names = [d.name for d in full]
     assert first_module(full) is None
     assert names.index("vision_tower.embeddings") < names.index("multi_modal_projector") < len(names) - 1
     assert {"language_model.model.layers.1.mlp", "language_model.lm_head"} <= set(names)
     name = "language_model.model.layers.1.mlp.up_proj.weight"
-    opened.tensors[name] = opened.tensors[name].map(lambda t: t + 0.1)
-    wrong = first_module(verify_export(opened, tmp_path / "hf"))
+    checkpoint.tensors[name] = checkpoint.tensors[name].map(lambda t: t + 0.1)
+    wrong = first_module(verify_export(checkpoint, tmp_path / "hf"))
     assert wrong is not None
     assert wrong.name == "language_model.model.layers.1.mlp.up_proj"
     with pytest.raises(CheckpointError, match="only what is written as 'hf'"):

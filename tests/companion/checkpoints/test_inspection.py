@@ -1,4 +1,4 @@
-"""Damaged, foreign and hostile folders: one line each, no code is run, nothing waits."""
+"""Damaged, foreign and hostile folders: one line each, no code is run, no call blocks."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def intact(tmp_path_factory) -> dict[str, Path]:
 
 def test_intact_checkpoints_have_no_problems(intact) -> None:
     for name in ("llava", "hf", "original", "projector"):
-        found = inspect(intact[name])
-        assert found["problems"] == [], name
-        assert found["parameters"] > 20_000
-        assert found["template"] == {"original": "v1", "projector": "plain"}.get(name, "v0")
+        result = inspect(intact[name])
+        assert result["problems"] == [], name
+        assert result["parameters"] > 20_000
+        assert result["template"] == {"original": "v1", "projector": "plain"}.get(name, "v0")
     assert inspect(intact["hf"])["facts"]["vision_tower"] == "inside"
     system = inspect(intact["llava"])["system"]
     assert system == "the template's own"
@@ -192,8 +192,8 @@ def test_damaged_checkpoints_are_one_line_and_run_nothing(intact, name, tmp_path
     shutil.copytree(intact["hf"], folder)
     damage, message = DAMAGES[name]
     damage(folder, mark)
-    found = inspect(folder)
-    (problem,) = found["problems"]
+    result = inspect(folder)
+    (problem,) = result["problems"]
     assert "\n" not in problem
     assert re.search(message, problem), problem
     assert not mark.exists()
@@ -304,9 +304,9 @@ def test_inspect_command_exits_with_1_on_a_problem(intact, tmp_path) -> None:
     run = [sys.executable, "-m", "companion", "inspect", str(folder)]
     done = subprocess.run([*run, "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    found = json.loads(done.stdout)
-    assert found["layout"] == "hf"
-    assert len(found["problems"]) == 1
+    result = json.loads(done.stdout)
+    assert result["layout"] == "hf"
+    assert len(result["problems"]) == 1
     good = subprocess.run([*run[:-1], str(intact["hf"])], capture_output=True, text=True, check=False)
     assert good.returncode == 0, good.stderr
     assert "hf" in good.stdout

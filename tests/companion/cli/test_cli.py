@@ -103,8 +103,8 @@ def test_benchmark_prints_its_headline(
     answer = {"ratio": 1.1, "ours": 1.0, "peer": 1.1, "device": "cpu", "peak_memory_ratio": 0.5, "cases": [{"a": 1}]}
 
     @functools.wraps(function)
-    def stub(**given: Any) -> dict[str, Any]:
-        calls.append(inspect.signature(function).bind(**given).arguments)
+    def stub(**arguments: Any) -> dict[str, Any]:
+        calls.append(inspect.signature(function).bind(**arguments).arguments)
         return answer
 
     monkeypatch.setattr(sys.modules[function.__module__], function.__name__, stub)
@@ -131,8 +131,8 @@ def test_bench_step_by_step_from_files_to_a_score(tmp_path: Path, capsys: pytest
         code = cli.main(["evaluate", *words, "--json"])
         out, err = capsys.readouterr()
         assert code == 0, err
-        found: dict[str, Any] = json.loads(out)
-        return found
+        result: dict[str, Any] = json.loads(out)
+        return result
 
     bench = ["--bench", str(tmp_path)]
     assert call("bench", "reference", *bench, "--out", files["reference"])["answers"] == 2

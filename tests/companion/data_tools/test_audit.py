@@ -1,28 +1,19 @@
-"""The audit of instruction data: root verbs, planted faults, objects that nothing supports, and the card."""
+"""The audit of instruction data: duplicates, leaks, and objects without support."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from companion import cli
-from companion.data_tools import data_card, phrases
 from companion.data_tools.audit import LEAK, Fault, find_faults, near_duplicates
 from companion.data_tools.coco import AnnotatedImage, load_annotations
-from companion.data_tools.data_card import audit_file, card_text, write_card
-from companion.data_tools.objects import Vocabulary, plural, unsupported
-from companion.data_tools.verbs import BARE, NONE, PAIR, root_verbs
 from llava_core.data.instruct import Sample
-from llava_core.runtime import ConfigError, DataError
+from llava_core.runtime import DataError
 
 BOX = (0.1, 0.1, 0.5, 0.5)
-PARSER = importlib.util.find_spec("spacy") and any(importlib.util.find_spec(m.package) for m in phrases.SPACY_MODELS)
-needs_parser = pytest.mark.skipif(not PARSER, reason="spaCy and its English model are not installed")
 
 
 def sample(name: str, *turns: tuple[str, str], kind: str = "conversation", image: str | None = None) -> Sample:
@@ -113,63 +104,6 @@ def test_request_for_a_caption_is_no_leak() -> None:
 # ------------------------------------------------------------------------------------------------ objects
 
 
-@pytest.mark.parametrize(
-    ("noun", "several"),
-    [
-        ("dog", "dogs"), ("bus", "buses"), ("bench", "benches"), ("cherry", "cherries"), ("toy", "toys"),
-        ("wine glass", "wine glasses"), ("knife", "knives"), ("person", "people"), ("sheep", "sheep"), ("man", "men"),
-    ],
-)  # fmt: skip
-def test_plurals(noun: str, several: str) -> None:
-    assert plural(noun) == several
-
-
-COCO = ("person", "dog", "bed", "bear", "teddy bear", "orange", "car", "truck", "bus", "couch", "knife", "remote")
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("Two dogs and a dog's bowl.", ["dog", "dog"]),
-        ("A woman, men and the people.", ["person"] * 3),
-        ("A sofa beside knives.", ["couch", "knife"]),
-        ("Teddy bears on a dog bed.", ["teddy bear", "bed"]),
-        ("An orange truck and an orange and white bus.", ["truck", "bus"]),
-        ("The bright orange, and oranges.", ["orange", "orange"]),
-        ("A remote area where people who like it bear with it.", []),
-        ("The carpet, hotdogs and a Doge.", []),
-        ("There are no dogs, cars or trucks, but two buses.", ["bus"]),
-        ("There isn't a dog. A car is here.", ["car"]),
-        ("Not only a dog but also a car", ["dog", "car"]),
-        ("No, the animal is a dog.", ["dog"]),
-        ("No dog.", []),
-        ("No", []),
-    ],
-)
-def test_objects_stated_as_present(text: str, found: list[str]) -> None:
-    assert [mention.category for mention in Vocabulary(COCO).mentions(text) if not mention.negated] == found
-
-
-def test_categories_are_no_synonyms_of_each_other() -> None:
-    assert Vocabulary(["dining table"]).named("a table") == {"dining table"}
-    assert Vocabulary(["dining table", "table"]).named("a table and a dining table") == {"dining table", "table"}
-
-
-@pytest.mark.parametrize(
-    ("question", "answer", "found"),
-    [
-        ("What is there?", "A car and a dog.", {"dog": "dog"}),
-        ("What is there?", "A car and two puppies.", {"dog": "puppies"}),
-        ("Is there a dog?", "No, only a car.", {}),
-        ("Is there a dog?", "No, dogs are not to be seen.", {}),
-        ("Is there a dog?", "No, but there is a bus.", {"bus": "bus"}),
-        ("Is there a dog?", "Yes, a dog.", {"dog": "dog"}),
-    ],
-)
-def test_denied_objects_are_not_unsupported(question: str, answer: str, found: dict[str, str]) -> None:
-    assert unsupported(Vocabulary(COCO), question, answer, {"car"}) == found
-
-
 def test_objects_are_supported_by_boxes_or_captions() -> None:
     images = [annotated("000000000001", ["A puppy sleeps."], "car"), annotated("x/2", ["Snow."], "dog", "bus")]
     coco = "train/COCO_train2014_000000000001.jpg"  # the prefix of COCO 2014 is no difference
@@ -214,142 +148,5 @@ def test_real_answers_are_supported_by_their_own_images(reference: Path) -> None
 
 # ------------------------------------------------------------------------------------------------ root verbs
 
-SENTENCES = {
-    "Describe this image in detail.": ("describe", "image"),
-    "Can you describe the main features of this image for me?": ("describe", "feature"),
-    "Give a complete description of the scene.": ("give", "description"),
-    "Examine the image closely.": ("examine", "image"),
-    "Put the whole scene into words.": ("put", "scene"),
-    "Which thing could somebody hold in one hand?": ("hold", "thing"),
-    "Why are these people holding umbrellas?": ("hold", "umbrella"),
-    "What place does the image show?": ("show", "place"),  # the model tags this verb as a noun
-    "What does this picture show? Describe the scene.": ("describe", "scene"),
-    "What do you see?": BARE,
-    "Look closely and tell me about every part of the image.": BARE,
-    "What color is the chair?": NONE,
-    "Is there a bird?": NONE,
-}
-
-
-@needs_parser
-def test_root_verbs_are_counted_per_question_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "chat.json"
-    source.write_text("[]")
-    questions = {"a": [*SENTENCES, "Is there a bird?"], "b": ["Describe this image in detail."] * 3}
-    found = root_verbs(questions, source, tmp_path / "cache")
-    assert found["a"].pairs == {pair: 1 for pair in SENTENCES.values() if isinstance(pair, tuple)}
-    assert found["a"].found == {PAIR: 9, BARE: 2, NONE: 3}
-    assert found["b"].pairs == {("describe", "image"): 3}
-
-    def never(*_: object) -> Any:
-        raise AssertionError("parsed again")
-
-    monkeypatch.setattr(phrases.Extractor, "start", never)
-    assert root_verbs(questions, source, tmp_path / "cache") == found
-    with pytest.raises(AssertionError, match="parsed again"):  # other questions of the same file
-        root_verbs({"a": ["Describe the dog."]}, source, tmp_path / "cache")
-
-
-def test_audit_runs_without_a_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phrases, "SPACY_MODELS", ())
-    with pytest.raises(ConfigError, match=r"root verbs need a parser.*pip install"):
-        root_verbs({"a": ["What?"]}, tmp_path)
-    result = audit_file(chat(tmp_path))
-    assert result["verbs"] is None
-    assert "pip install" in result["verbs_missing"]
-    assert "Root verbs were not looked for. root verbs need a parser" in card_text(result)
-
 
 # ------------------------------------------------------------------------------------------------ the card
-
-
-def chat(folder: Path, name: str = "chat.json") -> Path:
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog. See the caption."}]
-    path = folder / name
-    path.write_text(
-        json.dumps([{"id": k, "image": f"{k}.jpg", "type": "detail", "conversations": turns} for k in "ab"])
-    )
-    return path
-
-
-def provenance(folder: Path) -> None:
-    row = {"id": "a", "image": "a.jpg", "type": "detail", "request": "f00", "prompt": "beef", "client": "live"}
-    row |= {"temperature": 0.7, "asked_model": "gpt-4-0314", "price": [30.0, 60.0], "context": "A car."}
-    rows = [
-        row | {"model": "gpt-4-0314", "date": f"2023-04-0{day}T10:00:00Z", "cost_usd": 0.25}
-        | {"prompt_tokens": 100, "completion_tokens": 20} for day in (2, 1, 3)
-    ]  # fmt: skip
-    (folder / "provenance.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "failures.jsonl").write_text('{"error": "MissingLabel"}\n')
-
-
-def test_card_has_the_measurements_and_no_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phrases, "SPACY_MODELS", ())
-    provenance(tmp_path)
-    (tmp_path / "card.json").write_text('{"name": "mine", "about": "Photos.", "license": "CC0-1.0"}')
-    boxes = [{"id": k, "image": f"{k}.jpg", "captions": ["A car."], "instances": []} for k in "ab"]
-    boxes[0]["instances"] = [{"category": "dog", "bbox": [0, 0, 1, 1]}]
-    (tmp_path / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in boxes))
-    result = audit_file(chat(tmp_path), tmp_path / "boxes.jsonl")
-    text = card_text(result)
-    for part in (
-        "2 records, 2 turns, 2 images",
-        "mine: Photos. License: CC0-1.0",
-        "2023-04-01 to 2023-04-03",
-        "gpt-4-0314 (3 replies)",
-        "| refused replies | 1 |",
-        "30 and 60 USD per million tokens",
-        "0.75 USD",
-        "300 of prompts, 60 of replies",
-        "detail `beef`",
-        "| detail | 2 | 2 | 1 | 3 | 5 | 1 | 1 |",
-        "| a text with a word on captions | 2 | 4 | texts | 50 |",
-        "| an answer names an object that no caption and no box has | 1 | 2 | answers | 50 |",
-        "Such as detail `b`.",
-        "llava data audit chat.json --annotations boxes.jsonl",
-    ):
-        assert part in text, part
-    card, twin = (write_card(result, tmp_path / "out")[k] for k in (1, 0))
-    assert card.read_text() == text
-    assert json.loads(twin.read_text()) == json.loads(json.dumps(result))
-    assert card_text(json.loads(twin.read_text())) == text  # the twin holds all that the card needs
-
-
-def test_foreign_cards_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phrases, "SPACY_MODELS", ())
-    result = audit_file(chat(tmp_path))
-    (tmp_path / data_card.CARD).write_text("# Another's")
-    with pytest.raises(DataError, match="somebody else"):
-        write_card(result, tmp_path)
-    assert (tmp_path / data_card.CARD).read_text() == "# Another's"
-    write_card(result, tmp_path / "own")
-    write_card(result, tmp_path / "own")
-    with pytest.raises(DataError, match=r"the card of chat\.json"):
-        write_card(audit_file(chat(tmp_path, "more.json")), tmp_path / "own")
-
-
-def test_card_has_notes_on_the_released_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phrases, "SPACY_MODELS", ())
-    text = card_text(audit_file(chat(tmp_path, "llava_instruct_150k.json")))
-    assert "CC BY NC 4.0" in text
-    assert "OpenAI's terms" in text
-    assert "not recorded" in text
-    assert "no annotations were given" in text
-    assert "not stated" in card_text(audit_file(chat(tmp_path, "mine.json")))
-
-
-def test_audit_command_writes_the_card_next_to_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(phrases, "SPACY_MODELS", ())
-    path = chat(tmp_path)
-    assert cli.main(["data", "audit", str(path), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["records"] == 2
-    assert (tmp_path / data_card.CARD).is_file()
-    assert cli.main(["data", "audit", str(path), "--out", str(tmp_path / "there")]) == 0
-    assert "2 of        4 texts    a text with a word on captions" in capsys.readouterr().out
-    assert (tmp_path / "there" / data_card.TWIN).is_file()
-    path.write_text("[{}]")
-    assert cli.main(["data", "audit", str(path)]) == 1
-    assert "chat.json" in capsys.readouterr().err

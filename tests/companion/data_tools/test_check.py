@@ -73,7 +73,7 @@ DEFECTS: list[tuple[str, Any]] = [
 
 
 def planted() -> tuple[list[Any], list[tuple[int, str]]]:
-    """Defects between good records, each under its own id, and what must be found: (position, kind)."""
+    """Defects between good records, each under its own id, and the expected problems: (position, kind)."""
     records: list[Any] = []
     for k, (_, defect) in enumerate(DEFECTS):
         named = isinstance(defect, dict) and isinstance(defect.get("id"), str)
@@ -90,18 +90,18 @@ def test_every_planted_defect_is_reported_once(tmp_path: Path, images: Path, lay
     path = tmp_path / ("data.jsonl" if layout == "jsonl" else "data.json")
     joined = {"jsonl": "\n".join(lines), "lines": "[\n" + ",\n".join(lines) + "\n]"}
     path.write_text(joined.get(layout) or json.dumps(records, indent=2))
-    found = check_file(path, images)
-    assert found["records"] == len(records)
-    assert found["warnings"] == 1
+    result = check_file(path, images)
+    assert result["records"] == len(records)
+    assert result["warnings"] == 1
     starts = {"jsonl": lambda k: k + 1, "lines": lambda k: k + 2}.get(layout)
     if starts:
-        assert [(p["line"], p["kind"]) for p in found["problems"]] == [(starts(k), kind) for k, kind in wanted]
+        assert [(p["line"], p["kind"]) for p in result["problems"]] == [(starts(k), kind) for k, kind in wanted]
     else:
-        assert [p["kind"] for p in found["problems"]] == [kind for _, kind in wanted]
+        assert [p["kind"] for p in result["problems"]] == [kind for _, kind in wanted]
         source = path.read_text().split("\n")
-        assert all(source[p["line"] - 1].strip()[:1] in '{"' for p in found["problems"])
-    assert {p["kind"] for p in found["problems"]} <= set(PROBLEM_KINDS)
-    assert all(p["record"] and p["message"] for p in found["problems"])
+        assert all(source[p["line"] - 1].strip()[:1] in '{"' for p in result["problems"])
+    assert {p["kind"] for p in result["problems"]} <= set(PROBLEM_KINDS)
+    assert all(p["record"] and p["message"] for p in result["problems"])
 
 
 def test_damaged_images_are_reported_once_missing_ones_always(images: Path, tmp_path: Path) -> None:
@@ -131,17 +131,17 @@ def test_records_after_broken_json_are_checked(tmp_path: Path) -> None:
     lines = [json.dumps(item) for item in records]
     lines[1] = lines[1][:-5]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    found = check_file(tmp_path / "a.jsonl")
-    assert found["records"] == 4
-    assert [(p["line"], p["kind"]) for p in found["problems"]] == [(2, "not_json"), (5, "role_order")]
-    found = check_file(tmp_path / "a.json")  # of a list, only what comes before the error can be read
-    assert found["records"] == 1
-    assert [(p["line"], p["record"], p["kind"]) for p in found["problems"]] == [(18, "#1", "not_json")]
+    result = check_file(tmp_path / "a.jsonl")
+    assert result["records"] == 4
+    assert [(p["line"], p["kind"]) for p in result["problems"]] == [(2, "not_json"), (5, "role_order")]
+    result = check_file(tmp_path / "a.json")  # of a list, only what comes before the error can be read
+    assert result["records"] == 1
+    assert [(p["line"], p["record"], p["kind"]) for p in result["problems"]] == [(18, "#1", "not_json")]
     assert ['"id": "1"' in line for line in (tmp_path / "a.json").read_text().split("\n")].index(True) == 16
     (tmp_path / "cut.json").write_text(text[: len(text) // 2])
-    found = check_file(tmp_path / "cut.json")
-    assert [p["kind"] for p in found["problems"]] == ["not_json"]
-    assert found["records"] == 2
+    result = check_file(tmp_path / "cut.json")
+    assert [p["kind"] for p in result["problems"]] == ["not_json"]
+    assert result["records"] == 2
 
 
 @pytest.mark.parametrize(

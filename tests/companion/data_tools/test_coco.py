@@ -13,7 +13,7 @@ from llava_core.runtime import DataError
 
 
 def coco(folder: Path, split: str = "val2014", **changes: Any) -> Path:
-    """Two images in COCO's own layout; `changes` replace whole tables of the instances' file."""
+    """Two images in COCO's own layout; `changes` replace tables of the instances' file."""
     images = [{"id": 9, "file_name": "COCO_9.jpg", "width": 200, "height": 100}]
     images.append({"id": 12, "file_name": "COCO_12.jpg", "width": 10, "height": 10})
     captions = [(9, "A dog.\n"), (12, "A cup."), (9, "One dog runs.")]

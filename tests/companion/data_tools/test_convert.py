@@ -1,10 +1,9 @@
-"""Conversion of folders, CSV and data sets on disk; instructions drawn for captions."""
+"""Conversion of folders, CSV and data sets on disk."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from PIL import Image
 from companion import cli
 from companion.data_tools.check import check_file
 from companion.data_tools.convert import convert_data
-from companion.data_tools.expansion import LISTS, draw, expand, load_instructions
+from companion.data_tools.expansion import LISTS
 from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import DataError
 
@@ -29,7 +28,7 @@ def images(tmp_path: Path) -> Path:
         picture.save(folder / name)
     content = (folder / "good.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(content[: len(content) * 2 // 3])
-    (folder / "page.jpg").write_text("<html>not found</html>")
+    (folder / "page.jpg").write_text("<html>404</html>")
     (folder / "empty.png").touch()
     (tmp_path / "secret.jpg").write_bytes(content)
     return folder
@@ -55,7 +54,7 @@ def test_folder_of_images_and_texts(tmp_path: Path, images: Path, capsys: pytest
     assert first["conversations"][0]["value"].replace(IMAGE_MARKER, "").strip() in LISTS["detail"]
     assert (second["image"], second["conversations"][1]["value"]) == ("garden/tree.png", "Ein Baum — groß.")
 
-    Image.new("RGB", (8, 8)).save(source / "alone.jpg")
+    Image.new("RGB", (8, 8)).save(source / "textless.jpg")
     (source / "orphan.txt").write_text("A text.")
     (source / "void.jpg").touch()
     (source / "void.txt").write_text("Nothing.")
@@ -69,7 +68,7 @@ def test_folder_of_images_and_texts(tmp_path: Path, images: Path, capsys: pytest
     report = convert_data(source, tmp_path / "other.json", skip=True)
     assert report["records"] == 2
     places = {Path(skipped["place"]).name: skipped["message"] for skipped in report["skipped"]}
-    assert sorted(places) == ["alone.jpg", "latin.txt", "mute.txt", "orphan.txt", "void.txt"]
+    assert sorted(places) == ["latin.txt", "mute.txt", "orphan.txt", "textless.jpg", "void.txt"]
     assert "not UTF-8" in places["latin.txt"]
 
 
@@ -106,7 +105,7 @@ def test_csv_by_the_names_of_its_columns(tmp_path: Path, images: Path) -> None:
     assert [skipped["place"] for skipped in report["skipped"]] == ["line 6", "line 7", "line 8", "line 9"]
     with path.open("a") as file:
         file.write('good.jpg,"never closed\n')
-    with pytest.raises(DataError, match=r"line 10: .*quotation marks"):  # --skip would lose what stands behind
+    with pytest.raises(DataError, match=r"line 10: .*quotation marks"):  # --skip would lose the rows after it
         convert_data(path, out, images, columns, skip=True)
     semicolons = tmp_path / "semi.csv"
     semicolons.write_text("image;caption\na.jpg;A\n")
@@ -191,30 +190,3 @@ def test_data_set_on_disk_with_paths_and_turns_as_columns(tmp_path: Path, images
 
 
 # ------------------------------------------------------------------------------------------------ naive expansion
-
-
-def test_instruction_lists_have_the_papers_length(tmp_path: Path) -> None:
-    assert [len(set(load_instructions(name))) for name in ("brief", "detail")] == [11, 16]
-    path = tmp_path / "official.txt"
-    path.write_text('\ufeffDescribe the image.\n\n- "Say it."\n', encoding="utf-8")
-    assert load_instructions(path) == ("Describe the image.", "Say it.")
-    for text, wrong in (("", "no instruction"), ("A.\nA.", "line 2"), ("A <image>.", "line 1")):
-        path.write_text(text)
-        with pytest.raises(DataError, match=wrong):
-            load_instructions(path)
-    with pytest.raises(DataError, match="did you mean 'brief'"):
-        load_instructions("breif")
-
-
-def test_instructions_are_drawn_evenly_by_seed_and_id() -> None:
-    brief = LISTS["brief"]
-    assert draw(brief, "000000123") == draw(brief, "000000123")
-    drawn = Counter(draw(brief, str(k)) for k in range(11_000))
-    assert set(drawn) == set(brief)
-    assert all(850 < count < 1150 for count in drawn.values())
-    assert sum(draw(brief, str(k)) != draw(brief, str(k), 1) for k in range(1000)) > 800
-    turns = [expand("A cat.", str(k), brief) for k in range(1000)]
-    first = sum(question["value"].startswith(IMAGE_MARKER) for question, _ in turns)
-    assert 400 < first < 600
-    assert all(question["value"].count(IMAGE_MARKER) == 1 for question, _ in turns)
-    assert IMAGE_MARKER not in expand("A cat.", "1", brief, image=False)[0]["value"]

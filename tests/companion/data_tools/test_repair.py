@@ -37,14 +37,14 @@ def images(tmp_path: Path) -> Path:
         picture.save(folder / name)
     content = (folder / "good.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(content[: len(content) * 2 // 3])
-    (folder / "page.jpg").write_text("<html>not found</html>")
+    (folder / "page.jpg").write_text("<html>404</html>")
     (folder / "empty.png").touch()
     (tmp_path / "secret.jpg").write_bytes(content)
     return folder
 
 
 def defects(images: Path) -> list[tuple[str, bool, Any]]:
-    """(kind of problem, whether it can be mended, the record or its bytes)."""
+    """(kind of problem, whether it can be repaired, the record or its bytes)."""
     why, so, marked = ("human", "Why?"), ("gpt", "So."), ("human", "<image>\nWhy?")
     return [
         ("missing_image", False, record(image="absent.jpg")),
@@ -92,17 +92,17 @@ def defects(images: Path) -> list[tuple[str, bool, Any]]:
 
 
 def plant(images: Path, path: Path) -> list[tuple[int, str, bool]]:
-    """Write each defect between sound records; returns (line, kind, mendable)."""
+    """Write each defect between sound records; returns (line, kind, repairable)."""
     lines: list[bytes] = []
     wanted = []
-    for k, (kind, mendable, item) in enumerate(defects(images)):
+    for k, (kind, repairable, item) in enumerate(defects(images)):
         if isinstance(item, dict) and item.get("id") == "a":
             item = item | {"id": f"bad {k}"}
         lines += [
             json.dumps(record(f"good {k}")).encode(),
             item if isinstance(item, bytes) else json.dumps(item).encode(),
         ]
-        wanted.append((len(lines), kind, mendable))
+        wanted.append((len(lines), kind, repairable))
     path.write_bytes(b"\n".join(lines))
     return wanted
 
@@ -110,27 +110,27 @@ def plant(images: Path, path: Path) -> list[tuple[int, str, bool]]:
 def test_repair_leaves_only_unrepairable_defects(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, out = tmp_path / "mine.jsonl", tmp_path / "mended.jsonl"
+    path, out = tmp_path / "mine.jsonl", tmp_path / "repaired.jsonl"
     wanted = plant(images, path)
     assert len(wanted) == 40
     before = path.read_bytes()
 
     assert cli.main(["data", "check", str(path), "--images", str(images), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert [(p["line"], p["kind"]) for p in found["problems"]] == [(line, kind) for line, kind, _ in wanted]
-    assert found["records"] == 79  # all but the line that is no JSON
-    assert set(PROBLEM_KINDS) - {p["kind"] for p in found["problems"]} == {"not_parquet", "no_records"}
+    result = json.loads(capsys.readouterr().out)
+    assert [(p["line"], p["kind"]) for p in result["problems"]] == [(line, kind) for line, kind, _ in wanted]
+    assert result["records"] == 79  # all but the line that is no JSON
+    assert set(PROBLEM_KINDS) - {p["kind"] for p in result["problems"]} == {"not_parquet", "no_records"}
 
     assert cli.main(["data", "check", str(path), "--images", str(images), "--fix", str(out), "--json"]) == 1
     fixed = json.loads(capsys.readouterr().out)
-    left = [(line, kind) for line, kind, mendable in wanted if not mendable or kind == "not_json"]
+    left = [(line, kind) for line, kind, repairable in wanted if not repairable or kind == "not_json"]
     assert [(p["line"], p["kind"]) for p in fixed["problems"]] == left
     assert [f["line"] for f in fixed["fixed"]] == [line for line, kind, ok in wanted if ok and kind != "not_json"]
     assert all(f["done"] for f in fixed["fixed"])
     assert path.read_bytes() == before
 
     copy = check_file(out, images)
-    assert [p["kind"] for p in copy["problems"]] == [kind for _, kind, mendable in wanted if not mendable]
+    assert [p["kind"] for p in copy["problems"]] == [kind for _, kind, repairable in wanted if not repairable]
     assert copy["records"] == fixed["written"] == 78  # without the exact duplicate
     assert b"A c\xe4t." in out.read_bytes()  # bytes that are no text are carried over, not guessed
     texts = [
@@ -154,14 +154,14 @@ def test_repaired_records_have_the_intended_content(tmp_path: Path, images: Path
         record(" sound\u2028", [("human", " <image>Why? "), ("gpt", "So.  ")]),
     ]  # fmt: skip
     path.write_text(json.dumps(records, indent=1))
-    fixed = fix_file(path, tmp_path / "mended.json", images)
+    fixed = fix_file(path, tmp_path / "repaired.json", images)
     assert fixed["problems"] == []
-    mended = {s.id: s.turns for s in load_instruct(tmp_path / "mended.json", images)}
-    assert mended["moved"] == [("<image>\nWhy?", "So.")]
-    assert mended["kept"] == [("Why?\n<image>", "So."), ("And?", "Then.")]
-    assert mended["inside"] == [("Why?", "So.")]
-    assert mended["open"] == [tuple(text for _, text in ASKED)]
-    assert mended[" sound\u2028"] == [(" <image>Why? ", "So.  ")]  # a record without a problem is not touched
+    repaired = {s.id: s.turns for s in load_instruct(tmp_path / "repaired.json", images)}
+    assert repaired["moved"] == [("<image>\nWhy?", "So.")]
+    assert repaired["kept"] == [("Why?\n<image>", "So."), ("And?", "Then.")]
+    assert repaired["inside"] == [("Why?", "So.")]
+    assert repaired["open"] == [tuple(text for _, text in ASKED)]
+    assert repaired[" sound\u2028"] == [(" <image>Why? ", "So.  ")]  # a record without a problem is not touched
     done = {f["record"]: f["done"] for f in fixed["fixed"]}
     assert done["moved"] == ["marker: moved in turn 0"]
     assert done["inside"][:2] == ["field_names: role -> from", "field_names: content -> value"]
@@ -192,9 +192,9 @@ def test_parquet_is_checked_by_rows(tmp_path: Path, images: Path) -> None:
     rows[4]["id"] = None
     table = pa.Table.from_pylist(rows)
     pq.write_table(table, tmp_path / "mine.parquet")
-    found = check_file(tmp_path / "mine.parquet", images)
-    assert found["counted"] == "row"
-    assert [(p["line"], p["kind"]) for p in found["problems"]] == [
+    result = check_file(tmp_path / "mine.parquet", images)
+    assert result["counted"] == "row"
+    assert [(p["line"], p["kind"]) for p in result["problems"]] == [
         (3, "missing_image"), (4, "empty_turn"), (5, "missing_field")
     ]  # fmt: skip
     turns = pa.array([[{"from": b"human", "value": b"<image> Why"}, {"from": b"gpt", "value": b"A c\xe4t"}]] * 2)
@@ -202,8 +202,8 @@ def test_parquet_is_checked_by_rows(tmp_path: Path, images: Path) -> None:
     bad = pa.Table.from_arrays([pa.array(["x", "y"]), pa.array(["good.jpg"] * 2), turns.view(text)],
                                ["id", "image", "conversations"])  # fmt: skip
     pq.write_table(bad, tmp_path / "bad.parquet")
-    found = check_file(tmp_path / "bad.parquet", images)
-    assert [(p["line"], p["record"], p["kind"]) for p in found["problems"]] == [
+    result = check_file(tmp_path / "bad.parquet", images)
+    assert [(p["line"], p["record"], p["kind"]) for p in result["problems"]] == [
         (1, "#0", "invalid_utf8"), (2, "#1", "invalid_utf8")
     ]  # fmt: skip
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "mine.parquet").read_bytes()[:200])

@@ -33,10 +33,10 @@ CONTEXT = [{"id": str(k), "image": f"{k}.png", "caption": "A red car on a road."
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    made = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
-    torch.nn.init.normal_(made.model.language_model.get_output_embeddings().weight, std=0.5)
-    made.model.eval()
-    return made
+    loaded_model = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
+    torch.nn.init.normal_(loaded_model.model.language_model.get_output_embeddings().weight, std=0.5)
+    loaded_model.model.eval()
+    return loaded_model
 
 
 @pytest.fixture(scope="module")
@@ -139,18 +139,18 @@ def test_any_files_are_read_or_refused(contents: tuple[list[Any], ...]) -> None:
 
 
 def test_answers_are_resumed_and_name_their_settings(loaded: Loaded, model: Path, folder: Path, tmp_path: Path) -> None:
-    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    full, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     bench = load_bench(folder)
-    made = write_answers(loaded, model, bench, whole, max_new_tokens=6)
-    assert (made["answers"], made["new"]) == (5, 5)
-    lines = whole.read_text().splitlines(keepends=True)
+    report = write_answers(loaded, model, bench, full, max_new_tokens=6)
+    assert (report["answers"], report["new"]) == (5, 5)
+    lines = full.read_text().splitlines(keepends=True)
     part.write_text("".join(lines[:2]) + lines[2][:50])
-    again = write_answers(loaded, model, bench, part, max_new_tokens=6, batch=2)
-    assert (again["answers"], again["new"]) == (5, 3)
-    assert part.read_text() == whole.read_text()
+    second = write_answers(loaded, model, bench, part, max_new_tokens=6, batch=2)
+    assert (second["answers"], second["new"]) == (5, 3)
+    assert part.read_text() == full.read_text()
     row = json.loads(lines[0])
     assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
-    assert row["metadata"] == made["conditions"] == read_predictions(whole).made_with
+    assert row["metadata"] == report["conditions"] == read_predictions(full).made_with
     assert row["metadata"]["checkpoint"] == checkpoint_id(model)
     assert [row["metadata"][k] for k in ("max_new_tokens", "temperature", "dtype")] == [6, 0.0, "float32"]
     assert len({json.loads(line)["answer_id"] for line in lines}) == 5
@@ -183,13 +183,13 @@ def test_answers_with_other_settings_are_not_resumed(loaded: Loaded, model: Path
 
 def test_sampled_answers_depend_on_the_seed(loaded: Loaded, model: Path, folder: Path, tmp_path: Path) -> None:
     rows, images = load_bench(folder).rows()
-    said = []
+    output = []
     for k, seed in enumerate((0, 0, 1)):
         out = tmp_path / f"{k}.jsonl"
         settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": seed}
         predict_questions(loaded, model, rows, images, out, batch=1 + k, **settings)
-        said.append([row["text"] for row in read_jsonl(out)])
-    assert said[0] == said[1] != said[2]
+        output.append([row["text"] for row in read_jsonl(out)])
+    assert output[0] == output[1] != output[2]
 
 
 # ------------------------------------------------------------------------------------------------ reference and reviews
@@ -200,13 +200,13 @@ def test_reference_and_reviews_are_replayed_from_a_cassette(folder: Path, tmp_pa
     write_jsonl(answers, [{"question_id": k, "text": "A red car."} for k in range(5)])
     with pytest.raises(DataError, match="no reference answers; fix: llava evaluate bench reference"):
         write_reviews(bench, answers, OfflineClient(respond), tmp_path / "r.jsonl")
-    made = write_reference(bench, OfflineClient(respond), tmp_path / "answers_gpt4.jsonl")
-    assert (made["answers"], made["failed"]) == (5, 0)
+    report = write_reference(bench, OfflineClient(respond), tmp_path / "answers_gpt4.jsonl")
+    assert (report["answers"], report["failed"]) == (5, 0)
     assert "red car" in read_jsonl(tmp_path / "answers_gpt4.jsonl")[0]["text"]
     bench, tape = load_bench(folder), tmp_path / "tape.sqlite"
     first = write_reviews(bench, answers, RecordClient(OfflineClient(respond), tape), tmp_path / "a.jsonl", swap=True)
-    again = write_reviews(bench, answers, ReplayClient(tape), tmp_path / "b.jsonl", swap=True)
-    assert (first["n"], first["failed"], again["requests"], again["replayed"]) == (10, 0, 0, 10)
+    second = write_reviews(bench, answers, ReplayClient(tape), tmp_path / "b.jsonl", swap=True)
+    assert (first["n"], first["failed"], second["requests"], second["replayed"]) == (10, 0, 0, 10)
     assert score_reviews(tmp_path / "a.jsonl") == score_reviews(tmp_path / "b.jsonl")
     row = read_jsonl(tmp_path / "a.jsonl")[0]
     assert {"answer1_id", "answer2_id", "content", "tuple", "order", "request", "model", "date"} <= row.keys()
@@ -227,10 +227,15 @@ class Poor:
 
 def test_only_complete_reference_answers_are_kept(folder: Path, tmp_path: Path) -> None:
     bench = load_bench(folder)
-    made = write_reference(bench, Poor(), tmp_path / "a.jsonl")
-    assert (made["answers"], made["stopped"], made["unasked"]) == (2, "budget of 1 USD", 3)
-    made = write_reference(bench, Poor(cut=True), tmp_path / "a.jsonl")
-    assert (made["answers"], made["retried"], made["failed"], made["unasked"]) == (0, 1, 1, 4)
+    report = write_reference(bench, Poor(), tmp_path / "a.jsonl")
+    assert (report["answers"], report["stopped"], report["unasked"]) == (2, "budget of 1 USD", 3)
+    report = write_reference(bench, Poor(cut=True), tmp_path / "a.jsonl")
+    assert (report["answers"], report["retried"], report["failed"], report["unasked"]) == (
+        0,
+        1,
+        1,
+        4,
+    )
 
 
 def test_no_review_within_the_budget_is_an_error(folder: Path, tmp_path: Path) -> None:

@@ -122,14 +122,14 @@ def test_caption_intervals_are_paired_by_image() -> None:
     references = {k: [" ".join(rng.choices(vocabulary, k=8)) for _ in range(5)] for k in range(50)}
     first = {k: " ".join(rng.choices(vocabulary, k=7)) for k in references}
     second = {k: texts[0] if k % 2 else first[k] for k, texts in references.items()}
-    whole, alone = score(references, first), compare(references, first)
-    assert alone["bleu4"]["value"] == pytest.approx(whole["bleu4"])
-    assert alone["cider"]["value"] == pytest.approx(whole["cider"])
+    full, compared = score(references, first), compare(references, first)
+    assert compared["bleu4"]["value"] == pytest.approx(full["bleu4"])
+    assert compared["cider"]["value"] == pytest.approx(full["cider"])
     better = compare(references, first, second)
     for name in ("bleu4", "cider"):
-        low, high = alone[name]["interval"]
-        assert low < whole[name] < high
-        assert better[name]["value"] == pytest.approx(score(references, second)[name] - whole[name])
+        low, high = compared[name]["interval"]
+        assert low < full[name] < high
+        assert better[name]["value"] == pytest.approx(score(references, second)[name] - full[name])
         assert 0 < better[name]["interval"][0] < better[name]["value"] < better[name]["interval"][1]
     assert compare(references, first, first)["cider"] == {"value": 0, "interval": [0, 0]}
     with pytest.raises(DataError, match="of the same images"):
@@ -192,28 +192,28 @@ def test_any_files_are_scored_or_refused(references: Any, predictions: Any) -> N
 
 
 def test_checkpoint_captions_the_images_of_a_file(tmp_path: Path) -> None:
-    made = build(*tiny.base_models(tmp_path / "bases"), torch.float32)
-    made.model.eval()
-    model = save_checkpoint(tmp_path / "model", made, "full")
+    loaded_model = build(*tiny.base_models(tmp_path / "bases"), torch.float32)
+    loaded_model.model.eval()
+    model = save_checkpoint(tmp_path / "model", loaded_model, "full")
     for k in range(3):
         Image.new("RGB", (40, 32), (80 * k, 30, 30)).save(tmp_path / f"{k}.png")
     images = [{"id": k, "file_name": f"{k}.png"} for k in range(3)]
     annotations = [{"image_id": k, "caption": "a red car"} for k in range(3)]
     refs = write(tmp_path / "captions.json", {"images": images, "annotations": annotations})
     out = tmp_path / "said.json"
-    found = write_captions(made, model, refs, tmp_path, out, limit=2, max_new_tokens=4)
-    assert (found["answers"], found["new"]) == (2, 2)
+    result = write_captions(loaded_model, model, refs, tmp_path, out, limit=2, max_new_tokens=4)
+    assert (result["answers"], result["new"]) == (2, 2)
     assert [row["image_id"] for row in json.loads(out.read_text())] == [0, 1]
     assert evaluate_files(refs, out)["missing"] == 1
-    assert write_captions(made, model, refs, tmp_path, out, max_new_tokens=4)["answers"] == 3
+    assert write_captions(loaded_model, model, refs, tmp_path, out, max_new_tokens=4)["answers"] == 3
     with pytest.raises(DataError, match=r"said\.jsonl, record 1: question 0 was answered .*max_new_tokens: 4 and 5"):
-        write_captions(made, model, refs, tmp_path, out, max_new_tokens=5)
+        write_captions(loaded_model, model, refs, tmp_path, out, max_new_tokens=5)
     with pytest.raises(DataError, match=r"ends in \.json"):
-        write_captions(made, model, refs, tmp_path, tmp_path / "said.txt")
+        write_captions(loaded_model, model, refs, tmp_path, tmp_path / "said.txt")
     with pytest.raises(DataError, match=r"image 0: .*0\.png is not there"):
-        write_captions(made, model, refs, tmp_path / "bases", out)
+        write_captions(loaded_model, model, refs, tmp_path / "bases", out)
     with pytest.raises(DataError, match="no `images`"):
-        write_captions(made, model, write(tmp_path / "none.json", {"annotations": annotations}), tmp_path, out)
+        write_captions(loaded_model, model, write(tmp_path / "none.json", {"annotations": annotations}), tmp_path, out)
 
 
 def write(path: Path, value: Any) -> Path:

@@ -65,9 +65,9 @@ def test_only_disagreements_are_asked_again(tmp_path: Path) -> None:
         7,
         None,
     )
-    again = ensemble.run(PROBLEMS, LLAVA, ReplayClient(tmp_path / "tape.sqlite"), shots=SHOTS)
-    assert (again["spend_usd"], again["cost_usd"], again["bills"]["gpt4"]["replayed"]) == (0, 3.5, 4)
-    assert again["systems"] == result["systems"]
+    second = ensemble.run(PROBLEMS, LLAVA, ReplayClient(tmp_path / "tape.sqlite"), shots=SHOTS)
+    assert (second["spend_usd"], second["cost_usd"], second["bills"]["gpt4"]["replayed"]) == (0, 3.5, 4)
+    assert second["systems"] == result["systems"]
     with pytest.raises(DataError, match="holds no reply"):  # other examples are another request
         ensemble.run(PROBLEMS, LLAVA, ReplayClient(tmp_path / "tape.sqlite"), shots=SHOTS[::-1])
     assert "3 of 4 questions were asked again" in ensemble.format_report(result)

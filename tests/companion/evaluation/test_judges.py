@@ -32,27 +32,27 @@ def two_judges(n: int = 40, seed: int = 0) -> tuple[list[tuple[float, float]], l
 
 def test_agreement_equals_scipy() -> None:
     first, second = two_judges()
-    found = agreement(reviews(first), reviews(second))
+    result = agreement(reviews(first), reviews(second))
     a, b = np.array(first, float), np.array(second, float)
     for name, x, y in (("reference", a[:, 0], b[:, 0]), ("candidate", a[:, 1], b[:, 1]),
                        ("ratio", 100 * a[:, 1] / a[:, 0], 100 * b[:, 1] / b[:, 0])):  # fmt: skip
-        assert found[name]["spearman"]["value"] == pytest.approx(stats.spearmanr(x, y).statistic)
-        assert found[name]["kendall"]["value"] == pytest.approx(stats.kendalltau(x, y).statistic)
-        assert found[name]["shift"]["value"] == pytest.approx((y - x).mean())
-        for number in (found[name]["spearman"], found[name]["kendall"]):
+        assert result[name]["spearman"]["value"] == pytest.approx(stats.spearmanr(x, y).statistic)
+        assert result[name]["kendall"]["value"] == pytest.approx(stats.kendalltau(x, y).statistic)
+        assert result[name]["shift"]["value"] == pytest.approx((y - x).mean())
+        for number in (result[name]["spearman"], result[name]["kendall"]):
             assert number["interval"][0] < number["value"] < number["interval"][1]
-    relative = found["relative_score"]
+    relative = result["relative_score"]
     assert relative["first"]["value"] == pytest.approx(score_reviews(reviews(first))["all"], abs=0.05)  # means rounded
     assert relative["shift"]["value"] == pytest.approx(relative["second"]["value"] - relative["first"]["value"])
 
 
 def test_kappa_by_hand() -> None:
     # verdicts of the first: 2 wins, 1 tie, 1 loss; of the second: 1 win, 2 ties, 1 loss; three of four are the same
-    found = agreement(reviews([(5, 8), (5, 9), (7, 7), (8, 2)]), reviews([(5, 8), (9, 9), (7, 7), (8, 7)]))["verdicts"]
+    result = agreement(reviews([(5, 8), (5, 9), (7, 7), (8, 2)]), reviews([(5, 8), (9, 9), (7, 7), (8, 7)]))["verdicts"]
     chance = (2 * 1 + 1 * 2 + 1 * 1) / 16
-    assert found["same"]["value"] == 0.75
-    assert found["kappa"]["value"] == pytest.approx((0.75 - chance) / (1 - chance))
-    assert [list(row.values()) for row in found["table"].values()] == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+    assert result["same"]["value"] == 0.75
+    assert result["kappa"]["value"] == pytest.approx((0.75 - chance) / (1 - chance))
+    assert [list(row.values()) for row in result["table"].values()] == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 
 def test_resampled_correlation_equals_scipy() -> None:
@@ -79,21 +79,26 @@ def test_intervals_have_the_nominal_coverage() -> None:
 
 
 def test_constant_judge_has_no_correlation() -> None:
-    found = agreement(reviews([(8, 8)] * 5), reviews([(8, k) for k in range(1, 6)]))
-    nothing = {"value": None, "interval": None}
-    assert found["candidate"]["spearman"] == found["candidate"]["kendall"] == found["reference"]["spearman"] == nothing
-    assert found["candidate"]["shift"]["value"] == -5
-    assert "candidate, spearman            not defined" in format_agreement(found)
-    assert agreement(reviews([(8, 8)] * 5), reviews([(9, 9)] * 5))["verdicts"]["kappa"] == nothing
+    result = agreement(reviews([(8, 8)] * 5), reviews([(8, k) for k in range(1, 6)]))
+    undefined = {"value": None, "interval": None}
+    assert (
+        result["candidate"]["spearman"]
+        == result["candidate"]["kendall"]
+        == result["reference"]["spearman"]
+        == undefined
+    )
+    assert result["candidate"]["shift"]["value"] == -5
+    assert "candidate, spearman            not defined" in format_agreement(result)
+    assert agreement(reviews([(8, 8)] * 5), reviews([(9, 9)] * 5))["verdicts"]["kappa"] == undefined
 
 
 def test_failed_and_missing_questions_are_left_out() -> None:
     first, second = reviews([(8, 4), (9, 5), (7, 7), (9, 2)]), reviews([(8, 5), (9, 5), (7, 6)])
     first[1]["content"] = "I cannot say."
-    found = agreement(first, second)
-    assert (found["n"], found["only_first"], found["only_second"], found["failed"]) == (2, 1, 1, [1, 0])
-    assert found["same_answers"] is None
-    assert "reviews without scores: 1 and 0" in format_agreement(found)
+    result = agreement(first, second)
+    assert (result["n"], result["only_first"], result["only_second"], result["failed"]) == (2, 1, 1, [1, 0])
+    assert result["same_answers"] is None
+    assert "reviews without scores: 1 and 0" in format_agreement(result)
     zero = agreement(reviews([(0, 4), (9, 5), (7, 7)]), second)
     assert (zero["n"], zero["ratio"]["n"]) == (3, 2)
     with pytest.raises(DataError, match="1 questions have scores in both"):
@@ -135,10 +140,10 @@ def test_three_reviews_of_the_same_answers(reference: Path) -> None:
     folder = reference / "llava_bench_wild" / "reviews"
     files = [folder / f"llava-v1.5-13b-eval{k}.jsonl" for k in (1, 2, 3)]
     for first, second, kappa in ((0, 1, 0.92), (0, 2, 0.92), (1, 2, 0.92)):
-        found = agreement(files[first], files[second])
-        assert (found["n"], found["same_answers"], found["failed"]) == (60, True, [0, 0])
-        assert found["candidate"]["spearman"]["value"] > 0.97
-        assert 0.90 < found["candidate"]["kendall"]["value"] < found["candidate"]["spearman"]["value"]
-        assert round(found["verdicts"]["kappa"]["value"], 2) == kappa
-        low, high = found["relative_score"]["shift"]["interval"]
+        result = agreement(files[first], files[second])
+        assert (result["n"], result["same_answers"], result["failed"]) == (60, True, [0, 0])
+        assert result["candidate"]["spearman"]["value"] > 0.97
+        assert 0.90 < result["candidate"]["kendall"]["value"] < result["candidate"]["spearman"]["value"]
+        assert round(result["verdicts"]["kappa"]["value"], 2) == kappa
+        low, high = result["relative_score"]["shift"]["interval"]
         assert low < 0 < high  # repeats of one judge: no shift beyond chance

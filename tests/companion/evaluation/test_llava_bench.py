@@ -104,8 +104,8 @@ def test_failed_reviews_leave_the_mean_and_are_counted() -> None:
     released = score_reviews(rows, released=True)
     assert (released["n"], released["failed"]) == (10, 0)
     assert released["all"] == pytest.approx(100 * 25 / 53)
-    nothing = score_reviews(rows[7:])
-    assert (nothing["n"], nothing["all"], nothing["reference"]) == (0, None, None)
+    empty = score_reviews(rows[7:])
+    assert (empty["n"], empty["all"], empty["reference"]) == (0, None, None)
 
 
 def test_rows_without_text_use_the_stored_scores() -> None:
@@ -118,7 +118,7 @@ REFERENCE = {k: f"It is {k}." for k in range(3)}
 
 
 class Judge:
-    """Replies with the given texts, by the question and how often it was asked; then with `8 7`."""
+    """Replies with scripted texts, by the question and how often it was asked; then with `8 7`."""
 
     concurrency = 3
 
@@ -128,11 +128,11 @@ class Judge:
         self.lock = threading.Lock()
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        found = re.search(r"What is (\d)\?", request.messages[1]["content"])
-        assert found
+        result = re.search(r"What is (\d)\?", request.messages[1]["content"])
+        assert result
         with self.lock:
             self.calls.append(request)
-            text = next(self.replies.get(int(found[1]), iter(())), "8 7\nthe first is better")
+            text = next(self.replies.get(int(result[1]), iter(())), "8 7\nthe first is better")
         if isinstance(text, Exception):
             raise text
         return ChatReply(text, "judge-2", 9, 3, cost_usd=0.25)
@@ -147,9 +147,9 @@ def test_judging_and_position_swap() -> None:
     reviews, tally = judged(client, swap=True)
     assert [r["tuple"] for r in reviews] == [[8, 7], [7, 8]] * 3  # always reference, candidate
     assert [(r["id"], r["question_id"]) for r in reviews] == [(k + 1, k // 2) for k in range(6)]
-    whole = score_reviews(reviews)
-    assert whole["all"] == 100
-    assert {order: round(value, 1) for order, value in whole["orders"].items()} == {
+    full = score_reviews(reviews)
+    assert full["all"] == 100
+    assert {order: round(value, 1) for order, value in full["orders"].items()} == {
         "reference_first": 87.5, "candidate_first": 114.3
     }  # fmt: skip
     assert score_reviews(reviews[:1])["all"] == 87.5
@@ -181,9 +181,9 @@ def test_malformed_review_is_retried_once_and_kept() -> None:
     assert [r.get("first", {}).get("content") for r in reviews] == ["I like both.", None, "no"]
     assert (tally["requests"], tally["retried"], tally["repaired"], tally["failed"]) == (5, 2, 1, 1)
     assert (tally["spend_usd"], reviews[0]["cost_usd"]) == (1.25, 0.5)
-    (again,) = (c for c in client.calls if len(c.messages) == 4 and "What is 0?" in c.messages[1]["content"])
-    assert again.messages[2] == {"role": "assistant", "content": "I like both."}
-    assert "does not hold two scores" in again.messages[3]["content"]
+    (second,) = (c for c in client.calls if len(c.messages) == 4 and "What is 0?" in c.messages[1]["content"])
+    assert second.messages[2] == {"role": "assistant", "content": "I like both."}
+    assert "does not hold two scores" in second.messages[3]["content"]
     result = score_reviews(reviews)
     assert (result["n"], result["failed"], result["failed_ids"]) == (2, 1, [2])
 
@@ -209,7 +209,7 @@ def test_server_without_replies_is_an_error() -> None:
 def test_failed_reviews_change_n_and_not_the_score() -> None:
     rng = random.Random(3)
     rows = [{"question_id": k, "content": f"{rng.randint(6, 10)} {rng.randint(1, 10)}"} for k in range(300)]
-    whole = score_reviews(rows)
+    full = score_reviews(rows)
     scores, released = [], []
     for _ in range(40):
         broken = set(rng.sample(range(300), 90))
@@ -221,8 +221,8 @@ def test_failed_reviews_change_n_and_not_the_score() -> None:
         scores.append(result["all"])
         released.append(score_reviews(draw, released=True)["all"])
     error = statistics.stdev(scores) / 40**0.5
-    assert abs(statistics.mean(scores) - whole["all"]) < 4 * error  # no bias
-    assert abs(statistics.mean(released) - whole["all"]) > 4 * error  # which averaging failures as -1 has
+    assert abs(statistics.mean(scores) - full["all"]) < 4 * error  # no bias
+    assert abs(statistics.mean(released) - full["all"]) > 4 * error  # which averaging failures as -1 has
 
 
 @settings(max_examples=300, deadline=None)

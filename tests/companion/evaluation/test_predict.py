@@ -25,13 +25,13 @@ SHORT = {"max_new_tokens": 4, "answer_tokens": 3}
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One model, said to be trained with either format."""
+    """One model, saved with either prompt format."""
     root = tmp_path_factory.mktemp("models")
-    made = build(*tiny.base_models(root), torch.float32)
-    torch.nn.init.normal_(made.model.language_model.get_output_embeddings().weight, std=0.5)
-    facts = {"template": "v0", "image_position": "data", "run_id": "1"}
+    loaded_model = build(*tiny.base_models(root), torch.float32)
+    torch.nn.init.normal_(loaded_model.model.language_model.get_output_embeddings().weight, std=0.5)
+    usage = {"template": "v0", "image_position": "data", "run_id": "1"}
     return {
-        name: save_checkpoint(root / name, made, "full", prompt_format=name, **facts)
+        name: save_checkpoint(root / name, loaded_model, "full", prompt_format=name, **usage)
         for name in ("QCM-LEPA", "QCM-ALE")
     }
 
@@ -62,11 +62,11 @@ def test_file_with_other_settings_is_refused(
 ) -> None:
     out, questions = folder / "answers.jsonl", folder / "problems.json"
     answers = predict_science_qa(models["QCM-LEPA"], checkpoints["QCM-LEPA"], folder, out, **SHORT)
-    found = read_predictions(out)
-    assert found.answers == answers
-    said = found.made_with or {}
-    assert (said["prompt_format"], said["template"], said["n"], said["split"]) == ("QCM-LEPA", "v0", 5, "test")
-    assert (said["max_new_tokens"], said["answer_tokens"], said["temperature"], said["seed"]) == (4, 3, 0.0, 0)
+    report = read_predictions(out)
+    assert report.answers == answers
+    output = report.made_with or {}
+    assert (output["prompt_format"], output["template"], output["n"], output["split"]) == ("QCM-LEPA", "v0", 5, "test")
+    assert (output["max_new_tokens"], output["answer_tokens"], output["temperature"], output["seed"]) == (4, 3, 0.0, 0)
     result = evaluate_files(out, questions, prompt_format="QCM-LEPA", checkpoint=checkpoints["QCM-LEPA"])
     assert (result["n"], result["missing"]) == (5, 0)
     with pytest.raises(DataError, match="have prompt_format 'QCM-LEPA', not 'QCM-ALE'"):
@@ -79,7 +79,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     checkpoints: dict[str, Path], models: dict[str, Loaded], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, checkpoint, out = models["QCM-LEPA"], checkpoints["QCM-LEPA"], folder / "answers.jsonl"
-    whole = science_answers(loaded, load_problems(folder, "test"), **SHORT)
+    full = science_answers(loaded, load_problems(folder, "test"), **SHORT)
     asked: list[int] = []
     original = predict.answer_questions
 
@@ -100,7 +100,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     with pytest.raises(DataError, match=r"other settings than now \(.*checkpoint: .*; prompt_format"):
         predict_science_qa(models["QCM-ALE"], checkpoints["QCM-ALE"], folder, out, **SHORT)
     asked[:] = [0] * 4
-    assert predict_science_qa(loaded, checkpoint, folder, out, batch=2, **SHORT) == whole
+    assert predict_science_qa(loaded, checkpoint, folder, out, batch=2, **SHORT) == full
     assert asked[4:] == [2, 2, 1, 1]  # two passes over the three that were left
 
 

@@ -51,8 +51,8 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_written_file_is_read_with_its_settings(files: tuple[Path, Path]) -> None:
-    found = read_predictions(files[0])
-    assert (found.answers, found.made_with) == ({"0": "The answer is B.", "1": "The answer is A."}, SETTINGS)
+    report = read_predictions(files[0])
+    assert (report.answers, report.made_with) == ({"0": "The answer is B.", "1": "The answer is A."}, SETTINGS)
     result = evaluate_files(*files, prompt_format="QCM-LEPA")
     assert (result["correct"], result["missing"], result["made_with"]) == (1, 1, SETTINGS)
     assert "holds 2 of 3 answers" in result["notes"][-1]
@@ -82,9 +82,9 @@ def test_incomplete_file_is_resumed_with_equal_settings_only(files: tuple[Path, 
 
 
 def test_file_is_resumed_after_a_kill_at_any_byte(tmp_path: Path) -> None:
-    answers, whole, path = dict.fromkeys(PROBLEMS, "Größe B."), tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
-    write(whole, answers)
-    content = whole.read_bytes()
+    answers, full, path = dict.fromkeys(PROBLEMS, "Größe B."), tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    write(full, answers)
+    content = full.read_bytes()
     for end in range(len(content)):
         path.write_bytes(content[:end])
         lines = content.count(b"\n", 0, end) + (content[end:][:1] == b"\n")  # or only the end of a line is missing

@@ -26,14 +26,14 @@ def test_systems_are_compared_on_the_same_questions() -> None:
 def test_seeds_of_a_system_are_resampled_too() -> None:
     less = [_reviews([6.0] * 6), _reviews([2.0] * 6)]  # no question differs from another, the seeds do
     reviews = {"full": [_reviews([8.0] * 6)] * 2, "less": less, "none": [_reviews([4.0] * 6)]}
-    found = {r["system"]: r for r in compare_systems(reviews)}
-    assert found["less"]["difference"] == pytest.approx(-50)
-    assert found["less"]["difference_interval"] == pytest.approx([-75, -25])
-    assert found["none"]["difference_interval"] == pytest.approx([-50, -50])
+    result = {r["system"]: r for r in compare_systems(reviews)}
+    assert result["less"]["difference"] == pytest.approx(-50)
+    assert result["less"]["difference_interval"] == pytest.approx([-75, -25])
+    assert result["none"]["difference_interval"] == pytest.approx([-50, -50])
 
 
 def test_failed_review_counts_for_neither_side() -> None:
     rows = _reviews([8.0] * 6)
     rows[0] = {**rows[0], "tuple": None}
-    found = compare_systems({"full": [rows]})
-    assert found[0]["score"] == pytest.approx(100)
+    result = compare_systems({"full": [rows]})
+    assert result[0]["score"] == pytest.approx(100)

@@ -294,7 +294,7 @@ def test_two_files_are_compared_question_by_question(tmp_path: Path) -> None:
 def test_ensemble_rules() -> None:
     assert complement(0, UNPARSED) == complement(0, INVALID) == 0
     assert complement(0, 1) == 1
-    assert judged(0, 0, 1) == 0  # agreement is not asked again
+    assert judged(0, 0, 1) == 0  # agreement needs no second request
     assert judged(0, 1, UNPARSED) == 0
     assert judged(0, 1, 2) == 2
     llava, gpt4 = {"1": "A", "2": "A", "3": "B"}, {"1": "B", "2": "no image", "3": "B"}

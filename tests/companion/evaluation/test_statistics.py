@@ -61,14 +61,14 @@ def test_seeds_interval() -> None:
 
 
 def test_unpaired_difference() -> None:
-    found = unpaired_difference(80, 100, 60, 100)
-    assert found["difference"] == pytest.approx(-20)
+    result = unpaired_difference(80, 100, 60, 100)
+    assert result["difference"] == pytest.approx(-20)
     # pooled 0.7: the square root of 0.21 x 2 / 100
-    assert found["standard_error"] == pytest.approx(6.4807, abs=1e-4)
-    assert found["z"] == pytest.approx(-3.0861, abs=1e-4)
-    assert found["p"] == pytest.approx(0.002028, abs=1e-6)
-    assert found["interval"] == pytest.approx([-32.396, -7.604], abs=1e-3)
-    assert unpaired_difference(60, 100, 80, 100)["z"] == -found["z"]
+    assert result["standard_error"] == pytest.approx(6.4807, abs=1e-4)
+    assert result["z"] == pytest.approx(-3.0861, abs=1e-4)
+    assert result["p"] == pytest.approx(0.002028, abs=1e-6)
+    assert result["interval"] == pytest.approx([-32.396, -7.604], abs=1e-3)
+    assert unpaired_difference(60, 100, 80, 100)["z"] == -result["z"]
     assert unpaired_difference(5, 5, 7, 7)["z"] == 0
     with pytest.raises(ValueError, match="6 correct of 5"):
         unpaired_difference(6, 5, 1, 5)
@@ -81,11 +81,11 @@ def test_welch_of_summaries_equals_welch_of_runs() -> None:
 
     first, second = [19.0, 19.5, 18.7], [66.0, 69.6, 66.3]
     summary = [x for runs in (first, second) for x in (float(np.mean(runs)), float(np.std(runs, ddof=1)), len(runs))]
-    found, runs = welch(*summary), stats.ttest_ind(second, first, equal_var=False)
-    assert (found["t"], found["p"]) == pytest.approx((runs.statistic, runs.pvalue))
-    assert found["freedom"] == pytest.approx(runs.df)
-    assert found["interval"] == pytest.approx(list(runs.confidence_interval()))
-    assert found["difference"] == pytest.approx(np.mean(second) - np.mean(first))
+    result, runs = welch(*summary), stats.ttest_ind(second, first, equal_var=False)
+    assert (result["t"], result["p"]) == pytest.approx((runs.statistic, runs.pvalue))
+    assert result["freedom"] == pytest.approx(runs.df)
+    assert result["interval"] == pytest.approx(list(runs.confidence_interval()))
+    assert result["difference"] == pytest.approx(np.mean(second) - np.mean(first))
     with pytest.raises(ValueError, match="1 and 3 runs"):
         welch(1, 1, 1, 2, 1, 3)
 
@@ -110,9 +110,9 @@ def test_seeds_and_items_covers_both_levels() -> None:
 def test_one_seed_equals_the_paired_bootstrap() -> None:
     rng = np.random.default_rng(1)
     first, second = rng.integers(0, 2, size=(2, 300)).astype(float).tolist()
-    alone, paired = seeds_and_items([first], [second]), paired_bootstrap(first, second)
-    assert alone["difference"] == pytest.approx(paired["difference"])
-    assert alone["interval"] == pytest.approx(paired["interval"], abs=0.01)
-    assert seeds_and_items([first], [second]) == alone
+    single, paired = seeds_and_items([first], [second]), paired_bootstrap(first, second)
+    assert single["difference"] == pytest.approx(paired["difference"])
+    assert single["interval"] == pytest.approx(paired["interval"], abs=0.01)
+    assert seeds_and_items([first], [second]) == single
     with pytest.raises(ValueError, match="seeds and items"):
         seeds_and_items([first], [second, second])

@@ -145,11 +145,11 @@ def test_multiple_choice_letter_is_right() -> None:
     kinds = set()
     for k in range(80):
         scene, rng = world.sample_scene(k, 6), random.Random(k)
-        asked, said = pretraining_text.multiple_choice("Told.", facts_of_scene(scene), rng)
+        asked, output = pretraining_text.multiple_choice("Told.", facts_of_scene(scene), rng)
         question, context, options = asked.split("\n")
         assert context == "Context: Told."
         choices = dict(re.findall(r"\((\w)\) ([^(]+?)(?= \(|$)", options))
-        solution, letter = re.fullmatch(r"SOLUTION: (.+)\.\n###\nANSWER: (\w)\.", said).groups()
+        solution, letter = re.fullmatch(r"SOLUTION: (.+)\.\n###\nANSWER: (\w)\.", output).groups()
         assert choices[letter] == solution.lower()
         assert len(choices) == len(set(choices.values())) >= 2
         (right,) = (q for q in questions(facts_of_scene(scene), rng) if q.question == question)
@@ -179,23 +179,23 @@ def test_patch_weights_are_shares_of_the_box() -> None:
 
 
 class Parrot:
-    """Puts all weight on the right next token, except where `wrong` says otherwise: row -> position from the end."""
+    """Puts all weight on the right next token, except at the positions in `wrong`: row -> position from the end."""
 
     def __init__(self, tokenizer: Any, dialogues: list[tuple[str, str]], wrong: dict[str, int]) -> None:
         self.texts = {}
         for question, answer in dialogues:
             ids = encode(pretraining_text.dialogue([(question, answer)]), tokenizer, 0).input_ids
-            said = list(ids)
+            output = list(ids)
             if question in wrong:
-                said[wrong[question]] = tokenizer.bos_token_id
-            self.texts[tuple(ids)] = said
+                output[wrong[question]] = tokenizer.bos_token_id
+            self.texts[tuple(ids)] = output
 
     def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
         logits = torch.zeros(*input_ids.shape, 400)
         for row, ids in enumerate(input_ids.tolist()):
             # the row lacks the last token of the longest text and is padded if it is a shorter one
-            (said,) = (s for whole, s in self.texts.items() if (*ids, whole[-1])[: len(whole)] == whole)
-            for place, token in enumerate(said[1:]):
+            (output,) = (s for full, s in self.texts.items() if (*ids, full[-1])[: len(full)] == full)
+            for place, token in enumerate(output[1:]):
                 logits[row, place, token] = 1
         return SimpleNamespace(logits=logits)
 
@@ -206,8 +206,8 @@ def test_exact_answers_counts_answer_tokens_only(tmp_path: Path, batch: int) -> 
     dialogues = [("what color is the car", "blue and red"), ("the dog", "red"), ("what", "a helpful human")]
     assert acceptance.exact_answers(Parrot(tokenizer, dialogues, {}), tokenizer, dialogues, batch) == [True] * 3
     spoiled = {"the dog": -1, "what": 5}  # the terminator of one answer; one word of the other's prompt
-    found = acceptance.exact_answers(Parrot(tokenizer, dialogues, spoiled), tokenizer, dialogues, batch)
-    assert found == [True, False, True]
+    result = acceptance.exact_answers(Parrot(tokenizer, dialogues, spoiled), tokenizer, dialogues, batch)
+    assert result == [True, False, True]
 
 
 @pytest.fixture
@@ -220,11 +220,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_trained_language_model_loads_and_is_verified(small: None, tmp_path: Path) -> None:
     folder = tmp_path / "llm-7b"
-    facts = language_model.train_language_model("llm-7b", folder)
-    assert (facts["steps"], facts["shape"]["hidden"]) == (3, 128)
-    assert 0 < facts["final_loss"] < 20
-    bare = base_hash(str(folder))  # by its weights alone, as a model of others
-    training.write_manifest(folder, facts)
+    summary = language_model.train_language_model("llm-7b", folder)
+    assert (summary["steps"], summary["shape"]["hidden"]) == (3, 128)
+    assert 0 < summary["final_loss"] < 20
+    bare = base_hash(str(folder))  # by its weights, as for a foreign model
+    training.write_manifest(folder, summary)
     known = base_hash(str(folder))
     assert known != bare
     with pytest.raises(CheckpointError, match="no base model here"):
@@ -238,11 +238,11 @@ def test_trained_language_model_loads_and_is_verified(small: None, tmp_path: Pat
     training.write_manifest(folder, {"other": "facts"})  # a manifest does not list itself
     assert base_hash(str(folder)) == known
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    full = weights.read_bytes()
+    weights.write_bytes(full[:-1] + bytes([full[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*SHA-256"):
         base_hash(str(folder))
-    weights.write_bytes(whole)
+    weights.write_bytes(full)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: missing"):
         base_hash(str(folder))
@@ -293,16 +293,16 @@ def test_image_settings_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     _, processor = load_vision_tower(clip, torch.float32)
     assert list(processor.mean) == [contrastive.PIXEL_MEAN] * 3
     assert list(processor.std) == [contrastive.PIXEL_STD] * 3
-    # what the tower saw while it was trained is what it is given later
+    # the tower is trained on the pixels that the processor produces later
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     trained = contrastive.normalise(torch.from_numpy(pixels).permute(2, 0, 1))
     assert torch.from_numpy(processor.normalise(pixels)) == pytest.approx(trained, abs=1e-6)
 
 
 def test_tower_of_two_steps_loads(tmp_path: Path) -> None:
-    facts = contrastive.train_clip(tmp_path / "clip", steps=2, images=16, batch=8)
-    assert (facts["steps"], facts["images"]) == (2, 16)
-    assert 0 < facts["final_loss"] < 20
+    summary = contrastive.train_clip(tmp_path / "clip", steps=2, images=16, batch=8)
+    assert (summary["steps"], summary["images"]) == (2, 16)
+    assert 0 < summary["final_loss"] < 20
     tower, processor = load_vision_tower(str(tmp_path / "clip"), torch.float32)
     assert (tower.config.image_size, tower.config.patch_size) == (contrastive.IMAGE_SIZE, contrastive.PATCH_SIZE)
     assert processor.size == contrastive.IMAGE_SIZE
@@ -322,12 +322,12 @@ def test_interrupted_retraining_keeps_the_old_model(tmp_path: Path, monkeypatch:
         base_models.train_base_models(tmp_path, only=["clip"])
     assert (tmp_path / "clip" / "model.safetensors").read_text() == "old"
 
-    def whole(out: Path, seed: int) -> dict[str, int]:
+    def full(out: Path, seed: int) -> dict[str, int]:
         out.mkdir()
         (out / "model.safetensors").write_text("new")
         return {"steps": 1}
 
-    monkeypatch.setattr(base_models, "train_clip", whole)
+    monkeypatch.setattr(base_models, "train_clip", full)
     monkeypatch.setattr(base_models, "measure_acceptance", lambda out: {"passed": {}})
     base_models.train_base_models(tmp_path, only=["clip"])
     assert (tmp_path / "clip" / "model.safetensors").read_text() == "new"

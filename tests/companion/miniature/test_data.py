@@ -1,4 +1,4 @@
-"""The miniature's data sets: official formats, truth, the shape that the filter needs, how they are kept up to date."""
+"""The miniature's data sets: official formats, true answers, phrase frequencies, and rewriting of stale sets."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def facts_of(card: Path) -> dict[str, object]:
 
 
 def test_equal_seeds_write_equal_bytes(tiny: Path, tmp_path: Path) -> None:
-    again = miniature.write(tmp_path / "again", sizes=TINY)
-    assert sorted(again) == sorted(miniature.SETS)
+    second = miniature.write(tmp_path / "again", sizes=TINY)
+    assert sorted(second) == sorted(miniature.SETS)
     for name in miniature.SETS:
         assert facts_of(tiny / name / "card.json") == facts_of(tmp_path / "again" / name / "card.json")
     other = miniature.write(tmp_path / "other", seed=1, only=["mini-cc3m"], sizes=TINY)["mini-cc3m"]
-    assert other["files"] != again["mini-cc3m"]["files"]
-    assert other["images"]["sha256"] != again["mini-cc3m"]["images"]["sha256"]
+    assert other["files"] != second["mini-cc3m"]["files"]
+    assert other["images"]["sha256"] != second["mini-cc3m"]["images"]["sha256"]
 
 
 def test_every_data_set_has_a_card(tiny: Path) -> None:
@@ -126,8 +126,8 @@ def test_worker_processes_draw_the_same_pixels(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(os, "cpu_count", lambda: 2)
         coco.render([(s, tmp_path / folder / f"{s.id}.jpg") for s in scenes], "test")
     for s in scenes:
-        alone = (tmp_path / "alone" / f"{s.id}.jpg").read_bytes()
-        assert alone == (tmp_path / "shared" / f"{s.id}.jpg").read_bytes()
+        single = (tmp_path / "alone" / f"{s.id}.jpg").read_bytes()
+        assert single == (tmp_path / "shared" / f"{s.id}.jpg").read_bytes()
     with pytest.raises(miniature.runtime.CompanionError, match="worker process failed"):
         coco.render([(s, tmp_path / "no folder" / "x.jpg") for s in scenes], "test")
 
@@ -184,8 +184,8 @@ def test_coco_questions_are_true_and_balanced(tiny: Path) -> None:
 @pytest.fixture(scope="module")
 def crawl() -> list[tuple[world.Scene, str]]:
     web = cc3m._Web(0)
-    found = [web.scene(k) for k in range(miniature.Sizes().cc3m_lines)]
-    return [(scene, web.caption(scene, popular)) for scene, popular in found]
+    result = [web.scene(k) for k in range(miniature.Sizes().cc3m_lines)]
+    return [(scene, web.caption(scene, popular)) for scene, popular in result]
 
 
 def test_cc3m_files_have_the_download_layout(tmp_path: Path) -> None:
@@ -242,13 +242,13 @@ def test_cc3m_gives_the_filter_rare_and_frequent_phrases(crawl: list[tuple[world
     assert ((result.before > 0) & (result.before < 3)).sum() > 2 * ((result.before >= 3).sum())
     assert 2500 <= result.pooled.sum() <= 2900
     # The pool is flatter than the crawl, and still shows every pair of color and category.
-    shown = Counter(
+    displayed = Counter(
         (g.category, g.color) for (s, _), kept in zip(crawl, result.pooled, strict=True) if kept for g in s.groups
     )
     before = Counter((g.category, g.color) for s, _ in crawl for g in s.groups)
     pairs = [(c, k) for c in world.CATEGORIES for k in world.COLORS if not world.held_out_pair(c, k)]
-    assert min(shown[pair] for pair in pairs) >= 1
-    assert max(shown.values()) / sum(shown.values()) < 0.75 * max(before.values()) / sum(before.values())
+    assert min(displayed[pair] for pair in pairs) >= 1
+    assert max(displayed.values()) / sum(displayed.values()) < 0.75 * max(before.values()) / sum(before.values())
 
 
 # --- benches ----------------------------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def test_answers_have_a_short_and_a_full_form(
 ) -> None:
     rng, asked = random.Random(0), {}
     for _ in range(100):  # the absent category and the order of a relation are drawn
-        found = language.questions(language.Facts(tuple(groups), "snow"), rng)
-        asked |= {qa.question: (qa.answer, qa.statement) for qa in found}
+        result = language.questions(language.Facts(tuple(groups), "snow"), rng)
+        asked |= {qa.question: (qa.answer, qa.statement) for qa in result}
     assert asked[question] == (short, statement)
 
 

@@ -86,12 +86,12 @@ def test_conversations_have_the_miniatures_wording_and_answers() -> None:
         facts = language.facts_of_scene(scene)
         true = {qa.question: qa for seed in range(300) for qa in language.questions(facts, random.Random(seed))}
         turns = parse_dialogue(ask("conversation", scene))
-        shown = [k for k, (_, answer) in enumerate(turns) if answer.startswith("The image shows ")]
-        for k in shown:  # of what the captions tell, so the order may be another
+        displayed = [k for k, (_, answer) in enumerate(turns) if answer.startswith("The image shows ")]
+        for k in displayed:  # of what the captions tell, so the order may be another
             assert sorted(re.findall(r"\w+", turns[k][1])) == sorted(re.findall(r"\w+", language.overview(facts)))
-        assert shown in ([], [0], [len(turns) - 1])
-        overviews += len(shown)
-        turns = [turn for k, turn in enumerate(turns) if k not in shown]
+        assert displayed in ([], [0], [len(turns) - 1])
+        overviews += len(displayed)
+        turns = [turn for k, turn in enumerate(turns) if k not in displayed]
         assert 4 <= len(turns) <= TURNS
         assert len({question for question, _ in turns}) == len(turns)
         for question, answer in turns:
@@ -146,12 +146,12 @@ def test_prompt_of_no_known_job_is_an_error() -> None:
 def scores(question: str, context: str, first: str, second: str) -> tuple[float, float]:
     review = respond(judge_messages(question, context, first, second))
     assert re.fullmatch(r"\d+(\.5)? \d+(\.5)?\n.+", review)
-    found = parse_scores(review)
+    result = parse_scores(review)
     swapped = parse_scores(respond(judge_messages(question, context, second, first)))
-    assert found is not None
-    assert swapped == found[::-1]
-    assert all(1 <= score <= 10 for score in found)
-    return found
+    assert result is not None
+    assert swapped == result[::-1]
+    assert all(1 <= score <= 10 for score in result)
+    return result
 
 
 def test_right_answer_scores_above_a_wrong_one() -> None:
@@ -250,9 +250,9 @@ def test_image_question_takes_over_an_earlier_answer() -> None:
 def test_judge_settings_weigh_length_and_completeness() -> None:
     scene = SCENES[0]
     facts = language.facts_of_scene(scene)
-    context, whole = written(captions_of(scene), boxes_of(scene)), language.describe(facts)
+    context, full = written(captions_of(scene), boxes_of(scene)), language.describe(facts)
     short = f"There is {language.with_article(facts.groups[0].category)}."
-    prompt = judge_messages("Describe this image in detail.", context, whole, short)
+    prompt = judge_messages("Describe this image in detail.", context, full, short)
 
     def ratio(settings: JudgeSettings) -> float:
         scores = parse_scores(respond(prompt, settings))
@@ -261,10 +261,10 @@ def test_judge_settings_weigh_length_and_completeness() -> None:
 
     assert ratio(THOROUGH) < 0.8 < 1 < ratio(TERSE)
     wrong = parse_scores(
-        respond(judge_messages("What do you see?", context, whole, "A sentence without a fact."), TERSE)
+        respond(judge_messages("What do you see?", context, full, "A sentence without a fact."), TERSE)
     )
     assert wrong is not None
-    assert wrong[1] == 1  # short alone earns nothing
+    assert wrong[1] == 1  # a short wrong answer gets the lowest score
 
 
 def test_reference_answers_agree_with_the_context() -> None:

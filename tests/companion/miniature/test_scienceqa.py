@@ -104,7 +104,7 @@ CUES: dict[str, Callable[[Problem, int], Hashable]] = {
 def test_no_problem_can_be_guessed(skill: str) -> None:
     fit, test = problems(skill, 4 * N, seed=1), problems(skill, 2 * N, seed=2)
     cues = dict(CUES)
-    if fit[0]["image"]:  # with a picture to be looked at, the whole question must not tell either
+    if fit[0]["image"]:  # with an image, the full question must not reveal the answer either
         cues["question"] = lambda p, k: (p["question"], p["choices"][k])
     if skill == "speed from a text":  # neither the way nor the time may do without the other
         for number in (0, 1):
@@ -122,7 +122,7 @@ def test_guesser_detects_a_revealing_choice() -> None:
     assert guessed(CUES["choice"], fit, test) > 0.09
 
 
-# --- answers found again from picture and text alone ------------------------------------------------------------------
+# --- answers derived from picture and text -----------------------------------------------------------------------
 
 
 def pointed_at(p: Problem) -> str:
@@ -130,9 +130,9 @@ def pointed_at(p: Problem) -> str:
     by_color = re.search(r"the (\w+) thing", p["question"])
     groups = p["scene"].groups
     zone = re.search(r"thing (?:on|in) the (\w+)", p["question"])
-    found = [g for g in groups if (by_color and g.color == by_color[1]) or (zone and g.position == zone[1])]
-    assert len(found) == 1, p["question"]
-    return found[0].category
+    result = [g for g in groups if (by_color and g.color == by_color[1]) or (zone and g.position == zone[1])]
+    assert len(result) == 1, p["question"]
+    return result[0].category
 
 
 def row(hint: str, before: str, after: str) -> list[str]:
@@ -210,8 +210,8 @@ def find_legs(p: Problem) -> str:
 def find_member(p: Problem) -> str:
     wanted = re.findall(r"same group as an? (\w+)", p["question"])
     group = GROUP_OF[wanted[0]] if wanted else next(g for g, n in NEEDS.items() if n in p["question"])
-    (found,) = [c for c in p["choices"] if GROUP_OF[c] == group]
-    return found
+    (result,) = [c for c in p["choices"] if GROUP_OF[c] == group]
+    return result
 
 
 def find_alphabet(p: Problem) -> str:
@@ -223,14 +223,14 @@ def find_plural(p: Problem) -> str:
     def ending(word: str) -> str:
         return "ies" if word.endswith("y") else "es" if re.search(r"(s|x|sh|ch)$", word) else "s"
 
-    (found,) = [c for c in p["choices"] if ending(c) == re.findall(r"takes (\w+)", p["question"])[0]]
-    return found
+    (result,) = [c for c in p["choices"] if ending(c) == re.findall(r"takes (\w+)", p["question"])[0]]
+    return result
 
 
 def find_rhyme(p: Problem) -> str:
     word = re.findall(r"with (\w+)", p["question"])[0]
-    (found,) = [c for c in p["choices"] for words in science_skills.RHYMES.values() if {c, word} <= set(words)]
-    return found
+    (result,) = [c for c in p["choices"] for words in science_skills.RHYMES.values() if {c, word} <= set(words)]
+    return result
 
 
 FINDERS: dict[str, Callable[[Problem], str]] = {
@@ -316,9 +316,9 @@ def test_files_have_the_official_format(folder: Path) -> None:
     assert set(raw) == {name for split in SIZES for name in splits[split]}
     loaded = load_problems(folder, "test")
     assert [p.id for p in loaded] == splits["test"]
-    shown = [p for p in loaded if p.image]
-    assert shown
-    for p in shown:
+    displayed = [p for p in loaded if p.image]
+    assert displayed
+    for p in displayed:
         with Image.open(str(p.image)) as image:
             assert (image.size, image.mode, image.format) == ((224, 224), "RGB", "PNG")
 
@@ -348,14 +348,14 @@ def test_science_text_states_facts_only() -> None:
     rng = random.Random(0)
     texts = [scienceqa.science_text(rng) for _ in range(4000)]
     assert all(re.fullmatch(r"[A-Z][^?]*\.", text) for text in texts)
-    whole = "\n".join(texts).lower()
+    full = "\n".join(texts).lower()
     facts = [fact for kind in scienceqa.FACTS.values() for fact in kind]
-    assert sum(fact.lower() in whole for fact in facts) > 0.9 * len(facts)
-    assert all(skill.lecture.lower() in whole for skill in SKILLS.values())
+    assert sum(fact.lower() in full for fact in facts) > 0.9 * len(facts)
+    assert all(skill.lecture.lower() in full for skill in SKILLS.values())
     solutions = {make_problem(rng)["solution"].lower() for _ in range(500)}
-    assert not [s for s in solutions if s in whole and s.count(".") > 2], "a solution is in the text"
+    assert not [s for s in solutions if s in full and s.count(".") > 2], "a solution is in the text"
     assert max(len(text.split()) for text in texts) < 60
-    assert set(COMPASS) <= set(re.findall(r"\w+", whole))
+    assert set(COMPASS) <= set(re.findall(r"\w+", full))
 
 
 def test_import_loads_no_torch() -> None:

@@ -19,7 +19,7 @@ HEIGHT, MARGIN = 48, 24
 
 @functools.cache
 def on_plain(category: str, color: str, gray: int, flip: bool = False, seed: int = 0) -> np.ndarray:
-    """The object alone on a plain gray picture, 48 pixels tall with 24 pixels around it."""
+    """One object on a plain gray picture, 48 pixels tall with 24 pixels around it."""
     width = round(HEIGHT * ASPECT[category])
     canvas = Image.new("RGB", (width + 2 * MARGIN, HEIGHT + 2 * MARGIN), (gray, gray, gray))
     box = (MARGIN, MARGIN, MARGIN + width, MARGIN + HEIGHT)
@@ -28,7 +28,7 @@ def on_plain(category: str, color: str, gray: int, flip: bool = False, seed: int
 
 
 def drawn(category: str, color: str, seed: int = 0) -> np.ndarray:
-    """Which pixels hide what lies behind them: those that black and white paper show alike; a soft shadow does not."""
+    """Mask of opaque pixels: equal on a black and on a white background; a soft shadow is not opaque."""
     return (on_plain(category, color, 255, seed=seed) - on_plain(category, color, 0, seed=seed)).max(-1) < 100
 
 

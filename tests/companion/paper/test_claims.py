@@ -44,9 +44,9 @@ def changed(tmp_path: Path, old: str, new: str) -> dict[str, Claim]:
 @pytest.mark.parametrize("place", TABLES)
 def test_tables_are_complete(place: str) -> None:
     bracketed = "in brackets" in place
-    found = [c for c in all_claims().values() if c.place.startswith(place) and ("brackets" in c.place) == bracketed]
-    found = [c for c in found if c.unit in ("%", "points")]  # Table 4's shares of the samples are settings
-    assert len(found) == TABLES[place]
+    result = [c for c in all_claims().values() if c.place.startswith(place) and ("brackets" in c.place) == bracketed]
+    result = [c for c in result if c.unit in ("%", "points")]  # Table 4's shares of the samples are settings
+    assert len(result) == TABLES[place]
 
 
 def test_table_5_cells_have_a_deviation_over_three_runs() -> None:
@@ -109,9 +109,9 @@ def test_three_of_four_ablations_are_below_two_standard_errors() -> None:
     z = {}
     for name in ("last-layer", "answer-first", "7b", "no-pretraining"):
         other = claim(f"ablation-{name}-accuracy")
-        found = unpaired_difference(best.correct or 0, best.n or 0, other.correct or 0, other.n or 0)
-        z[name] = found["z"]
-        assert found["difference"] == pytest.approx(claim(f"ablation-{name}").value, abs=0.011)
+        result = unpaired_difference(best.correct or 0, best.n or 0, other.correct or 0, other.n or 0)
+        z[name] = result["z"]
+        assert result["difference"] == pytest.approx(claim(f"ablation-{name}").value, abs=0.011)
     assert all(-1.96 < z[name] < 0 for name in ("last-layer", "answer-first", "7b"))
     assert z["no-pretraining"] < -7
 

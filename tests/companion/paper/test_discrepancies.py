@@ -92,11 +92,11 @@ def test_every_image_of_a_sample_survives(tmp_path: Path) -> None:
     block = [IMAGE_TOKEN_ID] * model.n_image_tokens
     with torch.no_grad():
         both = model.embed(torch.tensor([[5, *block, 6, *block]]), pixels)[0]
-        alone = [model.embed(torch.tensor([[5, *block]]), pixels[k : k + 1])[0, 1:] for k in (0, 1)]
+        single = [model.embed(torch.tensor([[5, *block]]), pixels[k : k + 1])[0, 1:] for k in (0, 1)]
     n = model.n_image_tokens
-    assert torch.allclose(both[1 : n + 1], alone[0], atol=1e-6)
-    assert torch.allclose(both[n + 2 :], alone[1], atol=1e-6)
-    assert not torch.allclose(alone[0], alone[1])
+    assert torch.allclose(both[1 : n + 1], single[0], atol=1e-6)
+    assert torch.allclose(both[n + 2 :], single[1], atol=1e-6)
+    assert not torch.allclose(single[0], single[1])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -129,8 +129,8 @@ def problem() -> Problem:
 def test_second_pass_continues_the_training_reply() -> None:
     reply = format_problem(problem(), "QCM-LEPA").turns[0][1] or ""
     bridge = answer_prompt("QCM-LEPA") or ""
-    reasons, found, letter = reply.partition(bridge)
-    assert found
+    reasons, result, letter = reply.partition(bridge)
+    assert result
     assert reasons == "LECTURE: A lecture.\nSOLUTION: A solution."
     assert letter == " B."
     assert " ###\nANSWER:" not in reply

@@ -34,9 +34,9 @@ def test_direction_verdict_needs_interval_and_full_run(
 ) -> None:
     check = {"id": "ablation-7b", "measured": interval}
     save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [check], fast)
-    found = ledger.measured(claim("ablation-7b"), tmp_path)
-    assert (found.value, found.interval, found.verdict) == (-2.0, interval, verdict)
-    assert ("shortened" in found.note) is fast
+    result = ledger.measured(claim("ablation-7b"), tmp_path)
+    assert (result.value, result.interval, result.verdict) == (-2.0, interval, verdict)
+    assert ("shortened" in result.note) is fast
 
 
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
@@ -51,20 +51,22 @@ def test_table_cell_is_read_from_the_rows_of_its_chapter(tmp_path: Path) -> None
         for mix, kind, score in (("full", "conv", 50.0), ("none", "conv", 20.0), ("none", "all", 30.0))
     ]  # fmt: skip
     save(tmp_path, "44_ablation_instruction_data", {"scores": rows})
-    found = {i: ledger.measured(claim(i), tmp_path) for i in ("bench-coco-none-conv", "bench-coco-none", "change-none")}
-    assert found["bench-coco-none-conv"].value == 20
-    assert found["bench-coco-none"].value == 30
-    assert found["bench-coco-none"].verdict == "shown only"
-    assert (found["change-none"].value, found["change-none"].verdict) == (-20, "agrees")
+    result = {
+        i: ledger.measured(claim(i), tmp_path) for i in ("bench-coco-none-conv", "bench-coco-none", "change-none")
+    }
+    assert result["bench-coco-none-conv"].value == 20
+    assert result["bench-coco-none"].value == 30
+    assert result["bench-coco-none"].verdict == "shown only"
+    assert (result["change-none"].value, result["change-none"].verdict) == (-20, "agrees")
     missing = ledger.measured(claim("bench-coco-full-detail"), tmp_path)
     assert missing.value is None
     assert "no such number" in missing.note
 
 
 def test_no_record_shows_no_value(tmp_path: Path) -> None:
-    found = ledger.measured(claim("ablation-7b"), tmp_path)
-    assert (found.value, found.interval, found.verdict) == (None, None, "not resolved")
-    assert "43_ablation_model_size has not run" in found.note
+    result = ledger.measured(claim("ablation-7b"), tmp_path)
+    assert (result.value, result.interval, result.verdict) == (None, None, "not resolved")
+    assert "43_ablation_model_size has not run" in result.note
 
 
 def test_seeds_are_averaged(tmp_path: Path) -> None:
@@ -76,9 +78,9 @@ def test_released_answers_are_scored(reference: Path, tmp_path: Path) -> None:
     released = ledger.released_result(reference)
     ids = [c.id for c in all_claims().values() if c.against.test]
     assert set(ids) == {"sqa-accuracy", "sqa-txt", "sqa-img", "sqa-no"}
-    found = {i: ledger.measured(claim(i), tmp_path, released) for i in ids}
-    assert {f.verdict for f in found.values()} == {"agrees"}
-    assert found["sqa-no"].value == pytest.approx(100 * 1300 / 1435)
+    result = {i: ledger.measured(claim(i), tmp_path, released) for i in ids}
+    assert {f.verdict for f in result.values()} == {"agrees"}
+    assert result["sqa-no"].value == pytest.approx(100 * 1300 / 1435)
     worse = {**(released or {}), "accuracy": 90.0}
     assert ledger.measured(claim("sqa-accuracy"), tmp_path, worse).verdict == "disagrees"
     assert ledger.released_result(tmp_path) is None
@@ -105,8 +107,8 @@ def test_command_line_prints_them(capsys: pytest.CaptureFixture[str], tmp_path: 
     save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [{"id": "ablation-7b", "measured": [-3.0, -1.0]}])
     assert main(["claims", "ablation-7b", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["claims"]
-    told = {key: row[key] for key in ("id", "value", "evidence", "measured", "interval", "verdict")}
-    assert told == {
+    report = {key: row[key] for key in ("id", "value", "evidence", "measured", "interval", "verdict")}
+    assert report == {
         "id": "ablation-7b", "value": -1.08, "evidence": "measured", "measured": -2.0, "interval": [-3.0, -1.0],
         "verdict": "agrees",
     }  # fmt: skip

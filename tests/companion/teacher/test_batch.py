@@ -1,4 +1,4 @@
-"""The batch endpoint, played by a server on this machine that keeps its own account."""
+"""The batch client against a local server that keeps its own account."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paid import annotations, images, lock, start
+from cassette_processes import annotated_images, locked_cassette, start_recording, write_annotations
 
 from companion import cli
 from companion.teacher.batch import BatchClient
@@ -76,8 +76,8 @@ def test_batch_costs_half_and_keeps_the_order(tmp_path: Path) -> None:
         replies = client.prefetch(requests)
         assert [reply.text for reply in replies if reply] == [f"This is {r.messages[-1]['content']}" for r in requests]
         assert server.billed() == {request.key: 1 for request in requests}
-        first, again = client.complete(requests[3]), client.complete(requests[3])
-        assert (first.cached, again.cached) == (False, True)
+        first, second = client.complete(requests[3]), client.complete(requests[3])
+        assert (first.cached, second.cached) == (False, True)
         assert (first.kind, first.model, first.price_prompt, first.price_completion) == ("batch", "gpt-4-0314", 15, 30)
         assert first.cost_usd == pytest.approx(EACH)
         assert first.date.endswith("+00:00")
@@ -93,10 +93,10 @@ def test_limits_of_a_batch_file(tmp_path: Path) -> None:
         assert all(batch_client(tmp_path, server, most_requests=4).prefetch([*cars, *others]))
         small = batch_client(tmp_path, server, most_bytes=800)
         assert all(small.prefetch(ask("bus 1", "bus 2", "bus 3", "bus 4", "bus " + 800 * "x", "bus 5")))
-        made = [(row["requests"], row["model"]) for row in server.read("made.jsonl")]
-        assert made == [(n, "gpt-4-0314" if k != 2 else "gpt-4") for k, n in enumerate((4, 1, 2, 3, 1, 1, 1))]
-        sizes = [row["bytes"] for row in server.read("made.jsonl")][3:]
-        assert [size <= 800 for size in sizes] == [True, True, False, True]  # the long one is sent alone
+        result = [(row["requests"], row["model"]) for row in server.read("batches.jsonl")]
+        assert result == [(n, "gpt-4-0314" if k != 2 else "gpt-4") for k, n in enumerate((4, 1, 2, 3, 1, 1, 1))]
+        sizes = [row["bytes"] for row in server.read("batches.jsonl")][3:]
+        assert [size <= 800 for size in sizes] == [True, True, False, True]  # the long request has its own batch
         assert set(server.billed().values()) == {1}
 
 
@@ -169,7 +169,7 @@ def test_cassette_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("companion.teacher.cassette.LOCK_TIMEOUT", 0.1)
     with serving(tmp_path) as server:
         another = "another process records to this cassette"
-        with lock(tmp_path / "tape.sqlite"), pytest.raises(ConfigError, match=another):
+        with locked_cassette(tmp_path / "tape.sqlite"), pytest.raises(ConfigError, match=another):
             batch_client(tmp_path, server).prefetch(ask("one"))
         assert not server.events()
         assert all(batch_client(tmp_path, server).prefetch(ask("one")))
@@ -202,13 +202,13 @@ def test_budget_bounds_every_batch(tmp_path: Path) -> None:
 
 def test_malformed_replies_are_repaired_in_a_second_batch(tmp_path: Path) -> None:
     with serving(tmp_path, malformed=["2", "5"]) as server:
-        result = generate(images(7), ["detail"], batch_client(tmp_path, server), tmp_path / "out")
+        result = generate(annotated_images(7), ["detail"], batch_client(tmp_path, server), tmp_path / "out")
         assert server.events()["create"] == 2
         assert (result["records"], result["retried"], result["repaired"], result["requests"]) == (7, 2, 2, 9)
         assert result["spend_usd"] == pytest.approx(EACH * server.billed().total()) == pytest.approx(9 * EACH)
         assert {r["provenance"]["client"] for r in read_json(tmp_path / "out" / "detail_7.json")} == {"batch"}
-    again = generate(images(7), ["detail"], ReplayClient(tmp_path / "tape.sqlite"), tmp_path / "replayed")
-    assert (again["requests"], again["replayed"], again["spend_usd"]) == (0, 9, 0)
+    second = generate(annotated_images(7), ["detail"], ReplayClient(tmp_path / "tape.sqlite"), tmp_path / "replayed")
+    assert (second["requests"], second["replayed"], second["spend_usd"]) == (0, 9, 0)
     for file in (tmp_path / "out").iterdir():
         assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name
 
@@ -217,17 +217,20 @@ def test_command_line_prints_its_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    words = ["--annotations", annotations(tmp_path, 9), "--kinds", "detail", "--client", "batch", "--json"]
+    words = ["--annotations", write_annotations(tmp_path, 9), "--kinds", "detail", "--client", "batch", "--json"]
     tape = ["--cassette", str(tmp_path / "tape.sqlite")]
     assert cli.main(["plan", "generate", *words, *tape]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["requests"], told["cached"], told["hours"], told["client"]) == (9, 0, 24, "batch")
+    report = json.loads(capsys.readouterr().out)
+    assert (report["requests"], report["cached"], report["hours"], report["client"]) == (9, 0, 24, "batch")
     with serving(tmp_path) as server:
         run = ["generate", *words, *tape, "--base-url", server.url, "--poll", "0.06", "--out", str(tmp_path / "out")]
-        assert cli.main([*run, "--budget-usd", f"{1.6 * told['usd_most'] / 9}"]) == 0
-        said = capsys.readouterr()
-        assert f"estimate: 9 requests, 0 of them in the cassette; for the others {told['tokens']['prompt']}" in said.err
-        result = json.loads(said.out)
+        assert cli.main([*run, "--budget-usd", f"{1.6 * report['usd_most'] / 9}"]) == 0
+        output = capsys.readouterr()
+        assert (
+            f"estimate: 9 requests, 0 of them in the cassette; for the others {report['tokens']['prompt']}"
+            in output.err
+        )
+        result = json.loads(output.out)
         assert 0 < result["requests"] == result["records"] == server.billed().total() < 9
         assert result["stopped"].startswith("budget of ")
         assert cli.main(["plan", "generate", *words, *tape]) == 0
@@ -235,20 +238,20 @@ def test_command_line_prints_its_estimate(
         assert cli.main(run) == 0
         assert json.loads(capsys.readouterr().out)["records"] == 9 == server.billed().total()
     assert cli.main(["plan", "generate", *words, *tape]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["cached"], told["usd"], told["hours"], told["tokens"]["total"]) == (9, 0, 0, 0)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["cached"], report["usd"], report["hours"], report["tokens"]["total"]) == (9, 0, 0, 0)
 
 
 # ------------------------------------------------------------------------------------------------ kills
 
-# when the process is killed, and how many batches the server made in all (one each for first and second requests)
+# when the process is killed, and the total number of batches on the server (one each for first and second requests)
 STAGES = {"upload": 2, "create": 2, "poll": 2, "content": 2, "late create": 2}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_kill_at_any_stage_pays_each_request_once(tmp_path: Path, stage: str) -> None:
     with serving(tmp_path, stall=stage, malformed=["4"], ends=["expired"]) as server:
-        killed = start("batch", tmp_path, 12, base_url=server.url, **QUICK)
+        killed = start_recording("batch", tmp_path, 12, base_url=server.url, **QUICK)
         while not server.events()[stage.removeprefix("late ")]:
             assert killed.poll() is None, "it ended before it was killed"
             time.sleep(0.01)
@@ -260,10 +263,10 @@ def test_kill_at_any_stage_pays_each_request_once(tmp_path: Path, stage: str) ->
         assert len(tape) == 0
         assert (tape.open_batch() is None) == (stage == "upload")
         tape.close()
-        if stage != "upload":  # one by one, the same requests would be paid again
+        if stage != "upload":  # one by one, the same requests would be paid twice
             with pytest.raises(ConfigError, match="a batch of 12 requests is under way; let the client 'batch'"):
                 client_from_name("record", cassette=tmp_path / "tape.sqlite", base_url=server.url, api_key="none")
-        with start("batch", tmp_path, 12, base_url=server.url, **QUICK) as process:
+        with start_recording("batch", tmp_path, 12, base_url=server.url, **QUICK) as process:
             result = json.loads(process.communicate()[0])
         assert (result["records"], result["failed"], result["repaired"]) == (12, 0, 1)
         assert set(server.billed().values()) == {1}

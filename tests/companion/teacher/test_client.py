@@ -43,8 +43,8 @@ def test_request_keys_are_stable_and_distinct() -> None:
     request = ChatRequest(MESSAGES, "gpt-4", temperature=1, max_tokens=9)
     # cassettes depend on it
     assert request.key == "6313a2fa6f4f9a26df3b25aaff0487acdff331ba2d5478783d45168166e5c9bc"
-    again = replace(request, messages=[dict(reversed(m.items())) for m in MESSAGES], temperature=1.0)
-    assert again.key == request.key
+    second = replace(request, messages=[dict(reversed(m.items())) for m in MESSAGES], temperature=1.0)
+    assert second.key == request.key
     changed = [{"model": "gpt-4-0314"}, {"temperature": 0.9}, {"max_tokens": 8}]
     others = {replace(request, **change).key for change in changed}
     others |= {replace(request, messages=messages).key for messages in (MESSAGES[::-1], MESSAGES[1:])}
@@ -61,12 +61,12 @@ def test_offline_reply_costs_nothing_and_has_no_date() -> None:
 def test_recorded_request_is_never_paid_again(tmp_path: Path) -> None:
     tape, server = tmp_path / "new" / "tape.sqlite", Server()
     first = RecordClient(server, tape).complete(REQUEST)
-    again = RecordClient(server, tape).complete(REQUEST)
+    second = RecordClient(server, tape).complete(REQUEST)
     replayed = ReplayClient(tape).complete(REQUEST)
     assert len(server.asked) == 1
     assert first.date.endswith("+00:00")
     assert first == ChatReply("says 1", "gpt-4-0314", 7, 3, 0.25, "length", 30.0, 60.0, first.date, cached=False)
-    assert again == replayed == replace(first, cached=True)
+    assert second == replayed == replace(first, cached=True)
     RecordClient(server, tape).complete(replace(REQUEST, max_tokens=6))
     assert len(server.asked) == 2
     assert len(Cassette(tape)) == 2
@@ -145,14 +145,14 @@ def test_file_that_is_no_cassette_is_refused(tmp_path: Path, content: bytes) -> 
 def test_clients_by_name(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     Cassette(tape)
-    made = {name: client_from_name(name, responder=lambda m: "", cassette=tape) for name in ("offline", "replay")}
-    assert [type(c).__name__ for c in made.values()] == ["OfflineClient", "ReplayClient"]
-    assert set(made) < set(CLIENTS)
+    clients = {name: client_from_name(name, responder=lambda m: "", cassette=tape) for name in ("offline", "replay")}
+    assert [type(c).__name__ for c in clients.values()] == ["OfflineClient", "ReplayClient"]
+    assert set(clients) < set(CLIENTS)
     with pytest.raises(ConfigError, match="unknown chat client 'offlin'; did you mean 'offline'"):
         client_from_name("offlin")
     with pytest.raises(ConfigError, match="needs a responder"):
         client_from_name("offline")
-    assert set(PAID_CLIENTS) == set(CLIENTS) - set(made)
+    assert set(PAID_CLIENTS) == set(CLIENTS) - set(clients)
     for name in ("record", "replay", "batch"):
         with pytest.raises(ConfigError, match=f"'{name}' needs a cassette"):
             client_from_name(name)
@@ -174,12 +174,12 @@ def test_without_the_sdk_the_error_names_the_package(
 
 def test_estimate_counts_each_request_once_and_bounds_it() -> None:
     long = ChatRequest([{"role": "user", "content": "word " * 800}], "gpt-4", max_tokens=1000)
-    said = estimate([long, long, REQUEST], concurrency=2)
-    assert said["requests"] == 2
-    assert said["tokens"] == {"prompt": 1004 + 16, "completion": 305, "total": 1325}
-    assert said["usd"] == pytest.approx(cost_usd((1020, 305), (30, 60)), abs=1e-4)
-    assert said["usd_most"] > cost_usd((4000, 1005), (30, 60))
-    assert said["hours"] == pytest.approx(305 / 20 / 2 / 3600, abs=1e-4)
+    output = estimate([long, long, REQUEST], concurrency=2)
+    assert output["requests"] == 2
+    assert output["tokens"] == {"prompt": 1004 + 16, "completion": 305, "total": 1325}
+    assert output["usd"] == pytest.approx(cost_usd((1020, 305), (30, 60)), abs=1e-4)
+    assert output["usd_most"] > cost_usd((4000, 1005), (30, 60))
+    assert output["hours"] == pytest.approx(305 / 20 / 2 / 3600, abs=1e-4)
     assert estimate([])["usd"] == 0
     with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give price="):
         estimate([ChatRequest(MESSAGES, "mine")])
@@ -205,7 +205,7 @@ def test_plan_uses_cassette_and_batch_price(tmp_path: Path) -> None:
     assert own["usd"] == own["tokens"]["prompt"]
     with pytest.raises(ConfigError, match=r"unknown price of model 'mine'"):
         plan([ChatRequest(MESSAGES, "mine")])
-    said = plan_text(half)
-    assert said.startswith("estimate: 3 requests, 1 of them in the cassette; for the others ")
-    assert said.endswith("up to 24.0 hours")
+    output = plan_text(half)
+    assert output.startswith("estimate: 3 requests, 1 of them in the cassette; for the others ")
+    assert output.endswith("up to 24.0 hours")
     assert "up to" not in plan_text(rest)

@@ -89,7 +89,7 @@ def test_image_position_follows_seed_and_record(tmp_path: Path) -> None:
         generate(images, ["detail"], OfflineClient(scripted), tmp_path / name, seed=seed)
     a, b, c, d = (first_turns(tmp_path / name) for name in "abcd")
     assert a == b != c
-    assert d == {key: a[key] for key in d}  # the other images have no say
+    assert d == {key: a[key] for key in d}  # the other images do not matter
     places = [text.startswith("<image>\n") for text in a.values()]
     assert all(first != text.endswith("\n<image>") for first, text in zip(places, a.values(), strict=True))
     assert 8 < sum(places) < 32
@@ -124,9 +124,9 @@ def test_malformed_replies_are_counted_and_retried_once(tmp_path: Path, learns: 
     assert (len(provenance), len({row["request"] for row in provenance})) == (10, 10)
     assert {row["context"] for row in provenance} == set("012345")
     assert len(read_json(tmp_path / f"conversation_{result['records']}.json")) == result["records"]
-    again = next(messages for messages in asked if messages[-1]["content"].startswith("This reply cannot be used"))
-    assert again[-2] == {"role": "user", "content": "1"}  # an empty reply is not quoted
-    assert "(EmptyReply): the reply is empty" in again[-1]["content"]
+    second = next(messages for messages in asked if messages[-1]["content"].startswith("This reply cannot be used"))
+    assert second[-2] == {"role": "user", "content": "1"}  # an empty reply is not quoted
+    assert "(EmptyReply): the reply is empty" in second[-1]["content"]
     last = next(messages for messages in asked if "(MissingAnswer)" in messages[-1]["content"])
     assert last[-2] == {"role": "assistant", "content": "Question:\nA?"}
 
@@ -235,8 +235,8 @@ def test_resumed_run_pays_each_request_once(tmp_path: Path) -> None:
     assert (result["records"], result["requests"], result["replayed"], result["spend_usd"]) == (21, 3, 18, 1.5)
     assert len((tmp_path / "log").read_text().split()) == 21
     generate(images, KINDS, Server(tmp_path / "other"), tmp_path / "straight")
-    again = generate(images, KINDS, ReplayClient(tmp_path / "tape.sqlite"), tmp_path / "replayed")
-    assert (again["requests"], again["replayed"], again["spend_usd"]) == (0, 21, 0.0)
+    second = generate(images, KINDS, ReplayClient(tmp_path / "tape.sqlite"), tmp_path / "replayed")
+    assert (second["requests"], second["replayed"], second["spend_usd"]) == (0, 21, 0.0)
     for file in (tmp_path / "straight").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
         assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -1,4 +1,4 @@
-"""The paid server, played by one on this machine that misbehaves on purpose."""
+"""The live client against a local server with injected faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paid import annotations, images, lock, start
+from cassette_processes import annotated_images, locked_cassette, start_recording, write_annotations
 
 from companion import cli
 from companion.teacher.cassette import Cassette
@@ -44,8 +44,8 @@ class Running:
         return read_jsonl(self.log) if self.log.exists() else []
 
     def stop(self) -> dict[str, Any]:
-        said: dict[str, Any] = json.loads(self.process.communicate()[0])
-        return said
+        output: dict[str, Any] = json.loads(self.process.communicate()[0])
+        return output
 
 
 @contextlib.contextmanager
@@ -95,9 +95,9 @@ def test_reply_has_its_cost_and_model_snapshot(tmp_path: Path) -> None:
 def test_failing_server_ends_with_its_reason(tmp_path: Path, fault: str) -> None:
     with serving(tmp_path, faulty=1.0, faults=[fault]) as server:
         client = LiveClient(server.url, retries=2, **QUICK | {"timeout": 0.4})
-        said = {"429": "status 429", "500": "status 500", "stalled": "no reply in 0.4 s"}
-        said["invalid"] = "not a chat completion"
-        with pytest.raises(ChatError, match=f"no reply in 3 attempts; the last one: .*{said.get(fault, '')}"):
+        output = {"429": "status 429", "500": "status 500", "stalled": "no reply in 0.4 s"}
+        output["invalid"] = "not a chat completion"
+        with pytest.raises(ChatError, match=f"no reply in 3 attempts; the last one: .*{output.get(fault, '')}"):
             client.complete(ask())
         assert len(server.stop()["times"]) == 3
         assert not server.billed()
@@ -109,7 +109,7 @@ def test_wait_follows_retry_after(tmp_path: Path, fault: str) -> None:
         with pytest.raises(ChatError):
             LiveClient(server.url, retries=1, **QUICK).complete(ask())
         first, second = server.stop()["times"]
-        # a date has whole seconds, so that it may be almost one second sooner
+        # a date has a resolution of one second, so that it may be almost one second sooner
         assert (0.95 if fault == "429 seconds" else 0.0) <= second - first < 2
 
 
@@ -135,7 +135,7 @@ def test_missing_key_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 def test_concurrency_is_the_number_of_requests_under_way(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.1) as server:
         client = client_from_name("record", cassette=tmp_path / "t.sqlite", base_url=server.url, concurrency=6, **QUICK)
-        generate(images(40), ["detail"], client, tmp_path / "out")
+        generate(annotated_images(40), ["detail"], client, tmp_path / "out")
         assert server.stop()["most_under_way"] == 6
 
 
@@ -145,27 +145,27 @@ def test_budget_is_not_exceeded(tmp_path: Path, faulty: float) -> None:
     with serving(tmp_path, **options) as server:
         settings = QUICK | {"base_url": server.url, "concurrency": 5, "budget_usd": 1.5}
         client = client_from_name("record", cassette=tmp_path / "tape.sqlite", **settings)
-        result = generate(images(100), ["detail"], client, tmp_path / "out", max_tokens=100)
+        result = generate(annotated_images(100), ["detail"], client, tmp_path / "out", max_tokens=100)
         assert "budget of 1.5 USD" in result["stopped"]
         assert result["records"] + result["unasked"] == 100
         assert result["spend_usd"] == pytest.approx(usd(server.billed()))
         assert result["spend_usd"] <= 1.5
         if not faulty:  # the next one could have passed it
             assert result["spend_usd"] + cost_usd(ask(max_tokens=100).most_tokens(), (30, 60)) + 0.3 > 1.5
-        again = client_from_name("record", cassette=tmp_path / "tape.sqlite", **settings | {"budget_usd": 0.2})
+        second = client_from_name("record", cassette=tmp_path / "tape.sqlite", **settings | {"budget_usd": 0.2})
         with pytest.raises(BudgetError, match=r"raise the budget to go on"):
-            again.complete(ask("another"))
+            second.complete(ask("another"))
 
 
 def test_replay_repeats_failed_requests(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     with serving(tmp_path, faulty=0.4, faults=["400", "truncated"]) as server:
         client = client_from_name("record", cassette=tape, base_url=server.url, retries=1, **QUICK)
-        result = generate(images(30), ["detail"], client, tmp_path / "out")
+        result = generate(annotated_images(30), ["detail"], client, tmp_path / "out")
     assert 0 < result["failed"] < 30
     assert result["failures"] == {"ChatError": result["failed"]}
     assert result["records"] == len(server.billed())
-    generate(images(30), ["detail"], ReplayClient(tape), tmp_path / "replayed")
+    generate(annotated_images(30), ["detail"], ReplayClient(tape), tmp_path / "replayed")
     for file in (tmp_path / "out").iterdir():
         assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name
     assert Cassette(tape).doubtful() > 0  # truncated replies, which the server may have billed
@@ -175,7 +175,16 @@ def test_command_line_records_until_its_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    words = ["generate", "--annotations", annotations(tmp_path, 9), "--kinds", "detail", "--client", "record", "--json"]
+    words = [
+        "generate",
+        "--annotations",
+        write_annotations(tmp_path, 9),
+        "--kinds",
+        "detail",
+        "--client",
+        "record",
+        "--json",
+    ]
     with serving(tmp_path) as server:
         words += ["--base-url", server.url, "--model", "mine", "--price", "30,60", "--concurrency", "2", "--seed", "3"]
         assert cli.main([*words, "--budget-usd", "0.5", "--out", str(tmp_path / "out")]) == 0
@@ -194,17 +203,17 @@ def test_two_processes_do_not_share_a_cassette(tmp_path: Path, monkeypatch: pyte
     tape, timeout = tmp_path / "tape.sqlite", "companion.teacher.cassette.LOCK_TIMEOUT"
     monkeypatch.setattr(timeout, 0.1)
     with serving(tmp_path) as server:
-        with lock(tape), pytest.raises(ConfigError, match="another process records to this cassette"):
+        with locked_cassette(tape), pytest.raises(ConfigError, match="another process records to this cassette"):
             client_from_name("record", cassette=tape, base_url=server.url, **QUICK)
         first = client_from_name("record", cassette=tape, base_url=server.url, **QUICK)
         first.complete(ask())
-        # the same process, e.g. a notebook cell that runs again, gets another client
+        # the same process, e.g. a repeated notebook cell, gets another client
         second = client_from_name("record", cassette=tape, base_url=server.url, **QUICK)
         assert second.complete(ask()).cached
-        with pytest.raises(AssertionError, match="another process"), lock(tape):
+        with pytest.raises(AssertionError, match="another process"), locked_cassette(tape):
             pass
         del first, second
-        with lock(tape):
+        with locked_cassette(tape):
             pass
 
 
@@ -221,13 +230,13 @@ def kill_at(process: subprocess.Popen[str], server: Running, billed: int, later:
 def test_killed_process_repeats_only_requests_under_way(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.4) as server:
         options = QUICK | {"base_url": server.url, "concurrency": 10}
-        kill_at(start("record", tmp_path, 60, **options), server, 10, later=0.2)
-        with start("record", tmp_path, 60, **options) as process:
+        kill_at(start_recording("record", tmp_path, 60, **options), server, 10, later=0.2)
+        with start_recording("record", tmp_path, 60, **options) as process:
             result = json.loads(process.communicate()[0])
         paid = Counter(row["text"] for row in server.billed())
     assert (result["records"], result["requests"] + result["replayed"]) == (60, 60)
     assert result["replayed"] >= 10  # the replies that had arrived
-    # the ten requests that the server was answering are sent and paid again, and none besides
+    # the ten requests that the server was answering are the only ones sent and paid twice
     assert len(paid) == 60
     assert max(paid.values()) == 2
     assert 0 < paid.total() - 60 <= 10
@@ -240,8 +249,8 @@ def test_budget_holds_over_kills(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.3, usage=[1000, 2000]) as server:
         options = QUICK | {"base_url": server.url, "concurrency": 5, "budget_usd": 8.0}
         for billed in (5, 10):
-            kill_at(start("record", tmp_path, 80, **options), server, billed, later=0.1)
-        with start("record", tmp_path, 80, **options) as process:
+            kill_at(start_recording("record", tmp_path, 80, **options), server, billed, later=0.1)
+        with start_recording("record", tmp_path, 80, **options) as process:
             result = json.loads(process.communicate()[0])
         assert "budget of 8 USD" in result["stopped"]
         assert 0 < usd(server.billed()) <= 8.0
@@ -250,7 +259,7 @@ def test_budget_holds_over_kills(tmp_path: Path) -> None:
 def test_interrupt_records_requests_under_way(tmp_path: Path) -> None:
     with serving(tmp_path, seconds=0.3, faulty=0.5, faults=["429"]) as server:
         options = QUICK | {"base_url": server.url, "concurrency": 10}
-        process = start("record", tmp_path, 60, **options)
+        process = start_recording("record", tmp_path, 60, **options)
         while not server.billed():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -265,9 +274,9 @@ def test_two_thousand_requests_with_faults_and_three_kills(tmp_path: Path) -> No
     with serving(tmp_path, faulty=0.2, malformed=0.02, seconds=0.01, rename_after=1200) as server:
         options = settings | {"base_url": server.url}
         for billed in (300, 900, 1500):
-            kill_at(start("record", tmp_path, count, **options), server, billed)
+            kill_at(start_recording("record", tmp_path, count, **options), server, billed)
             assert not (tmp_path / "out").exists()
-        with start("record", tmp_path, count, **options) as process:
+        with start_recording("record", tmp_path, count, **options) as process:
             result = json.loads(process.communicate()[0])
         paid, met = server.billed(), server.stop()["met"]
     assert all(count >= 10 for count in met.values()), met
@@ -275,7 +284,7 @@ def test_two_thousand_requests_with_faults_and_three_kills(tmp_path: Path) -> No
     assert 0.17 < 1 - met[""] / sum(met.values()) < 0.23
     # every record exactly once; each kill repeats at most the requests under way
     records = read_json(tmp_path / "out" / "llava_instruct.json")
-    assert [record["id"] for record in records] == [image.id for image in images(count)]
+    assert [record["id"] for record in records] == [image.id for image in annotated_images(count)]
     assert (result["records"], result["failed"], result["retried"]) == (count, 0, result["repaired"])
     assert 10 < result["repaired"] < 100
     tape = Cassette(tmp_path / "tape.sqlite")
@@ -289,7 +298,9 @@ def test_two_thousand_requests_with_faults_and_three_kills(tmp_path: Path) -> No
     assert sum(result["models"].values()) == len(times)
     assert sorted(result["models"]) == ["gpt-4-0314", "gpt-4-0613"]
     # and a replay, which needs no server, writes the same files
-    again = generate(images(count), ["detail"], ReplayClient(tmp_path / "tape.sqlite"), tmp_path / "replayed")
-    assert (again["requests"], again["spend_usd"], again["cost_usd"]) == (0, 0.0, result["cost_usd"])
+    second = generate(
+        annotated_images(count), ["detail"], ReplayClient(tmp_path / "tape.sqlite"), tmp_path / "replayed"
+    )
+    assert (second["requests"], second["spend_usd"], second["cost_usd"]) == (0, 0.0, result["cost_usd"])
     for file in (tmp_path / "out").iterdir():
         assert (tmp_path / "replayed" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -40,15 +40,15 @@ def test_weight_map_of_7b_and_13b_is_complete(name, layers, width, heads, ffn) -
     total = sum(torch.Size(s).numel() for s in shapes.values())
     assert total == {32: 7_062_902_784, 40: 13_350_839_296}[layers]
     lazy = {import_name(n, rules): LazyTensor(s, torch.float16, pytest.fail) for n, s in theirs.items()}
-    opened = Checkpoint(name, Path("7b"), description, lazy, {import_name(n, rules): n for n in theirs})
-    check(opened)
+    checkpoint = Checkpoint(name, Path("7b"), description, lazy, {import_name(n, rules): n for n in theirs})
+    check(checkpoint)
     lost = f"language_model.model.layers.{layers - 1}.self_attn.o_proj.weight"
-    tensor = opened.tensors.pop(lost)
+    tensor = checkpoint.tensors.pop(lost)
     with pytest.raises(CheckpointError, match=f"{lost} is missing"):
-        check(opened)
-    opened.tensors |= {lost: tensor, "multi_modal_projector.4.weight": tensor}
+        check(checkpoint)
+    checkpoint.tensors |= {lost: tensor, "multi_modal_projector.4.weight": tensor}
     with pytest.raises(CheckpointError, match=r"multi_modal_projector\.4\.weight is unknown"):
-        check(opened)
+        check(checkpoint)
 
 
 def test_released_7b_names_convert_completely(tmp_path) -> None:
@@ -79,19 +79,19 @@ def test_released_7b_names_convert_completely(tmp_path) -> None:
     rotary = {f"model.layers.{k}.self_attn.rotary_emb.inv_freq": computed for k in range(32)}
     rotary[inside + "embeddings.position_ids"] = computed
 
-    def opened(files: dict[str, LazyTensor]) -> Checkpoint:
+    def checkpoint(files: dict[str, LazyTensor]) -> Checkpoint:
         return new_checkpoint("original", tmp_path, files, from_original, description, None, [])
 
-    found = opened(tensors | rotary)
-    check(found)
-    assert set(found.tensors) == set(shapes)
-    assert set(found.left_out) == set(rotary)
+    result = checkpoint(tensors | rotary)
+    check(result)
+    assert set(result.tensors) == set(shapes)
+    assert set(result.left_out) == set(rotary)
     for to in ("hf", "mmpretrain"):
-        theirs = [row[2] for row in key_map(found, to)]
+        theirs = [row[2] for row in key_map(result, to)]
         assert len(set(theirs)) == len(shapes)
     lost = tensors.pop("model.layers.31.mlp.up_proj.weight")
     with pytest.raises(CheckpointError, match=r"layers\.31\.mlp\.up_proj\.weight is missing"):
-        check(opened(tensors))
+        check(checkpoint(tensors))
     tensors |= {"model.layers.31.mlp.up_proj.weight": lost, "model.layers.32.mlp.up_proj.weight": lost}
     with pytest.raises(CheckpointError, match=r"model\.layers\.32\.mlp\.up_proj\.weight is unknown"):
-        check(opened(tensors))
+        check(checkpoint(tensors))

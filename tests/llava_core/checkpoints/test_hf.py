@@ -36,9 +36,9 @@ def exported(request, tmp_path_factory) -> tuple[Loaded, Any, Any, list[Image.Im
     template, projector, position, delimited = request.param
     root = tmp_path_factory.mktemp("exported")
     loaded = foreign.random_model(root, projector, delimiters=delimited)
-    facts = {"template": template, "image_position": position}
-    facts |= {"image_delimiters": foreign.DELIMITERS} if delimited else {}
-    saved = save_checkpoint(root / "c", loaded, "full", **facts)
+    usage = {"template": template, "image_position": position}
+    usage |= {"image_delimiters": foreign.DELIMITERS} if delimited else {}
+    saved = save_checkpoint(root / "c", loaded, "full", **usage)
     convert(saved, root / "hf", "hf")
     ours = load(saved)
     theirs = LlavaForConditionalGeneration.from_pretrained(root / "hf").eval()
@@ -84,11 +84,11 @@ def test_same_greedy_tokens_single_and_batched(exported) -> None:
     texts = [processor.apply_chat_template(messages(q), add_generation_prompt=True) for q in QUESTIONS]
     for question, image, tokens in zip(texts, images, wanted, strict=True):
         batch = processor(images=image, text=question, return_tensors="pt", add_special_tokens=False)
-        made = theirs.generate(**batch, max_new_tokens=NEW)[0, batch["input_ids"].shape[1] :].tolist()
-        assert until(made, stops) == tokens
+        generated = theirs.generate(**batch, max_new_tokens=NEW)[0, batch["input_ids"].shape[1] :].tolist()
+        assert until(generated, stops) == tokens
     batch = processor(images=images, text=texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    made = theirs.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
-    assert [until(row, stops) for row in made] == wanted
+    generated = theirs.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
+    assert [until(row, stops) for row in generated] == wanted
 
 
 def test_transformers_pipeline_gives_our_answers(exported) -> None:
@@ -96,10 +96,10 @@ def test_transformers_pipeline_gives_our_answers(exported) -> None:
     pipe = pipeline("image-text-to-text", model=str(folder), device="cpu")
     for question, image in zip(QUESTIONS[:2], images, strict=False):
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        said = pipe(text=[{"role": "user", "content": content}], max_new_tokens=NEW, return_full_text=False)
+        output = pipe(text=[{"role": "user", "content": content}], max_new_tokens=NEW, return_full_text=False)
         stops = [ours.tokenizer.eos_token_id, *pipe.model.generation_config.eos_token_id]
         tokens = until(our_tokens(ours, question, image), stops)
-        assert said[0]["generated_text"].strip() == ours.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert output[0]["generated_text"].strip() == ours.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def test_chat_template_renders_earlier_turns(exported) -> None:

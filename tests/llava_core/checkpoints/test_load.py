@@ -50,8 +50,8 @@ def test_vision_towers_are_compared_by_their_files(original, root, tmp_path) -> 
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     change_json(tmp_path / "c" / "manifest.json", base_hash={"vision_tower": base_hash("someone/clip")})
     assert manifest["base_hash"]["vision_tower"].startswith("files:")
-    opened = open_checkpoint(tmp_path / "c")
-    assert any("taken unchecked" in note for note in opened.notes)
+    checkpoint = open_checkpoint(tmp_path / "c")
+    assert any("taken unchecked" in note for note in checkpoint.notes)
 
 
 def test_paths_are_relative_to_the_working_folder(original, tmp_path, monkeypatch) -> None:

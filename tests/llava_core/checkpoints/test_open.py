@@ -46,10 +46,10 @@ def test_release_with_an_extra_projector_file(original, loaded) -> None:
 def test_era_decides_template_and_image_position(original, bos, delimiters, template, position) -> None:
     (original / "special_tokens_map.json").write_text(json.dumps({"bos_token": bos}))
     change_json(original / "config.json", mm_use_im_start_end=delimiters)
-    opened = open_checkpoint(original)
-    assert opened.description.usage["template"] == template
-    assert opened.description.usage["image_position"] == position
-    assert any(note.startswith(f"template {template}") for note in opened.notes)
+    checkpoint = open_checkpoint(original)
+    assert checkpoint.description.usage["template"] == template
+    assert checkpoint.description.usage["image_position"] == position
+    assert any(note.startswith(f"template {template}") for note in checkpoint.notes)
     changed = open_checkpoint(original, usage={"template": "v0"})
     assert not any(note.startswith("template") for note in changed.notes)
 

@@ -50,10 +50,12 @@ def make_tokenizer(kind: str, folder: Path) -> Any:
     pieces, merges = llama_pieces()
     numbered = {piece: k for k, piece in enumerate(pieces)}
     if kind.startswith("bytes"):
-        made = tiny.tokenizer(folder)
+        own_tokenizer = tiny.tokenizer(folder)
         if kind == "bytes, no BOS":
-            made = PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token="</s>", pad_token="<pad>")
-        return made
+            own_tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=own_tokenizer.backend_tokenizer, eos_token="</s>", pad_token="<pad>"
+            )
+        return own_tokenizer
     if kind == "llama":  # the form that transformers gives LLaMA's tokenizer today
         return LlamaTokenizer(vocab=numbered, merges=merges)
     decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -152,10 +154,10 @@ def test_scienceqa_supervises_only_its_answers(tokenizers, kind, name, problem, 
 @given(turns=conversations())
 @settings(max_examples=25, deadline=None)
 def test_segments_add_no_text(tokenizers, kind, turns) -> None:
-    template, made = TEMPLATES.get("v0"), tokenizers[kind]
+    template, own_tokenizer = TEMPLATES.get("v0"), tokenizers[kind]
     turns = [(question.replace(IMAGE_MARKER, ""), answer) for question, answer in turns]
-    ids = template.encode(turns, made, N).input_ids[made.bos_token_id is not None :]
-    assert made.decode(ids) == "".join(segment.text for segment in template.render(turns))
+    ids = template.encode(turns, own_tokenizer, N).input_ids[own_tokenizer.bos_token_id is not None :]
+    assert own_tokenizer.decode(ids) == "".join(segment.text for segment in template.render(turns))
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -163,12 +165,12 @@ def test_segments_add_no_text(tokenizers, kind, turns) -> None:
 @given(turns=conversations())
 @settings(max_examples=25, deadline=None)
 def test_prompt_is_a_prefix_of_the_training_sequence(tokenizers, kind, name, turns) -> None:
-    template, made = TEMPLATES.get(name), tokenizers[kind]
-    whole = template.encode(turns, made, N)
-    prompt = template.encode([*turns[:-1], (turns[-1][0], None)], made, N)
-    assert whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids
-    assert whole.labels[: len(prompt.labels)] == prompt.labels
-    assert all(label != IGNORE_INDEX for label in whole.labels[len(prompt.labels) :])
+    template, own_tokenizer = TEMPLATES.get(name), tokenizers[kind]
+    full = template.encode(turns, own_tokenizer, N)
+    prompt = template.encode([*turns[:-1], (turns[-1][0], None)], own_tokenizer, N)
+    assert full.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    assert full.labels[: len(prompt.labels)] == prompt.labels
+    assert all(label != IGNORE_INDEX for label in full.labels[len(prompt.labels) :])
 
 
 @pytest.mark.parametrize("kind", ["bytes", "llama, legacy"])
@@ -176,16 +178,16 @@ def test_prompt_is_a_prefix_of_the_training_sequence(tokenizers, kind, name, tur
 @given(turns=conversations())
 @settings(max_examples=8, deadline=None)
 def test_truncation_keeps_complete_turns_and_images(tokenizers, kind, name, turns) -> None:
-    template, made = TEMPLATES.get(name), tokenizers[kind]
-    prefixes = [template.encode(turns[:k], made, N) for k in range(1, len(turns) + 1)]
+    template, own_tokenizer = TEMPLATES.get(name), tokenizers[kind]
+    prefixes = [template.encode(turns[:k], own_tokenizer, N) for k in range(1, len(turns) + 1)]
     lengths = [len(encoded.input_ids) for encoded in prefixes]
     for longest in range(lengths[-1] + 1):
         fitting = sum(length <= longest for length in lengths)
         if not fitting:
             with pytest.raises(DataError, match=r"record 7: its first turn .* max_length"):
-                template.encode(turns, made, N, max_length=longest, name="record 7")
+                template.encode(turns, own_tokenizer, N, max_length=longest, name="record 7")
             continue
-        short = template.encode(turns, made, N, max_length=longest)
+        short = template.encode(turns, own_tokenizer, N, max_length=longest)
         expected = prefixes[fitting - 1]
         assert (short.input_ids, short.labels) == (expected.input_ids, expected.labels)
         assert short.n_images == images(turns)
@@ -226,10 +228,10 @@ TURNS = [("<image>\nwhat is the car", "red"), ("and the dog", "blue.")]
     ],
 )
 def test_changed_separator_is_detected(tokenizers, name, change) -> None:
-    for made in tokenizers.values():
-        check_supervision(TEMPLATES.get(name), TURNS, made)
+    for own_tokenizer in tokenizers.values():
+        check_supervision(TEMPLATES.get(name), TURNS, own_tokenizer)
         with pytest.raises(AssertionError):
-            check_supervision(replace(TEMPLATES.get(name), **change), TURNS, made)
+            check_supervision(replace(TEMPLATES.get(name), **change), TURNS, own_tokenizer)
 
 
 def test_inserted_space_is_detected(llama, monkeypatch) -> None:
@@ -284,23 +286,23 @@ def test_v0_exact_supervises_like_the_released_code(tokenizers, kind, case) -> N
 
 def test_v0_exact_counts_the_delimiters_of_an_image(llama) -> None:
     turns, expected = EXACT["image last"]
-    made = TEMPLATES.get("v0_exact").encode(turns, llama, N, system="A car.", delimiters=["▁red", "▁dog"])
-    assert tokens(made, llama) == expected.replace("IMG IMG IMG", "▁red IMG IMG IMG ▁dog")
+    own_tokenizer = TEMPLATES.get("v0_exact").encode(turns, llama, N, system="A car.", delimiters=["▁red", "▁dog"])
+    assert tokens(own_tokenizer, llama) == expected.replace("IMG IMG IMG", "▁red IMG IMG IMG ▁dog")
 
 
 @pytest.mark.parametrize("kind", ["llama, legacy", "bytes"])
 def test_v0_exact_prompts_like_the_released_evaluation(tokenizers, kind) -> None:
-    made, template = tokenizers[kind], TEMPLATES.get("v0_exact")
+    own_tokenizer, template = tokenizers[kind], TEMPLATES.get("v0_exact")
     for turns, expected in (
         ([("what", None)], "A car.###Human: what###Assistant:"),
         ([("what", "red"), ("two", None)], "A car.###Human: what###Assistant: red###Human: two###Assistant:"),
     ):
-        prompt = template.encode(turns, made, N, system="A car.")
-        assert made.decode(prompt.input_ids[1:]) == expected
+        prompt = template.encode(turns, own_tokenizer, N, system="A car.")
+        assert own_tokenizer.decode(prompt.input_ids[1:]) == expected
         assert set(prompt.labels) == {IGNORE_INDEX}
-    prompt = template.encode([("what\n<image>", None)], made, N, system="A car.")
+    prompt = template.encode([("what\n<image>", None)], own_tokenizer, N, system="A car.")
     after = prompt.input_ids[len(prompt.input_ids) - prompt.input_ids[::-1].index(IMAGE_TOKEN_ID) :]
-    assert made.decode(after) == "###Assistant:"
+    assert own_tokenizer.decode(after) == "###Assistant:"
     assert (template.stop, prompt.n_images) == ("###", 1)
 
 
@@ -308,8 +310,8 @@ def test_v0_exact_prompts_like_the_released_evaluation(tokenizers, kind) -> None
 @settings(max_examples=25, deadline=None)
 def test_v0_exact_never_supervises_an_image(tokenizers, turns) -> None:
     turns = [*turns, ("what\n<image>", "red")]  # with these tokenizers, masks of later questions drift
-    for made in tokenizers.values():
-        encoded = TEMPLATES.get("v0_exact").encode(turns, made, N)
+    for own_tokenizer in tokenizers.values():
+        encoded = TEMPLATES.get("v0_exact").encode(turns, own_tokenizer, N)
         assert IMAGE_TOKEN_ID not in encoded.labels
         assert encoded.input_ids.count(IMAGE_TOKEN_ID) == N * images(turns)
 
@@ -324,9 +326,9 @@ def test_v0_exact_has_no_segments() -> None:
 
 @pytest.mark.parametrize("name", [*ENDS, "v0_exact"])
 def test_delimiters_enclose_every_image_and_carry_no_loss(tokenizers, name) -> None:
-    for made in tokenizers.values():
-        begin, end = made.convert_tokens_to_ids(["#", "</s>"])
-        encoded = TEMPLATES.get(name).encode(TURNS, made, N, delimiters=("#", "</s>"))
+    for own_tokenizer in tokenizers.values():
+        begin, end = own_tokenizer.convert_tokens_to_ids(["#", "</s>"])
+        encoded = TEMPLATES.get(name).encode(TURNS, own_tokenizer, N, delimiters=("#", "</s>"))
         at = encoded.input_ids.index(IMAGE_TOKEN_ID)
         assert encoded.input_ids[at - 1 : at + N + 1] == [begin, *[IMAGE_TOKEN_ID] * N, end]
         assert set(encoded.labels[at - 1 : at + N + 1]) == {IGNORE_INDEX}
@@ -334,12 +336,12 @@ def test_delimiters_enclose_every_image_and_carry_no_loss(tokenizers, name) -> N
 
 @pytest.mark.parametrize("name", ["v0", "v0_exact"])
 def test_wrong_delimiters_are_named(tokenizers, name) -> None:
-    for made in tokenizers.values():
+    for own_tokenizer in tokenizers.values():
         with pytest.raises(DataError, match=r"<im_end>.*no token"):
-            TEMPLATES.get(name).encode(TURNS, made, N, delimiters=["</s>", "<im_end>"])
+            TEMPLATES.get(name).encode(TURNS, own_tokenizer, N, delimiters=["</s>", "<im_end>"])
         for wrong in (["</s>"], "ab"):
             with pytest.raises(DataError, match="two tokens"):
-                TEMPLATES.get(name).encode(TURNS, made, N, delimiters=wrong)
+                TEMPLATES.get(name).encode(TURNS, own_tokenizer, N, delimiters=wrong)
 
 
 def test_system_message_can_be_replaced(tokenizer) -> None:
@@ -402,16 +404,16 @@ def test_segment_lists_are_encoded_unchanged(tokenizer) -> None:
 
 
 def test_tokenizer_keeps_its_dummy_prefix_at_the_start(tokenizers) -> None:
-    made = tokenizers["llama, legacy"]
-    assert made.convert_ids_to_tokens(token_ids(made, "red")) == ["▁red"]
-    assert made.convert_ids_to_tokens(token_ids(made, " red", continues=True)) == ["▁red"]
-    assert made.convert_ids_to_tokens(token_ids(made, "red", continues=True)) == ["r", "e", "d"]
-    before = json.loads(made.backend_tokenizer.to_str())
-    made = make_tokenizer("llama, legacy", Path())
-    token_ids(made, "red", continues=True)
-    assert json.loads(made.backend_tokenizer.to_str()) == before  # the tokenizer itself is left alone
-    made.add_tokens(["<new>"], special_tokens=True)
-    assert made.convert_ids_to_tokens(token_ids(made, "red<new>", continues=True))[-1] == "<new>"
+    own_tokenizer = tokenizers["llama, legacy"]
+    assert own_tokenizer.convert_ids_to_tokens(token_ids(own_tokenizer, "red")) == ["▁red"]
+    assert own_tokenizer.convert_ids_to_tokens(token_ids(own_tokenizer, " red", continues=True)) == ["▁red"]
+    assert own_tokenizer.convert_ids_to_tokens(token_ids(own_tokenizer, "red", continues=True)) == ["r", "e", "d"]
+    before = json.loads(own_tokenizer.backend_tokenizer.to_str())
+    own_tokenizer = make_tokenizer("llama, legacy", Path())
+    token_ids(own_tokenizer, "red", continues=True)
+    assert json.loads(own_tokenizer.backend_tokenizer.to_str()) == before  # the tokenizer itself is unchanged
+    own_tokenizer.add_tokens(["<new>"], special_tokens=True)
+    assert own_tokenizer.convert_ids_to_tokens(token_ids(own_tokenizer, "red<new>", continues=True))[-1] == "<new>"
 
 
 class Slow:
@@ -463,10 +465,10 @@ def test_left_out_turns_are_counted_and_reported_once(tokenizer, capsys) -> None
     for _ in range(2):
         assert [data.encoded(k).dropped_turns for k in range(3)] == [0, 2, 2]
     assert data.dropped == {1: 2, 2: 2}
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1
-    assert "sample long: max_length = " in told[0]
-    assert "no room for the last 2 of its 3 turns" in told[0]
+    report = capsys.readouterr().err.splitlines()
+    assert len(report) == 1
+    assert "sample long: max_length = " in report[0]
+    assert "no room for the last 2 of its 3 turns" in report[0]
 
 
 def test_training_uses_template_and_image_position(tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Features of a frozen tower: the same to the bit, known by the bytes of the image, made once, refused without room."""
+"""Features of a frozen tower: bitwise equal, keyed by image bytes, computed once, refused on a full disk."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def test_stored_features_equal_computed_ones(
     assert cache.fill([*paths, paths[0]], tower) == 10
     for kept in (cache, FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, dtype)):
         for layer in (0, 1):
-            found = kept.get([paths[7], paths[0], paths[7]], layer)
+            result = kept.get([paths[7], paths[0], paths[7]], layer)
             expected = torch.stack([tower.of(paths[k])[layer] for k in (7, 0, 7)])
-            assert found.dtype == dtype
-            assert torch.equal(found, expected)
+            assert result.dtype == dtype
+            assert torch.equal(result, expected)
         assert kept.missing(paths) == []
 
 
@@ -62,11 +62,11 @@ def test_images_are_keyed_by_their_bytes(tmp_path: Path) -> None:
     cache.fill(paths, tower)
     shutil.copy(paths[2], tmp_path / "elsewhere.png")
     paths[1].write_bytes(b"another image")
-    again = FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, torch.float32)
-    assert again.missing([*paths, tmp_path / "elsewhere.png"]) == [paths[1]]
-    assert again.fill([*paths, tmp_path / "elsewhere.png"], tower) == 1
-    assert torch.equal(again.get([paths[1]])[0], tower.of(paths[1])[0])
-    assert torch.equal(again.get([tmp_path / "elsewhere.png"])[0], tower.of(paths[2])[0])
+    second = FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, torch.float32)
+    assert second.missing([*paths, tmp_path / "elsewhere.png"]) == [paths[1]]
+    assert second.fill([*paths, tmp_path / "elsewhere.png"], tower) == 1
+    assert torch.equal(second.get([paths[1]])[0], tower.of(paths[1])[0])
+    assert torch.equal(second.get([tmp_path / "elsewhere.png"])[0], tower.of(paths[2])[0])
 
 
 def test_each_tower_has_its_own_features(tmp_path: Path) -> None:

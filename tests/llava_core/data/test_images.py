@@ -114,7 +114,7 @@ def test_torchvision_backend_differs_by_little(mode: Any, tmp_path: Path) -> Non
     for shape in ((640, 480), (201, 300), (225, 224)):
         seen = theirs(noise(*shape), do_rescale=False, do_normalize=False)["pixel_values"][0]
         apart = np.abs(np.asarray(ours.visible(noise(*shape))).astype(int) - np.moveaxis(np.asarray(seen), 0, -1))
-        assert apart.mean() < 0.5, shape  # of noise, with one side enlarged and one reduced: the worst case
+        assert apart.mean() < 0.5, shape  # of noise, with one side enlarged and one reduced: the largest difference
 
 
 def test_strip_padding_equals_full_padding() -> None:
@@ -122,8 +122,8 @@ def test_strip_padding_equals_full_padding() -> None:
         image = noise(*shape)
         canvas = Image.new("RGB", (max(shape),) * 2, (122, 116, 104))
         canvas.paste(image, ((max(shape) - shape[0]) // 2, (max(shape) - shape[1]) // 2))
-        whole = canvas.resize((56, 56), Image.Resampling.BICUBIC)
-        assert np.array_equal(ImageProcessor(56, "pad").visible(image), whole), shape
+        full = canvas.resize((56, 56), Image.Resampling.BICUBIC)
+        assert np.array_equal(ImageProcessor(56, "pad").visible(image), full), shape
     padded = np.asarray(ImageProcessor(16, "pad").visible(Image.new("RGB", (60, 30), (255, 0, 0))))
     assert tuple(padded[0, 0]) == (122, 116, 104)
     assert tuple(padded[8, 8]) == (255, 0, 0)

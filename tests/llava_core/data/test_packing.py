@@ -1,4 +1,4 @@
-"""Packed rows: every sample once, common beginnings once, and the loss and gradients of the samples alone."""
+"""Packed rows: every sample once, shared prefixes once, and the loss and gradients of separate samples."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def batch(seed: int, count: int = 9) -> tuple[list[Encoded], list[str | None]]:
 
 def tokens_of(row: PackedRow, rows: list[PackedRow]) -> dict[int, list[tuple[int, int]]]:
     """Sample -> its (token, position), read back from the row's packed_mask."""
-    found = {}
+    result = {}
     paths = PackedMask(torch.tensor(row.ends)[None]).samples[0]
     assert len(paths) == len(row.samples)
     for k, path in zip(row.samples, paths, strict=True):
         where = np.concatenate([np.arange(*ends) for ends in path])
-        found[k] = list(zip(row.input_ids[where].tolist(), row.position_ids[where].tolist(), strict=True))
-    return found
+        result[k] = list(zip(row.input_ids[where].tolist(), row.position_ids[where].tolist(), strict=True))
+    return result
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -56,12 +56,12 @@ def tokens_of(row: PackedRow, rows: list[PackedRow]) -> dict[int, list[tuple[int
 def test_packing_keeps_every_sample_once_unchanged(seed: int, max_tokens: int, share: bool) -> None:
     items, images = batch(seed)
     rows = pack(items, images, max_tokens, share)
-    found = {k: tokens for row in rows for k, tokens in tokens_of(row, rows).items()}
-    assert sorted(found) == list(range(len(items)))
+    result = {k: tokens for row in rows for k, tokens in tokens_of(row, rows).items()}
+    assert sorted(result) == list(range(len(items)))
     for k, item in enumerate(items):
         last = max(p for p, label in enumerate(item.labels) if label != IGNORE_INDEX)
-        assert [token for token, _ in found[k]] == item.input_ids[:last]
-        assert [position for _, position in found[k]] == list(range(last))
+        assert [token for token, _ in result[k]] == item.input_ids[:last]
+        assert [position for _, position in result[k]] == list(range(last))
     targets = Counter(label for item in items for label in item.labels if label != IGNORE_INDEX)
     assert Counter(t for row in rows for t in row.targets.tolist()) == targets
     assert all(len(row.input_ids) <= max_tokens or len(row.samples) == 1 for row in rows)
@@ -72,8 +72,8 @@ def test_packing_fills_rows_and_depends_only_on_the_batch() -> None:
     items, images = batch(0, 200)
     rows = pack(items, images, 2000, share=False)
     assert sum(len(row.input_ids) for row in rows[:-1]) >= 0.98 * 2000 * (len(rows) - 1)
-    again = pack(items, images, 2000, share=False)
-    assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(rows, again, strict=True))
+    second = pack(items, images, 2000, share=False)
+    assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(rows, second, strict=True))
 
 
 def test_shared_prefixes_are_stored_once() -> None:
@@ -116,12 +116,12 @@ def test_loss_and_gradients_are_those_of_single_samples(seed: int, share: bool) 
         blocks = [features[key] for key in keys]
         return embeds.masked_scatter((ids < 0)[:, None], torch.cat(blocks)) if blocks else embeds
 
-    alone = torch.zeros(())
+    single = torch.zeros(())
     for item, image in zip(items, images, strict=True):
         logits = model(inputs_embeds=embed(np.array(item.input_ids), [image] if image else [])[None]).logits[0]
         labels = torch.tensor(item.labels)
-        alone = alone + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
-    expected = torch.autograd.grad(alone, list(model.parameters()))
+        single = single + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+    expected = torch.autograd.grad(single, list(model.parameters()))
     packed = torch.zeros(())
     with packed_attention(model):
         for row in pack(items, images, 120, share):
@@ -132,6 +132,6 @@ def test_loss_and_gradients_are_those_of_single_samples(seed: int, share: bool) 
             ).last_hidden_state[0]
             logits = model.lm_head(hidden[row.logit_positions])
             packed = packed + torch.nn.functional.cross_entropy(logits, torch.tensor(row.targets), reduction="sum")
-    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(packed, single, rtol=1e-6, atol=1e-5)
     for got, wanted in zip(torch.autograd.grad(packed, list(model.parameters())), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -185,7 +185,7 @@ def test_sliding_window_is_respected() -> None:
     assert with_cache == without
     assert preallocated_cache(model.language_model).is_sliding == [True, True]  # holds no more than its window
     kept, tokenizer = PrefixCache(), SimpleNamespace(eos_token_id=None, decode=lambda ids, **_: " ".join(map(str, ids)))
-    for prompt in (prompts[0], [*prompts[0], 15, 16], prompts[0]):  # not croppable: prefilled again
+    for prompt in (prompts[0], [*prompts[0], 15, 16], prompts[0]):  # cannot be cropped: prefilled from the start
         assert generate_rows(model, tokenizer, [prompt], prefix=kept) == generate_rows(model, tokenizer, [prompt])
 
 
@@ -193,7 +193,7 @@ def test_sliding_window_is_respected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "shown", "finish"),
+    ("text", "stop", "displayed", "finish"),
     [
         ("red car\n### Human: what", "###", "red car", "stop"),
         ("red car## dog", "###", "red car## dog", "length"),
@@ -207,15 +207,15 @@ def test_sliding_window_is_respected() -> None:
         ("blue car dog", "", None, None),
     ],
 )
-def test_stop_strings(loaded, scripted, text: str, stop: Any, shown: str | None, finish: Any) -> None:
-    if shown is None:
+def test_stop_strings(loaded, scripted, text: str, stop: Any, displayed: str | None, finish: Any) -> None:
+    if displayed is None:
         with pytest.raises(ConfigError, match="empty string"):
             GenerationSettings(stop=stop)
         return
     (ids,) = said(loaded, text)
     scripted([ids])
     (row,) = generate_rows(loaded.model, loaded.tokenizer, [[1]], None, GenerationSettings(len(ids), stop=stop))
-    assert (row.text, row.finish) == (shown, finish)
+    assert (row.text, row.finish) == (displayed, finish)
     assert row.token_ids == tuple(ids[: len(row.token_ids)])
 
 
@@ -259,7 +259,7 @@ PIECES = ["red", " ", "  ", "\n", "#", "##", "é", "漢字", "👍🏽", "🇩�
 
 
 def ended(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> tuple[str, str]:
-    """Text and finish of a row whose complete text is decoded again after each token."""
+    """Text and finish of a row whose complete text is decoded after each token."""
     for n in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:n]).rstrip("\ufffd")
         if places := [p for stop in stops if (p := text.find(stop)) >= 0]:
@@ -276,15 +276,15 @@ def test_streamed_text_only_grows(loaded, scripted, kind: str) -> None:
     scripts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     scripted(scripts)
     settings = [GenerationSettings(len(i), stop=s, seed=k) for k, (i, s) in enumerate(zip(scripts, stops, strict=True))]
-    shown = list(stream(loaded.model, tokenizer, [[1]] * n, None, settings))
+    displayed = list(stream(loaded.model, tokenizer, [[1]] * n, None, settings))
     for k in range(n):
-        steps = [rows[k] for rows in shown]
+        steps = [rows[k] for rows in displayed]
         assert (steps[-1].text, steps[-1].finish) == ended(tokenizer, scripts[k], stops[k])
         assert all(now.text.startswith(before.text) for before, now in itertools.pairwise(steps))
         assert not any("\ufffd" in step.text for step in steps)
-    assert n / 4 < sum(row.finish == "stop" for row in shown[-1]) < n * 3 / 4
-    assert sum(any(ord(c) > 127 for c in row.text) for row in shown[-1]) > n / 3
-    assert sum(bool(row.text) for row in shown[4]) > n / 2  # it appears as it is written
+    assert n / 4 < sum(row.finish == "stop" for row in displayed[-1]) < n * 3 / 4
+    assert sum(any(ord(c) > 127 for c in row.text) for row in displayed[-1]) > n / 3
+    assert sum(bool(row.text) for row in displayed[4]) > n / 2  # it appears as it is written
 
 
 def test_incomplete_last_character_is_omitted(loaded, scripted) -> None:
@@ -303,9 +303,9 @@ def test_decoding_a_long_answer_stays_linear(loaded, scripted, monkeypatch) -> N
     lengths: list[int] = []
     decode = type(loaded.tokenizer).decode
 
-    def counted(self: Any, given: list[int], **options: Any) -> str:
-        lengths.append(len(given))
-        return decode(self, given, **options)
+    def counted(self: Any, arguments: list[int], **options: Any) -> str:
+        lengths.append(len(arguments))
+        return decode(self, arguments, **options)
 
     monkeypatch.setattr(type(loaded.tokenizer), "decode", counted)
     text = generate(loaded.model, loaded.tokenizer, [[1]], None, GenerationSettings(len(ids), stop="###"))
@@ -351,10 +351,10 @@ def test_sampled_rows_do_not_depend_on_the_batch(loaded, pixels) -> None:
     assert generate_rows(loaded.model, loaded.tokenizer, PROMPTS, pixels, settings) == single
     order = [3, 0, 4, 2]
     some = torch.cat([own for k in order if (own := parts[k]) is not None])
-    again = generate_rows(
+    second = generate_rows(
         loaded.model, loaded.tokenizer, [PROMPTS[k] for k in order], some, [settings[k] for k in order]
     )
-    assert again == [single[k] for k in order]
+    assert second == [single[k] for k in order]
     greedy = generate_rows(loaded.model, loaded.tokenizer, PROMPTS, pixels, GenerationSettings(12))
     assert [a.token_ids == g.token_ids for a, g in zip(single, greedy, strict=True)] == [
         False,
@@ -465,7 +465,7 @@ def test_too_many_tokens_are_an_error_before_prefill(loaded) -> None:
 
 @pytest.fixture
 def fed(loaded) -> Iterator[list[int]]:
-    """How many tokens each forward pass of the language model was given."""
+    """Number of input tokens of each forward pass of the language model."""
     counts: list[int] = []
     hook = loaded.model.language_model.register_forward_pre_hook(
         lambda _, __, kwargs: counts.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
@@ -565,7 +565,7 @@ def test_preallocated_layer_equals_dynamic_layer() -> None:
 
 
 def test_language_model_is_driven_by_public_arguments(loaded) -> None:
-    """The same ids with transformers' own cache, which a language model makes when it is given none."""
+    """The same ids with transformers' own cache, which a language model creates by default."""
     config = LlamaConfig(
         vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4, eos_token_id=None,

@@ -76,11 +76,11 @@ def test_trainable_parameters(loaded) -> None:
 @pytest.mark.parametrize("kind", ["full", "projector"])
 def test_checkpoint_round_trip(loaded, tmp_path: Path, kind) -> None:
     path = save_checkpoint(tmp_path / "c", loaded, kind, template="v0", image_position="data", run_id="r")
-    again = load(path)
+    second = load(path)
     ids, pixels = torch.tensor([[1, *[IMAGE_TOKEN_ID] * 4, 9, 10]]), torch.randn(1, 3, 32, 32)
-    assert torch.equal(loaded.model(ids, pixels).logits, again.model(ids, pixels).logits)
-    assert again.manifest["template"] == "v0"
-    assert again.processor == loaded.processor
+    assert torch.equal(loaded.model(ids, pixels).logits, second.model(ids, pixels).logits)
+    assert second.manifest["template"] == "v0"
+    assert second.processor == loaded.processor
 
 
 def test_damaged_checkpoints_are_one_clear_error(loaded, bases, tmp_path: Path) -> None:

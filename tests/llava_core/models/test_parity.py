@@ -1,4 +1,4 @@
-"""Our model and transformers' own LlavaForConditionalGeneration are one function: logits, loss and every gradient."""
+"""Our model equals LlavaForConditionalGeneration of transformers: logits, loss and every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss without logits: equal to the definition in value and gradients, and small."""
+"""Linear cross-entropy in chunks: equal to the definition in value and gradients, with little memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_peak_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch
 
         before = peak_mib(lambda: None, torch.device("cpu"))
         grown[backend] = peak_mib(work, torch.device("cpu")) - before
-    # all logits are 305 MiB, and their gradient as much again
+    # all logits are 305 MiB, and so is their gradient
     assert grown["reference"] > 500
     assert grown["chunked"] < 100
 

@@ -1,4 +1,4 @@
-"""The Triton kernel, on a GPU or else in Triton's interpreter: it equals the reference, and every mutant is caught."""
+"""The Triton kernel, on a GPU or in the interpreter of Triton: equal to the reference, and every mutant is detected."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def inputs(
     return [torch.randn(rows, h, length, d, generator=generator).to(DEVICE, dtype) for h in (heads, kv, kv, heads)]
 
 
-def run(backend: str, given: list[torch.Tensor], packed_mask: PackedMask | None) -> list[torch.Tensor]:
+def run(backend: str, tensors: list[torch.Tensor], packed_mask: PackedMask | None) -> list[torch.Tensor]:
     """Output and gradients, in fp32."""
-    *qkv, gradient = given
+    *qkv, gradient = tensors
     leaves = [x.detach().requires_grad_(True) for x in qkv]
     run = BACKENDS.get(backend).run
     out = run(leaves[0], leaves[1], leaves[2], packed_mask)
@@ -65,8 +65,8 @@ def max_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float
     return float(torch.stack(errors).nan_to_num(nan=float("inf")).max())
 
 
-def assert_equals_reference(given: list[torch.Tensor], packed_mask: PackedMask | None) -> None:
-    assert max_error(run("triton", given, packed_mask), run("reference", given, packed_mask)) < 1
+def assert_equals_reference(tensors: list[torch.Tensor], packed_mask: PackedMask | None) -> None:
+    assert max_error(run("triton", tensors, packed_mask), run("reference", tensors, packed_mask)) < 1
 
 
 @pytest.fixture(params=SIZES)
@@ -112,9 +112,9 @@ def test_rows_without_mask_are_causal(length: int, small_blocks: str) -> None:
 def test_default_block_sizes(head_dim: int, dtype: torch.dtype) -> None:
     length = 150
     packed_mask = mask([[140] * 60 + [100] * 40 + [140] * 40 + list(range(141, 151))])
-    given = inputs(1, length, (1, 1, head_dim), dtype)
-    exact = run("reference", [x.float() for x in given], packed_mask)
-    plain, ours = run("reference", given, packed_mask), run("triton", given, packed_mask)
+    tensors = inputs(1, length, (1, 1, head_dim), dtype)
+    exact = run("reference", [x.float() for x in tensors], packed_mask)
+    plain, ours = run("reference", tensors, packed_mask), run("triton", tensors, packed_mask)
     assert_ratio_rule(ours, plain, exact)
 
 
@@ -124,9 +124,9 @@ def test_low_precision_error_follows_ratio_rule(
     shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "blocks", lambda head_dim, dtype: SIZES["different"])
-    given = inputs(1, 77, shape, dtype)
-    exact = run("reference", [x.float() for x in given], mask(LARGE))
-    assert_ratio_rule(run("triton", given, mask(LARGE)), run("reference", given, mask(LARGE)), exact)
+    tensors = inputs(1, 77, shape, dtype)
+    exact = run("reference", [x.float() for x in tensors], mask(LARGE))
+    assert_ratio_rule(run("triton", tensors, mask(LARGE)), run("reference", tensors, mask(LARGE)), exact)
 
 
 def assert_ratio_rule(ours: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
@@ -151,8 +151,8 @@ def test_strided_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_equal_inputs_give_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "blocks", lambda head_dim, dtype: SIZES["16"])
-    given = inputs(2, 52, (2, 1, 8))
-    first, second = (run("triton", given, mask(TWO_ROWS)) for _ in range(2))
+    tensors = inputs(2, 52, (2, 1, 8))
+    first, second = (run("triton", tensors, mask(TWO_ROWS)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

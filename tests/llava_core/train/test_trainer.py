@@ -59,7 +59,7 @@ def test_stage_2_starts_from_stage_1_and_is_reused(world: Path) -> None:
     assert len(list(world.glob("runs/*/mini/*/summary.json"))) == 2  # pretrain was launched on the way
     assert json.loads((record.checkpoint / "manifest.json").read_text())["kind"] == "full"
     before = record.summary
-    assert _run("finetune").summary == before  # a finished record is returned, not trained again
+    assert _run("finetune").summary == before  # a finished record is returned without training
 
 
 def test_micro_batches_do_not_change_the_run(world: Path) -> None:
@@ -117,7 +117,7 @@ def test_out_of_memory_enables_activation_checkpointing(
     def loss(self, row):
         summed = real(self, row)
         if self.step == 2 and summed.requires_grad and not failed:
-            summed.backward(retain_graph=True)  # what a pass that fails half-way leaves behind
+            summed.backward(retain_graph=True)  # gradients of an incomplete pass
             failed.append(self.model.language_model.is_gradient_checkpointing)
             raise torch.OutOfMemoryError("simulated")
         return summed

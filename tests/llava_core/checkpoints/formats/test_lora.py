@@ -61,8 +61,8 @@ def adapter(world) -> tuple[Path, torch.Tensor]:
 
 def test_lora_merge_equals_peft(world, adapter, tmp_path) -> None:
     folder, wanted = adapter
-    opened = open_checkpoint(folder)
-    assert opened.format == "lora"
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.format == "lora"
     torch.testing.assert_close(logits(load(folder)), wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(wanted, logits(world[1]), atol=1e-2)
     for to in ("llava", "original", "hf"):

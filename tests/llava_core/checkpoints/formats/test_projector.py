@@ -38,10 +38,10 @@ def test_projector_file_with_word_embeddings(world, tmp_path) -> None:
     options = Options(base=str(base), vision_tower=options.vision_tower)
     file, rows = tmp_path / "projector.bin", torch.randn(2, words.shape[1])
     torch.save({**foreign.projector_tensors(loaded.model), "model.embed_tokens.weight": rows}, file)
-    opened = open_checkpoint(file, options)
-    table = opened.tensors["language_model.model.embed_tokens.weight"].read()
+    checkpoint = open_checkpoint(file, options)
+    table = checkpoint.tensors["language_model.model.embed_tokens.weight"].read()
     torch.testing.assert_close(table, torch.cat([words, rows]))
-    assert opened.description.usage["image_delimiters"] == ["<im_start>", "<im_end>"]
+    assert checkpoint.description.usage["image_delimiters"] == ["<im_start>", "<im_end>"]
     full = torch.randn(len(tokenizer), words.shape[1])
     torch.save({**foreign.projector_tensors(loaded.model), "model.embed_tokens.weight": full}, file)
     table = open_checkpoint(file, options).tensors["language_model.model.embed_tokens.weight"].read()

@@ -1,4 +1,4 @@
-"""Fixtures of the chat tests: a tiny model, two images, and a model that says what the test wants."""
+"""Fixtures of the chat tests: a tiny model, two images, and a model with a scripted answer."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def images(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def prompts(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The prompts that the model was given; it always answers "red car" and stops as the template says."""
-    given: list[list[int]] = []
+    """The prompts that the model receives; it always answers "red car" and stops as the template says."""
+    received: list[list[int]] = []
 
     def spy(model: Any, tokenizer: Any, rows: list[list[int]], pixels: Any, settings: Any, **kept: Any) -> Any:
-        given.extend(rows)
+        received.extend(rows)
         assert (kept["image_features"] is not None) == (IMAGE_TOKEN_ID in rows[0])
         says = iter(tokenizer(" red car\n### Human: what", add_special_tokens=False)["input_ids"])
         monkeypatch.setattr(generation, "_sample", lambda *_: torch.tensor([next(says)]))
         return generation.stream(model, tokenizer, rows, pixels, settings, **kept)
 
     monkeypatch.setattr(chat, "stream", spy)
-    return given
+    return received

@@ -1,4 +1,4 @@
-"""Shared by the tests of paying clients: annotations without pixels, and processes that use a cassette."""
+"""Annotations without pixels, and processes that record with a cassette, for the tests of paid clients."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from llava_core.runtime import ROOT, write_jsonl
 PROGRAM = """
 import json, signal, sys
 from pathlib import Path
-from paid import images
+from cassette_processes import annotated_images
 from companion.teacher.client import client_from_name
 from companion.teacher.generate import generate
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 name, folder, count, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 client = client_from_name(name, cassette=folder / "tape.sqlite", **options)
-print(json.dumps(generate(images(count), ["detail"], client, folder / "out")))
+print(json.dumps(generate(annotated_images(count), ["detail"], client, folder / "out")))
 """
 
 
-def images(count: int) -> list[AnnotatedImage]:
+def annotated_images(count: int) -> list[AnnotatedImage]:
     return [AnnotatedImage(f"{k:06d}", f"{k:06d}.jpg", [f"Car number {k}"], []) for k in range(count)]
 
 
-def annotations(folder: Path, count: int) -> str:
-    """A file of these images, as the command line takes it."""
-    rows = [{"id": i.id, "image": i.image, "captions": i.captions, "instances": []} for i in images(count)]
+def write_annotations(folder: Path, count: int) -> str:
+    """Write a file of these images and return its path, as the command line takes it."""
+    rows = [{"id": i.id, "image": i.image, "captions": i.captions, "instances": []} for i in annotated_images(count)]
     return str(write_jsonl(folder / "a.jsonl", rows))
 
 
-def start(client: str, folder: Path, count: int, **options: Any) -> subprocess.Popen[str]:
+def start_recording(client: str, folder: Path, count: int, **options: Any) -> subprocess.Popen[str]:
+    """A process that generates descriptions of `count` images with the named client and options."""
     words = [client, str(folder), str(count), json.dumps(options)]
     paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -51,13 +52,13 @@ def start(client: str, folder: Path, count: int, **options: Any) -> subprocess.P
 
 
 @contextlib.contextmanager
-def lock(cassette: Path) -> Iterator[None]:
-    """Hold a cassette's lock in another process."""
+def locked_cassette(cassette: Path) -> Iterator[None]:
+    """Keep a cassette locked by another process."""
     program = (
         "import sys; from pathlib import Path; from companion.teacher.cassette import WriterLock\n"
-        "try:\n held = WriterLock(Path(sys.argv[1]), 0.1)\n"
+        "try:\n lock = WriterLock(Path(sys.argv[1]), 0.1)\n"
         "except Exception as error:\n print(error, flush=True)\n"
-        "else:\n print('held', flush=True); sys.stdin.read()\n"
+        "else:\n print('locked', flush=True); sys.stdin.read()\n"
     )
     words = [sys.executable, "-c", program, str(cassette)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -65,7 +66,7 @@ def lock(cassette: Path) -> Iterator[None]:
     with subprocess.Popen(words, env=environment, **pipes) as process:
         assert process.stdout is not None
         answer = process.stdout.readline().strip()
-        assert answer == "held", answer
+        assert answer == "locked", answer
         yield
         assert process.stdin is not None
         process.stdin.close()
