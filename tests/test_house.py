@@ -14,7 +14,7 @@ import pytest
 from llava_core.runtime import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MOST_CELLS, MOST_LINES = 25, 30
+MOST_CELLS, MOST_LINES, MOST_COLUMNS = 25, 30, 100
 MOST_BYTES = 60 * 2**20
 
 
@@ -55,6 +55,9 @@ def broken_rules(notebook: dict[str, Any]) -> list[str]:
         text = ["", *lines_of(tagged[0])]  # after the parameter, or above one that takes several lines
         if [n for n in named if "#" not in text[n.lineno] and not text[n.lineno - 1].startswith("#")]:
             broken.append("each parameter needs a comment")
+    wide = [line for cell in cells for line in lines_of(cell) if len(line) > MOST_COLUMNS]
+    if wide:
+        broken.append(f"{len(wide)} lines of more than {MOST_COLUMNS} characters: {wide[0][:60]} ...")
     if len(code) > MOST_CELLS:
         broken.append(f"{len(code)} code cells; at most {MOST_CELLS}")
     for number, cell in enumerate(code, start=1):
@@ -158,6 +161,7 @@ def sample_notebook() -> dict[str, Any]:
         (1, 'scale: str = "mini"  # a\nfast: bool = False  # b\nsteps = 3  # c', "needs a type"),
         (1, 'scale: str = "mini"\nfast: bool = False  # b', "needs a comment"),
         (2, "x = 1\n" * 31, "31 lines"),
+        (2, f"x = {'1' * 97}", "more than 100 characters"),
         (2, "def f(): ...", "defines f"),
         (2, "if True:\n    class A: ...", "defines A"),
         (2, "!pip install x", "shell command"),
