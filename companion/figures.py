@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.paper.verdict import verdict_of
-from llava_core.config import FILE_FIELDS, META, RunConfig, value_of
+from llava_core.config import META, RunConfig
+from llava_core.config_files import value_of
 from llava_core.constants import IGNORE_INDEX
 from llava_core.runtime import ROOT, DataError, atomic_write, write_json
 
@@ -219,6 +220,10 @@ def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") ->
     classes = numeric.map({True: "number", False: "text"}.get)
     style = frame.style.format(cell_text, escape="html").hide(axis="index").set_td_classes(classes)
     return style.set_caption(html.escape(caption)).set_table_attributes('class="companion"')
+
+
+FILE_FIELDS = {"file", "validation_file", "held_out_share", "written_by"}
+"""Fields of an experiment's `data` about this project's files, not about the paper."""
 
 
 def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[str, str]]:

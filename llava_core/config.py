@@ -7,25 +7,24 @@ itself stays as it set it), the caller's overrides. Every difference from the pa
 
 from __future__ import annotations
 
-import difflib
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 from llava_core import runtime
+from llava_core.config_files import (
+    StrictModel,
+    check_field,
+    field_names,
+    flatten,
+    nested,
+    read_yaml,
+    validated,
+    value_of,
+)
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError
 
@@ -41,21 +40,11 @@ FAST = {"data.limit": 96, "train.epochs": 1}
 BASE = "base"
 """The file of the values that the experiments share; not an experiment itself."""
 
-FILE_FIELDS = {"file", "validation_file", "held_out_share", "written_by"}
-"""Fields of an experiment's `data` about this project's files, not about the paper."""
-
 KINDS = ("conversation", "detail", "complex")
 """The paper's three kinds of instruction data."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-M = TypeVar("M", bound=_Strict)
-
-
-class DataConfig(_Strict):
+class DataConfig(StrictModel):
     """What a run is trained on."""
 
     name: str
@@ -68,7 +57,7 @@ class DataConfig(_Strict):
     """Share of `file` for the held-out loss where there is no validation file: every 25th record by default."""
     written_by: str = "the command that writes it"
     """Command that writes the files, for the message about a missing one."""
-    subset: dict[str, float] = {}
+    subset: dict[str, float] = Field(default_factory=dict)
     """Share of each kind of sample that is kept, e.g. `{conversation: 1.0, detail: 0.05}`; empty keeps all."""
     prompt_format: str | None = None
     """Order of the parts of a ScienceQA prompt and answer, e.g. `QCM-LEPA`."""
@@ -95,8 +84,8 @@ class DataConfig(_Strict):
         return [name.replace("{prompt_format}", str(self.prompt_format)) for name in names]
 
 
-class ModelConfig(_Strict):
-    """The three boxes of the paper's Figure 1, by logical name; the scale says where each one lies."""
+class ModelConfig(StrictModel):
+    """The parts of the model by logical name; the scale says where each one is."""
 
     language_model: Literal["vicuna-7b", "vicuna-13b"]
     vision_tower: Literal["clip-vit-large-patch14"]
@@ -106,8 +95,8 @@ class ModelConfig(_Strict):
     """Name in `llava_core.models.PROJECTORS`, which is checked when the model is built."""
 
 
-class TrainConfig(_Strict):
-    """How a run is trained."""
+class TrainConfig(StrictModel):
+    """Settings of the training."""
 
     trainable: list[Literal["projector", "language_model"]] = Field(min_length=1)
     learning_rate: PositiveFloat
@@ -120,16 +109,15 @@ class TrainConfig(_Strict):
     betas: tuple[float, float]
     eps: PositiveFloat
     grad_clip: PositiveFloat
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient."""
     max_length: PositiveInt
     """Tokens per sample, image positions included; what is longer loses its end."""
     order: Literal["samples", "images"] = "samples"
-    """What an epoch shuffles; "images" keeps the samples of an image together, so that a row computes it once for those
-    that begin with it."""
+    """What an epoch shuffles; "images" keeps the samples of an image together, so that a packed row shares it."""
     seed: int = Field(ge=0)
 
 
-class AblationConfig(_Strict):
+class AblationConfig(StrictModel):
     """The reference arm of an ablation; an experiment with this section is one of `companion.ablations`."""
 
     name: str | None = None
@@ -142,7 +130,7 @@ class AblationConfig(_Strict):
     """Claim of the paper about the difference, this experiment minus the reference."""
 
 
-class ExperimentConfig(_Strict):
+class ExperimentConfig(StrictModel):
     """The paper's facts about one training run."""
 
     name: str
@@ -156,9 +144,9 @@ class ExperimentConfig(_Strict):
     template: str
     image_position: Literal["data", "first", "last", "random"]
     train: TrainConfig
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field(default_factory=dict)
     """Where each value is written down, by dotted field; a parent's source covers its fields."""
-    claims: list[str] = []
+    claims: list[str] = Field(default_factory=list)
     ablation: AblationConfig | None = None
     """Not inherited from a base."""
 
@@ -168,14 +156,14 @@ class ExperimentConfig(_Strict):
         return next((s for n in range(len(parts), 0, -1) if (s := self.sources.get(".".join(parts[:n])))), None)
 
 
-class Departs(_Strict):
+class Departs(StrictModel):
     """Fields in which a scale leaves the paper, and why."""
 
     set: dict[str, Any]
     why: str = Field(min_length=1)
 
 
-class ScaleConfig(_Strict):
+class ScaleConfig(StrictModel):
     """Hardware and data: everything of a run that is not the paper's."""
 
     name: str
@@ -184,33 +172,31 @@ class ScaleConfig(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"]
     threads: PositiveInt | None
     micro_batch: PositiveInt
-    """A forward pass in training takes as many tokens as so many samples of the greatest length, packed, on one device;
-    elsewhere it takes so many samples. Never changes the result, only memory and time."""
+    """Samples of the greatest length that a forward pass on one device has memory for; does not change the result."""
     launcher: Literal["in_process", "torchrun"]
-    """Training in the process that asks for it, or one process per GPU."""
+    """Train in the calling process, or in one process per GPU."""
     offline: bool = False
     """Forbid the Hugging Face libraries any request."""
     cache_pixels: bool = False
     """Keep the decoded pixels of all training images in memory: for thousands of small images, not for 595K."""
     miniature: bool = False
-    """Data sets and base models are those of `companion.miniature`, which writes missing data sets."""
+    """Missing data sets are written by `companion.miniature`."""
     data: dict[str, str]
     """Where each data set lies; relative to the repository root."""
     models: dict[str, str]
     """Where each base model lies: a path (`models/...`, `data/...`, `./...`, `/...`) or an id on the hub."""
-    stand_ins: dict[str, str] = {}
+    stand_ins: dict[str, str] = Field(default_factory=dict)
     """Data sets and models, by the names above, that are not the paper's own, and why."""
     answer_tokens: tuple[PositiveInt, PositiveInt] = (1024, 64)
-    """Longest answer in tokens, and longest second-pass answer of ScienceQA. The default is the released evaluation's
-    (llava/eval/model_vqa_science.py@8959d5c)."""
+    """Maximum tokens of an answer and of a second pass (Source: llava/eval/model_vqa_science.py@8959d5c)."""
     checkpoint_every_s: PositiveFloat
     eval_samples: PositiveInt
     seeds: list[int] = Field(min_length=1)
     """Seeds of the experiments that are reported with an interval."""
-    departs: dict[str, Departs] = {}
+    departs: dict[str, Departs] = Field(default_factory=dict)
 
 
-class Departure(_Strict):
+class Departure(StrictModel):
     """One field in which a run is not the paper's."""
 
     field: str
@@ -219,12 +205,12 @@ class Departure(_Strict):
     why: str
 
 
-class RunConfig(_Strict):
+class RunConfig(StrictModel):
     """An experiment at a scale, fully resolved."""
 
     experiment: ExperimentConfig
     scale: ScaleConfig
-    departures: list[Departure] = []
+    departures: list[Departure] = Field(default_factory=list)
     init_id: str | None = None
     """`run_id` of the run that this one starts from."""
     fast: bool = False
@@ -271,38 +257,14 @@ class RunConfig(_Strict):
     @classmethod
     def read(cls, path: str | Path) -> RunConfig:
         """Read what `write` wrote."""
-        return _validated(cls, _read_yaml(Path(path)), lambda field: runtime.display_path(path))
+        return validated(cls, read_yaml(Path(path)), runtime.display_path(path))
 
     def write(self, path: str | Path) -> Path:
         """Write the resolved configuration as YAML."""
         return runtime.atomic_write(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=118))
 
 
-# ------------------------------------------------------------------------------------------------ reading YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key written twice is an error, not a silent choice of the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is written twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{runtime.display_path(path)}: no such file") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{runtime.display_path(path)}{line}: not valid YAML ({error.problem})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{runtime.display_path(path)}: expected `key: value` lines")
-    return content
+# ------------------------------------------------------------------------------------------------ files
 
 
 def _folder(kind: str) -> Path:
@@ -324,102 +286,14 @@ def scales() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_folder("scales").glob("*.yaml"))}
 
 
-def _named(kind: str, name: str, files: dict[str, Path]) -> tuple[Path, dict[str, Any]]:
+def _read_named(kind: str, name: str, files: dict[str, Path]) -> tuple[str, dict[str, Any]]:
+    """The path for messages and the content of a file that is found by name."""
     if name not in files:
         raise ConfigError(unknown(kind, name, files))
-    content = _read_yaml(files[name])
+    file, content = runtime.display_path(files[name]), read_yaml(files[name])
     if content.get("name") != name:
-        raise ConfigError(f"{runtime.display_path(files[name])}: its `name` must be '{name}', the name of the file")
-    return files[name], content
-
-
-# ------------------------------------------------------------------------------------------------ dotted fields
-
-
-def _inner(annotation: Any) -> type[BaseModel] | None:
-    """The model in an annotation such as `Model | None`."""
-    kinds = get_args(annotation) or (annotation,)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def _section(model: type[BaseModel], field: str) -> type[BaseModel] | None:
-    kind = model.model_fields[field].annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
-@functools.cache
-def _fields(model: type[BaseModel] = ExperimentConfig) -> tuple[str, ...]:
-    names: list[str] = []
-    for field in model.model_fields:
-        inner = _section(model, field)
-        names += [f"{field}.{name}" for name in _fields(inner)] if inner else [field]
-    return tuple(names)
-
-
-def _check_field(field: str, where: str) -> None:
-    if field not in _fields():
-        # the last part alone is what people mistype, so `lerning_rate` finds `train.learning_rate`
-        ends = {name.rpartition(".")[2]: name for name in _fields()}
-        near = difflib.get_close_matches(field, _fields(), n=1, cutoff=0.6)
-        near = near or [ends[end] for end in difflib.get_close_matches(field.rpartition(".")[2], ends, n=1, cutoff=0.5)]
-        guess = f"; did you mean '{near[0]}'?" if near else f" (known: {', '.join(_fields())})"
-        raise ConfigError(f"{where}: unknown key '{field}'{guess}")
-
-
-def _flatten(
-    content: Mapping[str, Any], where: str, model: type[BaseModel] = ExperimentConfig, prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        inner = _section(model, key) if key in model.model_fields else None
-        if inner is None:
-            _check_field(f"{prefix}{key}", where)
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
-            yield from _flatten(value, where, inner, f"{prefix}{key}.")
-        else:
-            raise ConfigError(f"{where}: '{prefix}{key}' is a section and needs `key: value` lines below it")
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for field, value in flat.items():
-        *sections, last = field.split(".")
-        target = content
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[last] = value
-    return content
-
-
-def value_of(experiment: ExperimentConfig, field: str) -> Any:
-    """Return the value of a dotted field."""
-    return functools.reduce(getattr, field.split("."), experiment)
-
-
-def _model_fields(experiment: ExperimentConfig) -> dict[str, Any]:
-    return {field: value_of(experiment, field) for field in _fields() if field.startswith("model.")}
-
-
-def _validated(model: type[M], content: Mapping[str, Any], where: Any) -> M:
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        # an unknown key first: it explains the one that is missing
-        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        field = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            part: type[BaseModel] | None = model
-            for name in first["loc"][:-1]:
-                part = _inner(part.model_fields[str(name)].annotation) if part and name in part.model_fields else None
-            known = (part or model).model_fields
-            key = f"{first['loc'][-1]}" if part else field
-            raise ConfigError(f"{where(field)}: {unknown('key', key, known)}") from None
-        given = "" if first["type"] == "missing" else f" (it is {first['input']!r})"
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where(field)}: {field}: {message}{given}") from None
-
-
-# ------------------------------------------------------------------------------------------------ loading
+        raise ConfigError(f"{file}: its `name` must be '{name}', the name of the file")
+    return file, content
 
 
 def load_scale(name: str) -> ScaleConfig:
@@ -428,38 +302,84 @@ def load_scale(name: str) -> ScaleConfig:
     Raises:
         ConfigError: there is no such scale, or a key or value of the file is wrong.
     """
-    path, content = _named("scale", name, scales())
-    scale = _validated(ScaleConfig, content, lambda field: runtime.display_path(path))
+    file, content = _read_named("scale", name, scales())
+    scale = validated(ScaleConfig, content, file)
+    known = scale.models | scale.data
     for part in scale.stand_ins:
-        if part not in scale.models | scale.data:
-            raise ConfigError(
-                f"{runtime.display_path(path)}, stand_ins: "
-                f"{unknown('data set or model', part, scale.models | scale.data)}"
-            )
+        if part not in known:
+            raise ConfigError(f"{file}, stand_ins: {unknown('data set or model', part, known)}")
     for experiment, departs in scale.departs.items():
-        where = f"{runtime.display_path(path)}, departs.{experiment}"
+        where = f"{file}, departs.{experiment}"
         if experiment != "*" and experiment not in experiments():
             raise ConfigError(f"{where}: {unknown('experiment', experiment, experiments())}")
-        for field in departs.set:
-            _check_field(field, where)
-            if field in META:
-                raise ConfigError(f"{where}: '{field}' describes the experiment; a scale cannot change it")
+        _check_settable(departs.set, where, "a scale cannot change it")
     return scale
 
 
-def _chain(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """The experiment's bases, root first, and the experiment: (file, dotted fields that the file sets)."""
+def _check_settable(fields: Iterable[str], where: str, rule: str) -> None:
+    for field in fields:
+        check_field(ExperimentConfig, field, where)
+        if field in META:
+            raise ConfigError(f"{where}: '{field}' describes the experiment; {rule}")
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+class _Layer(NamedTuple):
+    """Values by dotted field that are laid over those of earlier layers, where they come from, and their reason."""
+
+    origin: str
+    values: dict[str, Any]
+    why: str = ""
+
+
+def _experiment_layers(name: str) -> list[_Layer]:
+    """The files of an experiment's bases, root first, and its own."""
     files = {**experiments(), BASE: _folder("experiments") / f"{BASE}.yaml"} if name != BASE else experiments()
-    seen, chain = list[str](), list[tuple[str, dict[str, Any]]]()
+    seen, layers = list[str](), list[_Layer]()
     current: str | None = name
     while current is not None:
         if current in seen:
             raise ConfigError(f"experiments {' -> '.join([*seen, current])}: `base` goes round in a circle")
         seen.append(current)
-        path, content = _named("experiment", current, files)
-        chain.append((runtime.display_path(path), dict(_flatten(content, runtime.display_path(path)))))
+        file, content = _read_named("experiment", current, files)
+        layers.insert(0, _Layer(file, flatten(ExperimentConfig, content, file)))
         current = content.get("base")
-    return chain[::-1]
+    own = layers[-1].values
+    own["ablation"] = own.get("ablation")  # not inherited
+    own["sources"] = {field: s for layer in layers for field, s in (layer.values.get("sources") or {}).items()}
+    return layers
+
+
+def _scale_layers(scale: ScaleConfig, file: str, experiment_layers: list[_Layer]) -> list[_Layer]:
+    """What a scale departs from: in every experiment, then in the bases, then in the experiment itself."""
+    first_ablation = 2 if experiment_layers[0].values["name"] == BASE else 1
+    names = ["*", *(layer.values["name"] for layer in experiment_layers)]
+    layers = []
+    for level, name in enumerate(names):
+        if name in scale.departs:
+            departs = scale.departs[name]
+            # what an ablation sets is the point of the ablation, so a departure of its base must not undo it
+            kept = {field for layer in experiment_layers[max(level, first_ablation) :] for field in layer.values}
+            values = {field: value for field, value in departs.set.items() if field not in kept}
+            layers.append(_Layer(f"{file}, departs.{name}", values, departs.why))
+    return layers
+
+
+def _resolve(layers: list[_Layer], file: str) -> ExperimentConfig:
+    """The experiment that the layers give; `file` is its own, for errors."""
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for layer in layers:
+        values |= layer.values
+        origin |= dict.fromkeys(layer.values, layer.origin)
+    return validated(ExperimentConfig, nested(values), file, origin)
+
+
+def _model_fields(experiment: ExperimentConfig) -> dict[str, Any]:
+    fields = field_names(ExperimentConfig)
+    return {field: value_of(experiment, field) for field in fields if field.startswith("model.")}
 
 
 def load_experiment(
@@ -483,36 +403,14 @@ def load_experiment(
     Raises:
         ConfigError: a name, key or value is wrong; the message names the file and the nearest key.
     """
-    chain, place = _chain(name), load_scale(scale)
-    paper: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    sources: dict[str, str] = {}
-    for file, own in chain:
-        paper |= own
-        origin |= dict.fromkeys(own, file)
-        sources |= own.get("sources") or {}
-    last, own = chain[-1]
-    paper |= {"sources": sources, "ablation": own.get("ablation")}
-    published = _validated(ExperimentConfig, _nested(paper), lambda field: origin.get(field, last))
+    paper, place = _experiment_layers(name), load_scale(scale)
+    file, scale_file = paper[-1].origin, runtime.display_path(scales()[scale])
+    published = _resolve(paper, file)
+    _check_settable(overrides or {}, "override", "it cannot be overridden")
+    changes = _scale_layers(place, scale_file, paper)
+    changes.append(_Layer("override", {**(FAST if fast else {}), **(overrides or {})}, "set by the caller"))
+    resolved = _resolve([*paper, *changes], file)
 
-    here, why = dict(paper), {}
-    first = 2 if chain[0][1]["name"] == BASE else 1  # level of the first ablation
-    scale_file = runtime.display_path(scales()[scale])
-    for level, experiment in enumerate(["*", *(own["name"] for _, own in chain)]):
-        if (departs := place.departs.get(experiment)) is None:
-            continue
-        # what an ablation sets is the point of the ablation, so a departure of its base must not undo it
-        kept = {field for _, own in chain[max(level, first) :] for field in own}
-        for field, value in departs.set.items():
-            if field not in kept:
-                here[field], why[field], origin[field] = value, departs.why, f"{scale_file}, departs.{experiment}"
-    for field, value in {**(FAST if fast else {}), **(overrides or {})}.items():
-        _check_field(field, "override")
-        if field in META:
-            raise ConfigError(f"override: '{field}' describes the experiment and cannot be overridden")
-        here[field], why[field], origin[field] = value, "set by the caller", "override"
-
-    resolved = _validated(ExperimentConfig, _nested(here), lambda field: origin.get(field, last))
     places: dict[str, dict[str, str]] = {
         resolved.data.name: place.data,
         f"{resolved.data.name}_images": place.data,
@@ -523,9 +421,10 @@ def load_experiment(
         if part not in known:
             kind = "data" if known is place.data else "models"
             raise ConfigError(f"{scale_file}: '{part}', which '{name}' needs, has no path in its `{kind}`")
+    reasons = {field: layer.why for layer in changes for field in layer.values}
     departures = [
-        Departure(field=field, paper=value_of(published, field), here=value_of(resolved, field), why=reason)
-        for field, reason in why.items()
+        Departure(field=field, paper=value_of(published, field), here=value_of(resolved, field), why=why)
+        for field, why in reasons.items()
         if value_of(published, field) != value_of(resolved, field)
     ]
     departures += [
@@ -535,8 +434,8 @@ def load_experiment(
     ]
     init_id = None
     if resolved.init_from is not None:
-        if name in _starts:
-            raise ConfigError(f"experiments {' -> '.join([*_starts, name])}: `init_from` goes round in a circle")
         starts = (*_starts, name)
+        if name in _starts:
+            raise ConfigError(f"experiments {' -> '.join(starts)}: `init_from` goes round in a circle")
         init_id = load_experiment(resolved.init_from, scale, _model_fields(resolved), fast, starts).run_id
     return RunConfig(experiment=resolved, scale=place, departures=departures, init_id=init_id, fast=fast)

@@ -16,7 +16,7 @@ from llava_core.runtime import ROOT
 PACKAGES = ("llava_core", "companion", "benchmarks")
 # A module may import from lower floors and from its own.
 FLOORS = (
-    ("config", "runtime", "record", "registry", "constants", "__init__"),
+    ("config", "config_files", "runtime", "record", "registry", "constants", "__init__"),
     ("ops",),
     ("models", "data"),
     ("checkpoints",),

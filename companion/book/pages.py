@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from companion.paper.claims import EVIDENCE, Claim, all_claims, claim
-from llava_core.config import load_experiment, value_of
+from llava_core.config import load_experiment
+from llava_core.config_files import value_of
 from llava_core.registry import unknown
 from llava_core.runtime import ROOT, ConfigError, DataError
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from llava_core.config import _read_yaml, _Strict, _validated
+from llava_core.config_files import StrictModel, read_yaml, validated
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, display_path
 
@@ -35,7 +35,7 @@ SOURCES = {
 }
 
 
-class Tolerance(_Strict):
+class Tolerance(StrictModel):
     """Largest difference to a number that should be equal, and why; without a value nothing is compared."""
 
     value: float | None = None
@@ -48,7 +48,7 @@ class Tolerance(_Strict):
         return 100 * self.answers / n if self.answers is not None and n else self.value
 
 
-class Against(_Strict):
+class Against(StrictModel):
     """What a claim is compared with: numbers of a chapter, field of an experiment, test, or bundle of evidence."""
 
     chapter: str | None = None
@@ -64,7 +64,7 @@ class Against(_Strict):
     bundle: str | None = None
 
 
-class Computed(_Strict):
+class Computed(StrictModel):
     """How a claim follows from others, in YAML `{OPERATION: [ids], within: TOLERANCE}`."""
 
     operation: Literal["sum", "difference", "product", "steps", "share"]
@@ -90,7 +90,7 @@ OPERATIONS: dict[str, Callable[..., float]] = {
 }
 
 
-class Claim(_Strict):
+class Claim(StrictModel):
     """A number of the paper."""
 
     id: str
@@ -227,8 +227,8 @@ def read_ledger(path: Path = LEDGER) -> dict[str, Claim]:
         ConfigError: an unknown key (with the nearest), a missing or wrong field, a duplicate id, a reference to an
             unknown claim, or a percentage that no count of answers gives; with file and record.
     """
-    file, content = display_path(path), _read_yaml(path)
-    tolerances = {name: _validated(Tolerance, given, lambda _: file) for name, given in content["tolerances"].items()}
+    file, content = display_path(path), read_yaml(path)
+    tolerances = {name: validated(Tolerance, given, file) for name, given in content["tolerances"].items()}
     claims: dict[str, Claim] = {}
     for number, group in enumerate(content["groups"], start=1):
         where = f"{file}, group {number} ({group.get('place')})"
@@ -263,7 +263,7 @@ def _claim(
     record["tolerance"] = named("tolerance", tolerances, record.get("tolerance", default))
     if record.get("why"):
         record["why"] = named("reason in `whys`", whys, record["why"])
-    return _validated(Claim, record, lambda _: where)
+    return validated(Claim, record, where)
 
 
 @cache

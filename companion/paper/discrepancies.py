@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from llava_core.config import _read_yaml, _Strict, _validated
+from llava_core.config_files import StrictModel, read_yaml, validated
 from llava_core.runtime import display_path
 
 REGISTER = Path(__file__).with_name("discrepancies.yaml")
 
 
-class Arm(_Strict):
+class Arm(StrictModel):
     """An experiment and overridden fields."""
 
     experiment: str
@@ -22,7 +22,7 @@ class Arm(_Strict):
     """Values by dotted field."""
 
 
-class Pair(_Strict):
+class Pair(StrictModel):
     """Two runs that differ in one field; the first is the paper's."""
 
     first: Arm
@@ -30,7 +30,7 @@ class Pair(_Strict):
     field: str
 
 
-class Discrepancy(_Strict):
+class Discrepancy(StrictModel):
     """One difference."""
 
     id: str
@@ -58,9 +58,9 @@ def read_register(path: Path = REGISTER) -> dict[str, Discrepancy]:
     Raises:
         ConfigError: an unknown key (with the nearest), a missing field, or an entry without test and pair.
     """
-    entries = _read_yaml(path).items()
+    entries = read_yaml(path).items()
     return {
-        name: _validated(Discrepancy, {"id": name, **fields}, lambda _, name=name: f"{display_path(path)}, '{name}'")
+        name: validated(Discrepancy, {"id": name, **fields}, f"{display_path(path)}, '{name}'")
         for name, fields in entries
     }
 

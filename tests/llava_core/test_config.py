@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from llava_core import config
-from llava_core.config import RunConfig, load_experiment, load_scale
+from llava_core.config import ExperimentConfig, RunConfig, load_experiment, load_scale
+from llava_core.config_files import flatten
 from llava_core.runtime import ConfigError
 
 EXPERIMENTS, SCALES = sorted(config.experiments()), sorted(config.scales())
@@ -14,7 +15,8 @@ EXPERIMENTS, SCALES = sorted(config.experiments()), sorted(config.scales())
 
 def own_fields(name: str) -> dict[str, object]:
     path = config.experiments()[name]
-    return {k: v for k, v in config._flatten(yaml.safe_load(path.read_text()), str(path)) if k not in config.META}
+    values = flatten(ExperimentConfig, yaml.safe_load(path.read_text()), str(path))
+    return {field: value for field, value in values.items() if field not in config.META}
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def test_fast_run_starts_from_a_fast_run() -> None:
 
 def test_base_has_sources_and_keeps_scale_departures() -> None:
     base = yaml.safe_load(config.experiments()["pretrain"].with_name("base.yaml").read_text())
-    fields = {field for field, _ in config._flatten(base, "base")} - {*config.META}
+    fields = set(flatten(ExperimentConfig, base, "base")) - {*config.META}
     covered = {f for f in fields for known in base["sources"] if f == known or f.startswith(f"{known}.")}
     assert fields == covered
     assert load_experiment("finetune", "mini").experiment.train.max_length == 512

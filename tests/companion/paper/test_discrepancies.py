@@ -12,7 +12,8 @@ import torch
 from companion.data_tools.scienceqa import Problem, answer_prompt, format_problem
 from companion.paper.discrepancies import Arm, Pair, all_discrepancies, read_register
 from llava_core.checkpoints.load import build
-from llava_core.config import META, _fields, load_experiment, load_scale, value_of
+from llava_core.config import META, ExperimentConfig, load_experiment, load_scale
+from llava_core.config_files import field_names, value_of
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.models.projector import PROJECTORS
 from llava_core.runtime import ROOT, ConfigError
@@ -36,7 +37,8 @@ def test_test_of_an_entry_exists(name: str) -> None:
 def differing_fields(pair: Pair) -> set[str]:
     """The fields that decide the result and differ, dotted, at the paper's own scale."""
     first, second = (load_experiment(arm.experiment, "a100x8", arm.set).experiment for arm in (pair.first, pair.second))
-    return {field for field in _fields() if field not in META and value_of(first, field) != value_of(second, field)}
+    fields = set(field_names(ExperimentConfig)) - set(META)
+    return {field for field in fields if value_of(first, field) != value_of(second, field)}
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.pair])
