@@ -166,7 +166,7 @@ def test_image_and_image_file_give_the_same_pixels(loaded, tmp_path) -> None:
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assistant = Assistant(loaded)
     for name in ("clear.png", "turned.jpg"):
-        from_file, checkpoint = (assistant.chat(p).image for p in (tmp_path / name, Image.open(tmp_path / name)))
+        from_file, from_image = (assistant.chat(p).image for p in (tmp_path / name, Image.open(tmp_path / name)))
         assert from_file is not None
-        assert checkpoint is not None
-        assert from_file.tobytes() == checkpoint.tobytes()
+        assert from_image is not None
+        assert from_file.tobytes() == from_image.tobytes()

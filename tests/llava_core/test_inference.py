@@ -3,12 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from chat_fixtures import loaded  # noqa: F401 - a fixture
 from PIL import Image
 
 from llava_core import inference as answering
-from llava_core.checkpoints.load import Loaded, build
+from llava_core.checkpoints.load import Loaded
 from llava_core.config import load_experiment
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.data.images import load_image
@@ -19,15 +19,6 @@ from llava_core.runtime import DataError
 from llava_core.train.dataset import TrainingSet
 
 COLORS = {"red.png": (200, 30, 30), "blue.png": (30, 30, 200)}
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    loaded_model = build(*tiny.base_models(tmp_path_factory.mktemp("bases")), torch.float32)
-    torch.nn.init.normal_(loaded_model.model.multi_modal_projector.weight, std=0.5)  # so that the image decides answers
-    torch.nn.init.normal_(loaded_model.model.language_model.get_output_embeddings().weight, std=0.5)
-    loaded_model.model.eval()
-    return loaded_model
 
 
 @pytest.fixture

@@ -7,32 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from instruct_records import images, record  # noqa: F401 - a fixture
 
 from companion.data_tools.check import PROBLEM_KINDS, check_file
 from llava_core.data.instruct import load_instruct
 from llava_core.runtime import DataError, write_json
-
-
-def record(name: str = "a", image: str | None = "good.jpg", **changes: Any) -> dict[str, Any]:
-    turns = [("human", "What is it?\n<image>" if image else "What is it?"), ("gpt", "A cat.")]
-    base: dict[str, Any] = {"id": name, "conversations": [{"from": role, "value": text} for role, text in turns]}
-    return base | ({"image": image} if image else {}) | changes
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    picture = Image.effect_noise((64, 64), 80).convert("RGB")
-    for name in ("good.jpg", "good.png"):
-        picture.save(folder / name)
-    for name in ("good.jpg", "good.png"):
-        content = (folder / name).read_bytes()
-        (folder / name.replace("good", "cut")).write_bytes(content[: len(content) * 2 // 3])
-    (folder / "text.jpg").write_text("no image at all")
-    (folder / "empty.jpg").touch()
-    return folder
 
 
 def turns(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from instruct_records import nested_images as images  # noqa: F401 - a fixture
 from PIL import Image
 
 from companion import cli
@@ -17,21 +18,6 @@ from companion.data_tools.convert import convert_data
 from companion.data_tools.expansion import LISTS
 from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import DataError
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    (folder / "below").mkdir(parents=True)
-    picture = Image.effect_noise((64, 64), 80).convert("RGB")
-    for name in ("good.jpg", "good.png", "below/good.jpg"):
-        picture.save(folder / name)
-    content = (folder / "good.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(content[: len(content) * 2 // 3])
-    (folder / "page.jpg").write_text("<html>404</html>")
-    (folder / "empty.png").touch()
-    (tmp_path / "secret.jpg").write_bytes(content)
-    return folder
 
 
 def checked(out: Path, images: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from instruct_records import nested_images as images  # noqa: F401 - a fixture
 
 from companion import cli
 from companion.data_tools.check import PROBLEM_KINDS, check_file, count_words
@@ -26,21 +26,6 @@ def record(name: Any = "a", turns: Turns | Any = ASKED, image: Any = "good.jpg",
 
 def without(field: str, **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in record(**changes).items() if key != field}
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    (folder / "below").mkdir(parents=True)
-    picture = Image.effect_noise((64, 64), 80).convert("RGB")
-    for name in ("good.jpg", "good.png", "below/good.jpg"):
-        picture.save(folder / name)
-    content = (folder / "good.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(content[: len(content) * 2 // 3])
-    (folder / "page.jpg").write_text("<html>404</html>")
-    (folder / "empty.png").touch()
-    (tmp_path / "secret.jpg").write_bytes(content)
-    return folder
 
 
 def defects(images: Path) -> list[tuple[str, bool, Any]]:

@@ -86,12 +86,12 @@ def test_conversations_have_the_miniatures_wording_and_answers() -> None:
         facts = language.facts_of_scene(scene)
         true = {qa.question: qa for seed in range(300) for qa in language.questions(facts, random.Random(seed))}
         turns = parse_dialogue(ask("conversation", scene))
-        displayed = [k for k, (_, answer) in enumerate(turns) if answer.startswith("The image shows ")]
-        for k in displayed:  # of what the captions tell, so the order may be another
+        overview_turns = [k for k, (_, answer) in enumerate(turns) if answer.startswith("The image shows ")]
+        for k in overview_turns:  # of what the captions tell, so the order may be another
             assert sorted(re.findall(r"\w+", turns[k][1])) == sorted(re.findall(r"\w+", language.overview(facts)))
-        assert displayed in ([], [0], [len(turns) - 1])
-        overviews += len(displayed)
-        turns = [turn for k, turn in enumerate(turns) if k not in displayed]
+        assert overview_turns in ([], [0], [len(turns) - 1])
+        overviews += len(overview_turns)
+        turns = [turn for k, turn in enumerate(turns) if k not in overview_turns]
         assert 4 <= len(turns) <= TURNS
         assert len({question for question, _ in turns}) == len(turns)
         for question, answer in turns:

@@ -316,9 +316,9 @@ def test_files_have_the_official_format(folder: Path) -> None:
     assert set(raw) == {name for split in SIZES for name in splits[split]}
     loaded = load_problems(folder, "test")
     assert [p.id for p in loaded] == splits["test"]
-    displayed = [p for p in loaded if p.image]
-    assert displayed
-    for p in displayed:
+    with_image = [p for p in loaded if p.image]
+    assert with_image
+    for p in with_image:
         with Image.open(str(p.image)) as image:
             assert (image.size, image.mode, image.format) == ((224, 224), "RGB", "PNG")
 

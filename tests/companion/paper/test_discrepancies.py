@@ -112,7 +112,7 @@ def test_adamw_without_weight_decay_is_adam(decay: float) -> None:
         for parameter, optimizer in zip((ours, adam), optimizers, strict=True):
             parameter.grad = parameter.detach() ** 2 + 0.5
             optimizer.step()
-    assert torch.equal(ours, adam) is (decay == 0)
+    assert torch.equal(ours, adam) is (decay == 0)  # the same elementwise operations on equal shapes
 
 
 def test_another_vicuna_is_declared_as_a_stand_in() -> None:

@@ -9,32 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from instruct_records import images, record  # noqa: F401 - a fixture
 from PIL import Image
 
 from llava_core.data.images import load_image
 from llava_core.data.instruct import Sample, image_fault, load_instruct
 from llava_core.runtime import DataError
-
-
-def record(name: str = "a", image: str | None = "good.jpg", **changes: Any) -> dict[str, Any]:
-    turns = [("human", "What is it?\n<image>" if image else "What is it?"), ("gpt", "A cat.")]
-    base: dict[str, Any] = {"id": name, "conversations": [{"from": role, "value": text} for role, text in turns]}
-    return base | ({"image": image} if image else {}) | changes
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    picture = Image.effect_noise((64, 64), 80).convert("RGB")
-    for name in ("good.jpg", "good.png"):
-        picture.save(folder / name)
-    for name in ("good.jpg", "good.png"):
-        content = (folder / name).read_bytes()
-        (folder / name.replace("good", "cut")).write_bytes(content[: len(content) * 2 // 3])
-    (folder / "text.jpg").write_text("no image at all")
-    (folder / "empty.jpg").touch()
-    return folder
 
 
 def test_check_agrees_with_the_reader(images: Path) -> None:

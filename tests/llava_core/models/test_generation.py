@@ -550,7 +550,7 @@ def test_preallocated_layer_equals_dynamic_layer() -> None:
         fresh = [torch.randn(rows, 2, length, 3, generator=generator) for _ in range(2)]
         before = ours.keys.data_ptr() if step else None
         for mine, other in zip(ours.update(*fresh), theirs.update(*fresh), strict=True):
-            assert torch.equal(mine, other)
+            assert torch.equal(mine, other)  # both only copy
         kept += before == ours.keys.data_ptr()
         change = draw.random()
         if change < 0.1 and rows > 1:

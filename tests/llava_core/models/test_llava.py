@@ -29,7 +29,7 @@ def test_image_rows_are_replaced_by_projected_features(loaded) -> None:
     model = loaded.model
     pixels = torch.randn(2, 3, 32, 32)
     ids = torch.tensor([[5, *[IMAGE_TOKEN_ID] * 4, 6], [*[IMAGE_TOKEN_ID] * 4, 7, 8]])
-    embeds = model.embed(ids, pixels)
+    embeds = model.embed(ids, pixels)  # bitwise below: the tower and projector see the same batch of two images
     hidden = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     expected = model.multi_modal_projector(hidden)
     assert torch.equal(embeds[0, 1:5], expected[0])

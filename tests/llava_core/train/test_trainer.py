@@ -158,7 +158,7 @@ def test_killed_run_resumes_bitwise(world: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KeyboardInterrupt):
         _run(train__seed=5)
     monkeypatch.setattr(training.Trainer, "_train_step", original)
-    resumed = _run(train__seed=5)
+    resumed = _run(train__seed=5)  # bitwise: the same batches in the same order on one thread
     assert [(r["step"], r["loss"]) for r in resumed.metrics() if "loss" in r] == numbers
     assert (
         resumed.summary["heldout_loss"] == RunRecord(world / "kept" / "mini" / resumed.run_id).summary["heldout_loss"]
