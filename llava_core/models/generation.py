@@ -100,6 +100,10 @@ def _sample(
     return torch.where(column([s.temperature for s in settings])[:, 0] > 0, sampled, greedy)
 
 
+Prompts = Sequence[Sequence[int]]
+Settings = GenerationSettings | Sequence[GenerationSettings] | None
+
+
 class _RowText:
     """Incremental detokenisation of a row: no incomplete character, no start of a stop string, nothing retracted."""
 
@@ -173,9 +177,9 @@ class DecodeLoop:
     def __init__(
         self,
         model: Llava,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         pixel_values: torch.Tensor | None = None,
-        settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
+        settings: Settings = None,
         image_features: torch.Tensor | None = None,
         prefix: PrefixCache | None = None,
         use_cache: bool = True,
@@ -250,11 +254,7 @@ class DecodeLoop:
             active = [active[n] for n in unfinished]
 
 
-def _checked_settings(
-    model: Llava,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings | Sequence[GenerationSettings] | None,
-) -> list[GenerationSettings]:
+def _checked_settings(model: Llava, prompts: Prompts, settings: Settings) -> list[GenerationSettings]:
     """One settings object per row."""
     if not prompts:
         raise DataError("generation: no prompts; fix: give at least one list of ids")
@@ -280,9 +280,9 @@ def _checked_settings(
 def stream(
     model: Llava,
     tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     pixel_values: torch.Tensor | None = None,
-    settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
+    settings: Settings = None,
     *,
     image_features: torch.Tensor | None = None,
     prefix: PrefixCache | None = None,
@@ -313,13 +313,9 @@ def stream(
 
 
 def generate_rows(
-    model: Llava,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    pixel_values: torch.Tensor | None = None,
-    settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
+    model: Llava, tokenizer: Any, prompts: Prompts, pixel_values: torch.Tensor | None = None, settings: Settings = None,
     **options: Any,
-) -> list[Generated]:
+) -> list[Generated]:  # fmt: skip
     """Continue each prompt; text, ids and finish reason per row. Arguments and errors as in `stream`."""
     loop = DecodeLoop(model, prompts, pixel_values, settings, **options)
     (rows,) = deque(loop.decode(tokenizer), maxlen=1)
@@ -327,23 +323,14 @@ def generate_rows(
 
 
 def generate(
-    model: Llava,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    pixel_values: torch.Tensor | None = None,
-    settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
+    model: Llava, tokenizer: Any, prompts: Prompts, pixel_values: torch.Tensor | None = None, settings: Settings = None
 ) -> list[str]:
     """Continue each prompt and return the texts; arguments and errors as in `stream`."""
     return [row.text for row in generate_rows(model, tokenizer, prompts, pixel_values, settings)]
 
 
 def generate_tokens(
-    model: Llava,
-    prompts: Sequence[Sequence[int]],
-    pixel_values: torch.Tensor | None,
-    settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
-    *,
-    use_cache: bool = True,
+    model: Llava, prompts: Prompts, pixel_values: torch.Tensor | None, settings: Settings = None, use_cache: bool = True
 ) -> Iterator[list[int]]:
     """Yield the next id of each row, `max_new_tokens` times: no row is ended. Arguments and errors as in `stream`."""
     loop = DecodeLoop(model, prompts, pixel_values, settings, use_cache=use_cache)
