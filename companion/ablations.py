@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +22,8 @@ from companion.results import science_result
 from llava_core.config import META, RunConfig, experiments, load_experiment, load_scale
 from llava_core.record import RunRecord
 from llava_core.registry import unknown
-from llava_core.runtime import (
-    ConfigError,
-    display_path,
-)
+from llava_core.runtime import ConfigError, display_path
 from llava_core.train.launch import launch, resolve_run
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -50,8 +44,8 @@ class Arm:
     @property
     def interval(self) -> list[float] | None:
         """95 % t interval of the mean over seeds, clipped to 0 to 100; None for one seed."""
-        found = seeds_interval(self.values)["interval"]
-        return found and [max(0.0, found[0]), min(100.0, found[1])]
+        ends = seeds_interval(self.values)["interval"]
+        return ends and [max(0.0, ends[0]), min(100.0, ends[1])]
 
 
 def run_arms(
@@ -86,8 +80,8 @@ def run_arms(
 
 def difference(reference: Arm, other: Arm) -> dict[str, Any]:
     """Return the mean difference, other minus reference, paired by seed, with its 95 % t interval, in points."""
-    found = seeds_interval([b - a for a, b in zip(reference.values, other.values, strict=True)])
-    return {"effect": found["mean"], "interval": found["interval"], "n_seeds": found["n"]}
+    result = seeds_interval([b - a for a, b in zip(reference.values, other.values, strict=True)])
+    return {"effect": result["mean"], "interval": result["interval"], "n_seeds": result["n"]}
 
 
 # ------------------------------------------------------------------------------------------------ the paper's ablations
@@ -109,7 +103,7 @@ def ablations() -> dict[str, Ablation]:
         ConfigError: two ablations have one name, a reference or a claim does not exist, or an arm is not evaluated on
             ScienceQA.
     """
-    files, found = experiments(), dict[str, Ablation]()
+    files, result = experiments(), dict[str, Ablation]()
     for experiment, path in files.items():
         config = load_experiment(experiment).experiment
         if (section := config.ablation) is None:
@@ -118,15 +112,15 @@ def ablations() -> dict[str, Ablation]:
         where = f"{display_path(path)}, ablation"
         if reference is None or reference not in files:
             raise ConfigError(f"{where}: {unknown('reference experiment', str(reference), files)}")
-        if name in found:
-            raise ConfigError(f"{where}: another ablation has the name '{name}'; choose another one")
+        if name in result:
+            raise ConfigError(f"{where}: another ablation has the name '{name}'; choose a different name")
         if section.claim is not None and section.claim not in all_claims():
             raise ConfigError(f"{where}: {unknown('claim', section.claim, all_claims())}")
         if config.data.name != "scienceqa":
             raise ConfigError(f"{where}: arms are compared by ScienceQA accuracy; set `base: science_qa`")
         labels = section.labels or (reference, experiment)
-        found[name] = Ablation((labels[0], reference), (labels[1], experiment), section.claim)
-    return found
+        result[name] = Ablation((labels[0], reference), (labels[1], experiment), section.claim)
+    return result
 
 
 def ablation(name: str) -> Ablation:
@@ -154,16 +148,16 @@ def published_difference(name: str) -> dict[str, Any] | None:
     return published_ablation(known) if known else None
 
 
-def difference_check(what: str, published: Any, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
+def difference_check(what: str, published: Any, result: Mapping[str, Any], note: str = "") -> dict[str, Any]:
     """Return the row of the results table for a difference: `effect`, `interval` or `widest`, and `verdict`."""
-    row = check(what, published, found.get("widest") or found["interval"] or found["effect"], None, note)
-    return {**row, "verdict": Verdict(found["verdict"])}
+    row = check(what, published, result.get("widest") or result["interval"] or result["effect"], None, note)
+    return {**row, "verdict": Verdict(result["verdict"])}
 
 
-def verdict_check(name: str, found: Mapping[str, Any], note: str = "") -> dict[str, Any]:
+def verdict_check(name: str, result: Mapping[str, Any], note: str = "") -> dict[str, Any]:
     """Return the row for a difference that is a claim of the ledger."""
     known = claim(name)
-    return {**difference_check(known.text, known.shown, found, note), "id": name, "place": known.place}
+    return {**difference_check(known.text, known.value_text, result, note), "id": name, "place": known.place}
 
 
 def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[int] | None = None) -> dict[str, Any]:
@@ -181,15 +175,15 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
     arms = run_arms(
         (chosen.reference, chosen.other), lambda run: float(science_result(run, limit)["accuracy"]), scale, fast, seeds
     )
-    found = difference(*arms)
+    change = difference(*arms)
     first, second = (question_scores(arm, limit) for arm in arms)
     bootstraps = paired_bootstrap(np.mean(first, 0), np.mean(second, 0)), seeds_and_items(first, second)
     over_questions, over_both = ([100 * end for end in result["interval"]] for result in bootstraps)
-    ends = [*over_questions, *over_both, *(found["interval"] or ())]
-    widest = [min(ends), max(ends)] if found["interval"] else None
+    ends = [*over_questions, *over_both, *(change["interval"] or ())]
+    widest = [min(ends), max(ends)] if change["interval"] else None
     return {
         "arms": arms,
-        **found,
+        **change,
         "question_interval": over_questions,
         "both_interval": over_both,
         "published": published_difference(name),
@@ -236,8 +230,8 @@ def arm_settings(arms: Sequence[tuple[str, str]], scale: str = "mini") -> list[d
         if len(configs) < len(runs):
             continue  # one arm has no stage 1; `starts from stage 1` has this difference
         flat = {name: _settings(config) for name, config in configs.items()}
-        for setting in sorted({key for found in flat.values() for key in found}):
-            values = {name: found.get(setting) for name, found in flat.items()}
+        for setting in sorted({key for settings in flat.values() for key in settings}):
+            values = {name: settings.get(setting) for name, settings in flat.items()}
             if len({repr(value) for value in values.values()}) > 1:
                 rows.append({"in": stage, "setting": setting, **{n: str(v) for n, v in values.items()}})
     return rows

@@ -14,7 +14,7 @@ from llava_core.ops import BACKENDS, PackedMask, attention
 Parts = Mapping[str, torch.Tensor]  # the output and the gradients of q, k and v
 RATIO = {"output": 2.0, "gradient": 3.0}
 """Error of a backend in a dtype, against fp32, as a multiple of the error of plain PyTorch in that dtype."""
-FLOOR = 1e-6  # a ratio of errors below this, which is the last bit, has no meaning
+FLOOR = 1e-6  # smaller errors are rounding of the last bit; their ratio means nothing
 BLOCK = 16  # small enough that a row of a few dozen tokens has several blocks
 
 

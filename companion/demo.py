@@ -35,7 +35,7 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
     conversation = Conversation(loaded)
     choice = widgets.Dropdown(options=[(p.stem, p) for p in images], description="Image", layout={"width": "340px"})
     upload = widgets.FileUpload(accept="image/*", multiple=False, description="Own image")
-    shown = widgets.Image(format="png", width=224, height=224)
+    preview = widgets.Image(format="png", width=224, height=224)
     cropped = widgets.HTML()
     box = widgets.Text(value=question, placeholder="Ask about the image", layout={"width": "340px"})
     ask = widgets.Button(description="Ask", button_style="primary", icon="comment")
@@ -52,7 +52,7 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
         """Start a conversation about an image and show its visible region."""
         buffer = io.BytesIO()
         conversation.set_image(image).resize((224, 224), Image.Resampling.BICUBIC).save(buffer, "PNG")
-        shown.value = buffer.getvalue()
+        preview.value = buffer.getvalue()
         cropped.value = f"<small>{visible_region(image, loaded.processor)}</small>"
         show()
 
@@ -87,7 +87,7 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
         button.on_click(suggest)
     if images:
         set_image(load_image(images[0]))
-    left = widgets.VBox([choice, upload, shown, cropped])
+    left = widgets.VBox([choice, upload, preview, cropped])
     right = widgets.VBox([widgets.HBox([box, ask]), widgets.HBox(suggestions), log])
     app = widgets.HBox([left, right], layout={"align_items": "flex-start"})
     app.conversation, app.ask_button, app.question = conversation, ask, box

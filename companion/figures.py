@@ -108,7 +108,7 @@ def check_claim(name: str, measured: Any, ok: bool | None, note: str = "") -> di
     from companion.paper.claims import claim
 
     known = claim(name)
-    return {**check(known.text, known.shown, measured, ok, note), "id": name, "place": known.place}
+    return {**check(known.text, known.value_text, measured, ok, note), "id": name, "place": known.place}
 
 
 def save_numbers(

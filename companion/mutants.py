@@ -1,4 +1,4 @@
-"""Mutation testing of the attention kernel: a comparison must fail if one place of the source is changed."""
+"""Mutation testing of the attention kernel: a parity check must fail if one line of the kernel is changed."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ EVALUATION_CODE = (
 def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return an evaluation result that is stored in the folder of its run.
 
-    It is computed once, and again when the evaluation code or the data of the miniature have changed.
+    The result is recomputed when the evaluation code or the data of the miniature have changed.
     """
     path = record.path / f"{name}.json"
     code = [file for folder in EVALUATION_CODE for file in sorted((CODE_ROOT / folder).rglob("*"))]
@@ -45,9 +45,9 @@ def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, 
     files += sorted(card for card in cards if card.is_file())
     measured_with = fingerprint([sha256_file(file) for file in files])
     if path.is_file():
-        found: dict[str, Any] = read_json(path)
-        if found["measured_with"] == measured_with:
-            return found
+        stored: dict[str, Any] = read_json(path)
+        if stored["measured_with"] == measured_with:
+            return stored
     result = {**compute(), "measured_with": measured_with}
     write_json(path, result)
     return result
@@ -122,7 +122,7 @@ def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, A
         limit: maximum number of questions; the first call of a run decides, since its result is stored with the run.
 
     Returns:
-        `right`, `shuffled` (images exchanged) and `prior` (the best answers from the text alone), each as
+        `right`, `shuffled` (images exchanged) and `prior` (the best answers without an image), each as
         `factual_accuracy` returns it, and the `answers` with the right image.
     """
 

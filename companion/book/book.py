@@ -45,8 +45,10 @@ def _toc(source: Path, pages: Sequence[str]) -> dict[str, Any]:
     for part in toc.get("parts", []):
         chapters: list[Any] = []
         for entry in part["chapters"]:
-            found = [{"file": page} for page in pages if fnmatch(page, entry["glob"])] if "glob" in entry else [entry]
-            chapters += found
+            if "glob" in entry:
+                chapters += [{"file": page} for page in pages if fnmatch(page, entry["glob"])]
+            else:
+                chapters.append(entry)
         if chapters:
             parts.append({**part, "chapters": chapters})
     return {**toc, "parts": parts}
@@ -79,9 +81,9 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
     """Build the HTML book from the chapters that have run, with warnings as errors; skip it when nothing changed.
 
     Args:
-        out: the folder of executed copies; the book's pages are in its parent, the configuration beside that.
-        names: all chapters in order; those without an executed copy are left out, and a line says so.
-        scale: the scale that the page of results speaks of.
+        out: the folder of executed copies; its parent has the book's pages, and the parent of that the configuration.
+        names: all chapters in order; those without an executed copy are left out, with a note.
+        scale: the scale of the page of results.
 
     Returns:
         The path of the first page.
@@ -97,31 +99,31 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
             )
     present = [name for name in names if (out / f"{name}.ipynb").exists() and (out / f"{name}.json").exists()]
     missing = [name for name in names if name not in present]
-    made_pages = {
+    generated_pages = {
         "results": generated.results_page(out, present, missing, scale),
         pages.CLAIMS: generated.claims_page(out),
         "differences": generated.differences_page(),
     }
-    for name, text in made_pages.items():
+    for name, text in generated_pages.items():
         page = out / f"{name}.md"
         if not page.exists() or page.read_text(encoding="utf-8") != text:
             atomic_write(page, text)
 
-    toc = _toc(book / "_toc.yml", [f"{out.name}/{name}" for name in [*present, *made_pages]])
+    toc = _toc(book / "_toc.yml", [f"{out.name}/{name}" for name in [*present, *generated_pages]])
     config = _config(source, book, bool(missing))
     build = book / "_build"
     first, stamp, effective = build / "html" / "index.html", build / "built.json", build / "effective"
-    made = (build, out)
-    files = [f for f in book.rglob("*") if f.is_file() and not any(folder in f.parents for folder in made)]
-    files += [*(out / f"{name}.md" for name in made_pages), *(out / f"{name}.ipynb" for name in present)]
+    outputs = (build, out)
+    files = [f for f in book.rglob("*") if f.is_file() and not any(folder in f.parents for folder in outputs)]
+    files += [*(out / f"{name}.md" for name in generated_pages), *(out / f"{name}.ipynb" for name in present)]
     state = {
         "files": {str(path.relative_to(book)): _content(path) for path in sorted(files)},
         "toc": toc,
         "config": config,
         "tools": [importlib.metadata.version(tool) for tool in ("jupyter-book", "sphinx", "sphinx-book-theme")],
     }
-    made_of = {"made of": fingerprint(state)}
-    if first.exists() and stamp.exists() and read_json(stamp) == made_of:
+    built_from = {"made of": fingerprint(state)}
+    if first.exists() and stamp.exists() and read_json(stamp) == built_from:
         print("the book is up to date", file=sys.stderr)
         return first
     if missing:
@@ -144,5 +146,5 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
         raise CompanionError(
             "\n".join([f"the book could not be built; the full log is {display_path(log)}", *lines[:10]])
         )
-    write_json(stamp, made_of)
+    write_json(stamp, built_from)
     return first

@@ -56,11 +56,11 @@ def _claim_row(known: Claim, here: ledger.Measured) -> str:
     tolerance = f"; tolerance: {known.tolerance.why}" if has_tolerance else ""
     claim_cell = f"{html.escape(known.text)}<small>{'; '.join(filter(None, small))}</small>"
     here_cell = f"{html.escape(text)}<small>{note}{tolerance}</small>"
-    cells = [claim_cell, html.escape(known.shown), _label(known.evidence), here_cell, _verdict(here.verdict)]
+    cells = [claim_cell, html.escape(known.value_text), _label(known.evidence), here_cell, _verdict(here.verdict)]
     return _row(cells, known.id)
 
 
-def _grid(claims: Sequence[Claim], found: Mapping[str, ledger.Measured]) -> list[str]:
+def _grid(claims: Sequence[Claim], measured: Mapping[str, ledger.Measured]) -> list[str]:
     """Return the paper's table with the measured value below each number; nothing for a single column."""
     cells = {c.cell: c for c in claims if c.cell}
     names, columns = dict.fromkeys(row for row, _ in cells), dict.fromkeys(column for _, column in cells)
@@ -71,7 +71,7 @@ def _grid(claims: Sequence[Claim], found: Mapping[str, ledger.Measured]) -> list
         row = f"<td>{html.escape(name)}</td>"
         for column in columns:
             known = cells[name, column]
-            value = found[known.id].value
+            value = measured[known.id].value
             small = "" if value is None else f"<small>{cell_text(value)}</small>"
             row += f'<td class="{known.evidence}"><a href="#{known.id}">{known.number}</a>{small}</td>'
         rows.append(f"<tr>{row}</tr>")
@@ -148,7 +148,7 @@ def claims_page(out: Path) -> str:
         out: the folder of the chapters' numbers.
     """
     claims, released = list(all_claims().values()), ledger.released_result()
-    found = {c.id: ledger.measured(c, out, released) for c in claims}
+    measured = {c.id: ledger.measured(c, out, released) for c in claims}
     kinds = [
         f"<tr><td>{_label(kind)}</td><td>{sum(c.evidence == kind for c in claims)}</td><td>{text}</td></tr>"
         for kind, text in EVIDENCE.items()
@@ -167,7 +167,7 @@ def claims_page(out: Path) -> str:
         *_table(["Evidence", "Claims", "What it means"], kinds),
         f"Of {len(claims)} claims, {len(flagged)} are flagged:",
         "",
-        *(f'- <a href="#{c.id}">{c.place}: {html.escape(c.text)}</a>, {c.shown}: {c.flag}' for c in flagged),
+        *(f'- <a href="#{c.id}">{c.place}: {html.escape(c.text)}</a>, {c.value_text}: {c.flag}' for c in flagged),
         "",
         "## How significant are the paper's own differences?",
         "",
@@ -181,9 +181,9 @@ def claims_page(out: Path) -> str:
     ]
     for place in dict.fromkeys(c.place for c in claims):
         own = [c for c in claims if c.place == place]
-        lines += [f"## {place[0].upper()}{place[1:]}", "", *_grid(own, found)]
+        lines += [f"## {place[0].upper()}{place[1:]}", "", *_grid(own, measured)]
         heads = ["Claim", "Published", "Evidence", "Here", "Verdict"]
-        lines += _table(heads, [_claim_row(c, found[c.id]) for c in own], "claims")
+        lines += _table(heads, [_claim_row(c, measured[c.id]) for c in own], "claims")
     return "\n".join(lines)
 
 

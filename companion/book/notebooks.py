@@ -41,7 +41,7 @@ class Chapter:
         needs: the names of the notebooks that must have run before.
         declared: the names that its cell tagged `parameters` assigns.
         given: the parameters of this call.
-        parts: one hash for each thing that the result depends on.
+        parts: one hash per dependency of the result.
         reason: why it must run; None when it is up to date.
     """
 
@@ -94,33 +94,33 @@ def read_chapters(folder: Path) -> dict[str, Chapter]:
         ConfigError: a notebook needs one that does not exist, or two need each other.
         DataError: a file is not a notebook.
     """
-    found: dict[str, Chapter] = {}
+    chapters: dict[str, Chapter] = {}
     for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("cells"), list):
             raise DataError(f"{display_path(path)}: not a notebook of format 4; save it again with JupyterLab")
         tagged = [c for c in content["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
-        facts = content.get("metadata", {}).get("companion", {})
+        metadata = content.get("metadata", {}).get("companion", {})
         declared = [name for cell in tagged for name in _assigned(_code(cell))]
-        found[path.stem] = Chapter(path.stem, path, content, list(facts.get("needs", [])), declared)
-    if not found:
+        chapters[path.stem] = Chapter(path.stem, path, content, list(metadata.get("needs", [])), declared)
+    if not chapters:
         raise ConfigError(f"{display_path(folder)}: no notebooks NN_name.ipynb here")
 
     ordered: dict[str, Chapter] = {}
 
-    def visit(name: str, trail: tuple[str, ...]) -> None:
+    def add(name: str, trail: tuple[str, ...]) -> None:
         if name in trail:
             raise ConfigError(f"notebooks need each other in a circle: {' -> '.join([*trail, name])}")
-        for need in found[name].needs:
-            if need not in found:
+        for need in chapters[name].needs:
+            if need not in chapters:
                 raise ConfigError(
-                    f"{name} needs '{need}', which is not in {display_path(folder)}; known: {', '.join(found)}"
+                    f"{name} needs '{need}', which is not in {display_path(folder)}; known: {', '.join(chapters)}"
                 )
-            visit(need, (*trail, name))
-        ordered.setdefault(name, found[name])
+            add(need, (*trail, name))
+        ordered.setdefault(name, chapters[name])
 
-    for name in found:
-        visit(name, ())
+    for name in chapters:
+        add(name, ())
     return ordered
 
 
@@ -129,7 +129,7 @@ def read_chapters(folder: Path) -> dict[str, Chapter]:
 
 @functools.lru_cache(maxsize=1024)
 def _module(path: Path, changed_ns: int) -> tuple[str, tuple[str, ...]]:
-    """Return a hash of a module's syntax tree (without comments and layout) and the names that it imports."""
+    """Return a hash of a module's syntax tree (without comments and formatting) and the names that it imports."""
     text = path.read_text(encoding="utf-8")
     try:
         tree = ast.parse(text)
@@ -280,11 +280,11 @@ def choose(chapters: Mapping[str, Chapter], only: Any, start: Any) -> list[str]:
 
 
 def with_needs(chapters: Mapping[str, Chapter], chosen: Sequence[str]) -> dict[str, Chapter]:
-    kept = set(chosen)
+    included = set(chosen)
     for name in reversed(list(chapters)):
-        if name in kept:
-            kept.update(chapters[name].needs)
-    return {name: chapter for name, chapter in chapters.items() if name in kept}
+        if name in included:
+            included.update(chapters[name].needs)
+    return {name: chapter for name, chapter in chapters.items() if name in included}
 
 
 def give_parameters(
@@ -304,7 +304,7 @@ def give_parameters(
             known = "; ".join(
                 f"{c} has {', '.join(p for p in chapters[c].declared if p not in fixed) or 'none'}" for c in chosen
             )
-            raise ConfigError(f"unknown notebook parameter '{name}' (beside {', '.join(fixed)}): {known}")
+            raise ConfigError(f"unknown notebook parameter '{name}' (in addition to {', '.join(fixed)}): {known}")
 
 
 def make_plan(

@@ -1,6 +1,6 @@
 """A Sphinx extension: claim chips in the chapters and values from records in every page.
 
-It changes a page's text while the book is built and leaves the files alone. A page may contain
+It changes the text that Sphinx reads, not the files. A page may contain
 
     {{ claim:ID }}                                           a claim's number
     {{ config:EXPERIMENT:FIELD }}                            an experiment's value
@@ -35,18 +35,18 @@ def chip(known: Claim) -> str:
     title = html.escape(f"{known.text} ({known.place}): {known.why or EVIDENCE[known.evidence]}")
     return (
         f'<a class="chip {known.evidence}" href="{CLAIMS}.html#{known.id}" title="{title}">'
-        f"<b>{known.evidence.replace('_', ' ')}</b> {known.id}: {html.escape(known.shown)}</a>"
+        f"<b>{known.evidence.replace('_', ' ')}</b> {known.id}: {html.escape(known.value_text)}</a>"
     )
 
 
 def with_chips(text: str) -> str:
     """Replace the ids in the paragraph that begins with `Claims` by chips."""
-    found = re.search(r"^Claims\b[^\n:]*:.*?(?=\n\s*\n|\Z)", text, re.M | re.S)
-    if not found:
+    match = re.search(r"^Claims\b[^\n:]*:.*?(?=\n\s*\n|\Z)", text, re.M | re.S)
+    if not match:
         return text
     known = all_claims()
-    chips = re.sub(r"`([\w-]+)`", lambda m: chip(known[m[1]]) if m[1] in known else m[0], found[0])
-    return text[: found.start()] + re.sub(r"</a>,(?=\s+<a)", "</a>", chips) + text[found.end() :]
+    chips = re.sub(r"`([\w-]+)`", lambda m: chip(known[m[1]]) if m[1] in known else m[0], match[0])
+    return text[: match.start()] + re.sub(r"</a>,(?=\s+<a)", "</a>", chips) + text[match.end() :]
 
 
 def _claim_value(name: str) -> str:
@@ -61,13 +61,13 @@ def _constant(module: str, name: str) -> str:
     return f"{getattr(importlib.import_module(module), name)}"
 
 
-def _record_value(file: str, where: str, column: str, shown: str = "") -> str:
+def _record_value(file: str, where: str, column: str, number_format: str = "") -> str:
     wanted = dict(part.partition("=")[::2] for part in where.split(","))
     with open(ROOT / file, encoding="utf-8", newline="") as lines:
         rows = [row for row in csv.DictReader(lines) if all(row.get(k) == v for k, v in wanted.items())]
     if not rows or not rows[-1].get(column):
         raise DataError(f"{file}: no row with {where} has a value of '{column}'; measure it, or correct the page")
-    return format(float(rows[-1][column]), shown) if shown else rows[-1][column]
+    return format(float(rows[-1][column]), number_format) if number_format else rows[-1][column]
 
 
 VALUES: dict[str, Callable[..., str]] = {
@@ -89,14 +89,14 @@ def with_values(text: str, page: str) -> str:
         ConfigError: an unknown kind, or a value that is not there; the message names the page.
     """
 
-    def value(found: re.Match[str]) -> str:
-        kind, _, rest = found[1].strip().partition(":")
+    def value(match: re.Match[str]) -> str:
+        kind, _, rest = match[1].strip().partition(":")
         if kind not in VALUES:
-            raise ConfigError(f"{page}: {found[0]}: {unknown('kind of value', kind, VALUES)}")
+            raise ConfigError(f"{page}: {match[0]}: {unknown('kind of value', kind, VALUES)}")
         try:
             return VALUES[kind](*rest.split(":"))
         except (ConfigError, DataError, AttributeError, ImportError, OSError, TypeError, ValueError) as error:
-            raise ConfigError(f"{page}: {found[0]}: {error}") from error
+            raise ConfigError(f"{page}: {match[0]}: {error}") from error
 
     return re.sub(r"\{\{([^{}\n]+)\}\}", value, text)
 

@@ -1,6 +1,6 @@
-"""Run the notebooks in the order of their needs, skip what is up to date, then build the book.
+"""Run the notebooks that are not up to date, in the order of their dependencies, then build the book.
 
-Each notebook runs in a process of its own (worker.py), several at once; notebooks.py decides which must run. An
+Each notebook runs in its own process (worker.py), several at once; notebooks.py decides which must run. An
 executed copy gets its final name only when its notebook has ended without an error.
 """
 
@@ -109,7 +109,7 @@ class _Worker:
                 stderr=log,
                 cwd=ROOT,
                 env=_worker_environment(out, scale, threads),
-                start_new_session=True,  # Ctrl-C comes to this process alone, which then ends the group
+                start_new_session=True,  # Ctrl-C reaches only this process, which then ends the group
             )
 
     @property
@@ -220,7 +220,7 @@ def _run_plan(plan: Sequence[Chapter], out: Path, scale: str, jobs: int, threads
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _output_lock(out: Path) -> Iterator[None]:
     """Lock the output folder; the operating system releases the lock when the process ends."""
     with contextlib.ExitStack() as stack:
         try:
@@ -290,7 +290,7 @@ def reproduce(
         return _result(plan, [], None, begun)
 
     page, trouble, plan = None, None, []
-    with _alone(out):
+    with _output_lock(out):
         if chosen:
             plan = make_plan(chapters, out, shared_parts(scale, dry_run), chosen)
             if needed := [c.name for c in plan if c.name not in chosen]:

@@ -25,7 +25,7 @@ def writer_named(name: str) -> Writer:
 
 
 def key_map(checkpoint: Checkpoint, to: str) -> list[tuple[str, str, str, tuple[int, ...]]]:
-    """Return the weight map: per tensor its name in its own format, ours, the name in format `to`, and its shape."""
+    """Return the weight map: per tensor its name in the source, in llava_core and in the format `to`, and its shape."""
     rules = writer_named(to).rules
     return [
         (checkpoint.names.get(name, name), name, export_name(name, rules), tensor.shape)

@@ -24,13 +24,13 @@ from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor, has_weights,
 from llava_core.checkpoints.tokenizer import copy_tokenizer
 from llava_core.runtime import CheckpointError, display_path, write_json
 
-DELTA = "delta.json"  # our file next to the weights: the fingerprint of their base
+DELTA = "delta.json"  # file next to the weights with the fingerprint of their base
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _COMPUTED = "rotary_emb.inv_freq"
 
 
 def _plan(checkpoint: dict[str, LazyTensor], base: dict[str, LazyTensor], where: Path) -> dict[str, Any]:
-    """Return what happens to the tensors: how many are `added` completely, rows of the `blocks`, names `stored`."""
+    """Return the treatment of the tensors: number `added` completely, rows of the `blocks`, names `stored`."""
     added, blocks, stored = 0, {}, []
     for name, tensor in checkpoint.items():
         if name not in base:
@@ -141,8 +141,8 @@ def _fingerprint(base: dict[str, LazyTensor], source: Path, sign: int) -> str:
         return actual
     recorded = read_config(source, DELTA).get("base_fingerprint")
     if recorded != actual:
-        problem = f"its base's fingerprint is {str(recorded)[:12]}..., this one's {actual[:12]}..."
-        raise error_at(source, f"{problem}; fix: --base with that very model")
+        problem = f"its base's fingerprint is {str(recorded)[:12]}..., the given base's {actual[:12]}..."
+        raise error_at(source, f"{problem}; fix: --base with the model that the delta was computed from")
     return "matches"
 
 

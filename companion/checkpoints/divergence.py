@@ -17,7 +17,7 @@ from llava_core.checkpoints.load import assemble
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.runtime import CheckpointError, progress
 
-_IN_MEMORY = (  # prefixes of our modules and of those of LlavaForConditionalGeneration
+_IN_MEMORY = (  # prefixes of the modules of Llava and of LlavaForConditionalGeneration
     ("multi_modal_projector.0.", "model.multi_modal_projector.linear_1."),
     ("multi_modal_projector.2.", "model.multi_modal_projector.linear_2."),
     ("multi_modal_projector.", "model.multi_modal_projector."),
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first tensor in which two checkpoints differ, under our name.
+    """The first tensor in which two checkpoints differ, with its name in llava_core.
 
     `largest` is the largest absolute difference of its values, NaN if it is missing or of another shape.
     """
@@ -75,10 +75,10 @@ class ModuleDifference:
     """Output of one module in two models.
 
     Attributes:
-        name: of our module.
+        name: of the module in `Llava`.
         shape: of its output.
         largest: largest absolute difference.
-        size: largest absolute value of ours, to judge the difference by.
+        size: largest absolute value of the output of `Llava`, the scale of the difference.
     """
 
     name: str
@@ -93,14 +93,14 @@ class ModuleDifference:
 
 
 def module_differences(
-    ours: Any, theirs: Any, image_token: int, words: int = 9, seed: int = 0
+    model: Any, reference: Any, image_token: int, words: int = 9, seed: int = 0
 ) -> list[ModuleDifference]:
-    """Run a random image and random words through our model and transformers' LLaVA, and compare each module.
+    """Run a random image and random tokens through both implementations and compare the output of each module.
 
     Args:
-        ours: `Llava`.
-        theirs: LlavaForConditionalGeneration with the same weights.
-        image_token: id of the image token in `theirs`.
+        model: `Llava`.
+        reference: LlavaForConditionalGeneration with the same weights.
+        image_token: id of the image token in `reference`.
         words: number of tokens around the image.
         seed: of image and words.
 
@@ -108,16 +108,16 @@ def module_differences(
         One entry per module that both have, in the order of the forward pass.
     """
     generator = torch.Generator().manual_seed(seed)
-    size, vocabulary = ours.vision_tower.config.image_size, ours.language_model.config.vocab_size
+    size, vocabulary = model.vision_tower.config.image_size, model.language_model.config.vocab_size
     text = torch.randint(3, min(vocabulary, image_token), (words,), generator=generator).tolist()
-    ids = torch.tensor([[text[0], *[IMAGE_TOKEN_ID] * ours.n_image_tokens, *text[1:]]])
-    pixels = torch.randn(1, 3, size, size, generator=generator).to(ours.language_model.dtype)
-    with torch.inference_mode(), _outputs(ours) as mine, _outputs(theirs) as other:
-        ours(ids, pixels)
-        theirs(input_ids=ids.masked_fill(ids == IMAGE_TOKEN_ID, image_token), pixel_values=pixels)
+    ids = torch.tensor([[text[0], *[IMAGE_TOKEN_ID] * model.n_image_tokens, *text[1:]]])
+    pixels = torch.randn(1, 3, size, size, generator=generator).to(model.language_model.dtype)
+    with torch.inference_mode(), _outputs(model) as outputs, _outputs(reference) as reference_outputs:
+        model(ids, pixels)
+        reference(input_ids=ids.masked_fill(ids == IMAGE_TOKEN_ID, image_token), pixel_values=pixels)
     differences = []
-    for name, value in mine.items():
-        partner = other.get(_in_memory(name))
+    for name, value in outputs.items():
+        partner = reference_outputs.get(_in_memory(name))
         if partner is None or partner.numel() < value.numel():
             continue
         partner = partner.reshape(*value.shape[:-1], -1)[..., : value.shape[-1]]  # the export may have padding rows
@@ -128,7 +128,7 @@ def module_differences(
     compared = {d.name for d in differences}
     for name in ("vision_tower.encoder.layers.0", "multi_modal_projector", "language_model.model.layers.0"):
         if name not in compared or "language_model.lm_head" not in compared:
-            raise CheckpointError(f"{name} or the output layer was not found in both models, so nothing is compared")
+            raise CheckpointError(f"{name} or the output layer is missing in one of the models, so nothing is compared")
     return differences
 
 
@@ -142,8 +142,8 @@ def verify_export(source: Checkpoint, folder: Path) -> list[ModuleDifference]:
     from transformers import LlavaForConditionalGeneration
 
     with quiet_transformers():
-        theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return module_differences(assemble(source, torch.float32).eval(), theirs, theirs.config.image_token_id)
+        reference = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return module_differences(assemble(source, torch.float32).eval(), reference, reference.config.image_token_id)
 
 
 def _in_memory(name: str) -> str:

@@ -36,7 +36,7 @@ def inspect(path: Path, options: Options | None = None, usage: Mapping[str, Any]
     Args:
         path: folder or file, in any state.
         options: base model and tower, where the files do not contain them.
-        usage: what the files leave open or say wrongly, as in `describe.USAGE_FIELDS`.
+        usage: values that the files lack or have wrong, as in `describe.USAGE_FIELDS`.
 
     Returns:
         `path`, `layout`, `parts`, `parameters`, `dtypes`, `template`, `system`, `image`, `facts`, `notes`, `left_out`

@@ -1,4 +1,4 @@
-"""Shared parts of the commands: how one is added, common arguments, and the objects that they name."""
+"""Shared parts of the commands: declaration, common arguments, and the objects that arguments name."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def names(text: str) -> list[str]:
 
 def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
-        found = names(text)
-        if not found or not set(found) <= set(known):
+        chosen = names(text)
+        if not chosen or not set(chosen) <= set(known):
             raise argparse.ArgumentTypeError(f"'{text}': choose from {', '.join(known)}, with commas between")
-        return found
+        return chosen
 
     return parse
 
@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--base", "DIR", "language model of a projector, a LoRA or a .pth")
         self.option("--vision-tower", "DIR", "tower, instead of the one that the files name")
 
-    def facts(self) -> None:
+    def usage(self) -> None:
         self.add_argument(
             "--assume", "--set", dest="set", action="append", default=[], type=_assignment, metavar="KEY=VALUE",
             help="a value that the files do not specify, e.g. template=v0_exact or image_position=last; once for each",
@@ -152,7 +152,7 @@ class Parser(argparse.ArgumentParser):
         self.seed()
 
 
-# ------------------------------------------------------------------------------------------------ what they stand for
+# ------------------------------------------------------------------------------------------------ objects
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def _run(args: argparse.Namespace) -> Result:
 
 def add(commands: Commands, words: Sequence[str]) -> None:
     """Add the commands; only the benchmark that is called is imported, for its options."""
-    into = group(commands, "bench", "measure speed against a peer", "llava bench generate")
+    into = group(commands, "bench", "measure speed against other implementations", "llava bench generate")
     for name, (_, text) in BENCHMARKS.items():
         example, failed = f"llava bench {name}", lambda result: not passed(result)
         new = command(into, name, text, example, _run, _without_cases, failed)

@@ -96,7 +96,7 @@ def _add_predict(commands: Commands) -> None:
     new.choice("--device", ["auto", "cpu", "cuda"], "auto")
     new.choice("--dtype", ["float32", "bfloat16", "float16"], "float32")
     new.bases()
-    new.facts()
+    new.usage()
 
 
 def _add_science_qa(into: Commands) -> None:
@@ -105,7 +105,7 @@ def _add_science_qa(into: Commands) -> None:
     new.path("--predictions", "FILE", "the answers", required=True)
     _extraction(new)
     new.switch("--subset", "score only the given questions, even if the file has more answers")
-    new.option("--prompt-format", "NAME", "refuse answers made with another one, e.g. QCM-LEPA")
+    new.option("--prompt-format", "NAME", "refuse answers with a prompt format other than this one, e.g. QCM-LEPA")
     new.path("--checkpoint", "DIR", "refuse answers of another model")
     new.switch("--released", "score the choices that a released file stores, its random draws included")
 
@@ -140,8 +140,8 @@ def _captions(args: argparse.Namespace) -> Result:
     if images is None or args.out is None:
         raise CompanionError("a model needs --out FILE for its captions and, with --references, --images DIR")
     chosen = given(args, "request", "limit")
-    made = write_captions(loaded(args), args.model, references, images, args.out, **chosen)
-    return {**evaluate_files(references, args.out), "file": made["file"], "conditions": made["conditions"]}
+    written = write_captions(loaded(args), args.model, references, images, args.out, **chosen)
+    return {**evaluate_files(references, args.out), "file": written["file"], "conditions": written["conditions"]}
 
 
 def _add_captions(into: Commands) -> None:
@@ -150,11 +150,11 @@ def _add_captions(into: Commands) -> None:
     new = command(into, "captions", text, example, _captions)
     new.path("--references", "FILE", "COCO's captions_*.json (default: the miniature's)")
     either = new.add_mutually_exclusive_group(required=True)
-    either.add_argument("--predictions", type=Path, metavar="FILE", help="captions in COCO's result layout")
+    either.add_argument("--predictions", type=Path, metavar="FILE", help="captions in COCO's result format")
     new.checkpoint(either)
     new.limit()
     new.bases()
-    new.facts()
+    new.usage()
     new.images(" for --model")
     new.path("--out", "FILE", "where the captions of --model are written (.json)")
     new.option("--request", "TEXT", "the prompt", default="Give this image a caption.")

@@ -50,7 +50,7 @@ def add(commands: Commands) -> None:
     example, text = "llava reproduce --only 20,21", "run the notebooks that are not up to date and build the book"
     new = command(commands, "reproduce", text, example, _reproduce, _show_notebooks, lambda r: bool(r["failed"]))
     new.scale()
-    new.switch("--fast", "the shortest runs that still show every step")
+    new.switch("--fast", "the shortest runs with every step")
     new.option("--only", "N,N", "only these notebooks, by number or name", type=names)
     new.option("--from", "N", "this notebook and all after it", dest="start")
     new.switch("--dry-run", "list what would run")

@@ -72,7 +72,7 @@ def add(commands: Commands) -> None:
     new = command(steps, "answers", "answer the questions with a checkpoint", example, _answers)
     _bench(new)
     new.images(" (default: images in the bench's)")
-    new.path("--out", "FILE", "answers; a file that is there is continued", required=True)
+    new.path("--out", "FILE", "answers; an existing file is resumed", required=True)
     new.number("--max-new-tokens", 1024, "longest answer")
     new.option("--temperature", "T", "0, the default, is greedy", type=float, default=0.0)
     new.option("--seed", "N", "of sampled answers; each gives another run", type=int, default=0)
@@ -80,7 +80,7 @@ def add(commands: Commands) -> None:
     new.checkpoint()
     new.limit()
     new.bases()
-    new.facts()
+    new.usage()
 
     example = "llava evaluate bench reference --bench data/mini/bench-coco --out reference.jsonl"
     text = "answer with a text-only model from captions and boxes"
@@ -94,7 +94,7 @@ def add(commands: Commands) -> None:
     _bench(new)
     new.path("--answers", "FILE", "of a checkpoint", required=True)
     new.path("--reference", "FILE", "reference answers, instead of the bench's own")
-    new.path("--out", "FILE", "reviews, with a cassette of their own; for a repeat give another name", required=True)
+    new.path("--out", "FILE", "reviews, with their own cassette; for a repeat give another name", required=True)
     new.switch("--swap", "judge each pair in both orders")
     _asking(new)
 

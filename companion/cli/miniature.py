@@ -29,10 +29,10 @@ def _base_models(args: argparse.Namespace) -> Result:
 def add(commands: Commands) -> None:
     text = "write the miniature's data sets"
     new = command(commands, "miniature", text, "llava miniature", _miniature, _show_cards)
-    new.option("--only", "NAME,NAME", "these sets alone, e.g. mini-coco", type=names)
+    new.option("--only", "NAME,NAME", "only these sets, e.g. mini-coco", type=names)
     new.path("--out", "DIR", "default: data/mini", default=ROOT / "data" / "mini")
 
-    text, missed = "train the base models again", lambda result: not all(result["passed"].values())
+    text, missed = "retrain the base models", lambda result: not all(result["passed"].values())
     new = command(commands, "base-models", text, "llava base-models --only clip", _base_models, failed=missed)
     new.option("--only", "NAME,NAME", f"of {', '.join(BASE_MODELS)}; all if not given", type=some_of(BASE_MODELS))
     new.path("--out", "DIR", "default: models/mini", default=ROOT / "models" / "mini")

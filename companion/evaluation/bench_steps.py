@@ -45,24 +45,23 @@ class Bench:
     reference: list[dict[str, Any]] | None
 
     def rows(self, images: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
-        """Return the questions with the names of existing image files, and their folder: `images` or the bench's own.
+        """Return the questions with the names of their image files, and the folder of these: `images` or the bench's.
 
         Raises:
             DataError: an image is missing.
         """
         images = images or self.folder / "images"
-        found = []
+        rows = []
         for row in self.questions:
-            names = (row["image"], f"COCO_val2014_{row['image']}")  # the bench leaves COCO's prefix out
+            names = (row["image"], f"COCO_val2014_{row['image']}")  # the bench omits COCO's prefix
             name = next((name for name in names if (images / name).is_file()), None)
             if name is None:
                 raise DataError(
                     f"{display_path(images / row['image'])}: no such image (question {row['question_id']}); name the "
-                    "folder "
-                    "of the bench's images, COCO val2014 for the questions about COCO"
+                    "folder of the bench's images, COCO val2014 for the questions about COCO"
                 )
-            found.append({**row, "image": name})
-        return found, images
+            rows.append({**row, "image": name})
+        return rows, images
 
 
 def load_bench(folder: str | Path, limit: int | None = None) -> Bench:
@@ -89,12 +88,12 @@ def load_bench(folder: str | Path, limit: int | None = None) -> Bench:
 
 
 def _one_of(folder: Path, what: str) -> Path | None:
-    found = [folder / name for name in FILES[what] if (folder / name).is_file()]
-    if len(found) > 1:
+    paths = [folder / name for name in FILES[what] if (folder / name).is_file()]
+    if len(paths) > 1:
         raise DataError(
-            f"{display_path(folder)}: {found[0].name} and {found[1].name}; give each bench a folder of its own"
+            f"{display_path(folder)}: {paths[0].name} and {paths[1].name}; put each bench into its own folder"
         )
-    return found[0] if found else None
+    return paths[0] if paths else None
 
 
 def _rows(path: Path, fields: Mapping[str, type], unique: bool = False) -> list[dict[str, Any]]:
@@ -106,7 +105,7 @@ def _rows(path: Path, fields: Mapping[str, type], unique: bool = False) -> list[
         if wrong or (unique and not isinstance(row.get("question_id"), int | str)):
             raise DataError(f"{where}: needs {', '.join([*fields, *(['question_id'] if unique else [])])}")
         if unique and str(row["question_id"]) in seen:
-            raise DataError(f"{where}: question {row['question_id']} has a row already; keep one")
+            raise DataError(f"{where}: question {row['question_id']} has two rows; remove one")
         seen.add(str(row.get("question_id")))
     if not rows:
         raise DataError(f"{display_path(path)}: is empty; copy it again")
@@ -125,7 +124,7 @@ def _description(row: Mapping[str, Any], where: str) -> str:
         raise DataError(f"{where}: needs `caption`, or `captions` and `instances` with category and bbox") from None
 
 
-# ------------------------------------------------------------------------------------------------ the steps
+# ------------------------------------------------------------------------------------------------ steps
 
 
 def write_reference(
@@ -151,9 +150,9 @@ def write_reference(
         requests.append(ChatRequest(messages, model, temperature))
     asked, tally = ask_all(client, requests, _check_complete, "reference")
     rows = [
-        {"question_id": row["question_id"], "text": found.text, "category": row["category"], **found.source()}
-        for row, found in zip(bench.questions, asked, strict=True)
-        if found.good
+        {"question_id": row["question_id"], "text": result.text, "category": row["category"], **result.source()}
+        for row, result in zip(bench.questions, asked, strict=True)
+        if result.good
     ]
     return {"answers": len(rows), **tally, "file": display_path(write_jsonl(out, rows))}
 

@@ -41,7 +41,7 @@ def tokenize(caption: str) -> list[str]:
     abbreviations differ from the scorer's tokenizer; `benchmarks/results/captions.csv` has the measured effect.
     """
     text = _CONTRACTION.sub(r" \1", caption.lower().replace("’", "'"))
-    text = _JOINED.sub(lambda found: " ".join(filter(None, found.groups())), text)
+    text = _JOINED.sub(lambda match: " ".join(filter(None, match.groups())), text)
     return [_BRACKETS.get(token, token) for token in _TOKEN.findall(text) if token not in _PUNCTUATION]
 
 
@@ -122,7 +122,7 @@ def cider(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) 
 
 
 def score(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) -> dict[str, Any]:
-    """Score captions held in memory.
+    """Score captions in memory.
 
     Args:
         references: image id -> reference captions.
@@ -174,12 +174,12 @@ def compare(
     if not first or not first.keys() <= references.keys() or (second is not None and first.keys() != second.keys()):
         raise DataError("captions to compare must be of the same images, all of them with references")
     refs, weights = [[tokenize(ref) for ref in references[key]] for key in first], item_counts(len(first))
-    found: list[tuple[Any, Any]] = []
+    scores: list[tuple[Any, Any]] = []
     for captions in filter(None, (first, second)):
         tokens = [tokenize(captions[key]) for key in first]
         counts = weights @ np.array([_bleu_counts(own, caption) for own, caption in zip(refs, tokens, strict=True)])
-        found.append((np.array([_bleu_of(row)[-1] for row in counts]), weights @ cider(refs, tokens) / len(first)))
-    values = found[0] if len(found) == 1 else [b - a for a, b in zip(*found, strict=True)]
+        scores.append((np.array([_bleu_of(row)[-1] for row in counts]), weights @ cider(refs, tokens) / len(first)))
+    values = scores[0] if len(scores) == 1 else [b - a for a, b in zip(*scores, strict=True)]
     return {name: estimate(value) for name, value in zip(("bleu4", "cider"), values, strict=True)}
 
 
@@ -194,7 +194,7 @@ def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str,
         See `score`.
 
     Raises:
-        DataError: a file cannot be read, is of another layout, or the two do not belong together.
+        DataError: a file cannot be read, is of another format, or the two do not belong together.
     """
     annotated, rows = read_json(references), read_json(predictions)
     annotations = annotated.get("annotations") if isinstance(annotated, dict) else None
@@ -202,7 +202,7 @@ def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str,
         raise DataError(f"{display_path(references)}: no `annotations`; give COCO's captions_*.json")
     if not isinstance(rows, list) or not rows:
         raise DataError(
-            f"{display_path(predictions)}: not a list of captions; give COCO's result layout [{{image_id, caption}}]"
+            f"{display_path(predictions)}: not a list of captions; give COCO's result format [{{image_id, caption}}]"
         )
     refs: dict[str, list[str]] = defaultdict(list)
     for number, row in enumerate(annotations):
@@ -213,13 +213,12 @@ def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str,
         identifier, caption = _caption_row(row, f"{display_path(predictions)}, record {number}")
         if identifier in captions:
             raise DataError(
-                f"{display_path(predictions)}, record {number}: image {identifier} has a second caption; keep one"
+                f"{display_path(predictions)}, record {number}: image {identifier} has two captions; remove one"
             )
         if identifier not in refs:
             raise DataError(
                 f"{display_path(predictions)}, record {number}: image {identifier} is not in "
-                f"{display_path(references)}; "
-                "give the caption file of the same images"
+                f"{display_path(references)}; give the caption file of the same images"
             )
         captions[identifier] = caption
     return score(refs, captions)
@@ -237,7 +236,7 @@ def write_captions(
     max_new_tokens: int = 40,
     batch: int = 64,
 ) -> dict[str, Any]:
-    """Caption the images of a COCO caption file with a checkpoint, in COCO's result layout.
+    """Caption the images of a COCO caption file with a checkpoint, in COCO's result format.
 
     Args:
         loaded: the model.
@@ -268,7 +267,7 @@ def write_captions(
             raise DataError(f"{where}: needs `id` and `file_name`, has {str(row)[:80]}")
         if not (images / row["file_name"]).is_file():
             raise DataError(
-                f"{where}: {display_path(images / row['file_name'])} is not there; name the folder of the images"
+                f"{where}: {display_path(images / row['file_name'])} does not exist; name the folder of the images"
             )
         rows.append({"question_id": row["id"], "text": request, "image": row["file_name"]})
     answers = Path(out).with_suffix(".jsonl")

@@ -1,8 +1,8 @@
 """The ScienceQA ensemble of LLaVA and a text-only GPT-4: complement, judge, and the upper bound of choosing one answer.
 
-GPT-4 is asked every problem, after two solved examples and without the image. Where its answer and LLaVA's differ, it
-is asked again with both answers. The paper published neither the two prompts (Table 10 shows the roles, both complete
-answers and the last sentence) nor its examples nor the GPT-4 snapshot: wording and examples are ours.
+GPT-4 answers every problem, after two solved examples and without the image. Where its answer and LLaVA's differ, a
+second query shows it both answers. The paper published neither the two prompts (Table 10 shows the roles, both complete
+answers and the last sentence) nor its examples nor the GPT-4 snapshot; this project chose wording and examples.
 
 Source: paper Section 5.2, Tables 7 and 10; llava/eval/eval_science_qa_gpt4{,_requery}.py@8959d5c.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient, Message
 
 MODEL, TEMPERATURE, REPLY_TOKENS, SHOTS = "gpt-4-0314", 0.0, 1024, 2
-"""The number of examples is the paper's; snapshot, temperature and length are ours."""
+"""The number of examples is the paper's; snapshot, temperature and length are not published."""
 
 # ------------------------------------------------------------------------------------------------ asking
 
@@ -69,11 +69,10 @@ def ask(client: ChatClient, requests: Mapping[str, ChatRequest], desc: str) -> t
     Raises:
         ServerError, BudgetError, DataError: the client's; earlier replies are in its cassette.
     """
-
     asked, tally = ask_all(client, list(requests.values()), lambda reply: reply, desc)
     if tally["stopped"]:
         raise BudgetError(tally["stopped"])
-    replies: dict[str, ChatReply] = {k: found.value for k, found in zip(requests, asked, strict=True) if found.good}
+    replies: dict[str, ChatReply] = {k: one.value for k, one in zip(requests, asked, strict=True) if one.good}
     fresh = [reply for reply in replies.values() if not reply.cached]
     bill = {
         "requests": len(fresh),
@@ -96,7 +95,7 @@ def run(
     model: str = MODEL,
     era: str = DEFAULT_ERA,
 ) -> dict[str, Any]:
-    """Ask the text-only model, ask it again where it and LLaVA differ, and score both rules.
+    """Query the text-only model, send the second query where it and LLaVA differ, and score both rules.
 
     Args:
         problems: what both answer.
@@ -123,20 +122,20 @@ def run(
 
     asked = {p.id: request(solver_messages(p, shots)) for p in problems}
     gpt4, first = ask(client, asked, "GPT-4")
-    again = {}
+    second_queries = {}
     for p in problems:
-        ours, theirs = (parse_answer(texts.get(p.id, ""), len(p.choices), era) for texts in (llava, gpt4))
-        if ours != theirs:
-            again[p.id] = request(requery_messages(p, llava[p.id], gpt4.get(p.id, "")))
-    requery, second = ask(client, again, "GPT-4, again")
+        llava_choice, gpt4_choice = (parse_answer(texts.get(p.id, ""), len(p.choices), era) for texts in (llava, gpt4))
+        if llava_choice != gpt4_choice:
+            second_queries[p.id] = request(requery_messages(p, llava[p.id], gpt4.get(p.id, "")))
+    requery, second = ask(client, second_queries, "GPT-4, again")
     return {
         "systems": evaluate(problems, llava, gpt4, requery, era=era),
         "n": len(problems),
-        "asked_again": len(again),
+        "asked_again": len(second_queries),
         "bills": {"gpt4": first, "requery": second},
         "spend_usd": first["spend_usd"] + second["spend_usd"],
         "cost_usd": first["cost_usd"] + second["cost_usd"],
-        "listed": estimate([*asked.values(), *again.values()]) if model in PRICES else None,
+        "listed": estimate([*asked.values(), *second_queries.values()]) if model in PRICES else None,
         "texts": {"gpt4": gpt4, "requery": requery},
         "shots": [shot.id for shot in shots],
     }
@@ -184,13 +183,13 @@ def evaluate(
     rows: dict[str, dict[str, Answer]] = {"llava": {}, "gpt4": {}, "complement": {}, "upper_bound": {}}
     questions = as_questions(problems)
     for q in questions:
-        ours, theirs = (parse_answer(texts.get(q.id, ""), q.n_choices, era) for texts in (llava, gpt4))
-        rows["llava"][q.id], rows["gpt4"][q.id] = ours, theirs
-        rows["complement"][q.id] = complement(ours, theirs)
-        rows["upper_bound"][q.id] = theirs if theirs == q.answer else ours
+        llava_choice, gpt4_choice = (parse_answer(texts.get(q.id, ""), q.n_choices, era) for texts in (llava, gpt4))
+        rows["llava"][q.id], rows["gpt4"][q.id] = llava_choice, gpt4_choice
+        rows["complement"][q.id] = complement(llava_choice, gpt4_choice)
+        rows["upper_bound"][q.id] = gpt4_choice if gpt4_choice == q.answer else llava_choice
         if requery is not None:
             second = parse_answer(requery.get(q.id, ""), q.n_choices, era)
-            rows.setdefault("judge", {})[q.id] = judged(ours, theirs, second)
+            rows.setdefault("judge", {})[q.id] = judged(llava_choice, gpt4_choice, second)
     scores = {name: tally(questions, answers) for name, answers in rows.items()}
     right = {name: [answers[q.id] == q.answer for q in questions] for name, answers in rows.items()}
     for name in rows.keys() - {"llava"} if len(questions) > 1 else ():

@@ -1,4 +1,4 @@
-"""Image grounding: exact-match accuracy of short answers with the right image, another image, and text alone.
+"""Image grounding: exact-match accuracy of short answers with the right image, another image and no image.
 
 A row of questions is {question_id, image, text, answer, kind}. A model that ignores the image reaches `text_prior`; the
 accuracy of a model that uses it falls to about that value with `shuffle_images`.
@@ -81,9 +81,9 @@ def _prior_keys(row: Row) -> tuple[tuple[str, str], ...]:
 
 
 def shuffle_images(questions: Sequence[Row], seed: int) -> list[dict[str, Any]]:
-    """Return the rows with permuted images, so that no question keeps its own.
+    """Return the rows with permuted images, so that no question has its own image.
 
-    Questions that share an image also share the new one.
+    Questions about the same image share the new one.
 
     Raises:
         DataError: all questions have the same image, or one has none.

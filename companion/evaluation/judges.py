@@ -46,8 +46,8 @@ def agreement(first: Reviews, second: Reviews, samples: int = SAMPLES, seed: int
     different = [key for key in named if one.answer_ids[key] != other.answer_ids[key]]
     if different:
         raise DataError(
-            f"question {different[0]}: the two judged other answers ({len(different)} such questions); give reviews of "
-            "the same answers, or compare systems with `relative_difference`"
+            f"question {different[0]}: the two judges read different answers ({len(different)} such questions); "
+            "give reviews of the same answers, or compare systems with `relative_difference`"
         )
     a, b = (np.array([judge.scores[key] for key in keys]) for judge in (one, other))  # (n, 2), reference and candidate
     counts = item_counts(len(keys), samples, seed)
@@ -96,7 +96,7 @@ def _kappa(counts: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray
     return ratio(same - chance, 1 - chance), same
 
 
-def format_agreement(found: Mapping[str, Any]) -> str:
+def format_agreement(result: Mapping[str, Any]) -> str:
     """Return a comparison of two judges as lines of text."""
 
     def line(label: str, number: Mapping[str, Any], unit: str = "") -> str:
@@ -106,12 +106,17 @@ def format_agreement(found: Mapping[str, Any]) -> str:
         return f"{label:30} {number['value']:.3f}{unit}  ({low:.3f} to {high:.3f})"
 
     lines = [
-        f"{found['n']} questions in common, {found['only_first']} only in the first and {found['only_second']} only in "
-        f"the second; reviews without scores: {found['failed'][0]} and {found['failed'][1]}"
+        f"{result['n']} questions in common, {result['only_first']} only in the first and "
+        f"{result['only_second']} only in the second; "
+        f"reviews without scores: {result['failed'][0]} and {result['failed'][1]}"
     ]
     for name in ("candidate", "reference", "ratio"):
         for what in ("spearman", "kendall", "shift"):
-            lines.append(line(f"{name}, {what}", found[name][what], " %" if (name, what) == ("ratio", "shift") else ""))
-    lines += [line(f"relative score, {name}", found["relative_score"][name], " %") for name in found["relative_score"]]
-    lines += [line(f"win, tie or loss, {name}", found["verdicts"][name]) for name in ("kappa", "same")]
+            lines.append(
+                line(f"{name}, {what}", result[name][what], " %" if (name, what) == ("ratio", "shift") else "")
+            )
+    lines += [
+        line(f"relative score, {name}", result["relative_score"][name], " %") for name in result["relative_score"]
+    ]
+    lines += [line(f"win, tie or loss, {name}", result["verdicts"][name]) for name in ("kappa", "same")]
     return "\n".join(lines)

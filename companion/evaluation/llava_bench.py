@@ -62,7 +62,7 @@ def judge(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Review every candidate answer against the reference answer.
 
-    A review without two scores is asked for once more; the row keeps the first one under `first`.
+    A review without two scores is requested once more; the row has the first one under `first`.
 
     Args:
         questions: rows with question_id, image, text and category.
@@ -100,11 +100,11 @@ def judge(
             jobs.append((named | {"category": row["category"], "order": order}, request))
     asked, tally = ask_all(client, [request for _, request in jobs], _check_scores, "judge")
     reviews = []
-    for number, ((row, _), found) in enumerate(zip(jobs, asked, strict=True), start=1):
-        if not found.unasked:
-            review = {"id": number, **row, "content": found.text}
+    for number, ((row, _), result) in enumerate(zip(jobs, asked, strict=True), start=1):
+        if not result.unasked:
+            review = {"id": number, **row, "content": result.text}
             scores = review_scores(review)
-            reviews.append(review | {"tuple": list(scores) if scores else None} | found.source())
+            reviews.append(review | {"tuple": list(scores) if scores else None} | result.source())
     return reviews, tally
 
 
@@ -117,13 +117,13 @@ def _by_id(answers: Answers, what: str) -> dict[str, tuple[str, str]]:
     """Return question id -> answer and its id, a hash of the text where a row has none."""
     if isinstance(answers, Mapping):
         answers = [{"question_id": key, "text": text} for key, text in answers.items()]
-    found: dict[str, tuple[str, str]] = {}
+    result: dict[str, tuple[str, str]] = {}
     for row in answers:
         key = str(row["question_id"])
-        if key in found:
-            raise DataError(f"question {key} has two {what} answers; keep one")
-        found[key] = row["text"], str(row.get("answer_id") or fingerprint(row["text"]))
-    return found
+        if key in result:
+            raise DataError(f"question {key} has two {what} answers; remove one")
+        result[key] = row["text"], str(row.get("answer_id") or fingerprint(row["text"]))
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -145,7 +145,7 @@ def parse_scores(review: str) -> tuple[float, float] | None:
     Accepted: `8 7.5`, `8, 9`, `8/10 9/10`, `Scores: 8 and 9`, `Assistant 1: 8` and `Assistant 2: 9` on one line or on
     two, and lines without digits before them. A line with digits and other words is rejected.
     """
-    found: list[float] = []
+    scores: list[float] = []
     labels: list[str] = []
     for line in review.splitlines():
         if not any(c.isdigit() for c in line):
@@ -154,12 +154,12 @@ def parse_scores(review: str) -> tuple[float, float] | None:
         bare = _FILLER.sub(" ", line.strip(" \t*_`()[]."))
         if _NUMBER.sub("", bare).strip():
             return None
-        found += [float(number) for number in _NUMBER.findall(bare)]
-        if len(found) >= 2:
+        scores += [float(number) for number in _NUMBER.findall(bare)]
+        if len(scores) >= 2:
             break
-    if len(found) != 2 or max(found) > 10 or labels not in ([], ["1", "2"]):
+    if len(scores) != 2 or max(scores) > 10 or labels not in ([], ["1", "2"]):
         return None
-    return found[0], found[1]
+    return scores[0], scores[1]
 
 
 def _released_scores(review: str) -> tuple[float, float]:

@@ -85,8 +85,8 @@ def predict_questions(
         for k in progress(range(0, new, batch), desc, leave=False):
             yield answer_questions(loaded, left[k : k + batch], images, batch=batch, desc=None, **generation)
 
-    found = write_predictions(out, rows, settings, answer)
-    return {"answers": len(found), "new": new, "conditions": settings, "file": display_path(out)}
+    answers = write_predictions(out, rows, settings, answer)
+    return {"answers": len(answers), "new": new, "conditions": settings, "file": display_path(out)}
 
 
 def science_answers(loaded: Loaded, problems: Sequence[Problem], **options: Any) -> dict[str, str]:

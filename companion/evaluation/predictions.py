@@ -1,7 +1,7 @@
 """Prediction files that name their settings, are resumed after an interruption, and are refused for other settings.
 
-Ours are JSONL with the fields of the released answer files: question_id, prompt, text, answer_id, model_id, metadata.
-The released ones leave `metadata` empty; ours have all settings of the generation there, with the `checkpoint`.
+The files are JSONL with the fields of the released answer files: question_id, prompt, text, answer_id, model_id,
+metadata. The released ones have no `metadata`; here it has all settings of the generation, with the `checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from llava_core.runtime import DataError, display_path, fingerprint, read_json, read_jsonl, sha256_file, user_path
 
-_LINE_START = b'{"question_id": '  # of our files
-_LAYOUTS = "{outputs: {id: text}} or JSONL of question_id and text"
+_LINE_START = b'{"question_id": '  # of files that this module writes
+_FORMATS = "{outputs: {id: text}} or JSONL of question_id and text"
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Predictions:
 
     Attributes:
         answers: question id -> complete output of the model.
-        made_with: settings of the generation, None for a foreign layout.
+        settings: of the generation, None for a foreign format.
         released: the other fields of a released result file (acc, correct, count, results), else empty.
     """
 
     answers: dict[str, str]
-    made_with: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
     released: dict[str, Any] = field(default_factory=dict)
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read our JSONL, the released result file `{outputs: {id: text}}`, or rows `{question_id, text}`.
+    """Read a prediction file, a released result file `{outputs: {id: text}}`, or rows `{question_id, text}`.
 
     Raises:
-        DataError: the file is missing, empty, of another layout, has two answers to a question, or answers of several
+        DataError: the file is missing, empty, of another format, has two answers to a question, or answers of several
             settings or models.
     """
     path, released = Path(path), {}
@@ -47,16 +47,16 @@ def read_predictions(path: str | Path) -> Predictions:
         released = {k: v for k, v in content.items() if k != "outputs"}
         content = [{"question_id": key, "text": text} for key, text in content["outputs"].items()]
     if not isinstance(content, list):
-        raise DataError(f"{display_path(path)}: not a prediction file; give {_LAYOUTS}")
+        raise DataError(f"{display_path(path)}: not a prediction file; give {_FORMATS}")
     if not content:
         raise DataError(f"{display_path(path)}: holds no prediction; was the run interrupted before its first batch?")
     return Predictions(_texts(path, content), _settings(content[0]), released)
 
 
 def _settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of an answer; None for a foreign layout."""
-    found = row.get("metadata")
-    return found if isinstance(found, dict) and "checkpoint" in found else None
+    """The settings of an answer; None for a foreign format."""
+    metadata = row.get("metadata")
+    return metadata if isinstance(metadata, dict) and "checkpoint" in metadata else None
 
 
 def _texts(path: Path, rows: Sequence[Any]) -> dict[str, str]:
@@ -74,7 +74,7 @@ def _texts(path: Path, rows: Sequence[Any]) -> dict[str, str]:
             raise DataError(f"{where}: answers of several models ({', '.join(sorted(models))}); give each its own file")
         identifier = str(row["question_id"])
         if identifier in answers:
-            raise DataError(f"{where}: question {identifier} is answered twice; keep one answer")
+            raise DataError(f"{where}: question {identifier} is answered twice; remove one answer")
         answers[identifier] = row["text"]
     return answers
 
@@ -89,7 +89,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
 
 
 def checkpoint_id(path: str | Path) -> str:
-    """Return the identity of a checkpoint: the hash of its manifest, which has those of its files, or of its files.
+    """Return the hash of a checkpoint: of its manifest, which has the hashes of its files, or of the files themselves.
 
     Raises:
         CheckpointError: there are no weights.
@@ -100,19 +100,19 @@ def checkpoint_id(path: str | Path) -> str:
         return f"manifest:{fingerprint(content)}"
     if path.is_file():
         return f"files:{fingerprint({path.name: sha256_file(path)})}"
-    from llava_core.checkpoints.base_models import base_hash  # brings torch
+    from llava_core.checkpoints.base_models import base_hash  # imports torch
 
     return base_hash(str(path))
 
 
-def check_made_with(
-    path: str | Path, found: Predictions, prompt_format: str | None = None, checkpoint: str | Path | None = None
+def check_settings(
+    path: str | Path, predictions: Predictions, prompt_format: str | None = None, checkpoint: str | Path | None = None
 ) -> None:
     """Refuse answers that were generated by another checkpoint or with another prompt format, or do not name theirs.
 
     Args:
         path: of the file, for the message.
-        found: its content.
+        predictions: its content.
         prompt_format: the required one; None: any.
         checkpoint: the required one; None: any.
 
@@ -124,17 +124,15 @@ def check_made_with(
         if value is None:
             continue
         option = f"--{name.replace('_', '-')}"
-        if found.made_with is None:
+        if predictions.settings is None:
             raise DataError(
-                f"{display_path(path)}: does not name the settings of its answers (a foreign layout), so {option} "
-                "cannot be "
-                f"checked; leave out {option} to score it without this check"
+                f"{display_path(path)}: does not name the settings of its answers (a foreign format), so {option} "
+                f"cannot be checked; leave out {option} to score it without this check"
             )
-        if (own := found.made_with.get(name)) != value:
+        if (own := predictions.settings.get(name)) != value:
             raise DataError(
                 f"{display_path(path)}: its answers have {name} {own!r}, not {value!r}; give the matching file, or "
-                "leave out "
-                f"{option}"
+                f"leave out {option}"
             )
 
 

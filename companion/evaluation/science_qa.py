@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from companion.data_tools.scienceqa import SUBJECTS, SUBSETS
-from companion.evaluation.predictions import check_made_with, differences, read_predictions
+from companion.evaluation.predictions import check_settings, differences, read_predictions
 from companion.evaluation.statistics import mcnemar, paired_bootstrap, proportion
 from llava_core.runtime import DataError, display_path, read_json
 
@@ -18,11 +18,11 @@ PAPER_ACCURACY = 90.92
 """Source: paper Table 7, LLaVA, average; 3856 of 4241."""
 
 ERAS = ("ours", "v0", "1.0", "1.5")
-"""Answer-extraction rules: those of the released scorers of three eras, exactly, or ours, which never guesses."""
+"""Answer-extraction rules: exactly those of the released scorers of three eras, or the strict one of this project."""
 DEFAULT_ERA = "ours"
 
 # The last dot is a wildcard in the released code too: "The answer is B" at the end of a text does not match, and from
-# "The answer is Belgium" it extracts B. Our rule does not.
+# "The answer is Belgium" it extracts B. The rule "ours" does not.
 _RELEASED_SENTENCE = re.compile(r"The answer is ([A-Z]).")
 _SENTENCE = re.compile(r"The answer is ([A-Z])(?!\w).")
 _RELEASED_OPENING = re.compile(r"([A-E])(?:\Z|\. )")
@@ -55,7 +55,7 @@ class Question:
     @property
     def subsets(self) -> list[str]:
         """The columns of the paper's Table 7 that the question belongs to; IMG and TXT do not exclude each other."""
-        names = [name for name, held in (("TXT", self.has_text), ("IMG", self.has_image)) if held] or ["NO"]
+        names = [name for name, present in (("TXT", self.has_text), ("IMG", self.has_image)) if present] or ["NO"]
         if self.subject is not None:
             names.append(self.subject)
         if self.grade is not None:
@@ -112,7 +112,7 @@ def read_questions(path: str | Path, split: str = "test") -> list[Question]:
         split: of the problems in `problems.json`; problems without a split are all taken.
 
     Raises:
-        DataError: the file is missing, empty, of another layout, or has no problem of the split.
+        DataError: the file is missing, empty, of another format, or has no problem of the split.
     """
     content = read_json(path)
     if not content:
@@ -121,8 +121,8 @@ def read_questions(path: str | Path, split: str = "test") -> list[Question]:
         return [_from_conversation(record, f"{display_path(path)}, record {i}") for i, record in enumerate(content)]
     if not isinstance(content, dict):
         raise DataError(
-            f"{display_path(path)}: neither a dict of problems nor a list of conversations; give a ScienceQA question "
-            "file"
+            f"{display_path(path)}: neither a dict of problems nor a list of conversations; give a ScienceQA "
+            "question file"
         )
     wanted = {key: p for key, p in content.items() if not isinstance(p, dict) or p.get("split", split) == split}
     if not wanted:
@@ -180,7 +180,7 @@ def _from_conversation(record: Any, where: str) -> Question:
     if not 0 <= answer < n_choices:
         raise DataError(
             f"{where} (question {identifier}): the right answer {letter[:20]!r} is none of its {n_choices} lettered "
-            "lines `A. ...`; give the CQM-A layout or problems.json"
+            "lines `A. ...`; give the CQM-A format or problems.json"
         )
     has_text = human.removeprefix("<image>\n").startswith("Context:")
     return Question(identifier, n_choices, answer, has_text, has_image="image" in record)
@@ -324,22 +324,21 @@ def evaluate_files(
         DataError: a file cannot be read, the two do not belong together, or the settings are refused.
     """
     asked = read_questions(questions, split)
-    found = read_predictions(predictions)
-    check_made_with(predictions, found, prompt_format, checkpoint)
+    file = read_predictions(predictions)
+    check_settings(predictions, file, prompt_format, checkpoint)
     known = {q.id for q in asked}
-    if not known & found.answers.keys():
+    if not known & file.answers.keys():
         raise DataError(
-            f"{display_path(predictions)}: none of its {len(found.answers)} question ids is in "
-            f"{display_path(questions)}; "
-            "give the questions that were asked"
+            f"{display_path(predictions)}: none of its {len(file.answers)} question ids is in "
+            f"{display_path(questions)}; give the questions that were asked"
         )
-    answers = {key: text for key, text in found.answers.items() if key in known or not subset}
+    answers = {key: text for key, text in file.answers.items() if key in known or not subset}
     try:
         result = score(asked, answers, era=era)
     except DataError as error:
         raise DataError(f"{display_path(predictions)} against {display_path(questions)}: {error}") from error
-    result |= {"made_with": found.made_with, "header": {k: v for k, v in found.released.items() if k != "results"}}
-    stored = found.released.get("results")
+    result |= {"made_with": file.settings, "header": {k: v for k, v in file.released.items() if k != "results"}}
+    stored = file.released.get("results")
     if released:
         if not isinstance(stored, dict):
             raise DataError(
@@ -353,15 +352,15 @@ def evaluate_files(
         ]
     elif isinstance(stored, dict):
         result["notes"] += _compare_with_map(asked, answers, stored, result)
-    if found.made_with is None:
+    if file.settings is None:
         result["notes"].append(
-            "The file does not name the prompt format, template and checkpoint of its answers (a foreign layout); they "
+            "The file does not name the prompt format, template and checkpoint of its answers (a foreign format); they "
             "are scored without this check."
         )
-    elif found.made_with.get("n", 0) > len(found.answers):
-        n = found.made_with["n"]
+    elif file.settings.get("n", 0) > len(file.answers):
+        n = file.settings["n"]
         result["notes"].append(
-            f"The file holds {len(found.answers)} of {n} answers: the run that writes it has not finished."
+            f"The file holds {len(file.answers)} of {n} answers: the run that writes it has not finished."
         )
     return result
 
@@ -411,11 +410,11 @@ def compare_files(
     """
     paths, files = (first, second), [read_predictions(path) for path in (first, second)]
     for one, other in ((0, 1), (1, 0)):
-        alone = [key for key in files[one].answers if key not in files[other].answers]
-        if alone:
+        unmatched = [key for key in files[one].answers if key not in files[other].answers]
+        if unmatched:
             raise DataError(
-                f"{display_path(paths[one])} answers {len(alone)} questions that {display_path(paths[other])} does not "
-                f"({_some(alone)}); compare answers to the same questions"
+                f"{display_path(paths[one])} answers {len(unmatched)} questions that {display_path(paths[other])} "
+                f"does not ({_some(unmatched)}); compare answers to the same questions"
             )
     asked = {q.id: q for q in read_questions(questions, split)}
     unknown = [key for key in files[0].answers if key not in asked]
@@ -426,10 +425,10 @@ def compare_files(
     answered = [asked[key] for key in sorted(files[0].answers)]
     if len(answered) < 2:
         raise DataError(f"{display_path(first)}: one answer cannot be compared; give two or more")
-    right = [right_answers(answered, found.answers, era) for found in files]
+    right = [right_answers(answered, file.answers, era) for file in files]
     change, test = paired_bootstrap(*right), mcnemar(*right)
     notes = [] if len(asked) == len(answered) else [f"{len(answered)} of {len(asked)} questions are answered."]
-    settings = [found.made_with for found in files]
+    settings = [file.settings for file in files]
     unnamed = [display_path(path) for path, own in zip(paths, settings, strict=True) if own is None]
     notes += [f"{path} does not name the settings of its answers." for path in unnamed]
     if all(settings):
@@ -455,8 +454,8 @@ def format_comparison(result: Mapping[str, Any]) -> str:
     ]
     low, high = result["interval"]
     rows.append(f"second minus first: {result['difference']:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
-    alone = f"right in the first only {result['only_first']}, in the second only {result['only_second']}"
-    rows.append(f"of {result['n']} questions {alone}; McNemar's exact p = {result['p']:.3g}")
+    discordant = f"right in the first only {result['only_first']}, in the second only {result['only_second']}"
+    rows.append(f"of {result['n']} questions {discordant}; McNemar's exact p = {result['p']:.3g}")
     return "\n".join(rows + [f"- {note}" for note in result["notes"]])
 
 

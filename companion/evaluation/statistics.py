@@ -211,7 +211,7 @@ def welch(mean_a: float, std_a: float, n_a: int, mean_b: float, std_b: float, n_
     """
     if min(n_a, n_b) < 2 or not std_a + std_b > 0:
         raise ValueError(f"{n_a} and {n_b} runs with deviations {std_a:g} and {std_b:g}: give >= 2 runs that differ")
-    found = stats.ttest_ind_from_stats(mean_b, std_b, n_b, mean_a, std_a, n_a, equal_var=False)
+    test = stats.ttest_ind_from_stats(mean_b, std_b, n_b, mean_a, std_a, n_a, equal_var=False)
     parts = std_a**2 / n_a, std_b**2 / n_b
     error = sum(parts) ** 0.5
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / (n_a - 1) + parts[1] ** 2 / (n_b - 1))
@@ -220,8 +220,8 @@ def welch(mean_a: float, std_a: float, n_a: int, mean_b: float, std_b: float, n_
     return {
         "difference": difference,
         "standard_error": error,
-        "t": float(found.statistic),
+        "t": float(test.statistic),
         "freedom": freedom,
         "interval": [difference - half, difference + half],
-        "p": float(found.pvalue),
+        "p": float(test.pvalue),
     }

@@ -21,7 +21,7 @@ from llava_core.runtime import ConfigError, display_path
 LEDGER = Path(__file__).with_name("claims.yaml")
 Evidence = Literal["recomputed", "measured", "measured_gpu", "not_attempted", "impossible"]
 EVIDENCE: dict[str, str] = {
-    "recomputed": "computed again from released outputs, or from the paper's own other numbers",
+    "recomputed": "recomputed from released outputs, or from the paper's own other numbers",
     "measured": "measured on the miniature: its direction can be compared, its absolute value cannot",
     "measured_gpu": "measured on a GPU; the bundle of evidence is in the repository",
     "not_attempted": "not attempted, with the reason",
@@ -30,7 +30,7 @@ EVIDENCE: dict[str, str] = {
 SOURCES = {
     "verified": "read in the primary source, or computed from it",
     "secondary": "read in copies by others only",
-    "inferred": "concluded from other facts",
+    "inferred": "concluded from other sources",
     "unpublished": "never published",
 }
 
@@ -149,7 +149,7 @@ class Claim(StrictModel):
         return text if self.spread is None else f"{text} ± {self.spread:.{self.digits or 0}f}"
 
     @property
-    def shown(self) -> str:
+    def value_text(self) -> str:
         """The number with its unit, for tables."""
         relation = "" if self.relation == "equals" else f"{self.relation} "
         return f"{relation}{self.number}{'' if self.unit == '%' else ' '}{self.unit}"
@@ -182,11 +182,11 @@ def _table_records(group: dict[str, Any], where: str) -> Iterator[tuple[str, dic
         if len(values) != len(columns) or len(spreads) != len(columns):
             raise ConfigError(f"{where}, row '{name}': {len(values)} values for {len(columns)} columns")
         records: dict[str, dict[str, Any]] = {}
-        for (column, facts), value, spread in zip(columns.items(), values, spreads, strict=True):
+        for (column, column_fields), value, spread in zip(columns.items(), values, spreads, strict=True):
             is_total = column == table["total"]
             key, suffix = own if is_total else f"{name}-{column}", "" if is_total else f"-{column}"
-            fields = _merged(group, facts, row, cells.pop(key, {}))
-            fields |= {"value": value, "text": text.format(row=row["text"], column=facts["text"])}
+            fields = _merged(group, column_fields, row, cells.pop(key, {}))
+            fields |= {"value": value, "text": text.format(row=row["text"], column=column_fields["text"])}
             fields |= {"cell": (row["text"], column), "spread": spread}
             if table["minus"]:
                 ids = [f"{of}{suffix}", f"{table['minus']['row']}{suffix}"]
@@ -296,7 +296,7 @@ def computed_value(name: str, claims: Mapping[str, Claim] | None = None) -> floa
 def inconsistent(claims: Mapping[str, Claim] | None = None) -> dict[str, float]:
     """Return the claims that differ from their computed value by more than the tolerance: id -> computed value."""
     claims = all_claims() if claims is None else claims
-    found = {}
+    result = {}
     for name, known in claims.items():
         value = computed_value(name, claims)
         if value is None or known.computed is None:
@@ -304,5 +304,5 @@ def inconsistent(claims: Mapping[str, Claim] | None = None) -> dict[str, float]:
         reach = (known.computed.within.within(known.n) or 0) + 1e-9
         exceeded = known.relation == "more than" and value > known.value
         if not exceeded and abs(value - known.value) > reach:
-            found[name] = value
-    return found
+            result[name] = value
+    return result

@@ -46,7 +46,7 @@ class Discrepancy(StrictModel):
     pair: Pair | None = None
 
     @model_validator(mode="after")
-    def _is_shown(self) -> Discrepancy:
+    def _has_evidence(self) -> Discrepancy:
         if self.test is None and self.pair is None:
             raise ValueError("an entry needs a `test` or a `pair` of runs that shows it")
         return self

@@ -47,8 +47,8 @@ def _of_chapter(known: Claim, out: Path) -> Measured:
     except DataError:
         return Measured(note=f"chapter {against.chapter} has not run")
     if against.rows is None:
-        found = next((row["measured"] for row in saved["checks"] if row.get("id") == known.id), None)
-        value, interval = (None, found) if isinstance(found, list) else (found, None)
+        recorded = next((row["measured"] for row in saved["checks"] if row.get("id") == known.id), None)
+        value, interval = (None, recorded) if isinstance(recorded, list) else (recorded, None)
         value = saved["numbers"].get(against.value) if against.value else value
     else:
         part = saved["numbers"]
@@ -136,7 +136,7 @@ def claim_rows(
         if kind is None or known.evidence == kind:
             here = measured(known, folder, released)
             row = known.model_dump(include=FIELDS)
-            row |= {"published": known.shown, "measured": here.value, "interval": here.interval}
+            row |= {"published": known.value_text, "measured": here.value, "interval": here.interval}
             rows.append(row | {"verdict": here.verdict, "note": here.note})
     return rows
 
@@ -157,9 +157,9 @@ def published_ablation(name: str) -> dict[str, Any]:
         `reference` and `other` (accuracies in %), `effect` as published, `standard_error`, `z`, `p`, `interval`, `n`.
     """
     best, other = claim("sqa-accuracy"), claim(f"{name}-accuracy")
-    found = unpaired_difference(best.correct or 0, best.n or 0, other.correct or 0, other.n or 0)
-    kept = {key: found[key] for key in ("standard_error", "z", "p", "interval")}
-    return {"reference": best.value, "other": other.value, "effect": claim(name).value, **kept, "n": best.n}
+    test = unpaired_difference(best.correct or 0, best.n or 0, other.correct or 0, other.n or 0)
+    statistics = {key: test[key] for key in ("standard_error", "z", "p", "interval")}
+    return {"reference": best.value, "other": other.value, "effect": claim(name).value, **statistics, "n": best.n}
 
 
 def p_text(p: float) -> str:
@@ -171,19 +171,24 @@ def significance_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the significance of the rows of Table 8, and of LLaVA minus each other row of Table 5."""
     ablations = []
     for name in ("ablation-last-layer", "ablation-answer-first", "ablation-7b", "ablation-no-pretraining"):
-        found = published_ablation(name)
-        row = {"difference": claim(name).text, "points": found["effect"], "standard error": found["standard_error"]}
-        row |= {"z": found["z"], "p": p_text(found["p"]), "95 % interval": found["interval"], "questions": found["n"]}
+        result = published_ablation(name)
+        row = {"difference": claim(name).text, "points": result["effect"], "standard error": result["standard_error"]}
+        row |= {
+            "z": result["z"],
+            "p": p_text(result["p"]),
+            "95 % interval": result["interval"],
+            "questions": result["n"],
+        }
         ablations.append(row)
     benches = []
     for rival in ("bench-wild-openflamingo", "bench-wild-blip2"):
         for part in ("conv", "detail", "complex", "all"):
             first, second = claim(f"{rival}-{part}"), claim(f"bench-wild-{part}")
             both = ((c.value, c.spread or 0.0, c.runs or 0) for c in (first, second))
-            found = welch(*next(both), *next(both))
+            result = welch(*next(both), *next(both))
             kind = second.text.partition(", ")[2] or "all questions"
             row = {"LLaVA above": first.text.partition(" of ")[2].partition(",")[0], "questions": kind}
-            row |= {"points": found["difference"]}
-            row |= {"standard error": found["standard_error"], "t": found["t"], "p": p_text(found["p"])}
-            benches.append(row | {"95 % interval": found["interval"], "runs": first.runs})
+            row |= {"points": result["difference"]}
+            row |= {"standard error": result["standard_error"], "t": result["t"], "p": p_text(result["p"])}
+            benches.append(row | {"95 % interval": result["interval"], "runs": first.runs})
     return ablations, benches

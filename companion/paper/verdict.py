@@ -15,15 +15,15 @@ class Verdict(StrEnum):
     AGREES = "agrees"
     """The measured direction, bound or value is the claimed one."""
     DISAGREES = "disagrees"
-    """It is measured, and it is not the claimed one."""
+    """The measured value is not the claimed one."""
     NOT_RESOLVED = "not resolved"
     """The interval contains zero, one seed has no interval, the run was shortened, or no record exists."""
     SHOWN_ONLY = "shown only"
-    """The value can be shown at this scale, but the claim cannot be tested."""
+    """This scale has a value, but the claim cannot be tested with it."""
 
     @classmethod
     def _missing_(cls, value: object) -> Verdict:
-        raise DataError(f"{unknown('verdict', str(value), cls)}; run the chapter that saved it again")
+        raise DataError(f"{unknown('verdict', str(value), cls)}; run its chapter again")
 
     @property
     def css_class(self) -> str:
@@ -32,7 +32,7 @@ class Verdict(StrEnum):
 
 
 def verdict_of(holds: bool | None) -> Verdict:
-    """Return the verdict on a claim that is checked directly; None: this scale can only show the value."""
+    """Return the verdict on a claim that is checked directly; None: not testable at this scale."""
     if holds is None:
         return Verdict.SHOWN_ONLY
     return Verdict.AGREES if holds else Verdict.DISAGREES

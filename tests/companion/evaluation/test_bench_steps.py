@@ -150,7 +150,7 @@ def test_answers_are_resumed_and_name_their_settings(loaded: Loaded, model: Path
     assert part.read_text() == full.read_text()
     row = json.loads(lines[0])
     assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
-    assert row["metadata"] == report["conditions"] == read_predictions(full).made_with
+    assert row["metadata"] == report["conditions"] == read_predictions(full).settings
     assert row["metadata"]["checkpoint"] == checkpoint_id(model)
     assert [row["metadata"][k] for k in ("max_new_tokens", "temperature", "dtype")] == [6, 0.0, "float32"]
     assert len({json.loads(line)["answer_id"] for line in lines}) == 5

@@ -64,7 +64,7 @@ def test_file_with_other_settings_is_refused(
     answers = predict_science_qa(models["QCM-LEPA"], checkpoints["QCM-LEPA"], folder, out, **SHORT)
     report = read_predictions(out)
     assert report.answers == answers
-    output = report.made_with or {}
+    output = report.settings or {}
     assert (output["prompt_format"], output["template"], output["n"], output["split"]) == ("QCM-LEPA", "v0", 5, "test")
     assert (output["max_new_tokens"], output["answer_tokens"], output["temperature"], output["seed"]) == (4, 3, 0.0, 0)
     result = evaluate_files(out, questions, prompt_format="QCM-LEPA", checkpoint=checkpoints["QCM-LEPA"])

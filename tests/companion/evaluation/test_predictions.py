@@ -52,7 +52,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_written_file_is_read_with_its_settings(files: tuple[Path, Path]) -> None:
     report = read_predictions(files[0])
-    assert (report.answers, report.made_with) == ({"0": "The answer is B.", "1": "The answer is A."}, SETTINGS)
+    assert (report.answers, report.settings) == ({"0": "The answer is B.", "1": "The answer is A."}, SETTINGS)
     result = evaluate_files(*files, prompt_format="QCM-LEPA")
     assert (result["correct"], result["missing"], result["made_with"]) == (1, 1, SETTINGS)
     assert "holds 2 of 3 answers" in result["notes"][-1]
