@@ -125,13 +125,13 @@ def ensure(
     if any(stale(root, name, seed, sizes) for name in names):
         with _locked(root):
             for name in names:
-                if stale(root, name, seed, sizes):  # checked again: another process may have written it
+                if stale(root, name, seed, sizes):  # another process may have written it in the meantime
                     _write_set(root, name, seed, sizes)
     return root
 
 
 def stale(root: Path, name: str, seed: int, sizes: Sizes) -> str | None:
-    """Why a set has to be written again, or None; text files are compared by checksum, images by number and bytes."""
+    """Why a set must be rewritten, or None; text files are compared by checksum, images by number and bytes."""
     folder = root / name
     try:
         card = read_json(folder / "card.json")
@@ -224,8 +224,8 @@ def _card_text(card: dict[str, Any]) -> str:
     rows += [(key.replace("_", " "), value) for key, value in card["counts"].items()]
     rows += [("images", size), *((f"`{key}`", f"SHA-256 `{value[:16]}`") for key, value in card["files"].items())]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    made = "Made by `companion.miniature` without any outside data; the full checksums are in `card.json`."
-    return f"# {card['name']}\n\n{card['about']}\n\n{made}\n\n| | |\n|---|---|\n{table}\n"
+    origin = "Made by `companion.miniature` without any outside data; the full checksums are in `card.json`."
+    return f"# {card['name']}\n\n{card['about']}\n\n{origin}\n\n| | |\n|---|---|\n{table}\n"
 
 
 __all__ = ["SETS", "TINY", "Sizes", "default_root", "ensure", "generator_version", "stale", "write"]

@@ -58,8 +58,8 @@ def language_model_checks(folder: Path, scenes: int = 150) -> dict[str, Any]:
     rng = random.Random(HELD_OUT_SEED)
     questions: list[tuple[str, language.QA]] = []
     for scene in held_out_scenes(scenes):
-        found = language.questions(language.facts_of_scene(scene), rng)[:4]
-        questions += [(context_text(scene, rng), q) for q in found]
+        drawn = language.questions(language.facts_of_scene(scene), rng)[:4]
+        questions += [(context_text(scene, rng), q) for q in drawn]
     informed = exact_answers(model, tokenizer, [(f"{context}\n{q.question}", q.answer) for context, q in questions])
     blind = exact_answers(model, tokenizer, [(q.question, q.answer) for _, q in questions])
     by_kind: dict[str, list[bool]] = {}
@@ -126,7 +126,7 @@ def vision_tower_checks(folder: Path, scenes: int = 6000, candidates: int = 100)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     drawn = held_out_scenes(scenes)
     features: dict[str, list[torch.Tensor]] = {"": [], "_last": []}
-    facts: list[tuple[str, str, str]] = []
+    labels: list[tuple[str, str, str]] = []
     train = 0
     for start in range(0, scenes, 200):
         part = drawn[start : start + 200]
@@ -137,23 +137,23 @@ def vision_tower_checks(folder: Path, scenes: int = 6000, candidates: int = 100)
                 if (clearest := clearest_patch(scene, item)) is not None:
                     image.append(k)
                     patch.append(1 + clearest)
-                    facts.append((item.category, item.color, zones[item.category]))
-            train = len(facts) if start + k < scenes * 4 // 5 else train
+                    labels.append((item.category, item.color, zones[item.category]))
+            train = len(labels) if start + k < scenes * 4 // 5 else train
         with torch.inference_mode():
             output = model.vision_model(_pixel_values(part), output_hidden_states=True)
             for suffix, states in zip(features, output.hidden_states[-2:], strict=True):
                 features[suffix].append(states[image, patch])
-    found: dict[str, Any] = {"n": len(facts) - train}
+    result: dict[str, Any] = {"n": len(labels) - train}
     names: Sequence[Sequence[str]] = (list(world.CATEGORIES), list(world.COLORS), world.POSITIONS)
     for k, (kind, known) in enumerate(zip(("category", "color", "position"), names, strict=True)):
-        y = torch.tensor([known.index(fact[k]) for fact in facts])
+        y = torch.tensor([known.index(label[k]) for label in labels])
         for suffix, parts in features.items():
-            found[kind + suffix] = _linear_probe(torch.cat(parts).clone(), y, train, len(known))
+            result[kind + suffix] = _linear_probe(torch.cat(parts).clone(), y, train, len(known))
     rng = random.Random(HELD_OUT_SEED)
     texts = [language.captions(s, rng)[1] for s in drawn[:candidates]]
     with torch.inference_mode():
         images = _pixel_values(drawn[:candidates])
         scores = model(pixel_values=images, **caption_ids(tokenizer, texts)).logits_per_image
     best = scores.argmax(1).tolist()
-    found["retrieval"] = sum(texts[b] == texts[k] for k, b in enumerate(best)) / candidates
-    return found
+    result["retrieval"] = sum(texts[b] == texts[k] for k, b in enumerate(best)) / candidates
+    return result

@@ -105,7 +105,7 @@ class Backdrop(DisplayList):
             x += wide
 
     def picture(self, fill: RGB, points: Sequence[Point]) -> None:
-        """A framed picture on the emptier side of a window whose left edge is the point."""
+        """A framed picture on the emptier side of a window; the point is the left edge of the window."""
         ((window, y),) = points
         x = window + 0.46 if window < 0.35 else window - 0.24
         self.rect(fill, [(x, y), (x + 0.14, 0.3)])
@@ -125,7 +125,7 @@ class Backdrop(DisplayList):
 
 
 def draw_background(name: str, size: int, rng: random.Random) -> Image.Image:
-    """Draw an empty place in muted colors, so that the objects in front of it stand out.
+    """Draw an empty place in muted colors, so that the objects in front of it contrast with it.
 
     Args:
         name: one of BACKGROUNDS.

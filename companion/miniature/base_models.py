@@ -20,7 +20,7 @@ MODELS = ROOT / "models" / "mini"
 
 
 def measure_acceptance(models: Path = MODELS) -> dict[str, Any]:
-    """All acceptance checks of the base models; `passed` says which ones they pass."""
+    """All acceptance checks of the base models; `passed` has the outcome of each."""
     text = {name: language_model_checks(models / name) for name in SIZES}
     vision = vision_tower_checks(models / "clip")
     passed = {
@@ -46,11 +46,14 @@ def train_base_models(out: Path = MODELS, only: list[str] | None = None, seed: i
         The acceptance checks, as stored in `gates.json`.
     """
     for name in only or [*SIZES, "clip"]:
-        part, old = out / f".{name}.part", out / f".{name}.old"  # an interrupted training leaves the old model in place
+        part, old = (
+            out / f".{name}.part",
+            out / f".{name}.old",
+        )  # an interrupted training leaves the old model in place
         for folder in (part, old):
             shutil.rmtree(folder, ignore_errors=True)
-        facts = train_clip(part, seed) if name == "clip" else train_language_model(name, part, seed)
-        write_manifest(part, facts)
+        settings = train_clip(part, seed) if name == "clip" else train_language_model(name, part, seed)
+        write_manifest(part, settings)
         if (out / name).exists():
             (out / name).rename(old)
         part.rename(out / name)

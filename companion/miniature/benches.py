@@ -1,7 +1,7 @@
 """bench-coco and bench-wild in LLaVA-Bench's file formats: questions, context for the judge, reference answers.
 
 bench-coco has val scenes of mini-coco; bench-wild has scenes whose pairs of category and color occur in no training
-image. The reference answers are those of the text-only teacher, generated from the facts of the scene.
+image. The reference answers are those of the text-only teacher, generated from the scene.
 """
 
 from __future__ import annotations
@@ -58,20 +58,20 @@ class _Bench:
 def _reasonings(scene: Scene) -> list[language.QA]:
     """The distinct reasoning questions that a scene allows, in a fixed order."""
     facts = language.facts_of_scene(scene)
-    found: dict[str, language.QA] = {}
+    result: dict[str, language.QA] = {}
     for attempt in range(12):
         if qa := language.reasoning(facts, random.Random(f"reasoning-{scene.id}-{attempt}")):
-            found.setdefault(qa.question, qa)
-    return [found[question] for question in sorted(found)]
+            result.setdefault(qa.question, qa)
+    return [result[question] for question in sorted(result)]
 
 
 def _pick(candidates: Callable[[int], Scene], n: int, reasonings: int, limit: int) -> list[Scene]:
     """The first `n` candidates that allow that many reasoning questions."""
-    found: list[Scene] = []
+    scenes: list[Scene] = []
     for k in range(limit):
-        if len(found) < n and len(_reasonings(scene := candidates(k))) >= reasonings:
-            found.append(scene)
-    return found
+        if len(scenes) < n and len(_reasonings(scene := candidates(k))) >= reasonings:
+            scenes.append(scene)
+    return scenes
 
 
 def write_bench_coco(root: Path, *, seed: int, images: int, train: int, val: int) -> dict[str, int]:

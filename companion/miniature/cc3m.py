@@ -1,7 +1,7 @@
-"""mini-cc3m: web-like captions with their images in the layout of Conceptual Captions after download.
+"""mini-cc3m: web-like captions with their images in the file format of Conceptual Captions after download.
 
 A few popular subjects fill almost half of the lines, and rare words give a long tail: few noun phrases occur in
-hundreds of captions and most in one or two, the distribution that the paper's filter is meant for.
+hundreds of captions and most in one or two, as in the paper's data.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Web:
             number += 1
 
     def scene(self, index: int) -> tuple[Scene, bool]:
-        """The scene of a line, and whether it shows a popular subject (alone)."""
+        """The scene of a line, and whether it is a popular subject without others."""
         rng = random.Random(f"cc3m-scene-{self.seed}-{index}")
         if rng.random() > POPULAR:
             return sample_scene(index, self.seed + _OTHER_SEED), False

@@ -128,15 +128,15 @@ def _questions(split: str, members: Sequence[Scene], seed: int) -> list[dict[str
     rows: list[dict[str, Any]] = []
     asked: Counter[str] = Counter()
     for scene in members:
-        found = language.questions(language.facts_of_scene(scene), random.Random(f"coco-questions-{seed}-{scene.id}"))
+        pool = language.questions(language.facts_of_scene(scene), random.Random(f"coco-questions-{seed}-{scene.id}"))
         if split == "val":
             chosen: list[language.QA] = []
-            while found and len(chosen) < QUESTIONS_PER_VAL_IMAGE:
-                chosen.append(min(found, key=lambda qa: asked[qa.kind]))
+            while pool and len(chosen) < QUESTIONS_PER_VAL_IMAGE:
+                chosen.append(min(pool, key=lambda qa: asked[qa.kind]))
                 asked[chosen[-1].kind] += 1
-                found = [qa for qa in found if qa.kind != chosen[-1].kind]
-            found = chosen
-        for qa in found:
+                pool = [qa for qa in pool if qa.kind != chosen[-1].kind]
+            pool = chosen
+        for qa in pool:
             row = {"question_id": len(rows), "image": file_name(split, scene.id), "text": qa.question}
             rows.append(row | {"answer": qa.answer, "kind": qa.kind})
     return rows
@@ -161,7 +161,7 @@ def render(jobs: Sequence[tuple[Scene, Path]], desc: str) -> None:
             draw_scene(scene, IMAGE_SIZE).save(path, quality=QUALITY)
         return
     # no multiprocessing: a spawned child runs the caller's script again, and without a __main__ guard the script would
-    # wait for its own lock for ever
+    # wait for its own lock forever
     reader, writer = os.pipe()
     command = [sys.executable, "-c", "from companion.miniature.coco import _worker; _worker()"]
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

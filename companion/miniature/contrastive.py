@@ -34,7 +34,7 @@ CAPTION_SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 
 
 def caption_texts(count: int = 3000, seed: int = 0) -> Iterator[str]:
-    """Training texts of the tokenizer: captions alone."""
+    """Training texts of the tokenizer: captions only."""
     rng = random.Random(f"captions-{seed}")
     for k in range(count):
         yield from language.captions(world.sample_scene(k, 2000 + seed), rng)
@@ -44,7 +44,7 @@ def caption_texts(count: int = 3000, seed: int = 0) -> Iterator[str]:
 class ClipExample:
     """A drawn scene, its captions, and the groups of its patches.
 
-    pixels: uint8 (H, W, 3). captions: five, and a sixth with categories alone. patches: int8 (GRID**2,), index into
+    pixels: uint8 (H, W, 3). captions: five, and a sixth with categories only. patches: int8 (GRID**2,), index into
     `groups`, -1 for the background. groups: (noun, noun phrase, position). place: e.g. "on a beach".
     """
 
@@ -148,7 +148,7 @@ def train_clip(
 
     The class token is contrasted with captions as in CLIP; patches of the last two layers are contrasted with phrases
     for their content (cf. RegionCLIP, Zhong et al. 2022), as far fewer drawings than CLIP's 400M pairs do not localise
-    by captions alone. Both layers have the same weight, so that the ablation of the feature layer stays fair.
+    from captions only. Both layers have the same weight, so that the ablation of the feature layer is fair.
 
     Args:
         out: output folder: CLIPModel (its vision half is the tower), tokenizer, image settings.
@@ -156,12 +156,12 @@ def train_clip(
         steps: optimizer steps.
         images: number of scenes; each batch is shifted by up to 4 pixels.
         batch: image-caption pairs per step.
-        names: share of batches whose captions have categories alone and, drawn separately, of those whose patch phrases
-            have category and position alone. Color separates the pairs of a batch long before shape does; without it
+        names: share of batches whose captions have categories only and, drawn separately, of those whose patch phrases
+            have category and position only. Color separates the pairs of a batch long before shape does; without it
             shapes are learned. Half of the batches with such captions are mirrored.
 
     Returns:
-        The training facts for the manifest.
+        The training settings for the manifest.
     """
     from transformers import CLIPConfig, CLIPModel
 

@@ -96,8 +96,8 @@ _FINITE = re.compile(
 
 
 @dataclass(frozen=True)
-class Thing:
-    """Facts about one category of things in a photograph.
+class PhotoObjects:
+    """The objects of one category in a photograph.
 
     Attributes:
         name: COCO's category, or a further known noun.
@@ -139,7 +139,7 @@ def tidy(caption: str) -> str:
 
 @dataclass(frozen=True)
 class Photo:
-    """Captions and boxes of a photograph, and the facts extracted from them."""
+    """Captions and boxes of a photograph, and what is extracted from them: objects, place, actions."""
 
     captions: tuple[str, ...]
     boxes: tuple[tuple[str, Box], ...] = ()
@@ -155,14 +155,14 @@ class Photo:
 
     @cached_property
     def _nouns(self) -> list[list[re.Match[str]]]:
-        found = [list(re.finditer(rf"(?<![\w-]){_NOUN}(?![\w-])(?!'s)(?! {_HEADS}\b)", text)) for text in self._plain]
+        matches = [list(re.finditer(rf"(?<![\w-]){_NOUN}(?![\w-])(?!'s)(?! {_HEADS}\b)", text)) for text in self._plain]
         return [
-            [m for k, m in enumerate(row) if k + 1 == len(row) or row[k + 1].start() != m.end() + 1] for row in found
+            [m for k, m in enumerate(row) if k + 1 == len(row) or row[k + 1].start() != m.end() + 1] for row in matches
         ]
 
     @cached_property
-    def things(self) -> list[Thing]:
-        """All things; those in most captions and with the largest boxes first."""
+    def objects(self) -> list[PhotoObjects]:
+        """All objects by category; those in most captions and with the largest boxes first."""
         boxes: dict[str, list[Box]] = {}
         for name, box in self.boxes:
             boxes.setdefault(name, []).append(box)
@@ -175,7 +175,7 @@ class Photo:
             for name, word, is_plural in seen:
                 words.setdefault(name, Counter())[word] += 1
                 number.setdefault(name, Counter())[is_plural] += 1
-        things = []
+        objects = []
         for name in dict.fromkeys([*mentions, *boxes]):
             word = words[name].most_common(1)[0][0] if name in words else name
             if name == "person" and name in words and len(words[name]) > 1 and words[name][word] < 2:
@@ -184,11 +184,11 @@ class Photo:
             count = len(where) if where else self._count(name, word, mentions[name])
             seen_as = number.get(name, Counter({bool(count and count > 1): 1}))
             several = seen_as[True] > seen_as[False] or bool(count and count > 1 and not where)
-            things.append(Thing(name, word, mentions[name], several, count, self._color(name), where))
-        return sorted(things, key=lambda t: (-min(t.mentions, 3), -t.area, -t.mentions, t.name))
+            objects.append(PhotoObjects(name, word, mentions[name], several, count, self._color(name), where))
+        return sorted(objects, key=lambda t: (-min(t.mentions, 3), -t.area, -t.mentions, t.name))
 
     def _count(self, name: str, word: str, mentions: int) -> int | None:
-        """The number in the captions, if they do not contradict; 1 for a single large thing."""
+        """The number in the captions, if they do not contradict; 1 for a single large object."""
         given: Counter[int] = Counter()
         several = False
         for text, row in zip(self._plain, self._nouns, strict=True):
@@ -196,8 +196,8 @@ class Photo:
                 m for m in row if _SURFACES[m[0]][0] == name and (name != "person" or _SURFACES[m[0]][1] == word)
             ):
                 before = text[: noun.start()]
-                if found := re.search(rf"\b({either(_NUMBER)}) (?:{_ADJECTIVE} ){{0,3}}$", before):
-                    given[_NUMBER[found[1]]] += 1
+                if match := re.search(rf"\b({either(_NUMBER)}) (?:{_ADJECTIVE} ){{0,3}}$", before):
+                    given[_NUMBER[match[1]]] += 1
                 elif _SURFACES[noun[0]][2] or re.search(rf"\b(?:{_SOME}|two) (?:\w+ ){{0,2}}$", before):
                     several = True
         given.pop(1, None)
@@ -214,9 +214,9 @@ class Photo:
         for text, row in zip(self._plain, self._nouns, strict=True):
             for noun in (m for m in row if _SURFACES[m[0]][0] == name):
                 chain = rf"\b({_COLOR}(?:(?:,| and|, and)? {_COLOR})*) (?:(?!and ){_ADJECTIVE} ){{0,2}}$"
-                found = re.search(chain, text[: noun.start()])
-                if found and not re.search(rf"{_COLOR} an? $", text[: found.start()]):
-                    colors = [c.replace("grey", "gray") for c in re.findall(rf"\b{_COLOR}\b", found[1])]
+                match = re.search(chain, text[: noun.start()])
+                if match and not re.search(rf"{_COLOR} an? $", text[: match.start()]):
+                    colors = [c.replace("grey", "gray") for c in re.findall(rf"\b{_COLOR}\b", match[1])]
                     given[listing(sorted(set(colors)))] += 1
         ranked = given.most_common(2)
         if not ranked or (len(ranked) > 1 and ranked[0][1] < 2 * ranked[1][1]):
@@ -224,24 +224,24 @@ class Photo:
         return ranked[0][0]
 
     @cached_property
-    def confirmed(self) -> list[Thing]:
-        """The things that at least two captions name."""
-        return [t for t in self.things if t.mentions >= min(2, len(self.texts))]
+    def confirmed(self) -> list[PhotoObjects]:
+        """The objects that at least two captions name."""
+        return [t for t in self.objects if t.mentions >= min(2, len(self.texts))]
 
     @cached_property
     def place(self) -> str | None:
         """The place ("a beach"), if two captions name it."""
-        found: Counter[str] = Counter()
+        votes: Counter[str] = Counter()
         pattern = rf"\b({either(_PLACES)})\b(?!-)(?! (?:{_NOUN}|{_HEADS}|sign|signs|light|lights|floor)\b)"
         for text in self._plain:
-            found.update({_PLACES[m[1]] for m in re.finditer(pattern, text)})
-        best = found.most_common(1)
+            votes.update({_PLACES[m[1]] for m in re.finditer(pattern, text)})
+        best = votes.most_common(1)
         return best[0][0] if best and best[0][1] >= 2 else None
 
     @cached_property
     def statements(self) -> list[str]:
-        """The captions as sentences; first those that name the things of other captions, at medium length."""
-        weight = {t.name: t.mentions for t in self.things}
+        """The captions as sentences; first those that name the objects of other captions, at medium length."""
+        weight = {t.name: t.mentions for t in self.objects}
 
         def score(k: int) -> float:
             words = len(self.texts[k].split())
@@ -261,43 +261,43 @@ class Photo:
             rf"^(?:{_DETERMINER} )?(?:{_ADJECTIVE} ){{0,3}}(?P<noun>{_NOUN})(?: that| who)?(?P<be> is| are)? "
             rf"(?P<action>{_ACTION})\b(?P<tail>.*)$"
         )
-        things = {t.name: t for t in self.confirmed if KIND[t.name] in ("person", "animal")}
-        found: dict[str, QA] = {}
+        objects = {t.name: t for t in self.confirmed if KIND[t.name] in ("person", "animal")}
+        result: dict[str, QA] = {}
         for text in sorted(self.texts, key=lambda t: abs(len(t.split()) - 10)):
             m = pattern.match(text.lower())
             name, word, is_plural = _SURFACES[m["noun"]] if m else ("", "", False)
             tail = _END.sub("", m["tail"]) if m else ""
             broken = re.search(rf"{_TECHNICAL.pattern}|{_FINITE.pattern}| (an?|the|of|to|with|and|on)$", tail)
-            if not m or name not in things or name in found or broken or len(tail.split()) > 12:
+            if not m or name not in objects or name in result or broken or len(tail.split()) > 12:
                 continue
             if name != "person":
-                word = things[name].word
+                word = objects[name].word
             elif sum(bool(re.search(rf"\b{m['noun']}\b", text)) for text in self._plain) < 2:
                 word = "person"  # only one annotator says that it is a man, a girl, ...
             several = is_plural or bool(m["some"]) or _NUMBER.get(m["number"] or "", 1) > 1 or m["be"] == " are"
             be, who = ("are", f"the {many(word)}") if several else ("is", f"the {word}")
             doing = m["action"] if m["action"] in ("wearing", "holding") and tail else "doing"
             answer = sentence(f"{who} {be} {m['action']}{tail}")
-            found[name] = QA(f"What {be} {who} {doing}?", answer, "action")
-        return list(found.values())
+            result[name] = QA(f"What {be} {who} {doing}?", answer, "action")
+        return list(result.values())
 
     def places_of(self) -> list[QA]:
         """Questions about positions, answered with a caption's words."""
-        things = {t.name: t for t in self.confirmed if t.name != "person"}
-        found: dict[str, QA] = {}
+        objects = {t.name: t for t in self.confirmed if t.name != "person"}
+        result: dict[str, QA] = {}
         for text, row in zip(self._plain, self._nouns, strict=True):
             for noun in row:
-                thing = things.get(_SURFACES[noun[0]][0])
+                item = objects.get(_SURFACES[noun[0]][0])
                 after = rf"(?P<that> that (?:is|are))?(?: (?:is|are))?(?: (?:{_STATE}))? (?P<where>(?:{_PREPOSITION}) "
                 m = re.match(after + r"(?:an?|the|some|two) .+)$", text[noun.end() :])
                 # subjects only: "a cup sits on a table next to a book" does not place the table
-                if not thing or not m or (re.search(rf"\b{_PREPOSITION}\b", text[: noun.start()]) and not m["that"]):
+                if not item or not m or (re.search(rf"\b{_PREPOSITION}\b", text[: noun.start()]) and not m["that"]):
                     continue
                 phrase = re.sub(rf" (topped|filled|covered with|and|with|{_ACTION})\b.*", "", _END.sub("", m["where"]))
                 if len(phrase.split()) in range(3, 10) and not (_VAGUE.search(phrase) or _TECHNICAL.search(phrase)):
-                    who, be = thing.the.rsplit(" ", 1)
-                    found.setdefault(thing.name, QA(f"Where {be} {who}?", sentence(f"{who} {be} {phrase}"), "position"))
-        return list(found.values())
+                    who, be = item.the.rsplit(" ", 1)
+                    result.setdefault(item.name, QA(f"Where {be} {who}?", sentence(f"{who} {be} {phrase}"), "position"))
+        return list(result.values())
 
 
 def _statement(text: str) -> str:
@@ -312,37 +312,37 @@ _CONSPICUOUS = _words(_DATA["conspicuous"])
 
 def conversation(photo: Photo, rng: random.Random) -> list[QA]:
     """Questions with certain answers, then one that needs common knowledge; never empty."""
-    found = []
-    for thing in photo.confirmed:
-        if thing.color:
-            be, name = ("are", many(thing.word)) if thing.plural else ("is", thing.word)
-            found.append(QA(f"What color {be} the {name}?", sentence(f"{thing.the} {thing.color}"), "color"))
-        if thing.count:
-            there = f"there {'is one' if thing.count == 1 else f'are {number_word(thing.count)}'}"
-            name = thing.word if thing.count == 1 else many(thing.word)
-            found.append(QA(f"How many {many(thing.word)} are there?", sentence(f"{there} {name}"), "count"))
-    kinds = {KIND[t.name] for t in photo.things}
+    pool = []
+    for item in photo.confirmed:
+        if item.color:
+            be, name = ("are", many(item.word)) if item.plural else ("is", item.word)
+            pool.append(QA(f"What color {be} the {name}?", sentence(f"{item.the} {item.color}"), "color"))
+        if item.count:
+            there = f"there {'is one' if item.count == 1 else f'are {number_word(item.count)}'}"
+            name = item.word if item.count == 1 else many(item.word)
+            pool.append(QA(f"How many {many(item.word)} are there?", sentence(f"{there} {name}"), "count"))
+    kinds = {KIND[t.name] for t in photo.objects}
     traffic = {"vehicle", "street"} & kinds or photo.place in ("a street", "a city street", "a road", "an airport")
     rules_out = kinds | ({"vehicle"} if traffic else set())
     absent = [name for name in _CONSPICUOUS if KIND[name] not in rules_out]
     for name in rng.sample(absent, min(2, len(absent))):
         a = with_article(name)
-        found.append(QA(f"Is there {a} in the image?", f"No, there is no {name} in the image.", "presence"))
+        pool.append(QA(f"Is there {a} in the image?", f"No, there is no {name} in the image.", "presence"))
     if photo.confirmed:
-        thing = rng.choice(photo.confirmed[:3])
-        is_, a = ("Are", many(thing.word)) if thing.plural else ("Is", counted(1, thing.word))
+        item = rng.choice(photo.confirmed[:3])
+        is_, a = ("Are", many(item.word)) if item.plural else ("Is", counted(1, item.word))
         answer = f"Yes, there {is_.lower()} {a} in the image."
-        found.append(QA(f"{is_} there {'any ' if thing.plural else ''}{a} in the image?", answer, "presence"))
+        pool.append(QA(f"{is_} there {'any ' if item.plural else ''}{a} in the image?", answer, "presence"))
     if photo.place:
-        found.append(QA("What kind of place does the image show?", f"The image shows {photo.place}.", "background"))
-    found += photo.actions() + photo.places_of()
-    rng.shuffle(found)
+        pool.append(QA("What kind of place does the image show?", f"The image shows {photo.place}.", "background"))
+    pool += photo.actions() + photo.places_of()
+    rng.shuffle(pool)
     chosen: list[QA] = []
     kinds_asked = Counter[str]()
-    while found and len(chosen) < _TURNS:  # every kind of question once before any repeats
-        chosen.append(min(found, key=lambda q: kinds_asked[q.kind]))
+    while pool and len(chosen) < _TURNS:  # every kind of question once before any repeats
+        chosen.append(min(pool, key=lambda q: kinds_asked[q.kind]))
         kinds_asked[chosen[-1].kind] += 1
-        found.remove(chosen[-1])
+        pool.remove(chosen[-1])
     if len(chosen) < 3:
         chosen.insert(0, QA("What can be seen in the image?", photo.statements[0], "description"))
     return [*chosen, reasoning(photo)]
@@ -353,17 +353,17 @@ def _side(boxes: Sequence[Box]) -> list[str]:
     return ["on the left" if x < 0.37 else "on the right" if x > 0.63 else "in the middle" for x in centers]
 
 
-def _whereabouts(thing: Thing) -> str:
-    """One sentence with count and position of a thing that has boxes."""
-    n, sides = len(thing.boxes), Counter(_side(thing.boxes))
+def _whereabouts(item: PhotoObjects) -> str:
+    """One sentence with count and position of the objects of a category."""
+    n, sides = len(item.boxes), Counter(_side(item.boxes))
     order = [side for side in ("on the left", "in the middle", "on the right") if sides[side]]
-    word = thing.word if n == 1 and thing.mentions > 1 else thing.name
-    if n == 1 and thing.area > 0.5:
+    word = item.word if n == 1 and item.mentions > 1 else item.name
+    if n == 1 and item.area > 0.5:
         return f"The {word} takes up most of the image."
     if n == 1:
         pair = word in _MEASURE
         return (
-            f"The {word} is {order[0]}." if thing.mentions and not pair else f"There is {counted(1, word)} {order[0]}."
+            f"The {word} is {order[0]}." if item.mentions and not pair else f"There is {counted(1, word)} {order[0]}."
         )
     if n >= 10:
         across = order[0] if len(order) == 1 else "across the image"
@@ -375,7 +375,7 @@ def _whereabouts(thing: Thing) -> str:
 
 
 def detail(photo: Photo) -> str:
-    """A description: a caption, count and position of each thing, relations between things, colors."""
+    """A description: a caption, count and position of each category, relations between objects, colors."""
     first = photo.statements[0]
     known = set(re.findall(r"\w+", first.lower()))
     new = [len(set(re.findall(r"\w{4,}", s.lower())) - known) for s in photo.statements[1:]]
@@ -385,7 +385,7 @@ def detail(photo: Photo) -> str:
     ]
     if good:
         opening.append(re.sub(r"^The image shows ", "The image also shows ", good[0]))
-    boxed = sorted((t for t in photo.things if t.boxes), key=lambda t: -t.area)
+    boxed = sorted((t for t in photo.objects if t.boxes), key=lambda t: -t.area)
     body = [_whereabouts(t) for t in boxed[:6]]
     if boxed[6:]:
         body.append(
@@ -404,23 +404,23 @@ def detail(photo: Photo) -> str:
 
 
 def relations(photo: Photo) -> list[str]:
-    """ "The dog is to the left of the chair." for single things with separate boxes."""
-    single = sorted((t for t in photo.things if len(t.boxes) == 1 and t.word not in _MEASURE), key=lambda t: -t.area)[
+    """ "The dog is to the left of the chair." for single objects with separate boxes."""
+    single = sorted((t for t in photo.objects if len(t.boxes) == 1 and t.word not in _MEASURE), key=lambda t: -t.area)[
         :4
     ]
-    found = []
+    sentences = []
     for k, a in enumerate(single):
         for b in single[k + 1 :]:
             if a.boxes[0][2] <= b.boxes[0][0] + 0.02 or b.boxes[0][2] <= a.boxes[0][0] + 0.02:
                 side = "left" if a.boxes[0][0] < b.boxes[0][0] else "right"
-                found.append(f"The {a.word} is to the {side} of the {b.word}.")
-    return found
+                sentences.append(f"The {a.word} is to the {side} of the {b.word}.")
+    return sentences
 
 
 def reasoning(photo: Photo) -> QA:
-    """A question about the most prominent thing that does not name it; the answer is a caption and common knowledge."""
-    things = [t for t in photo.things if t.mentions > 1 or t.boxes]
-    names = [*(t.name for t in sorted(things, key=lambda t: t.name == "person")), "-"]  # a person is the last choice
+    """A question about the most prominent object without its name; the answer is a caption and common knowledge."""
+    objects = [t for t in photo.objects if t.mentions > 1 or t.boxes]
+    names = [*(t.name for t in sorted(objects, key=lambda t: t.name == "person")), "-"]  # a person is the last choice
     entries = _DATA["knowledge"]
     name, entry = next((n, e) for n in names for e in entries if n in _words(e["things"]))
     several = many(name)

@@ -24,7 +24,7 @@ AFFORDANCE: dict[str, list[str]] = _TABLE["affordance"]
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an image: groups of objects from left to right, and the background (None: not known)."""
+    """Known content of an image: groups of objects from left to right, and the background (None: not known)."""
 
     groups: tuple[Group, ...]
     background: str | None
@@ -96,7 +96,7 @@ def placed_phrase(group: Group) -> str:
 
 
 def listing(parts: Sequence[str]) -> str:
-    """Parts joined as English does: one alone, two by "and", more by commas and a last "and"."""
+    """Parts joined as English does: one unchanged, two by "and", more by commas and a last "and"."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
@@ -143,10 +143,10 @@ def questions(facts: Facts, rng: random.Random) -> list[QA]:
     Returns:
         Questions with short exact answers such as "Red.", "Two.", "Yes.", "On the left.", "A beach.".
     """
-    found: list[QA] = []
+    result: list[QA] = []
 
     def add(kind: str, question: str, answer: str, statement: str) -> None:
-        found.append(QA(question, sentence(answer), kind, sentence(statement)))
+        result.append(QA(question, sentence(answer), kind, sentence(statement)))
 
     present = {g.category for g in facts.groups}
     for g in facts.groups:
@@ -175,8 +175,8 @@ def questions(facts: Facts, rng: random.Random) -> list[QA]:
         place = PLACE_ANSWER[facts.background]
         statement = f"the image shows {place[:1].lower()}{place[1:]}"
         add("background", "What place does the image show?", place, statement)
-    rng.shuffle(found)
-    return found
+    rng.shuffle(result)
+    return result
 
 
 def overview(facts: Facts) -> str:
@@ -198,7 +198,7 @@ def describe(facts: Facts) -> str:
 
 
 def reasoning(facts: Facts, rng: random.Random) -> QA | None:
-    """A question that names no object and asks what a thing is for; None where the answer would be ambiguous."""
+    """A question about the use of an object without its name; None where the answer would be ambiguous."""
     kinds = [CATEGORIES.get(g.category) for g in facts.groups]
     unique = [g for g, k in zip(facts.groups, kinds, strict=True) if k in AFFORDANCE and kinds.count(k) == 1]
     if not unique:

@@ -189,7 +189,7 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
         steps: optimizer steps; those of the size when None.
 
     Returns:
-        The training facts for the manifest.
+        The training settings for the manifest.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

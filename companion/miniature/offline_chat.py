@@ -1,6 +1,6 @@
-"""Offline stand-in for GPT-4: replies to the same prompts, in the formats that these ask for.
+"""Offline stand-in for GPT-4: replies to the same prompts, in the requested formats.
 
-The prompt decides the job: instruction data of one of three kinds, scores for two answers, or a question with choices.
+The prompt decides the task: instruction data of one of three kinds, scores for two answers, or a question with choices.
 Replies about scenes of the miniature use the miniature's language, so that its questions and those of its tests share
 one wording; replies about photographs are those of `everyday`. Equal prompts get equal replies.
 """
@@ -26,7 +26,7 @@ TURNS = 8  # of a conversation about a scene of the miniature
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Criteria of a judge besides correctness.
+    """Criteria of a judge in addition to correctness.
 
     Attributes:
         detail: weight of completeness in the score of a free answer, from 0 to 1.
@@ -49,10 +49,10 @@ def respond(messages: Sequence[dict[str, str]], settings: JudgeSettings = THOROU
         settings: of the judge.
 
     Returns:
-        The reply, in the format that the job's prompt asks for.
+        The reply, in the format that the prompt asks for.
 
     Raises:
-        DataError: the prompt is of no known job.
+        DataError: the prompt asks for no known task.
     """
     system = " ".join(m["content"] for m in messages if m["role"] == "system").lower()
     user = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
@@ -108,10 +108,10 @@ def read_context(text: str) -> Context:
     captions: list[str] = []
     boxes: list[tuple[str, Box]] = []
     for line in filter(None, map(str.strip, text.split("\n"))):
-        found = _BOX.match(line)
-        numbers = [float(x) for x in re.findall(r"\d+(?:\.\d+)?", found["box"])] if found else []
-        if found and len(numbers) == 4:
-            boxes.append((found["name"].strip(), (numbers[0], numbers[1], numbers[2], numbers[3])))
+        match = _BOX.match(line)
+        numbers = [float(x) for x in re.findall(r"\d+(?:\.\d+)?", match["box"])] if match else []
+        if match and len(numbers) == 4:
+            boxes.append((match["name"].strip(), (numbers[0], numbers[1], numbers[2], numbers[3])))
         else:
             captions.append(line)
     return Context(tuple(captions), tuple(boxes))
@@ -197,12 +197,12 @@ def conversation(context: Context, rng: random.Random) -> list[QA]:
     facts = context.facts
     if facts is None:
         return everyday.conversation(context.photo, rng)
-    found = list({qa.question: qa for qa in language.questions(facts, rng)}.values())
+    pool = list({qa.question: qa for qa in language.questions(facts, rng)}.values())
     chosen: list[QA] = []
-    while found and len(chosen) < TURNS:
+    while pool and len(chosen) < TURNS:
         kinds = [qa.kind for qa in chosen]
-        chosen.append(min(found, key=lambda qa: kinds.count(qa.kind)))
-        found.remove(chosen[-1])
+        chosen.append(min(pool, key=lambda qa: kinds.count(qa.kind)))
+        pool.remove(chosen[-1])
     # An answer can repeat earlier turns without the image, so the most informative turns are last.
     chosen = sorted(chosen, key=lambda qa: _KIND_ORDER.index(qa.kind))
     overview = QA(rng.choice(_OVERVIEW), language.overview(facts), "overview")
@@ -295,12 +295,12 @@ def _keywords(text: str) -> Claims:
 
 def _right_answer(facts: Facts, question: str) -> str | None:
     """The answer to a question of the miniature; None to any other."""
-    if found := re.fullmatch(r"Is there an? (\w+)\?", question):
-        return "Yes." if found[1] in {g.category for g in facts.groups} else "No."
+    if match := re.fullmatch(r"Is there an? (\w+)\?", question):
+        return "Yes." if match[1] in {g.category for g in facts.groups} else "No."
     for g in facts.groups:
         if question == language.AFFORDANCE[CATEGORIES[g.category]][0]:
             return f"The {g.category}."
-    for seed in range(64):  # each draws other pairs and absent things
+    for seed in range(64):  # each draws other pairs and absent objects
         for qa in language.questions(facts, random.Random(seed)):
             if qa.question == question:
                 return qa.answer
@@ -346,20 +346,20 @@ def _support(context: Context, answers: Sequence[str], settings: JudgeSettings) 
 
 def _claims(text: str) -> Claims:
     """Facts of a text in the miniature's language, each bound to its category."""
-    text, found = text.lower(), set()
+    text, claims = text.lower(), set()
     for m in [*_MENTION.finditer(text), *re.finditer(_STATED, text), *_COLORED.finditer(text)]:
         name, parts = _WORDS[m["noun"]], m.groupdict()
-        found |= {("thing", name)} | {(k, name, parts[k]) for k in ("color", "position", "size") if parts.get(k)}
+        claims |= {("thing", name)} | {(k, name, parts[k]) for k in ("color", "position", "size") if parts.get(k)}
         if "n" in parts:
-            found.add(("count", name, "one" if parts["n"] in ("a", "an") else parts["n"]))
-    return found | {claim for claim in _keywords(text) if claim[0] == "place"}
+            claims.add(("count", name, "one" if parts["n"] in ("a", "an") else parts["n"]))
+    return claims | {claim for claim in _keywords(text) if claim[0] == "place"}
 
 
 def _photo_claims(photo: Photo) -> Claims:
-    found: Claims = {("place", photo.place)} if photo.place else set()
-    for t in photo.things:
-        found |= {("thing", t.name)} | ({("color", t.name, t.color)} if t.color else set())
-    return found
+    claims: Claims = {("place", photo.place)} if photo.place else set()
+    for t in photo.objects:
+        claims |= {("thing", t.name)} | ({("color", t.name, t.color)} if t.color else set())
+    return claims
 
 
 def _content(text: str) -> set[str]:
@@ -374,8 +374,8 @@ _NEEDS_IMAGE = re.compile(r"\b(shown|picture|image|photo|photograph|map|figure|d
 def _options(text: str) -> dict[str, str]:
     """Letter -> choice, for `(A) one (B) two` and for a line `A. one` each."""
     inline = re.findall(r"\(([A-E])\) (.*?)(?=\s*\([A-E]\) |\n|$)", text.rpartition("Options:")[2])
-    found = dict(inline or re.findall(r"^([A-E])\. (.+)$", text, re.MULTILINE))
-    return found if list(found) == list("ABCDE")[: len(found)] and len(found) > 1 else {}
+    choices = dict(inline or re.findall(r"^([A-E])\. (.+)$", text, re.MULTILINE))
+    return choices if list(choices) == list("ABCDE")[: len(choices)] and len(choices) > 1 else {}
 
 
 def answer_multiple_choice(prompt: str, options: dict[str, str]) -> str:

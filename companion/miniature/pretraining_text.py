@@ -70,7 +70,7 @@ def dialogue(turns: list[tuple[str, str | None]], supervise_all: bool = False) -
 
 
 def multiple_choice(context: str, facts: language.Facts, rng: random.Random) -> tuple[str, str]:
-    """A question with lettered options in ScienceQA's layout, and a reply that states the fact before its letter."""
+    """A question with lettered options in ScienceQA's prompt format, and a reply with the reason before its letter."""
     qa = rng.choice([q for q in language.questions(facts, rng) if q.kind in OPTIONS])
     right = qa.answer.rstrip(".").lower()
     wrong = [o for o in OPTIONS[qa.kind] if o != right]
@@ -89,8 +89,8 @@ def _caption(scene: world.Scene, rng: random.Random) -> str:
 def document(rng: random.Random) -> tuple[list[Segment], list[str]]:
     """One training document of the language models, and the words of its patches (empty without a patch text).
 
-    A patch text takes the place of an image: one vector per patch of a scene, the sum of the embeddings of its words.
-    It has the form in which a projector will pass images, without any image.
+    A patch text replaces an image: one vector per patch of a scene, the sum of the embeddings of its words. This is the
+    form of a projector's output.
     """
     kind = rng.random()
     if kind < 0.12:

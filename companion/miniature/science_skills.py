@@ -1,7 +1,7 @@
 """Skills of mini-scienceqa: generators of problems whose solution takes at least two steps.
 
 A skill draws the right choice first and then the rest of the problem, so that neither the wording of the question nor
-that of a choice reveals the answer: it takes the image, the facts or the hint.
+that of a choice reveals the answer: the image, a fact or the hint is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from companion.miniature.world import ASPECT, CATEGORIES, COLORS, POSITIONS, Gro
 
 _TABLE: dict[str, Any] = load_table("science_skills")
 GROUPS: dict[str, list[str]] = _TABLE["groups"]
-GROUP_OF = {thing: group for group, things in GROUPS.items() for thing in things}
+GROUP_OF = {noun: group for group, nouns in GROUPS.items() for noun in nouns}
 NEEDS: dict[str, str] = _TABLE["needs"]
 MOVES: dict[str, list[str]] = _TABLE["moves"]
 LEGS: dict[str, int] = _TABLE["legs"]
@@ -33,7 +33,7 @@ MEASURES: list[list[str]] = _TABLE["measures"]
 RHYMES: dict[str, list[str]] = _TABLE["rhymes"]
 ENDINGS: dict[str, list[str]] = _TABLE["endings"]
 # colors of each category in training images; bench-wild has the other pairs
-PALETTE = {thing: tuple(c for c in COLORS if not held_out_pair(thing, c)) for thing in CATEGORIES}
+PALETTE = {name: tuple(c for c in COLORS if not held_out_pair(name, c)) for name in CATEGORIES}
 WORDS = sorted({*CATEGORIES, *chain(*RHYMES.values()), *SITES})
 
 
@@ -79,8 +79,8 @@ def article(noun: str) -> str:
     return noun if noun == "furniture" else with_article(noun)
 
 
-def is_a(thing: str) -> str:
-    return f"{article(thing)} is {article(GROUP_OF[thing])}"
+def is_a(noun: str) -> str:
+    return f"{article(noun)} is {article(GROUP_OF[noun])}"
 
 
 def _text(*sentences: str) -> str:
@@ -106,10 +106,10 @@ def last_letters(word: str) -> str:
 
 def _group_members(rng: random.Random, n: int, but: str = "") -> list[str]:
     """Different members of any group but one; groups are equally likely, so that plants are right as often."""
-    found: list[str] = []
-    while len(found) < n:
-        found += _without([rng.choice(GROUPS[rng.choice(_without(GROUPS, but))])], *found)
-    return found
+    nouns: list[str] = []
+    while len(nouns) < n:
+        nouns += _without([rng.choice(GROUPS[rng.choice(_without(GROUPS, but))])], *nouns)
+    return nouns
 
 
 def _order_clues(rng: random.Random, names: Sequence[str], before: str, after: str) -> str:
@@ -118,10 +118,10 @@ def _order_clues(rng: random.Random, names: Sequence[str], before: str, after: s
     return _text(*(rng.choice(both) for both in rng.sample(pairs, len(pairs))))
 
 
-def _colors(rng: random.Random, things: Sequence[str], first: str | None = None) -> list[str]:
+def _colors(rng: random.Random, nouns: Sequence[str], first: str | None = None) -> list[str]:
     """Different colors for the categories; `first` is that of the first one, drawn when None."""
     while True:
-        colors = [rng.choice(PALETTE[thing]) for thing in things]
+        colors = [rng.choice(PALETTE[noun]) for noun in nouns]
         colors[0] = first or colors[0]
         if len({*colors}) == len(colors):
             return colors
@@ -144,11 +144,11 @@ def _scene(rng: random.Random, background: str, items: Sequence[Item], groups: S
 
 
 def _scene_with(
-    rng: random.Random, things: Sequence[str], background: str | None = None, color: str | None = None
+    rng: random.Random, nouns: Sequence[str], background: str | None = None, color: str | None = None
 ) -> tuple[Scene, str]:
     """A scene of single objects, and a reference to the first: by its color (drawn when None) or its position."""
-    zones, colors = rng.sample(POSITIONS, len(things)), _colors(rng, things, color)
-    scene = _compose(rng, [Group(t, c, 1, z) for t, c, z in zip(things, colors, zones, strict=True)], background)
+    zones, colors = rng.sample(POSITIONS, len(nouns)), _colors(rng, nouns, color)
+    scene = _compose(rng, [Group(t, c, 1, z) for t, c, z in zip(nouns, colors, zones, strict=True)], background)
     where = "in the middle" if zones[0] == "middle" else f"on the {zones[0]}"
     return scene, rng.choice([f"the {colors[0]} thing", f"the thing {where}"])
 
@@ -158,11 +158,11 @@ def _ask_image(
 ) -> Draft:
     """Ask for a property of an object in the image; `answers` has the categories of each answer, `recall` the steps."""
     # the color is drawn first, from those that every answer can have: a question's color must not reveal the answer
-    shared = [c for c in COLORS if all(any(c in PALETTE[t] for t in things) for things in answers.values())]
+    shared = [c for c in COLORS if all(any(c in PALETTE[t] for t in nouns) for nouns in answers.values())]
     color, answer = rng.choice(shared), rng.choice(list(answers))
-    thing = rng.choice([t for t in answers[answer] if color in PALETTE[t]])
-    scene, it = _scene_with(rng, [thing, *rng.sample(_without(CATEGORIES, thing), rng.choice((1, 2)))], color=color)
-    steps = _text(f"{it} is {article(thing)}", *recall(thing))
+    noun = rng.choice([t for t in answers[answer] if color in PALETTE[t]])
+    scene, it = _scene_with(rng, [noun, *rng.sample(_without(CATEGORIES, noun), rng.choice((1, 2)))], color=color)
+    steps = _text(f"{it} is {article(noun)}", *recall(noun))
     return Draft(question.format(it), answer, _without(answers, answer), steps, scene=scene)
 
 
@@ -180,21 +180,21 @@ def _ask_end(rng: random.Random, order: list[str], names: str, more: str, less: 
 
 @_skill
 def _needs_in_a_picture(rng: random.Random) -> Draft:
-    def recall(thing: str) -> list[str]:
-        return [is_a(thing), f"{article(GROUP_OF[thing])} needs {NEEDS[GROUP_OF[thing]]}"]
+    def recall(noun: str) -> list[str]:
+        return [is_a(noun), f"{article(GROUP_OF[noun])} needs {NEEDS[GROUP_OF[noun]]}"]
 
-    return _ask_image(rng, "What does {} need?", {NEEDS[group]: things for group, things in GROUPS.items()}, recall)
+    return _ask_image(rng, "What does {} need?", {NEEDS[group]: nouns for group, nouns in GROUPS.items()}, recall)
 
 
 @_skill
 def _groups_in_a_picture(rng: random.Random) -> Draft:
-    return _ask_image(rng, "Which group does {} belong to?", dict(GROUPS), lambda thing: [is_a(thing)])
+    return _ask_image(rng, "Which group does {} belong to?", dict(GROUPS), lambda noun: [is_a(noun)])
 
 
 @_skill
 def _movement_in_a_picture(rng: random.Random) -> Draft:
-    def recall(thing: str) -> list[str]:
-        return [f"{article(thing)} moves {way}" for way, things in MOVES.items() if thing in things]
+    def recall(noun: str) -> list[str]:
+        return [f"{article(noun)} moves {way}" for way, nouns in MOVES.items() if noun in nouns]
 
     return _ask_image(rng, "Where does {} move?", dict(MOVES), recall)
 
@@ -228,19 +228,19 @@ def _climate_in_a_picture(rng: random.Random) -> Draft:
 @_skill
 def _map_of_a_picture(rng: random.Random) -> Draft:
     way = rng.choice(list(COMPASS))
-    things = rng.sample([c for c in CATEGORIES if world.ZONE[c] == "ground"], 2)
+    nouns = rng.sample([c for c in CATEGORIES if world.ZONE[c] == "ground"], 2)
     x, far, near = rng.uniform(0.45, 0.55), (0.0, 0.62), (0.0, 0.97)  # far objects are higher in the image
     spots = {"north": (far, near), "south": (near, far), "east": ((0.27, 0.85), (-0.27, 0.85))}
     spots["west"] = spots["east"][::-1]
     items = []
-    for thing, color, (shift, y) in zip(things, _colors(rng, things), spots[way], strict=True):
-        width = min(0.28 * ASPECT[thing], 0.34)
-        corners = (x + shift - width / 2, y - width / ASPECT[thing], x + shift + width / 2, y)
-        items.append(Item(thing, color, "small", (corners[0], corners[1], corners[2], corners[3])))
+    for noun, color, (shift, y) in zip(nouns, _colors(rng, nouns), spots[way], strict=True):
+        width = min(0.28 * ASPECT[noun], 0.34)
+        corners = (x + shift - width / 2, y - width / ASPECT[noun], x + shift + width / 2, y)
+        items.append(Item(noun, color, "small", (corners[0], corners[1], corners[2], corners[3])))
     scene = _scene(rng, rng.choice(("meadow", "beach", "snow", "desert")), items)
     seen = COMPASS[way]
-    steps = _text(f"the {things[0]} is {seen} the {things[1]}", f"{seen.removesuffix(' of')} is {way}")
-    return Draft(f"Which way is the {things[0]} from the {things[1]}?", way, _without(COMPASS, way), steps, scene=scene)
+    steps = _text(f"the {nouns[0]} is {seen} the {nouns[1]}", f"{seen.removesuffix(' of')} is {way}")
+    return Draft(f"Which way is the {nouns[0]} from the {nouns[1]}?", way, _without(COMPASS, way), steps, scene=scene)
 
 
 # --- image and text context ---
@@ -248,37 +248,37 @@ def _map_of_a_picture(rng: random.Random) -> Draft:
 
 @_skill
 def _sorting_by_a_rule(rng: random.Random) -> Draft:
-    thing = rng.choice(list(CATEGORIES))
-    colors = rng.sample(PALETTE[thing], 3)
-    other = rng.choice([c for c in _without(CATEGORIES, thing) if colors[1] in PALETTE[c]])
+    noun = rng.choice(list(CATEGORIES))
+    colors = rng.sample(PALETTE[noun], 3)
+    other = rng.choice([c for c in _without(CATEGORIES, noun) if colors[1] in PALETTE[c]])
     zones = rng.sample(POSITIONS, 2)
-    scene = _compose(rng, [Group(thing, colors[0], 1, zones[0]), Group(other, colors[1], 1, zones[1])])
+    scene = _compose(rng, [Group(noun, colors[0], 1, zones[0]), Group(other, colors[1], 1, zones[1])])
     boxes = [f"box {number_word(k)}" for k in rng.sample((1, 2, 3), 3)]
     rules = [f"{color} goes in {box}" for color, box in zip(colors, boxes, strict=True)]
-    steps = _text(f"the {thing} is {colors[0]}", rules[0])
-    return Draft(f"Where does the {thing} go?", boxes[0], boxes[1:], steps, _text(*rng.sample(rules, 3)), scene)
+    steps = _text(f"the {noun} is {colors[0]}", rules[0])
+    return Draft(f"Where does the {noun} go?", boxes[0], boxes[1:], steps, _text(*rng.sample(rules, 3)), scene)
 
 
 @_skill
 def _distance_in_a_picture(rng: random.Random) -> Draft:
-    things, hours = rng.sample(GROUPS["vehicle"], 3), rng.choice((2, 3))
+    nouns, hours = rng.sample(GROUPS["vehicle"], 3), rng.choice((2, 3))
     speeds = rng.sample(range(1, 12 // hours + 1), 3)
-    scene, it = _scene_with(rng, things[:2])
-    clues = [f"{article(thing)} goes {_count(speed, 'mile')}" for thing, speed in zip(things, speeds, strict=True)]
+    scene, it = _scene_with(rng, nouns[:2])
+    clues = [f"{article(noun)} goes {_count(speed, 'mile')}" for noun, speed in zip(nouns, speeds, strict=True)]
     hint = _text("in one hour " + ", ".join(rng.sample(clues, 3)))
     miles = [f"{number_word(speed * hours)} miles" for speed in speeds]
-    steps = _text(f"{it} is {article(things[0])}", f"{equation(speeds[0], 'times', hours)} miles")
+    steps = _text(f"{it} is {article(nouns[0])}", f"{equation(speeds[0], 'times', hours)} miles")
     return Draft(f"How far does {it} go in {number_word(hours)} hours?", miles[0], miles[1:], steps, hint, scene)
 
 
 @_skill
 def _prices_in_a_picture(rng: random.Random) -> Draft:
-    things, prices = rng.sample(list(CATEGORIES), 3), rng.sample(range(2, 7), 3)
-    clues = [f"{article(thing)} costs {number_word(price)}" for thing, price in zip(things, prices, strict=True)]
+    nouns, prices = rng.sample(list(CATEGORIES), 3), rng.sample(range(2, 7), 3)
+    clues = [f"{article(noun)} costs {number_word(price)}" for noun, price in zip(nouns, prices, strict=True)]
     sums = [f"{number_word(a + b)} coins" for a, b in combinations(prices, 2)]
-    sold = f"the picture shows {article(things[0])} and {article(things[1])}"
+    sold = f"the picture shows {article(nouns[0])} and {article(nouns[1])}"
     steps = _text(sold, f"{equation(prices[0], 'plus', prices[1])} coins")
-    hint, (scene, _) = _text(", ".join(rng.sample(clues, 3)) + " coins"), _scene_with(rng, things[:2])
+    hint, (scene, _) = _text(", ".join(rng.sample(clues, 3)) + " coins"), _scene_with(rng, nouns[:2])
     return Draft("What do the things here cost together?", sums[0], sums[1:], steps, hint, scene)
 
 
@@ -293,16 +293,16 @@ def _history_in_a_picture(rng: random.Random) -> Draft:
 
 @_skill
 def _caption_of_a_picture(rng: random.Random) -> Draft:
-    thing, (zone, elsewhere) = rng.choice(list(CATEGORIES)), rng.sample(("left", "right"), 2)
-    color, miscolor = rng.sample(PALETTE[thing], 2)
+    noun, (zone, elsewhere) = rng.choice(list(CATEGORIES)), rng.sample(("left", "right"), 2)
+    color, miscolor = rng.sample(PALETTE[noun], 2)
     # the wrong caption must be possible as well: a held-out pair would reveal it
-    other = rng.choice([c for c in _without(CATEGORIES, thing) if color in PALETTE[c]])
-    true = (color, thing, zone)
+    other = rng.choice([c for c in _without(CATEGORIES, noun) if color in PALETTE[c]])
+    true = (color, noun, zone)
     k = rng.randrange(3)
     said = [*true[:k], (miscolor, other, elsewhere)[k], *true[k + 1 :]]
     hint, fact = (f"{article(c)} {t} is on the {z}" for c, t, z in (said, true))
     steps = _text(f"in the picture {fact}", f"{said[k]} should be {true[k]}")
-    scene = _compose(rng, [Group(thing, color, 1, zone)])
+    scene = _compose(rng, [Group(noun, color, 1, zone)])
     return Draft("Which word is wrong?", said[k], _without(said, said[k]), steps, _text(hint), scene)
 
 

@@ -138,12 +138,12 @@ def _facts() -> dict[str, list[str]]:
     pairs = list(product(range(1, 13), repeat=2))
     letters = sorted({word[0] for word in WORDS})
     return {
-        "group": [is_a(thing) for thing in GROUP_OF],
+        "group": [is_a(noun) for noun in GROUP_OF],
         "kin": [
             f"{article(a)} and {article(b)} belong to one group" for g in GROUPS.values() for a, b in permutations(g, 2)
         ],
         "need": [f"{article(group)} needs {need}" for group, need in NEEDS.items()],
-        "move": [f"{article(thing)} moves {way}" for way, things in MOVES.items() for thing in things],
+        "move": [f"{article(noun)} moves {way}" for way, nouns in MOVES.items() for noun in nouns],
         "legs": [f"{article(animal)} has {number_word(n)} legs" for animal, n in LEGS.items()],
         "weather": [f"{name} is {weather}" for name, weather, _ in PLACES.values()],
         "take": [f"when it is {weather}, people take {item}" for _, weather, item in PLACES.values()],

@@ -125,7 +125,7 @@ def fit(
     return float(np.mean(losses[-50:]))
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Training facts and the SHA-256 of every file, checked when the model is loaded."""
+def write_manifest(folder: Path, training: dict[str, Any]) -> None:
+    """Write manifest.json: the training settings and the SHA-256 of every file, checked when the model is loaded."""
     files = {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.name != "manifest.json"}
-    write_json(folder / "manifest.json", {"license": "Apache-2.0", "training": facts, "files": files})
+    write_json(folder / "manifest.json", {"license": "Apache-2.0", "training": training, "files": files})

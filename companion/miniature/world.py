@@ -1,4 +1,4 @@
-"""Synthetic scenes: sampling, layout and drawing.
+"""Synthetic scenes: sampling, placement and drawing.
 
 A scene is a background and one to three groups of objects. All its facts (category, color, count, size, position) are
 known, so that captions, boxes, questions and answers generated from it are correct by construction.

@@ -43,8 +43,8 @@ def test_facts_need_two_captions() -> None:
     assert photo.place == "a beach"
     assert Photo(("A blue car.", "A red car.", "A car.")).confirmed[0].color is None
     assert Photo(("Three men.", "Two men.")).confirmed[0].count is None
-    assert Photo(("A man.", "A woman.", "A dog on a dog bed.")).things[0].word == "person"
-    assert "bed" not in {t.name for t in Photo(("A dog bed frame.", "An apple tree.")).things}
+    assert Photo(("A man.", "A woman.", "A dog on a dog bed.")).objects[0].word == "person"
+    assert "bed" not in {t.name for t in Photo(("A dog bed frame.", "An apple tree.")).objects}
 
 
 def test_conversation_uses_confirmed_facts() -> None:
