@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--base", "DIR", "language model of a projector, a LoRA or a .pth")
         self.option("--vision-tower", "DIR", "tower, instead of the one that the files name")
 
-    def usage(self) -> None:
+    def assumptions(self) -> None:
         self.add_argument(
             "--assume", "--set", dest="set", action="append", default=[], type=_assignment, metavar="KEY=VALUE",
             help="a value that the files do not specify, e.g. template=v0_exact or image_position=last; once for each",

@@ -96,7 +96,7 @@ def _add_predict(commands: Commands) -> None:
     new.choice("--device", ["auto", "cpu", "cuda"], "auto")
     new.choice("--dtype", ["float32", "bfloat16", "float16"], "float32")
     new.bases()
-    new.usage()
+    new.assumptions()
 
 
 def _add_science_qa(into: Commands) -> None:
@@ -154,7 +154,7 @@ def _add_captions(into: Commands) -> None:
     new.checkpoint(either)
     new.limit()
     new.bases()
-    new.usage()
+    new.assumptions()
     new.images(" for --model")
     new.path("--out", "FILE", "where the captions of --model are written (.json)")
     new.option("--request", "TEXT", "the prompt", default="Give this image a caption.")

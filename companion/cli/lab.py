@@ -31,5 +31,5 @@ def add(commands: Commands) -> None:
     new.checkpoint()
     new.path("--image", "FILE", "the image; a line `/image FILE` takes another, an empty line ends", required=True)
     new.bases()
-    new.usage()
+    new.assumptions()
     command(commands, "demo", "open the chat notebook in JupyterLab", "llava demo", _demo, interactive=True)

@@ -80,7 +80,7 @@ def add(commands: Commands) -> None:
     new.checkpoint()
     new.limit()
     new.bases()
-    new.usage()
+    new.assumptions()
 
     example = "llava evaluate bench reference --bench data/mini/bench-coco --out reference.jsonl"
     text = "answer with a text-only model from captions and boxes"

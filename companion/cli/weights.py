@@ -50,7 +50,7 @@ def add(commands: Commands) -> None:
     new.bases()
     _shards(new)
     new.switch("--verify", "with --to hf: run both models and compare every module")
-    new.usage()
+    new.assumptions()
 
     delta = {
         "make": (
@@ -77,4 +77,4 @@ def add(commands: Commands) -> None:
     new = command(commands, "inspect", text, example, _inspect, _show_inspection, unsound)
     new.path("path", "DIR", ANY_FORMAT)
     new.bases()
-    new.usage()
+    new.assumptions()

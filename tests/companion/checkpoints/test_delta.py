@@ -90,7 +90,7 @@ def test_delta_of_another_base_is_refused(tuned, tmp_path) -> None:
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
     save_file(tensors, other / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"fingerprint .*--base with that very model"):
+    with pytest.raises(CheckpointError, match=r"fingerprint .*--base with the model that the delta"):
         delta.apply(str(other), tmp_path / "delta", tmp_path / "again")
     (tmp_path / "delta" / delta.DELTA).unlink()  # a delta of others records none
     report = delta.apply(str(base), tmp_path / "delta", tmp_path / "again")

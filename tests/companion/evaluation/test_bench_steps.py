@@ -89,9 +89,9 @@ def test_first_questions_only(folder: Path) -> None:
     ("name", "rows", "message"),
     [
         ("questions.jsonl", [{"image": "a", "text": "b", "category": "c"}], r"questions\.jsonl, record 1: needs image"),
-        ("questions.jsonl", [*QUESTIONS, QUESTIONS[0]], r"record 6: question 0 has a row already"),
+        ("questions.jsonl", [*QUESTIONS, QUESTIONS[0]], r"record 6: question 0 has two rows"),
         ("questions.jsonl", [], r"questions\.jsonl: is empty"),
-        ("qa90_questions.jsonl", QUESTIONS, "give each bench a folder of its own"),
+        ("qa90_questions.jsonl", QUESTIONS, "put each bench into its own folder"),
         ("context.jsonl", [{"image": "a", "captions": 3}], r"context\.jsonl, record 1: needs `caption`"),
         ("answers_gpt4.jsonl", [{"question_id": 1}], r"answers_gpt4\.jsonl, record 1: needs text"),
     ],

@@ -242,7 +242,7 @@ def test_files(tmp_path: Path) -> None:
         ([], "not a list of captions"),
         ({"image_id": 1}, "not a list of captions"),
         ([{"image_id": 1}], "record 0: needs"),
-        ([{"image_id": 1, "caption": "x"}] * 2, "record 1: image 1 has a second caption"),
+        ([{"image_id": 1, "caption": "x"}] * 2, "record 1: image 1 has two captions"),
         ([{"image_id": 9, "caption": "x"}], "record 0: image 9 is not in"),
     ],
 )
