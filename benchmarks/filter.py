@@ -16,7 +16,7 @@ import torch
 from benchmarks.common import Clock, circumstances, in_own_process, in_turns, peak_mib
 from companion import miniature
 from companion.data_tools import cc3m
-from companion.data_tools.phrases import SHARD, extractor_named, shard_facts
+from companion.data_tools.phrases import SHARD, extractor_named, shard_key
 from llava_core.runtime import fingerprint, resolve, write_json
 
 CAPTIONS = 3_318_333  # of CC3M's training file
@@ -52,7 +52,7 @@ def plant_corpus(folder: Path, captions: int = CAPTIONS, seed: int = 0) -> Path:
             for row, names in enumerate(phrases):
                 text = " and ".join(names)
                 file.write(f"{text} .\thttps://example.org/{begin + row}.jpg\n")
-    facts = shard_facts(source, extractor_named("rules"))
+    facts = shard_key(source, extractor_named("rules"))
     home = folder / "cache" / fingerprint(facts)
     home.parent.mkdir()
     parts.rename(home)

@@ -1,6 +1,6 @@
 """Audit of instruction data: duplicates, leaks of the annotation text, unsupported objects.
 
-The result depends only on the file, the log of the requests that made it, and the annotations of the images.
+The result depends only on the file, the log of the requests that generated it, and the annotations of the images.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LEAKS = {
     "a word on the given sentences": r"\b(?:the|these|given|provided) (?:sentences|descriptions)\b",
     "numbers like 0.123": r"(?<![\w.])0\.\d{2,3}(?!\d)",
 }
-"""Patterns of texts whose writer read annotations instead of seeing an image."""
+"""Patterns of texts that refer to annotations instead of an image."""
 
 
 def plain(question: str) -> str:
@@ -57,32 +57,32 @@ class Fault:
         name: the fault.
         unit: what is counted: turns, texts, answers, records.
         of: kind -> number of examined units.
-        found: kind -> number of faulty ones.
+        counts: kind -> number of faulty units.
         examples: the first ones, `{kind, record, text}`.
     """
 
     name: str
     unit: str
     of: dict[str, int]
-    found: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     examples: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, sample: Sample, text: str) -> None:
         """Count one occurrence."""
         kind = kind_of(sample)
-        self.found[kind] = self.found.get(kind, 0) + 1
+        self.counts[kind] = self.counts.get(kind, 0) + 1
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append({"kind": kind, "record": sample.id, "text": text})
 
     @property
     def total(self) -> int:
         """Number over all kinds."""
-        return sum(self.found.values())
+        return sum(self.counts.values())
 
     def row(self) -> dict[str, Any]:
         """Name and numbers, by kind and in percent, for JSON."""
         examined = sum(self.of.values())
-        by_kind = {k: {"found": self.found.get(k, 0), "of": n} for k, n in self.of.items()}
+        by_kind = {k: {"found": self.counts.get(k, 0), "of": n} for k, n in self.of.items()}
         numbers = {"found": self.total, "of": examined, "percent": 100 * self.total / examined if examined else 0.0}
         return {"fault": self.name, "unit": self.unit, **numbers, "by_kind": by_kind, "examples": self.examples}
 
@@ -117,7 +117,7 @@ def _tally(samples: Iterable[Sample], each: int | None = None) -> dict[str, int]
 
 def _duplicates(samples: Sequence[Sample]) -> Iterator[Fault]:
     turns = _tally(samples, 1)
-    again = Fault("the same turn about the same image", "turns", turns)
+    repeated = Fault("the same turn about the same image", "turns", turns)
     elsewhere = Fault("the same question and answer about another image", "turns", turns)
     seen: set[tuple[Path | None, str, str]] = set()
     images: dict[tuple[str, str], set[Path | None]] = defaultdict(set)
@@ -125,7 +125,7 @@ def _duplicates(samples: Sequence[Sample]) -> Iterator[Fault]:
         for question, answer in sample.turns:
             turn = (sample.image, plain(question), answer)
             if turn in seen:
-                again.add(sample, f"{turn[1]} {answer}")
+                repeated.add(sample, f"{turn[1]} {answer}")
             seen.add(turn)
             images[turn[1:]].add(sample.image)
     for sample in samples:
@@ -136,7 +136,7 @@ def _duplicates(samples: Sequence[Sample]) -> Iterator[Fault]:
     texts = (" ".join(text for question, answer in s.turns for text in (plain(question), answer)) for s in samples)
     for place, earlier in near_duplicates(texts):
         near.add(samples[place], f"like {kind_of(samples[earlier])} {samples[earlier].id}")
-    yield from (again, elsewhere, near)
+    yield from (repeated, elsewhere, near)
 
 
 def near_duplicates(texts: Iterable[str]) -> list[tuple[int, int]]:
@@ -150,23 +150,23 @@ def near_duplicates(texts: Iterable[str]) -> list[tuple[int, int]]:
     """
     rng = np.random.default_rng(0)
     multipliers = rng.integers(1, 2**63, (1, 16), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    kept: dict[int, np.ndarray] = {}
+    originals: dict[int, np.ndarray] = {}
     bands: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-    found = []
+    pairs = []
     for place, text in enumerate(texts):
         triples = _triples(text)
         lowest = (triples[:, None] * multipliers).min(0)
         keys = [(k, lowest[4 * k : 4 * k + 4].tobytes()) for k in range(4)]
         for other in dict.fromkeys(other for key in keys for other in bands.get(key, ())):
-            shared = len(np.intersect1d(triples, kept[other], assume_unique=True))
-            if shared >= NEAR * (len(triples) + len(kept[other]) - shared):
-                found.append((place, other))
+            shared = len(np.intersect1d(triples, originals[other], assume_unique=True))
+            if shared >= NEAR * (len(triples) + len(originals[other]) - shared):
+                pairs.append((place, other))
                 break
         else:  # a text similar to an earlier one is no candidate itself
-            kept[place] = triples
+            originals[place] = triples
             for key in keys:
                 bands[key].append(place)
-    return found
+    return pairs
 
 
 def _triples(text: str) -> np.ndarray:
@@ -218,7 +218,7 @@ def _objects(samples: Sequence[Sample], annotated: Sequence[AnnotatedImage], fol
     if not examined:
         first = next((s.image for s in samples if s.image is not None), None)
         raise DataError(
-            f"annotations: none of the {len(known)} annotated images is one of the records', which are called like "
+            f"annotations: none of the {len(known)} annotated images is one of the records', whose names are like "
             f"{first and first.name}; annotated is e.g. {next(iter(known), None)}: give the annotations of these images"
         )
     fault.of.update(sorted(examined.items()))

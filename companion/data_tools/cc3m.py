@@ -100,7 +100,7 @@ class PhraseTable:
         captions: number of captions.
         rows, ids: one entry per caption and phrase in it, int32.
         repeats: index of the entry of each further occurrence in the same caption.
-        extractor: how the phrases were found.
+        extractor: name of the extractor of the phrases.
     """
 
     phrases: list[str]
@@ -116,15 +116,15 @@ def phrase_table(captions: Iterable[str] | Phrases, settings: FilterSettings | N
 
     Args:
         captions: captions to extract phrases from, or extracted phrases.
-        settings: how the recipe is read.
+        settings: of the filter.
     """
     settings = settings or FilterSettings()
-    found = captions if isinstance(captions, Phrases) else extract(captions, extractor_named(settings.phrases))
+    extracted = captions if isinstance(captions, Phrases) else extract(captions, extractor_named(settings.phrases))
     numbers: dict[str, int] = {}
     known: dict[str, int] = {}  # spelling -> number, so that each spelling is normalised once; -1: left out
     rows, ids, repeats = array("i"), array("i"), array("i")
     row = -1
-    for row, phrases in enumerate(found):
+    for row, phrases in enumerate(extracted):
         entries: dict[int, int] = {}  # phrase -> entry, of this caption
         for phrase in phrases:
             number = known.get(phrase)
@@ -138,7 +138,7 @@ def phrase_table(captions: Iterable[str] | Phrases, settings: FilterSettings | N
                 rows.append(row)
                 ids.append(number)
     columns = [np.array(column, np.int32) for column in (rows, ids, repeats)]
-    return PhraseTable(list(numbers), row + 1, columns[0], columns[1], columns[2], found.extractor.name)
+    return PhraseTable(list(numbers), row + 1, columns[0], columns[1], columns[2], extracted.extractor.name)
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -153,14 +153,14 @@ class Selection:
         pooled: per caption, whether it was selected.
         before: per phrase, its frequency in all (available) captions.
         after: per phrase, its frequency in the selected ones; 0 for phrases below the minimum frequency.
-        kept: per phrase, whether it has the minimum frequency.
+        frequent: per phrase, whether it has the minimum frequency.
     """
 
     table: PhraseTable
     pooled: Mask
     before: Integers
     after: Integers
-    kept: Mask
+    frequent: Mask
 
     @property
     def frequencies_before(self) -> dict[str, int]:
@@ -169,8 +169,8 @@ class Selection:
 
     @property
     def frequencies_after(self) -> dict[str, int]:
-        """Frequency of every kept phrase in the selected captions, ordered like `frequencies_before` (Figure 7)."""
-        return self._sorted(self.after, self.kept)
+        """Frequency of every frequent phrase in the selected captions, ordered like `frequencies_before` (Figure 7)."""
+        return self._sorted(self.after, self.frequent)
 
     def _sorted(self, values: Integers, mask: Mask) -> dict[str, int]:
         return {self.table.phrases[k]: int(values[k]) for k in np.argsort(-self.before, kind="stable") if mask[k]}
@@ -180,7 +180,7 @@ class Selection:
         return {
             "captions": self.table.captions,
             "phrases": int((self.before > 0).sum()),
-            "phrases_kept": int(self.kept.sum()),
+            "phrases_kept": int(self.frequent.sum()),
             "pairs_kept": int(self.pooled.sum()),
         }
 
@@ -190,7 +190,7 @@ def select(table: PhraseTable, settings: FilterSettings | None = None, available
 
     Args:
         table: the phrases of the captions.
-        settings: how the recipe is read.
+        settings: of the filter.
         available: per caption, whether its image can be used; None for all.
 
     Source: paper, appendix E.
@@ -199,10 +199,10 @@ def select(table: PhraseTable, settings: FilterSettings | None = None, available
     usable = np.ones(table.captions, bool) if available is None else np.asarray(available, bool)
     counted = usable if settings.unavailable == "before" else np.ones(table.captions, bool)
     before = _frequencies(table, counted, settings)
-    kept = before >= max(1, settings.min_frequency)
-    pooled = _fill_pool(table, kept[table.ids] & counted[table.rows], before, kept, settings) & usable
-    after = np.where(kept, _frequencies(table, pooled, settings), 0)
-    return Selection(table, pooled, before, after, kept)
+    frequent = before >= max(1, settings.min_frequency)
+    pooled = _fill_pool(table, frequent[table.ids] & counted[table.rows], before, frequent, settings) & usable
+    after = np.where(frequent, _frequencies(table, pooled, settings), 0)
+    return Selection(table, pooled, before, after, frequent)
 
 
 def _frequencies(table: PhraseTable, captions: Mask, settings: FilterSettings) -> Integers:
@@ -212,8 +212,8 @@ def _frequencies(table: PhraseTable, captions: Mask, settings: FilterSettings) -
     return np.bincount(table.ids[entries], minlength=len(table.phrases))
 
 
-def _fill_pool(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, settings: FilterSettings) -> Mask:
-    """Go through the kept phrases and add captions to the pool; `entries` masks the rows of the table that count."""
+def _fill_pool(table: PhraseTable, entries: Mask, before: Integers, frequent: Mask, settings: FilterSettings) -> Mask:
+    """Add captions to the pool, phrase by phrase; `entries` masks the rows of the table that count."""
     rows, ids, total = table.rows[entries], table.ids[entries], len(table.phrases)
     members = rows[np.argsort(ids, kind="stable")]  # captions of phrase p: members[bounds[p] : bounds[p + 1]]
     remaining = np.bincount(ids, minlength=total)
@@ -238,7 +238,7 @@ def _fill_pool(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, 
 
     if settings.order == "static" or settings.draw == "all":  # with `all` every order gives the same pool
         order = np.argsort(before, kind="stable")
-        for phrase in order[kept[order]]:
+        for phrase in order[frequent[order]]:
             take(phrase)
         return pooled
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=table.captions))])  # of a caption, in `ids`
@@ -246,7 +246,7 @@ def _fill_pool(table: PhraseTable, entries: Mask, before: Integers, kept: Mask, 
     done, width = np.iinfo(np.int64).max // 2, BLOCK
     left = np.full((-(-total // width), width), done)
     flat = left.reshape(-1)
-    flat[np.flatnonzero(kept)] = remaining[kept]
+    flat[np.flatnonzero(frequent)] = remaining[frequent]
     lowest = left.min(axis=1, initial=done)
     while len(lowest):
         block = lowest.argmin()
@@ -311,7 +311,7 @@ def filter_captions(
     Args:
         captions: the TSV.
         images: folder of the images; rows without a readable one are reported, not selected. None: no image is opened.
-        settings: how the recipe is read.
+        settings: of the filter.
         decode: decode each image instead of reading only its header.
         cache: folder for phrases and checked images: a killed run continues, and a run with other settings parses
             nothing. None: they stay in memory, and one process computes them.

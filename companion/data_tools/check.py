@@ -25,7 +25,7 @@ PROBLEM_KINDS = {
     "invalid_utf8": "text that is no valid Unicode",
     "no_records": "the file holds no record",
     "missing_field": "a required field is absent",
-    "wrong_type": "a field has another type than the format says",
+    "wrong_type": "a field has another type than in the format",
     "role_order": "the turns do not alternate human, gpt",
     "empty_turn": "a turn without text",
     "image_marker": f"not exactly one {IMAGE_MARKER} in the first human turn of a record with an image",
@@ -66,10 +66,10 @@ class Checker:
 
     def check(self, record: Record) -> list[Problem]:
         """All problems of one record."""
-        found = list(record_problems(record.value))
+        problems = list(record_problems(record.value))
         if isinstance(record.value, dict):
-            found += [*self._image(record.value), *self._length(record.value), *self._duplicate(record)]
-        return [Problem(record.line, record.label, kind, message) for kind, message in found]
+            problems += [*self._image(record.value), *self._length(record.value), *self._duplicate(record)]
+        return [Problem(record.line, record.label, kind, message) for kind, message in problems]
 
     def _image(self, value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         name = value.get("image")

@@ -54,7 +54,7 @@ def load_annotations(path: str | Path, split: str | None = None, crowd: bool = F
         path: a folder with `captions_<split>.json` and `instances_<split>.json` (or with a folder `annotations` that
             holds them), one of these two files, or a file of `{id, image, captions, instances}` records.
         split: split of a folder that has several, e.g. `train2014`.
-        crowd: keep boxes that COCO marks as a crowd of objects.
+        crowd: include boxes that COCO marks as a crowd of objects.
 
     Returns:
         The images with at least one caption, in the order of the file.

@@ -1,6 +1,6 @@
 """Conversion of your own data to LLaVA-Instruct records: `llava data convert`.
 
-A source has rows of fields. A row with turns (`conversations` or `messages`) keeps them. A row with an `answer` becomes
+A source has rows of fields. Turns of a row (`conversations` or `messages`) are copied. A row with an `answer` becomes
 a pair of turns with its `question`, or with an instruction drawn for the record (see `expansion.py`). All problems are
 collected before records are written.
 """
@@ -88,7 +88,7 @@ def convert_data(
     seed: int = 0,
     skip: bool = False,
 ) -> dict[str, Any]:
-    """Convert data of another layout to LLaVA-Instruct records.
+    """Convert data of another format to LLaVA-Instruct records.
 
     Args:
         source: a folder of images, each with a `.txt` file of the same name (its caption or description); a `.csv` or
@@ -105,11 +105,11 @@ def convert_data(
         skip: leave out rows with problems and report them; otherwise a problem is an error.
 
     Returns:
-        `source` (its layout), `records`, `images` (the folder), `out`, `skipped` (`{place, message}` of each row left
+        `source` (its format), `records`, `images` (the folder), `out`, `skipped` (`{place, message}` of each row left
         out).
 
     Raises:
-        DataError: the source has no known layout, a column is missing, or, without `skip`, a row has a problem.
+        DataError: the source has an unknown format, a column is missing, or, without `skip`, a row has a problem.
     """
     source, out = Path(source), Path(out)
     if out.suffix not in FORMATS:
@@ -118,9 +118,9 @@ def convert_data(
         if field not in KNOWN_COLUMNS:
             raise DataError(f"columns: {unknown('field', field, KNOWN_COLUMNS)}")
     wordings = load_instructions(instructions)
-    layout = _layout(source)
+    format_name = _format_of(source)
     options = _Options(out, Path(images) if images is not None else None, columns or {}, split)
-    opened = _READERS[layout](source, options)
+    opened = _READERS[format_name](source, options)
     if not opened.images.is_dir():
         raise DataError(f"{display_path(opened.images)}: no such folder; name the folder of the images with --images")
     checker = Checker(opened.images, decode=False)
@@ -143,10 +143,10 @@ def convert_data(
     write = {".json": write_json, ".jsonl": write_jsonl, ".parquet": write_parquet}[out.suffix]
     write(out, records)
     paths = {"images": display_path(opened.images), "out": display_path(out)}
-    return {"source": layout, "records": len(records), **paths, "skipped": skipped}
+    return {"source": format_name, "records": len(records), **paths, "skipped": skipped}
 
 
-def _layout(source: Path) -> str:
+def _format_of(source: Path) -> str:
     if source.is_file() and source.suffix.lower() in (".csv", ".tsv"):
         return "csv"
     if source.is_file() and source.suffix.lower() == ".parquet":
@@ -157,9 +157,8 @@ def _layout(source: Path) -> str:
     if not source.exists():
         raise DataError(f"{display_path(source)}: no such file or folder; check the path")
     raise DataError(
-        f"{display_path(source)}: no known layout; give a .csv, .tsv or .parquet file, a folder of images and .txt "
-        "files, or "
-        "a folder that `datasets` wrote with save_to_disk"
+        f"{display_path(source)}: unknown format; give a .csv, .tsv or .parquet file, a folder of images and .txt "
+        "files, or a folder that `datasets` wrote with save_to_disk"
     )
 
 
@@ -226,7 +225,7 @@ def _turns(value: Any) -> Any:
 
 
 def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: Path) -> dict[str, str]:
-    """Our field -> the source's column: those that were given, and those with known names."""
+    """Field of the record -> column of the source: the given ones, and those with known names."""
     for field, column in columns.items():
         if column not in present:
             raise DataError(f"{display_path(source)}: {unknown('column', column, present)}; it was named for '{field}'")
@@ -238,8 +237,7 @@ def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: 
     if "conversations" not in chosen and "answer" not in chosen:
         raise DataError(
             f"{display_path(source)}: no column holds an answer or turns (columns: {', '.join(present)}); name it, "
-            "e.g. "
-            f"--columns answer={present[-1] if present else 'caption'}"
+            f"e.g. --columns answer={present[-1] if present else 'caption'}"
         )
     return chosen
 
@@ -265,9 +263,9 @@ def _read_folder(source: Path, options: _Options) -> _Source:
             if name not in texts:
                 yield _Row(display_path(paths[0]), {}, f"no text; write {name}.txt")
         for name, text in texts.items():
-            found = images.get(name, [])
-            if len(found) != 1:
-                what = f"several images, {', '.join(p.name for p in found)}" if found else "no image of this name"
+            matches = images.get(name, [])
+            if len(matches) != 1:
+                what = f"several images, {', '.join(p.name for p in matches)}" if matches else "no image of this name"
                 yield _Row(display_path(text), {}, f"{what}; one text belongs to one image")
                 continue
             try:
@@ -275,7 +273,7 @@ def _read_folder(source: Path, options: _Options) -> _Source:
             except UnicodeDecodeError as error:
                 yield _Row(display_path(text), {}, f"not UTF-8 text (byte {error.start}); save the file as UTF-8")
                 continue
-            image = found[0].relative_to(root).as_posix()
+            image = matches[0].relative_to(root).as_posix()
             yield _Row(display_path(text), {"id": name, "image": image, "answer": answer})
 
     return _Source(rows(), root)
@@ -351,7 +349,7 @@ def _read_datasets(source: Path, options: _Options) -> _Source:
         )
     for file in files:
         if file.parent != source or not file.is_file():
-            raise DataError(f"{display_path(file)}: named in state.json, and not there; copy the whole folder again")
+            raise DataError(f"{display_path(file)}: named in state.json but missing; copy the complete folder again")
 
     def batches() -> Iterator[tuple[Path, Any]]:
         for file in files:
@@ -377,7 +375,7 @@ def _split_folder(source: Path, split: str | None) -> Path:
     if split not in known:
         raise DataError(f"{display_path(source)}: {unknown('split', split, known)}")
     if not (source / split / "state.json").is_file():
-        raise DataError(f"{display_path(source / split)}: no state.json in it; copy the whole data set again")
+        raise DataError(f"{display_path(source / split)}: no state.json in it; copy the complete data set again")
     return source / split
 
 
@@ -436,7 +434,7 @@ def _table_row(place: str, values: dict[str, Any] | None, chosen: Mapping[str, s
 
 
 def _image_name(value: Any, folder: Path) -> Any:
-    """The image's path below the folder; bytes are written there, under a name made of their hash."""
+    """The image's path below the folder; bytes are written there, named by their hash."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes):
         if not content:

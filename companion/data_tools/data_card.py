@@ -38,7 +38,7 @@ RELEASED = dict.fromkeys(
     ),
     _RELEASED,
 )  # fmt: skip
-"""Facts about the released files by their names.
+"""Origin, license and images of the released files, by file name.
 
 Source: the model and data cards of LLaVA v1.
 """
@@ -83,7 +83,7 @@ def summary(
     annotations: str | Path | None = None,
     tokens: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Facts and numbers of a data set, from which its card is written.
+    """Properties and counts of a data set, the content of its card.
 
     Args:
         path: the audited file; `provenance.jsonl` and `failures.jsonl` of `llava generate` are read from its folder.
@@ -116,8 +116,7 @@ def summary(
         "verbs": None
         if verbs is None
         else {
-            kind: {**found.found, "pairs": [[*pair, n] for pair, n in found.pairs.items()]}
-            for kind, found in verbs.items()
+            kind: {**own.counts, "pairs": [[*pair, n] for pair, n in own.pairs.items()]} for kind, own in verbs.items()
         },
     }
 
@@ -129,7 +128,7 @@ def _portable(path: Path) -> str:
 
 def _source(path: Path, annotations: str | Path | None, logged: bool) -> dict[str, str]:
     """Origin and licenses of texts and images."""
-    unknown = "not stated in the file; ask whoever made it"
+    unknown = "not stated in the file; ask its author"
     source = {"about": unknown, "license": unknown, "images": unknown}
     if logged:
         source["about"] = "written by a teacher that read captions and boxes; each of its replies is logged"
@@ -187,7 +186,7 @@ def card_text(audit: Mapping[str, Any]) -> str:
     """The data card, as Markdown, from the result of `summary` or `audit_file`."""
     source, teacher, faults = audit["source"], audit["teacher"], audit["faults"]
     dates = teacher and teacher["dates"]
-    facts = {
+    properties = {
         "what": source["about"],
         "size": f"{audit['records']:,} records, {audit['turns']:,} turns, {audit['images']:,} images",
         "images": source["images"],
@@ -195,12 +194,12 @@ def card_text(audit: Mapping[str, Any]) -> str:
         "file": f"`{audit['file']}`, SHA-256 `{audit['sha256'][:16]}`",
         "date": " to ".join(dict.fromkeys(date[:10] for date in dates)) if dates else "not recorded",
     }
-    lines = ["# Data card", "", *_table([{"": key, " ": text} for key, text in facts.items()])]
+    lines = ["# Data card", "", *_table([{"": key, " ": text} for key, text in properties.items()])]
     lines += ["## What is in it", "", *_table(audit["kinds"])]
     if audit["tokens"]:
         lines += ["Tokens per record:", "", *_table([{"kind": k, **row} for k, row in audit["tokens"].items()])]
-    lines += ["## How it was made", "", *_teacher_table(teacher)]
-    lines += ["## What was found", ""]
+    lines += ["## Generation", "", *_teacher_table(teacher)]
+    lines += ["## Faults", ""]
     columns = ("fault", "found", "of", "unit", "percent")
     lines += _table([{key: fault[key] for key in columns} for fault in faults])
     for fault in (fault for fault in faults if fault["found"]):
@@ -212,18 +211,18 @@ def card_text(audit: Mapping[str, Any]) -> str:
     if audit["annotations"] is None:
         lines.append("- Objects that nothing supports were not looked for: no annotations were given.")
     lines += ["", "## What is asked", "", *_verb_table(audit), ""]
-    lines += [_LIMITS_FILE.read_text("utf-8").rstrip(), "", "## Make it again", ""]
+    lines += [_LIMITS_FILE.read_text("utf-8").rstrip(), "", "## Reproduction", ""]
     command = f"llava data audit {audit['file']}"
     command += f" --annotations {audit['annotations']}" if audit["annotations"] else ""
-    made = "Prompts' versions and requests' keys are in `provenance.jsonl`, beside the records. " * bool(teacher)
-    return "\n".join([*lines, f"{made}This card:", "", "```bash", command, "```", ""])
+    provenance = "Prompts' versions and requests' keys are in `provenance.jsonl`, next to the records. " * bool(teacher)
+    return "\n".join([*lines, f"{provenance}This card:", "", "```bash", command, "```", ""])
 
 
 def _teacher_table(teacher: Mapping[str, Any] | None) -> list[str]:
     if teacher is None:
-        return ["No log of requests lies beside the file.", ""]
+        return ["There is no log of requests next to the file.", ""]
     models = ", ".join(f"{model} ({n:,} replies)" for model, n in teacher["models"].items())
-    facts = {
+    properties = {
         "teacher": models,
         "asked for": ", ".join(teacher["asked_for"]),
         "through": ", ".join(teacher["clients"]),
@@ -235,16 +234,16 @@ def _teacher_table(teacher: Mapping[str, Any] | None) -> list[str]:
         "temperature": ", ".join(teacher["temperature"]),
         "prompts": "; ".join(f"{kind} `{', '.join(keys)}`" for kind, keys in teacher["prompts"].items()),
     }
-    return _table([{"": key, " ": value} for key, value in facts.items()])
+    return _table([{"": key, " ": value} for key, value in properties.items()])
 
 
 def _verb_table(audit: Mapping[str, Any]) -> list[str]:
     if audit["verbs"] is None:
         return [f"Root verbs were not looked for. {audit.get('verbs_missing', '')}".strip()]
     rows = []
-    for kind, found in audit["verbs"].items():
-        common = ", ".join(f"{verb} {noun} ({n:,})" for verb, noun, n in found["pairs"][:5])
-        rows.append({"kind": kind, **{k: n for k, n in found.items() if k != "pairs"}, "commonest": common or "–"})
+    for kind, own in audit["verbs"].items():
+        common = ", ".join(f"{verb} {noun} ({n:,})" for verb, noun, n in own["pairs"][:5])
+        rows.append({"kind": kind, **{k: n for k, n in own.items() if k != "pairs"}, "commonest": common or "–"})
     return _table(rows)
 
 

@@ -26,7 +26,7 @@ def _own_list(name: str) -> tuple[str, ...]:
 
 BRIEF_INSTRUCTIONS, DETAIL_INSTRUCTIONS = _own_list("brief"), _own_list("detail")
 LISTS = {"brief": BRIEF_INSTRUCTIONS, "detail": DETAIL_INSTRUCTIONS}
-"""Our own wordings, as many as the paper has: 11 that ask for a caption, 16 that ask for a detailed description."""
+"""Wordings of this project, as many as the paper has: 11 for captions, 16 for detailed descriptions."""
 
 
 def load_instructions(source: str | Path) -> tuple[str, ...]:
@@ -49,23 +49,23 @@ def load_instructions(source: str | Path) -> tuple[str, ...]:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{display_path(path)}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
-    found: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.strip().removeprefix("- ").removeprefix("• ").strip()
         text = text[1:-1].strip() if len(text) > 1 and text[0] + text[-1] in ('""', "“”") else text
         if IMAGE_MARKER in text:
             raise DataError(
-                f"{display_path(path)}, line {number}: {IMAGE_MARKER} is put in later; take it out of the line"
+                f"{display_path(path)}, line {number}: {IMAGE_MARKER} is added later; remove it from the line"
             )
-        if text in found:
+        if text in line_of:
             raise DataError(
-                f"{display_path(path)}, line {number}: the same instruction as line {found[text]}; remove one"
+                f"{display_path(path)}, line {number}: the same instruction as line {line_of[text]}; remove one"
             )
         if text:
-            found[text] = number
-    if not found:
+            line_of[text] = number
+    if not line_of:
         raise DataError(f"{display_path(path)}: no instruction in it; write one per line")
-    return tuple(found)
+    return tuple(line_of)
 
 
 def draw(choices: Sequence[T], record: str, seed: int = 0) -> T:

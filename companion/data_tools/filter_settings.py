@@ -29,8 +29,8 @@ class FilterSettings:
         draw: the captions that are compared with the cap and drawn from. Default `all`: all captions of the phrase, in
             the pool or not (the paper's words). `unpooled`: those not yet in the pool. `top_up`: as many as its
             captions in the pool fall short of the cap.
-        unavailable: rows without a readable image leave `before` the phrases are counted (default: every kept concept
-            is then in the pool), or `after` the selection.
+        unavailable: rows without a readable image are removed `before` the phrases are counted (default: every
+            frequent concept is then in the pool), or `after` the selection.
         instructions: requests for the caption: a list of `expansion.py` by name, or a text file of one per line.
         seed: of the draws, the instructions and the side of the image.
 

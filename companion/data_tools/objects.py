@@ -125,8 +125,8 @@ def unsupported(vocabulary: Vocabulary, question: str, answer: str, supported: s
     Returns:
         Category -> its words in the answer.
     """
-    found = {m.category: m.words for m in vocabulary.mentions(answer) if not m.negated and m.category not in supported}
-    if found and TOKENS.findall(answer.lower())[:1] == ["no"]:
+    result = {m.category: m.words for m in vocabulary.mentions(answer) if not m.negated and m.category not in supported}
+    if result and TOKENS.findall(answer.lower())[:1] == ["no"]:
         asked = vocabulary.named(question)
-        return {category: words for category, words in found.items() if category not in asked}
-    return found
+        return {category: words for category, words in result.items() if category not in asked}
+    return result

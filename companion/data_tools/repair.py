@@ -23,14 +23,14 @@ REPAIRS = {
     "field_names": "messages, role and content become conversations, from and value",
     "role_names": "user becomes human, assistant (bot, model) becomes gpt, in any case",
     "white_space": "white space around ids, image names and texts is removed",
-    "numbers": "a whole number as id or text becomes a string",
+    "numbers": "an integer as id or text becomes a string",
     "id": "a record without an id is named by its line",
     "image_name": "a list of one name, an absolute path into the folder, backslashes: the name below the folder",
     "no_image": "an empty image name is removed if no marker is in the text",
     "marker": f"{IMAGE_MARKER} is written once, in the first human turn",
     "last_turn": "a last question without an answer is removed",
     "duplicate": "a record that equals an earlier one is removed",
-    "not_json": "a line that is no JSON is removed, and still reported as a problem",
+    "not_json": "a line that is invalid JSON is removed, and still reported as a problem",
 }
 _FIELDS = {"messages": "conversations", "role": "from", "content": "value"}
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "bot": "gpt", "model": "gpt"}
@@ -233,9 +233,9 @@ def _repaired(record: Record, checker: Checker, unit: str) -> tuple[Record, list
     """A record after its repair, what was done, and the remaining problems."""
     image = record.value.get("image") if isinstance(record.value, dict) else None
     was_reported = isinstance(image, str) and image in checker.reported
-    found = checker.check(record)
-    if not found:
-        return record, [], found
+    problems = checker.check(record)
+    if not problems:
+        return record, [], problems
     if isinstance(image, str) and not was_reported:
         checker.reported.discard(image)  # so that the second check reports a damaged image again
     value, done = repair_record(record, checker, unit)
@@ -257,7 +257,7 @@ def _encoded(record: Record) -> bytes:
 
 
 def write_parquet(path: str | Path, records: list[Any]) -> Path:
-    """Write records as a parquet table of one row each, whole or not at all.
+    """Write records as a parquet table of one row each, atomically.
 
     Raises:
         DataError: a column would hold values of several types.

@@ -1,8 +1,8 @@
 """ScienceQA: the official files, the paper's categories, and the prompt formats that turn a problem into a dialogue.
 
-A format's name says the order of its parts: Q question, C context (hint), M multiple choice, and, where the question
-already tells the reasons, L lecture and E solution (explanation); then, behind the dash, the order of the reply: L, E
-and A answer; P a second prompt. QCM-LEPA is the paper's: reasoning first, then the answer in a pass of its own.
+The name of a prompt format is the order of its parts: Q question, C context (hint), M multiple choice, and, where the
+question contains the reasons, L lecture and E solution (explanation); then, behind the dash, the order of the reply: L,
+E and A answer; P a second prompt. QCM-LEPA is the paper's: reasoning first, then the answer in a second pass.
 """
 
 from __future__ import annotations
@@ -182,20 +182,20 @@ PROMPT_FORMATS = tuple(f"{order}-{reply}" for order in _INPUTS for reply in _OUT
 def format_problem(problem: Problem, prompt_format: str, released: bool = False) -> Sample:
     """Turn a problem into a one-turn dialogue.
 
-    The released converter departs from its formats' names in some ways, all of which `released` repeats: AL gives the
-    solution and AE the lecture; of three spaces two remain; `Question: ` and `Answer: ` vanish from a whole text that
-    begins with them, hints and lectures included; a backslash with an n in a lecture becomes a line break; and a reply
-    without reasons may begin with a space. Without `released` a text says what its format's name says.
+    The released converter departs from the names of its formats; `released` repeats this: AL gives the solution and AE
+    the lecture; of three spaces two remain; `Question: ` and `Answer: ` are removed everywhere from a text that begins
+    with them, hints and lectures included; a backslash with an n in a lecture becomes a line break; and a reply without
+    reasons may begin with a space. Without `released` the text follows the format's name.
 
     Args:
         problem: what `load_problems` gave.
         prompt_format: one of `PROMPT_FORMATS`, e.g. `QCM-LEPA` (the paper's), `QCM-LEA`, `QCM-ALE` (answer first).
-            `CQM-A` is the layout of LLaVA-1.5's evaluation file (image first, a lettered line per choice); with
+            `CQM-A` is the format of LLaVA-1.5's evaluation file (image first, a lettered line per choice); with
             `released` it is what the converter calls so.
         released: as the converter released with the paper writes it.
 
     Returns:
-        The sample; all but the lettered layout have their image behind the question, as the converter wrote them.
+        The sample; in all formats but the lettered one the image follows the question, as the converter wrote them.
 
     Raises:
         ConfigError: unknown format.
@@ -267,7 +267,7 @@ def _tidy(text: str, released: bool) -> str:
     if not released:
         return re.sub(" {2,}", " ", text).strip()
     text = text.replace("  ", " ").strip()
-    # the converter then takes the word away wherever it stands
+    # the converter then removes the word everywhere
     return text.replace("BECAUSE:", "").strip() if text.endswith("BECAUSE:") else text
 
 

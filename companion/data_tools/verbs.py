@@ -64,11 +64,11 @@ class Verbs:
 
     Attributes:
         pairs: (verb, noun) -> number of questions, in descending order.
-        found: number of questions with a pair, with only a verb, with neither; keys `PAIR`, `BARE`, `NONE`.
+        counts: number of questions with a pair, with only a verb, with neither; keys `PAIR`, `BARE`, `NONE`.
     """
 
     pairs: dict[tuple[str, str], int]
-    found: dict[str, int]
+    counts: dict[str, int]
 
 
 def root_verbs(
@@ -95,15 +95,15 @@ def root_verbs(
     extractor = replace(extractor, key=fingerprint([extractor.key, different]))
     folder = cache if cache is not None else ROOT / "data" / ".cache" / "verbs"
     parsed = extract_file(lambda: different, source, extractor, folder, processes)
-    verbs = {text: found[0] if found else "" for text, found in zip(different, parsed, strict=True)}
+    verbs = {text: pairs[0] if pairs else "" for text, pairs in zip(different, parsed, strict=True)}
     return {kind: _count(texts, verbs) for kind, texts in asked.items()}
 
 
-def _count(asked: Counter[str], found: Mapping[str, str]) -> Verbs:
+def _count(asked: Counter[str], pairs: Mapping[str, str]) -> Verbs:
     pairs: Counter[tuple[str, str]] = Counter()
     kinds = dict.fromkeys((PAIR, BARE, NONE), 0)
     for text, times in asked.items():
-        verb, _, noun = found[text].partition(" ")
+        verb, _, noun = pairs[text].partition(" ")
         kinds[PAIR if noun else BARE if verb else NONE] += times
         if noun:
             pairs[verb, noun] += times

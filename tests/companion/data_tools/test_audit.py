@@ -37,7 +37,7 @@ def test_repeated_turns_about_one_image_are_duplicates() -> None:
     other = sample("3", ("What is it?", "A cat."), image="1.jpg")
     faults = find_faults([sample("1", ("What is it?", "A dog.")), twice, other])
     same = named(faults, "the same turn")
-    assert (same.found, same.of) == ({"detail": 1}, {"conversation": 2, "detail": 1})
+    assert (same.counts, same.of) == ({"detail": 1}, {"conversation": 2, "detail": 1})
     assert same.examples == [{"kind": "detail", "record": "2", "text": "What is it? A dog."}]
     assert named(faults, "the same question and answer").total == 0  # it is the same image
 
@@ -113,7 +113,7 @@ def test_objects_are_supported_by_boxes_or_captions() -> None:
         sample("3", ("What?", "A zebra crossing and a bus."), kind="detail", image="absent.jpg"),
     ]
     fault = find_faults(samples, images)[-1]
-    assert (fault.of, fault.found) == ({"conversation": 2, "detail": 1}, {"conversation": 1, "detail": 1})
+    assert (fault.of, fault.counts) == ({"conversation": 2, "detail": 1}, {"conversation": 1, "detail": 1})
     assert [(example["record"], example["text"]) for example in fault.examples] == [
         ("1", "bus: And? A bus."),
         ("2", "car: What? A car."),
