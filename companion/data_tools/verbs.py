@@ -99,11 +99,11 @@ def root_verbs(
     return {kind: _count(texts, verbs) for kind, texts in asked.items()}
 
 
-def _count(asked: Counter[str], pairs: Mapping[str, str]) -> Verbs:
+def _count(asked: Counter[str], verb_of: Mapping[str, str]) -> Verbs:
     pairs: Counter[tuple[str, str]] = Counter()
     kinds = dict.fromkeys((PAIR, BARE, NONE), 0)
     for text, times in asked.items():
-        verb, _, noun = pairs[text].partition(" ")
+        verb, _, noun = verb_of[text].partition(" ")
         kinds[PAIR if noun else BARE if verb else NONE] += times
         if noun:
             pairs[verb, noun] += times

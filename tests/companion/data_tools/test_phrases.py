@@ -91,7 +91,7 @@ def test_other_model_version_is_refused(model: SpacyModel, tmp_path: Path, monke
     (tmp_path / "fake_model" / "fake_model-1.2" / "weights").write_bytes(b"changed")
     for name in ("spacy", "auto"):
         with pytest.raises(
-            ConfigError, match=r"fake_model: the SHA-256 of its files is .* install fake_model 1\.2 anew"
+            ConfigError, match=r"fake_model: the SHA-256 of its files is .* install fake_model 1\.2 again"
         ):
             extractor_named(name)
     monkeypatch.setattr(phrases, "SPACY_MODELS", (replace_version(model, None, "1.3"),))
@@ -168,7 +168,9 @@ class Ending(Extractor):
 
 
 def test_terminated_and_missing_workers_are_errors(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"was ended, perhaps for want of memory; .*run again, with fewer processes"):
+    with pytest.raises(
+        DataError, match=r"was ended, perhaps because memory ran out; .*run again, with fewer processes"
+    ):
         extract_file(lambda: CAPTIONS, source, Ending("ending", "1"), tmp_path / "cache", 2, size=7)
     with pytest.raises(ConfigError, match=r"0 processes.*write 1 or more"):
         extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 0)
