@@ -156,7 +156,7 @@ def test_data_set_on_disk_with_images_as_bytes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="damaged"):
         convert_data(source, out)
     data.unlink()
-    with pytest.raises(DataError, match="named in state.json but missing"):
+    with pytest.raises(DataError, match=r"named in state.json but missing"):
         convert_data(source, out)
 
 

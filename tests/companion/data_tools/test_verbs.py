@@ -41,7 +41,7 @@ def test_root_verbs_are_counted_per_question_and_cached(tmp_path: Path, monkeypa
     questions = {"a": [*SENTENCES, "Is there a bird?"], "b": ["Describe this image in detail."] * 3}
     result = root_verbs(questions, source, tmp_path / "cache")
     assert result["a"].pairs == {pair: 1 for pair in SENTENCES.values() if isinstance(pair, tuple)}
-    assert result["a"].found == {PAIR: 9, BARE: 2, NONE: 3}
+    assert result["a"].counts == {PAIR: 9, BARE: 2, NONE: 3}
     assert result["b"].pairs == {("describe", "image"): 3}
 
     def never(*_: object) -> Any:

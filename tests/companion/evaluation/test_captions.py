@@ -210,7 +210,7 @@ def test_checkpoint_captions_the_images_of_a_file(tmp_path: Path) -> None:
         write_captions(loaded_model, model, refs, tmp_path, out, max_new_tokens=5)
     with pytest.raises(DataError, match=r"ends in \.json"):
         write_captions(loaded_model, model, refs, tmp_path, tmp_path / "said.txt")
-    with pytest.raises(DataError, match=r"image 0: .*0\.png is not there"):
+    with pytest.raises(DataError, match=r"image 0: .*0\.png does not exist"):
         write_captions(loaded_model, model, refs, tmp_path / "bases", out)
     with pytest.raises(DataError, match="no `images`"):
         write_captions(loaded_model, model, write(tmp_path / "none.json", {"annotations": annotations}), tmp_path, out)
