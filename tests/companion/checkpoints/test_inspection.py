@@ -374,7 +374,7 @@ def test_inspect_downloads_nothing(original, monkeypatch) -> None:
 def test_invalid_json_is_a_one_line_problem(original, file, text) -> None:
     (original / file).write_text(text)
     (problem,) = inspect(original)["problems"]
-    assert "invalid JSON" in problem
+    assert "not JSON" in problem
     assert "\n" not in problem
 
 
