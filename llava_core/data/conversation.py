@@ -98,9 +98,8 @@ class Template:
                 if piece:
                     segments.append(Segment(piece))
             if answer is not None:
-                segments.append(
-                    Segment(f" {answer}{self.closing}" if self.bridge else answer + self.closing, True, eos=self.eos)
-                )
+                text = f" {answer}{self.closing}" if self.bridge else answer + self.closing
+                segments.append(Segment(text, supervised=True, eos=self.eos))
         return segments
 
     def encode(
@@ -266,19 +265,27 @@ def supervised_fraction(samples: Sequence[Encoded]) -> float:
 
 # ------------------------------------------------------------------------------------------------ templates
 
-_SYSTEM = "A curious human talks with a helpful assistant that can see."  # our own words
+_SYSTEM = "A curious human talks with a helpful assistant that can see."  # written for this project
 
 TEMPLATES: Registry[Template] = Registry("conversation template")
 for _template in (
     # As the paper states it (Table 2): roles Human / Assistant, `###` as stop, answers and stop supervised.
     # An answer follows "Assistant:" directly, in training and in generation.
-    Template("v0", _SYSTEM, "{system}\n\n### Human: ", " Human: ", "\n### Assistant:", "\n###", "###"),
+    Template(
+        "v0",
+        _SYSTEM,
+        opening="{system}\n\n### Human: ",
+        opening_next=" Human: ",
+        bridge="\n### Assistant:",
+        closing="\n###",
+        stop="###",
+    ),
     # As the code released with the paper computes it.
     Template("v0_exact", _SYSTEM, stop="###", image_side="last", encoder=encode_released_v0),
     # Vicuna v1.1: USER / ASSISTANT, the EOS token ends an answer.
-    Template("v1", _SYSTEM, "{system} USER: ", "USER: ", " ASSISTANT:", "", None, eos=True),
+    Template("v1", _SYSTEM, opening="{system} USER: ", opening_next="USER: ", bridge=" ASSISTANT:", eos=True),
     # Stage 1 of 1.0: image, caption, newline. A record's question precedes the caption and is not supervised, as in the
     # first release of 1.0; later releases left it out.
-    Template("plain", "", "", "", "", "\n", "\n"),
+    Template("plain", "", closing="\n", stop="\n"),
 ):
     TEMPLATES.register(_template.name)(_template)

@@ -41,7 +41,7 @@ class FeatureCache:
     Args:
         folder: parent folder of all caches.
         facts: what the features depend on, apart from the image: tower, layers, preprocessing, dtype.
-        shape: (layers, P, D) of one image.
+        shape: (layers, P, D_vision) of one image.
         dtype: of the features.
     """
 
@@ -106,7 +106,7 @@ class FeatureCache:
 
         Args:
             images: image files.
-            compute: features (n, layers, P, D) of n images.
+            compute: features (n, layers, P, D_vision) of n images.
 
         Returns:
             Number of computed images.
@@ -133,7 +133,7 @@ class FeatureCache:
         self._open(index)
 
     def get(self, images: Sequence[Path], layer: int = 0) -> torch.Tensor:
-        """Features (n, P, D) of cached images from one of the cached layers.
+        """Features (n, P, D_vision) of cached images from one of the cached layers.
 
         Raises:
             KeyError: an image is not cached.

@@ -119,7 +119,7 @@ class Llava(nn.Module):
         image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's output for a padded batch of text and images.
+        """The language model's output for a padded batch of text and images; training uses `packed_loss`.
 
         Args:
             input_ids: (B, T) with image blocks.

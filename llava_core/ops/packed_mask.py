@@ -6,7 +6,7 @@ itself and to all of the prefixes above it. That is what it would attend to if e
 
 `ends[k]` is the exclusive end of the queries that attend to key k: query q attends to key k if `k <= q < ends[k]`. This
 is one column of FlashMask (arXiv 2410.01359), the start of the masked rows below the diagonal. Without shared prefixes
-`ends` is the end of each sample.
+`ends` is the end of each sample. `llava_core.ops.reference.dense_mask` writes the same mask as a (T, T) matrix.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class Trainer:
             try:
                 loss = self._accumulate_gradients(batch, supervised)
             except torch.OutOfMemoryError as error:
-                self._enable_checkpointing(error)  # raises if it is already enabled
+                self._enable_activation_checkpointing(error)  # raises if it is already enabled
         # 2. Sum over the processes.
         sum_gradients(self.trainable.values())
         loss = sum_over_ranks(loss)
@@ -154,7 +154,7 @@ class Trainer:
     def _row_loss(self, row: RowInputs) -> torch.Tensor:
         return packed_row_loss(self.model, row, self.loaded.processor.normalise, self.device)
 
-    def _enable_checkpointing(self, error: torch.OutOfMemoryError) -> None:
+    def _enable_activation_checkpointing(self, error: torch.OutOfMemoryError) -> None:
         """Switch to activation checkpointing, which needs less memory and more time."""
         language_model = self.model.language_model
         if language_model.is_gradient_checkpointing:
