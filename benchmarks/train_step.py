@@ -25,8 +25,8 @@ from benchmarks.common import Clock, all_in_turns, circumstances, headline, in_o
 from companion import miniature
 from llava_core.config import TrainConfig, load_experiment
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from llava_core.data.conversation import Encoded
 from llava_core.data.packing import pack
+from llava_core.data.tokenization import Encoded
 from llava_core.models.llava import Llava
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.ops.transformers_backend import packed_attention

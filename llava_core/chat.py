@@ -12,8 +12,9 @@ from PIL import Image, ImageOps
 from llava_core.checkpoints.describe import Options
 from llava_core.checkpoints.load import Loaded, load
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.conversation import TEMPLATES, Turn
+from llava_core.data.conversation import TEMPLATES
 from llava_core.data.images import load_image
+from llava_core.data.tokenization import Turn
 from llava_core.inference import prompt_ids
 from llava_core.models.generation import Finish, GenerationSettings, stream
 from llava_core.models.kv_cache import PrefixCache

@@ -111,7 +111,7 @@ class TrainConfig(StrictModel):
     grad_clip: PositiveFloat
     """Maximum norm of the gradient."""
     max_length: PositiveInt
-    """Tokens per sample, image positions included: later turns beyond it are dropped, a first turn beyond it is an error."""
+    """Tokens per sample, image positions included; later turns beyond it are dropped, a longer first turn is an error."""
     order: Literal["samples", "images"] = "samples"
     """What an epoch shuffles; "images" keeps the samples of an image together, so that a packed row shares it."""
     seed: int = Field(ge=0)
@@ -277,7 +277,7 @@ def _folder(kind: str) -> Path:
 def experiments() -> dict[str, Path]:
     """Return the file of every experiment by name, ablations included."""
     folder = _folder("experiments")
-    files = sorted([*folder.glob("*.yaml"), *folder.glob("ablations/*.yaml")])
+    files = sorted(folder.rglob("*.yaml"))
     return {path.stem: path for path in files if path.stem != BASE}
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_core.data.conversation import TEMPLATES, Turn, token_ids
+from llava_core.data.conversation import TEMPLATES
 from llava_core.data.images import load_image
+from llava_core.data.tokenization import Turn, token_ids
 from llava_core.runtime import progress
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from companion.miniature.training import pad
 from llava_core.checkpoints.base_models import load_language_model
 from llava_core.checkpoints.configs import quiet_transformers
 from llava_core.constants import IGNORE_INDEX
-from llava_core.data.conversation import encode
+from llava_core.data.label_mask import encode
 
 HELD_OUT_SEED = 999_331
 

@@ -20,7 +20,7 @@ from companion.miniature import language, world
 from companion.miniature.pretraining_text import document
 from companion.miniature.training import fit, pad, train_tokenizer
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from llava_core.data.conversation import Segment, encode
+from llava_core.data.label_mask import Segment, encode
 from llava_core.runtime import seed_everything
 
 VOCABULARY = 1024

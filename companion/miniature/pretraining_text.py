@@ -11,7 +11,8 @@ from companion.miniature import language, scienceqa, world
 from companion.miniature.cc3m import web_caption
 from companion.teacher.prompts import DETAIL_QUESTIONS
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.conversation import TEMPLATES, Segment
+from llava_core.data.conversation import TEMPLATES
+from llava_core.data.label_mask import Segment
 
 GRID = 7  # patches of the vision tower, per row and per column
 OPTIONS: dict[str, Sequence[str]] = {

@@ -1,10 +1,7 @@
-"""Conversation templates: from dialogue turns to token ids and labels, for training and for prompts.
+"""Conversation templates: dialogue turns -> segments of text, each supervised or not, for training and for prompts.
 
-A template renders a conversation to a list of `Segment`s, each of which is supervised or not. Ids and labels are the
-concatenation of the segments' ids and labels. No text is tokenised again to find the boundaries of the label mask, so a
-tokenizer cannot shift it. A new template is one more `Template` record at the end of this file.
-
-The template `v0_exact` is the exception: it repeats the code released with the paper (see `released_v0.py`).
+`label_mask.py` turns the segments into token ids and labels. A new template is one more `Template` record at the end of
+this file. The template `v0_exact` is the exception: it repeats the code released with the paper (`released_v0.py`).
 """
 
 from __future__ import annotations
@@ -14,33 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llava_core.constants import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID
+from llava_core.constants import IMAGE_MARKER
+from llava_core.data.label_mask import Segment, encode
 from llava_core.data.released_v0 import encode_released_v0
-from llava_core.data.tokenization import (
-    PROMPT_FIX,
-    Encoded,
-    Turn,
-    bos_ids,
-    continues_text,
-    image_block,
-    special_ids,
-    token_ids,
-    too_long,
-)
+from llava_core.data.tokenization import Encoded, Turn, image_block
 from llava_core.registry import Registry
 from llava_core.runtime import DataError
 
 ImagePosition = Literal["data", "first", "last", "random"]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A part of a sequence: text or an image (`image`), supervised or not; `eos` appends the tokenizer's EOS."""
-
-    text: str
-    supervised: bool = False
-    image: bool = False
-    eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,90 +155,6 @@ def place_image(question: str, position: ImagePosition, key: str) -> str:
     if position == "random":
         position = "first" if random.Random(f"image-position-{key}").random() < 0.5 else "last"
     return f"{IMAGE_MARKER}\n{text}" if position == "first" else f"{text}\n{IMAGE_MARKER}"
-
-
-# ------------------------------------------------------------------------------------------------ segments to ids
-
-
-def encode(
-    segments: Sequence[Segment],
-    tokenizer: Any,
-    n_image_tokens: int,
-    max_length: int | None = None,
-    name: str = "sample",
-    delimiters: Sequence[str] | None = None,
-) -> Encoded:
-    """Concatenate the segments' ids and labels.
-
-    Args:
-        segments: from `Template.render`.
-        tokenizer, n_image_tokens, max_length, name, delimiters: as in `Template.encode`.
-
-    Returns:
-        Ids and labels of equal length.
-
-    Raises:
-        DataError: the first turn, a turn with an image, or a prompt is too long; an unknown delimiter; or the
-            template ends answers with an EOS that the tokenizer does not have.
-    """
-    block = image_block(tokenizer, n_image_tokens, delimiters)
-    ids = bos_ids(tokenizer)
-    labels = [IGNORE_INDEX] * len(ids)
-    ends: list[int] = []  # ends of the supervised segments, which are ends of turns
-    special = special_ids(tokenizer)
-    for segment in segments:
-        piece = block if segment.image else token_ids(tokenizer, segment.text, continues_text(ids, special))
-        if segment.eos:
-            if tokenizer.eos_token_id is None:
-                raise DataError(f"{name}: its answers end with EOS, but the tokenizer has none; fix: set eos_token")
-            piece = [*piece, tokenizer.eos_token_id]
-        ids += piece
-        labels += piece if segment.supervised else [IGNORE_INDEX] * len(piece)
-        if segment.supervised:
-            ends.append(len(ids))
-    n_images = sum(segment.image for segment in segments)
-    if max_length is None or len(ids) <= max_length:
-        return Encoded(ids, labels, n_images)
-    if not segments[-1].supervised:
-        raise too_long(name, "it is a prompt that", max_length, PROMPT_FIX)
-    kept = [end for end in ends if end <= max_length]
-    if not kept:
-        raise too_long(name, "its first turn", max_length)
-    if IMAGE_TOKEN_ID in ids[kept[-1] :]:
-        raise too_long(name, "what comes before the end of its last image's turn", max_length)
-    return Encoded(ids[: kept[-1]], labels[: kept[-1]], n_images, len(ends) - len(kept))
-
-
-# ------------------------------------------------------------------------------------------------ supervised tokens
-
-
-def supervised_text(encoded: Encoded, tokenizer: Any) -> str:
-    """The decoded supervised tokens, which must equal the answers with their terminators.
-
-    SentencePiece decoders drop the space of the dummy prefix at the start of a text. A span that continues a text is
-    therefore decoded after another token.
-    """
-    special, before = special_ids(tokenizer), token_ids(tokenizer, "a")
-    skip = len(_decoded(tokenizer, before))
-    text = ""
-    span: list[int] = []
-    for k, label in enumerate([*encoded.labels, IGNORE_INDEX]):
-        if label != IGNORE_INDEX:
-            span.append(label)
-        elif span:
-            continues = continues_text(encoded.input_ids[: k - len(span)], special)
-            text += _decoded(tokenizer, [*before, *span])[skip:] if continues else _decoded(tokenizer, span)
-            span = []
-    return text
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def supervised_fraction(samples: Sequence[Encoded]) -> float:
-    """Fraction of supervised tokens over all samples."""
-    return sum(sum(t != IGNORE_INDEX for t in s.labels) for s in samples) / max(1, sum(len(s.labels) for s in samples))
 
 
 # ------------------------------------------------------------------------------------------------ templates

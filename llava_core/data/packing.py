@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from llava_core.data.conversation import Encoded
+from llava_core.data.tokenization import Encoded
 
 MIN_SHARED = 8
 """Tokens; a shorter shared prefix is not deduplicated."""

@@ -15,9 +15,10 @@ import torch
 from llava_core.checkpoints.load import Loaded, build, load_into
 from llava_core.config import RunConfig
 from llava_core.constants import IGNORE_INDEX
-from llava_core.data.conversation import TEMPLATES, Encoded, Turn
+from llava_core.data.conversation import TEMPLATES
 from llava_core.data.images import ImageProcessor, load_image
 from llava_core.data.instruct import Sample, load_instruct
+from llava_core.data.tokenization import Encoded, Turn
 from llava_core.runtime import CheckpointError, DataError, display_path, resolve_dtype, seed_everything
 
 Item = tuple[Encoded, "np.ndarray | None"]

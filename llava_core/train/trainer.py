@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llava_core.checkpoints.load import Loaded, save_checkpoint
-from llava_core.data.conversation import supervised_fraction
+from llava_core.data.label_mask import supervised_fraction
 from llava_core.models.llava import Llava
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.record import RunRecord

@@ -1,1 +1,1 @@
-"""One file per checkpoint format."""
+"""One module per checkpoint format; the writers of foreign formats are in `companion.checkpoints.writers`."""

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from companion.miniature import acceptance, pretraining_text
-from llava_core.data.conversation import encode
+from llava_core.data.label_mask import encode
 
 
 class Parrot:

@@ -14,8 +14,10 @@ from companion.data_tools.scienceqa import PROMPT_FORMATS, Problem, format_probl
 from llava_core.config import load_experiment
 from llava_core.constants import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID
 from llava_core.data import tokenization
-from llava_core.data.conversation import TEMPLATES, Encoded, Template, encode, place_image, supervised_text, token_ids
+from llava_core.data.conversation import TEMPLATES, Template, place_image
 from llava_core.data.instruct import Sample
+from llava_core.data.label_mask import encode, supervised_text
+from llava_core.data.tokenization import Encoded, token_ids
 from llava_core.runtime import ConfigError, DataError
 from llava_core.train.dataset import TrainingSet
 

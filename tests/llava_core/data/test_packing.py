@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from llava_core.data.conversation import Encoded
 from llava_core.data.packing import MIN_SHARED, PackedRow, pack
+from llava_core.data.tokenization import Encoded
 from llava_core.ops import PackedMask
 from llava_core.ops.transformers_backend import packed_attention
 
