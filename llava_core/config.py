@@ -111,7 +111,7 @@ class TrainConfig(StrictModel):
     grad_clip: PositiveFloat
     """Maximum norm of the gradient."""
     max_length: PositiveInt
-    """Tokens per sample, image positions included; later turns beyond it are dropped, a longer first turn is an error."""
+    """Tokens per sample with image positions; later turns beyond it are dropped, a first turn beyond it is refused."""
     order: Literal["samples", "images"] = "samples"
     """What an epoch shuffles; "images" keeps the samples of an image together, so that a packed row shares it."""
     seed: int = Field(ge=0)

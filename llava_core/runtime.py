@@ -150,7 +150,7 @@ def _parse(text: str, path: str | Path, line: int | None = None) -> Any:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         line = line or getattr(error, "lineno", None)
         place = f"{display_path(path)}, line {line}" if line else display_path(path)
-        raise DataError(f"{place}: not JSON ({reason}); correct the line or write the file again") from error
+        raise DataError(f"{place}: invalid JSON ({reason}); correct the line or write the file again") from error
 
 
 def write_json(path: str | Path, value: Any) -> Path:

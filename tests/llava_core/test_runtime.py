@@ -48,10 +48,10 @@ def test_json_lines_round_trip(tmp_path: Path) -> None:
 def test_bad_file_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n{"a": \n')
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: not JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: invalid JSON"):
         runtime.read_jsonl(path)
     path.write_text('{\n"a": ,\n}')
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: invalid JSON"):
         runtime.read_json(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="UTF-8"):

@@ -181,7 +181,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "pipe": (_pipe, "not a regular file"),
     "cyclic index": (_cyclic_index, "an index that leads to an index"),
     "cyclic link": (_cyclic_link, "cannot be followed"),
-    "half a config": (_not_json, "config.json, line 1: not JSON"),
+    "half a config": (_not_json, "config.json, line 1: invalid JSON"),
     "code in the folder": (_remote_code, "no language model of model_type 'evil' is known"),
 }
 
@@ -374,7 +374,7 @@ def test_inspect_downloads_nothing(original, monkeypatch) -> None:
 def test_invalid_json_is_a_one_line_problem(original, file, text) -> None:
     (original / file).write_text(text)
     (problem,) = inspect(original)["problems"]
-    assert "not JSON" in problem
+    assert "invalid JSON" in problem
     assert "\n" not in problem
 
 
