@@ -90,7 +90,7 @@ def _paths(runs: Iterable[Any]) -> list[str]:
 
 
 def check(claim: str, published: Any, measured: Any, ok: bool | None, note: str = "") -> dict[str, Any]:
-    """Return a row of the table of results: a measured number beside its claim.
+    """Return a row of the table of results: a measured number with its claim.
 
     Args:
         claim: the claim in a few words, with its unit.
@@ -119,12 +119,12 @@ def save_numbers(
     scale: str | None = None,
     fast: bool | None = None,
 ) -> None:
-    """Write a notebook's numbers beside its executed copy.
+    """Write a notebook's numbers to the folder of its executed copy.
 
     Args:
         name: the notebook's file name without extension.
         numbers: finite numbers, texts, or lists and dicts of these, by name.
-        checks: rows made by `check`.
+        checks: rows of `check`.
         runs: the records, or their paths, that the numbers come from.
         scale, fast: by default the notebook's variables of these names.
 
@@ -227,7 +227,7 @@ FILE_FIELDS = {"file", "validation_file", "held_out_share", "written_by"}
 
 
 def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[str, str]]:
-    """Return every setting of a run beside the paper's value, its source, and why this scale departs from it.
+    """Return every setting of a run with the paper's value, its source, and why this scale departs from it.
 
     Args:
         config: the run.
@@ -263,7 +263,7 @@ def image_uri(image: Image) -> str:
 
 
 def cards(images: Sequence[Image | None], lines: Sequence[Iterable[tuple[str, str]]], width: int = 180) -> HTML:
-    """Show texts beside the images that they are about: dialogues, captions, chat messages.
+    """Show images with texts: dialogues, captions, chat messages.
 
     Args:
         images: one per card; None for a card without an image.

@@ -35,7 +35,7 @@ class RunRecord:
 
         Args:
             config: the resolved run.
-            extra_inputs: JSON-like facts beside the configuration that change the result, such as the checksums of
+            extra_inputs: JSON-like values besides the configuration that change the result, such as the checksums of
                 the data and of the base models; they are part of the run's id.
 
         Returns:

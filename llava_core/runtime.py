@@ -1,4 +1,4 @@
-"""What every run needs from its process: paths, files written whole, seeds, device, environment, the offline switch."""
+"""Process-level helpers of a run: paths, atomic file writes, seeds, device, environment, the offline switch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPORTED_PACKAGES = ("llava-core", "torch", "transformers", "tokenizers", "safet
 
 
 class CompanionError(Exception):
-    """An error with a message made for the reader: it names the file, the record and the fix."""
+    """An error whose message names the file, the record and the fix."""
 
 
 class ConfigError(CompanionError):
@@ -67,7 +67,7 @@ def user_path(path: str | Path) -> Path:
 
 
 def display_path(path: str | Path) -> str:
-    """Return `path` as a reader would type it: relative to the repository root where it lies inside."""
+    """Return `path` relative to the repository root if it is inside it, else unchanged."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
@@ -154,12 +154,12 @@ def _parse(text: str, path: str | Path, line: int | None = None) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write a value as indented JSON, whole or not at all."""
+    """Write a value as indented JSON, atomically."""
     return atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
-    """Write one JSON value per line, whole or not at all."""
+    """Write one JSON value per line, atomically."""
     return atomic_write(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
@@ -214,12 +214,12 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def rank() -> int:
-    """Return this process's number among the launched ones (0 when it was started alone)."""
+    """Return this process's rank (0 without a launcher)."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Return how many processes were launched together (1 when this one was started alone)."""
+    """Return the number of launched processes (1 without a launcher)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

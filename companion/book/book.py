@@ -122,7 +122,7 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
         "config": config,
         "tools": [importlib.metadata.version(tool) for tool in ("jupyter-book", "sphinx", "sphinx-book-theme")],
     }
-    built_from = {"made of": fingerprint(state)}
+    built_from = {"state": fingerprint(state)}
     if first.exists() and stamp.exists() and read_json(stamp) == built_from:
         print("the book is up to date", file=sys.stderr)
         return first
