@@ -1,10 +1,11 @@
-"""One folder per run: what was asked, where it ran, how it went, what came out.
+"""The record of a run: one folder with configuration, environment, metrics and results.
 
 runs/<experiment>/<scale>/<run id>/
     config.yaml        the resolved configuration
     environment.json   machine, versions and the inputs' fingerprints
     metrics.jsonl      one row per logged step
-    checkpoint/        the newest state, or the final weights
+    state.pt           the resume state, while the run is training
+    checkpoint/        the final weights
     summary.json       the final numbers; it exists only when the run has finished
 """
 

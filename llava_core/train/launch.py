@@ -5,6 +5,7 @@ The scale's `launcher` decides whether a run is trained in this process or by to
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from llava_core.runtime import ROOT, CompanionError, display_path, file_lock, fi
 # The code that decides a run's numbers: all files of these folders except those used only after training.
 CODE_FOLDERS = ("ops", "models", "data", "checkpoints", "train")
 NOT_TRAINING = {"models/generation.py", "models/kv_cache.py"}
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def resolve_run(name: str, scale: str = "mini", fast: bool = False, **overrides: Any) -> RunConfig:
@@ -45,9 +47,21 @@ def run_inputs(config: RunConfig) -> dict[str, Any]:
 
 
 def code_fingerprint(package: Path = Path(__file__).parents[1]) -> str:
-    """Return 12 hex digits over the source files that decide a run's numbers."""
+    """Return 12 hex digits over the source files that decide a run's numbers; comments and docstrings do not count."""
     names = {f.relative_to(package).as_posix(): f for d in CODE_FOLDERS for f in (package / d).rglob("*.py")}
-    return fingerprint([sha256_file(names[name]) for name in sorted(names.keys() - NOT_TRAINING)])
+    sources = [names[name].read_text(encoding="utf-8") for name in sorted(names.keys() - NOT_TRAINING)]
+    return fingerprint([_code_lines(source) for source in sources])
+
+
+def _code_lines(source: str) -> list[str]:
+    """Source lines without docstrings, comment lines and blank lines."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            docstring = node.body[0]
+            for k in range(docstring.lineno - 1, docstring.end_lineno or docstring.lineno):
+                lines[k] = ""
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def launch(config: RunConfig, resume: bool = True) -> RunRecord:

@@ -193,6 +193,13 @@ def test_changed_kernel_changes_the_run_id(tmp_path: Path) -> None:
     assert len(seen | {launching.code_fingerprint(package)}) == 6
 
 
+def test_comments_and_docstrings_do_not_change_a_run() -> None:
+    source = '"""Old."""\n\ndef f(x):\n    """Old\n    text."""\n    # old\n    return x\n'
+    other = '"""New."""\n\n\ndef f(x):\n    return x\n'
+    assert launching._code_lines(source) == launching._code_lines(other) == ["def f(x):", "    return x"]
+    assert launching._code_lines(source.replace("return x", "return -x")) != launching._code_lines(source)
+
+
 def test_registered_projector_trains(world: Path) -> None:
     record = _run("finetune", model__projector="mlp2x_gelu", data__limit=16)
     names = {name for file in record.checkpoint.glob("*.safetensors") for name in load_file(file)}
