@@ -187,7 +187,7 @@ def test_changed_kernel_changes_the_run_id(tmp_path: Path) -> None:
     assert launching.code_fingerprint(package) == before
     seen = {before}
     for name in ("ops/triton_attention.py", "models/llava.py", "data/packing.py", "train/loader.py"):
-        (package / name).write_text((package / name).read_text() + "\n")
+        (package / name).write_text((package / name).read_text() + "x = 1\n")
         seen.add(launching.code_fingerprint(package))
     (package / "ops" / "new.py").write_text("")
     assert len(seen | {launching.code_fingerprint(package)}) == 6
