@@ -25,13 +25,7 @@ CAPTION = "Give a short caption."
 
 
 class Conversation:
-    """A dialogue about one image, with a KV cache over its turns.
-
-    The image is encoded once, and each turn feeds only new tokens. The answers equal those without a cache.
-
-    Args:
-        loaded: a model with its tokenizer, image settings and manifest.
-        image: RGB image of any size.
+    """A dialogue about one image, which is encoded once; a KV cache lets each turn feed only new tokens.
 
     Attributes:
         turns: the (question, answer) pairs so far.
@@ -63,12 +57,7 @@ class Conversation:
         return list(self.stream(question, max_new_tokens, temperature))[-1]
 
     def stream(self, question: str, max_new_tokens: int = 96, temperature: float = 0.0) -> Iterator[str]:
-        """Yield the answer so far after each token; a complete answer becomes a turn.
-
-        Args:
-            question: text; image markers are removed.
-            max_new_tokens: longest answer in tokens.
-            temperature: 0 is greedy.
+        """Yield the answer so far after each token; a complete answer becomes a turn. Temperature 0 is greedy.
 
         Raises:
             DataError: the question is empty, or the turns are too long for the language model.
@@ -98,11 +87,7 @@ class Conversation:
 
 
 class Assistant:
-    """A loaded checkpoint that answers questions about images.
-
-    Args:
-        loaded: model, tokenizer, image settings and manifest.
-    """
+    """A loaded checkpoint that answers questions about images."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
@@ -116,13 +101,7 @@ class Assistant:
         return self.chat(image).ask(question, max_new_tokens, temperature)
 
     def caption(self, image: ImageInput, question: str | None = None, max_new_tokens: int = 64) -> str:
-        """A short caption of an image.
-
-        Args:
-            image: file or PIL image.
-            question: the instruction; by default `CAPTION`, or none if the template takes no instruction.
-            max_new_tokens: longest caption in tokens.
-        """
+        """A short caption; the question is by default `CAPTION`, or none if the template takes no instruction."""
         if question is None:
             question = CAPTION if TEMPLATES.get(self.loaded.manifest.get("template", "v0")).instructed else ""
         return self.chat(image).ask(question, max_new_tokens)
@@ -132,7 +111,6 @@ def open_assistant(path: str | Path, device: str = "auto", dtype: str = "", **op
     """Load a checkpoint of any format; `llava_core.load` calls this.
 
     Args:
-        path: folder or file.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         dtype: of the weights in memory: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
         options: `base`, `vision_tower` if the files do not contain them; usage as in `describe.USAGE_FIELDS`.

@@ -62,7 +62,6 @@ class DataConfig(StrictModel):
     prompt_format: str | None = None
     """Order of the parts of a ScienceQA prompt and answer, e.g. `QCM-LEPA`."""
     limit: PositiveInt | None = None
-    """At most so many samples."""
 
     @field_validator("subset")
     @classmethod
@@ -96,8 +95,6 @@ class ModelConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """Settings of the training."""
-
     trainable: list[Literal["projector", "language_model"]] = Field(min_length=1)
     learning_rate: PositiveFloat
     epochs: PositiveInt
@@ -109,7 +106,6 @@ class TrainConfig(StrictModel):
     betas: tuple[float, float]
     eps: PositiveFloat
     grad_clip: PositiveFloat
-    """Maximum norm of the gradient."""
     max_length: PositiveInt
     """Tokens per sample with image positions; later turns beyond it are dropped, a first turn beyond it is refused."""
     order: Literal["samples", "images"] = "samples"
@@ -230,17 +226,14 @@ class RunConfig(StrictModel):
 
     @property
     def base_models(self) -> tuple[str, str]:
-        """Logical names of the language model and the vision tower."""
         return self.experiment.model.language_model, self.experiment.model.vision_tower
 
     @property
     def data_path(self) -> Path:
-        """Folder of the training data."""
         return runtime.resolve(self.scale.data[self.experiment.data.name])
 
     @property
     def images_path(self) -> Path:
-        """Folder of the images that the training data names."""
         return runtime.resolve(self.scale.data[f"{self.experiment.data.name}_images"])
 
     def model_source(self, logical: str) -> str:
@@ -260,11 +253,7 @@ class RunConfig(StrictModel):
         return validated(cls, read_yaml(Path(path)), runtime.display_path(path))
 
     def write(self, path: str | Path) -> Path:
-        """Write the resolved configuration as YAML."""
         return runtime.atomic_write(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=118))
-
-
-# ------------------------------------------------------------------------------------------------ files
 
 
 def _folder(kind: str) -> Path:
@@ -282,7 +271,6 @@ def experiments() -> dict[str, Path]:
 
 
 def scales() -> dict[str, Path]:
-    """Return the file of every scale by name."""
     return {path.stem: path for path in sorted(_folder("scales").glob("*.yaml"))}
 
 
@@ -297,11 +285,7 @@ def _read_named(kind: str, name: str, files: dict[str, Path]) -> tuple[str, dict
 
 
 def load_scale(name: str) -> ScaleConfig:
-    """Load `configs/scales/<name>.yaml`.
-
-    Raises:
-        ConfigError: there is no such scale, or a key or value of the file is wrong.
-    """
+    """Load `configs/scales/<name>.yaml`; an unknown scale or a wrong key or value is a ConfigError."""
     file, content = _read_named("scale", name, scales())
     scale = validated(ScaleConfig, content, file)
     known = scale.models | scale.data
@@ -321,9 +305,6 @@ def _check_settable(fields: Iterable[str], where: str, rule: str) -> None:
         check_field(ExperimentConfig, field, where)
         if field in META:
             raise ConfigError(f"{where}: '{field}' describes the experiment; {rule}")
-
-
-# ------------------------------------------------------------------------------------------------ layers
 
 
 class _Layer(NamedTuple):
@@ -389,16 +370,11 @@ def load_experiment(
     fast: bool = False,
     _starts: tuple[str, ...] = (),
 ) -> RunConfig:
-    """Resolve an experiment at a scale.
+    """Resolve an experiment at a scale; the names are those of files under `configs/`, without the extension.
 
     Args:
-        name: file name of the experiment under `configs/experiments/`, without the extension.
-        scale: file name of the scale under `configs/scales/`, without the extension.
         overrides: values by dotted field, e.g. `{"train.seed": 1}`; they win over everything.
         fast: shorten the run and the one it starts from; the numbers then mean nothing.
-
-    Returns:
-        The resolved run; each field that differs from the paper is listed in its `departures`.
 
     Raises:
         ConfigError: a name, key or value is wrong; the message names the file and the nearest key.

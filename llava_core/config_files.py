@@ -104,19 +104,11 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_of(model: BaseModel, field: str) -> Any:
-    """Return the value of a dotted field."""
     return functools.reduce(getattr, field.split("."), model)
 
 
 def validated(model: type[M], content: Mapping[str, Any], where: str, origin: Mapping[str, str] | None = None) -> M:
-    """Return a model of a file's content.
-
-    Args:
-        model: the class.
-        content: nested dicts.
-        where: the file, for errors.
-        origin: for the dotted fields that come from elsewhere, from where.
-    """
+    """Return a model of nested dicts; an error names the file `where`, or the `origin` of the dotted field."""
     try:
         return model.model_validate(content)
     except ValidationError as error:

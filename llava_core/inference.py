@@ -36,9 +36,6 @@ def prompt_ids(
         answer_prefix: text that the answer begins with (second pass of ScienceQA).
         key: record id, for the image position "random".
         max_ids: a longer prompt loses the first tokens of `answer_prefix`.
-
-    Raises:
-        DataError: an image delimiter is not a token of the tokenizer.
     """
     manifest = loaded.manifest
     template = TEMPLATES.get(manifest.get("template", "v0"))
@@ -66,22 +63,15 @@ def answer_questions(
     desc: str | None = "answers",
     reserve: int = 0,
 ) -> dict[str, str]:
-    """Answer each question once.
+    """Answer each question once; returns the texts by question id.
 
     Args:
-        loaded: model, tokenizer, image settings, manifest.
         rows: `{question_id, text, image}`; `image` is a file name under `images`, or None for a question without image.
-        images: folder of the images.
         max_new_tokens: longest answer in tokens; fewer if the language model's positions end before.
         batch: rows generated together; it does not change the result.
-        temperature: 0 is greedy; a sampled answer depends on its question's id, not on the batch.
-        seed: of sampled answers.
+        temperature: 0 is greedy; a sampled answer depends on `seed` and its question's id, not on the batch.
         answer_prefixes: per question id, text that the answer begins with.
-        desc: of the progress bar; None for none.
         reserve: positions to leave free after an answer.
-
-    Returns:
-        Answer text by question id.
     """
     import numpy as np
     import torch

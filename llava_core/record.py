@@ -1,12 +1,8 @@
-"""The record of a run: one folder with configuration, environment, metrics and results.
+"""The record of a run: the folder `runs/<experiment>/<scale>/<run id>`.
 
-runs/<experiment>/<scale>/<run id>/
-    config.yaml        the resolved configuration
-    environment.json   machine, versions and the inputs' fingerprints
-    metrics.jsonl      one row per logged step
-    state.pt           the resume state, while the run is training
-    checkpoint/        the final weights
-    summary.json       the final numbers; it exists only when the run has finished
+It holds `config.yaml` (resolved), `environment.json` (machine, versions, fingerprints of the inputs), `metrics.jsonl`
+(one row per logged step), `state.pt` (resume state, while the run is training), `checkpoint/` (the final weights) and
+`summary.json` (the final numbers; it exists only when the run has finished).
 """
 
 from __future__ import annotations
@@ -32,15 +28,10 @@ class RunRecord:
 
     @classmethod
     def open(cls, config: RunConfig, extra_inputs: Mapping[str, Any] | None = None) -> RunRecord:
-        """Return the record of this very run, and begin it if there is none.
+        """Return the record of this very run, whatever experiment's name began it; begin it if there is none.
 
-        Args:
-            config: the resolved run.
-            extra_inputs: JSON-like values besides the configuration that change the result, such as the checksums of
-                the data and of the base models; they are part of the run's id.
-
-        Returns:
-            The record. A run of the same id that another experiment's name began is the same run and is returned.
+        `extra_inputs` are JSON-like values besides the configuration that change the result, such as checksums of
+        the data and of the base models; they are part of the run's id.
         """
         inputs = dict(extra_inputs or {})
         run_id = runtime.fingerprint({"config": config.run_id, "inputs": inputs}) if inputs else config.run_id
@@ -57,12 +48,10 @@ class RunRecord:
 
     @property
     def run_id(self) -> str:
-        """The run's id: the name of its folder."""
         return self.path.name
 
     @functools.cached_property
     def config(self) -> RunConfig:
-        """The resolved configuration."""
         return RunConfig.read(self.path / "config.yaml")
 
     @property
@@ -77,11 +66,7 @@ class RunRecord:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The final numbers.
-
-        Raises:
-            DataError: the run has not finished.
-        """
+        """The final numbers; a DataError if the run has not finished."""
         if not self.finished:
             raise DataError(
                 f"{runtime.display_path(self.path)}: the run has not finished; start it again to go on with it"

@@ -38,16 +38,11 @@ class Registry(Generic[T]):
         return enter
 
     def get(self, name: str) -> T:
-        """Return the part called `name`.
-
-        Raises:
-            ConfigError: there is none; the message names the nearest and lists all.
-        """
+        """Return the part called `name`, or raise a ConfigError that names the nearest and lists all."""
         try:
             return self._parts[name]
         except KeyError:
             raise ConfigError(unknown(self.kind, name, self._parts)) from None
 
     def names(self) -> list[str]:
-        """Return the known names in the order of their registration."""
         return list(self._parts)

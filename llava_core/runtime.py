@@ -48,9 +48,6 @@ class CheckpointError(CompanionError):
     """A checkpoint is incomplete, damaged or does not fit the model."""
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
 def resolve(path: str | Path) -> Path:
     """Return `path` as an absolute path; a relative one starts at the repository root."""
     path = Path(path).expanduser()
@@ -95,11 +92,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
 
 @contextlib.contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which is created if missing; the system releases it when the process ends.
-
-    Raises:
-        BlockingIOError: another process holds the lock, and `wait` is false.
-    """
+    """Hold an exclusive lock on a file, at most until the process ends; BlockingIOError if taken and not `wait`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         if fcntl is not None:
@@ -117,23 +110,14 @@ def _read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DataError: the file is missing or is not JSON; the message names file and line.
-    """
+    """Read a JSON file; if it is missing or not JSON, a DataError names file and line."""
     return _parse(_read_text(path), path)
 
 
 def read_jsonl(path: str | Path, drop_cut_line: bool = False) -> list[Any]:
-    """Read a file of one JSON value per line; blank lines are skipped.
+    """Read a file of one JSON value per line; blank lines are skipped, errors are as in `read_json`.
 
-    Args:
-        path: the file.
-        drop_cut_line: leave out a last line without its line end, as a killed writer leaves it.
-
-    Raises:
-        DataError: the file is missing or a line is not JSON; the message names file and line.
+    `drop_cut_line` leaves out a last line without its line end, as a killed writer leaves it.
     """
     # split("\n"), not splitlines(): JSON strings may hold U+2028 and its like unescaped
     lines = _read_text(path).split("\n")
@@ -178,11 +162,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-# ------------------------------------------------------------------------------------------------ process
-
-
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's global generators."""
     import numpy
     import torch
 
@@ -192,11 +172,7 @@ def seed_everything(seed: int) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device for `auto` (a GPU where there is one), `cpu` or `cuda`.
-
-    Raises:
-        ConfigError: `cuda` was asked for and PyTorch sees no GPU.
-    """
+    """Return the device for `auto` (a GPU where there is one), `cpu` or `cuda` (without a GPU a ConfigError)."""
     import torch
 
     if name == "auto":
@@ -207,7 +183,6 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """Return the floating-point type called `float32`, `bfloat16` or `float16`."""
     import torch
 
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
