@@ -54,12 +54,9 @@ def model_folder(source: str | Path) -> Path:
 
 
 def base_hash(source: str) -> str:
-    """Return what identifies a base model's weights: `files:` and a hash of them, or `name:` and a hash of a hub id.
+    """Return what identifies a base model: `files:` and a hash of its weights, or `name:` and a hash of a hub id.
 
     Files are checked against the model's manifest. An id can be compared with another id, but not with files.
-
-    Raises:
-        CheckpointError: a file of the model is missing or differs from the manifest's SHA-256.
     """
     folder = user_path(source)
     if not folder.is_dir() and not Path(source).is_absolute():
@@ -67,9 +64,6 @@ def base_hash(source: str) -> str:
     if not folder.is_dir() or (has_file(folder, "manifest.json") and "files" in read_config(folder, "manifest.json")):
         return f"files:{fingerprint(verify_files(folder))}"
     return f"files:{fingerprint({f.name: sha256_file(f) for f in weight_files(folder)})}"
-
-
-# ------------------------------------------------------------------------------------------------ vision towers
 
 
 def tower_settings(source: str | Path) -> tuple[dict[str, Any], ImageProcessor]:
@@ -101,9 +95,6 @@ def open_vision_tower(source: str | Path) -> tuple[dict[str, LazyTensor], dict[s
         if not theirs.startswith(_TEXT_HALF) and not name.endswith("embeddings.position_ids"):
             tensors[name], names[name] = tensor, theirs
     return tensors, names
-
-
-# ------------------------------------------------------------------------------------------------ modules
 
 
 def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -50,15 +50,7 @@ def tower_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def language_config(config: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    """Return transformers' complete configuration of a language model; unknown fields are dropped.
-
-    Args:
-        config: as stored, `model_type` included.
-        where: names the file in errors.
-
-    Raises:
-        CheckpointError: transformers knows no such model, or the values are impossible.
-    """
+    """Return transformers' complete configuration of a language model, without unknown fields."""
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
@@ -86,9 +78,7 @@ def _complete(config_class: Any, fields: dict[str, Any], where: str | Path) -> d
 def build_on_meta(part: str, config: Mapping[str, Any]) -> Any:
     """Build a part of the model on the meta device: names and shapes without weights (one second for 13B).
 
-    Args:
-        part: "vision_tower", "language_model" or "multi_modal_projector".
-        config: transformers' configuration; for the projector its `name`, `d_vision` and `d_model`.
+    `config` is transformers' configuration; for the projector it has `name`, `d_vision` and `d_model`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 

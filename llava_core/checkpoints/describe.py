@@ -27,12 +27,7 @@ USAGE_FIELDS = ("template", "system", "image_position", "image_delimiters", "pro
 
 @dataclass(frozen=True)
 class Options:
-    """Models that a caller names for a checkpoint that does not contain them.
-
-    Attributes:
-        base: folder or hub id of the language model that a projector, a LoRA or a `.pth` belongs to.
-        vision_tower: folder or hub id of the tower, in place of the one that the checkpoint names.
-    """
+    """Folders or hub ids of models that a caller names: the language model of a projector or LoRA, another tower."""
 
     base: str | None = None
     vision_tower: str | None = None
@@ -40,14 +35,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Description:
-    """What is needed to use a checkpoint, besides its tensors.
+    """What is needed to use a checkpoint, besides its tensors; model configurations are those of transformers.
 
     Attributes:
-        language_model: transformers' configuration of the language model, `model_type` included.
-        vision_tower: transformers' CLIPVisionConfig; None if only `tower_source` is known.
+        vision_tower: None if only `tower_source` is known.
         tower_source: folder or hub id of a tower whose weights are not in the checkpoint.
         d_vision: width of the tower's features.
-        projector: name in `PROJECTORS`.
         feature_layer: hidden state of the tower that is projected.
         image: settings of the `ImageProcessor`; None if the tower is unknown.
         usage: the other `USAGE_FIELDS`, and further manifest fields such as base models and run id.
@@ -114,16 +107,12 @@ def checked_image_settings(settings: Mapping[str, Any], where: Path) -> dict[str
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint of any format: a description, and tensors under our names that stay on disk until used.
+    """An opened checkpoint of any format: a description, and tensors that stay on disk until used.
 
     Attributes:
-        format: name of its `CheckpointFormat`.
-        path: the folder or file.
-        description: its configurations and usage.
         tensors: our name -> tensor, in the order of a forward pass.
         names: our name -> the format's own name.
         left_out: the format's name -> why the tensor is not used.
-        tokenizer: folder with the tokenizer's files, or None.
         notes: what was assumed because the files do not say it.
         uses_base: whether the language model is the base model that the caller named.
     """
@@ -150,11 +139,7 @@ class Checkpoint:
         return sum(int(torch.Size(tensor.shape).numel()) for tensor in self.tensors.values())
 
     def require(self, *parts: str) -> Checkpoint:
-        """Return the checkpoint with these parts; a vision tower that is only named is opened.
-
-        Raises:
-            CheckpointError: a part is neither in the checkpoint nor available elsewhere.
-        """
+        """Return the checkpoint with these parts; a vision tower that is only named is opened."""
         if "vision_tower" in parts and "vision_tower" not in self.parts:
             return self._with_tower().require(*parts)
         for part in parts:
@@ -187,9 +172,6 @@ class Checkpoint:
         return replace(self, tensors=known | self.tensors)
 
 
-# ------------------------------------------------------------------------------------------------ checks
-
-
 def expected_shapes(description: Description, parts: Iterable[str] = MODEL_PARTS) -> dict[str, tuple[int, ...]]:
     """Return our names and shapes of all tensors that a description implies, in the order of a forward pass."""
     projector = {
@@ -210,11 +192,7 @@ def expected_shapes(description: Description, parts: Iterable[str] = MODEL_PARTS
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Check that exactly the expected tensors are present, in the expected shapes.
-
-    Raises:
-        CheckpointError: the first tensor, in the order of a forward pass, that is missing, unknown or of another shape.
-    """
+    """Check that exactly the expected tensors are present, in the expected shapes."""
     where = checkpoint.path
     try:
         expected = expected_shapes(checkpoint.description, checkpoint.parts)

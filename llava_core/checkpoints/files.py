@@ -18,11 +18,7 @@ def error_at(path: str | Path, problem: str) -> CheckpointError:
 
 
 def contained_file(folder: Path, name: str) -> Path:
-    """Return `folder / name` if it is a regular file inside the folder.
-
-    Raises:
-        CheckpointError: it is missing, not a regular file, or it is or links to a path outside the folder.
-    """
+    """Return `folder / name` if it is a regular file, and neither is nor links to a path outside the folder."""
     path = folder / name
     if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or "\0" in name:
         raise error_at(folder, f"'{name}' points outside the folder; refused; fix: use plain file names")
@@ -62,8 +58,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` on success and is removed on failure.
 
-    Raises:
-        CheckpointError: `target` exists and is not an empty folder, and `overwrite` is not set.
+    Without `overwrite`, an existing `target` must be an empty folder.
     """
     target = Path(os.path.abspath(target))  # "." has no name of its own
     if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -82,17 +77,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def verify_files(folder: Path) -> dict[str, str]:
-    """Make sure that a base model's files are those of its manifest.
-
-    Args:
-        folder: of the base model.
-
-    Returns:
-        File name -> SHA-256.
-
-    Raises:
-        CheckpointError: there is no manifest, or a file is missing or another one.
-    """
+    """Return file name -> SHA-256 of a base model, after a comparison of its files with its manifest."""
     if not (folder / "manifest.json").is_file():
         raise CheckpointError(
             f"{display_path(folder)}: no base model here; fix: `git checkout -- models`, or `llava base-models`"

@@ -46,14 +46,7 @@ def load(
     options: Options | None = None,
     **usage: Any,
 ) -> Loaded:
-    """Load a checkpoint of any format for inference.
-
-    Args:
-        path: directory or file.
-        dtype: of the weights in memory.
-        device: where they go.
-        options: base model and tower of a checkpoint that does not contain or name them.
-        usage: what the checkpoint leaves open or says wrongly, as in `describe.USAGE_FIELDS`.
+    """Load a checkpoint of any format for inference; `options` and `usage` as in `open_checkpoint`.
 
     Raises:
         CheckpointError: anything missing, damaged, or not of the base models named in the manifest.
@@ -95,15 +88,9 @@ def _with_weights(part: str, config: dict[str, Any], checkpoint: Checkpoint, dty
 
 
 def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) -> None:
-    """Copy a checkpoint's tensors into a model; names and shapes must match exactly.
+    """Copy a checkpoint of our own format into a model; names and shapes must match exactly.
 
-    Args:
-        model: receives the tensors.
-        path: checkpoint directory of our own format.
-        parts: prefixes to take, such as the projector of a full checkpoint; all tensors of the checkpoint when None.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown to the model, or of another shape.
+    `parts` are prefixes of tensors to take, such as the projector of a full checkpoint; None takes all of them.
     """
     checkpoint = native.read(path, Options())
     prefixes = parts or tuple(f"{part}." for part in checkpoint.parts)
@@ -131,13 +118,9 @@ def build(
 
 
 def save_checkpoint(path: Path, loaded: Loaded, kind: Kind, **manifest: Any) -> Path:
-    """Write a checkpoint directory, completely or not at all.
+    """Write a checkpoint directory, completely or not at all; an existing one is replaced.
 
-    Args:
-        path: directory; replaced if it exists.
-        loaded: model, tokenizer, image settings and base models.
-        kind: "projector" stores the projector, "full" the projector and the language model.
-        manifest: further manifest fields: template, image_position, prompt_format, run_id, ...
+    `manifest` has further manifest fields: template, image_position, prompt_format, run_id, ...
     """
     model = loaded.model
     description = Description(

@@ -34,9 +34,6 @@ def open_checkpoint(path: Path, options: Options | None = None, usage: Mapping[s
         path: folder, or file where the format is one.
         options: base model and tower that the files do not contain.
         usage: what the files leave open or say wrongly; names as in `describe.USAGE_FIELDS`.
-
-    Raises:
-        CheckpointError: not a LLaVA checkpoint, or a damaged one; the message names file and fix.
     """
     detected = detect_format(path)
     if detected is None:

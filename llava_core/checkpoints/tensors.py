@@ -1,7 +1,6 @@
 """Weights files as untrusted input: tensors are read one at a time and written shard by shard.
 
-safetensors are preferred. `.bin`, `.pth` and `.pt` are read through PyTorch's `weights_only` unpickler, which refuses
-everything but tensors and plain containers. An index that leads out of the folder is refused.
+`.bin`, `.pth` and `.pt` are read by PyTorch's `weights_only` unpickler: tensors and plain containers, no code.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ class LazyTensor:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> LazyTensor:
-        """Wrap a tensor in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None) -> LazyTensor:
@@ -48,16 +46,11 @@ class LazyTensor:
 
     @property
     def bytes(self) -> int:
-        """Size in memory."""
         return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:
-    """Open one weights file; of safetensors only the header is read.
-
-    Raises:
-        CheckpointError: the file is damaged, truncated, or contains anything but tensors.
-    """
+    """Open one weights file; of safetensors only the header is read."""
     path = contained_file(path.parent, path.name)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
@@ -93,11 +86,7 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
-    """Read the dict in a `.bin`, `.pth` or `.pt` file by memory map; no code in it is executed.
-
-    Raises:
-        CheckpointError: the file is damaged, is not a dict, or contains more than tensors.
-    """
+    """Read the dict in a `.bin`, `.pth` or `.pt` file by memory map; no code in it is executed."""
     path = contained_file(path.parent, path.name)
     try:
         try:
@@ -146,11 +135,7 @@ def _read_index(folder: Path, index: str) -> dict[str, str]:
 
 
 def open_folder(folder: Path) -> dict[str, LazyTensor]:
-    """Open the tensors of a folder, from one file or from the shards of its index.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or index and shards disagree.
-    """
+    """Open the tensors of a folder, from one file or from the shards of its index."""
     files, index = _files_and_index(folder)
     tensors: dict[str, LazyTensor] = {}
     file_of: dict[str, str] = {}
@@ -180,19 +165,10 @@ def lone_weights_file(path: Path) -> Path | None:
     return files[0] if len(files) == 1 and not has_weights(path) else None
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
-
 def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Write `model.safetensors`, or shards and their index; one shard is in memory at a time.
+    """Write `model.safetensors`, or shards and their index; return file -> SHA-256. One shard is in memory at a time.
 
-    Args:
-        folder: exists.
-        tensors: by name, in the order in which they fill the shards.
-        shard_bytes: size above which a shard is closed; a larger tensor gets a shard of its own.
-
-    Returns:
-        Weights file -> SHA-256.
+    A tensor larger than `shard_bytes` gets a shard of its own.
     """
     shards: list[list[str]] = [[]]
     size = 0

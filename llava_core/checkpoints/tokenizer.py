@@ -22,13 +22,10 @@ def tokenizer_folder(folder: Path) -> Path | None:
 
 
 def open_tokenizer(folder: Path, language_model: Mapping[str, Any], **options: Any) -> Any:
-    """Open the tokenizer of a folder.
+    """Open the tokenizer of a folder; `options` are those of transformers' `from_pretrained`.
 
-    Args:
-        folder: with the tokenizer's files.
-        language_model: configuration that decides the tokenizer's class. The folder's own `model_type` may be "llava",
-            for which transformers takes a class that drops SentencePiece's dummy prefix.
-        options: of transformers' `from_pretrained`.
+    `language_model` decides its class: the folder's own `model_type` may be "llava", for which transformers takes a
+    class that drops SentencePiece's dummy prefix.
     """
     from transformers import AutoConfig, AutoTokenizer
 

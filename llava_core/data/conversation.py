@@ -1,7 +1,7 @@
 """Conversation templates: dialogue turns -> segments of text, each supervised or not, for training and for prompts.
 
-`label_mask.py` turns the segments into token ids and labels. A new template is one more `Template` record at the end of
-this file. The template `v0_exact` is the exception: it repeats the code released with the paper (`released_v0.py`).
+A new template is one more `Template` record at the end of this file. `label_mask.py` makes token ids of segments;
+`v0_exact` repeats the code released with the paper instead (`released_v0.py`).
 """
 
 from __future__ import annotations
@@ -26,17 +26,14 @@ class Template:
     """The text around questions and answers, and which tokens are supervised.
 
     Attributes:
-        name: exact name stored in manifests.
         system: default system message; a manifest may have another one.
         opening: text before the first question; may contain `{system}`.
         opening_next: text before the questions of later turns.
         bridge: text between question and answer; generation starts after it.
         closing: text after an answer, supervised: the model learns to stop there.
-        stop: the string at which generation ends.
         eos: the tokenizer's EOS follows `closing` and is supervised.
         image_side: side of the first question that gets the image, if neither the text nor the experiment says it.
-        encoder: function used instead of `render`, for sequences that segments cannot describe; the texts from
-            `opening` to `closing` are then empty.
+        encoder: used instead of `render`, for sequences that segments cannot describe.
     """
 
     name: str
@@ -56,11 +53,7 @@ class Template:
         return bool(self.bridge) or self.encoder is not None
 
     def render(self, turns: Sequence[Turn], system: str | None = None) -> list[Segment]:
-        """Segments of a conversation; image markers in the questions become image segments.
-
-        Raises:
-            DataError: no turns, an answer missing before the last one, or a template without segments.
-        """
+        """Segments of a conversation; image markers in the questions become image segments."""
         _check_turns(turns)
         if self.encoder is not None:
             raise DataError(f"template '{self.name}' has no segments; fix: call its `encode`")
@@ -91,22 +84,16 @@ class Template:
         max_length: int | None = None,
         name: str = "sample",
     ) -> Encoded:
-        """Token ids and labels of a conversation or a prompt.
+        """Token ids and labels of a conversation, or of a prompt, whose last answer is None.
 
         Args:
-            turns: (question, answer) pairs; the last answer is None if it is to be generated.
-            tokenizer: a transformers tokenizer; its BOS, if it has one, is the first token, unsupervised.
-            n_image_tokens: visual tokens per image.
             system: system message instead of the template's.
             delimiters: two tokens of the vocabulary around each image, or None.
             max_length: maximum number of tokens; later turns that exceed it are dropped and counted.
             name: the record's name for errors.
 
-        Returns:
-            Ids and labels of equal length; a turn without an answer is not supervised.
-
         Raises:
-            DataError: no turns; a first turn, a prompt or an image beyond `max_length`; an unknown delimiter.
+            DataError: no turns; a first turn, a prompt or an image beyond `max_length`; an unknown delimiter; no EOS.
         """
         if self.encoder is None:
             return encode(self.render(turns, system), tokenizer, n_image_tokens, max_length, name, delimiters)
@@ -115,15 +102,10 @@ class Template:
         return self.encoder(turns, tokenizer, block, self.system if system is None else system, max_length, name)
 
     def with_image(self, turns: Sequence[Turn], position: ImagePosition = "data", key: str = "") -> list[Turn]:
-        """The turns of a dialogue about an image, with the image marker in the first question.
+        """The turns of a dialogue about an image, with the image marker in the first question (see `place_image`).
 
         If no question has a marker, the first one gets it on the template's side: the released v0 evaluation put the
-        image after the question, 1.0 before it. All templates here except `v0_exact` put it before.
-
-        Args:
-            turns: the dialogue.
-            position: the experiment's image position (see `place_image`).
-            key: the record's id.
+        image after the question, 1.0 before it.
         """
         (first, answer), *later = turns
         if not any(IMAGE_MARKER in question for question, _ in turns):
@@ -139,15 +121,9 @@ def _check_turns(turns: Sequence[Turn]) -> None:
 
 
 def place_image(question: str, position: ImagePosition, key: str) -> str:
-    """Move the image marker of a first question.
+    """Move the image marker of a question, if it has one: "data" keeps its place, "random" draws "first" or "last".
 
-    Args:
-        question: text with at most one `<image>` on its own line.
-        position: "data" keeps the marker's place, "first" / "last" move it, "random" draws one of both per record.
-        key: the record's id; the draw of "random" depends only on it.
-
-    Returns:
-        The question with the marker moved; unchanged if there is none.
+    The draw depends only on `key`, the record's id.
     """
     if position == "data" or question.count(IMAGE_MARKER) != 1:
         return question
@@ -156,8 +132,6 @@ def place_image(question: str, position: ImagePosition, key: str) -> str:
         position = "first" if random.Random(f"image-position-{key}").random() < 0.5 else "last"
     return f"{IMAGE_MARKER}\n{text}" if position == "first" else f"{text}\n{IMAGE_MARKER}"
 
-
-# ------------------------------------------------------------------------------------------------ templates
 
 _SYSTEM = "A curious human talks with a helpful assistant that can see."  # written for this project
 

@@ -1,8 +1,7 @@
 """Features of the frozen vision tower, computed once per image and memory-mapped from disk.
 
-The tower is frozen in both stages, so the features of an image are equal in every epoch, sample and ablation. They keep
-the dtype of the tower: a coarser one would change the gradients. An image is identified by the hash of its bytes;
-tower, layers and preprocessing name the folder.
+They keep the dtype of the tower: a coarser one would change the gradients. An image is identified by the hash of its
+bytes; tower, layers and preprocessing name the folder.
 """
 
 from __future__ import annotations
@@ -36,13 +35,9 @@ _STORED = {torch.bfloat16: np.uint16}  # numpy has no bf16: its bits
 
 
 class FeatureCache:
-    """Features of images, `SHARD` images per file.
+    """Features of shape (layers, P, D_vision) per image, `SHARD` images per file.
 
-    Args:
-        folder: parent folder of all caches.
-        facts: what the features depend on, apart from the image: tower, layers, preprocessing, dtype.
-        shape: (layers, P, D_vision) of one image.
-        dtype: of the features.
+    `facts` is what they depend on, apart from the image: tower, layers, preprocessing, dtype.
     """
 
     def __init__(self, folder: Path, facts: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -88,7 +83,6 @@ class FeatureCache:
         return list(missing.values())
 
     def bytes_per_image(self) -> int:
-        """Size of one image's features."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def disk_shortage(self, images: int) -> str | None:
@@ -102,14 +96,9 @@ class FeatureCache:
         )
 
     def fill(self, images: Sequence[Path], compute: Callable[[Sequence[Path]], torch.Tensor]) -> int:
-        """Compute and store missing features.
+        """Compute and store missing features; return their number of images.
 
-        Args:
-            images: image files.
-            compute: features (n, layers, P, D_vision) of n images.
-
-        Returns:
-            Number of computed images.
+        `compute` returns features (n, layers, P, D_vision) of n images.
         """
         missing = self.missing(images)
         if missing:
@@ -133,11 +122,7 @@ class FeatureCache:
         self._open(index)
 
     def get(self, images: Sequence[Path], layer: int = 0) -> torch.Tensor:
-        """Features (n, P, D_vision) of cached images from one of the cached layers.
-
-        Raises:
-            KeyError: an image is not cached.
-        """
+        """Features (n, P, D_vision) from one of the cached layers; a KeyError for an image that is not cached."""
         places = [self._places[self.key(image)] for image in images]
         stacked = np.stack([features[k][layer] for features, k in places])
         tensor = torch.from_numpy(stacked)

@@ -1,7 +1,4 @@
-"""Image reading and preprocessing for training, evaluation, demo and export.
-
-The settings are stored in every checkpoint's manifest.
-"""
+"""Image reading and preprocessing for training, evaluation, demo and export."""
 
 from __future__ import annotations
 
@@ -45,16 +42,8 @@ _PILLOW_LIMIT = threading.Lock()
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 class ImageError(DataError):
-    """An image that cannot be used.
-
-    Attributes:
-        reason: what is wrong, without the file's name.
-        missing: there is no such file.
-    """
+    """An image that cannot be used; `reason` is without the file's name, `missing` says that there is no such file."""
 
     reason: str = ""
     missing: bool = False
@@ -72,10 +61,6 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     Transparency becomes white, as in CLIPImageProcessor since transformers 5.21. 16-bit grey keeps its high byte. CMYK
     is converted without its color profile. A decoder does not notice every damage, such as a flipped bit in a JPEG.
 
-    Args:
-        source: a path, the bytes of a file, or an open binary file.
-        name: the image's name for errors; default: its path.
-
     Raises:
         ImageError: the file is missing, has none of `FORMATS`, is cut off or damaged, exceeds `MAX_PIXELS` or
             `MAX_ASPECT`, or its values have no defined brightness.
@@ -85,12 +70,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
 
 
 def check_image(source: ImageSource, name: str | None = None, decode: bool = True) -> None:
-    """Raise what `load_image` would raise.
-
-    Args:
-        source, name: as for `load_image`.
-        decode: decode the image; otherwise only the file's existence and its header are checked.
-    """
+    """Raise what `load_image` would raise; without `decode` only existence and header are checked."""
     with _opened(source, name) as (image, name):
         if decode:
             image.draft("RGB", (1, 1))  # reads a JPEG to its end without computing all pixels
@@ -181,9 +161,6 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------ settings
-
-
 @dataclass(frozen=True)
 class ImageProcessor:
     """Preprocessing of CLIPImageProcessor: bicubic resize, center crop, rescale, normalise.
@@ -192,13 +169,9 @@ class ImageProcessor:
     the values differ, nearly all by 1 of 255.
 
     Attributes:
-        size: width and height of the result.
         mode: "crop" (the paper: shortest side to `size`, center crop), "pad" (square canvas of the mean color) or
             "resize".
         mean, std: per channel, on the 0-1 scale.
-
-    Raises:
-        DataError: a value is of another type or outside its range; the message names the field.
     """
 
     size: int
@@ -219,11 +192,7 @@ class ImageProcessor:
             raise DataError(f"image settings: std is {self.std}; give numbers above 0")
 
     def visible(self, image: Image.Image) -> Image.Image:
-        """The (size, size) RGB image before rescaling and normalisation.
-
-        Raises:
-            ImageError: the image has no pixels or exceeds `MAX_ASPECT`.
-        """
+        """The (size, size) RGB image before rescaling and normalisation."""
         _check_shape(image, "the image")
         image = image if image.mode == "RGB" else _rgb(image, "the image")
         if self.mode == "pad":
@@ -238,10 +207,7 @@ class ImageProcessor:
         return image.crop((left, top, left + self.size, top + self.size))
 
     def _padded(self, image: Image.Image) -> Image.Image:
-        """The resized square canvas, computed in strips of rows: for 30,000 x 3,000 pixels it would take 3.4 GiB.
-
-        Pillow resizes each row and then each column, so the pixels are the same.
-        """
+        """The resized square canvas, in strips of rows: for 30,000 x 3,000 pixels it would take 3.4 GiB."""
         fill = tuple(int(value * 255) for value in self.mean)
         side = max(image.size)
         left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -264,16 +230,11 @@ class ImageProcessor:
         return self.normalise(np.asarray(self.visible(image)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Settings for a manifest."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> ImageProcessor:
-        """Inverse of `to_dict`; all fields are required.
-
-        Raises:
-            DataError: a field is missing, unknown, of another type or outside its range.
-        """
+        """Inverse of `to_dict`; all fields are required."""
         if not isinstance(settings, Mapping):
             raise DataError(f"image settings: expected an object with fields, not {settings!r}")
         known = [field.name for field in fields(cls)]
@@ -362,7 +323,6 @@ def _hf_side(name: str, value: Any) -> tuple[int, bool]:
 
 
 def _channels(name: str, values: Any) -> tuple[float, float, float]:
-    """Three finite numbers, one per channel."""
     good = isinstance(values, Sequence) and len(values) == 3 and all(type(v) in (int, float) for v in values)
     if not good or not all(map(math.isfinite, values)):
         raise DataError(f"image settings: {name} is {values!r}; give three finite numbers, one per channel")

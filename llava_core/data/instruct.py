@@ -56,13 +56,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Problem:
-    """One defect of a data file.
+    """One defect of a data file; `line` (of parquet: row, from 1) and `record` (its label) are None for the file.
 
-    Attributes:
-        line: line of the record or syntax error (of parquet: row), from 1; None for the file.
-        record: the record's label; None for the file.
-        kind: a key of `companion.data_tools.check.PROBLEM_KINDS`.
-        message: the defect and its remedy.
+    `kind` is a key of `companion.data_tools.check.PROBLEM_KINDS`.
     """
 
     line: int | None
@@ -76,17 +72,10 @@ class Problem:
         return f"{', '.join(place) or 'file'}: {self.message}"
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 def read_records(path: Path) -> Iterator[Record | Problem]:
     """Yield the records of a file one by one, and a problem for each part that cannot be parsed.
 
-    Args:
-        path: a `.json` list, a `.jsonl` file with one record per line, or a `.parquet` table with one record per row.
-
-    Raises:
-        DataError: there is no such file, or it has another format.
+    A `.json` file is a list; a line of `.jsonl` and a row of `.parquet` is one record.
     """
     if not path.is_file():
         raise DataError(f"{display_path(path)}: no such file; check the path or run the step that writes it")
@@ -165,11 +154,7 @@ def _read_parquet(path: Path) -> Iterator[Record | Problem]:
 
 
 def import_pyarrow(module: str = "lib") -> Any:
-    """Import `pyarrow.<module>`.
-
-    Raises:
-        DataError: pyarrow is not installed.
-    """
+    """Import `pyarrow.<module>`; a DataError if it is not installed."""
     try:
         return importlib.import_module(f"pyarrow.{module}")
     except ModuleNotFoundError:
@@ -189,9 +174,6 @@ def rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
         else:
             rows = [row for k in range(batch.num_rows) for row in rows_of(batch.slice(k, 1))]
     yield from rows
-
-
-# ------------------------------------------------------------------------------------------------ rules
 
 
 def record_problems(record: Any) -> Iterator[tuple[str, str]]:
@@ -282,15 +264,7 @@ def leaves_folder(name: str) -> bool:
 
 
 class ImageFolder:
-    """The images of a data set; each file is opened once, however many records name it.
-
-    Args:
-        path: the folder.
-        decode: as for `image_fault`.
-
-    Raises:
-        DataError: there is no such folder.
-    """
+    """The images of a data set; each file is opened once, however many records name it."""
 
     def __init__(self, path: str | Path, decode: bool = True) -> None:
         self.path = Path(path)
@@ -308,12 +282,7 @@ class ImageFolder:
 
 
 def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
-    """Why `load_image` would not read a file: (`missing_image` or `unreadable_image`, reason), or None.
-
-    Args:
-        path: the image file.
-        decode: decode the pixels; otherwise only missing files and wrong headers are noticed.
-    """
+    """(`missing_image` or `unreadable_image`, reason) if `check_image` refuses a file, else None."""
     from llava_core.data.images import ImageError, check_image
 
     try:
@@ -325,23 +294,15 @@ def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ loading
-
-
 def load_instruct(
     path: str | Path, images: str | Path | None = None, subset: Mapping[str, float] | None = None, seed: int = 0
 ) -> list[Sample]:
-    """Load a file of instruction records; a wrong record is an error, never skipped.
+    """Load a file of instruction records in its order; a wrong record is an error, never skipped.
 
     Args:
-        path: a `.json` list, a `.jsonl` file with one record per line, or a `.parquet` table with one record per row.
         images: folder of the images, of which the headers are read; None keeps the names and opens no image.
         subset: fraction (0 to 1) of each kind to keep, e.g. `{"conversation": 1.0, "detail": 0.05}`; other kinds are
             left out. Subsets are nested: 5 % of a kind is part of its 10 %.
-        seed: of the subset.
-
-    Returns:
-        The samples in the order of the file.
 
     Raises:
         DataError: the file has problems, or it has no record of a kind that `subset` names.

@@ -1,7 +1,6 @@
 """The label mask: token ids and labels of segments that are supervised or not.
 
-Ids and labels are the concatenation of the segments' ids and labels. No text is tokenised again to find the boundaries
-of the label mask, so a tokenizer cannot shift it.
+No text is tokenised again to find the boundaries of the label mask, so a tokenizer cannot shift it.
 """
 
 from __future__ import annotations
@@ -42,19 +41,7 @@ def encode(
     name: str = "sample",
     delimiters: Sequence[str] | None = None,
 ) -> Encoded:
-    """Concatenate the segments' ids and labels.
-
-    Args:
-        segments: from `Template.render`.
-        tokenizer, n_image_tokens, max_length, name, delimiters: as in `Template.encode`.
-
-    Returns:
-        Ids and labels of equal length.
-
-    Raises:
-        DataError: the first turn, a turn with an image, or a prompt is too long; an unknown delimiter; or the
-            template ends answers with an EOS that the tokenizer does not have.
-    """
+    """Concatenate ids and labels of the segments of `Template.render`; arguments and errors as in `Template.encode`."""
     block = image_block(tokenizer, n_image_tokens, delimiters)
     ids = bos_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
@@ -86,8 +73,7 @@ def encode(
 def supervised_text(encoded: Encoded, tokenizer: Any) -> str:
     """The decoded supervised tokens, which must equal the answers with their terminators.
 
-    SentencePiece decoders drop the space of the dummy prefix at the start of a text. A span that continues a text is
-    therefore decoded after another token.
+    SentencePiece drops the dummy prefix's space, so a span that continues a text is decoded after another token.
     """
     special, before = special_ids(tokenizer), token_ids(tokenizer, "a")
     skip = len(_decoded(tokenizer, before))

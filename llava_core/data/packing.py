@@ -1,12 +1,8 @@
 """Sequence packing with shared-prefix deduplication: samples of a batch in rows without padding.
 
-A row is a tree in depth-first order (see `llava_core.ops.packed_mask`): first the prefix that all samples of the row
-share, usually the system text; below it, for each image, the prefix that the samples of the image share; below that,
-the rest of each sample. Each token attends to the same tokens at the same positions as in a row of its own, so loss and
-gradients equal those of single samples.
-
-An image is part of a shared prefix only if it precedes the text that differs. The paper puts it before or after the
-question at random: a sample with the image after the question has its own copy.
+A row is a tree in depth-first order (see `llava_core.ops.packed_mask`): the prefix of all samples of the row, below it
+the prefix of the samples of each image, below that the rest of each sample. Each token attends to the same tokens at
+the same positions as in a row of its own, so loss and gradients equal those of single samples.
 """
 
 from __future__ import annotations
@@ -73,16 +69,10 @@ class _RowBuilder:
 def pack(
     items: Sequence[Encoded], images: Sequence[Hashable | None], max_tokens: int, share: bool = True
 ) -> list[PackedRow]:
-    """Pack samples into rows: first-fit decreasing over groups of samples of the same image.
+    """Pack samples into rows: first-fit decreasing over groups of samples with an equal key in `images`.
 
-    Args:
-        items: ids and labels; tokens from the last supervised one on are left out, since no loss depends on them.
-        images: a key per sample, equal for equal images; None for text only.
-        max_tokens: maximum length of a row. A longer sample has a row of its own.
-        share: store shared prefixes once.
-
-    Returns:
-        The rows; together they hold each sample once.
+    A sample longer than `max_tokens` has a row of its own. Tokens from the last supervised one on are left out: no loss
+    depends on them. A shared prefix contains an image only if the image precedes the text that differs.
     """
     block = {key: -2 - k for k, key in enumerate(dict.fromkeys(key for key in images if key is not None))}
     # image positions get a number per image, so that equal ids mean equal tokens

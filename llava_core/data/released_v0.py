@@ -5,9 +5,7 @@ these lengths. With LLaMA's tokenizer the BOS of a part replaces `▁###`, which
 two (`##`, `#`) inside. So the first two tokens of each question are supervised, and each answer with its role and the
 separator after it. Where the image ends the first question, the separator after it starts a new text and stays one
 token; the masks of all later questions are then one token too far to the right. With a tokenizer that has no such pair
-of tokens every later mask is shifted.
-
-One departure: that code cut what was too long anywhere; here the last turns are dropped, as in every template.
+of tokens every later mask is shifted. That code cut long samples anywhere; here the last turns are dropped.
 
 Source: llava/train/train.py, llava/conversation.py and llava/eval/model_vqa.py of haotian-liu/LLaVA at 8959d5c.
 """
@@ -24,14 +22,10 @@ from llava_core.data.tokenization import PROMPT_FIX, Encoded, Turn, bos_ids, tok
 def encode_released_v0(
     turns: Sequence[Turn], tokenizer: Any, block: Sequence[int], system: str, max_length: int | None, name: str
 ) -> Encoded:
-    """Ids and labels of a conversation.
+    """Ids and labels of a conversation; `block` has the ids of an image, the others are as in `Template.encode`.
 
-    Args:
-        turns: the conversation. If the last answer is None, the result is the prompt of the released evaluation, which
-            has no spaces or line breaks around the separators, unlike training.
-        tokenizer: a transformers tokenizer.
-        block: the ids of an image.
-        system, max_length, name: as in `Template.encode`.
+    If the last answer is None, the result is the prompt of the released evaluation, which has no spaces or line breaks
+    around the separators, unlike training.
     """
     if turns[-1][1] is None:
         said = "".join(f"Human: {q}###" + ("Assistant:" if a is None else f"Assistant: {a}###") for q, a in turns)

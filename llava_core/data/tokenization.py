@@ -23,11 +23,7 @@ Turn = tuple[str, str | None]
 class Encoded:
     """Token ids and labels of one sample: two lists of T ints.
 
-    Attributes:
-        input_ids: image positions are `IMAGE_TOKEN_ID`.
-        labels: -100 where the loss ignores a token.
-        n_images: number of images.
-        dropped_turns: turns at the end that exceeded the maximum length.
+    Image positions are `IMAGE_TOKEN_ID`, ignored labels -100; `dropped_turns` exceeded the maximum length.
     """
 
     input_ids: list[int]
@@ -37,21 +33,11 @@ class Encoded:
 
 
 def bos_ids(tokenizer: Any) -> list[int]:
-    """The BOS token, if the tokenizer has one."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def image_block(tokenizer: Any, n_image_tokens: int, delimiters: Sequence[str] | None = None) -> list[int]:
-    """Token ids of one image.
-
-    Args:
-        tokenizer: has the delimiters in its vocabulary.
-        n_image_tokens: visual tokens of an image.
-        delimiters: begin and end token around the image, as checkpoints of the v0 era have them; None: none.
-
-    Raises:
-        DataError: not two delimiters, or one that is not in the vocabulary.
-    """
+    """Token ids of one image, with a begin and an end token around it if there are `delimiters`."""
     block = [IMAGE_TOKEN_ID] * n_image_tokens
     if delimiters is None:
         return block
@@ -80,13 +66,8 @@ def continues_text(ids: Sequence[int], special: set[int]) -> bool:
 def token_ids(tokenizer: Any, text: str, continues: bool = False) -> list[int]:
     """Token ids of a text, without special tokens.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        text: the text.
-        continues: the text continues another one, so a dummy prefix would be a space that is not in the data.
-
-    Raises:
-        DataError: the text continues another one, and the tokenizer cannot leave out its dummy prefix.
+    If it `continues` another text, a dummy prefix would be a space that is not in the data; it is left out. A slow
+    tokenizer that cannot leave it out is a DataError.
     """
     backend = _without_dummy_prefix(tokenizer) if continues else None
     ids: list[int] = (

@@ -21,13 +21,9 @@ from llava_core.runtime import CheckpointError, display_path
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """One format of checkpoints on disk.
+    """One format of checkpoints on disk; `detect` looks at the content, `name` is what `llava inspect` shows.
 
-    Attributes:
-        name: as `llava inspect` shows it.
-        detect: whether a path has this format, by its content.
-        read: opens a path: read(path, options), or read(path, options, base) if there is a `base_of`.
-        base_of: name of the model that must be opened first and is passed to `read`; None where there is none.
+    If there is a `base_of`, the model that it names is opened first and is the third argument of `read`.
     """
 
     name: str
@@ -54,7 +50,6 @@ def new_checkpoint(
 def _drop_tied_head(
     path: Path, description: Description, ours: dict[str, LazyTensor], names: dict[str, str], left_out: dict[str, str]
 ) -> None:
-    """Drop an output embedding that repeats the input embedding, if the configuration ties them."""
     head, words = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
     if not description.tied or head not in ours or words not in ours:
         return

@@ -105,7 +105,6 @@ def _without_identity(tensors: dict[str, LazyTensor], path: Path) -> dict[str, L
 
 
 def _description(path: Path, config: dict[str, Any], notes: list[str]) -> Description:
-    """Return the description of a checkpoint that transformers or others exported."""
     where = path / "config.json"
     tower = tower_config(config["vision_config"])
     files = [name for name in ("preprocessor_config.json", "processor_config.json") if has_file(path, name)]

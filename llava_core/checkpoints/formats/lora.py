@@ -1,7 +1,6 @@
 """LoRA folders of the original code: adapters, `non_lora_trainables.bin` (the projector), and the base model's name.
 
-Adapters are merged as tensors are read, W + scale * B A in fp32, so that a 13B model is merged one tensor at a time.
-The result equals peft's `merge_and_unload`.
+Adapters are merged as tensors are read, W + scale * B A in fp32; the result equals peft's `merge_and_unload`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Names of tensors: ours (`vision_tower.`, `multi_modal_projector.`, `language_model.`) and those of each format.
-
-A format's rules are pairs of prefixes (ours, the format's), so the map is exact in both directions.
-"""
+"""Names of tensors, ours and those of each format: a format's rules are pairs of prefixes (ours, the format's)."""
 
 from __future__ import annotations
 
@@ -30,7 +27,6 @@ def import_name(name: str, rules: Iterable[tuple[str, str]]) -> str:
 
 
 def export_tensors(checkpoint: Checkpoint, rules: Iterable[tuple[str, str]]) -> dict[str, LazyTensor]:
-    """Return a checkpoint's tensors under a format's names."""
     return {export_name(name, rules): tensor for name, tensor in checkpoint.tensors.items()}
 
 

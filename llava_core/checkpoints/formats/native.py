@@ -1,8 +1,6 @@
-"""This project's own format: one directory that describes itself.
+"""This project's own format: one directory with weights, tokenizer, configurations and `manifest.json`.
 
-It contains the weights, the tokenizer, the language model's configuration and `manifest.json`: parts, base models with
-their hashes, conversation template, image settings, feature layer, prompt format, run id. Readers use the manifest and
-never the folder's name.
+Readers use the manifest and never the folder's name.
 """
 
 from __future__ import annotations
@@ -32,11 +30,7 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, options: Options) -> Checkpoint:
-    """Open a directory, with every weights file checked against the manifest's SHA-256.
-
-    Raises:
-        CheckpointError: not such a directory, damaged, or its manifest contradicts its files.
-    """
+    """Open a directory, with every weights file checked against the manifest's SHA-256."""
     manifest = _read_manifest(path)
     for name, digest in manifest["files"].items():
         if sha256_file(contained_file(path, name)) != digest:
