@@ -24,7 +24,6 @@ class GenerationSettings:
     """Settings of one row.
 
     Attributes:
-        max_new_tokens: limit, at least 1.
         temperature: 0 is greedy.
         top_p: sample from the fewest tokens whose probabilities sum to this; at least one.
         stop: a string or several; the first to appear ends the row and is removed.
@@ -54,7 +53,6 @@ class GenerationSettings:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
@@ -148,7 +146,6 @@ class _RowText:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
 
     def generated(self) -> Generated:
-        """The row so far."""
         text = self.text
         if self.finish is None:
             partial = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
@@ -164,14 +161,7 @@ def end_ids(model: Llava, tokenizer: Any) -> frozenset[int]:
 
 
 class DecodeLoop:
-    """The decode loop of a batch: prefill at the first step, then one new token per row and step.
-
-    Args:
-        model, prompts, pixel_values, settings, image_features, prefix, use_cache: as in `stream`.
-
-    Raises:
-        As in `stream`.
-    """
+    """The decode loop of a batch: prefill, then one new token per row and step; arguments and errors as in `stream`."""
 
     @torch.inference_mode()
     def __init__(
@@ -255,7 +245,6 @@ class DecodeLoop:
 
 
 def _checked_settings(model: Llava, prompts: Prompts, settings: Settings) -> list[GenerationSettings]:
-    """One settings object per row."""
     if not prompts:
         raise DataError("generation: no prompts; fix: give at least one list of ids")
     if settings is None or isinstance(settings, GenerationSettings):
@@ -291,21 +280,15 @@ def stream(
     """Continue each prompt and yield all rows after each token; the text of a row only grows.
 
     Args:
-        model: switched to eval mode.
-        tokenizer: decodes; its EOS ends a row.
         prompts: B lists of ids with image blocks, of any lengths and numbers of images.
-        pixel_values: (N, 3, H, W) images in row order, or None.
-        settings: for all rows, or one per row; greedy with 64 new tokens if None.
+        pixel_values: (N, 3, H, W) images in row order.
+        settings: for all rows, or one per row.
         image_features: (N, P, D) from `Llava.encode_images`, instead of `pixel_values`.
         prefix: holds the KV cache of a single prompt, and reuses what this prompt shares with the previous one.
         use_cache: False feeds the complete row at each step: slow, for comparison.
 
-    Returns:
-        An iterator of B `Generated` per step; in the last one every row is finished.
-
     Raises:
-        DataError: no prompts, an empty one, a wrong number of settings, or more tokens than the language model has
-            positions.
+        DataError: no prompts, an empty one, a wrong number of settings, or more tokens than the model has positions.
         ValueError: the number of image tokens differs from the number of image features.
     """
     loop = DecodeLoop(model, prompts, pixel_values, settings, image_features, prefix, use_cache)

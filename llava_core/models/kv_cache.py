@@ -56,10 +56,7 @@ def preallocated_cache(language_model: Any) -> Cache:
 
 @dataclass
 class PrefixCache:
-    """The KV cache of one row between the turns of a conversation, with its ids.
-
-    The ids do not identify images: use a new prefix cache for a new image.
-    """
+    """The KV cache of one row between turns, with its ids, which identify no images: a new image needs a new one."""
 
     ids: list[int] = field(default_factory=list)
     cache: Cache | None = None

@@ -18,13 +18,9 @@ TRAINABLE = {"projector": "multi_modal_projector", "language_model": "language_m
 
 
 class Llava(nn.Module):
-    """LLaVA.
+    """LLaVA: transformers' CLIPVisionModel (frozen, in eval mode), a projector and a causal language model.
 
-    Args:
-        vision_tower: transformers' CLIPVisionModel; kept frozen and in eval mode.
-        language_model: transformers' causal language model.
-        projector: name in `PROJECTORS`.
-        feature_layer: the hidden state of the tower that is projected (-2: before its last layer).
+    `feature_layer` is the hidden state of the tower that is projected (-2: before its last layer).
     """
 
     def __init__(
@@ -43,11 +39,7 @@ class Llava(nn.Module):
         return image_token_count(self.vision_tower)
 
     def set_trainable(self, parts: Iterable[str]) -> list[str]:
-        """Freeze all parameters except those of `parts` ("projector", "language_model"); the tower stays frozen.
-
-        Returns:
-            Names of the trainable parameters.
-        """
+        """Freeze all parameters but those of `parts`, keys of `TRAINABLE`; returns the names of the trainable ones."""
         self.requires_grad_(False)
         for part in parts:
             getattr(self, TRAINABLE[part]).requires_grad_(True)
@@ -80,15 +72,12 @@ class Llava(nn.Module):
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Word embeddings, with visual tokens in place of the image blocks.
+        """Word embeddings (B, T, D), with visual tokens in place of the image blocks.
 
         Args:
             input_ids: (B, T); each image is a block of `n_image_tokens` times `IMAGE_TOKEN_ID`.
             pixel_values: (N, 3, H, W), the images in the order of their blocks; None without images.
             image_features: (N, P, D), an earlier result of `encode_images`, instead of `pixel_values`.
-
-        Returns:
-            inputs_embeds (B, T, D).
 
         Raises:
             ValueError: the number of image tokens differs from the number of visual tokens, or images are given twice.
@@ -119,7 +108,7 @@ class Llava(nn.Module):
         image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's output for a padded batch of text and images; training uses `packed_loss`.
+        """The language model's output, with logits (B, T, V), for a padded batch; training uses `packed_loss`.
 
         Args:
             input_ids: (B, T) with image blocks.
@@ -127,10 +116,6 @@ class Llava(nn.Module):
             attention_mask: (B, T), 1 for tokens and 0 for padding; None without padding.
             position_ids: (B, T); the language model counts them from the mask if None.
             image_features: (N, P, D) from `encode_images`, instead of `pixel_values`.
-            kwargs: further arguments of the language model (`past_key_values`, `use_cache`, ...).
-
-        Returns:
-            transformers' output with `logits` (B, T, V).
         """
         # 1. Vision tower and projector: pixels (N, 3, H, W) -> visual tokens (N, P, D).
         # 2. Word embeddings (B, T, D), with the visual tokens in place of the image blocks.
@@ -149,7 +134,7 @@ class Llava(nn.Module):
         targets: torch.Tensor,
         tower_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy of packed rows, summed over the supervised tokens.
+        """Cross-entropy of packed rows, summed over the supervised tokens: a scalar in fp32.
 
         The language model must run inside `llava_core.ops.transformers_backend.packed_attention`. The caller divides
         by the number of supervised tokens of the global batch.
@@ -161,9 +146,6 @@ class Llava(nn.Module):
             logit_positions: (M,) indices into the B x T positions whose logits are supervised.
             targets: (M,) token ids.
             tower_features: (N, P, D_vision) from `tower_features`, one per image block; None without images.
-
-        Returns:
-            A scalar, in fp32.
         """
         # 1. Projector: patch features (N, P, D_vision) -> visual tokens (N, P, D).
         image_features = None if tower_features is None else self.project(tower_features)

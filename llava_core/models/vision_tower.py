@@ -16,19 +16,12 @@ def image_token_count(tower: Any) -> int:
 
 @torch.no_grad()
 def patch_features(tower: Any, pixel_values: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
-    """Patch features of one or more layers, without the class token.
+    """Patch features (N, P, D_vision) per layer, without the class token, of normalised images (N, 3, H, W).
 
-    Args:
-        tower: CLIPVisionModel in eval mode.
-        pixel_values: (N, 3, H, W), normalised.
-        layers: indices into the tower's hidden states: -2 before the last transformer layer, -1 after it. Neither
-            passes the post-layernorm.
+    `layers` are indices into the tower's hidden states: -2 before the last transformer layer, -1 after it. Neither
+    passes the post-layernorm.
 
-    Returns:
-        Per layer (N, P, D_vision).
-
-    Source:
-        Paper 4.1 and 5.2; `hidden_states[layer][:, 1:]` in llava/model/llava.py at 7c63df1.
+    Source: Paper 4.1 and 5.2; `hidden_states[layer][:, 1:]` in llava/model/llava.py at 7c63df1.
     """
     hidden_states = tower(pixel_values=pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
     return [hidden_states[layer][:, 1:] for layer in layers]  # drop the class token

@@ -140,12 +140,9 @@ for _backend in (
 
 @cache
 def self_test(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Compare a backend with the reference on a small packed row, forward and backward, once per process.
+    """Compare a backend with the reference on a small packed row, forward and backward; returns the failure, or None.
 
     If the kernel does not compile for this GPU or gives wrong values, `auto` takes the next backend at once.
-
-    Returns:
-        The failure, or None.
     """
     generator = torch.Generator().manual_seed(0)
     ends = torch.tensor([[300] * 70 + [160] * 90 + [300] * 140], dtype=torch.int32)
@@ -173,15 +170,7 @@ def self_test(name: str, head_dim: int, dtype: torch.dtype, device: torch.device
 
 
 def choose(q: torch.Tensor, packed_mask: PackedMask | None) -> tuple[str, str]:
-    """The backend that `auto` selects, and the reason.
-
-    Args:
-        q: (B, heads, T, head_dim).
-        packed_mask: as in `attention`.
-
-    Returns:
-        A name in `BACKENDS`; the reason, for the log.
-    """
+    """The name in `BACKENDS` that `auto` selects for queries (B, heads, T, head_dim), and the reason, for the log."""
     if packed_mask is None:
         return "sdpa", "PyTorch's causal kernel suffices for rows of one sample"
     if q.device.type == "cpu":
@@ -210,16 +199,13 @@ def attention(
     packed_mask: PackedMask | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Causal attention within the samples of packed rows, which may share prefixes.
+    """Causal attention (B, heads, T, head_dim) within the samples of packed rows, which may share prefixes.
 
     Args:
         q: (B, heads, T, head_dim).
         k, v: (B, kv_heads, T, head_dim).
         packed_mask: of packed rows; None if each row is one sample.
         backend: a name in `BACKENDS`, or "auto": see `choose`.
-
-    Returns:
-        (B, heads, T, head_dim).
 
     Raises:
         ConfigError: unknown backend, or a packed_mask of another shape.

@@ -23,11 +23,7 @@ def causal_mask(rows: int, length: int, device: torch.device) -> PackedMask:
 
 
 def block_states(packed_mask: PackedMask, block_q: int, block_k: int) -> torch.Tensor:
-    """The state of each block of queries and block of keys: FULL, PARTIAL or EMPTY.
-
-    Returns:
-        (B, query blocks, key blocks) int64.
-    """
+    """FULL, PARTIAL or EMPTY for each block of queries and block of keys: (B, query blocks, key blocks) int64."""
     ends, width = packed_mask.ends.long(), packed_mask.ends.shape[1]
     blocks_q, blocks_k = -(-width // block_q), -(-width // block_k)
     tail = blocks_k * block_k - width

@@ -1,9 +1,9 @@
 """Variable-length attention for a CPU: each sample of a packed row is computed separately, as matrix products.
 
-A CPU computes masked attention over all pairs of a row, and most pairs of a packed row are masked. Here the queries of
-each sample meet the keys of that sample only, in blocks, each block up to its own last key. A shared prefix is computed
-once. Short samples of similar length with the same prefix form a group and are computed as one batch. PyTorch's own CPU
-kernel is slower, mostly in the backward pass: its matrix products are too small for the machine.
+A CPU computes masked attention over all pairs of a row, most of them masked. Here the queries of each sample meet the
+keys of that sample only, in blocks, each up to its own last key. A shared prefix is computed once. Short samples of
+similar length with the same prefix form a group, one batch. PyTorch's own CPU kernel is slower, mostly in the backward
+pass: its matrix products are too small for the machine.
 """
 
 from __future__ import annotations

@@ -108,16 +108,12 @@ for _backend in (Backend("chunked", _chunked), Backend("reference", reference), 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, backend: str = "chunked"
 ) -> torch.Tensor:
-    """Cross-entropy of `hidden @ weight.T` with targets, summed over the positions.
+    """Cross-entropy of `hidden @ weight.T` with targets, summed over the positions: a scalar in fp32.
 
     Args:
         hidden: (M, D) hidden states of the supervised positions.
         weight: (V, D) of the output layer, without bias.
         targets: (M,) token ids.
-        backend: a name in `BACKENDS`.
-
-    Returns:
-        A scalar, in fp32. Gradients come in the dtypes of `hidden` and `weight`.
 
     Raises:
         ConfigError: unknown backend.

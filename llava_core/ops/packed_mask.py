@@ -2,11 +2,10 @@
 
 A packed row holds several samples. Samples may share a prefix (system text, image), which is stored once: the row is a
 tree in depth-first order, and what continues a prefix follows it directly. A token attends to its own sequence up to
-itself and to all of the prefixes above it. That is what it would attend to if every sample had a row of its own.
+itself and to all of the prefixes above it, as if every sample had a row of its own.
 
-`ends[k]` is the exclusive end of the queries that attend to key k: query q attends to key k if `k <= q < ends[k]`. This
-is one column of FlashMask (arXiv 2410.01359), the start of the masked rows below the diagonal. Without shared prefixes
-`ends` is the end of each sample. `llava_core.ops.reference.dense_mask` writes the same mask as a (T, T) matrix.
+`ends[k]` is the exclusive end of the queries that attend to key k, one column of FlashMask (arXiv 2410.01359). Without
+shared prefixes it is the end of the sample. `llava_core.ops.reference.dense_mask` writes the mask as a (T, T) matrix.
 """
 
 from __future__ import annotations
@@ -23,11 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class PackedMask:
-    """The attention mask of packed rows.
-
-    Attributes:
-        ends: (B, T) int32; query q attends to key k if `k <= q < ends[k]`. For padding `ends[k] = k + 1`.
-    """
+    """`ends` (B, T) int32: query q attends to key k if `k <= q < ends[k]`; for padding `ends[k] = k + 1`."""
 
     ends: torch.Tensor
     # not a cached_property: torch.compile cannot trace its lock
@@ -70,11 +65,7 @@ class PackedMask:
 
 
 def positions(packed_mask: PackedMask) -> torch.Tensor:
-    """The position of each token in its samples: the number of keys before it that it attends to.
-
-    Returns:
-        position_ids (B, T) int64; 0 for padding.
-    """
+    """position_ids (B, T) int64: per token the number of keys before it that it attends to; 0 for padding."""
     rows, width = packed_mask.ends.shape
     ended = torch.zeros(rows, width + 1, dtype=torch.long, device=packed_mask.ends.device)
     ended.scatter_add_(1, packed_mask.ends.long(), torch.ones_like(ended[:, :-1]))

@@ -8,15 +8,9 @@ from llava_core.ops.packed_mask import PackedMask
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_mask: PackedMask | None = None) -> torch.Tensor:
-    """Causal softmax attention.
+    """Causal softmax attention (B, heads, T, head_dim); without a packed_mask each row is one sample.
 
-    Args:
-        q: (B, heads, T, head_dim).
-        k, v: (B, kv_heads, T, head_dim); heads is a multiple of kv_heads (grouped-query attention).
-        packed_mask: of packed rows; None if each row is one sample.
-
-    Returns:
-        (B, heads, T, head_dim).
+    q is (B, heads, T, head_dim), k and v (B, kv_heads, T, head_dim); kv_heads divides heads (grouped-query attention).
 
     Source: Vaswani et al. 2017, eq. 1; grouped queries as in Ainslie et al. 2023.
     """

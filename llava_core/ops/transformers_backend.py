@@ -106,15 +106,11 @@ _register("auto")
 
 @contextmanager
 def packed_attention(language_model: Any, backend: str = "auto") -> Iterator[None]:
-    """Use packed attention in a causal language model within this context.
+    """Use packed attention in a causal language model, with or without peft's adapters, within this context.
 
     Inside, call `language_model(..., packed_mask=packed_mask, position_ids=positions(packed_mask))`. The backward pass
     must be inside too: gradient checkpointing runs the attention layers again under the name that is set then, and
     raises a CheckpointError if it has changed.
-
-    Args:
-        language_model: transformers' causal language model, with or without peft's adapters.
-        backend: a name in `BACKENDS`, or "auto".
 
     Raises:
         ConfigError: unknown backend. From the model's call: no packed_mask, one of another shape, positions that

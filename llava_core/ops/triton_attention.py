@@ -1,18 +1,15 @@
 """FlashAttention-2 for packed rows, in Triton: no T x T matrix, empty blocks are skipped, full blocks need no mask.
 
-Forward: a block of queries loops over the blocks of keys that it attends to and keeps, per query, the running maximum
-of the scores `m_i`, the running sum of the exponentials `l_i` and the weighted sum of the values. Only the logarithm of
-the sum (`lse`, one number per query) is saved for the backward pass, which computes the probabilities again.
+Forward: a block of queries loops over the blocks of keys that it attends to. Of the scores only the logarithm of the
+sum of their exponentials (`lse`, one number per query) is saved; the backward pass computes the probabilities again.
 
 Backward in two kernels, so that every output has one writer and no atomic addition is needed: `_bwd_dq` over blocks of
-queries, `_bwd_dkdv` over blocks of keys, where one program sums over the query heads that share a key head. Equal
-inputs give equal bits on equal hardware.
+queries, `_bwd_dkdv` over blocks of keys. Equal inputs give equal bits on equal hardware.
 
 Sums, scores and exponentials are in fp32, products in the dtype of the inputs; fp32 inputs are multiplied exactly
 unless `torch.set_float32_matmul_precision` allows TF32.
 
-Source: Dao et al. 2022 (online softmax, recomputation), Dao 2023 (loop order); for the mask see
-`llava_core.ops.packed_mask`, for the table of blocks `llava_core.ops.block_mask`.
+Source: Dao et al. 2022 (online softmax, recomputation), Dao 2023 (loop order).
 """
 
 from __future__ import annotations
@@ -38,7 +35,6 @@ class Blocks(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, int]:
-        """Keyword arguments of a kernel launch."""
         return {"block_q": self.q, "block_k": self.k, "num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -477,15 +473,9 @@ def _contiguous_features(x: torch.Tensor) -> torch.Tensor:
 def triton_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_mask: PackedMask | None = None
 ) -> torch.Tensor:
-    """Causal attention of packed rows; see `llava_core.ops.attention`.
+    """Causal attention of packed rows; see `llava_core.ops.attention`. The result is in memory (B, T, heads, head_dim).
 
-    Args:
-        q: (B, heads, T, head_dim), head_dim up to 128; fp32, fp16 or bf16.
-        k, v: (B, kv_heads, T, head_dim), in the dtype of q.
-        packed_mask: of the rows; None if each row is one sample.
-
-    Returns:
-        (B, heads, T, head_dim); in memory (B, T, heads, head_dim).
+    q is (B, heads, T, head_dim), k and v (B, kv_heads, T, head_dim), all in fp32, fp16 or bf16; head_dim up to 128.
     """
     packed_mask = causal_mask(q.shape[0], q.shape[2], q.device) if packed_mask is None else packed_mask.to(q.device)
     fwd, dq, dkdv = blocks(q.shape[3], q.dtype)

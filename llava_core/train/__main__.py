@@ -14,7 +14,6 @@ from llava_core.train.trainer import train_record
 
 
 def main() -> None:
-    """Train the run of a record folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("record", type=Path)
     parser.add_argument("--init", type=Path)

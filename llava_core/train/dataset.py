@@ -52,11 +52,7 @@ class TrainingSet:
         return len(self.samples)
 
     def encoded(self, k: int) -> Encoded:
-        """Ids and labels of sample k.
-
-        Raises:
-            DataError: no token of the sample would be supervised, or its first turn is too long.
-        """
+        """Ids and labels of sample k; a DataError if no token would be supervised or its first turn is too long."""
         sample, experiment = self.samples[k], self.config.experiment
         template, longest = TEMPLATES.get(experiment.template), experiment.train.max_length
         turns: Sequence[Turn] = sample.turns
@@ -102,7 +98,6 @@ class PaddedBatch:
     pixel_values: torch.Tensor | None
 
     def to(self, device: torch.device) -> PaddedBatch:
-        """The batch on a device."""
         pixels = None if self.pixel_values is None else self.pixel_values.to(device)
         return PaddedBatch(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device), pixels)
 
@@ -143,11 +138,7 @@ def training_files(config: RunConfig) -> list[Path]:
 
 
 def load_samples(config: RunConfig) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """Training and held-out samples of a run.
-
-    Raises:
-        DataError: a file is missing (the message names the command that writes it) or a record is wrong.
-    """
+    """Training and held-out samples; for a missing file a DataError names the command that writes it."""
     data, files = config.experiment.data, training_files(config)
     for path in files:
         if not path.is_file():

@@ -20,7 +20,6 @@ def start() -> None:
 
 
 def sum_over_ranks(value: float) -> float:
-    """A number summed over all ranks."""
     if not dist.is_initialized():
         return value
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -22,14 +22,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def resolve_run(name: str, scale: str = "mini", fast: bool = False, **overrides: Any) -> RunConfig:
-    """The run that a chapter asks for.
-
-    Args:
-        name: experiment.
-        scale: scale.
-        fast: shorten it; its numbers then mean nothing.
-        overrides: dotted fields with `__` for the dot (`train__seed=1`).
-    """
+    """The run that a chapter asks for; `overrides` are dotted fields with `__` for the dot (`train__seed=1`)."""
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     return load_experiment(name, scale, dotted, fast)
 
@@ -65,14 +58,11 @@ def _code_lines(source: str) -> list[str]:
 
 
 def launch(config: RunConfig, resume: bool = True) -> RunRecord:
-    """Return the finished record of a run.
+    """Return the finished record of a run; the run that it starts from is launched first if it is not there.
 
     Args:
-        config: from `load_experiment` or `resolve_run`; the run it starts from is launched first if it is not there.
+        config: from `load_experiment` or `resolve_run`.
         resume: go on from the saved state of a run that was interrupted.
-
-    Returns:
-        The record, with `summary`, `metrics()` and `checkpoint`.
 
     Raises:
         CompanionError: data, base model or training failed; the message names file and fix.

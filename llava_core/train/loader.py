@@ -66,14 +66,7 @@ class RowInputs:
 
 @dataclass
 class StepBatch:
-    """One rank's share of an optimizer step.
-
-    Attributes:
-        rows: packed rows.
-        supervised: supervised tokens of the samples.
-        tokens: tokens of the samples, shared prefixes counted for each sample.
-        samples: number of samples.
-    """
+    """One rank's share of an optimizer step; `tokens` counts a shared prefix for each of its samples."""
 
     rows: list[RowInputs]
     supervised: int
@@ -82,13 +75,9 @@ class StepBatch:
 
 
 class Loader:
-    """Batches of a training set.
+    """Batches of packed rows of up to `max_tokens`, with features of the cached layer of index `layer`.
 
-    Args:
-        data: the samples.
-        max_tokens: of a packed row.
-        features: cache of the tower's features; None: images are decoded and the tower runs at every use.
-        layer: index into the cached layers.
+    Without a cache of `features`, images are decoded and the tower runs at every use.
     """
 
     def __init__(
@@ -97,7 +86,6 @@ class Loader:
         self.data, self.max_tokens, self.features, self.layer = data, max_tokens, features, layer
 
     def batch(self, indices: Sequence[int]) -> StepBatch:
-        """The batch of some samples."""
         items = [self.data.encoded(k) for k in indices]
         images = [self.data.samples[k].image for k in indices]
         return StepBatch(
@@ -142,9 +130,8 @@ def open_features(
 ) -> FeatureCache | None:
     """Open the feature cache and compute the features that it lacks.
 
-    Returns:
-        None if no image is used twice (over epochs, samples or seeds), or if the disk has not enough space: then the
-        reason is printed, and the tower runs at every use of an image.
+    None if no image is used twice (over epochs, samples or seeds), or if the disk has not enough space: then the reason
+    is printed, and the tower runs at every use of an image.
     """
     tower, processor = loaded.model.vision_tower, loaded.processor
     if loaded.model.feature_layer not in CACHED_LAYERS:

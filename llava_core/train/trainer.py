@@ -43,14 +43,7 @@ def packed_row_loss(model: Llava, row: RowInputs, normalise: Normalise, device: 
 
 
 class Trainer:
-    """Trains one run from its first or its last saved step to its end.
-
-    Args:
-        record: receives metrics, state and the final checkpoint; its config defines the run.
-        loaded: the model, with the trainable parameters set.
-        train_set, held_out: samples.
-        resume: continue from the record's saved state if there is one.
-    """
+    """Trains the run of a record from its first or, with `resume`, its last saved step to its end."""
 
     def __init__(
         self, record: RunRecord, loaded: Loaded, train_set: TrainingSet, held_out: TrainingSet, resume: bool = True
@@ -73,8 +66,6 @@ class Trainer:
         self.state_file = record.path / "state.pt"
         if resume and self.state_file.exists():
             self._restore()
-
-    # --- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train to the end, save the checkpoint, finish the record and return its summary."""
@@ -177,8 +168,6 @@ class Trainer:
         batch = self.held_out_loader.batch(range(len(self.held_out)))
         return sum(float(self._row_loss(row)) for row in batch.rows) / max(1, batch.supervised)
 
-    # --- data order -------------------------------------------------------------------------------------------------
-
     _epoch: tuple[int, np.ndarray] = (-1, np.empty(0))  # the cached epoch and its order
 
     def _indices(self, step: int) -> list[int]:
@@ -200,8 +189,6 @@ class Trainer:
             image = self.train_set.samples[k].image
             positions.append(position if image is None else first.setdefault(image, position))
         return order[np.argsort(positions, kind="stable")]
-
-    # --- record and resume ------------------------------------------------------------------------------------------
 
     def _log(self, step: int, **row: Any) -> None:
         if rank() == 0:
@@ -266,16 +253,7 @@ class Trainer:
 
 
 def train_record(record: RunRecord, initial: Path | None = None, resume: bool = True) -> dict[str, Any]:
-    """Train a record's run in this process.
-
-    Args:
-        record: opened by `RunRecord.open`; its config defines the run.
-        initial: checkpoint whose projector this run starts from.
-        resume: continue from the saved state if there is one.
-
-    Returns:
-        The run's summary.
-    """
+    """Train a record's run in this process, from the projector of the checkpoint `initial`; returns the summary."""
     config = record.config
     if config.scale.threads:
         torch.set_num_threads(config.scale.threads)
