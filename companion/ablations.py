@@ -60,12 +60,8 @@ def run_arms(
     Args:
         arms: (label, experiment) pairs; the first is the reference.
         metric: value in points of a finished run.
-        scale: scale of the runs.
         fast: one seed and the `--fast` budget.
         seeds: the scale's seeds when None.
-
-    Returns:
-        The arms with their values.
     """
     chosen = list(seeds if seeds is not None else load_scale(scale).seeds)[: 1 if fast else None]
     trained = [Arm(name, experiment) for name, experiment in arms]
@@ -84,9 +80,6 @@ def difference(reference: Arm, other: Arm) -> dict[str, Any]:
     return {"effect": result["mean"], "interval": result["interval"], "n_seeds": result["n"]}
 
 
-# ------------------------------------------------------------------------------------------------ the paper's ablations
-
-
 @dataclass(frozen=True)
 class Ablation:
     """Two arms, each as (label, experiment), and the paper's claim about their difference in ScienceQA accuracy."""
@@ -100,8 +93,7 @@ def ablations() -> dict[str, Ablation]:
     """Return the ablations by name: every experiment whose file has an `ablation` section.
 
     Raises:
-        ConfigError: two ablations have one name, a reference or a claim does not exist, or an arm is not evaluated on
-            ScienceQA.
+        ConfigError: two have one name, a reference or a claim does not exist, or an arm is not evaluated on ScienceQA.
     """
     files, result = experiments(), dict[str, Ablation]()
     for experiment, path in files.items():
@@ -124,11 +116,7 @@ def ablations() -> dict[str, Ablation]:
 
 
 def ablation(name: str) -> Ablation:
-    """Return one ablation.
-
-    Raises:
-        ConfigError: it does not exist, or as in `ablations`.
-    """
+    """Return one ablation; an unknown name is a ConfigError."""
     known = ablations()
     if name not in known:
         raise ConfigError(unknown("ablation", name, known))
@@ -140,9 +128,9 @@ FAST_PROBLEMS = 48  # test problems of a `--fast` run
 
 
 def published_difference(name: str) -> dict[str, Any] | None:
-    """Return the paper's difference of an ablation with its standard error, as `ledger.published_ablation`.
+    """Return the paper's difference with its standard error, as `ledger.published_ablation`, or None.
 
-    A |z| of at least 1.96 is significant at 5 %. None for an ablation that is not in the paper.
+    A |z| of at least 1.96 is significant at 5 %.
     """
     known = ablation(name).claim
     return published_ablation(known) if known else None
@@ -167,9 +155,6 @@ def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[i
         `arms` (the reference first), `effect`, `interval` over seeds (None for one), `n_seeds`, `question_interval`
         (over questions), `both_interval` (over seeds and questions), `widest` (the union of the three, None for one
         seed), `published` (as `published_difference`), `verdict` (by the widest: two seeds may agree by chance).
-
-    Raises:
-        ConfigError: there is no such ablation.
     """
     chosen, limit = ablation(name), FAST_PROBLEMS if fast else None
     arms = run_arms(

@@ -19,11 +19,7 @@ BLOCK = 16  # small enough that a row of a few dozen tokens has several blocks
 
 
 def shared_prefix_row(images: Sequence[tuple[int, Sequence[int]]]) -> PackedMask:
-    """Return the mask of one packed row whose samples share the tokens of their image.
-
-    Args:
-        images: per image the length of the shared prefix, and the lengths of the samples after it.
-    """
+    """Return the mask of a packed row; per image the length of its prefix and of the samples that share it."""
     ends: list[int] = []
     for prefix, lengths in images:
         ends += [len(ends) + prefix + sum(lengths)] * prefix
@@ -111,9 +107,6 @@ def packed_difference(inputs: Sequence[torch.Tensor], packed_mask: PackedMask) -
     return max(differences)
 
 
-# ------------------------------------------------------------------------------------------------ mutation tests
-
-
 def moved_boundary(packed_mask: PackedMask, sample: int = 0) -> PackedMask:
     """Return the mask with an off-by-one error: the first token after a sample belongs to that sample."""
     ends = packed_mask.ends.clone()
@@ -124,10 +117,7 @@ def moved_boundary(packed_mask: PackedMask, sample: int = 0) -> PackedMask:
 
 
 def detection_rows(mutants: Mapping[str, Parts], exact: Parts) -> list[dict[str, Any]]:
-    """Return whether the comparison detects each mutant: an error of 100 times the allowed one in any part.
-
-    An error is None if the result is not finite.
-    """
+    """Return whether each mutant has 100 times the allowed error in any part; error None: it is not finite."""
     rows, rounding = [], rounding_errors(exact)
     for name, parts in mutants.items():
         errors = largest_errors(parts, exact)
@@ -140,16 +130,7 @@ def detection_rows(mutants: Mapping[str, Parts], exact: Parts) -> list[dict[str,
 def mutated_kernels(
     inputs: Sequence[torch.Tensor], packed_mask: PackedMask, names: Sequence[str]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Return output and gradients of the Triton kernel with one place of its source changed, per mutant.
-
-    Args:
-        inputs: from `random_inputs`.
-        packed_mask: of the rows.
-        names: keys of `mutants.ATTENTION` that change the kernel itself.
-
-    Returns:
-        Mutant -> output and gradients; empty if the kernel does not run here.
-    """
+    """Return output and gradients of the Triton kernel by mutant; empty if it does not run here."""
     if not supported_passes("triton", inputs[0]):
         return {}
     from llava_core.ops import triton_attention as kernel

@@ -19,16 +19,7 @@ SUGGESTIONS = ("What do you see?", "Describe this in detail.", CAPTION)
 
 
 def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = "What do you see?") -> Any:
-    """Return the chat widget: image list and upload, question box, streamed answer.
-
-    Args:
-        model: checkpoint directory, or a loaded model.
-        images: files of the list.
-        question: initial text of the box.
-
-    Returns:
-        An ipywidgets box; its `conversation` is the live `Conversation`.
-    """
+    """Return image list and upload, question box and streamed answer; the box's `conversation` is the live one."""
     import ipywidgets as widgets
 
     loaded = model if isinstance(model, Loaded) else load(model)

@@ -1,7 +1,7 @@
 """What the chapters share: plot style, tables, and the numbers and figures that a chapter saves.
 
-A chapter draws its own plots with matplotlib and seaborn. `save_figure` writes a plot as SVG with a JSON twin (its
-numbers and the runs behind them); `save_numbers` writes a chapter's numbers and its checks against the paper.
+`save_figure` writes a plot as SVG with a JSON twin (its numbers and the runs behind them); `save_numbers` writes a
+chapter's numbers and its checks against the paper.
 """
 
 from __future__ import annotations
@@ -57,11 +57,7 @@ def figure_folder() -> Path:
 
 
 def copy_curated(target: Path = ROOT / "figures") -> list[Path]:
-    """Copy the curated figures and their JSON twins into the folder that is kept in git.
-
-    Raises:
-        DataError: a curated figure does not exist; its chapter has not run.
-    """
+    """Copy the curated figures and their JSON twins to the folder in git; DataError if a chapter has not run."""
     sources = [figure_folder() / f"{name}{suffix}" for name in CURATED for suffix in (".svg", ".json")]
     if missing := [path.stem for path in sources if not path.is_file()]:
         raise DataError(f"no figure {', '.join(dict.fromkeys(missing))} in {figure_folder()}; run `make reproduce`")
@@ -149,15 +145,7 @@ def save_numbers(
 def save_figure(
     notebook: str, name: str, figure: Figure | HTML, numbers: Mapping[str, Any], runs: Iterable[Any] = ()
 ) -> None:
-    """Show a figure and write it as `<notebook>_<name>.svg`, with its numbers in a `.json` of the same name.
-
-    Args:
-        notebook: the notebook's file name without extension.
-        name: the figure's name within the notebook.
-        figure: a Matplotlib figure, or SVG in `IPython.display.HTML`.
-        numbers: what the figure shows.
-        runs: the records, or their paths, that the numbers come from.
-    """
+    """Show a plot or SVG and write it as `<notebook>_<name>.svg`, with its numbers and runs in a `.json`."""
     import matplotlib.pyplot as plt
     from IPython import get_ipython
     from IPython.display import display
@@ -207,7 +195,7 @@ def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") ->
 
     Args:
         rows: a DataFrame, or one mapping per row.
-        columns: the columns to show; by default all that have a value.
+        columns: by default all that have a value.
         caption: a line above the table.
     """
     import pandas as pd
@@ -229,9 +217,7 @@ FILE_FIELDS = {"file", "validation_file", "held_out_share", "written_by"}
 def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[str, str]]:
     """Return every setting of a run with the paper's value, its source, and why this scale departs from it.
 
-    Args:
-        config: the run.
-        since: leave out the settings that are equal in this run.
+    Settings that are equal in the run `since` are left out.
     """
     departures = {d.field: d for d in config.departures}
     rows: list[tuple[str, Any, Any, str]] = []
@@ -290,13 +276,7 @@ def cards(images: Sequence[Image | None], lines: Sequence[Iterable[tuple[str, st
 
 
 def supervised_text_html(tokens: Sequence[str], labels: Sequence[int], image_token: str = "<image>") -> HTML:
-    """Show the tokens of a sample and mark those with loss; a run of image positions is one box.
-
-    Args:
-        tokens: the text of each position.
-        labels: the label of each position; -100 has no loss.
-        image_token: the text of an image position.
-    """
+    """Show the tokens of a sample and mark those whose label is not -100; a run of image positions is one box."""
     from IPython.display import HTML
 
     if len(tokens) != len(labels):

@@ -17,8 +17,6 @@ _numbers = itertools.count()
 
 
 class Mutant(NamedTuple):
-    """A place in a file and its replacement."""
-
     file: str
     old: str
     new: str
@@ -59,11 +57,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def mutated_module(mutant: Mutant) -> ModuleType:
-    """Import a copy of a module with one place changed; the original module is not affected.
-
-    Raises:
-        DataError: the file does not have the text exactly once.
-    """
+    """Import a copy of a module with one place changed; DataError if the file does not have the text exactly once."""
     text = (ROOT / mutant.file).read_text()
     if (count := text.count(mutant.old)) != 1:
         raise DataError(f"{mutant.file}: {mutant.old!r} occurs {count} times, not once; fix: the mutant in {__name__}")

@@ -34,10 +34,7 @@ EVALUATION_CODE = (
 
 
 def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return an evaluation result that is stored in the folder of its run.
-
-    The result is recomputed when the evaluation code or the data of the miniature have changed.
-    """
+    """Return a result stored with its run; it is recomputed when evaluation code or data cards have changed."""
     path = record.path / f"{name}.json"
     code = [file for folder in EVALUATION_CODE for file in sorted((CODE_ROOT / folder).rglob("*"))]
     files = [Path(__file__), *(file for file in code if file.suffix in (".py", ".yaml", ".txt", ".json"))]
@@ -63,13 +60,7 @@ SHUFFLE_SEED = 0  # of `shuffle_images`
 
 
 def science_result(record: RunRecord, limit: int | None = None, look: bool = True) -> dict[str, Any]:
-    """Return the ScienceQA test accuracy of a finished run: `science_qa.score` and the `answers`.
-
-    Args:
-        record: of the run.
-        limit: number of problems.
-        look: with the images; without them the same questions are asked as text.
-    """
+    """Return `science_qa.score` and the `answers` of a run on the test split; without `look` as text only."""
     name = "science_qa" if look else "science_qa_blind"
 
     def compute() -> dict[str, Any]:
@@ -117,9 +108,7 @@ def factual_folder(config: RunConfig) -> Path:
 def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
     """Answer factual questions about held-out images, with the right image and with another one.
 
-    Args:
-        record: a finished run.
-        limit: maximum number of questions; the first call of a run decides, since its result is stored with the run.
+    The `limit` of a run's first call decides, since its result is stored with the run.
 
     Returns:
         `right`, `shuffled` (images exchanged) and `prior` (the best answers without an image), each as

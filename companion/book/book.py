@@ -78,15 +78,12 @@ def _content(path: Path) -> str:
 
 
 def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
-    """Build the HTML book from the chapters that have run, with warnings as errors; skip it when nothing changed.
+    """Build the HTML book, with warnings as errors, and return its first page; skip it when nothing changed.
 
     Args:
         out: the folder of executed copies; its parent has the book's pages, and the parent of that the configuration.
         names: all chapters in order; those without an executed copy are left out, with a note.
         scale: the scale of the page of results.
-
-    Returns:
-        The path of the first page.
 
     Raises:
         CompanionError: the book's own files are missing, or the build had warnings; the message quotes them.

@@ -95,14 +95,7 @@ def _check_row(check: Mapping[str, Any]) -> str:
 
 
 def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
-    """Return the page of measured and published numbers and of the scale's departures from the paper, as Markdown.
-
-    Args:
-        out: the folder of executed copies and of the chapters' numbers.
-        present: names of the chapters that have run.
-        missing: names of the others.
-        scale: name of the scale.
-    """
+    """Return the page of measured and published numbers and of the scale's departures from the paper, as Markdown."""
     config = load_scale(scale)
     lines = ["# Results at a glance", "", f"Measured at the scale `{scale}`: {config.title}.", ""]
     without = []
@@ -142,11 +135,7 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
 
 
 def claims_page(out: Path) -> str:
-    """Return the overview of all claims, as Markdown with tables in HTML.
-
-    Args:
-        out: the folder of the chapters' numbers.
-    """
+    """Return the overview of all claims, as Markdown with tables in HTML."""
     claims, released = list(all_claims().values()), ledger.released_result()
     measured = {c.id: ledger.measured(c, out, released) for c in claims}
     kinds = [

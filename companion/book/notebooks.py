@@ -38,7 +38,7 @@ class Chapter:
 
     Args:
         name: the file's name without its extension, e.g. `20_feature_alignment`.
-        needs: the names of the notebooks that must have run before.
+        needs: the notebooks that must have run before.
         declared: the names that its cell tagged `parameters` assigns.
         given: the parameters of this call.
         parts: one hash per dependency of the result.
@@ -60,9 +60,6 @@ class Chapter:
     @property
     def number(self) -> str:
         return self.name.partition("_")[0]
-
-
-# ------------------------------------------------------------------------------------------------ reading notebooks
 
 
 def source_of(cell: Mapping[str, Any]) -> str:
@@ -124,9 +121,6 @@ def read_chapters(folder: Path) -> dict[str, Chapter]:
     return ordered
 
 
-# ------------------------------------------------------------------------------------------------ what changed
-
-
 @functools.lru_cache(maxsize=1024)
 def _module(path: Path, changed_ns: int) -> tuple[str, tuple[str, ...]]:
     """Return a hash of a module's syntax tree (without comments and formatting) and the names that it imports."""
@@ -152,14 +146,10 @@ def _imported(tree: ast.AST, package: Sequence[str] = ()) -> Iterator[str]:
 
 
 def imported_code(names: Iterable[str]) -> dict[str, str]:
-    """Return the source files that imports reach, with a hash of each.
+    """Return the source files that imports of dotted names reach (path from the repository root -> hash).
 
-    Args:
-        names: dotted names that a notebook imports; those outside the package are ignored.
-
-    Returns:
-        Path from the repository root -> hash, with modules that are imported by modules, the `__init__` files of their
-        packages and the data files in their folders.
+    They include the modules that modules import, the `__init__` files of their packages and the data files in their
+    folders; names outside the package are ignored.
     """
     todo = [name for name in names if name.partition(".")[0] in PACKAGES]
     seen: set[Path] = set()
@@ -199,12 +189,10 @@ def _parts(chapter: Chapter, shared: Mapping[str, str], before: Mapping[str, Cha
 
 
 def shared_parts(scale: str, dry_run: bool) -> dict[str, str]:
-    """Return a hash of each file that any notebook may read; writes missing or stale data sets of the miniature.
+    """Return a hash of each file that any notebook may read.
 
-    They are written here, before two notebooks could both write them; a dry run only reports it.
-
-    Raises:
-        CheckpointError: a base model is damaged or missing.
+    Missing or stale data sets of the miniature are written here, before two notebooks could both write them; a dry run
+    only reports it. A damaged or missing base model is a CheckpointError.
     """
     data = sorted((ROOT / "data" / scale).glob("*/card.json"))
     stale, hardware = False, load_scale(scale)
@@ -257,9 +245,6 @@ def _reason(chapter: Chapter, out: Path, state: Mapping[str, Any]) -> str | None
     return None
 
 
-# ------------------------------------------------------------------------------------------------ the plan
-
-
 def choose(chapters: Mapping[str, Chapter], only: Any, start: Any) -> list[str]:
     known = f"known: {', '.join(chapters)}"
     names = list(chapters)
@@ -310,17 +295,16 @@ def give_parameters(
 def make_plan(
     chapters: dict[str, Chapter], out: Path, shared: Mapping[str, str], chosen: Sequence[str]
 ) -> list[Chapter]:
-    """Determine which of the chosen notebooks, and of those that they need, must run.
+    """Determine which of the chosen notebooks, and of those that they need, must run (they have a `reason`).
 
     Args:
         chapters: the notebooks, each after the ones that it needs.
         out: where the executed copies and the states are.
         shared: hashes of the files that every notebook depends on.
-        chosen: the names that the caller chose.
+        chosen: names.
 
     Returns:
-        The chapters in a runnable order: all chosen ones, and the needed ones that are not up to date; a chapter with
-        a `reason` must run.
+        In a runnable order: all chosen ones, and the needed ones that are not up to date.
     """
     for name, chapter in chapters.items():
         chapter.parts = _parts(chapter, shared, chapters)

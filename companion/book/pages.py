@@ -27,8 +27,6 @@ from llava_core.runtime import ROOT, ConfigError, DataError
 
 CLAIMS = "claims"
 
-# ------------------------------------------------------------------------------------------------ a page's own text
-
 
 def chip(known: Claim) -> str:
     """Return a claim's label: the kind of evidence by its color, id and value, and a link to the claim's row."""
@@ -79,15 +77,7 @@ VALUES: dict[str, Callable[..., str]] = {
 
 
 def with_values(text: str, page: str) -> str:
-    """Replace each `{{ kind:... }}` by its value.
-
-    Args:
-        text: a page, or a cell of one.
-        page: its name, for errors.
-
-    Raises:
-        ConfigError: an unknown kind, or a value that is not there; the message names the page.
-    """
+    """Replace each `{{ kind:... }}`; an unknown kind or missing value is a ConfigError that names the page."""
 
     def value(match: re.Match[str]) -> str:
         kind, _, rest = match[1].strip().partition(":")
@@ -102,13 +92,7 @@ def with_values(text: str, page: str) -> str:
 
 
 def rendered(text: str, page: str, notebook: bool) -> str:
-    """Return a page's source with values and chips, for Sphinx.
-
-    Args:
-        text: the file's content.
-        page: its name, for errors.
-        notebook: whether it is a notebook, whose first cell may name claims.
-    """
+    """Return the source of a page with values and chips, for Sphinx; the first cell of a notebook may name claims."""
     if not notebook:
         return with_values(text, page)
     content = json.loads(text)

@@ -1,7 +1,7 @@
 """Run the notebooks that are not up to date, in the order of their dependencies, then build the book.
 
-Each notebook runs in its own process (worker.py), several at once; notebooks.py decides which must run. An
-executed copy gets its final name only when its notebook has ended without an error.
+Each notebook runs in its own process (worker.py); notebooks.py decides which must run. An executed copy gets its final
+name only when its notebook has ended without an error.
 """
 
 from __future__ import annotations
@@ -42,9 +42,6 @@ PARENT_DEATH = "import ctypes; ctypes.CDLL(None).prctl(1, 9); " if sys.platform 
 KERNEL = PARENT_DEATH + "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"
 
 
-# ------------------------------------------------------------------------------------------------ progress
-
-
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -82,12 +79,7 @@ class _Progress:
             )
 
 
-# ------------------------------------------------------------------------------------------------ running
-
-
 class _Worker:
-    """The process that executes one notebook."""
-
     def __init__(self, chapter: Chapter, out: Path, scale: str, threads: int) -> None:
         self.chapter, self.out, self.begun = chapter, out, time.monotonic()
         state = out / ".state"
@@ -257,8 +249,8 @@ def reproduce(
         dry_run: list what would run, and why; write nothing.
         parameters: further papermill parameters, for the chosen notebooks that have them.
         jobs: notebooks at once; by default one per core at the scale `mini` and one elsewhere.
-        notebooks_dir: where the notebooks are.
-        out_dir: where the executed copies and the numbers go.
+        notebooks_dir: by default the repository's.
+        out_dir: of the executed copies and the numbers.
         book: `auto` builds the book when all notebooks ended well, `only` builds it from what is there, `no` does not.
 
     Returns:

@@ -1,8 +1,7 @@
 """Fetch the scripts that the book would otherwise load from the network: `python -m companion.book.vendor`.
 
-vendor.yaml pins MathJax and the viewer of Jupyter widgets by version and SHA-256. npm provides both; without npm, pip
-provides MathJax. They go into book/_vendor, which is not in git. What cannot be fetched, the book loads from its public
-address.
+vendor.yaml pins MathJax and the viewer of Jupyter widgets by version and SHA-256. npm provides both, pip only MathJax.
+They go into book/_vendor, which is not in git.
 """
 
 from __future__ import annotations
@@ -37,11 +36,7 @@ def load_parts() -> dict[str, Any]:
 
 
 def fetch(package: Mapping[str, Any], folder: Path) -> Path:
-    """Download a package's file with its registry's own client.
-
-    Args:
-        package: an entry of `packages` in vendor.yaml.
-        folder: empty; receives the file.
+    """Download the file of a package, an entry of vendor.yaml, into an empty folder with its registry's own client.
 
     Raises:
         CompanionError: the client is not installed, does not answer, or the file is not the pinned one.
@@ -90,11 +85,7 @@ def unpack(archive: Path, files: Mapping[str, str], folder: Path) -> None:
 
 
 def vendor(folder: Path = VENDOR) -> dict[str, str]:
-    """Fetch every part that is not in the vendor folder yet.
-
-    Returns:
-        Part -> the package that it came from, or why it could not be fetched.
-    """
+    """Fetch the missing parts; return for each part its package, or why it could not be fetched."""
     versions = folder / "versions.json"
     have: dict[str, str] = read_json(versions) if versions.exists() else {}
     result = {}

@@ -47,10 +47,7 @@ def _failure(name: str, copy: Path, error: BaseException) -> str:
 
 
 def _execute(source: str, copy: str, parameters: Mapping[str, Any]) -> None:
-    """Run a notebook into a copy; retry twice when the kernel could not start.
-
-    Two kernels that start at once may choose the same port; the second then fails with "Address already in use".
-    """
+    """Run a notebook into a copy; start again if two kernels that start at once chose the same port."""
     import papermill
 
     for retries in (2, 1, 0):

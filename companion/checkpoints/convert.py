@@ -47,18 +47,18 @@ def convert(
     Args:
         source: folder or file of any format.
         target: folder that does not exist yet.
-        to: name of a format that can be written.
+        to: a name of `WRITERS`.
         options, usage: as in `open_checkpoint`.
         shard_bytes: largest size of one weights file.
         verify: for "hf", also run both models in fp32 and compare the output of every module; needs memory for both.
 
     Returns:
-        `layout` of the source, `to`, `tensors`, `parameters`, `bytes`, `left_out`, `notes`, `largest_difference` of
-        verified modules as a share of their output.
+        `layout` of the source, `to`, `tensors`, `parameters`, `bytes`, `left_out`, `notes`, `path`,
+        `largest_difference` of verified modules as a share of their output.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape; or what was written differs from what was
-            read, with the first tensor or module of a forward pass that differs. The target is then removed.
+        CheckpointError: a tensor is missing, unknown or of another shape; or the written checkpoint differs, with the
+            first tensor or module that does. The target is then removed.
     """
     writer = writer_named(to)
     if verify and to != "hf":

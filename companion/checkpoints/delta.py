@@ -1,8 +1,7 @@
 """Delta weights: the difference between a checkpoint and its base language model, published without the base.
 
-A tensor that both have in the same shape is target minus base. The vocabularies of word embeddings and output layer
-differ, so only their leading rows, as many as the base has, are differences. The projector is stored as it is.
-
+Of word embeddings and output layer, whose vocabularies differ, only the leading rows, as many as the base has, are
+differences. The projector is stored as it is.
 Source: make_delta.py and apply_delta.py of haotian-liu/LLaVA at 8959d5c.
 """
 
@@ -69,14 +68,7 @@ def _shift(value: torch.Tensor, name: str, base: LazyTensor | None, sign: int) -
 
 
 def make(base: str, target: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry_run: bool = False) -> dict[str, Any]:
-    """Subtract a base language model from a checkpoint in the original format.
-
-    Args:
-        base: folder or hub id of the language model.
-        target: checkpoint folder.
-        out: delta folder to write.
-        shard_bytes: largest size of one weights file.
-        dry_run: report and write nothing.
+    """Subtract a base language model (folder or hub id) from a checkpoint in the original format.
 
     Returns:
         `added`, `blocks`, `stored`, `bytes`, `fingerprint` of the base.
@@ -85,12 +77,7 @@ def make(base: str, target: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry
 
 
 def apply(base: str, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry_run: bool = False) -> dict[str, Any]:
-    """Add a base language model to delta weights.
-
-    Args:
-        base, shard_bytes, dry_run: as in `make`.
-        delta: folder with delta weights, configuration and tokenizer.
-        out: checkpoint folder to write, in the original format.
+    """Add a base language model to delta weights; writes a checkpoint in the original format.
 
     Returns:
         As `make`; `fingerprint` is "matches", or why it could not be checked.

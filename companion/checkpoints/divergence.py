@@ -67,19 +67,9 @@ def first_divergence(one: Checkpoint, other: Checkpoint, tolerance: float = 0.0)
     return Divergence(extra[0], "is missing in the first") if extra else None
 
 
-# ------------------------------------------------------------------------------------------------ modules
-
-
 @dataclass(frozen=True)
 class ModuleDifference:
-    """Output of one module in two models.
-
-    Attributes:
-        name: of the module in `Llava`.
-        shape: of its output.
-        largest: largest absolute difference.
-        size: largest absolute value of the output of `Llava`, the scale of the difference.
-    """
+    """Output of one module in two models: largest absolute difference, and largest absolute value in `Llava`."""
 
     name: str
     shape: tuple[int, ...]
@@ -100,9 +90,8 @@ def module_differences(
     Args:
         model: `Llava`.
         reference: LlavaForConditionalGeneration with the same weights.
-        image_token: id of the image token in `reference`.
+        image_token: its id in `reference`.
         words: number of tokens around the image.
-        seed: of image and words.
 
     Returns:
         One entry per module that both have, in the order of the forward pass.

@@ -64,11 +64,7 @@ def _pad_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> tuple[int, int, int]:
-    """Write tokenizer, image settings, chat template and generation settings; return embedding rows and two token ids.
-
-    Returns:
-        Rows of the padded word embeddings, id of the image token, id of the padding token.
-    """
+    """Write all but weights and configuration; return rows of the padded embeddings, ids of image and padding token."""
     assert checkpoint.tokenizer is not None
     language_model, usage = checkpoint.description.language_model, checkpoint.description.usage
     template = TEMPLATES.get(usage.get("template", "v0"))
@@ -123,14 +119,11 @@ def preprocessor_config(image: ImageProcessor) -> dict[str, Any]:
 
 
 def chat_template(template: Template, usage: dict[str, Any]) -> str:
-    """Return a conversation template as Jinja, for transformers' `apply_chat_template`.
+    """Return a conversation template as Jinja, which renders messages as `Template.render` does.
 
     Args:
         template: of the checkpoint.
         usage: its `system` message, `image_position` and `image_delimiters`.
-
-    Returns:
-        Jinja text that renders messages as `Template.render` does, with images where the checkpoint was trained on.
     """
     start, end = usage.get("image_delimiters") or ("", "")
     image, newline = f"{start}{IMAGE_MARKER}{end}", "\n"

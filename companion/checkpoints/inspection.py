@@ -31,10 +31,10 @@ RELEASED_SYSTEMS = {  # system sentences of the released code by the first digit
 
 
 def inspect(path: Path, options: Options | None = None, usage: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Describe a checkpoint and find its first problem.
+    """Describe a checkpoint, in any state, and find its first problem.
 
     Args:
-        path: folder or file, in any state.
+        path: folder or file.
         options: base model and tower, where the files do not contain them.
         usage: values that the files lack or have wrong, as in `describe.USAGE_FIELDS`.
 

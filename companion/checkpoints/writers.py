@@ -26,7 +26,6 @@ class Writer:
     """How one format is written.
 
     Attributes:
-        summary: what the format is, in a few words.
         write: writes a checkpoint into an empty folder, in shards of so many bytes.
         rules: pairs (our prefix, the format's prefix), the longest first.
         required_parts: what a checkpoint must contain to be written; a vision tower may else be named only.
