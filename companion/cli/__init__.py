@@ -2,8 +2,6 @@
 
 Every command shows progress on stderr and its result on stdout (with `--json`: exactly one JSON object). Exit codes: 0;
 1 when the work failed (one line on stderr says why); 2 for wrong usage.
-
-Each file of this package has the commands of one topic; its function `add` declares them.
 """
 
 from __future__ import annotations
@@ -46,14 +44,7 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the words after `llava`; the process's own when None.
-
-    Returns:
-        0, or 1 when the work failed (wrong usage raises argparse's SystemExit(2)).
-    """
+    """Run one command; return 0, or 1 when the work failed (wrong usage raises argparse's SystemExit(2))."""
     words = sys.argv[1:] if argv is None else argv
     args = _parser(words).parse_args(words)
     try:

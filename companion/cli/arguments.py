@@ -12,9 +12,6 @@ Result = dict[str, Any]
 Commands = Any  # what argparse's `add_subparsers` gives
 
 
-# ------------------------------------------------------------------------------------------------ values
-
-
 def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -56,12 +53,7 @@ def _price(text: str) -> tuple[float, float]:
     return prompt, reply
 
 
-# ------------------------------------------------------------------------------------------------ arguments
-
-
 class Parser(argparse.ArgumentParser):
-    """An argument parser with the common arguments of the commands."""
-
     def __init__(self, text: str, example: str, **more: Any) -> None:
         super().__init__(
             description=text[0].upper() + text[1:] + ".",
@@ -152,16 +144,11 @@ class Parser(argparse.ArgumentParser):
         self.seed()
 
 
-# ------------------------------------------------------------------------------------------------ objects
-
-
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Some arguments as keywords for a function with the same parameter names."""
     return {name: getattr(args, name) for name in names}
 
 
 def options(args: argparse.Namespace) -> Any:
-    """Base model and tower of `Parser.bases`."""
     from llava_core.checkpoints.describe import Options
 
     return Options(base=args.base, vision_tower=args.vision_tower)
@@ -178,7 +165,6 @@ def loaded(args: argparse.Namespace, device: str = "auto", dtype: str | None = N
 
 
 def chat_client(args: argparse.Namespace, tape: Path) -> Any:
-    """The client of --client: offline, replay, record, batch or live."""
     from companion.miniature.offline_chat import respond
     from companion.teacher.client import PAID_CLIENTS, client_from_name
 
@@ -187,9 +173,6 @@ def chat_client(args: argparse.Namespace, tape: Path) -> Any:
         waiting = "poll" if args.client == "batch" else "concurrency"
         live = given(args, "base_url", "budget_usd", "price", "timeout", waiting)
     return client_from_name(args.client, responder=respond, cassette=tape, **live)
-
-
-# ------------------------------------------------------------------------------------------------ commands
 
 
 def group(into: Commands, name: str, text: str, example: str) -> Commands:

@@ -13,9 +13,6 @@ KINDS = ("conversation", "detail", "complex")
 FORMATS = ("QCM-LEPA", "QCM-ALE")
 
 
-# ------------------------------------------------------------------------------------------------ data
-
-
 def _check(args: argparse.Namespace) -> Result:
     limits = {"decode": args.decode, "max_words": args.max_words or None}
     if args.fix is not None:
@@ -131,11 +128,7 @@ def _add_data(commands: Commands) -> None:
     new.option("--formats", "FORMAT,FORMAT", f"prompt formats; {text}", type=_formats, default=list(FORMATS))
 
 
-# ------------------------------------------------------------------------------------------------ generate, plan
-
-
 def _requests(args: argparse.Namespace) -> Any:
-    """The jobs of `llava generate` and of its plan, with their prompts."""
     from companion.data_tools.coco import load_annotations
     from companion.teacher.generate import requests_for
     from companion.teacher.prompts import load_prompts
@@ -199,9 +192,6 @@ def _add_generate(commands: Commands) -> None:
     new = command(into, "generate", text, f"{example} --model gpt-4o --client batch", _plan_generate)
     new.choice("--client", ["record", "batch"], "record", "single requests, or batches at half the price")
     _asking(new, ", which cost nothing")
-
-
-# ------------------------------------------------------------------------------------------------ filter
 
 
 def _filter(args: argparse.Namespace) -> Result:

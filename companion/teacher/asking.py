@@ -24,7 +24,6 @@ class Asked:
     """The result of a request.
 
     Attributes:
-        request: the first request.
         replies: one, or two if the first was malformed; each with its request and its error.
         value: the checked content of the last reply, None if it is malformed.
         refused: why there is no reply to the last request.
@@ -52,7 +51,6 @@ class Asked:
 
     @property
     def paid(self) -> float:
-        """USD paid now."""
         return sum(reply.cost_usd for _, reply, _ in self.replies if not reply.cached)
 
     def source(self) -> dict[str, Any]:
@@ -81,11 +79,7 @@ def _retry(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatReq
 def ask_all(
     client: ChatClient, requests: Sequence[ChatRequest], check: Check, desc: str
 ) -> tuple[list[Asked], dict[str, Any]]:
-    """Send requests that share one check; see `ask_each`.
-
-    Returns:
-        The results in the order of the requests, and their `tally`.
-    """
+    """Send requests that share one check, as `ask_each`; return the results and their `tally`."""
     asked = ask_each(client, [(request, check) for request in requests], _retry, desc, leave=False)
     return asked, tally(asked)
 
@@ -96,7 +90,7 @@ def tally(asked: Sequence[Asked]) -> dict[str, Any]:
     Returns:
         requests (sent now), replayed (from a cassette), spend_usd (paid now), retried (malformed first replies),
         repaired (those whose second one is good), failed (no good reply), stopped (why not all requests were sent, or
-        None), unasked (number of requests that the budget did not allow), models (good replies by snapshot).
+        None), unasked (those that the budget did not allow), models (good replies by snapshot).
     """
     replies = [reply for one in asked for _, reply, _ in one.replies]
     unasked = [one for one in asked if one.unasked]
@@ -117,20 +111,10 @@ def tally(asked: Sequence[Asked]) -> dict[str, Any]:
 def ask_each(
     client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], retry: Retry, desc: str, **options: Any
 ) -> list[Asked]:
-    """Send requests, as many at once as the client's attribute `concurrency` says.
+    """Send requests, as many at once as the client's `concurrency` says; return the results in the order of the jobs.
 
     A malformed reply stays in the result and is followed by one more request. A client with `prefetch` gets all first
-    requests together, and then all second ones.
-
-    Args:
-        client: any chat client.
-        jobs: each request with the check of its reply.
-        retry: builds the second request.
-        desc: of the progress bar.
-        options: of the progress bar.
-
-    Returns:
-        The results in the order of the jobs.
+    requests together, and then all second ones. `desc` and `options` are the progress bar's.
 
     Raises:
         ServerError, DataError: the client's; a recording client has the replies until then in its cassette.
@@ -166,7 +150,6 @@ def _prefetch(client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], ret
 
 
 def _ask(client: ChatClient, request: ChatRequest, check: Check, retry: Retry) -> Asked:
-    """Send a request, and a second one if the reply is malformed."""
     asked = Asked(request)
     for _ in range(2):
         try:
@@ -188,7 +171,6 @@ def _ask(client: ChatClient, request: ChatRequest, check: Check, retry: Retry) -
 
 
 def _in_order(client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], retry: Retry) -> Iterator[Asked]:
-    """Yield the results in the order of the jobs, from a pool of `client.concurrency` threads."""
     threads = getattr(client, "concurrency", 1)
     if threads <= 1:
         yield from (_ask(client, request, check, retry) for request, check in jobs)

@@ -1,8 +1,7 @@
 """Client of OpenAI's batch endpoint: a file of requests, replies within a day, half the price.
 
 One batch is under way at a time, so that the budget left is known before the next one begins. The cassette holds its
-requests before the server is asked to create it, under a name that the server stores as metadata. A client that starts
-after `kill -9` finds the batch by this name and reads its replies; nothing is paid twice.
+requests and its name, which the server stores as metadata: after `kill -9` the next client finds the batch by it.
 """
 
 from __future__ import annotations
@@ -50,16 +49,13 @@ class BatchClient:
     """Replies from a cassette; missing replies come from the server's batch endpoint.
 
     Args:
-        cassette: SQLite file of the replies.
         base_url: another server with this endpoint; OpenAI's when None.
         api_key: taken from the environment (`OPENAI_API_KEY`) when None.
-        price: the listed one of a model that `PRICES` does not list; half of it is paid.
+        price: the full one, of a model that `PRICES` does not list; half of it is paid.
         timeout: seconds for one call of the server.
         budget_usd: send nothing that could exceed it; includes the cost of all recorded replies; None for no limit.
             A budget below the highest price of all requests means several batches, one after the other.
         poll: seconds between two status requests; they grow from a sixtieth of it.
-        most_requests: in one batch.
-        most_bytes: of one file.
 
     Raises:
         ConfigError: the package openai is not installed, or there is no key.
@@ -103,13 +99,7 @@ class BatchClient:
             return replace(reply, cached=not paid_now)
 
     def prefetch(self, requests: Sequence[ChatRequest]) -> list[ChatReply | None]:
-        """Send all requests in batches and wait for the replies.
-
-        Args:
-            requests: those with a recorded reply are not sent.
-
-        Returns:
-            A reply per request; None where `complete` will raise.
+        """Send the requests without a recorded reply in batches; return a reply, or None where `complete` raises.
 
         Raises:
             ConfigError, ServerError: as of `complete`.
@@ -148,8 +138,6 @@ class BatchClient:
 
     def _most(self, request: ChatRequest) -> float:
         return cost_usd(request.most_tokens(), self._price(request))
-
-    # -------------------------------------------------------------------------------------------- create
 
     def _begin(self, missing: Sequence[ChatRequest]) -> OpenBatch | None:
         """Upload as many of the first missing requests as limits and budget allow, and create their batch."""
@@ -227,7 +215,6 @@ class BatchClient:
         return batch_id
 
     def _wait(self, batch_id: str, bar: Any) -> Any:
-        """Poll a batch until it has ended."""
         wait, before = self.poll / 60, bar.n
         while True:
             with self._errors(f"batch {batch_id}"):
@@ -243,7 +230,6 @@ class BatchClient:
 
     @contextlib.contextmanager
     def _errors(self, what: str, endpoint: bool = False) -> Iterator[None]:
-        """Turn errors of the SDK into a `ServerError`."""
         try:
             yield
         except self._openai.APIStatusError as error:
@@ -252,8 +238,6 @@ class BatchClient:
             raise ServerError(f"{what}: status {error.status_code}: {one_line(error)}") from error
         except self._openai.OpenAIError as error:
             raise ServerError(f"{what}: {one_line(error)}; {RESTART}") from error
-
-    # -------------------------------------------------------------------------------------------- read
 
     def _collect(self, batch: OpenBatch, ended: Any, tries: Counter[str]) -> None:
         """Record the results of a batch; requests without one stay missing, in at most `TRIES` batches."""
@@ -325,12 +309,7 @@ def _line(request: ChatRequest) -> bytes:
 
 
 def _read_line(line: dict[str, Any], request: ChatRequest, price: Price) -> ChatReply:
-    """Return the reply in a line of the output or the error file.
-
-    Raises:
-        RetryableError: another batch may bring a reply.
-        ChatError: the server refuses this request.
-    """
+    """Return the reply in a line of the output or the error file."""
     response = line.get("response") or {}
     status, body = response.get("status_code"), response.get("body") or {}
     if status == 200:

@@ -1,8 +1,7 @@
 """Recorded requests and replies in one SQLite file: a request with a recorded reply is not sent again.
 
-Each reply is committed to disk before it is used. After `kill -9` the file lacks only the replies of the requests that
-were under way, at most `concurrency`: these are sent again, and the most that they can have cost counts against the
-budget.
+Each reply is on disk before it is used. After `kill -9` only the requests under way, at most `concurrency`, are sent
+again; the most that they can have cost counts against the budget.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ class OpenBatch:
         name: chosen by this client; the server stores it as metadata.
         file: the server's id of the uploaded requests.
         id: the server's id of the batch; None if its creation was not confirmed.
-        requests: in the batch.
     """
 
     name: str
@@ -58,9 +56,7 @@ Failure = tuple[ChatRequest, str, float, bool]
 class Cassette:
     """SQLite file of replies; every write is one transaction, on disk before the method returns.
 
-    Args:
-        path: the SQLite file; created with its folder if it is missing. None: a temporary file.
-        read_only: do not create or change it.
+    A missing file is created with its folder, unless `read_only`; the path None is a temporary file.
 
     Raises:
         DataError: the file is missing (read only) or is no cassette.
@@ -91,7 +87,6 @@ class Cassette:
             ) from error
 
     def get(self, request: ChatRequest) -> ChatReply | None:
-        """Return the reply to a request, or None."""
         with self._lock:
             row = self._file.execute(f"SELECT {_REPLY} FROM replies WHERE key = ?", (request.key,)).fetchone()
         return replace(ChatReply(*row), cached=True) if row else None
@@ -128,14 +123,7 @@ class Cassette:
             self._file.execute("DELETE FROM failures WHERE rowid = ?", (attempt,))
 
     def fail(self, request: ChatRequest, why: str, doubtful_usd: float = 0.0, last: bool = False) -> None:
-        """Record a failed attempt.
-
-        Args:
-            request: without a reply.
-            why: the reason.
-            doubtful_usd: the most that the server may have billed.
-            last: the request is given up.
-        """
+        """Record a failed attempt, billed with at most `doubtful_usd`; `last`: the request is given up."""
         with self._lock, self._file:
             self._fail(request, why, doubtful_usd, last)
 
@@ -152,7 +140,6 @@ class Cassette:
         return row
 
     def given_up(self, request: ChatRequest) -> str | None:
-        """Return why a request was given up, or None."""
         query = "SELECT why FROM failures WHERE key = ? AND last ORDER BY rowid DESC"
         with self._lock:
             row = self._file.execute(query, (request.key,)).fetchone()
@@ -194,7 +181,6 @@ class Cassette:
         return OpenBatch(name, file, batch_id, [ChatRequest(**json.loads(text)) for (text,) in asked])
 
     def note_batch(self, batch: OpenBatch) -> None:
-        """Record the server's id of the open batch."""
         with self._lock, self._file:
             self._file.execute("UPDATE batches SET id = ? WHERE name = ?", (batch.id, batch.name))
 
@@ -215,7 +201,6 @@ class Cassette:
             self._file.execute("DELETE FROM asked")
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

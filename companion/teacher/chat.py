@@ -45,14 +45,7 @@ class BudgetError(ChatError):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A chat request.
-
-    Attributes:
-        messages: of {role, content}; the last one is a user's.
-        model: by the name that its server knows.
-        temperature: of the model.
-        max_tokens: of the reply.
-    """
+    """A chat request; messages are {role, content}, the last one a user's."""
 
     messages: Sequence[Message]
     model: str
@@ -91,14 +84,9 @@ class ChatReply:
     """A chat reply.
 
     Attributes:
-        text: the reply.
         model: the snapshot that the server reports; may differ from the requested name.
-        prompt_tokens: length of the request.
-        completion_tokens: length of the reply.
-        cost_usd: at the time of the reply.
         finish_reason: `stop`, or `length` for a reply that was cut off.
-        price_prompt: USD per million tokens of the prompt.
-        price_completion: USD per million tokens of the reply.
+        price_prompt: USD per million tokens; so is `price_completion`.
         date: when it arrived (UTC); empty for an offline reply, which is the same on every day.
         kind: `live`, `batch`, or `offline` for a function's reply.
         cached: from a cassette; nothing was paid now.
@@ -135,12 +123,7 @@ class ChatClient(Protocol):
 
 
 def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | None = None) -> Price:
-    """Return USD per million tokens of prompt and of completion.
-
-    Args:
-        model: asked for by this name.
-        prices: by the model's name.
-        price: takes precedence over the table.
+    """Return USD per million tokens of prompt and of completion; `price` takes precedence over the table.
 
     Raises:
         ConfigError: the table does not name the model.
@@ -152,5 +135,4 @@ def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | No
 
 
 def cost_usd(tokens: tuple[int, int], price: Price) -> float:
-    """Return the cost of prompt and completion tokens in USD."""
     return (tokens[0] * price[0] + tokens[1] * price[1]) / 1e6

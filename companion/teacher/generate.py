@@ -56,18 +56,7 @@ def requests_for(
     temperature: float = TEMPERATURE,
     max_tokens: int = MAX_TOKENS,
 ) -> Iterator[Job]:
-    """Yield the first request of `generate` per image and kind, e.g. for `companion.teacher.plan.estimate`.
-
-    Args:
-        annotations: the images.
-        kinds: of `companion.teacher.prompts.KINDS`.
-        prompts: by kind; `PROMPTS` when None.
-        model: by the name that its server knows.
-        temperature: of the model.
-        max_tokens: of one reply.
-
-    Returns:
-        Image, kind and request, image by image.
+    """Yield the first request of `generate` per image and kind, image by image.
 
     Raises:
         ConfigError: unknown kind.
@@ -84,7 +73,6 @@ def requests_for(
 
 
 def retry_request(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatRequest:
-    """Return the request that follows a malformed reply: the reply and its error."""
     wrong = f"This reply cannot be used ({type(error).__name__}): {error}."
     return follow_up(request, reply, f"{wrong}\nReply again, in the format of the examples.")
 
@@ -124,20 +112,10 @@ def generate(
     the files are those of an uninterrupted call. If the budget ends, the records until then are written.
 
     Args:
-        annotations: the images; captions for every kind, boxes for `detail` and `complex`.
+        annotations: captions for every kind, boxes for `detail` and `complex`.
         kinds: of `companion.teacher.prompts.KINDS`; one request per image and kind.
-        client: any chat client.
-        out: folder; see `write`.
         limit: only the first so many images.
-        seed: see `write`.
         prompts: by kind, e.g. of `load_prompts`; `PROMPTS` when None.
-        model: by the name that its server knows.
-        temperature: of the model.
-        max_tokens: of one reply.
-        detail_questions: see `write`.
-
-    Returns:
-        See `write`.
 
     Raises:
         ConfigError: unknown kind.
@@ -148,10 +126,7 @@ def generate(
 
 
 def ask(jobs: Sequence[Job], client: ChatClient) -> list[Outcome]:
-    """Send the requests of `requests_for`, and one more per malformed reply (`retry_request`).
-
-    Returns:
-        A result per job, in their order.
+    """Send the requests of `requests_for`, and one more per malformed reply; return a result per job, in their order.
 
     Raises:
         ServerError, DataError: the client's; a recording client has the replies until then in its cassette.
@@ -172,22 +147,16 @@ def write(
     """Write the results of `ask` as instruction data.
 
     Args:
-        outcomes: of `ask`.
-        kinds: that were requested.
         out: folder; gets `<kind>_<N>.json` per kind and `llava_instruct.json` with all (LLaVA-Instruct records with
             `type` and `provenance` added), `llava_instruct.parquet` with the same if pyarrow is installed,
             `failures.jsonl` (malformed and missing replies) and `provenance.jsonl` (request, model, tokens, cost and
             date per reply). Files of these names from an earlier call are replaced.
         seed: draws, per record, whether the image comes first or last in the first turn, and the description's
-            question.
-        prompts: of the requests, by kind; `PROMPTS` when None.
-        detail_questions: questions that a description answers.
+            question from `detail_questions`.
 
     Returns:
-        records; failed (images and kinds without a record); requests (sent now) and replayed (from a cassette);
-        spend_usd (paid now) and cost_usd (of all replies used, whenever they were paid); failures (the failed by error
-        class); retried (malformed first replies) and repaired (those whose second one is good); models (replies by
-        snapshot); stopped (why not all requests were sent, or None) and unasked; files.
+        The counts of `asking.tally`, and: records; cost_usd (of all replies used, whenever they were paid); failures
+        (images and kinds without a record by error class); models (all replies by snapshot); files.
     """
     prompts = PROMPTS if prompts is None else prompts
     records: list[dict[str, Any]] = []
@@ -235,7 +204,6 @@ def _rng(seed: int, image: Annotation, kind: str) -> random.Random:
 
 
 def _source(request: ChatRequest, reply: ChatReply, prompt: Prompt, seed: int) -> dict[str, Any]:
-    """Provenance of a record."""
     named = {"request": request.key, "model": reply.model, "date": reply.date or None, "client": reply.kind}
     return named | {"prompt": prompt.version, "seed": seed}
 
@@ -297,7 +265,6 @@ def _write(
 
 
 def _write_parquet(path: Path, records: list[dict[str, Any]]) -> list[Path]:
-    """Write the records as columns; without pyarrow only a note."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -62,7 +62,7 @@ def open_sdk(
 
 @dataclass
 class _Call:
-    """A request, the USD that one attempt can cost at most, the attempts so far, and the one under way."""
+    """A request; one attempt costs at most `most` USD, and `open` is the cassette's number of the one under way."""
 
     request: ChatRequest
     most: float
@@ -84,7 +84,6 @@ class LiveClient:
         timeout: seconds without a byte from the server, after which an attempt has failed.
         retries: attempts after the first one.
         budget_usd: send nothing that could exceed it, with all that the cassette holds; None for no limit.
-        concurrency: how many requests a caller should have under way.
         cassette: records replies and attempts; a temporary one when None.
 
     Raises:
@@ -149,7 +148,6 @@ class LiveClient:
         raise self._no_reply(call, why)
 
     def _create(self, call: _Call) -> bytes:
-        """Return the body of a response with status 200."""
         openai, request = self._openai, call.request
         sdk = self._sdk.with_options(max_retries=self.retries - call.attempts)
         try:
@@ -239,5 +237,4 @@ def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -14,13 +14,7 @@ from llava_core.runtime import DataError, read_json, read_jsonl, write_json, wri
 
 
 def mix_jobs(images: Sequence[Any], shares: Mapping[str, float], model: str, seed: int = 0) -> list[Job]:
-    """Return the requests of a mix, image by image.
-
-    Args:
-        images: annotated images.
-        shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
-        model: the teacher's name at its server.
-        seed: of the draw of the shares.
+    """Return the requests of a mix, image by image; the arguments are those of `generate_mix`.
 
     Raises:
         DataError: a share is not from 0 to 1.

@@ -1,7 +1,6 @@
 """Parser of the teacher's replies: turns, or a named error. The released pipeline did not publish its parser.
 
-A dialogue has blocks separated by a line `===`; `Question:` and `Answer:` blocks alternate, each label followed by its
-text. A description has paragraphs only.
+A dialogue has alternating `Question:` and `Answer:` blocks, separated by a line `===`; a description has paragraphs.
 
 Source: paper Section 3 and Table 13; the few-shot replies in playground/data/prompts of haotian-liu/LLaVA@54bcf81.
 """
@@ -79,14 +78,7 @@ def _checked(text: str, finish_reason: str) -> str:
 
 
 def parse_dialogue(text: str, finish_reason: str = "stop") -> list[tuple[str, str]]:
-    """Parse questions and answers.
-
-    Args:
-        text: the reply; empty blocks and bold labels are accepted.
-        finish_reason: why the model stopped; `length` means that the end is missing.
-
-    Returns:
-        (question, answer) per turn.
+    """Return (question, answer) per turn; empty blocks and bold labels are accepted.
 
     Raises:
         ReplyError: the reply is not of the format; the subclass names the error.

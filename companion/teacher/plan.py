@@ -38,18 +38,16 @@ def plan(
     price: Price | None = None,
     concurrency: int = 8,
 ) -> dict[str, Any]:
-    """Estimate the cost of requests for a client.
+    """Estimate the cost of requests for a client: `record`, `live`, or `batch` with its own price and time.
 
     Args:
         requests: repeated ones count once.
-        client: `record` or `live`, or `batch` with its own price and time.
         cassette: its replies are free; the file need not exist.
         price: USD per million tokens of prompt and reply, for a model that `PRICES` does not list.
-        concurrency: concurrent requests; ignored for `batch`.
 
     Returns:
-        requests; cached (those that the cassette answers); and for the others tokens (prompt, completion, total),
-        usd (expected), usd_most, hours; memory_gib (0: the model runs elsewhere); client; assumed, as text.
+        requests; cached (those that the cassette answers); `estimate` of the others; memory_gib (0: the model runs
+        elsewhere); client; assumed, as text.
 
     Raises:
         ConfigError: the price of a model is not known.
@@ -74,16 +72,11 @@ def plan(
 def estimate(
     requests: Iterable[ChatRequest], prices: Mapping[str, Price] = PRICES, concurrency: int = 8
 ) -> dict[str, Any]:
-    """Estimate the cost of requests.
-
-    Args:
-        requests: repeated ones count once.
-        prices: USD per million tokens of prompt and completion by model.
-        concurrency: concurrent requests.
+    """Estimate the cost of requests, repeated ones once, without retries of malformed replies.
 
     Returns:
-        requests; tokens (prompt and completion, expected); usd (expected); usd_most (every reply as long as allowed,
-        every prompt one token per byte); hours. Retries of malformed replies are not in it.
+        requests; tokens (prompt, completion, total; expected); usd (expected); usd_most (every reply as long as
+        allowed, every prompt one token per byte); hours.
 
     Raises:
         ConfigError: the price of a model is not known.

@@ -1,8 +1,6 @@
 """Prompts of the teacher: system message, few-shot examples, and the query image as captions and boxes.
 
-The three kinds are the paper's, the file format that of the released prompts. Wording and examples, in
-`prompt_texts/`, were written for this project; the released folders can be loaded instead. Conversations are generated
-from captions only, the other two kinds from captions and boxes.
+The file format is that of the released prompts, which can be loaded instead of ours in `prompt_texts/`.
 
 Source: paper Section 3, Tables 13-16; playground/data/prompts of haotian-liu/LLaVA; issue #87 there (no boxes in
 conversations).
@@ -45,14 +43,9 @@ class Prompt:
 
 
 def context_text(captions: Sequence[str], boxes: Sequence[tuple[str, Sequence[float]]] = ()) -> str:
-    """Return an image as text for the teacher.
+    """Return an image as text for the teacher: captions, an empty line, boxes; one per line.
 
-    Args:
-        captions: one sentence per annotator.
-        boxes: (category, (x1, y1, x2, y2)), corners from 0 to 1; none for conversations.
-
-    Returns:
-        A caption per line; with boxes an empty line, then `category: [x1, y1, x2, y2]` per object, to 3 decimals.
+    A box is (category, (x1, y1, x2, y2)), corners from 0 to 1; a conversation has none.
     """
     lines = [" ".join(caption.split()) for caption in captions]
     if boxes:
@@ -62,11 +55,6 @@ def context_text(captions: Sequence[str], boxes: Sequence[tuple[str, Sequence[fl
 
 def build_messages(kind: str, context: str, prompts: Mapping[str, Prompt] | None = None) -> list[Message]:
     """Return the chat for one image: system message, examples as earlier turns, the context as the last user message.
-
-    Args:
-        kind: one of `KINDS`.
-        context: of `context_text`.
-        prompts: by kind, e.g. from `load_prompts`; `PROMPTS` when None.
 
     Raises:
         ConfigError: unknown kind.
@@ -81,10 +69,7 @@ def build_messages(kind: str, context: str, prompts: Mapping[str, Prompt] | None
 
 
 def load_prompt_folder(path: str | Path) -> Prompt:
-    """Load one kind's prompt from a folder in the released format.
-
-    Args:
-        path: folder with `system_message.txt` and pairs `NNN_caps.txt` (context), `NNN_conv.txt` (reply).
+    """Load one kind's prompt: `system_message.txt` and pairs `NNN_caps.txt` (context), `NNN_conv.txt` (reply).
 
     Raises:
         DataError: a file is missing, empty or no UTF-8 text.
