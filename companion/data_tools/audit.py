@@ -1,7 +1,4 @@
-"""Audit of instruction data: duplicates, leaks of the annotation text, unsupported objects.
-
-The result depends only on the file, the log of the requests that generated it, and the annotations of the images.
-"""
+"""Audit of instruction data: duplicates, leaks of the annotation text, unsupported objects."""
 
 from __future__ import annotations
 
@@ -33,7 +30,6 @@ LEAKS = {
     "a word on the given sentences": r"\b(?:the|these|given|provided) (?:sentences|descriptions)\b",
     "numbers like 0.123": r"(?<![\w.])0\.\d{2,3}(?!\d)",
 }
-"""Patterns of texts that refer to annotations instead of an image."""
 
 
 def plain(question: str) -> str:
@@ -42,11 +38,7 @@ def plain(question: str) -> str:
 
 
 def kind_of(sample: Sample) -> str:
-    """A sample's kind; `unknown` if its record has none."""
     return sample.kind or "unknown"
-
-
-# ------------------------------------------------------------------------------------------------ faults
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,6 @@ class Fault:
     """Counts of one fault.
 
     Attributes:
-        name: the fault.
         unit: what is counted: turns, texts, answers, records.
         of: kind -> number of examined units.
         counts: kind -> number of faulty units.
@@ -68,7 +59,6 @@ class Fault:
     examples: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, sample: Sample, text: str) -> None:
-        """Count one occurrence."""
         kind = kind_of(sample)
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if len(self.examples) < MAX_EXAMPLES:
@@ -76,11 +66,10 @@ class Fault:
 
     @property
     def total(self) -> int:
-        """Number over all kinds."""
         return sum(self.counts.values())
 
     def row(self) -> dict[str, Any]:
-        """Name and numbers, by kind and in percent, for JSON."""
+        """Name and numbers, by kind and in percent."""
         examined = sum(self.of.values())
         by_kind = {k: {"found": self.counts.get(k, 0), "of": n} for k, n in self.of.items()}
         numbers = {"found": self.total, "of": examined, "percent": 100 * self.total / examined if examined else 0.0}
@@ -90,15 +79,11 @@ class Fault:
 def find_faults(
     samples: Sequence[Sample], annotated: Sequence[AnnotatedImage] | None = None, folder: Path | None = None
 ) -> list[Fault]:
-    """Count duplicates, leaks, and objects that neither captions nor boxes have.
+    """Count duplicates, leaks, and objects that neither captions nor boxes have; zero counts are included.
 
     Args:
-        samples: all records.
         annotated: captions and boxes of the images; None: objects are not checked.
         folder: folder of the images, if the samples' paths contain it.
-
-    Returns:
-        All faults, including those with a count of zero.
 
     Raises:
         DataError: none of the samples' images is annotated.
@@ -140,13 +125,10 @@ def _duplicates(samples: Sequence[Sample]) -> Iterator[Fault]:
 
 
 def near_duplicates(texts: Iterable[str]) -> list[tuple[int, int]]:
-    """Pairs of texts whose word triples have a Jaccard similarity of at least `NEAR`.
+    """Pairs of texts whose word triples have a Jaccard similarity of at least `NEAR`: (index, index of an earlier one).
 
     MinHash with 4 bands of 4 finds the candidates (it misses one of 70 pairs with a similarity of 0.9), which are then
     compared in full. Case and punctuation do not count.
-
-    Returns:
-        (index of a text, index of a similar earlier one), in order.
     """
     rng = np.random.default_rng(0)
     multipliers = rng.integers(1, 2**63, (1, 16), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -225,11 +207,8 @@ def _objects(samples: Sequence[Sample], annotated: Sequence[AnnotatedImage], fol
     return fault
 
 
-# ------------------------------------------------------------------------------------------------ statistics
-
-
 def questions_of(samples: Iterable[Sample]) -> dict[str, list[str]]:
-    """The questions of each kind, without image markers."""
+    """Kind -> its questions, without image markers."""
     questions: dict[str, list[str]] = defaultdict(list)
     for sample in samples:
         questions[kind_of(sample)] += (plain(question) for question, _ in sample.turns)

@@ -1,8 +1,7 @@
 """Concept-balanced filter of CC3M: from 3.3M web captions to the pairs of stage 1 (paper, appendix E).
 
-The recipe: extract the noun phrases of all captions, drop phrases rarer than 3, and go through the rest from the rarest
-on, adding the captions of each to a pool, or 100 random ones of a phrase that has more. The authors released the result
-but no code. Each point that the recipe leaves open is a field of `FilterSettings`.
+Noun phrases rarer than 3 are dropped; the others add, from the rarest on, their captions to a pool, or 100 random ones
+if there are more. No code was released: each point that the recipe leaves open is a field of `FilterSettings`.
 """
 
 from __future__ import annotations
@@ -47,13 +46,7 @@ class Row(NamedTuple):
 
 
 def read_captions(path: str | Path) -> Iterator[Row]:
-    """Read the official TSV line by line.
-
-    Args:
-        path: `caption <tab> url` per line; a third column may name the image (default `GCC_train_<9 digits>.jpg`).
-
-    Yields:
-        One row per line.
+    """Read the official TSV line by line: `caption <tab> url`; a third column may name the image.
 
     Raises:
         DataError: the file is missing, or a line has another form.
@@ -75,9 +68,6 @@ def read_captions(path: str | Path) -> Iterator[Row]:
         raise DataError(f"{display_path(path)}: no such file; give the TSV of captions") from error
 
 
-# ------------------------------------------------------------------------------------------------ noun phrases
-
-
 def normalize(phrase: str, settings: FilterSettings) -> str:
     """The form under which a phrase is counted; empty for one that is left out."""
     words = (phrase.lower() if settings.lowercase else phrase).split()
@@ -96,11 +86,10 @@ class PhraseTable:
     """The phrases of each caption, as pairs of indices sorted by caption.
 
     Attributes:
-        phrases: the unique phrases in the order of first appearance.
+        phrases: unique, in the order of first appearance.
         captions: number of captions.
         rows, ids: one entry per caption and phrase in it, int32.
         repeats: index of the entry of each further occurrence in the same caption.
-        extractor: name of the extractor of the phrases.
     """
 
     phrases: list[str]
@@ -112,12 +101,7 @@ class PhraseTable:
 
 
 def phrase_table(captions: Iterable[str] | Phrases, settings: FilterSettings | None = None) -> PhraseTable:
-    """Normalise and number noun phrases.
-
-    Args:
-        captions: captions to extract phrases from, or extracted phrases.
-        settings: of the filter.
-    """
+    """Normalise and number the noun phrases of captions, or phrases extracted before."""
     settings = settings or FilterSettings()
     extracted = captions if isinstance(captions, Phrases) else extract(captions, extractor_named(settings.phrases))
     numbers: dict[str, int] = {}
@@ -141,15 +125,11 @@ def phrase_table(captions: Iterable[str] | Phrases, settings: FilterSettings | N
     return PhraseTable(list(numbers), row + 1, columns[0], columns[1], columns[2], extracted.extractor.name)
 
 
-# ------------------------------------------------------------------------------------------------ selection
-
-
 @dataclass(frozen=True)
 class Selection:
     """The result of the filter.
 
     Attributes:
-        table: the phrases.
         pooled: per caption, whether it was selected.
         before: per phrase, its frequency in all (available) captions.
         after: per phrase, its frequency in the selected ones; 0 for phrases below the minimum frequency.
@@ -164,19 +144,19 @@ class Selection:
 
     @property
     def frequencies_before(self) -> dict[str, int]:
-        """Frequency of every phrase before filtering, most frequent first (Figure 7)."""
+        """Frequency of every phrase, most frequent first (Figure 7)."""
         return self._sorted(self.before, self.before > 0)
 
     @property
     def frequencies_after(self) -> dict[str, int]:
-        """Frequency of every frequent phrase in the selected captions, ordered like `frequencies_before` (Figure 7)."""
+        """Frequency of the frequent phrases in the selected captions, in the same order (Figure 7)."""
         return self._sorted(self.after, self.frequent)
 
     def _sorted(self, values: Integers, mask: Mask) -> dict[str, int]:
         return {self.table.phrases[k]: int(values[k]) for k in np.argsort(-self.before, kind="stable") if mask[k]}
 
     def counts(self) -> dict[str, int]:
-        """The paper's numbers: unique phrases, kept phrases, selected pairs; and the captions read."""
+        """The paper's numbers, and the captions read."""
         return {
             "captions": self.table.captions,
             "phrases": int((self.before > 0).sum()),
@@ -189,8 +169,6 @@ def select(table: PhraseTable, settings: FilterSettings | None = None, available
     """Select captions so that frequent concepts do not dominate.
 
     Args:
-        table: the phrases of the captions.
-        settings: of the filter.
         available: per caption, whether its image can be used; None for all.
 
     Source: paper, appendix E.
@@ -265,20 +243,13 @@ def _fill_pool(table: PhraseTable, entries: Mask, before: Integers, frequent: Ma
     return pooled
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
 @dataclass(frozen=True)
 class Filtered:
     """A filtered TSV.
 
     Attributes:
-        source: the TSV.
-        settings: how the recipe was read.
-        selection: the result.
-        phrases: the noun phrases before normalisation, for other settings.
+        phrases: before normalisation, for other settings.
         available: per caption, whether its image can be used; None if no folder of images was given.
-        availability: counts of the images; None as well.
     """
 
     source: Path
@@ -309,13 +280,11 @@ def filter_captions(
     """Filter a TSV of captions without writing pairs.
 
     Args:
-        captions: the TSV.
         images: folder of the images; rows without a readable one are reported, not selected. None: no image is opened.
-        settings: of the filter.
         decode: decode each image instead of reading only its header.
         cache: folder for phrases and checked images: a killed run continues, and a run with other settings parses
             nothing. None: they stay in memory, and one process computes them.
-        processes: number of processes if there is a cache; None for one per core.
+        processes: None for one per core.
     """
     captions, settings = Path(captions), settings or FilterSettings()
     extractor = extractor_named(settings.phrases)
@@ -356,8 +325,7 @@ def chosen_pairs(filtered: Filtered) -> Iterator[tuple[Row, str]]:
 def write_pairs(filtered: Filtered, out: str | Path) -> dict[str, Any]:
     """Write the selected pairs in the released format: `chat.json`, `metadata.json`; `pairs.parquet`, `report.json`.
 
-    Returns:
-        The report, with the paths of the files; `parquet` is None if pyarrow is not installed.
+    Returns the report with the paths of the files; `parquet` is None if pyarrow is not installed.
     """
     out = Path(out)
     chat: list[dict[str, Any]] = []
@@ -381,7 +349,6 @@ def write_pairs(filtered: Filtered, out: str | Path) -> dict[str, Any]:
 
 
 def _write_list(path: Path, values: Iterable[Any]) -> Path:
-    """Write a JSON list with one element per line."""
     lines = ",\n".join(json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values)
     return atomic_write(path, f"[\n{lines}\n]\n" if lines else "[]\n")
 
@@ -395,15 +362,9 @@ def filter_file(
     cache: str | Path | None = None,
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Filter a TSV and write the selected pairs: `llava filter`.
+    """Filter a TSV and write the selected pairs, as `filter_captions` and `write_pairs`: `llava filter`.
 
-    Args:
-        captions, images, settings, decode, processes: see `filter_captions`.
-        out: folder of the written files.
-        cache: folder of the phrases; None: the folder `phrases` in `out`.
-
-    Returns:
-        `captions`, `phrases`, `phrases_kept`, `pairs_kept`, `extractor`, `coverage`, `settings`, and the paths written.
+    `cache` is by default the folder `phrases` in `out`.
     """
     cache = Path(out) / "phrases" if cache is None else cache
     return write_pairs(filter_captions(captions, images, settings, decode, cache, processes), out)

@@ -38,9 +38,7 @@ PROBLEM_KINDS = {
 WARNINGS = frozenset({"duplicate_id"})
 
 MAX_WORDS = 1300
-"""Default limit of words per record: the paper trains on 2048 tokens, 256 of the image and about 50 of the template.
-English is assumed to have 1.35 tokens per word, so that no tokenizer is needed. Training drops the last turns of longer
-records."""
+"""2048 tokens less 256 of the image and about 50 of the template, at 1.35 tokens per English word."""
 
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # scripts without spaces: a character counts as a word
 _MAX_WORD_LENGTH = 20  # characters; a "word" of 2,000 characters (base64, a URL) counts as 100
@@ -52,7 +50,7 @@ class Checker:
     Args:
         images: folder of the images; None opens no image.
         decode: decode each image; otherwise only missing files and wrong headers are noticed.
-        max_words: maximum number of words of a record; None for no limit.
+        max_words: per record; None for no limit.
 
     Raises:
         DataError: there is no such folder.
@@ -65,7 +63,6 @@ class Checker:
         self.first_use: dict[tuple[str, str | None], tuple[int, str]] = {}
 
     def check(self, record: Record) -> list[Problem]:
-        """All problems of one record."""
         problems = list(record_problems(record.value))
         if isinstance(record.value, dict):
             problems += [*self._image(record.value), *self._length(record.value), *self._duplicate(record)]
@@ -121,14 +118,12 @@ def check_file(
     decode: bool = True,
     max_words: int | None = MAX_WORDS,
 ) -> dict[str, Any]:
-    """Find all problems of a file.
+    """Find all problems of a file (`.json`, `.jsonl` or `.parquet`).
 
     After a syntax error in a `.json` list the rest of the list is not checked; a `.jsonl` file is checked to its end.
 
     Args:
-        path: a `.json` list, a `.jsonl` file with one record per line, or a `.parquet` table with one record per row.
-        images: folder of the images; None opens no image.
-        decode, max_words: as for `Checker`.
+        images, decode, max_words: as for `Checker`.
 
     Returns:
         `records` (how many could be parsed), `errors`, `warnings` (counts), `counted` (the unit of `line`: `line`, or

@@ -19,7 +19,6 @@ class AnnotatedImage:
     Attributes:
         id: COCO's image id, 12 digits.
         image: file name, relative to the folder of images.
-        captions: one sentence per annotator.
         boxes: (category, (x1, y1, x2, y2)) per object; corners, from 0 to 1.
     """
 
@@ -30,14 +29,7 @@ class AnnotatedImage:
 
 
 def context_text(image: AnnotatedImage, boxes: bool = True) -> str:
-    """An image as text for the teacher.
-
-    Args:
-        image: captions and boxes.
-        boxes: append the boxes; the prompts for conversations have none.
-
-    Returns:
-        One caption per line; with boxes a blank line and per object `category: [x1, y1, x2, y2]`, to 3 decimals.
+    """An image as text for the teacher: one caption per line, then, apart from prompts for conversations, its boxes.
 
     Source: paper, Table 1 and Table 13.
     """
@@ -48,16 +40,13 @@ def context_text(image: AnnotatedImage, boxes: bool = True) -> str:
 
 
 def load_annotations(path: str | Path, split: str | None = None, crowd: bool = False) -> list[AnnotatedImage]:
-    """Load annotated images; the content decides the format.
+    """Load the annotated images that have a caption, in the order of the file; the content decides the format.
 
     Args:
         path: a folder with `captions_<split>.json` and `instances_<split>.json` (or with a folder `annotations` that
             holds them), one of these two files, or a file of `{id, image, captions, instances}` records.
         split: split of a folder that has several, e.g. `train2014`.
         crowd: include boxes that COCO marks as a crowd of objects.
-
-    Returns:
-        The images with at least one caption, in the order of the file.
 
     Raises:
         DataError: a file is missing or a record has another format.
@@ -80,7 +69,6 @@ def load_annotations(path: str | Path, split: str | None = None, crowd: bool = F
 
 
 def _pair(folder: Path, split: str | None) -> tuple[Path, Path]:
-    """The captions' and the instances' file of a split."""
     if not list(folder.glob("captions_*.json")) and (folder / "annotations").is_dir():
         folder = folder / "annotations"
     splits = sorted(file.stem.removeprefix("captions_") for file in folder.glob("captions_*.json"))

@@ -1,8 +1,7 @@
 """Conversion of your own data to LLaVA-Instruct records: `llava data convert`.
 
-A source has rows of fields. Turns of a row (`conversations` or `messages`) are copied. A row with an `answer` becomes
-a pair of turns with its `question`, or with an instruction drawn for the record (see `expansion.py`). All problems are
-collected before records are written.
+Turns of a row (`conversations` or `messages`) are copied. A row with an `answer` becomes a pair of turns with its
+`question`, or with a drawn instruction (see `expansion.py`).
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class _RowError(Exception):
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of a source: its place for messages, and its fields by our names or what is wrong with it."""
+    """One row of a source: its place for messages, and its fields by our names, or what is wrong with it."""
 
     place: str
     fields: dict[str, Any]
@@ -62,16 +61,12 @@ class _Row:
 
 @dataclass
 class _Source:
-    """The rows of a source and the folder of its images."""
-
     rows: Iterator[_Row]
     images: Path
 
 
 @dataclass(frozen=True)
 class _Options:
-    """Arguments of `convert_data` that a reader needs."""
-
     out: Path
     images: Path | None
     columns: Mapping[str, str]
@@ -97,16 +92,13 @@ def convert_data(
         out: the file to write, `.json`, `.jsonl` or `.parquet`.
         images: folder of the images; default: the folder itself, or the one of the CSV. Images that a data set stores
             as bytes are written there; default: `images` in the folder of `out`.
-        columns: our field -> the source's column, e.g. `{"image": "photo", "answer": "legend"}`; for the fields and
-            the known column names see `KNOWN_COLUMNS`.
-        instructions: questions for rows without one: `brief`, `detail` or a file with one per line.
+        columns: our field (a key of `KNOWN_COLUMNS`) -> the source's column, e.g. `{"image": "photo"}`.
+        instructions: questions for rows without one, as for `load_instructions`.
         split: split of a data set that has several.
-        seed: of the instructions and the side of the image.
         skip: leave out rows with problems and report them; otherwise a problem is an error.
 
     Returns:
-        `source` (its format), `records`, `images` (the folder), `out`, `skipped` (`{place, message}` of each row left
-        out).
+        `source` (its format), `records`, `images`, `out`, `skipped` (`{place, message}` of each row left out).
 
     Raises:
         DataError: the source has an unknown format, a column is missing, or, without `skip`, a row has a problem.
@@ -162,11 +154,7 @@ def _format_of(source: Path) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------ a row -> a record
-
-
 def _record(row: _Row, number: int, checker: Checker, wordings: Sequence[str], seed: int) -> dict[str, Any]:
-    """The record of a row, repaired where that is safe, and checked."""
     if row.error is not None:
         raise _RowError(row.error)
     fields = {name: value for name, value in row.fields.items() if value is not None and value != ""}
@@ -225,7 +213,7 @@ def _turns(value: Any) -> Any:
 
 
 def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: Path) -> dict[str, str]:
-    """Field of the record -> column of the source: the given ones, and those with known names."""
+    """Field of the record -> column of the source."""
     for field, column in columns.items():
         if column not in present:
             raise DataError(f"{display_path(source)}: {unknown('column', column, present)}; it was named for '{field}'")
@@ -240,9 +228,6 @@ def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: 
             f"e.g. --columns answer={present[-1] if present else 'caption'}"
         )
     return chosen
-
-
-# ------------------------------------------------------------------------------------------------ readers
 
 
 def _read_folder(source: Path, options: _Options) -> _Source:
@@ -332,7 +317,7 @@ def _csv_lines(source: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_datasets(source: Path, options: _Options) -> _Source:
-    """A data set written by `save_to_disk`: arrow streams that `state.json` lists."""
+    """A folder of `save_to_disk`: arrow streams that `state.json` lists."""
     source = _split_folder(source, options.split)
     arrow, ipc = import_pyarrow(), import_pyarrow("ipc")
     state = read_json(source / "state.json")
@@ -396,7 +381,6 @@ def _read_parquet(source: Path, options: _Options) -> _Source:
 
 
 def _read_batches(source: Path, options: _Options, batches: Callable[[], Iterator[tuple[Path, Any]]]) -> _Source:
-    """The rows of arrow record batches; images stored as bytes are written to the folder of images."""
     first = next(batches(), None)
     if first is None:
         raise DataError(f"{display_path(source)}: the data set has no rows")

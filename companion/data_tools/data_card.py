@@ -38,10 +38,7 @@ RELEASED = dict.fromkeys(
     ),
     _RELEASED,
 )  # fmt: skip
-"""Origin, license and images of the released files, by file name.
-
-Source: the model and data cards of LLaVA v1.
-"""
+"""By file name. Source: the model and data cards of LLaVA v1."""
 
 
 def audit_file(
@@ -50,16 +47,12 @@ def audit_file(
     images: str | Path | None = None,
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Audit a file of instruction records.
+    """Audit a file of instruction records; the result of `summary`.
 
     Args:
-        path: LLaVA-Instruct JSON, JSONL or parquet.
-        annotations: captions and boxes of the images, as for `load_annotations`; None: objects are not checked.
-        images: folder of the images; None: no image is opened.
-        cache: folder of the parser's cache.
-
-    Returns:
-        The result of `summary`. Without a parser, root verbs are left out and `verbs_missing` says why.
+        annotations: as for `load_annotations`; None: objects are not checked.
+        images: their folder; None: no image is opened.
+        cache: folder of the parser's cache. Without a parser, root verbs are left out and `verbs_missing` says why.
 
     Raises:
         DataError: the file has problems, or the annotations are of other images.
@@ -83,19 +76,12 @@ def summary(
     annotations: str | Path | None = None,
     tokens: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Properties and counts of a data set, the content of its card.
+    """Properties and counts of a data set, the content of its card: a JSON object.
 
     Args:
         path: the audited file; `provenance.jsonl` and `failures.jsonl` of `llava generate` are read from its folder.
-        samples: its records.
-        faults: from `find_faults`.
-        verbs: from `root_verbs`, or None.
         annotations: source of the annotations; a `card.json` there names the images' license.
         tokens: kind -> numbers on the length of its token sequences.
-
-    Returns:
-        A JSON object: maker, file, sha256, annotations, records, images, turns, source, teacher (None without a log),
-        kinds, tokens, faults and verbs.
     """
     log = path.parent / "provenance.jsonl"
     rows = [row for row in read_jsonl(log) if isinstance(row, dict) and "request" in row] if log.is_file() else []
@@ -127,7 +113,6 @@ def _portable(path: Path) -> str:
 
 
 def _source(path: Path, annotations: str | Path | None, logged: bool) -> dict[str, str]:
-    """Origin and licenses of texts and images."""
     unknown = "not stated in the file; ask its author"
     source = {"about": unknown, "license": unknown, "images": unknown}
     if logged:
@@ -144,7 +129,6 @@ def _source(path: Path, annotations: str | Path | None, logged: bool) -> dict[st
 
 
 def _teacher(rows: Sequence[Mapping[str, Any]], failures: int) -> dict[str, Any]:
-    """Numbers of the log of requests."""
 
     def different(key: str) -> list[Any]:
         return sorted({str(row[key]) for row in rows if row.get(key) is not None})
@@ -166,9 +150,6 @@ def _teacher(rows: Sequence[Mapping[str, Any]], failures: int) -> dict[str, Any]
         "prompts": {kind: sorted(versions) for kind, versions in sorted(prompts.items())},
         "dates": [dates[0], dates[-1]] if dates else None,
     }
-
-
-# ------------------------------------------------------------------------------------------------ the card
 
 
 def _number(value: Any) -> str:
@@ -249,13 +230,6 @@ def _verb_table(audit: Mapping[str, Any]) -> list[str]:
 
 def write_card(audit: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Write `DATA_CARD.md` and its numbers, `audit.json`, into a folder.
-
-    Args:
-        audit: result of `summary` or `audit_file`.
-        folder: created if needed.
-
-    Returns:
-        The two files.
 
     Raises:
         DataError: the folder has a card of another project or of another file.

@@ -1,6 +1,4 @@
-"""Naive expansion: a caption becomes a record with a question that asks for it.
-
-The question is drawn from several wordings of the same request. It depends only on the seed and the record's id.
+"""Naive expansion: a caption becomes a record with a question drawn from several wordings of the same request.
 
 Source: paper, section 3 and appendix F, Tables 11 (brief) and 12 (detailed).
 """
@@ -30,11 +28,9 @@ LISTS = {"brief": BRIEF_INSTRUCTIONS, "detail": DETAIL_INSTRUCTIONS}
 
 
 def load_instructions(source: str | Path) -> tuple[str, ...]:
-    """Read a list of instructions by name, or from a file with one per line, such as the official list.
+    """Instructions `brief` or `detail`, or of a UTF-8 file with one per line, such as the official list.
 
-    Args:
-        source: `brief`, `detail`, or a UTF-8 text file; empty lines, bullets and quotation marks around a line are
-            ignored.
+    Empty lines, bullets and quotation marks around a line are ignored.
 
     Raises:
         DataError: neither a known name nor a file, no UTF-8, no instruction in it, one twice, or one with the marker.
@@ -79,12 +75,8 @@ def expand(
 ) -> list[dict[str, str]]:
     """The two turns of a caption's record.
 
-    Args:
-        caption: the answer.
-        record: the record's id, which decides the question and the side of the image.
-        instructions: the questions.
-        seed: of the choices.
-        image: put the marker before or after the question, each in half of the records (paper, equation 2).
+    With an image, the marker is before or after the question, each in half of the records (paper, equation 2). The
+    record's id and the seed decide the question and the side.
     """
     question = draw(instructions, record, seed)
     if image:

@@ -48,9 +48,7 @@ def filter_sensitivity(
     """Select pairs under each variant of the recipe; phrases are not extracted again.
 
     Args:
-        filtered: a filtered TSV; the variants change its settings.
         published: the paper's `phrases`, `phrases_kept`, `pairs_kept`.
-        variants: variants of the recipe.
 
     Returns:
         A row per variant: its description as `reading`, `changes` as text, the three numbers, and `times_off`: the

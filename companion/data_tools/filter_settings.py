@@ -14,25 +14,23 @@ class FilterSettings:
     """The two numbers of the published recipe, and every choice that it leaves open.
 
     Attributes:
-        phrases: `spacy` (noun chunks of a parser, as in the paper) or `rules` (a chunker without a model). Default
-            `auto`: spaCy if it is installed.
-        lowercase: count "Dog" and "dog" as one phrase. CC3M has no capitals, so it matters only for other data.
-        strip_determiners: count "the dog" and "a dog" as one phrase. Default yes: the paper balances concepts, and with
-            determiners there are eight times as many phrases as it reports.
+        phrases: `spacy` (noun chunks of a parser, as in the paper), `rules` (a chunker without a model), or `auto`:
+            spaCy if it is installed.
+        lowercase: count "Dog" and "dog" as one phrase; CC3M has no capitals.
+        strip_determiners: count "the dog" and "a dog" as one phrase; otherwise there are eight times as many phrases as
+            the paper reports.
         drop_pronouns: leave out "it", "who", "something", which name no concept.
-        max_words: leave out longer phrases. Default None: the paper mentions no limit.
-        count: frequency = number of `captions` that contain the phrase (default), or of all its `occurrences`.
+        max_words: leave out longer phrases; the paper mentions no limit.
+        count: frequency = number of `captions` that contain the phrase, or of all its `occurrences`.
         min_frequency: leave out rarer phrases (paper: 3).
         cap: draw so many captions of a phrase that has more (paper: 100).
         order: `static` goes by frequency in all captions, `remaining` by the number of captions not yet in the pool.
             Equal phrases come in the order of first appearance. With `draw` = `all` both give the same pool.
-        draw: the captions that are compared with the cap and drawn from. Default `all`: all captions of the phrase, in
-            the pool or not (the paper's words). `unpooled`: those not yet in the pool. `top_up`: as many as its
-            captions in the pool fall short of the cap.
-        unavailable: rows without a readable image are removed `before` the phrases are counted (default: every
-            frequent concept is then in the pool), or `after` the selection.
-        instructions: requests for the caption: a list of `expansion.py` by name, or a text file of one per line.
-        seed: of the draws, the instructions and the side of the image.
+        draw: compared with the cap and drawn from: `all` captions of the phrase, pooled or not (the paper's words);
+            `unpooled`: those not yet in the pool; `top_up`: as many as its captions in the pool fall short of the cap.
+        unavailable: rows without a readable image are removed `before` the phrases are counted (every frequent concept
+            is then in the pool), or `after` the selection.
+        instructions: requests for the caption, as for `load_instructions`.
 
     Source: paper, appendix E and Figure 7.
     """

@@ -46,10 +46,8 @@ def image_availability(
 
     Args:
         names: the image file of each row.
-        images: their folder.
         decode: decode each image instead of reading only its header.
         cache: folder for the results; an image is checked again if its size or time has changed.
-        processes: as for `parallel_map`.
 
     Returns:
         (rows,) whether the image can be used, and the counts.

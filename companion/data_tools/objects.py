@@ -1,7 +1,4 @@
-"""Objects mentioned in a text: category names, their plurals and everyday words; negated mentions are marked.
-
-The search compares words and uses no model, so it is fast and gives the same result everywhere.
-"""
+"""Objects mentioned in a text, by comparing words without a model: category names, plurals and everyday words."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ def plural(noun: str) -> str:
 
 @dataclass(frozen=True)
 class Mention:
-    """A mention of a category: the category, its words in the text, and whether it is negated."""
+    """A mention of a category, and its words in the text."""
 
     category: str
     words: str
@@ -43,11 +40,7 @@ class Mention:
 
 
 class Vocabulary:
-    """Categories and the words for them.
-
-    Args:
-        categories: names, such as those of the boxes of an annotation file.
-    """
+    """Categories, such as those of the boxes of an annotation file, and the words for them."""
 
     def __init__(self, categories: Iterable[str]) -> None:
         names = sorted(set(categories))
@@ -71,7 +64,6 @@ class Vocabulary:
         leading "No," or "No." answers a question and negates nothing.
 
         Args:
-            text: one or more sentences.
             lenient: count every word that may name a category, even if another meaning is more likely.
         """
         words = [word.lower().removesuffix("'s").removesuffix("’s") for word in TOKENS.findall(text)]
@@ -117,9 +109,6 @@ def unsupported(vocabulary: Vocabulary, question: str, answer: str, supported: s
     Negated mentions do not count, nor, if the answer is a no, those of the question.
 
     Args:
-        vocabulary: the categories.
-        question: the question.
-        answer: the answer.
         supported: categories of the image's boxes and captions.
 
     Returns:

@@ -34,9 +34,7 @@ def parallel_map(work: Callable[..., R], items: Iterable[tuple[Any, ...]], proce
 
     Args:
         work: a function of a module.
-        items: its arguments.
-        processes: number of processes; None for one per core; with 1, or a single
-            item, the work is done in this process.
+        processes: None for one per core; with 1, or a single item, the work is done in this process.
 
     Raises:
         ConfigError: fewer than one process.

@@ -1,7 +1,6 @@
 """Noun phrases of captions: extraction by spaCy or by rules, in parallel and with restart.
 
-Captions are processed in shards. With a cache each shard is one file, written atomically; a killed run loses
-one unfinished shard per process.
+With a cache each shard of captions is one file, written atomically; a killed run loses one shard per process.
 """
 
 from __future__ import annotations
@@ -36,8 +35,6 @@ from llava_core.runtime import (
 
 SHARD = 10_000  # captions: some seconds of spaCy
 FORMAT = 2  # of a shard file; part of the cache key
-
-# ------------------------------------------------------------------------------------------------ rules
 
 _WORDS_FILE = Path(__file__).with_name("phrases.yaml")
 _WORDS = {name: frozenset(text.split()) for name, text in yaml.safe_load(_WORDS_FILE.read_text("utf-8")).items()}
@@ -88,9 +85,6 @@ def rule_phrases(caption: str) -> list[str]:
     return phrases
 
 
-# ------------------------------------------------------------------------------------------------ extractors
-
-
 class SpacyModel(NamedTuple):
     """A spaCy model package: import name, version, SHA-256 of its files (None: identified by version)."""
 
@@ -121,7 +115,6 @@ class Extractor:
         package: import name of the spaCy model; None for the rules.
         read: phrases of a parsed text; a function of a module, since it is pickled for other processes.
         unused: components of the model that are not loaded; noun chunks need tags and dependencies only.
-        what: for the progress bar.
     """
 
     name: str
@@ -160,11 +153,7 @@ def extractor_named(name: str = "auto") -> Extractor:
 
 
 def _check_model(model: SpacyModel) -> tuple[str, str]:
-    """Version and SHA-256 of an installed model.
-
-    Raises:
-        ConfigError: it is not the pinned one.
-    """
+    """Version and SHA-256 of an installed model; a ConfigError if it is not the pinned one."""
     spec = importlib.util.find_spec(model.package)  # no import: spaCy takes seconds
     folder = Path((spec and spec.origin) or "").parent
     version, digest = str(read_json(folder / "meta.json").get("version")), model_sha256(folder)
@@ -186,15 +175,11 @@ def model_sha256(folder: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ shards
-
-
 @dataclass(frozen=True)
 class Phrases:
-    """The noun phrases of a file of captions; iteration yields the list of each caption.
+    """The noun phrases of each caption of a file.
 
     Attributes:
-        extractor: name of their extractor.
         shards: lists of phrases per caption, in memory or in JSON files that each iteration reads again.
     """
 
@@ -236,7 +221,7 @@ def _write_shard(captions: tuple[str, ...], path: Path, extractor: Extractor) ->
 
 
 def extract(captions: Iterable[str], extractor: Extractor, size: int = SHARD) -> Phrases:
-    """Extract the noun phrases of captions in this process, in memory."""
+    """Extract noun phrases in this process, in memory."""
     find = extractor.start()
     return Phrases(extractor, [_extract_shard(shard, find) for shard in _shards(captions, size)])
 
@@ -254,17 +239,13 @@ def extract_file(
     processes: int | None = None,
     size: int = SHARD,
 ) -> Phrases:
-    """Extract the noun phrases of a file of captions; shards of an earlier run are reused.
+    """Extract the noun phrases of a file of captions to disk; shards of an earlier run are reused.
 
     Args:
         captions: opens the file and yields its captions in order; not called if all shards are there.
         source: the file; its SHA-256 and the extractor's key name the folder of its shards.
         cache: parent of that folder.
-        processes: as for `parallel_map`.
         size: captions per shard.
-
-    Returns:
-        The phrases, on disk.
 
     Raises:
         ConfigError: fewer than one process.

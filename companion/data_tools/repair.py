@@ -1,7 +1,7 @@
 """A repaired copy of an instruction file: `llava data check --fix`.
 
-A record without a problem is copied unchanged. For the others the repairs of `REPAIRS` are tried and the record is
-checked again; remaining problems are copied and reported. A repair moves, renames or removes; it never writes text.
+Only records with a problem are changed and checked again; remaining problems are copied and reported. A repair moves,
+renames or removes; it never writes text.
 """
 
 from __future__ import annotations
@@ -38,20 +38,14 @@ _MARKER = re.escape(IMAGE_MARKER)
 _AT_AN_END = re.compile(rf"\A\s*{_MARKER}\s*|\s*{_MARKER}\s*\Z")
 
 
-# ------------------------------------------------------------------------------------------------ one record
-
-
 def repair_record(record: Record, checker: Checker, unit: str = "line") -> tuple[Any, list[str]]:
     """Try every repair on a copy of a record.
 
     Args:
-        record: the record and its place.
-        checker: has the folder of the images.
         unit: what `record.line` counts, for the name of a record without an id.
 
     Returns:
-        The repaired record, and the repairs that changed it: a key of `REPAIRS` each and what changed, e.g.
-        `marker: added in turn 0`.
+        The repaired record, and the repairs that changed it, e.g. `marker: added in turn 0` (a key of `REPAIRS` first).
     """
     if not isinstance(record.value, dict):
         return record.value, []
@@ -167,9 +161,6 @@ def _repair_marker(turns: list[dict[str, Any]], first: int, done: list[str]) -> 
     done[-1] += f" in turn {first}" + (", removed elsewhere" if counts[first] else "")
 
 
-# ------------------------------------------------------------------------------------------------ a file
-
-
 def fix_file(
     path: str | Path,
     out: str | Path,
@@ -180,7 +171,7 @@ def fix_file(
     """Write a repaired copy of a data file.
 
     Args:
-        path, images, decode, max_words: as for `check_file`.
+        images, decode, max_words: as for `check_file`.
         out: the copy; `.json`, `.jsonl` or `.parquet`, which may differ from the file's format.
 
     Returns:

@@ -1,8 +1,8 @@
 """ScienceQA: the official files, the paper's categories, and the prompt formats that turn a problem into a dialogue.
 
-The name of a prompt format is the order of its parts: Q question, C context (hint), M multiple choice, and, where the
-question contains the reasons, L lecture and E solution (explanation); then, behind the dash, the order of the reply: L,
-E and A answer; P a second prompt. QCM-LEPA is the paper's: reasoning first, then the answer in a second pass.
+A prompt format is named by the order of its parts: Q question, C context (hint), M multiple choice, L lecture, E
+solution (explanation); behind the dash the reply: L, E, A answer, P a second prompt. QCM-LEPA is the paper's: reasoning
+first, then the answer in a second pass.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ class Problem:
     Attributes:
         answer: position of the right choice, from 0.
         hint: the text context, possibly empty.
-        image: the image's file, or None.
         grade: school year, 1 to 12.
-        skill: the finest category, used to choose what a problem asks for.
+        skill: the finest category.
     """
 
     id: str
@@ -51,7 +50,6 @@ class Problem:
 
     @property
     def letter(self) -> str:
-        """Letter of the right choice."""
         return LETTERS[self.answer]
 
     @property
@@ -71,9 +69,6 @@ def load_problems(folder: str | Path, split: str = "train", check_images: bool =
         folder: holds `problems.json`, `pid_splits.json` and `images/<split>/<id>/image.png`.
         split: a name in `pid_splits.json`, e.g. train, val, test, minitrain.
         check_images: make sure that each image's file exists.
-
-    Returns:
-        The problems in the order of the split.
 
     Raises:
         DataError: a file or an image is missing, the split is unknown, or a problem is malformed.
@@ -137,13 +132,10 @@ def write_training_files(
 ) -> dict[str, int]:
     """Write the splits train and val as LLaVA-Instruct records: `llava_<split>_<format>.json` in the same folder.
 
-    Args:
-        folder: as for `load_problems`; the records name their images relative to its folder `images`.
-        formats: of `PROMPT_FORMATS`; by default those of the experiments (the paper's, and the answer first).
-        check_images: make sure that each image's file exists.
+    The records name their images relative to the folder `images`.
 
     Returns:
-        The number of records of each file, by name.
+        File name -> number of records.
 
     Raises:
         ConfigError: unknown format.
@@ -171,8 +163,6 @@ def _record(sample: Sample, images: Path) -> dict[str, Any]:
     return {"id": sample.id, **image, "conversations": turns}
 
 
-# ------------------------------------------------------------------------------------------------ prompt formats
-
 LETTERED = "CQM-A"
 _INPUTS = ("QCM", "CQM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
 _OUTPUTS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "AEL", "LEPA")
@@ -185,17 +175,12 @@ def format_problem(problem: Problem, prompt_format: str, released: bool = False)
     The released converter departs from the names of its formats; `released` repeats this: AL gives the solution and AE
     the lecture; of three spaces two remain; `Question: ` and `Answer: ` are removed everywhere from a text that begins
     with them, hints and lectures included; a backslash with an n in a lecture becomes a line break; and a reply without
-    reasons may begin with a space. Without `released` the text follows the format's name.
+    reasons may begin with a space.
 
     Args:
-        problem: what `load_problems` gave.
-        prompt_format: one of `PROMPT_FORMATS`, e.g. `QCM-LEPA` (the paper's), `QCM-LEA`, `QCM-ALE` (answer first).
-            `CQM-A` is the format of LLaVA-1.5's evaluation file (image first, a lettered line per choice); with
-            `released` it is what the converter calls so.
-        released: as the converter released with the paper writes it.
-
-    Returns:
-        The sample; in all formats but the lettered one the image follows the question, as the converter wrote them.
+        prompt_format: one of `PROMPT_FORMATS`. `CQM-A` is the format of LLaVA-1.5's evaluation file (image first, a
+            lettered line per choice; with `released` it is what the converter calls so); in all others the image
+            follows the question.
 
     Raises:
         ConfigError: unknown format.
@@ -210,7 +195,7 @@ def format_problem(problem: Problem, prompt_format: str, released: bool = False)
 
 
 def answer_prompt(prompt_format: str, released: bool = False) -> str | None:
-    """Return what follows the generated reasoning in the second pass, or None for formats that need one pass only.
+    """What follows the generated reasoning in the second pass; None for formats of one pass.
 
     The released evaluation puts a space where its training files have a line break.
     """

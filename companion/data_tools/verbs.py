@@ -1,7 +1,4 @@
-"""Root verbs of questions with their object nouns, by dependency parse: what the instructions ask for.
-
-Each different question is parsed once, in parallel; the results are cached in `data/.cache` by hash.
-"""
+"""Root verbs of questions with their object nouns, by dependency parse: what the instructions ask for."""
 
 from __future__ import annotations
 
@@ -18,17 +15,12 @@ PAIR, BARE, NONE = "verb with its object", "verb without an object noun", "no ro
 
 
 def root_verb(parsed: Any) -> list[str]:
-    """The first root verb that has a noun as its direct object.
+    """The first root verb of a parsed text that has a noun as its direct object: `["verb noun"]`.
 
     The root of each sentence and its conjuncts are candidates. A root with an auxiliary counts as a verb whatever its
     tag: small models tag "show" in "what does the image show" as a noun.
 
-    Args:
-        parsed: a text parsed by spaCy.
-
-    Returns:
-        `["verb noun"]`; `["verb"]` if no root verb has a noun ("what do you see"); empty if no root is a verb ("what
-        color is the car").
+    Returns `["verb"]` without such a noun ("what do you see"), [] if no root is a verb ("what color is the car").
     """
     bare: list[str] = []
     for sentence in parsed.sents:
@@ -74,16 +66,12 @@ class Verbs:
 def root_verbs(
     questions: Mapping[str, Iterable[str]], source: Path, cache: Path | None = None, processes: int | None = None
 ) -> dict[str, Verbs]:
-    """Count root verbs with their object nouns.
+    """Count the root verbs of each kind with their object nouns; each different question is parsed once.
 
     Args:
         questions: kind -> its questions, without image markers.
         source: their file; its hash and that of the questions name the cached result.
         cache: folder of the cache; default `data/.cache/verbs`.
-        processes: as for `extract_file`.
-
-    Returns:
-        Kind -> its verbs.
 
     Raises:
         ConfigError: there is no parser.
