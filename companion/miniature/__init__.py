@@ -79,7 +79,6 @@ SETS = {
 
 
 def default_root() -> Path:
-    """Folder of the sets at the scale `mini`."""
     return runtime.ROOT / "data" / "mini"
 
 
@@ -97,14 +96,7 @@ def write(
 ) -> dict[str, dict[str, Any]]:
     """Write the sets, each as a folder with `card.json` and `card.md`; existing folders are replaced.
 
-    Args:
-        root: parent folder, created if missing; `data/mini` of the repository when None.
-        seed: decides every file; equal arguments give equal bytes.
-        only: names of the sets; all of `SETS` when None.
-        sizes: those of the book when None.
-
-    Returns:
-        The card of each set written.
+    Equal arguments give equal bytes. Defaults are `data/mini`, all of `SETS`, the sizes of the book. Returns the cards.
 
     Raises:
         ConfigError: `only` names an unknown set.

@@ -49,9 +49,7 @@ def exact_answers(model: Any, tokenizer: Any, dialogues: list[tuple[str, str]], 
 def language_model_checks(folder: Path, scenes: int = 150) -> dict[str, Any]:
     """Accuracy of exact answers of a language model on held-out questions, with and without the scene as text.
 
-    Returns:
-        `told` and `blind`: accuracy with and without the text; `blind_prior`: accuracy of the best constant answer per
-        kind of question; `told_by_kind`; `n`.
+    `told` and `blind`: with and without the text; `blind_prior`: of the best constant answer per kind of question.
     """
     model, tokenizer = load_language_model(str(folder), torch.float32)
     model.eval()
@@ -115,9 +113,8 @@ def _pixel_values(scenes: Sequence[world.Scene]) -> torch.Tensor:
 def vision_tower_checks(folder: Path, scenes: int = 6000, candidates: int = 100) -> dict[str, Any]:
     """Linear probes on patch features and image-to-caption retrieval of the vision tower, on held-out scenes.
 
-    Returns:
-        `category`, `color`, `position`: accuracy of a linear probe on layer -2 at an object's clearest patch, fitted on
-        four fifths of the scenes (`*_last`: layer -1); `retrieval`: R@1 among `candidates` pairs; `n`: objects tested.
+    `category`, `color`, `position`: accuracy of a linear probe on layer -2 at an object's clearest patch, fitted on
+    four fifths of the scenes (`*_last`: layer -1); `retrieval`: R@1 among `candidates` pairs; `n`: objects tested.
     """
     from transformers import AutoTokenizer, CLIPModel
 

@@ -21,7 +21,6 @@ WALLS: tuple[RGB, ...] = ((190, 176, 168), (172, 178, 184), (200, 190, 170), (17
 
 
 def _gradient(size: int, sky: Sequence[str], ground: Sequence[str], horizon: float) -> Image.Image:
-    """Vertical gradients: sky above the horizon, ground below it."""
     edge = round(size * horizon)
     top, bottom, far, near = map(rgb, (*sky, *ground))
     rows = np.concatenate([np.linspace(top, bottom, edge), np.linspace(far, near, size - edge)])
@@ -37,8 +36,6 @@ class Backdrop(DisplayList):
 
     def _pixels(self, points: Sequence[Point]) -> list[Point]:
         return [(x * self.size, y * self.size) for x, y in points]
-
-    # --- shapes of a display list ---
 
     def poly(self, fill: RGB, points: Sequence[Point]) -> None:
         self.draw.polygon(self._pixels(points), fill=fill)
@@ -125,15 +122,7 @@ class Backdrop(DisplayList):
 
 
 def draw_background(name: str, size: int, rng: random.Random) -> Image.Image:
-    """Draw an empty place in muted colors, so that the objects in front of it contrast with it.
-
-    Args:
-        name: one of BACKGROUNDS.
-        size: width and height in pixels.
-        rng: decides where clouds, hills, windows and grass are.
-
-    Returns:
-        An RGB image of (size, size).
+    """Draw an empty place in muted colors, RGB (size, size), so that the objects in front of it contrast with it.
 
     Raises:
         ConfigError: there is no such background; the message lists all.

@@ -35,16 +35,7 @@ def measure_acceptance(models: Path = MODELS) -> dict[str, Any]:
 
 
 def train_base_models(out: Path = MODELS, only: list[str] | None = None, seed: int = 0) -> dict[str, Any]:
-    """Retrain the base models from scratch; each manifest records the minutes it took.
-
-    Args:
-        out: parent folder of `llm-7b`, `llm-13b`, `clip`.
-        only: names to train; all when None.
-        seed: of all random numbers.
-
-    Returns:
-        The acceptance checks, as stored in `gates.json`.
-    """
+    """Retrain the base models (all when `only` is None) into folders of `out`; returns the acceptance checks."""
     for name in only or [*SIZES, "clip"]:
         part, old = (
             out / f".{name}.part",

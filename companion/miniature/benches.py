@@ -75,17 +75,9 @@ def _pick(candidates: Callable[[int], Scene], n: int, reasonings: int, limit: in
 
 
 def write_bench_coco(root: Path, *, seed: int, images: int, train: int, val: int) -> dict[str, int]:
-    """Write bench-coco: three questions (conv, detail, complex) about each of some val scenes of mini-coco.
+    """Write bench-coco: three questions (conv, detail, complex) about each of at most `images` val scenes of mini-coco.
 
-    Args:
-        root: existing folder of the set.
-        seed: of mini-coco.
-        images: number of scenes; fewer if val has fewer that allow a reasoning question.
-        train: train images of mini-coco (`train` and `val` decide its image ids).
-        val: val images of mini-coco.
-
-    Returns:
-        Counts of images and questions, total and by category.
+    `seed`, `train` and `val` are those of mini-coco and decide its image ids. Returns counts by category.
     """
     members = coco.scenes(seed, train, val)["val"]
     random.Random(f"bench-coco-scenes-{seed}").shuffle(members)
@@ -107,8 +99,7 @@ def write_bench_coco(root: Path, *, seed: int, images: int, train: int, val: int
 def write_bench_wild(root: Path, *, seed: int, images: int) -> dict[str, int]:
     """Write bench-wild: scenes with held-out pairs of category and color, 5 questions for every 2 of them.
 
-    24 `images` get 28 complex, 17 conv and 15 detail questions, as in the official bench. Returns the counts of images
-    and questions, total and by category.
+    24 `images` get 28 complex, 17 conv and 15 detail questions, as in the official bench. Returns counts by category.
     """
     n_conv, n_detail, n_twice = (round(images * share / 24) for share in (17, 15, 4))
     # scene ids above those of mini-coco

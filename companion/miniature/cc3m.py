@@ -128,13 +128,7 @@ def web_caption(scene: Scene, rng: random.Random) -> str:
 def write_cc3m(root: Path, *, seed: int, lines: int) -> dict[str, int]:
     """Write mini-cc3m: the TSV (caption, URL) and `images/GCC_train_%09d.jpg`, numbered by line from 0.
 
-    Args:
-        root: existing folder of the set.
-        seed: decides every file.
-        lines: captions; a share of the URLs is dead (no image) and a few images are truncated.
-
-    Returns:
-        Counts of captions, images, dead URLs and broken images.
+    A share of the URLs is dead (no image) and a few images are truncated; the counts returned include both.
     """
     web, rng = _Web(seed), random.Random(f"cc3m-crawl-{seed}")
     scenes = [web.scene(k) for k in range(lines)]

@@ -39,12 +39,10 @@ def scenes(seed: int, train: int, val: int) -> dict[str, list[Scene]]:
 
 
 def file_name(split: str, image_id: int) -> str:
-    """File name of an image in COCO 2014."""
     return f"COCO_{split}2014_{image_id:012d}.jpg"
 
 
 def captions_of(scene: Scene, seed: int) -> list[str]:
-    """The five captions of a scene."""
     return language.captions(scene, random.Random(f"coco-captions-{seed}-{scene.id}"))
 
 
@@ -54,17 +52,7 @@ def visible_box(item: Item) -> tuple[float, ...]:
 
 
 def write_coco(root: Path, *, seed: int, train: int, val: int) -> dict[str, int]:
-    """Write mini-coco.
-
-    Args:
-        root: existing folder of the set.
-        seed: decides every file.
-        train: images of train2014.
-        val: images of val2014.
-
-    Returns:
-        Counts of images, captions, boxes and questions.
-    """
+    """Write mini-coco with that many images of train2014 and val2014; returns counts."""
     counts: Counter[str] = Counter()
     jobs = []
     for split, members in scenes(seed, train, val).items():
@@ -142,15 +130,8 @@ def _questions(split: str, members: Sequence[Scene], seed: int) -> list[dict[str
     return rows
 
 
-# --- drawing ---
-
-
 def render(jobs: Sequence[tuple[Scene, Path]], desc: str) -> None:
-    """Write images of scenes, on all cores if there are many.
-
-    Args:
-        jobs: scenes and their image files in existing folders.
-        desc: label of the progress bar on stderr.
+    """Write images of scenes, on all cores if there are many; their folders exist.
 
     Raises:
         CompanionError: a worker process failed.

@@ -79,7 +79,6 @@ def _clip_example(index: int, seed: int) -> ClipExample:
 
 
 def _clip_examples(count: int, seed: int) -> list[ClipExample]:
-    """Draw `count` examples on all cores."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         examples = pool.map(_clip_example, range(count), [seed] * count, chunksize=64)
         return list(progress(examples, "drawing", total=count))
@@ -92,17 +91,10 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def unit_features(vision_model: Any, pixels: torch.Tensor) -> float:
-    """Scale the residual stream of a tower to unit deviation of the features before its last layer.
+    """Scale the residual stream of a tower, in place, to unit deviation of the features before its last layer.
 
     The layer norms cancel the scale, so the tower computes the same; the projector has no norm, and its learning rate
-    is meant for features of this size.
-
-    Args:
-        vision_model: transformers' CLIP vision transformer, changed in place.
-        pixels: (N, 3, H, W) normalised images to measure on.
-
-    Returns:
-        The factor.
+    is meant for features of this size. `pixels` (N, 3, H, W) are normalised. Returns the factor.
     """
     features = vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     factor = 1 / float(features.std())
@@ -144,24 +136,17 @@ def train_clip(
     batch: int = 80,
     names: float = 0.7,
 ) -> dict[str, Any]:
-    """Train a CLIPModel contrastively on drawn scenes and save it in bf16.
+    """Train a CLIPModel contrastively on drawn scenes and save it in bf16; returns the settings for the manifest.
 
     The class token is contrasted with captions as in CLIP; patches of the last two layers are contrasted with phrases
     for their content (cf. RegionCLIP, Zhong et al. 2022), as far fewer drawings than CLIP's 400M pairs do not localise
     from captions only. Both layers have the same weight, so that the ablation of the feature layer is fair.
 
     Args:
-        out: output folder: CLIPModel (its vision half is the tower), tokenizer, image settings.
-        seed: of initialisation, scenes and order.
-        steps: optimizer steps.
         images: number of scenes; each batch is shifted by up to 4 pixels.
-        batch: image-caption pairs per step.
         names: share of batches whose captions have categories only and, drawn separately, of those whose patch phrases
             have category and position only. Color separates the pairs of a batch long before shape does; without it
             shapes are learned. Half of the batches with such captions are mirrored.
-
-    Returns:
-        The training settings for the manifest.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -248,7 +233,6 @@ def train_clip(
 
 
 def write_preprocessor(folder: Path) -> None:
-    """The image settings in transformers' file format."""
     write_json(
         folder / "preprocessor_config.json",
         {

@@ -24,7 +24,6 @@ Point = tuple[float, float]
 
 
 def load_table(name: str) -> Any:
-    """The content of a YAML file of this package."""
     return yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8"))
 
 
@@ -83,11 +82,7 @@ def _parse(text: str) -> float | list[tuple[float, list[float | str]]]:
 
 
 def number(text: str | float, variables: Mapping[str, float]) -> float:
-    """Evaluate a number of a display list.
-
-    Raises:
-        KeyError: it uses a variable that no earlier step defines.
-    """
+    """Evaluate a number of a display list; KeyError: it uses a variable that no earlier step defines."""
     terms = _parse(str(text))
     if isinstance(terms, float):
         return terms
@@ -121,7 +116,6 @@ class DisplayList:
                     self.run(step["draw"], known | values)
 
     def _loop(self, step: Mapping[str, Any], known: Mapping[str, float]) -> list[dict[str, float]]:
-        """The variables of each pass of a loop."""
         if "for" in step:
             columns = zip(*(values.split() for values in step["for"].values()), strict=True)
             return [dict(zip(step["for"], (number(v, known) for v in column), strict=True)) for column in columns]

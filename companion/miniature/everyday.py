@@ -35,7 +35,6 @@ _MEASURE: dict[str, str] = _DATA["measures"]
 
 
 def many(noun: str) -> str:
-    """The plural of a noun, in which irregular words are known."""
     return _IRREGULAR.get(noun) or plural(noun)
 
 
@@ -99,14 +98,9 @@ _FINITE = re.compile(
 class PhotoObjects:
     """The objects of one category in a photograph.
 
-    Attributes:
-        name: COCO's category, or a further known noun.
-        word: the singular that captions use most; the name if none does.
-        mentions: number of captions that name it.
-        plural: whether most of these use the plural.
-        count: number of boxes, or the number that captions agree on; None if they do not.
-        color: e.g. `red`, `brown and white`; None if not known.
-        boxes: one per object, empty where there are no boxes.
+    name: COCO's category, or a further known noun. word: the singular that captions use most. mentions: number of
+    captions that name it. plural: whether most of these use the plural. count: number of boxes, or the number that
+    captions agree on. color: e.g. `brown and white`. boxes: one per object, empty where there are none.
     """
 
     name: str
@@ -146,7 +140,6 @@ class Photo:
 
     @cached_property
     def texts(self) -> list[str]:
-        """The captions, tidied, for quotation."""
         return [tidy(caption) for caption in self.captions if caption.strip()]
 
     @cached_property
@@ -301,7 +294,6 @@ class Photo:
 
 
 def _statement(text: str) -> str:
-    """A caption as a full sentence."""
     main = re.split(r"\b(?:that|who|which|with|while|as)\b", text.lower())[0]
     return sentence(text if _FINITE.search(main) else f"the image shows {text}")
 

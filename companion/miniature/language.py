@@ -46,7 +46,6 @@ def facts_of_scene(scene: Scene) -> Facts:
 
 
 def plural(word: str) -> str:
-    """The plural of a noun: regular English but for the table's exceptions."""
     if word in _TABLE["irregular_plural"]:
         return str(_TABLE["irregular_plural"][word])
     if word.endswith(("s", "x", "ch", "sh")):
@@ -57,7 +56,6 @@ def plural(word: str) -> str:
 
 
 def with_article(phrase: str) -> str:
-    """The phrase with "a" or "an"."""
     return f"{'an' if phrase[:1] in 'aeiou' else 'a'} {phrase}"
 
 
@@ -76,22 +74,18 @@ def noun_phrase(group: Group, *, size: bool = False, article: bool = True) -> st
 
 
 def noun(group: Group) -> str:
-    """The category of a group, in the plural if there are several objects."""
     return group.category if group.count == 1 else plural(group.category)
 
 
 def be(group: Group) -> str:
-    """ "is" or "are" for a group."""
     return "is" if group.count == 1 else "are"
 
 
 def position_phrase(group: Group) -> str:
-    """ "on the left" for a group."""
     return POSITION_PHRASE[group.position or "middle"]
 
 
 def placed_phrase(group: Group) -> str:
-    """ "a red car on the left" for a group."""
     return f"{noun_phrase(group)} {position_phrase(group)}"
 
 
@@ -101,19 +95,13 @@ def listing(parts: Sequence[str]) -> str:
 
 
 def sentence(text: str) -> str:
-    """The text with a capital letter and a full stop."""
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions, one per annotator habit: terse, place last, sizes, positions, place first.
+    """Five true captions, one per annotator habit: terse, place last, sizes, positions, place first.
 
-    Args:
-        scene: what is described; every caption is true, none is complete.
-        rng: decides order of mention.
-
-    Returns:
-        Five sentences; together they name every category, color, count, position and the background.
+    None is complete; together they name every category, color, count, position and the background.
     """
     groups = list(facts_of_scene(scene).groups)
     place = PLACE_PHRASE[scene.background]
@@ -134,14 +122,9 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def questions(facts: Facts, rng: random.Random) -> list[QA]:
-    """Every factual question that the facts decide, in random order.
+    """Every factual question that the facts decide, in random order and wording.
 
-    Args:
-        facts: unknown colors, positions or background leave their questions out.
-        rng: decides order, wording and which absent category is asked for.
-
-    Returns:
-        Questions with short exact answers such as "Red.", "Two.", "Yes.", "On the left.", "A beach.".
+    The short exact answers are e.g. "Red.", "Two.", "Yes.", "On the left.", "A beach.".
     """
     result: list[QA] = []
 
@@ -180,7 +163,6 @@ def questions(facts: Facts, rng: random.Random) -> list[QA]:
 
 
 def overview(facts: Facts) -> str:
-    """All groups and the place in one sentence."""
     place = PLACE_PHRASE.get(facts.background or "", "")
     return f"The image shows {listing([noun_phrase(g) for g in facts.groups])} {place}".rstrip() + "."
 

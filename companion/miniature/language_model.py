@@ -82,12 +82,9 @@ def _text_batches(
 
 
 def embed_with_patches(embedding: nn.Module, ids: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Embeddings (B, T, D) of ids; that of a patch is a randomly weighted sum over its words.
+    """Embeddings (B, T, D) of ids (B, T); that of a patch, `IMAGE_TOKEN_ID`, is a randomly weighted sum over its words.
 
-    Args:
-        embedding: input embedding of the language model.
-        ids: (B, T), patches as `IMAGE_TOKEN_ID`.
-        words: (patches, 4) word ids in batch order, padded with -1.
+    `words`: (patches, 4) word ids in batch order, padded with -1.
     """
     embeds = embedding(ids.clamp(min=0))
     weights = (0.4 + 1.2 * torch.rand(words.shape)) * (words >= 0)
@@ -180,17 +177,7 @@ def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
 
 
 def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
-    """Train one text-only Llama on the pretraining text and save it in bf16.
-
-    Args:
-        name: a key of `SIZES`.
-        out: output folder of model and tokenizer.
-        seed: of initialisation and documents.
-        steps: optimizer steps; those of the size when None.
-
-    Returns:
-        The training settings for the manifest.
-    """
+    """Train one text-only Llama of `SIZES` and save it in bf16; returns the settings for the manifest."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size = SIZES[name]

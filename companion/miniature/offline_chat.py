@@ -28,9 +28,8 @@ TURNS = 8  # of a conversation about a scene of the miniature
 class JudgeSettings:
     """Criteria of a judge in addition to correctness.
 
-    Attributes:
-        detail: weight of completeness in the score of a free answer, from 0 to 1.
-        max_words: the score of a longer answer is divided by its excess: half at twice as many; None for no limit.
+    detail: weight of completeness in the score of a free answer, from 0 to 1. max_words: the score of a longer answer
+    is divided by its excess: half at twice as many; None for no limit.
     """
 
     detail: float = 0.7
@@ -42,14 +41,7 @@ TERSE = JudgeSettings(detail=0.2, max_words=12)
 
 
 def respond(messages: Sequence[dict[str, str]], settings: JudgeSettings = THOROUGH) -> str:
-    """Reply to a chat.
-
-    Args:
-        messages: {role, content}; only the system message and the last user message are read.
-        settings: of the judge.
-
-    Returns:
-        The reply, in the format that the prompt asks for.
+    """Reply to the system message and the last user message, in the format that they ask for.
 
     Raises:
         DataError: the prompt asks for no known task.
@@ -80,8 +72,6 @@ def _block(qa: QA) -> str:
     return f"Question:\n{qa.question}\n===\nAnswer:\n{qa.answer}"
 
 
-# ------------------------------------------------------------------------------------------------ the context
-
 _BOX = re.compile(r"^(?P<name>[^:\[\]]+): [\[(](?P<box>[\d., ]+)[\])]$")
 
 
@@ -99,7 +89,6 @@ class Context:
 
     @property
     def photo(self) -> Photo:
-        """The context as a photograph."""
         return Photo(self.captions, self.boxes)
 
 
@@ -132,14 +121,9 @@ _SIDE = {phrase: position for position, phrase in POSITION_PHRASE.items()}
 
 
 def read_scene(captions: Sequence[str], boxes: Sequence[tuple[str, Box]] = ()) -> Facts | None:
-    """Parse a scene of the miniature from its captions, its description or its boxes.
+    """Parse a scene of the miniature from captions, description or boxes; None if a word is not of its language.
 
-    Args:
-        captions: sentences; every word must be of the miniature's language.
-        boxes: (category, (x1, y1, x2, y2)) from 0 to 1; they decide positions that the captions leave open.
-
-    Returns:
-        The facts, groups from left to right; None if a sentence has another word.
+    Boxes, (x1, y1, x2, y2) from 0 to 1, decide positions that the captions leave open. Groups are from left to right.
     """
     known: dict[str, Group] = {}
     order: list[tuple[str, str]] = []
@@ -183,8 +167,6 @@ def read_scene(captions: Sequence[str], boxes: Sequence[tuple[str, Box]] = ()) -
     return Facts(tuple(groups), background)
 
 
-# ------------------------------------------------------------------------------------------------ instruction data
-
 _OVERVIEW = ("What do you see?", "What is in the image?", "What does the image show?")
 _KIND_ORDER = ("presence", "background", "count", "color", "position", "relation", "category")
 
@@ -211,7 +193,6 @@ def conversation(context: Context, rng: random.Random) -> list[QA]:
 
 
 def description(context: Context) -> str:
-    """A detailed description."""
     return everyday.detail(context.photo) if context.facts is None else language.describe(context.facts)
 
 
@@ -236,8 +217,6 @@ def answer(context: Context, question: str) -> str:
     return _right_answer(facts, question) or language.describe(facts)
 
 
-# ------------------------------------------------------------------------------------------------ the judge
-
 _KEYWORDS: dict[str, tuple[str, str]] = {
     **{form: ("thing", name) for form, name in _WORDS.items()},
     **{word: ("color", word) for word in COLORS},
@@ -253,17 +232,11 @@ Claims = set[tuple[str, ...]]
 
 
 def judge(prompt: str, settings: JudgeSettings = THOROUGH) -> str:
-    """Score two answers from 1 to 10 by the facts in them, independent of their order.
+    """Score two answers from 1 to 10 by the facts in them, independent of their order: "a b", then lines of reasons.
 
     If the question has one correct answer, agreement with it counts; otherwise the share of the answer's facts that
-    the context supports (accuracy) and the share of the context's facts in the answer (detail).
-
-    Args:
-        prompt: sections [Context], [Question], [Assistant 1], [Assistant 2] as in LLaVA-Bench.
-        settings: further criteria.
-
-    Returns:
-        "a b" on the first line, then the reasons.
+    the context supports (accuracy) and the share of the context's facts in the answer (detail). The prompt has
+    sections [Context], [Question], [Assistant 1], [Assistant 2] as in LLaVA-Bench.
     """
     context = read_context(_section(prompt, "[Context]", "[Question]"))
     question = _section(prompt, "[Question]", "[Assistant 1]")
@@ -366,8 +339,6 @@ def _content(text: str) -> set[str]:
     return {word[:6] for word in re.findall(r"[a-z]{3,}", text.lower())} - set(_EMPTY.split())
 
 
-# ------------------------------------------------------------------------------------------------ multiple choice
-
 _NEEDS_IMAGE = re.compile(r"\b(shown|picture|image|photo|photograph|map|figure|diagram|illustration)\b", re.IGNORECASE)
 
 
@@ -379,15 +350,10 @@ def _options(text: str) -> dict[str, str]:
 
 
 def answer_multiple_choice(prompt: str, options: dict[str, str]) -> str:
-    """Answer by the facts of the miniature; decline if they do not decide or an image is needed.
+    """Answer "The answer is X." by the facts of the miniature, else decline in a sentence without a letter.
 
-    Args:
-        prompt: question, context and choices. If it holds two earlier answers ("The answer is X."), as for the
-            ensemble's judge, the second one replaces declining.
-        options: letter -> choice.
-
-    Returns:
-        "The answer is X.", or a sentence without a letter.
+    A question that needs an image is declined. If the prompt holds two earlier answers ("The answer is X."),
+    as for the ensemble's judge, the second one replaces declining.
     """
     stem = re.split(r"\n?(?:Options: )?\(A\) |\nA\. ", prompt)[0]
     unseen = IMAGE_MARKER in prompt or bool(_NEEDS_IMAGE.search(stem))

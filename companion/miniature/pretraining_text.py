@@ -83,7 +83,6 @@ def multiple_choice(context: str, facts: language.Facts, rng: random.Random) -> 
 
 
 def _caption(scene: world.Scene, rng: random.Random) -> str:
-    """An annotator's caption or a web caption."""
     return web_caption(scene, rng) if rng.random() < 0.5 else rng.choice(language.captions(scene, rng))
 
 

@@ -72,9 +72,6 @@ def _skill(draw: Callable[[random.Random], Draft]) -> None:
     SKILLS[name] = Skill(draw, **_TABLE["skills"][name])
 
 
-# --- helpers ---
-
-
 def article(noun: str) -> str:
     return noun if noun == "furniture" else with_article(noun)
 
@@ -175,9 +172,6 @@ def _ask_end(rng: random.Random, order: list[str], names: str, more: str, less: 
     return Draft(f"Which one is {asked[k]}?", order[k], [order[2 - k]], steps, hint)
 
 
-# --- image context ---
-
-
 @_skill
 def _needs_in_a_picture(rng: random.Random) -> Draft:
     def recall(noun: str) -> list[str]:
@@ -243,9 +237,6 @@ def _map_of_a_picture(rng: random.Random) -> Draft:
     return Draft(f"Which way is the {nouns[0]} from the {nouns[1]}?", way, _without(COMPASS, way), steps, scene=scene)
 
 
-# --- image and text context ---
-
-
 @_skill
 def _sorting_by_a_rule(rng: random.Random) -> Draft:
     noun = rng.choice(list(CATEGORIES))
@@ -306,9 +297,6 @@ def _caption_of_a_picture(rng: random.Random) -> Draft:
     return Draft("Which word is wrong?", said[k], _without(said, said[k]), steps, _text(hint), scene)
 
 
-# --- text context ---
-
-
 @_skill
 def _most_and_least(rng: random.Random) -> Draft:
     more, less, most, least, noun = rng.choice(MEASURES)
@@ -350,9 +338,6 @@ def _speed_from_a_text(rng: random.Random) -> Draft:
     more, right, wrong = rng.choice((("faster", fast, slow), ("slower", slow, fast)))
     steps = _text(*(equation(d, "divided by", t) for _, d, t in clues), f"{right} is {more}")
     return Draft(f"Which car is {more}?", right, [wrong], steps, hint)
-
-
-# --- no context ---
 
 
 @_skill

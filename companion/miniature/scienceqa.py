@@ -37,14 +37,9 @@ _ATTEMPTS = 40  # draws of a new problem for a skill before another skill replac
 
 
 def make_problem(rng: random.Random, skill: str | None = None) -> dict[str, Any]:
-    """Generate one problem.
+    """Generate one problem of a skill, drawn by weight when None.
 
-    Args:
-        rng: decides everything.
-        skill: a key of `SKILLS`; drawn by weight when None.
-
-    Returns:
-        The fields of `problems.json` except `split`, and `scene`: that of the image, or None without an image.
+    It has the fields of `problems.json` except `split`, and `scene`: that of the image, or None without an image.
 
     Raises:
         ConfigError: unknown skill.
@@ -88,15 +83,7 @@ def _content(problem: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def write_scienceqa(root: Path, *, seed: int, sizes: dict[str, int] | None = None) -> dict[str, int]:
-    """Write mini-scienceqa; no problem occurs twice, in one split or in two.
-
-    Args:
-        root: existing folder of the set.
-        seed: decides every file.
-        sizes: problems of each split; `SIZES` when None.
-
-    Returns:
-        Counts of problems by split, and of those with an image, with a text, with neither.
+    """Write mini-scienceqa; no problem occurs twice, in one split or in two. Returns counts by split and context.
 
     Raises:
         ConfigError: there are not that many different problems.
@@ -134,7 +121,6 @@ def write_scienceqa(root: Path, *, seed: int, sizes: dict[str, int] | None = Non
 
 
 def _facts() -> dict[str, list[str]]:
-    """All facts that problems draw on, by kind."""
     pairs = list(product(range(1, 13), repeat=2))
     letters = sorted({word[0] for word in WORDS})
     return {

@@ -75,8 +75,6 @@ class Sprite(DisplayList):
         (left, top), (right, bottom) = map(self.at, corners)
         return left - half, top - half, right + half, bottom + half
 
-    # --- shapes of a display list ---
-
     def poly(self, fill: RGB, points: Sequence[Point], line: bool = True) -> None:
         corners = [self.at(p) for p in points]
         self.draw.polygon(corners, fill=fill)
@@ -178,15 +176,9 @@ def draw_object(
     rng: random.Random,
     flip: bool = False,
 ) -> None:
-    """Draw one object onto the canvas, filling its box; an object on the ground casts a soft shadow.
+    """Draw one object onto the RGB canvas, filling its box; an object on the ground casts a soft shadow.
 
-    Args:
-        canvas: RGB image, changed in place.
-        category: one of CATEGORIES.
-        color: one of COLORS, the color of the body.
-        box: (x1, y1, x2, y2) in pixels, origin at the top left; parts outside the canvas are cut off.
-        rng: decides shade and small differences of shape.
-        flip: face left instead of right.
+    `box` is (x1, y1, x2, y2) in pixels; parts outside the canvas are cut off. `flip`: face left instead of right.
 
     Raises:
         ConfigError: there is no such category or color; the message lists all.

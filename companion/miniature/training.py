@@ -18,14 +18,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "###")  # the stop string "###" is one token
 
 
 def train_tokenizer(out: Path, texts: Iterable[str], vocabulary: int, special: Sequence[str] = SPECIAL) -> Any:
-    """Train a byte-level BPE tokenizer and save it in transformers' format.
-
-    Args:
-        out: output folder.
-        texts: training texts.
-        vocabulary: number of tokens.
-        special: tokens that are never split, numbered from 0.
-    """
+    """Train a byte-level BPE tokenizer and save it in transformers' format; `special` tokens have the first ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,7 +55,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
-        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

@@ -65,16 +65,9 @@ def held_out_pair(category: str, color: str) -> bool:
 
 
 def sample_scene(scene_id: int, seed: int, n_groups: int | None = None, split: Split = "train") -> Scene:
-    """Sample one scene.
+    """Sample one scene of 1 to 3 groups, of different categories in different thirds; equal arguments, equal scene.
 
-    Args:
-        scene_id: number stored with the scene (the COCO image id).
-        seed: decides everything; equal arguments give an equal scene.
-        n_groups: 1 to 3 groups of objects; sampled when None (three are rarer).
-        split: "train" scenes have no held-out pairs of category and color, "ood" scenes only those.
-
-    Returns:
-        The scene; its groups have different categories and are in different thirds of the image.
+    `scene_id` is the COCO image id. "train" scenes have no held-out pairs of category and color, "ood" only those.
     """
     rng = random.Random(f"scene-{scene_id}-{seed}")
     background = rng.choice(BACKGROUNDS)
@@ -134,15 +127,7 @@ def place(
 
 
 def draw_scene(scene: Scene, size: int = 224) -> Image.Image:
-    """Draw a scene, objects from far to near.
-
-    Args:
-        scene: what to draw.
-        size: width and height in pixels.
-
-    Returns:
-        An RGB image of (size, size); equal arguments give equal pixels.
-    """
+    """Draw a scene, objects from far to near, as RGB (size, size); equal arguments give equal pixels."""
     rng = random.Random(f"draw-{scene.seed}-{scene.id}")
     canvas = draw_background(scene.background, size, rng)
     for item in scene.items:
