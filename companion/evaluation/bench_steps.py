@@ -30,14 +30,7 @@ FILES = {  # official names: In-the-Wild and the miniature, then COCO
 
 @dataclass(frozen=True)
 class Bench:
-    """The files of a bench.
-
-    Attributes:
-        folder: of the files.
-        questions: rows with question_id, image, text, category.
-        context: image -> its description for a model that cannot see it.
-        reference: rows with question_id and text; None without reference answers.
-    """
+    """A bench's questions, descriptions by image (for a model that cannot see it) and perhaps reference answers."""
 
     folder: Path
     questions: list[dict[str, Any]]
@@ -45,11 +38,7 @@ class Bench:
     reference: list[dict[str, Any]] | None
 
     def rows(self, images: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
-        """Return the questions with the names of their image files, and the folder of these: `images` or the bench's.
-
-        Raises:
-            DataError: an image is missing.
-        """
+        """Return the questions with the names of their image files, and the folder of these (default: the bench's)."""
         images = images or self.folder / "images"
         rows = []
         for row in self.questions:
@@ -65,15 +54,7 @@ class Bench:
 
 
 def load_bench(folder: str | Path, limit: int | None = None) -> Bench:
-    """Read the official files of LLaVA-Bench (COCO), LLaVA-Bench (In-the-Wild) or a bench of the miniature.
-
-    Args:
-        folder: has questions, context and perhaps reference answers under their official names (`FILES`).
-        limit: number of questions.
-
-    Raises:
-        DataError: a file is missing, there are two for one purpose, or a row has another format.
-    """
+    """Read the official files (`FILES`) of LLaVA-Bench (COCO or In-the-Wild) or a bench of the miniature."""
     folder = Path(folder)
     paths = {name: _one_of(folder, name) for name in FILES}
     if paths["questions"] is None or paths["context"] is None:
@@ -113,7 +94,7 @@ def _rows(path: Path, fields: Mapping[str, type], unique: bool = False) -> list[
 
 
 def _description(row: Mapping[str, Any], where: str) -> str:
-    """Return the text that replaces the image: one long caption (In-the-Wild), or captions and boxes (COCO)."""
+    """The text that replaces the image: one long caption (In-the-Wild), or captions and boxes (COCO)."""
     if isinstance(row.get("caption"), str):
         return str(row["caption"])
     try:
@@ -124,21 +105,13 @@ def _description(row: Mapping[str, Any], where: str) -> str:
         raise DataError(f"{where}: needs `caption`, or `captions` and `instances` with category and bbox") from None
 
 
-# ------------------------------------------------------------------------------------------------ steps
-
-
 def write_reference(
     bench: Bench, client: ChatClient, out: str | Path, model: str = JUDGE_MODEL, temperature: float = 0.0
 ) -> dict[str, Any]:
     """Answer a bench with a text-only model that reads the images' descriptions, as the paper's GPT-4 did.
 
-    The file `out` has question_id, text, category and the source of the text.
-
     Returns:
-        answers, file, and the tally of `teacher.asking.ask_all`.
-
-    Raises:
-        DataError: an image has no description.
+        answers, file (rows of question_id, text, category and the source), and the tally of `teacher.asking.ask_all`.
     """
     requests = []
     for row in bench.questions:
@@ -177,19 +150,10 @@ def write_reviews(
     model: str = JUDGE_MODEL,
     swap: bool = False,
 ) -> dict[str, Any]:
-    """Review the answers of a file against reference answers.
+    """Review the answers of a file against reference answers, by default the bench's; `swap`: in both orders.
 
     A repeat, as in the paper, needs another `out` and another cassette: a cassette answers the same request with the
     same review.
-
-    Args:
-        bench: questions, descriptions, and the reference answers unless `reference` is given.
-        answers: JSONL file of question_id and text, like `reference`.
-        client: any chat client.
-        out: JSONL file for the reviews.
-        reference: reference answers.
-        model: name of the judge in the requests.
-        swap: review each pair in both orders.
 
     Returns:
         `score_reviews` of the reviews, the tally of `teacher.asking.ask_all` without its `failed`, file.

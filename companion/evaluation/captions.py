@@ -36,9 +36,8 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 def tokenize(caption: str) -> list[str]:
     """Split a caption nearly as the Penn Treebank tokenizer does, in lower case and without punctuation.
 
-    `don't` becomes `do n't`, `man's` becomes `man 's`, `cannot` becomes `can not`; hyphenated words, decimals and
-    abbreviations such as `u.s.` are one token. Web addresses, markup, currencies except the dollar and rare
-    abbreviations differ from the scorer's tokenizer; `benchmarks/results/captions.csv` has the measured effect.
+    Web addresses, markup, currencies except the dollar and rare abbreviations differ from the scorer's tokenizer;
+    `benchmarks/results/captions.csv` has the measured effect.
     """
     text = _CONTRACTION.sub(r" \1", caption.lower().replace("’", "'"))
     text = _JOINED.sub(lambda match: " ".join(filter(None, match.groups())), text)
@@ -50,18 +49,13 @@ def _ngrams(tokens: Tokens) -> Counter[tuple[str, ...]]:
 
 
 def bleu(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -> list[float]:
-    """Return corpus BLEU-1 to BLEU-4 (0 to 1).
-
-    Args:
-        references: per image, its tokenized reference captions.
-        candidates: per image, its tokenized candidate caption.
-    """
+    """Return corpus BLEU-1 to BLEU-4 (0 to 1) from tokenized references and a tokenized candidate per image."""
     counts = [_bleu_counts(refs, candidate) for refs, candidate in zip(references, candidates, strict=True)]
     return _bleu_of([sum(column) for column in zip(*counts, strict=True)] or [0] * (2 * MAX_N + 2))
 
 
 def _bleu_counts(references: Sequence[Tokens], candidate: Tokens) -> list[int]:
-    """Counts of one image: matched and proposed 1- to 4-grams, length of the candidate and of the closest reference."""
+    """Counts of an image: matched and proposed 1- to 4-grams, lengths of candidate and closest reference."""
     matched, proposed = [0] * MAX_N, [0] * MAX_N
     most: Counter[tuple[str, ...]] = Counter()
     for ref in references:
@@ -87,12 +81,7 @@ def _bleu_of(counts: Sequence[float]) -> list[float]:
 
 
 def cider(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -> list[float]:
-    """Return CIDEr-D of every image (0 to 10); the corpus score is their mean.
-
-    Args:
-        references: per image, its tokenized reference captions; they also give the document frequencies.
-        candidates: per image, its tokenized candidate caption.
-    """
+    """Return CIDEr-D of every image (0 to 10); the references also give the document frequencies."""
     counted = [[_ngrams(ref) for ref in refs] for refs in references]
     frequency: Counter[tuple[str, ...]] = Counter(ngram for refs in counted for ngram in set().union(*refs))
     log_images = math.log(len(references)) if references else 0.0
@@ -122,11 +111,7 @@ def cider(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) 
 
 
 def score(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) -> dict[str, Any]:
-    """Score captions in memory.
-
-    Args:
-        references: image id -> reference captions.
-        captions: image id -> candidate caption; images without one are counted as missing.
+    """Score captions by image id; images without one are counted as missing.
 
     Returns:
         n (images scored), missing, bleu1 to bleu4 (0 to 1), cider (0 to 10), tokenizer.
@@ -154,18 +139,10 @@ def score(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) 
 def compare(
     references: Mapping[Any, Sequence[str]], first: Mapping[Any, str], second: Mapping[Any, str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Score captions, or the difference of two sets of captions, with bootstrap intervals over the images.
-
-    Args:
-        references: image id -> reference captions; document frequencies are not resampled.
-        first: image id -> caption.
-        second: of the same images.
+    """Score captions with bootstrap intervals over the images; document frequencies are not resampled.
 
     Returns:
         For bleu4 and cider: `{value, interval}` of `first`, or with `second` of the difference second - first.
-
-    Raises:
-        DataError: an image has no references, or the two are of different images.
     """
     import numpy as np
 
@@ -184,18 +161,7 @@ def compare(
 
 
 def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str, Any]:
-    """Score a COCO result file against a COCO caption file.
-
-    Args:
-        references: `captions_*.json` with annotations of image_id and caption.
-        predictions: a JSON list of rows with image_id and caption, one per image.
-
-    Returns:
-        See `score`.
-
-    Raises:
-        DataError: a file cannot be read, is of another format, or the two do not belong together.
-    """
+    """Score a COCO result file (rows of image_id, caption; one per image) against COCO's `captions_*.json`."""
     annotated, rows = read_json(references), read_json(predictions)
     annotations = annotated.get("annotations") if isinstance(annotated, dict) else None
     if not isinstance(annotations, list) or not annotations:
@@ -236,15 +202,10 @@ def write_captions(
     max_new_tokens: int = 40,
     batch: int = 64,
 ) -> dict[str, Any]:
-    """Caption the images of a COCO caption file with a checkpoint, in COCO's result format.
+    """Caption the images of COCO's `captions_*.json` with a checkpoint, in COCO's result format.
 
     Args:
-        loaded: the model.
-        checkpoint: its path.
-        references: `captions_*.json`, whose `images` name the files.
-        images: folder of the images.
         out: `.json` file for the captions; a `.jsonl` file of the same name has the settings and is resumed.
-        request: the prompt for each image, of which the first `limit` are captioned.
 
     Returns:
         As `predict.predict_questions`; file is `out`.

@@ -1,9 +1,7 @@
 """The ScienceQA ensemble of LLaVA and a text-only GPT-4: complement, judge, and the upper bound of choosing one answer.
 
-GPT-4 answers every problem, after two solved examples and without the image. Where its answer and LLaVA's differ, a
-second query shows it both answers. The paper published neither the two prompts (Table 10 shows the roles, both complete
-answers and the last sentence) nor its examples nor the GPT-4 snapshot; this project chose wording and examples.
-
+GPT-4 answers without the image, after two solved examples; where the two differ, it is shown both answers. The paper
+published neither prompts nor examples nor the GPT-4 snapshot; this project chose wording and examples.
 Source: paper Section 5.2, Tables 7 and 10; llava/eval/eval_science_qa_gpt4{,_requery}.py@8959d5c.
 """
 
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 
 MODEL, TEMPERATURE, REPLY_TOKENS, SHOTS = "gpt-4-0314", 0.0, 1024, 2
 """The number of examples is the paper's; snapshot, temperature and length are not published."""
-
-# ------------------------------------------------------------------------------------------------ asking
 
 
 def pick_shots(train: Sequence[Problem], n: int = SHOTS, seed: int = 0) -> list[Problem]:
@@ -59,12 +55,10 @@ def _blind(question: str) -> str:
 
 
 def ask(client: ChatClient, requests: Mapping[str, ChatRequest], desc: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Ask each question once.
+    """Ask each question once; return the replies by question id, without failed requests, and the bill.
 
-    Returns:
-        Replies by question id, without failed requests; and the bill: requests (sent now), replayed (from a cassette),
-        unanswered, tokens (prompt, completion), spend_usd (paid now), cost_usd (paid at any time), models (replies per
-        snapshot).
+    The bill has requests (sent now), replayed (from a cassette), unanswered, tokens (prompt, completion), spend_usd
+    (paid now), cost_usd (paid at any time) and models (replies per snapshot).
 
     Raises:
         ServerError, BudgetError, DataError: the client's; earlier replies are in its cassette.
@@ -95,15 +89,7 @@ def run(
     model: str = MODEL,
     era: str = DEFAULT_ERA,
 ) -> dict[str, Any]:
-    """Query the text-only model, send the second query where it and LLaVA differ, and score both rules.
-
-    Args:
-        problems: what both answer.
-        llava: problem id -> LLaVA's output, for every problem.
-        client: any chat client of `companion.teacher`.
-        shots: solved examples of the first query.
-        model: name in the requests.
-        era: see `science_qa.parse_answer`.
+    """Query the text-only model, send the second query where it and LLaVA (problem id -> output) differ, and score.
 
     Returns:
         systems (see `evaluate`), n, asked_again, bills (of `ask`: gpt4 and requery), spend_usd and cost_usd (sums),
@@ -141,9 +127,6 @@ def run(
     }
 
 
-# ------------------------------------------------------------------------------------------------ rules
-
-
 def complement(llava: Answer, gpt4: Answer) -> Answer:
     """Return GPT-4's answer, or LLaVA's where GPT-4 gave no valid choice.
 
@@ -167,14 +150,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Score both systems, their ensembles and the upper bound (either is right) on the same questions.
 
-    The bound holds for rules that choose one of the two answers; a judge that names a third choice may exceed it.
-
-    Args:
-        problems: as in `science_qa.score`.
-        llava: question id -> LLaVA's output.
-        gpt4: question id -> GPT-4's output; a missing one counts as unparsed, here and below.
-        requery: question id -> GPT-4's second output; without it there is no `judge`.
-        era: see `science_qa.parse_answer`.
+    The bound holds for rules that choose one of the two answers; a judge that names a third choice may exceed it. The
+    outputs are texts by question id; a missing one of GPT-4 counts as unparsed.
 
     Returns:
         `science_qa.tally`'s dict for llava, gpt4, complement, upper_bound and, with `requery`, judge; all but llava's

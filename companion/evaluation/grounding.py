@@ -24,11 +24,7 @@ def normalize(answer: str) -> str:
 
 
 def factual_accuracy(questions: Sequence[Row], answers: Mapping[Any, str]) -> dict[str, Any]:
-    """Score short answers by exact match after `normalize`.
-
-    Args:
-        questions: rows.
-        answers: question id -> the model's answer, one for every row.
+    """Score short answers by exact match after `normalize`; every question has one.
 
     Returns:
         `{n, correct, accuracy, interval, by_kind}` in percent; by_kind has the first four per kind.
@@ -53,16 +49,10 @@ def factual_accuracy(questions: Sequence[Row], answers: Mapping[Any, str]) -> di
 
 
 def text_prior(train_questions: Sequence[Row], questions: Sequence[Row]) -> dict[str, Any]:
-    """Score the best text-only baseline: the most frequent training answer to the same question text.
+    """Score the best text-only baseline, the most frequent training answer to the same question text.
 
     A text without training answers gets the most frequent answer of its kind, and an unknown kind that of all. Ties go
     to the alphabetically first answer.
-
-    Returns:
-        As `factual_accuracy`.
-
-    Raises:
-        DataError: there is no training question.
     """
     if not train_questions:
         raise DataError("text prior: no training question")
@@ -81,13 +71,7 @@ def _prior_keys(row: Row) -> tuple[tuple[str, str], ...]:
 
 
 def shuffle_images(questions: Sequence[Row], seed: int) -> list[dict[str, Any]]:
-    """Return the rows with permuted images, so that no question has its own image.
-
-    Questions about the same image share the new one.
-
-    Raises:
-        DataError: all questions have the same image, or one has none.
-    """
+    """Permute the images so that no question has its own; questions about the same image share the new one."""
     images = sorted({row["image"] for row in questions if row.get("image")}, key=str)
     if len(images) < 2 or not all(row.get("image") for row in questions):
         raise DataError("shuffled images: every question needs an image, and there must be at least two different ones")

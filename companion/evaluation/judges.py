@@ -1,7 +1,6 @@
-"""Agreement of two judges, or of two repeats of one judge, on the same answers to LLaVA-Bench.
+"""Agreement of two judges, or of two repeats of one, on the same answers to LLaVA-Bench; bootstraps over questions.
 
-The judge of the paper is no longer offered, so a new score comes from another one. `agreement` measures what this
-replacement changes. Intervals are bootstraps over the questions.
+The judge of the paper is no longer offered; `agreement` measures what another one changes.
 """
 
 from __future__ import annotations
@@ -22,12 +21,6 @@ OUTCOMES = ("win", "tie", "loss")  # of the candidate against the reference
 
 def agreement(first: Reviews, second: Reviews, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
     """Compare two judges on the same answers.
-
-    Args:
-        first: JSONL path or rows of reviews.
-        second: of another judge.
-        samples: number of resamples of the questions.
-        seed: of the draws.
 
     Returns:
         n (questions that both have scored), only_first, only_second, failed (reviews without scores, of each judge),

@@ -23,15 +23,12 @@ if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient, ChatReply
 
 Answers = Mapping[Any, str] | Iterable[Mapping[str, Any]]
-Reviews = str | Path | Iterable[Mapping[str, Any]]
-"""A JSONL file or rows."""
+Reviews = str | Path | Iterable[Mapping[str, Any]]  # a JSONL file or rows
 
 CATEGORIES = ("complex", "conv", "detail")
 CATEGORY_PREFIX = "llava_bench_"
 ORDERS = ("reference_first", "candidate_first")
 JUDGE_MODEL, JUDGE_TEMPERATURE, JUDGE_MAX_TOKENS = "gpt-4-0314", 0.2, 1024
-
-# ------------------------------------------------------------------------------------------------ asking
 
 
 def judge_messages(
@@ -67,10 +64,6 @@ def judge(
     Args:
         questions: rows with question_id, image, text and category.
         context: image -> its description: captions, for COCO also boxes.
-        reference_answers: question id -> text, or rows with question_id and text.
-        candidate_answers: likewise.
-        client: any chat client of `companion.teacher`.
-        model: name of the judge in the requests, like `temperature` and `max_tokens`.
         swap: ask a second time with the candidate first, against position bias.
 
     Returns:
@@ -114,7 +107,7 @@ def _check_scores(reply: ChatReply) -> None:
 
 
 def _by_id(answers: Answers, what: str) -> dict[str, tuple[str, str]]:
-    """Return question id -> answer and its id, a hash of the text where a row has none."""
+    """Question id -> answer and its id, a hash of the text where a row has none."""
     if isinstance(answers, Mapping):
         answers = [{"question_id": key, "text": text} for key, text in answers.items()]
     result: dict[str, tuple[str, str]] = {}
@@ -125,8 +118,6 @@ def _by_id(answers: Answers, what: str) -> dict[str, tuple[str, str]]:
         result[key] = row["text"], str(row.get("answer_id") or fingerprint(row["text"]))
     return result
 
-
-# ------------------------------------------------------------------------------------------------ scoring
 
 # Text that may surround two scores; any other text on their line makes the review fail.
 # A colon or dash is accepted only after a word: in "1: 8" the 1 would be a list number, not a score.
@@ -186,11 +177,7 @@ def review_scores(row: Mapping[str, Any], released: bool = False) -> tuple[float
 
 
 def review_rows(reviews: Reviews) -> tuple[str, list[Mapping[str, Any]]]:
-    """Return the name of the reviews for error messages, and their rows.
-
-    Raises:
-        DataError: the file is missing, empty or has other rows than reviews.
-    """
+    """Return the name of the reviews for error messages, and their rows."""
     where = display_path(reviews) if isinstance(reviews, str | Path) else "reviews"
     rows = read_jsonl(reviews) if isinstance(reviews, str | Path) else list(reviews)
     if not rows:
@@ -204,18 +191,14 @@ def review_rows(reviews: Reviews) -> tuple[str, list[Mapping[str, Any]]]:
 def score_reviews(reviews: Reviews, *, released: bool = False) -> dict[str, Any]:
     """Score reviews: 100 x mean candidate / mean reference, means rounded to three decimals.
 
-    Args:
-        reviews: JSONL path or rows; the judge's text `content` counts, `tuple` only without a text.
-        released: average failed reviews as -1 and -1, as the released script does, instead of leaving them out.
+    The judge's text `content` counts, `tuple` only without a text. `released`: average failed reviews as -1 and -1, as
+    the released script does, instead of leaving them out.
 
     Returns:
         n (reviews in the means), failed with failed_ids, all, categories (relative scores in %, None without a score),
         reference and candidate (mean scores x 10), counts per category; mean_of_ratios (in %, the mean over reviews of
         candidate / reference, which is not the bench's number; None where a reference has 0); orders (relative score
         of each order of the answers, if there are both).
-
-    Raises:
-        DataError: the file is missing, empty or has other rows than reviews.
     """
     _, rows = review_rows(reviews)
     groups: dict[str, list[tuple[float, float]]] = {"all": []}

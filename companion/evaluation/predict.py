@@ -32,11 +32,7 @@ _DEFAULTS = {
 
 
 def conditions(loaded: Loaded, checkpoint: str | Path, **more: Any) -> dict[str, Any]:
-    """Return all that decides an answer besides the question: model, dtype, prompt, image processing, and `more`.
-
-    Raises:
-        CheckpointError: there are no weights at `checkpoint`.
-    """
+    """Return all that decides an answer besides the question: model, dtype, prompt, image processing, and `more`."""
     manifest = loaded.manifest
     settings = {
         "checkpoint": checkpoint_id(checkpoint), "base": manifest.get("base"), "run_id": manifest.get("run_id"),
@@ -61,14 +57,7 @@ def predict_questions(
     batch: int = 64,
     desc: str = "answers",
 ) -> dict[str, Any]:
-    """Answer questions into a file; a file of an interrupted run is resumed.
-
-    Args:
-        loaded: the model.
-        checkpoint: its path; the file stores its hash.
-        rows: `{question_id, text, image}`, for `llava_core.inference.answer_questions`, like the other arguments.
-        images: folder of the images.
-        out: JSONL file; see `predictions`.
+    """Answer questions `{question_id, text, image}` into a JSONL file; a file of an interrupted run is resumed.
 
     Returns:
         answers, new (generated now), conditions, file.
@@ -93,14 +82,9 @@ def science_answers(loaded: Loaded, problems: Sequence[Problem], **options: Any)
     """Answer problems and return the texts by id, in the order of the problems.
 
     Args:
-        loaded: the model; its manifest names the prompt format.
-        problems: from `load_problems`.
         options: images (True; False asks the same questions as text), released (False; True uses the wording of the
             released converter, see `format_problem`), max_new_tokens (1024), answer_tokens (64; of a second pass),
             temperature (0.0; the released evaluation of the time sampled at 0.7), batch (64).
-
-    Raises:
-        DataError: the manifest names no prompt format.
     """
     rows = _rows(loaded, problems, options)
     answers = {key: text for part in _batches(loaded, rows, **options) for key, text in part.items()}
@@ -117,15 +101,7 @@ def predict_science_qa(
     limit: int | None = None,
     **options: Any,
 ) -> dict[str, str]:
-    """Answer a split of ScienceQA into a file; a file of an interrupted run is resumed.
-
-    Args:
-        loaded: the model.
-        checkpoint: its path; the file stores its hash.
-        folder: ScienceQA's official files.
-        out: JSONL file; see `predictions`.
-        split: of the problems, the first `limit` of them.
-        options: as in `science_answers`.
+    """Answer a split of ScienceQA into a file, with the options of `science_answers`; an interrupted run is resumed.
 
     Raises:
         DataError: the file has answers with other settings.
@@ -151,7 +127,6 @@ def _prompt_format(loaded: Loaded) -> str:
 
 
 def _rows(loaded: Loaded, problems: Sequence[Problem], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The problems as rows for `answer_questions`."""
     name, rows = _prompt_format(loaded), []
     for problem in problems:
         text = format_problem(problem, name, options.get("released", False)).turns[0][0]
@@ -172,7 +147,7 @@ def _batches(
     temperature: float = 0.0,
     batch: int = 64,
 ) -> Iterator[dict[str, str]]:
-    """Yield answers batch by batch, both passes of a batch before the next; rows of similar length share a batch."""
+    """Both passes of a batch come before the next batch; rows of similar length share one."""
     name = _prompt_format(loaded)
     bridge = answer_prompt(name, released)
     rows = sorted(rows, key=lambda row: (row["image"] is not None, len(row["text"])))

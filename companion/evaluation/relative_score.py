@@ -16,21 +16,18 @@ from llava_core.runtime import DataError
 
 @dataclass
 class QuestionScores:
-    """Reviews by question."""
+    """By question: mean scores of reference and candidate, and the ids of the two answers where reviews name them."""
 
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Question id -> mean scores of reference and candidate, over the reviews with scores."""
     answer_ids: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Question id -> ids of the two answers, where the reviews name them."""
-    failed: int = 0
-    """Number of reviews without scores."""
+    failed: int = 0  # reviews without scores
 
 
 def question_scores(reviews: Reviews) -> QuestionScores:
     """Group reviews by question.
 
     Raises:
-        DataError: not reviews with question ids, or reviews of two different answers to one question.
+        DataError: no question ids, or reviews of two different answers to one question.
     """
     where, rows = review_rows(reviews)
     result, scores = QuestionScores(), defaultdict[str, list[tuple[float, float]]](list)
@@ -52,11 +49,7 @@ def question_scores(reviews: Reviews) -> QuestionScores:
 
 
 def common_questions(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Return the questions that both have scores for.
-
-    Raises:
-        DataError: fewer than two.
-    """
+    """Return the questions that both have scores for, at least two."""
     keys = [key for key in first if key in second]
     if len(keys) < 2:
         raise DataError(f"{len(keys)} questions have scores in both sets of reviews; at least two are needed")
@@ -64,24 +57,14 @@ def common_questions(first: Mapping[str, Any], second: Mapping[str, Any]) -> lis
 
 
 def relative_score(counts: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return the relative score in % of every resample.
-
-    Args:
-        counts: (resamples, n) from `statistics.item_counts`.
-        scores: (n, 2) of reference and candidate.
-    """
+    """Relative score in % (resamples,) from counts (resamples, n) and scores (n, 2) of reference and candidate."""
     return 100 * ratio(counts @ scores[:, 1], counts @ scores[:, 0])
 
 
 def relative_scores(reviews: Sequence[Mapping[str, Any]], samples: int = SAMPLES) -> dict[str, dict[str, Any]]:
-    """Return the relative score of all questions and of each category, with its interval over reviews.
+    """Return category -> `{n, failed, value, interval}` in %, of the rows of `llava_bench.judge`; also for `all`.
 
-    Args:
-        reviews: rows as `llava_bench.judge` returns them; failed ones are left out and counted.
-        samples: number of resamples.
-
-    Returns:
-        Category -> `{n, failed, value, interval}`, in %; `value` is 100 x mean candidate / mean reference.
+    The value is 100 x mean candidate / mean reference without failed reviews, the interval a bootstrap over reviews.
     """
     summary = score_reviews(reviews)
     rng, result = np.random.default_rng(0), {}
@@ -100,11 +83,8 @@ def relative_difference(
     """Return the relative score of a second set of reviews minus that of a first, in points.
 
     Args:
-        first: JSONL path or rows of reviews.
-        second: of another system, reviewed by the same judge.
+        first: JSONL path or rows of reviews, like `second`, by the same judge.
         paired: both answered the same questions, which are resampled together; else each set by itself.
-        samples: number of resamples.
-        seed: of the draws.
 
     Returns:
         n (questions of each), first and second (relative scores in %), difference, interval.
@@ -126,17 +106,13 @@ def relative_difference(
 def compare_systems(
     reviews: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], samples: int = SAMPLES
 ) -> list[dict[str, Any]]:
-    """Return the relative scores of several systems, each with several seeds, and their differences to the first.
+    """Return a row per category and system: relative score and its difference to the first system's, with intervals.
 
     A score is the mean over seeds of 100 x sum of the candidate's scores / sum of the reference's. Questions and seeds
     are resampled, the same ones for all systems, so differences are paired. A failed review counts for neither side.
 
     Args:
-        reviews: system -> per seed the judge's reviews of the same questions; differences are to the first system.
-        samples: number of resamples.
-
-    Returns:
-        A row per category and system: system, category, n, score, interval, difference, difference_interval.
+        reviews: system -> per seed the judge's reviews of the same questions.
     """
     rng, rows = np.random.default_rng(0), []
     first = next(iter(reviews.values()))[0]
@@ -168,7 +144,7 @@ def compare_systems(
 
 
 def _mean_over_seeds(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Relative score in % (draws,) from scores (seeds, draws, questions, 2) and the weights of seeds (seeds, draws)."""
+    """Relative score in % (draws,) from scores (seeds, draws, questions, 2) and weights (seeds, draws)."""
     sums = table.sum(2, dtype=float)
     mean: np.ndarray = (100 * weights * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).sum(0)
     return mean

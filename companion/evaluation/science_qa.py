@@ -14,11 +14,9 @@ from companion.evaluation.predictions import check_settings, differences, read_p
 from companion.evaluation.statistics import mcnemar, paired_bootstrap, proportion
 from llava_core.runtime import DataError, display_path, read_json
 
-PAPER_ACCURACY = 90.92
-"""Source: paper Table 7, LLaVA, average; 3856 of 4241."""
+PAPER_ACCURACY = 90.92  # Source: paper Table 7, LLaVA, average; 3856 of 4241
 
-ERAS = ("ours", "v0", "1.0", "1.5")
-"""Answer-extraction rules: exactly those of the released scorers of three eras, or the strict one of this project."""
+ERAS = ("ours", "v0", "1.0", "1.5")  # extraction rules: this project's strict one, those of three released scorers
 DEFAULT_ERA = "ours"
 
 # The last dot is a wildcard in the released code too: "The answer is B" at the end of a text does not match, and from
@@ -63,9 +61,6 @@ class Question:
         return names
 
 
-# ------------------------------------------------------------------------------------------------ answers
-
-
 def answer_letter(text: str, era: str = DEFAULT_ERA) -> str | None:
     """Return the capital letter that an answer names, or None for none or several.
 
@@ -88,11 +83,8 @@ def answer_letter(text: str, era: str = DEFAULT_ERA) -> str | None:
 def parse_answer(text: str, n_choices: int, era: str = DEFAULT_ERA) -> Answer:
     """Return the index of the named choice, UNPARSED (not exactly one letter) or INVALID (no such choice).
 
-    Args:
-        text: the complete output of the model.
-        n_choices: number of choices of the question.
-        era: extraction rule. "v0" and "1.0" need exactly one sentence `The answer is X.`; "1.5" first takes a text that
-            is `X` or begins with `X. `; "ours" accepts the same forms unless they name different letters.
+    Eras "v0" and "1.0" need exactly one sentence `The answer is X.`; "1.5" first takes a text that is `X` or begins
+    with `X. `; "ours" accepts the same forms unless they name different letters.
     """
     letter = answer_letter(text, era)
     if letter is None:
@@ -101,19 +93,8 @@ def parse_answer(text: str, n_choices: int, era: str = DEFAULT_ERA) -> Answer:
     return index if index < n_choices else INVALID
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
 def read_questions(path: str | Path, split: str = "test") -> list[Question]:
-    """Read ScienceQA's `problems.json`, or the CQM-A question file of LLaVA-1.5.
-
-    Args:
-        path: the file.
-        split: of the problems in `problems.json`; problems without a split are all taken.
-
-    Raises:
-        DataError: the file is missing, empty, of another format, or has no problem of the split.
-    """
+    """Read a split of ScienceQA's `problems.json` (problems without a split count as it), or LLaVA-1.5's CQM-A file."""
     content = read_json(path)
     if not content:
         raise DataError(f"{display_path(path)}: empty; give problems.json or llava_test_CQM-A.json")
@@ -132,11 +113,7 @@ def read_questions(path: str | Path, split: str = "test") -> list[Question]:
 
 
 def as_questions(problems: Mapping[str, Any] | Iterable[Any], where: str = "problems") -> list[Question]:
-    """Return questions from a `problems.json` mapping or from objects with the same fields and an `id`.
-
-    Raises:
-        DataError: a field is missing or the right answer is not one of the choices.
-    """
+    """Return questions from a `problems.json` mapping or from objects with the same fields and an `id`."""
     if isinstance(problems, Mapping):
         return [_from_problem(str(key), problem, where) for key, problem in problems.items()]
     return [p if isinstance(p, Question) else _from_problem(str(_field(p, "id")), p, where) for p in problems]
@@ -184,9 +161,6 @@ def _from_conversation(record: Any, where: str) -> Question:
         )
     has_text = human.removeprefix("<image>\n").startswith("Context:")
     return Question(identifier, n_choices, answer, has_text, has_image="image" in record)
-
-
-# ------------------------------------------------------------------------------------------------ scores
 
 
 def tally(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[str, Any]:
@@ -237,12 +211,7 @@ def right_answers(
 def score(
     problems: Mapping[str, Any] | Iterable[Any], answers: Mapping[Any, str], *, era: str = DEFAULT_ERA
 ) -> dict[str, Any]:
-    """Score answers in memory.
-
-    Args:
-        problems: as for `as_questions`.
-        answers: question id -> complete output of the model.
-        era: see `parse_answer`.
+    """Score answers (question id -> complete output) to the problems of `as_questions`.
 
     Returns:
         `tally`'s dict with `era` and `notes`, sentences on the answers that do not count.
@@ -304,13 +273,9 @@ def evaluate_files(
     checkpoint: str | Path | None = None,
     released: bool = False,
 ) -> dict[str, Any]:
-    """Score a file of answers against a file of questions.
+    """Score a file of answers (`read_predictions`) against a file of questions (`read_questions`).
 
     Args:
-        predictions: see `predictions.read_predictions`.
-        questions: see `read_questions`, as for `split`.
-        era: see `parse_answer`.
-        split: of the questions.
         subset: score only the questions of the file, although there are predictions for others.
         prompt_format: refuse answers with another prompt format, or that do not name theirs.
         checkpoint: refuse answers of another model.

@@ -19,11 +19,7 @@ SAMPLES = 2000
 
 
 def wilson(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return Wilson's interval of a proportion, as two fractions; with no trial it is (0, 1).
-
-    Raises:
-        ValueError: `correct` is not between 0 and `n`.
-    """
+    """Return Wilson's interval of a proportion, as two fractions; with no trial it is (0, 1)."""
     if not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n}: the count must lie between 0 and n")
     if n == 0:
@@ -42,11 +38,7 @@ def proportion(correct: int, n: int) -> dict[str, Any]:
 def paired_bootstrap(
     first: Sequence[float], second: Sequence[float], *, samples: int = 10_000, seed: int = 0
 ) -> dict[str, Any]:
-    """Return the mean of `second - first`, item by item, with its percentile interval: `{n, difference, interval}`.
-
-    Raises:
-        ValueError: the two do not hold the same number (at least two) of scores.
-    """
+    """Return `{n, difference, interval}`: mean of `second - first` over items, with its percentile interval."""
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(
             f"paired scores of {len(first)} and {len(second)} items: give two scores of each of >= 2 items"
@@ -70,22 +62,10 @@ def paired_bootstrap(
 def seeds_and_items(
     first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], *, samples: int = 10_000, seed: int = 0
 ) -> dict[str, Any]:
-    """Return the mean of `second - first` over training seeds and items, with the interval of a two-level bootstrap.
+    """Return `{n_seeds, n, difference, interval}` of scores (seeds, items): mean of `second - first`, bootstrap.
 
     Each resample draws seeds and, independently, items. Few seeds show little of the variance between runs, so the
     interval of two seeds is still too narrow; compare it with `seeds_interval`.
-
-    Args:
-        first: scores (seeds, items) of one system.
-        second: scores (seeds, items) of the other, for the same seeds and items.
-        samples: number of resamples.
-        seed: of the draws.
-
-    Returns:
-        `{n_seeds, n, difference, interval}`.
-
-    Raises:
-        ValueError: the shapes differ, or there are fewer than two items.
     """
     one, other = (np.atleast_2d(np.asarray(scores, dtype=float)) for scores in (first, second))
     if one.shape != other.shape or one.shape[1] < 2:
@@ -98,9 +78,6 @@ def seeds_and_items(
         means.append(((seeds @ table) * items).sum(1))
     interval = percentile_interval(np.concatenate(means))
     return {"n_seeds": n_seeds, "n": n, "difference": float(table.mean()), "interval": interval}
-
-
-# ------------------------------------------------------------------------------------------------ any statistic
 
 
 def item_counts(n: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
@@ -129,21 +106,11 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def correlation(measure: Callable[..., Any], counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return a rank correlation of every resample, NaN where one side is constant.
-
-    Args:
-        measure: `scipy.stats.spearmanr` or `scipy.stats.kendalltau`.
-        counts: from `item_counts`.
-        x: one value per item.
-        y: one value per item.
-    """
+    """Return scipy's rank correlation of every resample of `item_counts`, NaN where one side is constant."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns of constant and of short resamples, whose result is NaN
         resamples = ((np.repeat(x, row), np.repeat(y, row)) for row in counts.astype(int))
         return np.array([measure(*pair).statistic for pair in resamples])
-
-
-# ------------------------------------------------------------------------------------------------ tests
 
 
 def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> dict[str, Any]:
@@ -174,14 +141,9 @@ def seeds_interval(values: Sequence[float]) -> dict[str, Any]:
 def unpaired_difference(correct_a: int, n_a: int, correct_b: int, n_b: int) -> dict[str, Any]:
     """Return the two-proportion z test of two accuracies, as if their questions were independent draws.
 
-    For the same questions a paired test (`mcnemar`) is sharper, but it needs the answers of both systems.
-
     Returns:
         In points: `difference` (second minus first), `standard_error` (pooled) and `interval` (not pooled); `z` (0 for
         two systems without variance) and the two-sided `p`.
-
-    Raises:
-        ValueError: a system has no question, or its count is not between 0 and its number of questions.
     """
     for correct, n in ((correct_a, n_a), (correct_b, n_b)):
         if n < 1 or not 0 <= correct <= n:
@@ -201,13 +163,10 @@ def unpaired_difference(correct_a: int, n_a: int, correct_b: int, n_b: int) -> d
 
 
 def welch(mean_a: float, std_a: float, n_a: int, mean_b: float, std_b: float, n_b: int) -> dict[str, Any]:
-    """Return Welch's t test of two means of repeated runs, from mean, sample standard deviation and number of runs.
+    """Return Welch's t test of two means of repeated runs (at least two each), with sample standard deviations.
 
     Returns:
         `difference` (second minus first), `standard_error`, `t`, `freedom` (Welch's), `interval` and two-sided `p`.
-
-    Raises:
-        ValueError: fewer than two runs, or no variance.
     """
     if min(n_a, n_b) < 2 or not std_a + std_b > 0:
         raise ValueError(f"{n_a} and {n_b} runs with deviations {std_a:g} and {std_b:g}: give >= 2 runs that differ")

@@ -39,12 +39,10 @@ class Tolerance(StrictModel):
     """Largest difference to a number that should be equal, and why; without a value nothing is compared."""
 
     value: float | None = None
-    answers: int | None = None
-    """A number of answers of the claim's `n`, instead of a value in percent."""
+    answers: int | None = None  # of the claim's `n`, instead of a value in percent
     why: str
 
     def within(self, n: int | None) -> float | None:
-        """Return the largest difference allowed."""
         return 100 * self.answers / n if self.answers is not None and n else self.value
 
 
@@ -52,10 +50,8 @@ class Against(StrictModel):
     """What a claim is compared with: numbers of a chapter, field of an experiment, test, or bundle of evidence."""
 
     chapter: str | None = None
-    rows: str | None = None
-    """Dotted key of the chapter's numbers; null: the check of the chapter with the claim's id."""
-    where: dict[str, str] = Field(default_factory=dict)
-    """Values that select one of several rows."""
+    rows: str | None = None  # dotted key of the chapter's numbers; None: its check with the claim's id
+    where: dict[str, str] = Field(default_factory=dict)  # selects one of several rows
     value: str | None = None
     interval: str | None = None
     experiment: str | None = None
@@ -95,35 +91,25 @@ class Claim(StrictModel):
 
     id: str
     place: str
-    also: str | None = None
-    """Other places of the paper."""
-    text: str
-    """The claim in our words."""
+    also: str | None = None  # other places of the paper
+    text: str  # in our words
     value: float
     unit: str
-    digits: int | None = None
-    """Decimals as printed."""
+    digits: int | None = None  # decimals as printed
     relation: Literal["equals", "about", "more than"] = "equals"
-    n: int | None = None
-    """Questions behind it."""
-    correct: int | None = None
-    """Right answers, where it is a share of `n`."""
-    spread: float | None = None
-    """Sample standard deviation that the paper gives, over `runs`."""
+    n: int | None = None  # questions behind it
+    correct: int | None = None  # right answers, where it is a share of `n`
+    spread: float | None = None  # the paper's sample standard deviation over `runs`
     runs: int | None = None
-    direction: Literal["below 0", "above 0"] | None = None
-    """Claimed sign of a difference."""
+    direction: Literal["below 0", "above 0"] | None = None  # claimed sign of a difference
     evidence: Evidence
-    why: str | None = None
-    """Why there is no evidence."""
+    why: str | None = None  # why there is no evidence
     against: Against = Against()
     computed: Computed | None = None
     tolerance: Tolerance
     source: Literal["verified", "secondary", "inferred", "unpublished"]
-    flag: str | None = None
-    """Error in the printed number."""
-    cell: tuple[str, str] | None = None
-    """Row and column in a table of the paper."""
+    flag: str | None = None  # error in the printed number
+    cell: tuple[str, str] | None = None  # row and column in a table of the paper
 
     @model_validator(mode="after")
     def _evidence_has_its_record(self) -> Claim:
@@ -143,23 +129,18 @@ class Claim(StrictModel):
 
     @property
     def number(self) -> str:
-        """The value as printed, with its spread."""
         text = f"{self.value:g}" if self.digits is None else f"{self.value:.{self.digits}f}"
         text = f"{self.value:,.0f}" if self.digits is None and self.value >= 10_000 else text
         return text if self.spread is None else f"{text} ± {self.spread:.{self.digits or 0}f}"
 
     @property
     def value_text(self) -> str:
-        """The number with its unit, for tables."""
         relation = "" if self.relation == "equals" else f"{self.relation} "
         return f"{relation}{self.number}{'' if self.unit == '%' else ' '}{self.unit}"
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge fields, later ones win; `against` is merged field by field."""
+    """Later fields win; `against` is merged field by field."""
     result: dict[str, Any] = {}
     for part in parts:
         against = {**(result.get("against") or {}), **(part.get("against") or {})}
@@ -172,7 +153,6 @@ def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table_records(group: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the records of a table: id, fields."""
     table = {key: group.pop(key, None) for key in ("columns", "rows", "cells", "total", "counts", "minus")}
     columns, cells, text = table["columns"], dict(table["cells"] or {}), group.get("text", "{row}{column}")
     for name, row in table["rows"].items():
@@ -207,7 +187,6 @@ def _table_records(group: dict[str, Any], where: str) -> Iterator[tuple[str, dic
 
 
 def _count(name: str, value: float, n: int, digits: int, where: str) -> int:
-    """Return the number of right answers of a percentage."""
     correct = round(value * n / 100)
     if round(100 * correct / n, digits) != value:
         raise ConfigError(f"{where}, {name}: no count of {n} answers gives {value:.{digits}f} %; correct the value")
@@ -215,13 +194,7 @@ def _count(name: str, value: float, n: int, digits: int, where: str) -> int:
 
 
 def read_ledger(path: Path = LEDGER) -> dict[str, Claim]:
-    """Read a file of claims.
-
-    Args:
-        path: YAML of `tolerances`, `whys` and `groups`.
-
-    Returns:
-        The claims by id, in the order of the file.
+    """Read a file of claims (YAML of `tolerances`, `whys` and `groups`) by id, in the order of the file.
 
     Raises:
         ConfigError: an unknown key (with the nearest), a missing or wrong field, a duplicate id, a reference to an
@@ -268,26 +241,18 @@ def _claim(
 
 @cache
 def all_claims() -> dict[str, Claim]:
-    """Every claim by id."""
     return read_ledger()
 
 
 def claim(name: str) -> Claim:
-    """One claim.
-
-    Raises:
-        ConfigError: there is no claim of that id; the message names the nearest.
-    """
+    """One claim; a ConfigError names the nearest id."""
     if name not in all_claims():
         raise ConfigError(unknown("claim", name, all_claims()))
     return all_claims()[name]
 
 
-# ------------------------------------------------------------------------------------------------ arithmetic
-
-
 def computed_value(name: str, claims: Mapping[str, Claim] | None = None) -> float | None:
-    """Compute a claim from the others (`claims`, or the paper's) that it follows from; None if it follows from none."""
+    """Compute a claim from the others (default: the paper's) that it follows from; None if it follows from none."""
     claims = all_claims() if claims is None else claims
     rule = claims[name].computed
     return None if rule is None else float(OPERATIONS[rule.operation](*(claims[i].value for i in rule.ids)))

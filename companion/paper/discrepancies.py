@@ -15,11 +15,8 @@ REGISTER = Path(__file__).with_name("discrepancies.yaml")
 
 
 class Arm(StrictModel):
-    """An experiment and overridden fields."""
-
     experiment: str
-    set: dict[str, Any] = Field(default_factory=dict)
-    """Values by dotted field."""
+    set: dict[str, Any] = Field(default_factory=dict)  # values by dotted field
 
 
 class Pair(StrictModel):
@@ -31,17 +28,13 @@ class Pair(StrictModel):
 
 
 class Discrepancy(StrictModel):
-    """One difference."""
-
     id: str
     title: str
     paper: str
     released: str
-    at: str
-    """Place in the released code: file@commit, or its documentation."""
+    at: str  # place in the released code, file@commit, or its documentation
     here: str
-    other: str
-    """How to get the other behaviour, or why it is not available."""
+    other: str  # how to get the other behaviour, or why it is not available
     test: str | None = Field(default=None, pattern=r"^tests/[\w/]+\.py::test_\w+$")
     pair: Pair | None = None
 
@@ -53,11 +46,7 @@ class Discrepancy(StrictModel):
 
 
 def read_register(path: Path = REGISTER) -> dict[str, Discrepancy]:
-    """Read the entries of a YAML file by id, in the order of the file.
-
-    Raises:
-        ConfigError: an unknown key (with the nearest), a missing field, or an entry without test and pair.
-    """
+    """Read the entries of a YAML file by id, in the order of the file."""
     entries = read_yaml(path).items()
     return {
         name: validated(Discrepancy, {"id": name, **fields}, f"{display_path(path)}, '{name}'")
@@ -67,5 +56,4 @@ def read_register(path: Path = REGISTER) -> dict[str, Discrepancy]:
 
 @cache
 def all_discrepancies() -> dict[str, Discrepancy]:
-    """Every entry by id."""
     return read_register()

@@ -21,8 +21,7 @@ from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, read_json
 
 FIELDS = {"id", "place", "text", "value", "unit", "n", "evidence", "why", "source", "flag"}
-RELEASED = ("test_sqa_llava_13b_v0.json", "llava_test_CQM-A.json")
-"""The authors' answers and the questions; chapter 31 explains where to put them."""
+RELEASED = ("test_sqa_llava_13b_v0.json", "llava_test_CQM-A.json")  # answers, questions; chapter 31 says where they go
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,10 @@ class Measured:
     value: Any = None
     interval: list[float] | None = None
     verdict: Verdict = Verdict.NOT_RESOLVED
-    note: str = ""
-    """Source of the value, or the reason why there is none."""
-
-
-# ------------------------------------------------------------------------------------------------ what was measured
+    note: str = ""  # source of the value, or the reason why there is none
 
 
 def _of_chapter(known: Claim, out: Path) -> Measured:
-    """Read a claim's value from the saved numbers of its chapter."""
     against = known.against
     try:
         saved = read_json(out / f"{against.chapter}.json")
@@ -68,11 +62,7 @@ def _of_chapter(known: Claim, out: Path) -> Measured:
 
 
 def released_result(folder: str | Path | None = None) -> dict[str, Any] | None:
-    """Score the authors' released answers to ScienceQA as `evaluate_files`; None without the files.
-
-    Args:
-        folder: has both files at any depth; default: the variable `LLAVA_REFERENCE`.
-    """
+    """Score the authors' answers to ScienceQA, `RELEASED` in `folder` (default: `LLAVA_REFERENCE`); None without."""
     place = folder or os.environ.get("LLAVA_REFERENCE")
     files = [next(Path(place).rglob(name), None) for name in RELEASED] if place else []
     if not files or None in files:
@@ -95,13 +85,7 @@ def _recomputed(known: Claim, released: Mapping[str, Any] | None) -> Measured:
 
 
 def measured(known: Claim, out: Path, released: Mapping[str, Any] | None = None) -> Measured:
-    """Return the measured value of a claim.
-
-    Args:
-        known: the claim.
-        out: folder of the chapters' numbers.
-        released: from `released_result`.
-    """
+    """Return the measured value of a claim, from the chapters' numbers in `out` or from `released_result`."""
     if known.evidence == "recomputed":
         return _recomputed(known, released)
     if known.evidence == "measured" and known.against.chapter:
@@ -117,15 +101,10 @@ def measured(known: Claim, out: Path, released: Mapping[str, Any] | None = None)
 def claim_rows(
     names: Iterable[str] | None = None, kind: str | None = None, out: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Return claims with their measured values, as `llava claims` prints them.
-
-    Args:
-        names: ids; all when None or empty.
-        kind: only claims with this kind of evidence.
-        out: folder of the chapters' numbers.
+    """Return claims (default: all) with their measured values, as `llava claims` prints them.
 
     Raises:
-        ConfigError: there is no such claim or kind; the message names the nearest.
+        ConfigError: there is no such claim or kind of evidence; the message names the nearest.
     """
     if kind is not None and kind not in EVIDENCE:
         raise ConfigError(unknown("kind of evidence", kind, EVIDENCE))
@@ -141,20 +120,10 @@ def claim_rows(
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ significance
-
-
 def published_ablation(name: str) -> dict[str, Any]:
-    """Return the significance of a row of the paper's Table 8, from the counts behind its two accuracies.
+    """Return the significance of a row of Table 8 (e.g. `ablation-7b`), from the counts behind its two accuracies in %.
 
-    The two are treated as independent. A paired test would be sharper, but the answers of the ablated models are not
-    published.
-
-    Args:
-        name: claim of the difference, e.g. `ablation-7b`.
-
-    Returns:
-        `reference` and `other` (accuracies in %), `effect` as published, `standard_error`, `z`, `p`, `interval`, `n`.
+    The two are treated as independent: a paired test would need the ablated models' answers, which are not published.
     """
     best, other = claim("sqa-accuracy"), claim(f"{name}-accuracy")
     test = unpaired_difference(best.correct or 0, best.n or 0, other.correct or 0, other.n or 0)

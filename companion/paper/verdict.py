@@ -39,12 +39,7 @@ def verdict_of(holds: bool | None) -> Verdict:
 
 
 def verdict_of_interval(interval: Sequence[float] | None, direction: str | None) -> Verdict:
-    """Return the verdict on a claimed sign, from the 95 % interval of the measured difference.
-
-    Args:
-        interval: None for a single seed.
-        direction: of the claim, "below 0" or "above 0"; None: the claim has none.
-    """
+    """Return the verdict on a claimed sign, from the 95 % interval of the measured difference (None: a single seed)."""
     if direction is None:
         return Verdict.SHOWN_ONLY
     if interval is None or interval[0] <= 0 <= interval[1]:
