@@ -38,7 +38,6 @@ class Arm:
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
         return sum(self.values) / len(self.values)
 
     @property
@@ -55,13 +54,10 @@ def run_arms(
     fast: bool = False,
     seeds: Sequence[int] | None = None,
 ) -> list[Arm]:
-    """Train and measure every arm with every seed.
+    """Train and measure every arm, a pair (label, experiment), with every seed; the first is the reference.
 
-    Args:
-        arms: (label, experiment) pairs; the first is the reference.
-        metric: value in points of a finished run.
-        fast: one seed and the `--fast` budget.
-        seeds: the scale's seeds when None.
+    `metric` returns the value of a finished run in points. `fast` is one seed and the `--fast` budget; without `seeds`
+    they are the scale's.
     """
     chosen = list(seeds if seeds is not None else load_scale(scale).seeds)[: 1 if fast else None]
     trained = [Arm(name, experiment) for name, experiment in arms]

@@ -40,7 +40,6 @@ def chat_widget(model: str | Path | Loaded, images: list[Path], question: str = 
         log.value = "".join(f"<p><b>You:</b> {html.escape(q)}<br><b>LLaVA:</b> {html.escape(a)}</p>" for q, a in rows)
 
     def set_image(image: Image.Image) -> None:
-        """Start a conversation about an image and show its visible region."""
         buffer = io.BytesIO()
         conversation.set_image(image).resize((224, 224), Image.Resampling.BICUBIC).save(buffer, "PNG")
         preview.value = buffer.getvalue()

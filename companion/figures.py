@@ -52,7 +52,6 @@ def output_folder() -> Path:
 
 
 def figure_folder() -> Path:
-    """Return the folder of the saved figures."""
     return output_folder() / "figures"
 
 
@@ -66,7 +65,6 @@ def copy_curated(target: Path = ROOT / "figures") -> list[Path]:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Return a value as JSON can hold it; numbers and arrays of NumPy and PyTorch become Python's."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
@@ -123,9 +121,6 @@ def save_numbers(
         checks: rows of `check`.
         runs: the records, or their paths, that the numbers come from.
         scale, fast: by default the notebook's variables of these names.
-
-    Raises:
-        DataError: a number is not finite or cannot be stored, or a check lacks a field.
     """
     notebook = vars(sys.modules["__main__"])  # in a kernel, the notebook's variables are in this module
     for row in checks:
@@ -178,7 +173,6 @@ def use_style() -> None:
 
 
 def cell_text(value: Any) -> str:
-    """Return the text of a table cell for a number, a text, an interval or None."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool):
@@ -191,13 +185,7 @@ def cell_text(value: Any) -> str:
 
 
 def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") -> Styler:
-    """Return a pandas table without its index, numbers rounded and aligned to the right.
-
-    Args:
-        rows: a DataFrame, or one mapping per row.
-        columns: by default all that have a value.
-        caption: a line above the table.
-    """
+    """Return a pandas table of a DataFrame or of mappings; by default with all columns that have a value."""
     import pandas as pd
 
     frame = pd.DataFrame(rows, dtype=object)
@@ -215,10 +203,7 @@ FILE_FIELDS = {"file", "validation_file", "held_out_share", "written_by"}
 
 
 def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[str, str]]:
-    """Return every setting of a run with the paper's value, its source, and why this scale departs from it.
-
-    Settings that are equal in the run `since` are left out.
-    """
+    """Return the settings of a run that differ from `since`: paper's value, source, why this scale departs."""
     departures = {d.field: d for d in config.departures}
     rows: list[tuple[str, Any, Any, str]] = []
     for section, part in config.experiment.model_dump(
@@ -242,20 +227,13 @@ def _setting_text(value: Any) -> str:
 
 
 def image_uri(image: Image) -> str:
-    """Return an image as a data URI in JPEG."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def cards(images: Sequence[Image | None], lines: Sequence[Iterable[tuple[str, str]]], width: int = 180) -> HTML:
-    """Show images with texts: dialogues, captions, chat messages.
-
-    Args:
-        images: one per card; None for a card without an image.
-        lines: per card its (speaker, text) pairs.
-        width: of an image in pixels.
-    """
+    """Show images (or None) with texts, per image (speaker, text) pairs: dialogues, captions, chat messages."""
     from IPython.display import HTML
 
     parts = []

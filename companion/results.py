@@ -51,7 +51,6 @@ def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, 
 
 
 def load_run(record: RunRecord) -> Loaded:
-    """Load the checkpoint of a finished run, on the device and with the dtype of its scale."""
     scale = record.config.scale
     return load(record.checkpoint, resolve_dtype(scale.dtype), resolve_device(scale.device))
 
@@ -92,7 +91,6 @@ def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limi
 
 
 def bench_folders(record: RunRecord, bench: str) -> tuple[Path, Path]:
-    """Return the folder of a bench and the folder of its images."""
     folder = resolve(record.config.scale.data[bench])
     return folder, resolve(record.config.scale.data.get(f"{bench}_images", str(folder / "images")))
 

@@ -14,7 +14,6 @@ from llava_core.runtime import CompanionError
 
 
 def visible_region(image: Image.Image, processor: ImageProcessor) -> str:
-    """A sentence about the part of an image that the model sees."""
     width, height = image.size
     size, short = processor.size, min(image.size)
     if processor.mode == "resize":
@@ -28,7 +27,6 @@ def visible_region(image: Image.Image, processor: ImageProcessor) -> str:
 
 
 def preview(image: Image.Image, columns: int = 40) -> str:
-    """The image in ANSI colors, two pixels per character."""
     pixels = np.asarray(image.convert("RGB").resize((columns, columns)))
 
     def cell(upper: np.ndarray, lower: np.ndarray) -> str:

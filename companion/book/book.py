@@ -80,13 +80,8 @@ def _content(path: Path) -> str:
 def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
     """Build the HTML book, with warnings as errors, and return its first page; skip it when nothing changed.
 
-    Args:
-        out: the folder of executed copies; its parent has the book's pages, and the parent of that the configuration.
-        names: all chapters in order; those without an executed copy are left out, with a note.
-        scale: the scale of the page of results.
-
-    Raises:
-        CompanionError: the book's own files are missing, or the build had warnings; the message quotes them.
+    `out` has the executed copies, its parent the book's pages, and the parent of that the configuration. Of all
+    chapters `names`, in order, those without an executed copy are left out. A CompanionError quotes warnings.
     """
     book, source = out.parent, out.parent.parent / "jupyter_book_config.yml"
     for path in (book / "_toc.yml", source):

@@ -95,7 +95,7 @@ def _check_row(check: Mapping[str, Any]) -> str:
 
 
 def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
-    """Return the page of measured and published numbers and of the scale's departures from the paper, as Markdown."""
+    """Return the page of measured and published numbers and of the scale's departures from the paper."""
     config = load_scale(scale)
     lines = ["# Results at a glance", "", f"Measured at the scale `{scale}`: {config.title}.", ""]
     without = []
@@ -135,7 +135,6 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
 
 
 def claims_page(out: Path) -> str:
-    """Return the overview of all claims, as Markdown with tables in HTML."""
     claims, released = list(all_claims().values()), ledger.released_result()
     measured = {c.id: ledger.measured(c, out, released) for c in claims}
     kinds = [
@@ -177,7 +176,6 @@ def claims_page(out: Path) -> str:
 
 
 def differences_page() -> str:
-    """Return the page of the points where paper, released code and this project differ, as Markdown."""
 
     def named(arm: Arm) -> str:
         return f"`{arm.experiment}`" + "".join(f" with `{key}={value}`" for key, value in arm.set.items())

@@ -38,7 +38,6 @@ class Chapter:
 
     Args:
         name: the file's name without its extension, e.g. `20_feature_alignment`.
-        needs: the notebooks that must have run before.
         declared: the names that its cell tagged `parameters` assigns.
         given: the parameters of this call.
         parts: one hash per dependency of the result.
@@ -226,7 +225,6 @@ def read_state(out: Path, name: str) -> dict[str, Any]:
 
 
 def _reason(chapter: Chapter, out: Path, state: Mapping[str, Any]) -> str | None:
-    """Return why a notebook must run, or None when none of its dependencies has changed."""
     if "parts" not in state:
         return "first run"
     old = state["parts"]
@@ -295,16 +293,10 @@ def give_parameters(
 def make_plan(
     chapters: dict[str, Chapter], out: Path, shared: Mapping[str, str], chosen: Sequence[str]
 ) -> list[Chapter]:
-    """Determine which of the chosen notebooks, and of those that they need, must run (they have a `reason`).
+    """Return the chosen notebooks, and the needed ones that are not up to date, in a runnable order.
 
-    Args:
-        chapters: the notebooks, each after the ones that it needs.
-        out: where the executed copies and the states are.
-        shared: hashes of the files that every notebook depends on.
-        chosen: names.
-
-    Returns:
-        In a runnable order: all chosen ones, and the needed ones that are not up to date.
+    Those with a `reason` must run. `chapters` come after the ones that they need; `shared` is from `shared_parts`, and
+    `out` has the executed copies and the states.
     """
     for name, chapter in chapters.items():
         chapter.parts = _parts(chapter, shared, chapters)

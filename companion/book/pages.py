@@ -103,7 +103,6 @@ def rendered(text: str, page: str, notebook: bool) -> str:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Register `rendered` with Sphinx."""
 
     def read(app: Any, name: str, source: list[str]) -> None:
         source[0] = rendered(source[0], name, Path(app.env.doc2path(name)).suffix == ".ipynb")

@@ -109,12 +109,10 @@ class _Worker:
         return time.monotonic() - self.begun
 
     def progress(self) -> str:
-        """Return the progress, e.g. `cell 7/18, 42 s`."""
         cells = re.findall(rb"cell (\d+/\d+)", self.log.read_bytes()[-4096:])
         return f"cell {cells[-1].decode()}, {_clock(self.seconds)}" if cells else _clock(self.seconds)
 
     def finish(self) -> None:
-        """Read the status of the ended process."""
         chapter, code = self.chapter, self.process.returncode
         chapter.seconds = round(self.seconds, 1)
         if code == 0:
@@ -165,7 +163,6 @@ def _write_kernel(out: Path) -> None:
 
 
 def _dependents(name: str, plan: Sequence[Chapter]) -> set[str]:
-    """Names of the chapters that need a chapter, directly or through others."""
     direct = {chapter.name for chapter in plan if name in chapter.needs}
     return direct.union(*(_dependents(other, plan) for other in direct))
 
@@ -249,14 +246,11 @@ def reproduce(
         dry_run: list what would run, and why; write nothing.
         parameters: further papermill parameters, for the chosen notebooks that have them.
         jobs: notebooks at once; by default one per core at the scale `mini` and one elsewhere.
-        notebooks_dir: by default the repository's.
-        out_dir: of the executed copies and the numbers.
         book: `auto` builds the book when all notebooks ended well, `only` builds it from what is there, `no` does not.
 
     Returns:
-        `notebooks`: name, status (`ran`, `up to date`, `failed`, `stopped`, `would run`), seconds, reason and error of
-        each; `failed`: the names of those that failed or were stopped; `checks`: the claims with what was published and
-        what was measured; `book`: the path of its first page, or None; `seconds`.
+        `notebooks` with `status` (`ran`, `up to date`, `failed`, `stopped`, `would run`); names `failed` or stopped;
+        `checks`: claims, published and measured; `book`: the path of its first page, or None; `seconds`.
 
     Raises:
         ConfigError: an unknown notebook, parameter or need.

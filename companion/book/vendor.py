@@ -30,7 +30,6 @@ FETCH = {
 
 
 def load_parts() -> dict[str, Any]:
-    """Part -> `proof` and `packages`, from vendor.yaml."""
     parts: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("vendor.yaml").read_text(encoding="utf-8"))
     return parts
 
@@ -38,8 +37,7 @@ def load_parts() -> dict[str, Any]:
 def fetch(package: Mapping[str, Any], folder: Path) -> Path:
     """Download the file of a package, an entry of vendor.yaml, into an empty folder with its registry's own client.
 
-    Raises:
-        CompanionError: the client is not installed, does not answer, or the file is not the pinned one.
+    A client that is missing or does not answer, or a file that is not the pinned one, is a CompanionError.
     """
     tool, spec = package["tool"], package["spec"]
     if tool == "npm" and shutil.which("npm") is None:
@@ -60,11 +58,7 @@ def fetch(package: Mapping[str, Any], folder: Path) -> Path:
 
 
 def unpack(archive: Path, files: Mapping[str, str], folder: Path) -> None:
-    """Copy the listed files and folders of a .tgz or .whl below `folder`.
-
-    Raises:
-        CompanionError: the archive lacks a listed path, or a member's path leads out of it.
-    """
+    """Copy listed files and folders of a .tgz or .whl below `folder`; CompanionError if it lacks one or is unsafe."""
     with tempfile.TemporaryDirectory() as temporary:
         try:
             if archive.suffix == ".whl":
@@ -113,7 +107,6 @@ def vendor(folder: Path = VENDOR) -> dict[str, str]:
 
 
 def main() -> int:
-    """Fetch what is missing; a part that cannot be fetched is reported in one line."""
     specs = {package["spec"] for entry in load_parts().values() for package in entry["packages"]}
     for part, origin in vendor().items():
         if origin not in specs:

@@ -33,7 +33,6 @@ def _end_with(parent: int) -> None:
 
 
 def _failure(name: str, copy: Path, error: BaseException) -> str:
-    """Return which cell of which notebook raised which error."""
     cells = read_json(copy)["cells"] if copy.exists() else []
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     begun = [cell for cell in code if cell["metadata"].get("papermill", {}).get("start_time")]
@@ -68,7 +67,6 @@ def _execute(source: str, copy: str, parameters: Mapping[str, Any]) -> None:
 
 
 def run(spec: Mapping[str, Any]) -> int:
-    """Execute one notebook and save its state; returns the exit status."""
     _end_with(spec["parent"])
     name, out = spec["name"], Path(spec["out"])
     part, failed = out / ".state" / f"{name}.part.ipynb", out / f"{name}.failed.ipynb"

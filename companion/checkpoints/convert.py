@@ -18,7 +18,6 @@ from llava_core.runtime import CheckpointError, ConfigError, display_path
 
 
 def writer_named(name: str) -> Writer:
-    """Return the writer of a format; an unknown one is a ConfigError that lists all."""
     if name not in WRITERS:
         raise ConfigError(f"{unknown('checkpoint format', name, WRITERS)}; other formats are only read")
     return WRITERS[name]
@@ -49,12 +48,10 @@ def convert(
         target: folder that does not exist yet.
         to: a name of `WRITERS`.
         options, usage: as in `open_checkpoint`.
-        shard_bytes: largest size of one weights file.
         verify: for "hf", also run both models in fp32 and compare the output of every module; needs memory for both.
 
     Returns:
-        `layout` of the source, `to`, `tensors`, `parameters`, `bytes`, `left_out`, `notes`, `path`,
-        `largest_difference` of verified modules as a share of their output.
+        What was read and written; `largest_difference` is the one of verified modules, as a share of their output.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape; or the written checkpoint differs, with the

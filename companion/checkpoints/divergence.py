@@ -47,10 +47,7 @@ class Divergence:
 def first_divergence(one: Checkpoint, other: Checkpoint, tolerance: float = 0.0) -> Divergence | None:
     """Return the first tensor in which two checkpoints differ, or None; one tensor of each is in memory.
 
-    Args:
-        one: checkpoint whose parts are compared.
-        other: may have further parts.
-        tolerance: largest absolute difference that still counts as equal.
+    `other` may have further parts; an absolute difference of at most `tolerance` counts as equal.
     """
     for name in progress(list(one.tensors), "comparing", leave=False, disable=None):
         if name not in other.tensors:
@@ -78,23 +75,16 @@ class ModuleDifference:
 
     @property
     def relative(self) -> float:
-        """The difference as a share of the output's size."""
         return self.largest / max(self.size, 1e-30)
 
 
 def module_differences(
     model: Any, reference: Any, image_token: int, words: int = 9, seed: int = 0
 ) -> list[ModuleDifference]:
-    """Run a random image and random tokens through both implementations and compare the output of each module.
+    """Compare the output of each module of `Llava` and of the `reference`, in the order of the forward pass.
 
-    Args:
-        model: `Llava`.
-        reference: LlavaForConditionalGeneration with the same weights.
-        image_token: its id in `reference`.
-        words: number of tokens around the image.
-
-    Returns:
-        One entry per module that both have, in the order of the forward pass.
+    The input is a random image and random words. The `reference` is a LlavaForConditionalGeneration with the same
+    weights and `image_token` as the id of its image token.
     """
     generator = torch.Generator().manual_seed(seed)
     size, vocabulary = model.vision_tower.config.image_size, model.language_model.config.vocab_size

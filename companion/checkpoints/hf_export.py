@@ -121,9 +121,7 @@ def preprocessor_config(image: ImageProcessor) -> dict[str, Any]:
 def chat_template(template: Template, usage: dict[str, Any]) -> str:
     """Return a conversation template as Jinja, which renders messages as `Template.render` does.
 
-    Args:
-        template: of the checkpoint.
-        usage: its `system` message, `image_position` and `image_delimiters`.
+    `usage` has the checkpoint's `system` message, `image_position` and `image_delimiters`.
     """
     start, end = usage.get("image_delimiters") or ("", "")
     image, newline = f"{start}{IMAGE_MARKER}{end}", "\n"

@@ -39,8 +39,7 @@ def inspect(path: Path, options: Options | None = None, usage: Mapping[str, Any]
         usage: values that the files lack or have wrong, as in `describe.USAGE_FIELDS`.
 
     Returns:
-        `path`, `layout`, `parts`, `parameters`, `dtypes`, `template`, `system`, `image`, `facts`, `notes`, `left_out`
-        and `problems`, a list of single lines; fields that could not be read are None.
+        Among other fields `problems`, a list of single lines; fields that could not be read are None.
     """
     result: dict[str, Any] = {
         "path": display_path(path), "layout": None, "parts": [], "parameters": None, "dtypes": [], "template": None,
@@ -90,7 +89,6 @@ def _system(text: str | None) -> str:
 
 
 def _check_loadable(checkpoint: Checkpoint) -> None:
-    """Check that tower, weights and tokenizer fit each other, as `load` needs it."""
     where = display_path(checkpoint.path)
     check(checkpoint.require(*MODEL_PARTS))
     if checkpoint.tokenizer is None:
