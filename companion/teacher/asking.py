@@ -16,7 +16,6 @@ MAX_UNANSWERED = 20  # consecutive requests without a reply, after which the ser
 Check = Callable[[ChatReply], Any]
 """Returns the content of a reply, or raises `ReplyError`."""
 Retry = Callable[[ChatRequest, ChatReply, ReplyError], ChatRequest]
-"""Returns the request that follows a malformed reply."""
 
 
 @dataclass
@@ -36,7 +35,6 @@ class Asked:
 
     @property
     def good(self) -> bool:
-        """Whether the last reply can be used."""
         return bool(self.replies) and self.replies[-1][2] is None
 
     @property
@@ -46,7 +44,6 @@ class Asked:
 
     @property
     def text(self) -> str | None:
-        """The last reply, good or not."""
         return self.replies[-1][1].text if self.replies else None
 
     @property

@@ -49,8 +49,7 @@ class BatchClient:
     """Replies from a cassette; missing replies come from the server's batch endpoint.
 
     Args:
-        base_url: another server with this endpoint; OpenAI's when None.
-        api_key: taken from the environment (`OPENAI_API_KEY`) when None.
+        base_url, api_key: as of `LiveClient`.
         price: the full one, of a model that `PRICES` does not list; half of it is paid.
         timeout: seconds for one call of the server.
         budget_usd: send nothing that could exceed it; includes the cost of all recorded replies; None for no limit.
@@ -86,9 +85,7 @@ class BatchClient:
 
         Raises:
             ConfigError: the model's price is not known, or another process holds the cassette.
-            BudgetError: the request could exceed the budget; it was not sent.
-            ServerError: no batch can succeed.
-            ChatError: the server refused this request, or did not answer it in `TRIES` batches.
+            BudgetError, ServerError, ChatError: as of `LiveClient`; also after `TRIES` batches without a reply.
         """
         with self._lock:
             [reply] = [self._tape.get(request)] if request.key in self._refused else self.prefetch([request])
@@ -99,11 +96,7 @@ class BatchClient:
             return replace(reply, cached=not paid_now)
 
     def prefetch(self, requests: Sequence[ChatRequest]) -> list[ChatReply | None]:
-        """Send the requests without a recorded reply in batches; return a reply, or None where `complete` raises.
-
-        Raises:
-            ConfigError, ServerError: as of `complete`.
-        """
+        """Send the requests without a recorded reply in batches; a reply is None where `complete` raises."""
         with self._lock:
             if missing := self._missing(requests):
                 lock = lock_cassette(self._tape.path)
@@ -269,7 +262,6 @@ class BatchClient:
         return None
 
     def _failed(self, batch: OpenBatch, ended: Any) -> None:
-        """Close a batch whose file the server refused, at no cost."""
         self._tape.end_batch(batch, ended.status)
         errors = (ended.errors.data if ended.errors else None) or []
         if any(error.code == ENQUEUED_LIMIT for error in errors) and len(batch.requests) > 1:
@@ -309,7 +301,6 @@ def _line(request: ChatRequest) -> bytes:
 
 
 def _read_line(line: dict[str, Any], request: ChatRequest, price: Price) -> ChatReply:
-    """Return the reply in a line of the output or the error file."""
     response = line.get("response") or {}
     status, body = response.get("status_code"), response.get("body") or {}
     if status == 200:

@@ -35,13 +35,7 @@ LOCK_TIMEOUT = 5.0  # seconds to wait for another process that writes the casset
 
 @dataclass(frozen=True)
 class OpenBatch:
-    """A requested batch; its replies are not recorded yet.
-
-    Attributes:
-        name: chosen by this client; the server stores it as metadata.
-        file: the server's id of the uploaded requests.
-        id: the server's id of the batch; None if its creation was not confirmed.
-    """
+    """A requested batch; its replies are not recorded yet, and its id is None if the creation was not confirmed."""
 
     name: str
     file: str
@@ -54,9 +48,7 @@ Failure = tuple[ChatRequest, str, float, bool]
 
 
 class Cassette:
-    """SQLite file of replies; every write is one transaction, on disk before the method returns.
-
-    A missing file is created with its folder, unless `read_only`; the path None is a temporary file.
+    """SQLite file of replies (path None: a temporary one); every write is on disk before the method returns.
 
     Raises:
         DataError: the file is missing (read only) or is no cassette.
@@ -99,11 +91,7 @@ class Cassette:
             self._end(attempt, doubtful)
 
     def begin(self, request: ChatRequest, most_usd: float, budget_usd: float | None = None) -> int:
-        """Record an attempt before it is sent, with the most that it can cost; return its number.
-
-        Raises:
-            BudgetError: the attempt could exceed the budget of all replies and attempts of this file.
-        """
+        """Record an attempt before it is sent and return its number; BudgetError if it could exceed the budget."""
         with self._lock, self._file:
             if budget_usd is not None:
                 spent, doubtful = self._total(_SPEND), self._total(_DOUBTFUL)
@@ -112,7 +100,6 @@ class Cassette:
             return self._fail(request, NO_REPLY, most_usd, False)
 
     def cancel(self, attempt: int) -> None:
-        """Record that the attempt of `begin` is over and cost nothing."""
         with self._lock, self._file:
             self._end(attempt, 0.0)
 
@@ -151,7 +138,6 @@ class Cassette:
             return self._total(_DOUBTFUL)
 
     def spend(self) -> float:
-        """Return the cost of all replies, in USD."""
         with self._lock:
             return self._total(_SPEND)
 
@@ -205,7 +191,6 @@ class Cassette:
 
 
 def over_budget(limit: float, spent: float, doubtful: float, most: float) -> BudgetError:
-    """Return the error of a request that could exceed the budget (all in USD)."""
     doubt = f" and {doubtful:.4f} that may have been billed" if doubtful else ""
     return BudgetError(
         f"budget of {limit:g} USD: {spent:.4f} spent{doubt}, and the next request may cost {most:.4f}; "
@@ -238,11 +223,7 @@ _LOCKS: weakref.WeakValueDictionary[Path, WriterLock] = weakref.WeakValueDiction
 
 
 def lock_cassette(cassette: Path) -> WriterLock:
-    """Lock a cassette against other processes; within one process all callers share the lock.
-
-    Raises:
-        ConfigError: another process had the lock for `LOCK_TIMEOUT` seconds.
-    """
+    """Lock a cassette against other processes, or raise ConfigError; all callers in a process share the lock."""
     path = cassette.absolute()
     lock = _LOCKS.get(path)
     if lock is None:

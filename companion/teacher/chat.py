@@ -66,7 +66,6 @@ class ChatRequest:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
     def most_tokens(self) -> tuple[int, int]:
@@ -114,20 +113,12 @@ class ChatClient(Protocol):
     """
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        """Reply to a request.
-
-        Raises:
-            ChatError: there is no reply to this request; its subclasses say when the next ones need not be tried.
-        """
+        """Reply, or raise a `ChatError`; its subclasses say when further requests need not be tried."""
         ...
 
 
 def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | None = None) -> Price:
-    """Return USD per million tokens of prompt and of completion; `price` takes precedence over the table.
-
-    Raises:
-        ConfigError: the table does not name the model.
-    """
+    """Return `price` or the listed one, USD per million tokens; ConfigError if there is neither."""
     listed = price or prices.get(model)
     if listed is None:
         raise ConfigError(f"{unknown('price of model', model, prices)}; give price=(prompt, completion)")

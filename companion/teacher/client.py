@@ -1,8 +1,7 @@
 """Chat clients by name: an offline function, a cassette of recorded replies, or a paid server.
 
-`record` sends only the requests without a recorded reply and commits each reply to the cassette before it is used.
-After `kill -9` at most `concurrency` requests, those under way, are sent again. `batch` uses the server's batch
-endpoint, at half the price and within a day (`teacher.batch`). `replay` needs no server.
+`record` sends only the requests without a recorded reply (`teacher.cassette`), `batch` the same through the server's
+batch endpoint, at half the price and within a day (`teacher.batch`). `replay` needs no server.
 """
 
 from __future__ import annotations
@@ -33,18 +32,13 @@ class OfflineClient:
         self.responder = responder
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        """Complete a chat, as of `ChatClient`; the model's name is reported as `offline`."""
         text = self.responder(list(request.messages))
         words = sum(len(m["content"].split()) for m in request.messages)
         return ChatReply(text, "offline", words, len(text.split()), kind="offline")
 
 
 class ReplayClient:
-    """Replies from a cassette only.
-
-    Raises:
-        DataError: the file does not exist or is no cassette.
-    """
+    """Replies from a cassette only; DataError if the file does not exist or is no cassette."""
 
     def __init__(self, cassette: str | Path) -> None:
         if not Path(cassette).is_file():
@@ -52,12 +46,7 @@ class ReplayClient:
         self.cassette = Cassette(cassette, read_only=True)
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        """Complete a chat, as of `ChatClient`.
-
-        Raises:
-            DataError: this request was never recorded.
-            ChatError: it was given up when it was recorded.
-        """
+        """Complete a chat, as of `ChatClient`; DataError if it was never recorded."""
         reply = self.cassette.get(request)
         if reply is None and (why := self.cassette.given_up(request)):
             raise ChatError(why)
@@ -71,13 +60,7 @@ class ReplayClient:
 
 
 class RecordClient:
-    """Replies from a cassette; a request without a recorded reply goes to another client and is recorded.
-
-    Args:
-        inner: the other client.
-        cassette: file of the replies.
-        lock: of the cassette, released with this client.
-    """
+    """Replies from a cassette; a request without a recorded reply goes to `inner` and is recorded."""
 
     def __init__(self, inner: ChatClient, cassette: str | Path | Cassette, lock: WriterLock | None = None) -> None:
         self.inner, self.lock = inner, lock
@@ -111,7 +94,6 @@ class RecordClient:
                 del self._under_way[request.key]
 
     def stop(self) -> None:
-        """Begin no further attempt; those under way are finished and recorded."""
         getattr(self.inner, "stop", lambda: None)()
 
 
@@ -127,7 +109,6 @@ def client_from_name(
     Args:
         name: one of `CLIENTS`; `live` pays for every request, `record` and `batch` for each one once.
         responder: the offline model, e.g. `companion.miniature.offline_chat.respond` (not imported here).
-        cassette: SQLite file of `replay`, `record` and `batch`.
         live: arguments of `LiveClient`, for `record` and `live`, or of `BatchClient`.
 
     Raises:

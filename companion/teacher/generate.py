@@ -56,11 +56,7 @@ def requests_for(
     temperature: float = TEMPERATURE,
     max_tokens: int = MAX_TOKENS,
 ) -> Iterator[Job]:
-    """Yield the first request of `generate` per image and kind, image by image.
-
-    Raises:
-        ConfigError: unknown kind.
-    """
+    """Yield the first request of `generate` per image and kind, image by image; ConfigError for an unknown kind."""
     prompts = PROMPTS if prompts is None else prompts
     for kind in kinds:
         if kind not in KINDS or kind not in prompts:
@@ -114,7 +110,6 @@ def generate(
     Args:
         annotations: captions for every kind, boxes for `detail` and `complex`.
         kinds: of `companion.teacher.prompts.KINDS`; one request per image and kind.
-        limit: only the first so many images.
         prompts: by kind, e.g. of `load_prompts`; `PROMPTS` when None.
 
     Raises:
@@ -126,11 +121,7 @@ def generate(
 
 
 def ask(jobs: Sequence[Job], client: ChatClient) -> list[Outcome]:
-    """Send the requests of `requests_for`, and one more per malformed reply; return a result per job, in their order.
-
-    Raises:
-        ServerError, DataError: the client's; a recording client has the replies until then in its cassette.
-    """
+    """Send the requests of `requests_for`, and one more per malformed reply; the results are in the jobs' order."""
     requests = [(request, partial(_turns, kind)) for _, kind, request in jobs]
     asked = ask_each(client, requests, retry_request, "teacher", unit="record")
     return [Outcome(image, kind, one) for (image, kind, _), one in zip(jobs, asked, strict=True)]
@@ -228,7 +219,6 @@ def _error(error: Exception) -> dict[str, str]:
 
 
 def _turns(kind: str, reply: ChatReply) -> list[tuple[str, str]]:
-    """The turns of a reply; a description has no question yet."""
     if kind == "detail":
         return [("", parse_detail(reply.text, reply.finish_reason))]
     return (parse_reasoning if kind == "complex" else parse_dialogue)(reply.text, reply.finish_reason)

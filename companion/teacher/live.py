@@ -42,11 +42,7 @@ class _NotSent(BaseException):
 def open_sdk(
     base_url: str | None, api_key: str | None, timeout: float, max_retries: int, **hooks: list[Any]
 ) -> tuple[Any, Any]:
-    """Return the openai package and its client; `hooks` are the HTTP client's event hooks.
-
-    Raises:
-        ConfigError: the package is not installed, or there is no key.
-    """
+    """Return the openai package and its client; ConfigError without the package or a key."""
     try:
         import openai
     except ModuleNotFoundError as error:
@@ -80,9 +76,8 @@ class LiveClient:
     Args:
         base_url: another compatible server; OpenAI's when None.
         api_key: taken from the environment (`OPENAI_API_KEY`) when None.
-        price: (USD per million prompt tokens, per million completion tokens) of a model that `PRICES` does not list.
+        price: USD per million tokens of prompt and reply, for a model that `PRICES` does not list.
         timeout: seconds without a byte from the server, after which an attempt has failed.
-        retries: attempts after the first one.
         budget_usd: send nothing that could exceed it, with all that the cassette holds; None for no limit.
         cassette: records replies and attempts; a temporary one when None.
 
@@ -113,9 +108,7 @@ class LiveClient:
 
         Raises:
             ConfigError: the model's price is not known; nothing was sent.
-            BudgetError: the request could exceed the budget; nothing was sent.
-            ServerError: no request can succeed.
-            ChatError: the server refused this request, or did not answer it in all attempts.
+            BudgetError, ServerError, ChatError: there is no reply, for the reason that the class names.
         """
         price = price_of(request.model, PRICES, self.price)
         call = self._thread.call = _Call(request, cost_usd(request.most_tokens(), price))
@@ -138,7 +131,6 @@ class LiveClient:
         self._stopped.set()
 
     def _send(self, call: _Call, price: Price) -> ChatReply:
-        """Send a request until its reply is a chat completion; the SDK repeats failed attempts by itself."""
         why = ""
         while call.attempts <= self.retries:
             try:
@@ -213,11 +205,7 @@ def retryable(status: int) -> bool:
 
 
 def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
-    """Return the reply in the body of a response with status 200.
-
-    Raises:
-        RetryableError: the body is no chat completion.
-    """
+    """Return the reply in the body of a response with status 200; RetryableError if it is no chat completion."""
     try:
         answer: Any = json.loads(body)
         choice = answer["choices"][0]

@@ -14,11 +14,7 @@ from llava_core.runtime import DataError, read_json, read_jsonl, write_json, wri
 
 
 def mix_jobs(images: Sequence[Any], shares: Mapping[str, float], model: str, seed: int = 0) -> list[Job]:
-    """Return the requests of a mix, image by image; the arguments are those of `generate_mix`.
-
-    Raises:
-        DataError: a share is not from 0 to 1.
-    """
+    """Return the requests of `generate_mix`, image by image; DataError if a share is not from 0 to 1."""
     order = random.Random(f"mix-{seed}").sample(range(len(images)), len(images))
     kinds: list[list[str]] = [[] for _ in images]
     for kind, share in shares.items():
@@ -35,14 +31,9 @@ def estimate_mix(
     """Estimate the cost of a mix with several teachers, and the cost of other numbers of records.
 
     Args:
-        images: annotated images.
-        shares: as of `generate_mix`.
+        images, shares, seed: as of `generate_mix`.
         models: listed in `teacher.chat.PRICES`.
         counts: kind -> number of records of another mix; requests of a kind are assumed to be as long as in this mix.
-        seed: of the draw of the shares.
-
-    Returns:
-        A row per model, with the listed price and the batch endpoint's half of it.
     """
     rows = []
     for model in models:
@@ -66,21 +57,15 @@ def generate_mix(
     seed: int = 0,
     model: str = "gpt-4-0314",
 ) -> dict[str, Any]:
-    """Generate a mix with a teacher and write it to one folder.
+    """Generate a mix and write it to one folder; return per kind the result of `teacher.generate.write`.
 
     All kinds are requested for an image before the next image, so a spent budget leaves records of every kind.
 
     Args:
-        images: annotated images.
         shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
-        client: the teacher.
         out: gets `llava_instruct.json`, `failures.jsonl`, `provenance.jsonl`, in the order of `images`, and what
             `teacher.generate.write` writes for each kind in a folder of the kind's name.
         seed: of the shares and of everything that is drawn per record.
-        model: the teacher's name at its server.
-
-    Returns:
-        Per kind the result of `teacher.generate.write`.
     """
     outcomes = ask(mix_jobs(images, shares, model, seed), client)
     results, records, logs = {}, [], {"failures": [], "provenance": []}  # type: ignore[var-annotated]

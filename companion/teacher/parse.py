@@ -78,11 +78,7 @@ def _checked(text: str, finish_reason: str) -> str:
 
 
 def parse_dialogue(text: str, finish_reason: str = "stop") -> list[tuple[str, str]]:
-    """Return (question, answer) per turn; empty blocks and bold labels are accepted.
-
-    Raises:
-        ReplyError: the reply is not of the format; the subclass names the error.
-    """
+    """Return (question, answer) per turn, or raise a `ReplyError`; empty blocks and bold labels are accepted."""
     turns: list[tuple[str, str]] = []
     question: str | None = None
     for block in filter(str.strip, _SEPARATOR.split(_checked(text, finish_reason))):
@@ -110,7 +106,7 @@ def parse_dialogue(text: str, finish_reason: str = "stop") -> list[tuple[str, st
 
 
 def parse_reasoning(text: str, finish_reason: str = "stop") -> list[tuple[str, str]]:
-    """Parse exactly one question with its answer; arguments and errors as of `parse_dialogue`."""
+    """Return one question with its answer, or raise a `ReplyError`."""
     turns = parse_dialogue(text, finish_reason)
     if len(turns) != 1:
         raise NotOnePair(f"{len(turns)} questions where one was asked for")
@@ -118,11 +114,7 @@ def parse_reasoning(text: str, finish_reason: str = "stop") -> list[tuple[str, s
 
 
 def parse_detail(text: str, finish_reason: str = "stop") -> str:
-    """Parse a description: its paragraphs, with one empty line between.
-
-    Raises:
-        ReplyError: there is none, or something else than a description.
-    """
+    """Return the paragraphs of a description with one empty line between, or raise a `ReplyError`."""
     text = _checked(text, finish_reason)
     if _SEPARATOR.search(text) or any(_LABEL.match(line) for line in text.split("\n")):
         raise NotADescription(f"a description was asked for, not a dialogue: {text[:40]!r}")

@@ -46,8 +46,7 @@ def plan(
         price: USD per million tokens of prompt and reply, for a model that `PRICES` does not list.
 
     Returns:
-        requests; cached (those that the cassette answers); `estimate` of the others; memory_gib (0: the model runs
-        elsewhere); client; assumed, as text.
+        requests; cached (those that the cassette answers); `estimate` of the others; memory_gib; client; assumed.
 
     Raises:
         ConfigError: the price of a model is not known.
@@ -77,9 +76,6 @@ def estimate(
     Returns:
         requests; tokens (prompt, completion, total; expected); usd (expected); usd_most (every reply as long as
         allowed, every prompt one token per byte); hours.
-
-    Raises:
-        ConfigError: the price of a model is not known.
     """
     wanted = list({request.key: request for request in requests}.values())
     price = {model: price_of(model, prices) for model in {request.model for request in wanted}}
@@ -97,7 +93,6 @@ def estimate(
 
 
 def plan_text(planned: dict[str, Any]) -> str:
-    """Return an estimate of `plan` as one line of text."""
     tokens, longest = planned["tokens"], "up to " if planned["client"] == "batch" else ""
     return (
         f"estimate: {planned['requests']} requests, {planned['cached']} of them in the cassette; for the others "

@@ -23,10 +23,8 @@ KINDS = tuple(FOLDERS)
 KINDS_WITH_BOXES = ("detail", "complex")
 
 DETAIL_QUESTIONS = DETAIL_INSTRUCTIONS
-"""Sixteen instructions for a detailed description, as many as in Table 12; one is drawn per record.
-
-The released data mostly use other instructions: the thirty of LLaVA-Bench (COCO) have eleven wordings, one of them of
-Table 12. `generate(detail_questions=...)` takes any list."""
+"""Sixteen instructions for a detailed description, as many as in Table 12; one is drawn per record. The released data
+mostly use others: the thirty of LLaVA-Bench (COCO) have eleven wordings, one of them of Table 12."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,7 @@ class Prompt:
 
 
 def context_text(captions: Sequence[str], boxes: Sequence[tuple[str, Sequence[float]]] = ()) -> str:
-    """Return an image as text for the teacher: captions, an empty line, boxes; one per line.
-
-    A box is (category, (x1, y1, x2, y2)), corners from 0 to 1; a conversation has none.
-    """
+    """Return captions, an empty line and boxes (category, (x1, y1, x2, y2) from 0 to 1) as text, one per line."""
     lines = [" ".join(caption.split()) for caption in captions]
     if boxes:
         lines += ["", *(f"{category}: {[round(float(x), 3) for x in box]}" for category, box in boxes)]
@@ -54,11 +49,7 @@ def context_text(captions: Sequence[str], boxes: Sequence[tuple[str, Sequence[fl
 
 
 def build_messages(kind: str, context: str, prompts: Mapping[str, Prompt] | None = None) -> list[Message]:
-    """Return the chat for one image: system message, examples as earlier turns, the context as the last user message.
-
-    Raises:
-        ConfigError: unknown kind.
-    """
+    """Return system message, examples as earlier turns, and context as a chat; ConfigError for an unknown kind."""
     prompts = PROMPTS if prompts is None else prompts
     if kind not in prompts:
         raise ConfigError(unknown("kind of instruction data", kind, prompts))
@@ -69,11 +60,7 @@ def build_messages(kind: str, context: str, prompts: Mapping[str, Prompt] | None
 
 
 def load_prompt_folder(path: str | Path) -> Prompt:
-    """Load one kind's prompt: `system_message.txt` and pairs `NNN_caps.txt` (context), `NNN_conv.txt` (reply).
-
-    Raises:
-        DataError: a file is missing, empty or no UTF-8 text.
-    """
+    """Load `system_message.txt` and pairs `NNN_caps.txt`, `NNN_conv.txt`; DataError if one is missing or empty."""
     folder = Path(path)
     names = sorted(file.name for file in folder.glob("*.txt")) if folder.is_dir() else []
     numbers = sorted({match[1] for name in names if (match := re.fullmatch(r"(\d+)_(caps|conv)\.txt", name))})
