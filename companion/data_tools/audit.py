@@ -33,7 +33,6 @@ LEAKS = {
 
 
 def plain(question: str) -> str:
-    """A question without its image marker."""
     return question.replace(IMAGE_MARKER, "").strip()
 
 
@@ -47,8 +46,7 @@ class Fault:
 
     Attributes:
         unit: what is counted: turns, texts, answers, records.
-        of: kind -> number of examined units.
-        counts: kind -> number of faulty units.
+        of, counts: kind -> number of examined and of faulty units.
         examples: the first ones, `{kind, record, text}`.
     """
 
@@ -69,7 +67,6 @@ class Fault:
         return sum(self.counts.values())
 
     def row(self) -> dict[str, Any]:
-        """Name and numbers, by kind and in percent."""
         examined = sum(self.of.values())
         by_kind = {k: {"found": self.counts.get(k, 0), "of": n} for k, n in self.of.items()}
         numbers = {"found": self.total, "of": examined, "percent": 100 * self.total / examined if examined else 0.0}
@@ -79,14 +76,10 @@ class Fault:
 def find_faults(
     samples: Sequence[Sample], annotated: Sequence[AnnotatedImage] | None = None, folder: Path | None = None
 ) -> list[Fault]:
-    """Count duplicates, leaks, and objects that neither captions nor boxes have; zero counts are included.
+    """Count duplicates, leaks, and (if `annotated`) objects that neither captions nor boxes have.
 
-    Args:
-        annotated: captions and boxes of the images; None: objects are not checked.
-        folder: folder of the images, if the samples' paths contain it.
-
-    Raises:
-        DataError: none of the samples' images is annotated.
+    `folder`: folder of the images, if the samples' paths contain it. Raises DataError if none of the samples' images is
+    annotated.
     """
     faults = [*_duplicates(samples), *_leaks(samples)]
     return faults if annotated is None else [*faults, _objects(samples, annotated, folder)]
@@ -216,7 +209,6 @@ def questions_of(samples: Iterable[Sample]) -> dict[str, list[str]]:
 
 
 def kind_rows(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """One row per kind: numbers of records, images, turns and words."""
     by_kind: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_kind[kind_of(sample)].append(sample)

@@ -32,7 +32,7 @@ Mask = NDArray[np.bool_]
 
 
 class Row(NamedTuple):
-    """A line of the TSV: number from 0, caption, URL, file name of the image."""
+    """A line of the TSV, numbered from 0."""
 
     number: int
     caption: str
@@ -41,15 +41,13 @@ class Row(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The record's id in the released files."""
         return f"GCC_train_{self.number:09d}"
 
 
 def read_captions(path: str | Path) -> Iterator[Row]:
     """Read the official TSV line by line: `caption <tab> url`; a third column may name the image.
 
-    Raises:
-        DataError: the file is missing, or a line has another form.
+    Raises DataError if the file is missing or a line has another form.
     """
     try:
         with open(path, "rb") as file:
@@ -87,7 +85,6 @@ class PhraseTable:
 
     Attributes:
         phrases: unique, in the order of first appearance.
-        captions: number of captions.
         rows, ids: one entry per caption and phrase in it, int32.
         repeats: index of the entry of each further occurrence in the same caption.
     """
@@ -131,8 +128,7 @@ class Selection:
 
     Attributes:
         pooled: per caption, whether it was selected.
-        before: per phrase, its frequency in all (available) captions.
-        after: per phrase, its frequency in the selected ones; 0 for phrases below the minimum frequency.
+        before, after: frequency per phrase in all (available) and in the selected captions; `after` is 0 if infrequent.
         frequent: per phrase, whether it has the minimum frequency.
     """
 
@@ -156,7 +152,6 @@ class Selection:
         return {self.table.phrases[k]: int(values[k]) for k in np.argsort(-self.before, kind="stable") if mask[k]}
 
     def counts(self) -> dict[str, int]:
-        """The paper's numbers, and the captions read."""
         return {
             "captions": self.table.captions,
             "phrases": int((self.before > 0).sum()),
@@ -166,10 +161,7 @@ class Selection:
 
 
 def select(table: PhraseTable, settings: FilterSettings | None = None, available: Mask | None = None) -> Selection:
-    """Select captions so that frequent concepts do not dominate.
-
-    Args:
-        available: per caption, whether its image can be used; None for all.
+    """Select captions so that frequent concepts do not dominate; `available` (per caption): its image can be used.
 
     Source: paper, appendix E.
     """
@@ -245,12 +237,7 @@ def _fill_pool(table: PhraseTable, entries: Mask, before: Integers, frequent: Ma
 
 @dataclass(frozen=True)
 class Filtered:
-    """A filtered TSV.
-
-    Attributes:
-        phrases: before normalisation, for other settings.
-        available: per caption, whether its image can be used; None if no folder of images was given.
-    """
+    """A filtered TSV; `phrases` are those before normalisation, `available` (per caption) is None without images."""
 
     source: Path
     settings: FilterSettings
@@ -260,7 +247,6 @@ class Filtered:
     availability: ImageAvailability | None
 
     def report(self) -> dict[str, Any]:
-        """Counts, extractor, settings and availability of the images (`coverage`) as plain values."""
         return {
             **self.selection.counts(),
             "extractor": self.selection.table.extractor,
@@ -284,7 +270,6 @@ def filter_captions(
         decode: decode each image instead of reading only its header.
         cache: folder for phrases and checked images: a killed run continues, and a run with other settings parses
             nothing. None: they stay in memory, and one process computes them.
-        processes: None for one per core.
     """
     captions, settings = Path(captions), settings or FilterSettings()
     extractor = extractor_named(settings.phrases)
@@ -323,10 +308,7 @@ def chosen_pairs(filtered: Filtered) -> Iterator[tuple[Row, str]]:
 
 
 def write_pairs(filtered: Filtered, out: str | Path) -> dict[str, Any]:
-    """Write the selected pairs in the released format: `chat.json`, `metadata.json`; `pairs.parquet`, `report.json`.
-
-    Returns the report with the paths of the files; `parquet` is None if pyarrow is not installed.
-    """
+    """Write the selected pairs in the released format, return the report; no parquet file without pyarrow."""
     out = Path(out)
     chat: list[dict[str, Any]] = []
     metadata: list[dict[str, Any]] = []
@@ -362,9 +344,6 @@ def filter_file(
     cache: str | Path | None = None,
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Filter a TSV and write the selected pairs, as `filter_captions` and `write_pairs`: `llava filter`.
-
-    `cache` is by default the folder `phrases` in `out`.
-    """
+    """`llava filter`: `filter_captions` and `write_pairs`; the cache is by default `phrases` in `out`."""
     cache = Path(out) / "phrases" if cache is None else cache
     return write_pairs(filter_captions(captions, images, settings, decode, cache, processes), out)

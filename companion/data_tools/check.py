@@ -48,12 +48,9 @@ class Checker:
     """The rules of the format and those that depend on other records.
 
     Args:
-        images: folder of the images; None opens no image.
+        images: their folder, a DataError if there is none; None opens no image.
         decode: decode each image; otherwise only missing files and wrong headers are noticed.
         max_words: per record; None for no limit.
-
-    Raises:
-        DataError: there is no such folder.
     """
 
     def __init__(self, images: str | Path | None, decode: bool, max_words: int | None = None) -> None:
@@ -118,19 +115,13 @@ def check_file(
     decode: bool = True,
     max_words: int | None = MAX_WORDS,
 ) -> dict[str, Any]:
-    """Find all problems of a file (`.json`, `.jsonl` or `.parquet`).
+    """Find all problems of a file; arguments as for `Checker`. Raises DataError if it or the folder does not exist.
 
     After a syntax error in a `.json` list the rest of the list is not checked; a `.jsonl` file is checked to its end.
-
-    Args:
-        images, decode, max_words: as for `Checker`.
 
     Returns:
         `records` (how many could be parsed), `errors`, `warnings` (counts), `counted` (the unit of `line`: `line`, or
         `row` of parquet), and `problems`, a list of `{line, record, kind, message}` in the order of the lines.
-
-    Raises:
-        DataError: the file or the folder of images does not exist.
     """
     problems: list[Problem] = []
     checker, count = Checker(images, decode, max_words), 0
@@ -144,7 +135,6 @@ def check_file(
 
 
 def report(path: Path, count: int, problems: list[Problem]) -> dict[str, Any]:
-    """The result of `check_file` for a file with `count` records."""
     if not count and not problems:
         problems = [Problem(1, None, "no_records", NO_RECORDS)]
     problems = sorted(problems, key=lambda problem: problem.line or 0)

@@ -48,8 +48,7 @@ def load_annotations(path: str | Path, split: str | None = None, crowd: bool = F
         split: split of a folder that has several, e.g. `train2014`.
         crowd: include boxes that COCO marks as a crowd of objects.
 
-    Raises:
-        DataError: a file is missing or a record has another format.
+    Raises DataError if a file is missing or a record has another format.
     """
     path = Path(path)
     if path.is_dir():

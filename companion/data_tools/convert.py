@@ -32,7 +32,7 @@ KNOWN_COLUMNS = {
     "type": ("type",),
     "conversations": ("conversations", "messages", "conversation"),
 }
-"""Our fields and the column names that need not be given; the first that exists is used."""
+"""Field -> column names that need not be given; the first that exists is used."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 _SIGNATURES = {
@@ -213,7 +213,6 @@ def _turns(value: Any) -> Any:
 
 
 def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: Path) -> dict[str, str]:
-    """Field of the record -> column of the source."""
     for field, column in columns.items():
         if column not in present:
             raise DataError(f"{display_path(source)}: {unknown('column', column, present)}; it was named for '{field}'")

@@ -49,13 +49,9 @@ def audit_file(
 ) -> dict[str, Any]:
     """Audit a file of instruction records; the result of `summary`.
 
-    Args:
-        annotations: as for `load_annotations`; None: objects are not checked.
-        images: their folder; None: no image is opened.
-        cache: folder of the parser's cache. Without a parser, root verbs are left out and `verbs_missing` says why.
-
-    Raises:
-        DataError: the file has problems, or the annotations are of other images.
+    Without `annotations` objects are not checked, without `images` no image is opened; without a parser root verbs are
+    left out and `verbs_missing` says why. Raises DataError if the file has problems, or the annotations are of other
+    images.
     """
     path, folder = Path(path), Path(images) if images is not None else None
     samples = load_instruct(path, folder)
@@ -78,10 +74,8 @@ def summary(
 ) -> dict[str, Any]:
     """Properties and counts of a data set, the content of its card: a JSON object.
 
-    Args:
-        path: the audited file; `provenance.jsonl` and `failures.jsonl` of `llava generate` are read from its folder.
-        annotations: source of the annotations; a `card.json` there names the images' license.
-        tokens: kind -> numbers on the length of its token sequences.
+    `provenance.jsonl` and `failures.jsonl` of `llava generate` are read from the folder of `path`; a `card.json` beside
+    the annotations names the images' license. `tokens`: kind -> numbers on the length of its token sequences.
     """
     log = path.parent / "provenance.jsonl"
     rows = [row for row in read_jsonl(log) if isinstance(row, dict) and "request" in row] if log.is_file() else []
@@ -164,7 +158,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def card_text(audit: Mapping[str, Any]) -> str:
-    """The data card, as Markdown, from the result of `summary` or `audit_file`."""
+    """The data card, as Markdown, from the result of `summary`."""
     source, teacher, faults = audit["source"], audit["teacher"], audit["faults"]
     dates = teacher and teacher["dates"]
     properties = {
@@ -229,11 +223,7 @@ def _verb_table(audit: Mapping[str, Any]) -> list[str]:
 
 
 def write_card(audit: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Write `DATA_CARD.md` and its numbers, `audit.json`, into a folder.
-
-    Raises:
-        DataError: the folder has a card of another project or of another file.
-    """
+    """Write the card and its numbers; a DataError if the folder has a card of another project or file."""
     card, twin = Path(folder) / CARD, Path(folder) / TWIN
     for file in (card, twin):
         if file.exists() and not is_ours(twin):
@@ -246,7 +236,6 @@ def write_card(audit: Mapping[str, Any], folder: str | Path) -> list[Path]:
 
 
 def is_ours(twin: Path) -> bool:
-    """Whether a file is an `audit.json` of this project."""
     try:
         content = read_json(twin)
     except DataError:

@@ -30,10 +30,8 @@ LISTS = {"brief": BRIEF_INSTRUCTIONS, "detail": DETAIL_INSTRUCTIONS}
 def load_instructions(source: str | Path) -> tuple[str, ...]:
     """Instructions `brief` or `detail`, or of a UTF-8 file with one per line, such as the official list.
 
-    Empty lines, bullets and quotation marks around a line are ignored.
-
-    Raises:
-        DataError: neither a known name nor a file, no UTF-8, no instruction in it, one twice, or one with the marker.
+    Empty lines, bullets and quotation marks around a line are ignored. Raises DataError for an unknown name, and for a
+    file without instructions, with one twice or with one that has the marker.
     """
     if str(source) in LISTS:
         return LISTS[str(source)]
@@ -73,10 +71,9 @@ def draw(choices: Sequence[T], record: str, seed: int = 0) -> T:
 def expand(
     caption: str, record: str, instructions: Sequence[str], seed: int = 0, image: bool = True
 ) -> list[dict[str, str]]:
-    """The two turns of a caption's record.
+    """The two turns of a caption's record; its id and the seed decide the question and the side of the image.
 
-    With an image, the marker is before or after the question, each in half of the records (paper, equation 2). The
-    record's id and the seed decide the question and the side.
+    With an image the marker is before or after the question, each in half of the records (paper, equation 2).
     """
     question = draw(instructions, record, seed)
     if image:

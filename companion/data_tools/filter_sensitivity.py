@@ -47,12 +47,9 @@ def filter_sensitivity(
 ) -> list[dict[str, Any]]:
     """Select pairs under each variant of the recipe; phrases are not extracted again.
 
-    Args:
-        published: the paper's `phrases`, `phrases_kept`, `pairs_kept`.
-
-    Returns:
-        A row per variant: its description as `reading`, `changes` as text, the three numbers, and `times_off`: the
-        largest factor between one of them and the published number (None if one is zero).
+    `published` has the paper's `phrases`, `phrases_kept`, `pairs_kept`. Returns a row per variant: its description as
+    `reading`, `changes` as text, the three numbers, and `times_off`: the largest factor between one of them and the
+    published number (None if one is zero).
     """
     rows: dict[int, dict[str, Any]] = {}
     table, form = filtered.selection.table, _form(filtered.settings)

@@ -61,11 +61,7 @@ class FilterSettings:
 
 
 def settings_from(values: Mapping[str, Any]) -> FilterSettings:
-    """Settings from names and values of a command line.
-
-    Raises:
-        ConfigError: a name is unknown or a value has the wrong type.
-    """
+    """Settings from a command line; a ConfigError for an unknown name or a wrong type."""
     known = {entry.name: entry.default for entry in fields(FilterSettings)}
     for name, value in values.items():
         if name not in known:

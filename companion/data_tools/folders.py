@@ -10,9 +10,7 @@ from llava_core.runtime import ROOT
 def generated_folder(folder: Path, data: str, mark: str) -> Path:
     """Return `folder`, or one under runs/ if `folder` has a (downloaded) data set that this project did not write.
 
-    Args:
-        data: the data set's file.
-        mark: a file that only this project writes into the same folder.
+    `data` is the data set's file, `mark` a file that only this project writes into the same folder.
     """
     if not (folder / data).exists() or (folder / mark).exists():
         return folder

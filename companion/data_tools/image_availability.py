@@ -27,8 +27,6 @@ Checked = tuple[list[int], tuple[str, str] | None]
 
 @dataclass
 class ImageAvailability:
-    """Numbers of rows with and without a readable image, and examples of the latter."""
-
     available: int = 0
     missing: int = 0
     unreadable: int = 0
@@ -49,11 +47,7 @@ def image_availability(
         decode: decode each image instead of reading only its header.
         cache: folder for the results; an image is checked again if its size or time has changed.
 
-    Returns:
-        (rows,) whether the image can be used, and the counts.
-
-    Raises:
-        DataError: there is no such folder of images.
+    Returns (rows,) whether the image can be used, and the counts. Raises DataError without a folder of images.
     """
     images = Path(images)
     if not images.is_dir():

@@ -32,8 +32,6 @@ def plural(noun: str) -> str:
 
 @dataclass(frozen=True)
 class Mention:
-    """A mention of a category, and its words in the text."""
-
     category: str
     words: str
     negated: bool
@@ -61,10 +59,8 @@ class Vocabulary:
 
         The longest name counts ("teddy bear" is no bear), and of two names in a row the second ("dog bed" is a bed).
         Mentions after "no", "not", "without" and the like are negated up to a "but" or the end of the sentence; a
-        leading "No," or "No." answers a question and negates nothing.
-
-        Args:
-            lenient: count every word that may name a category, even if another meaning is more likely.
+        leading "No," or "No." answers a question and negates nothing. `lenient` counts every word that may name a
+        category, even if another meaning is more likely.
         """
         words = [word.lower().removesuffix("'s").removesuffix("’s") for word in TOKENS.findall(text)]
         negated, position = False, 0
@@ -104,15 +100,9 @@ class Vocabulary:
 
 
 def unsupported(vocabulary: Vocabulary, question: str, answer: str, supported: set[str]) -> dict[str, str]:
-    """Objects that an answer mentions although neither captions nor boxes of the image have them.
+    """Category -> its words, of objects that an answer mentions and that are not among the `supported` categories.
 
     Negated mentions do not count, nor, if the answer is a no, those of the question.
-
-    Args:
-        supported: categories of the image's boxes and captions.
-
-    Returns:
-        Category -> its words in the answer.
     """
     result = {m.category: m.words for m in vocabulary.mentions(answer) if not m.negated and m.category not in supported}
     if result and TOKENS.findall(answer.lower())[:1] == ["no"]:

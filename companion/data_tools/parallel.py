@@ -32,13 +32,8 @@ def _exit_with_parent() -> None:
 def parallel_map(work: Callable[..., R], items: Iterable[tuple[Any, ...]], processes: int | None = None) -> Iterator[R]:
     """Yield `work(*item)` of each item, in order; at most two items per process are in memory.
 
-    Args:
-        work: a function of a module.
-        processes: None for one per core; with 1, or a single item, the work is done in this process.
-
-    Raises:
-        ConfigError: fewer than one process.
-        DataError: a worker was killed.
+    `work` is a function of a module. With one process (None: one per core) or one item it is done in this process.
+    Raises DataError if a worker was killed, ConfigError for fewer than one process.
     """
     if processes is not None and processes < 1:
         raise ConfigError(f"{processes} processes: write 1 or more, or nothing for one per core")

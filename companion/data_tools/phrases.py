@@ -86,7 +86,7 @@ def rule_phrases(caption: str) -> list[str]:
 
 
 class SpacyModel(NamedTuple):
-    """A spaCy model package: import name, version, SHA-256 of its files (None: identified by version)."""
+    """A model package; its files are identified by SHA-256, or (None) by version."""
 
     package: str
     version: str
@@ -101,7 +101,6 @@ SPACY_MODELS = (
 
 
 def noun_chunks(parsed: Any) -> list[str]:
-    """The noun phrases of a text parsed by spaCy."""
     return [parsed[start:end].text for start, end, _ in parsed.noun_chunks_iterator(parsed)]
 
 
@@ -135,8 +134,7 @@ class Extractor:
 def extractor_named(name: str = "auto") -> Extractor:
     """The extractor `spacy`, `rules` or `auto` (spaCy if it is installed).
 
-    Raises:
-        ConfigError: `spacy` is not installed, or the installed model is not the pinned one.
+    Raises ConfigError if `spacy` is not installed or the installed model is not the pinned one.
     """
     if name != "rules":
         for model in SPACY_MODELS:
@@ -153,7 +151,6 @@ def extractor_named(name: str = "auto") -> Extractor:
 
 
 def _check_model(model: SpacyModel) -> tuple[str, str]:
-    """Version and SHA-256 of an installed model; a ConfigError if it is not the pinned one."""
     spec = importlib.util.find_spec(model.package)  # no import: spaCy takes seconds
     folder = Path((spec and spec.origin) or "").parent
     version, digest = str(read_json(folder / "meta.json").get("version")), model_sha256(folder)
@@ -177,11 +174,7 @@ def model_sha256(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Phrases:
-    """The noun phrases of each caption of a file.
-
-    Attributes:
-        shards: lists of phrases per caption, in memory or in JSON files that each iteration reads again.
-    """
+    """The noun phrases of each caption: shards in memory, or JSON files that each iteration reads again."""
 
     extractor: Extractor
     shards: list[list[list[str]]] | list[Path]
@@ -221,7 +214,6 @@ def _write_shard(captions: tuple[str, ...], path: Path, extractor: Extractor) ->
 
 
 def extract(captions: Iterable[str], extractor: Extractor, size: int = SHARD) -> Phrases:
-    """Extract noun phrases in this process, in memory."""
     find = extractor.start()
     return Phrases(extractor, [_extract_shard(shard, find) for shard in _shards(captions, size)])
 
@@ -239,17 +231,12 @@ def extract_file(
     processes: int | None = None,
     size: int = SHARD,
 ) -> Phrases:
-    """Extract the noun phrases of a file of captions to disk; shards of an earlier run are reused.
+    """Extract phrases of a file of captions to disk; earlier shards are reused. Raises as `parallel_map`.
 
     Args:
         captions: opens the file and yields its captions in order; not called if all shards are there.
-        source: the file; its SHA-256 and the extractor's key name the folder of its shards.
-        cache: parent of that folder.
+        source: the file; its SHA-256 and the extractor's key name the folder of its shards in `cache`.
         size: captions per shard.
-
-    Raises:
-        ConfigError: fewer than one process.
-        DataError: a worker was killed.
     """
     key = shard_key(source, extractor, size)
     folder = cache / fingerprint(key)

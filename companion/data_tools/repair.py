@@ -39,13 +39,9 @@ _AT_AN_END = re.compile(rf"\A\s*{_MARKER}\s*|\s*{_MARKER}\s*\Z")
 
 
 def repair_record(record: Record, checker: Checker, unit: str = "line") -> tuple[Any, list[str]]:
-    """Try every repair on a copy of a record.
+    """Try every repair on a copy of a record; `unit` is what `record.line` counts.
 
-    Args:
-        unit: what `record.line` counts, for the name of a record without an id.
-
-    Returns:
-        The repaired record, and the repairs that changed it, e.g. `marker: added in turn 0` (a key of `REPAIRS` first).
+    Returns the repaired record, and the repairs that changed it, e.g. `marker: added in turn 0`.
     """
     if not isinstance(record.value, dict):
         return record.value, []
@@ -101,7 +97,6 @@ def _repair_id(value: dict[str, Any], record: Record, unit: str, done: list[str]
         done.append("white_space: id")
     elif name is None or (isinstance(name, str) and not name.strip()):
         number = record.position if record.line is None else record.line
-        # the id comes first, as in every other record
         fields = {"id": f"{unit}-{number}", **{key: field for key, field in value.items() if key != "id"}}
         value.clear()
         value.update(fields)
@@ -168,11 +163,7 @@ def fix_file(
     decode: bool = True,
     max_words: int | None = MAX_WORDS,
 ) -> dict[str, Any]:
-    """Write a repaired copy of a data file.
-
-    Args:
-        images, decode, max_words: as for `check_file`.
-        out: the copy; `.json`, `.jsonl` or `.parquet`, which may differ from the file's format.
+    """Write a repaired copy of a data file; `out` may have another format.
 
     Returns:
         The result of `check_file` with the problems that remain (their lines are the file's), `fixed`, a list of
@@ -221,7 +212,6 @@ def fix_file(
 
 
 def _repaired(record: Record, checker: Checker, unit: str) -> tuple[Record, list[str], list[Problem]]:
-    """A record after its repair, what was done, and the remaining problems."""
     image = record.value.get("image") if isinstance(record.value, dict) else None
     was_reported = isinstance(image, str) and image in checker.reported
     problems = checker.check(record)
@@ -248,11 +238,7 @@ def _encoded(record: Record) -> bytes:
 
 
 def write_parquet(path: str | Path, records: list[Any]) -> Path:
-    """Write records as a parquet table of one row each, atomically.
-
-    Raises:
-        DataError: a column would hold values of several types.
-    """
+    """Write a row per record, atomically; a DataError if a column would hold values of several types."""
     path, arrow, parquet = Path(path), import_pyarrow(), import_pyarrow("parquet")
     sink = arrow.BufferOutputStream()
     try:

@@ -32,7 +32,6 @@ class Problem:
         answer: position of the right choice, from 0.
         hint: the text context, possibly empty.
         grade: school year, 1 to 12.
-        skill: the finest category.
     """
 
     id: str
@@ -63,15 +62,10 @@ class Problem:
 
 
 def load_problems(folder: str | Path, split: str = "train", check_images: bool = True) -> list[Problem]:
-    """Load a split of ScienceQA from its official files.
+    """Load a split of ScienceQA (a name in `pid_splits.json`, e.g. train, val, test, minitrain).
 
-    Args:
-        folder: holds `problems.json`, `pid_splits.json` and `images/<split>/<id>/image.png`.
-        split: a name in `pid_splits.json`, e.g. train, val, test, minitrain.
-        check_images: make sure that each image's file exists.
-
-    Raises:
-        DataError: a file or an image is missing, the split is unknown, or a problem is malformed.
+    `folder` holds the official `problems.json`, `pid_splits.json` and `images/<split>/<id>/image.png`. Raises DataError
+    if a file or (with `check_images`) an image is missing, the split is unknown, or a problem is malformed.
     """
     folder = Path(folder)
     splits, problems = read_json(folder / "pid_splits.json"), read_json(folder / "problems.json")
@@ -132,14 +126,8 @@ def write_training_files(
 ) -> dict[str, int]:
     """Write the splits train and val as LLaVA-Instruct records: `llava_<split>_<format>.json` in the same folder.
 
-    The records name their images relative to the folder `images`.
-
-    Returns:
-        File name -> number of records.
-
-    Raises:
-        ConfigError: unknown format.
-        DataError: as `load_problems`.
+    The records name their images relative to the folder `images`. Returns the number of records per file name;
+    raises ConfigError for an unknown format, DataError as `load_problems`.
 
     Source: scripts/convert_sqa_to_llava.py of haotian-liu/LLaVA at 8959d5c (its image names start at `images/<split>`).
     """
@@ -170,20 +158,13 @@ PROMPT_FORMATS = tuple(f"{order}-{reply}" for order in _INPUTS for reply in _OUT
 
 
 def format_problem(problem: Problem, prompt_format: str, released: bool = False) -> Sample:
-    """Turn a problem into a one-turn dialogue.
+    """Turn a problem into a one-turn dialogue; `prompt_format` is one of `PROMPT_FORMATS`, or a ConfigError.
 
     The released converter departs from the names of its formats; `released` repeats this: AL gives the solution and AE
     the lecture; of three spaces two remain; `Question: ` and `Answer: ` are removed everywhere from a text that begins
     with them, hints and lectures included; a backslash with an n in a lecture becomes a line break; and a reply without
-    reasons may begin with a space.
-
-    Args:
-        prompt_format: one of `PROMPT_FORMATS`. `CQM-A` is the format of LLaVA-1.5's evaluation file (image first, a
-            lettered line per choice; with `released` it is what the converter calls so); in all others the image
-            follows the question.
-
-    Raises:
-        ConfigError: unknown format.
+    reasons may begin with a space. `CQM-A` without `released` is the format of LLaVA-1.5's evaluation file (image
+    first, a lettered line per choice); in all others the image follows the question.
 
     Source: scripts/convert_sqa_to_llava.py of haotian-liu/LLaVA at 8959d5c; CQM-A: llava_test_CQM-A.json of LLaVA-1.5.
     """
@@ -252,7 +233,7 @@ def _tidy(text: str, released: bool) -> str:
     if not released:
         return re.sub(" {2,}", " ", text).strip()
     text = text.replace("  ", " ").strip()
-    # the converter then removes the word everywhere
+    # the converter removes the word everywhere
     return text.replace("BECAUSE:", "").strip() if text.endswith("BECAUSE:") else text
 
 

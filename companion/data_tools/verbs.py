@@ -35,11 +35,7 @@ def root_verb(parsed: Any) -> list[str]:
 
 
 def verb_extractor() -> Extractor:
-    """The extractor of root verbs: the pinned spaCy model with its lemmatizer.
-
-    Raises:
-        ConfigError: spaCy or its model is not installed, or is not the pinned one.
-    """
+    """The pinned spaCy model with its lemmatizer; a ConfigError if it is not installed, or another one is."""
     model = extractor_named("auto")
     if model.package is None:
         raise ConfigError(
@@ -56,7 +52,7 @@ class Verbs:
 
     Attributes:
         pairs: (verb, noun) -> number of questions, in descending order.
-        counts: number of questions with a pair, with only a verb, with neither; keys `PAIR`, `BARE`, `NONE`.
+        counts: number of questions with a pair, with only a verb, with neither.
     """
 
     pairs: dict[tuple[str, str], int]
@@ -73,9 +69,7 @@ def root_verbs(
         source: their file; its hash and that of the questions name the cached result.
         cache: folder of the cache; default `data/.cache/verbs`.
 
-    Raises:
-        ConfigError: there is no parser.
-        DataError: a worker was killed.
+    Raises ConfigError if there is no parser, DataError if a worker was killed.
     """
     extractor = verb_extractor()
     asked = {kind: Counter(texts) for kind, texts in questions.items()}
