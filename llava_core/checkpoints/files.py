@@ -56,10 +56,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` on success and is removed on failure.
-
-    Without `overwrite`, an existing `target` must be an empty folder.
-    """
+    """Yield a temporary folder that becomes `target` on success; without `overwrite`, `target` must be new or empty."""
     target = Path(os.path.abspath(target))  # "." has no name of its own
     if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise error_at(target, "exists already; fix: choose another place, or remove it first")

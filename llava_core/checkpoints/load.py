@@ -118,10 +118,7 @@ def build(
 
 
 def save_checkpoint(path: Path, loaded: Loaded, kind: Kind, **manifest: Any) -> Path:
-    """Write a checkpoint directory, completely or not at all; an existing one is replaced.
-
-    `manifest` has further manifest fields: template, image_position, prompt_format, run_id, ...
-    """
+    """Write or replace a checkpoint directory, completely or not at all; `manifest` has further manifest fields."""
     model = loaded.model
     description = Description(
         language_model=language_config(model.language_model.config.to_dict(), "language model"),

@@ -166,10 +166,7 @@ def lone_weights_file(path: Path) -> Path | None:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Write `model.safetensors`, or shards and their index; return file -> SHA-256. One shard is in memory at a time.
-
-    A tensor larger than `shard_bytes` gets a shard of its own.
-    """
+    """Write shards of up to `shard_bytes` or one larger tensor, one in memory at a time; return file -> SHA-256."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():

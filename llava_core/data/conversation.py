@@ -121,10 +121,7 @@ def _check_turns(turns: Sequence[Turn]) -> None:
 
 
 def place_image(question: str, position: ImagePosition, key: str) -> str:
-    """Move the image marker of a question, if it has one: "data" keeps its place, "random" draws "first" or "last".
-
-    The draw depends only on `key`, the record's id.
-    """
+    """Move the image marker of a question, if it has one; "random" draws a side by `key`, the record's id."""
     if position == "data" or question.count(IMAGE_MARKER) != 1:
         return question
     text = question.replace(IMAGE_MARKER, "").strip("\n")

@@ -96,10 +96,7 @@ class FeatureCache:
         )
 
     def fill(self, images: Sequence[Path], compute: Callable[[Sequence[Path]], torch.Tensor]) -> int:
-        """Compute and store missing features; return their number of images.
-
-        `compute` returns features (n, layers, P, D_vision) of n images.
-        """
+        """Store missing features, by `compute` (n, layers, P, D_vision) of n images; return the number of images."""
         missing = self.missing(images)
         if missing:
             with progress(len(missing), "features of images", unit=" images") as bar:

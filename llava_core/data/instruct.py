@@ -73,10 +73,7 @@ class Problem:
 
 
 def read_records(path: Path) -> Iterator[Record | Problem]:
-    """Yield the records of a file one by one, and a problem for each part that cannot be parsed.
-
-    A `.json` file is a list; a line of `.jsonl` and a row of `.parquet` is one record.
-    """
+    """Yield the records of a file one by one, and a problem for each part that cannot be parsed."""
     if not path.is_file():
         raise DataError(f"{display_path(path)}: no such file; check the path or run the step that writes it")
     if path.suffix not in FORMATS:

@@ -94,5 +94,4 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def supervised_fraction(samples: Sequence[Encoded]) -> float:
-    """Fraction of supervised tokens over all samples."""
     return sum(sum(t != IGNORE_INDEX for t in s.labels) for s in samples) / max(1, sum(len(s.labels) for s in samples))

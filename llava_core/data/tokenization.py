@@ -64,10 +64,9 @@ def continues_text(ids: Sequence[int], special: set[int]) -> bool:
 
 
 def token_ids(tokenizer: Any, text: str, continues: bool = False) -> list[int]:
-    """Token ids of a text, without special tokens.
+    """Token ids of a text, without special tokens; if it `continues` another text, without the dummy prefix.
 
-    If it `continues` another text, a dummy prefix would be a space that is not in the data; it is left out. A slow
-    tokenizer that cannot leave it out is a DataError.
+    The prefix would be a space that is not in the data. A tokenizer that cannot leave it out is a DataError.
     """
     backend = _without_dummy_prefix(tokenizer) if continues else None
     ids: list[int] = (
