@@ -24,8 +24,6 @@ DETAIL_REQUESTS = (
 
 
 class _Bench:
-    """The rows of one bench; question ids count from 0."""
-
     def __init__(self, seed: int, name: str, prefix: str = "") -> None:
         self.rng, self.prefix = random.Random(f"{name}-{seed}"), prefix
         self.questions: list[dict[str, Any]] = []
@@ -56,7 +54,6 @@ class _Bench:
 
 
 def _reasonings(scene: Scene) -> list[language.QA]:
-    """The distinct reasoning questions that a scene allows, in a fixed order."""
     facts = language.facts_of_scene(scene)
     result: dict[str, language.QA] = {}
     for attempt in range(12):

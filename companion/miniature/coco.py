@@ -1,7 +1,4 @@
-"""mini-coco: scenes with five captions and exact boxes in COCO 2014's file formats, and factual questions.
-
-`render` writes the images of all sets.
-"""
+"""mini-coco: scenes with five captions and exact boxes in COCO 2014's formats, questions; `render` draws all sets."""
 
 from __future__ import annotations
 
@@ -47,7 +44,6 @@ def captions_of(scene: Scene, seed: int) -> list[str]:
 
 
 def visible_box(item: Item) -> tuple[float, ...]:
-    """The box of an item, clipped to the image."""
     return tuple(min(max(v, 0.0), 1.0) for v in item.box)
 
 

@@ -28,7 +28,6 @@ def load_table(name: str) -> Any:
 
 
 def rgb(text: str) -> RGB:
-    """The color of "#rrggbb" or "rrggbb"."""
     red, green, blue = bytes.fromhex(text.removeprefix("#"))
     return red, green, blue
 
@@ -63,14 +62,12 @@ def bezier(points: Sequence[Point], steps: int = 8) -> list[Point]:
 
 
 def _constant(text: str) -> float:
-    """A decimal number or a fraction of two."""
     numerator, _, denominator = text.partition("/")
     return float(numerator) / float(denominator or 1)
 
 
 @cache
 def _parse(text: str) -> float | list[tuple[float, list[float | str]]]:
-    """A constant, or the signed products of a sum."""
     try:
         return _constant(text)
     except ValueError:

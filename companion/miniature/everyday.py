@@ -61,7 +61,6 @@ _SURFACES = _surfaces()
 
 
 def either(words: Iterable[str]) -> str:
-    """A regular expression for one of the words, longer words first."""
     return "(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + ")"
 
 
@@ -218,7 +217,6 @@ class Photo:
 
     @cached_property
     def confirmed(self) -> list[PhotoObjects]:
-        """The objects that at least two captions name."""
         return [t for t in self.objects if t.mentions >= min(2, len(self.texts))]
 
     @cached_property

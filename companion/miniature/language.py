@@ -41,7 +41,6 @@ class QA:
 
 
 def facts_of_scene(scene: Scene) -> Facts:
-    """All facts of a scene, groups ordered from left to right."""
     return Facts(tuple(sorted(scene.groups, key=lambda g: POSITIONS.index(g.position or "middle"))), scene.background)
 
 
@@ -60,7 +59,6 @@ def with_article(phrase: str) -> str:
 
 
 def number_word(n: int) -> str:
-    """A number as a word up to twelve, as digits above."""
     return NUMBERS[n] if n < len(NUMBERS) else str(n)
 
 

@@ -77,8 +77,6 @@ _BOX = re.compile(r"^(?P<name>[^:\[\]]+): [\[(](?P<box>[\d., ]+)[\])]$")
 
 @dataclass(frozen=True)
 class Context:
-    """Captions and boxes of a prompt."""
-
     captions: tuple[str, ...]
     boxes: tuple[tuple[str, Box], ...]
 
@@ -172,10 +170,7 @@ _KIND_ORDER = ("presence", "background", "count", "color", "position", "relation
 
 
 def conversation(context: Context, rng: random.Random) -> list[QA]:
-    """Questions with certain answers: of a scene at most `TURNS`, evenly over the kinds.
-
-    Half of the dialogues have one more turn, first or last, about the image in general.
-    """
+    """Questions with certain answers, of a scene evenly over the kinds; half of them have a general turn too."""
     facts = context.facts
     if facts is None:
         return everyday.conversation(context.photo, rng)

@@ -62,11 +62,9 @@ class Sprite(DisplayList):
         self.extent = (size[0] - 1 - self.stroke, size[1] - 1 - self.stroke)
 
     def at(self, point: Point) -> Point:
-        """Pixel coordinates of a point in unit coordinates."""
         return self.origin + point[0] * self.extent[0], self.origin + point[1] * self.extent[1]
 
     def length(self, fraction: float) -> float:
-        """Pixels of a fraction of the shorter side."""
         return fraction * min(self.extent)
 
     def _frame(self, corners: Sequence[Point], line: bool) -> tuple[float, float, float, float]:

@@ -57,10 +57,7 @@ class Scene:
 
 
 def held_out_pair(category: str, color: str) -> bool:
-    """Whether training scenes exclude this pair: one color per category, each color about equally often.
-
-    Scenes of bench-wild have only these 24 of 192 pairs.
-    """
+    """Whether only bench-wild has this pair: one color per category (24 of 192 pairs), colors about equally often."""
     return (5 * _CATEGORY_NAMES.index(category) + _COLOR_NAMES.index(color)) % 8 == 0
 
 
