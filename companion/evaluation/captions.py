@@ -81,7 +81,7 @@ def _bleu_of(counts: Sequence[float]) -> list[float]:
 
 
 def cider(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -> list[float]:
-    """Return CIDEr-D of every image (0 to 10); the references also give the document frequencies."""
+    """Return CIDEr-D of every image (0 to 10; the corpus score is the mean), document frequencies from references."""
     counted = [[_ngrams(ref) for ref in refs] for refs in references]
     frequency: Counter[tuple[str, ...]] = Counter(ngram for refs in counted for ngram in set().union(*refs))
     log_images = math.log(len(references)) if references else 0.0

@@ -24,7 +24,7 @@ def normalize(answer: str) -> str:
 
 
 def factual_accuracy(questions: Sequence[Row], answers: Mapping[Any, str]) -> dict[str, Any]:
-    """Score short answers by exact match after `normalize`; every question has one.
+    """Score short answers by exact match after `normalize`; every question needs an answer.
 
     Returns:
         `{n, correct, accuracy, interval, by_kind}` in percent; by_kind has the first four per kind.
@@ -71,7 +71,7 @@ def _prior_keys(row: Row) -> tuple[tuple[str, str], ...]:
 
 
 def shuffle_images(questions: Sequence[Row], seed: int) -> list[dict[str, Any]]:
-    """Permute the images so that no question has its own; questions about the same image share the new one."""
+    """Return the rows with permuted images: none keeps its own, and questions about one image share the new one."""
     images = sorted({row["image"] for row in questions if row.get("image")}, key=str)
     if len(images) < 2 or not all(row.get("image") for row in questions):
         raise DataError("shuffled images: every question needs an image, and there must be at least two different ones")

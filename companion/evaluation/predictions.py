@@ -124,7 +124,7 @@ def write_predictions(
     settings: Mapping[str, Any],
     answer: Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, str]]],
 ) -> dict[str, str]:
-    """Write answers to a JSONL file, batch by batch, and return all by question id; an interrupted run is resumed.
+    """Write answers to a JSONL file batch by batch, or resume it; return all by question id, in the order of the rows.
 
     Args:
         rows: `{question_id, text, ...}` with the question as it is asked.
