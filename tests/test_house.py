@@ -204,3 +204,16 @@ def test_files_in_git_are_small() -> None:
     files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).exists()]
     assert sum(path.lstat().st_size for path in files) < MOST_BYTES
     assert not [path for path in files if path.suffix in {".pyc", ".ckpt", ".bin", ".pkl"}]
+
+
+def test_curated_figures_have_their_numbers() -> None:
+    from companion.figures import CURATED
+
+    files = {path.name: path for path in (ROOT / "figures").iterdir()}
+    assert set(files) == {f"{name}{suffix}" for name in CURATED for suffix in (".svg", ".json")}
+    assert sum(path.stat().st_size for path in files.values()) < 3 * 2**20
+    for name in CURATED:
+        assert json.loads(files[f"{name}.json"].read_text())
+    shown = re.findall(r"\(figures/([^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(shown) == 2
+    assert set(shown) <= set(files)
