@@ -1,1 +1,1 @@
-"""One module per checkpoint format; the writers of foreign formats are in `companion.checkpoints.writers`."""
+"""One module per checkpoint format; `FORMATS` in open.py lists them, `companion.checkpoints.writers` writes others'."""
