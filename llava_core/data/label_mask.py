@@ -1,7 +1,7 @@
 """The label mask: token ids and labels of segments that are supervised or not.
 
 `Template.render` in conversation.py decides which text is supervised (for `v0_exact`, released_v0.py). Ids and labels
-are concatenated segment by segment. No text is tokenised again to find the boundaries, so a tokenizer cannot shift them.
+are concatenated segment by segment. No text is tokenised again to find boundaries, so a tokenizer cannot shift them.
 """
 
 from __future__ import annotations
