@@ -162,7 +162,7 @@ def test_wrong_calls_list_known_names(folders: dict[str, Any]) -> None:
 
 def test_concurrent_calls_do_not_mix(folders: dict[str, Any]) -> None:
     write(folders["notebooks_dir"], "10_one")
-    with pipeline._alone(folders["out_dir"]), pytest.raises(CompanionError, match="another `llava reproduce`"):
+    with pipeline._output_lock(folders["out_dir"]), pytest.raises(CompanionError, match="another `llava reproduce`"):
         pipeline.reproduce(**folders)
 
 
