@@ -198,7 +198,7 @@ def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") ->
     return style.set_caption(html.escape(caption)).set_table_attributes('class="companion"')
 
 
-FILE_FIELDS = {"file", "validation_file", "held_out_share", "written_by"}
+FILE_FIELDS = {"file", "validation_file", "held_out", "written_by"}
 """Fields of an experiment's `data` about this project's files, not about the paper."""
 
 

@@ -51,8 +51,8 @@ def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, 
 
 
 def load_run(record: RunRecord) -> Loaded:
-    scale = record.config.scale
-    return load(record.checkpoint, resolve_dtype(scale.dtype), resolve_device(scale.device))
+    config = record.config
+    return load(record.checkpoint, resolve_dtype(config.dtype), resolve_device(config.scale.device))
 
 
 SHUFFLE_SEED = 0  # of `shuffle_images`

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llava_core import runtime
 from llava_core.config_files import (
@@ -53,8 +53,10 @@ class DataConfig(StrictModel):
     """LLaVA-Instruct records in that folder; `{prompt_format}` in the name is replaced. Null in old records only."""
     validation_file: str | None = None
     """Records for the held-out loss; null: a share of `file` is held out."""
-    held_out_share: float = Field(default=0.04, gt=0, le=0.5)
-    """Share of `file` for the held-out loss where there is no validation file: every 25th record by default."""
+    held_out: float = Field(default=0, ge=0)
+    """Records of `file` that are kept from training for the held-out loss: a share below 1, or a number of them."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What a sample does that cannot be trained on: stop the run before its first step, or leave it out, counted."""
     written_by: str = "the command that writes it"
     """Command that writes the files, for the message about a missing one."""
     subset: dict[str, float] = Field(default_factory=dict)
@@ -62,6 +64,13 @@ class DataConfig(StrictModel):
     prompt_format: str | None = None
     """Order of the parts of a ScienceQA prompt and answer, e.g. `QCM-LEPA`."""
     limit: PositiveInt | None = None
+
+    @field_validator("held_out")
+    @classmethod
+    def _share_or_count(cls, held_out: float) -> float:
+        if 0.5 < held_out < 1 or held_out >= 1 and held_out % 1:
+            raise ValueError("a share of up to 0.5, or a whole number of records")
+        return held_out
 
     @field_validator("subset")
     @classmethod
@@ -94,6 +103,16 @@ class ModelConfig(StrictModel):
     """Name in `llava_core.models.PROJECTORS`, which is checked when the model is built."""
 
 
+class AdapterConfig(StrictModel):
+    """LoRA adapters (peft) on every linear layer of the decoder, trained instead of the language model's weights."""
+
+    r: PositiveInt
+    alpha: PositiveFloat
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    bits: Literal[4] | None = None
+    """QLoRA: the frozen weights are stored in 4 bits (NF4); null keeps them in the compute dtype."""
+
+
 class TrainConfig(StrictModel):
     trainable: list[Literal["projector", "language_model"]] = Field(min_length=1)
     learning_rate: PositiveFloat
@@ -111,6 +130,15 @@ class TrainConfig(StrictModel):
     order: Literal["samples", "images"] = "samples"
     """What an epoch shuffles; "images" keeps the samples of an image together, so that a packed row shares it."""
     seed: int = Field(ge=0)
+    precision: Literal["float32", "mixed_bf16", "pure_bf16"]
+    """mixed_bf16: trained weights and optimizer state in fp32, everything else and the arithmetic in bf16."""
+    adapters: AdapterConfig | None = None
+
+    @model_validator(mode="after")
+    def _adapters_need_a_language_model(self) -> TrainConfig:
+        if self.adapters is not None and "language_model" not in self.trainable:
+            raise ValueError("adapters belong to the language model, which train.trainable does not name")
+        return self
 
 
 class AblationConfig(StrictModel):
@@ -159,18 +187,50 @@ class Departs(StrictModel):
     why: str = Field(min_length=1)
 
 
+class ParallelConfig(StrictModel):
+    """How the processes (ranks) of a run share its work; the result does not depend on it."""
+
+    kind: Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
+    """none: one process; ddp: replicated weights; fsdp2: PyTorch's fully_shard; zero2, zero3: DeepSpeed."""
+    processes: PositiveInt | Literal["gpus"] = 1
+    """Processes per node; "gpus": one for each GPU."""
+    nodes: PositiveInt = 1
+    offload: bool = False
+    """fsdp2, zero2, zero3: keep the optimizer state (fsdp2: the weights, too) in the memory of the CPU."""
+    timeout_s: PositiveFloat = 1800
+    """Longest wait of a rank for the others."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ParallelConfig:
+        if self.kind == "none" and (self.processes != 1 or self.nodes != 1):
+            raise ValueError("kind 'none' is a single process; set processes: 1 and nodes: 1, or another kind")
+        if self.offload and self.kind in ("none", "ddp"):
+            raise ValueError(f"kind '{self.kind}' cannot offload; use fsdp2, zero2 or zero3")
+        return self
+
+
+class StatesConfig(StrictModel):
+    """The saved states that an interrupted run resumes from."""
+
+    every_s: PositiveFloat
+    keep: PositiveInt = 2
+    """The newest states that are kept: an older one replaces one that is damaged."""
+
+
 class ScaleConfig(StrictModel):
     """Hardware and data: everything of a run that is not the paper's."""
 
     name: str
     title: str
     device: Literal["auto", "cpu", "cuda"]
-    dtype: Literal["float32", "bfloat16", "float16"]
     threads: PositiveInt | None
-    micro_batch: PositiveInt
-    """Samples of the greatest length that a forward pass on one device has memory for; does not change the result."""
-    launcher: Literal["in_process", "torchrun"]
-    """Train in the calling process, or in one process per GPU."""
+    row_tokens: PositiveInt
+    """Tokens of a packed row, which one forward and backward pass computes; does not change the result."""
+    parallel: ParallelConfig
+    activation_checkpointing: Literal["auto", "always", "never"] = "auto"
+    """Recompute activations in the backward pass; auto: after the first out-of-memory error of a single process, and
+    always where several processes train the language model."""
+    states: StatesConfig
     offline: bool = False
     """Forbid the Hugging Face libraries any request."""
     cache_pixels: bool = False
@@ -185,8 +245,10 @@ class ScaleConfig(StrictModel):
     """Data sets and models, by the names above, that are not the paper's own, and why."""
     answer_tokens: tuple[PositiveInt, PositiveInt] = (1024, 64)
     """Maximum tokens of an answer and of a second pass (Source: llava/eval/model_vqa_science.py@8959d5c)."""
-    checkpoint_every_s: PositiveFloat
     eval_samples: PositiveInt
+    """Greatest number of held-out samples whose loss is computed."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Where the metrics are also logged."""
     seeds: list[int] = Field(min_length=1)
     """Seeds of the experiments that are reported with an interval."""
     departs: dict[str, Departs] = Field(default_factory=dict)
@@ -209,6 +271,8 @@ class RunConfig(StrictModel):
     departures: list[Departure] = Field(default_factory=list)
     init_id: str | None = None
     """`run_id` of the run that this one starts from."""
+    scale_overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the scale that the caller set, by dotted name."""
     fast: bool = False
     """Shortened by `FAST`, like the run that this one starts from; its numbers mean nothing."""
 
@@ -218,11 +282,15 @@ class RunConfig(StrictModel):
         facts = self.experiment.model_dump(mode="json", exclude={**NO_INFLUENCE, "init_from": True})
         scale = {
             "name": self.scale.name,
-            "dtype": self.scale.dtype,
             "data": self.scale.data[self.experiment.data.name],
             "models": [self.scale.models[name] for name in self.base_models],
         }
         return runtime.fingerprint({"experiment": facts, "init": self.init_id, "scale": scale})
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """The dtype of the arithmetic, in training and in evaluation."""
+        return "float32" if self.experiment.train.precision == "float32" else "bfloat16"
 
     @property
     def base_models(self) -> tuple[str, str]:
@@ -245,7 +313,8 @@ class RunConfig(StrictModel):
         """Return the run that this one starts from: its experiment, with this run's model, at this scale."""
         if self.experiment.init_from is None:
             return None
-        return load_experiment(self.experiment.init_from, self.scale.name, _model_fields(self.experiment), self.fast)
+        overrides = _upstream_overrides(self.experiment, self.scale_overrides)
+        return load_experiment(self.experiment.init_from, self.scale.name, overrides, self.fast)
 
     @classmethod
     def read(cls, path: str | Path) -> RunConfig:
@@ -284,9 +353,17 @@ def _read_named(kind: str, name: str, files: dict[str, Path]) -> tuple[str, dict
     return file, content
 
 
-def load_scale(name: str) -> ScaleConfig:
-    """Load `configs/scales/<name>.yaml`; an unknown scale or a wrong key or value is a ConfigError."""
+def load_scale(name: str, overrides: Mapping[str, Any] | None = None) -> ScaleConfig:
+    """Load `configs/scales/<name>.yaml`; an unknown scale or a wrong key or value is a ConfigError.
+
+    `overrides` are values by dotted field, e.g. `{"parallel.kind": "zero3"}`.
+    """
     file, content = _read_named("scale", name, scales())
+    if overrides:
+        for field in overrides:
+            check_field(ScaleConfig, field, "override scale")
+        content = nested({**flatten(ScaleConfig, content, file), **overrides})
+        file = f"{file} with overrides"
     scale = validated(ScaleConfig, content, file)
     known = scale.models | scale.data
     for part in scale.stand_ins:
@@ -358,9 +435,11 @@ def _resolve(layers: list[_Layer], file: str) -> ExperimentConfig:
     return validated(ExperimentConfig, nested(values), file, origin)
 
 
-def _model_fields(experiment: ExperimentConfig) -> dict[str, Any]:
-    fields = field_names(ExperimentConfig)
-    return {field: value_of(experiment, field) for field in fields if field.startswith("model.")}
+def _upstream_overrides(experiment: ExperimentConfig, of_scale: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run that this one starts from has in common with it: its model, and the overrides of the scale."""
+    fields = [field for field in field_names(ExperimentConfig) if field.startswith("model.")]
+    shared = {field: value_of(experiment, field) for field in fields}
+    return shared | {f"scale.{field}": value for field, value in of_scale.items()}
 
 
 def load_experiment(
@@ -373,18 +452,21 @@ def load_experiment(
     """Resolve an experiment at a scale; the names are those of files under `configs/`, without the extension.
 
     Args:
-        overrides: values by dotted field, e.g. `{"train.seed": 1}`; they win over everything.
+        overrides: values by dotted field, e.g. `{"train.seed": 1}`; they win over everything. `scale.` before a name
+            means a field of the scale: `{"scale.parallel.kind": "zero3"}`.
         fast: shorten the run and the one it starts from; the numbers then mean nothing.
 
     Raises:
         ConfigError: a name, key or value is wrong; the message names the file and the nearest key.
     """
-    paper, place = _experiment_layers(name), load_scale(scale)
+    given = dict(overrides or {})
+    of_scale = {f.removeprefix("scale."): given.pop(f) for f in list(given) if f.startswith("scale.")}
+    paper, place = _experiment_layers(name), load_scale(scale, of_scale)
     file, scale_file = paper[-1].origin, runtime.display_path(scales()[scale])
     published = _resolve(paper, file)
-    _check_settable(overrides or {}, "override", "it cannot be overridden")
+    _check_settable(given, "override", "it cannot be overridden")
     changes = _scale_layers(place, scale_file, paper)
-    changes.append(_Layer("override", {**(FAST if fast else {}), **(overrides or {})}, "set by the caller"))
+    changes.append(_Layer("override", {**(FAST if fast else {}), **given}, "set by the caller"))
     resolved = _resolve([*paper, *changes], file)
 
     places: dict[str, dict[str, str]] = {
@@ -413,5 +495,8 @@ def load_experiment(
         starts = (*_starts, name)
         if name in _starts:
             raise ConfigError(f"experiments {' -> '.join(starts)}: `init_from` goes round in a circle")
-        init_id = load_experiment(resolved.init_from, scale, _model_fields(resolved), fast, starts).run_id
-    return RunConfig(experiment=resolved, scale=place, departures=departures, init_id=init_id, fast=fast)
+        first = _upstream_overrides(resolved, of_scale)
+        init_id = load_experiment(resolved.init_from, scale, first, fast, starts).run_id
+    return RunConfig(
+        experiment=resolved, scale=place, departures=departures, init_id=init_id, scale_overrides=of_scale, fast=fast
+    )

@@ -12,20 +12,19 @@ SCALE = """
 name: mini
 title: test
 device: cpu
-dtype: float32
 threads: 1
-micro_batch: {micro}
-launcher: in_process
+row_tokens: {row_tokens}
+parallel: {{kind: none}}
 offline: true
 cache_pixels: true
 data:
   {{cc595k: data/cc, cc595k_images: data/images, instruct158k: data/it, instruct158k_images: data/images,
     scienceqa: data/sqa, scienceqa_images: data/sqa/images}}
 models: {{vicuna-7b: models/llm, vicuna-13b: models/llm, clip-vit-large-patch14: models/clip}}
-checkpoint_every_s: 0.000001
+states: {{every_s: 0.000001}}
 eval_samples: 4
 seeds: [0]
-departs: {{}}
+departs: {{"*": {{set: {{train.precision: float32}}, why: a CPU}}, pretrain: {{set: {{data.held_out: 0.04}}, why: short}}, finetune: {{set: {{data.held_out: 0.04}}, why: short}}}}
 """
 
 
@@ -35,7 +34,7 @@ def make_training_root(workspace: Path) -> None:
     (workspace / "configs").unlink()
     (workspace / "configs" / "scales").mkdir(parents=True)
     (workspace / "configs" / "experiments").symlink_to(real / "experiments")
-    (workspace / "configs" / "scales" / "mini.yaml").write_text(SCALE.format(micro=8))
+    (workspace / "configs" / "scales" / "mini.yaml").write_text(SCALE.format(row_tokens=768))
     tiny.base_models(workspace / "models")
     images = workspace / "data" / "images"
     images.mkdir(parents=True)

@@ -122,7 +122,7 @@ def build_model(config: RunConfig, init_from: Path | None) -> Loaded:
     seed_everything(experiment.train.seed)
     loaded = build(
         config.model_source(experiment.model.language_model), config.model_source(experiment.model.vision_tower),
-        resolve_dtype(config.scale.dtype), experiment.model.projector, experiment.model.feature_layer,
+        resolve_dtype(config.dtype), experiment.model.projector, experiment.model.feature_layer,
     )  # fmt: skip
     if experiment.init_from is not None:
         if init_from is None:
@@ -149,6 +149,18 @@ def load_samples(config: RunConfig) -> tuple[Sequence[Sample], Sequence[Sample]]
         train, held_out = loaded
     else:
         (samples,) = loaded
-        every = round(1 / data.held_out_share)
-        train, held_out = [sample for k, sample in enumerate(samples) if k % every], samples[::every]
+        kept = held_out_indices(len(samples), data.held_out)
+        train = [sample for k, sample in enumerate(samples) if k not in kept]
+        held_out = [samples[k] for k in sorted(kept)]
     return train[: data.limit], held_out[: config.scale.eval_samples]
+
+
+def held_out_indices(samples: int, held_out: float) -> set[int]:
+    """Evenly spaced indices of the samples that are held out: a share (every 25th for 0.04), or exactly a number."""
+    if held_out == 0:
+        return set()
+    if held_out < 1:
+        return set(range(0, samples, round(1 / held_out)))
+    if held_out >= samples:
+        raise DataError(f"data.held_out is {held_out:.0f} of {samples} samples; fix: hold out fewer")
+    return {k * samples // int(held_out) for k in range(int(held_out))}

@@ -83,7 +83,7 @@ def launch(config: RunConfig, resume: bool = True) -> RunRecord:
 
 
 def _start(config: RunConfig, record: RunRecord, initial: Path | None, resume: bool) -> None:
-    if config.scale.launcher == "in_process":
+    if config.scale.parallel.kind == "none":
         from llava_core.train.trainer import train_record
 
         train_record(record, initial, resume)

@@ -54,7 +54,7 @@ class Trainer:
         self.model = loaded.model.to(self.device)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(list(self.trainable.values()), self.config)
-        self.max_tokens = self.scale.micro_batch * self.config.max_length  # of a packed row
+        self.max_tokens = self.scale.row_tokens
         features = open_features(loaded, record.config, train_set, held_out, self.device)
         layer = CACHED_LAYERS.index(self.model.feature_layer) if features is not None else 0
         self.loader, self.held_out_loader = (
@@ -98,7 +98,7 @@ class Trainer:
             bar.update(1)
             bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{row['tokens_per_s']:.0f}", wait=f"{row['data_wait']:.0%}")
 
-            if self.step < self.steps and time.monotonic() - saved > self.scale.checkpoint_every_s:
+            if self.step < self.steps and time.monotonic() - saved > self.scale.states.every_s:
                 self._save_state()
                 saved = time.monotonic()
         bar.close()
@@ -151,7 +151,7 @@ class Trainer:
         if language_model.is_gradient_checkpointing:
             raise TrainingError(
                 f"step {self.step}: no memory for a row of up to {self.max_tokens} tokens and its images, even with "
-                "activation checkpointing; fix: lower micro_batch in the scale or, if that is 1, train.max_length"
+                "activation checkpointing; fix: lower row_tokens in the scale or train.max_length"
             ) from error
         sys.stderr.write(f"step {self.step}: out of memory; activation checkpointing is enabled from here on\n")
         # the name since transformers 5.23, and the one before

@@ -159,7 +159,7 @@ def test_fast_run_starts_from_a_fast_run() -> None:
     run = load_experiment("finetune", "mini", {"train.epochs": 2}, fast=True)
     assert (run.fast, run.experiment.data.limit, run.experiment.train.epochs) == (True, 96, 2)
     upstream = run.upstream()
-    assert upstream == load_experiment("pretrain", "mini", config._model_fields(run.experiment), fast=True)
+    assert upstream == load_experiment("pretrain", "mini", config._upstream_overrides(run.experiment, {}), fast=True)
     assert upstream.run_id == run.init_id == load_experiment("pretrain", "mini", fast=True).run_id
     assert load_experiment("finetune", "mini", {"data.limit": 96}).upstream().experiment.data.limit is None
 
@@ -178,7 +178,7 @@ def test_base_has_sources_and_keeps_scale_departures() -> None:
 def test_run_id_depends_only_on_what_changes_results(sandbox: Path) -> None:
     before = load_experiment("finetune").run_id
     mini, stage_2 = sandbox / "scales" / "mini.yaml", sandbox / "experiments" / "finetune.yaml"
-    change(mini, micro_batch=3, threads=2, title="Renamed", seeds=[5], eval_samples=7)
+    change(mini, row_tokens=3000, threads=2, title="Renamed", seeds=[5], eval_samples=7)
     change(stage_2, title="Renamed", sources={}, claims=["some-claim"])
     assert load_experiment("finetune").run_id == before
     seen = {before}
@@ -248,7 +248,7 @@ def test_wrong_calls_are_errors(call: object, message: str) -> None:
         ("experiments/finetune", "init_from: pretrain", "init_from: finetune", "goes round in a circle"),
         ("experiments/answer_first", "base: science_qa", "base: answer_first", "goes round in a circle"),
         ("experiments/finetune", "base: base", "base: bass", r"unknown experiment 'bass'; did you mean 'base'\?"),
-        ("scales/gpu", "launcher: torchrun", "launcher: deepspeed", r"launcher: .*'in_process' or 'torchrun'"),
+        ("scales/gpu", "kind: fsdp2", "kind: fsdp3", r"parallel.kind: .*'fsdp2'"),
         ("scales/mini", "device: cpu", "devise: cpu", r"mini\.yaml: unknown key 'devise'; did you mean 'device'"),
         ("scales/gpu", "stand_ins:", "stand_ins:\n  vicuna-8b: x", r"stand_ins: unknown data set or model 'vicuna-8b'"),
     ],

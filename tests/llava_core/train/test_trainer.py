@@ -64,7 +64,7 @@ def test_stage_2_starts_from_stage_1_and_is_reused(world: Path) -> None:
 
 def test_micro_batches_do_not_change_the_run(world: Path) -> None:
     full = _run(train__seed=3)
-    (world / "configs" / "scales" / "mini.yaml").write_text(SCALE.format(micro=3))
+    (world / "configs" / "scales" / "mini.yaml").write_text(SCALE.format(row_tokens=288))
     for folder in world.glob("runs/*"):
         folder.rename(world / "kept")
     parts = _run(train__seed=3)
@@ -137,7 +137,7 @@ def test_out_of_memory_enables_activation_checkpointing(
     monkeypatch.setattr(training.Trainer, "_row_loss", always)
     monkeypatch.setattr(training.Trainer, "heldout_loss", lambda self: 0.0)
     with pytest.raises(
-        training.TrainingError, match=r"no memory for a row of up to 768 tokens and its images.*micro_batch"
+        training.TrainingError, match=r"no memory for a row of up to 768 tokens and its images.*row_tokens"
     ):
         _run("finetune", train__seed=9)
 
@@ -280,5 +280,5 @@ def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
 
 
 def test_training_root_uses_its_own_configuration(world: Path) -> None:
-    assert configuration.load_scale("mini").micro_batch == 8
+    assert configuration.load_scale("mini").row_tokens == 768
     assert torch.get_num_threads() >= 1
