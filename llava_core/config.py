@@ -68,7 +68,7 @@ class DataConfig(StrictModel):
     @field_validator("held_out")
     @classmethod
     def _share_or_count(cls, held_out: float) -> float:
-        if 0.5 < held_out < 1 or held_out >= 1 and held_out % 1:
+        if 0.5 < held_out < 1 or (held_out >= 1 and held_out % 1):
             raise ValueError("a share of up to 0.5, or a whole number of records")
         return held_out
 

@@ -24,7 +24,10 @@ models: {{vicuna-7b: models/llm, vicuna-13b: models/llm, clip-vit-large-patch14:
 states: {{every_s: 0.000001}}
 eval_samples: 4
 seeds: [0]
-departs: {{"*": {{set: {{train.precision: float32}}, why: a CPU}}, pretrain: {{set: {{data.held_out: 0.04}}, why: short}}, finetune: {{set: {{data.held_out: 0.04}}, why: short}}}}
+departs:
+  "*": {{set: {{train.precision: float32}}, why: a CPU}}
+  pretrain: {{set: {{data.held_out: 0.04}}, why: few samples}}
+  finetune: {{set: {{data.held_out: 0.04}}, why: few samples}}
 """
 
 

@@ -186,7 +186,7 @@ def test_run_id_depends_only_on_what_changes_results(sandbox: Path) -> None:
         lambda: spoil(sandbox / "experiments" / "base.yaml", "warmup_ratio: 0.03", "warmup_ratio: 0.04"),
         lambda: spoil(sandbox / "experiments" / "pretrain.yaml", "epochs: 1", "epochs: 2"),
         lambda: spoil(mini, "models/mini/clip", "models/mini/other"),
-        lambda: spoil(mini, "float32", "bfloat16"),
+        lambda: spoil(mini, "float32", "pure_bf16"),
         lambda: change(stage_2, template="v1"),
     ):
         spoiled()
