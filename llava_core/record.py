@@ -1,7 +1,7 @@
 """The record of a run: the folder `runs/<experiment>/<scale>/<run id>`.
 
 It holds `config.yaml` (resolved), `environment.json` (machine, versions, fingerprints of the inputs), `metrics.jsonl`
-(one row per logged step), `state.pt` (resume state, while the run is training), `checkpoint/` (the final weights) and
+(one row per logged step), `states/` (what an interrupted run resumes from), `checkpoint/` (the final weights) and
 `summary.json` (the final numbers; it exists only when the run has finished).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class RunRecord:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint = path / "checkpoint"
+        self._warned = False
 
     @classmethod
     def open(cls, config: RunConfig, extra_inputs: Mapping[str, Any] | None = None) -> RunRecord:
@@ -74,22 +76,42 @@ class RunRecord:
         return dict(runtime.read_json(self.path / "summary.json"))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to the metrics."""
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        descriptor = os.open(self.path / "metrics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        """Append one row to the metrics; if that fails, as on a full disk, it is left out with one warning per run."""
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         try:
-            os.write(descriptor, line.encode())  # one write: a killed process leaves the row or nothing
-        finally:
-            os.close(descriptor)
+            with open(self.path / "metrics.jsonl", "ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                try:
+                    while line:  # a write may be short
+                        line = line[file.write(line) :]
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            if not self._warned:
+                sys.stderr.write(f"{error}: metrics.jsonl lacks step {row.get('step')}; the run goes on\n")
+            self._warned = True
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the logged rows in order; a last row without its line end was cut off and is left out."""
-        path = self.path / "metrics.jsonl"
-        return runtime.read_jsonl(path, drop_cut_line=True) if path.exists() else []
+        """Return the logged rows in order.
 
-    def rewind(self, step: int) -> None:
-        """Forget the rows after `step`, as a run must that goes on from its checkpoint of that step."""
-        runtime.write_jsonl(self.path / "metrics.jsonl", [row for row in self.metrics() if row["step"] <= step])
+        A last row without its line end was cut off and is left out; so is, with a warning, another damaged line.
+        """
+        path = self.path / "metrics.jsonl"
+        rows, damaged = [], []
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                damaged.append(str(number))
+        if damaged:
+            sys.stderr.write(f"{runtime.display_path(path)}: damaged, left out: line {', '.join(damaged)}\n")
+        return rows
+
+    def rewind(self, step: int | None) -> None:
+        """Forget the rows after `step`, as a run must that goes on from its state of that step; None: all rows."""
+        rows = [] if step is None else [row for row in self.metrics() if row["step"] <= step]
+        runtime.write_jsonl(self.path / "metrics.jsonl", rows)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the final numbers; from now on the run counts as finished."""

@@ -114,15 +114,10 @@ def read_json(path: str | Path) -> Any:
     return _parse(_read_text(path), path)
 
 
-def read_jsonl(path: str | Path, drop_cut_line: bool = False) -> list[Any]:
-    """Read a file of one JSON value per line; blank lines are skipped, errors are as in `read_json`.
-
-    `drop_cut_line` leaves out a last line without its line end, as a killed writer leaves it.
-    """
+def read_jsonl(path: str | Path) -> list[Any]:
+    """Read a file of one JSON value per line; blank lines are skipped, errors are as in `read_json`."""
     # split("\n"), not splitlines(): JSON strings may hold U+2028 and its like unescaped
     lines = _read_text(path).split("\n")
-    if drop_cut_line:
-        lines.pop()
     return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
