@@ -69,13 +69,25 @@ class FeatureCache:
         self._places |= {key: (features, k) for k, key in enumerate(keys)}
 
     def key(self, image: Path) -> str:
-        """SHA-256 of the image's bytes; recomputed if its size or time has changed."""
-        status = os.stat(image)
-        stamp = [status.st_size, status.st_mtime_ns]
+        """SHA-256 of the image's bytes; recomputed if its size or time has changed, kept if the file was removed."""
         known = self._hashes.get(str(image))
+        try:
+            status = os.stat(image)
+        except FileNotFoundError:
+            if known is None:
+                raise DataError(
+                    f"{display_path(image)}: there is no such image; fix: check the image folder of the data set"
+                ) from None
+            return str(known[2])
+        stamp = [status.st_size, status.st_mtime_ns]
         if known is None or known[:2] != stamp:
             known = self._hashes[str(image)] = [*stamp, sha256_file(image)]
         return str(known[2])
+
+    def holds(self, image: Path) -> bool:
+        """Whether the features of an image that was read before are cached; its file may have been removed."""
+        known = self._hashes.get(str(image))
+        return known is not None and known[2] in self._places
 
     def missing(self, images: Iterable[Path]) -> list[Path]:
         """The images without cached features, each once."""

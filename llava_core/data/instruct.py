@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class Sample:
     turns: list[tuple[str, str]]
     image: Path | None = None
     kind: str | None = None
+    line: int | None = field(default=None, compare=False)
+    """Line of its record in the file (of parquet: row), from 1."""
+    position: int = field(default=-1, compare=False)
+    """Index of its record in the file, from 0; -1 for a sample that is of no file."""
 
 
 @dataclass(frozen=True)
@@ -292,12 +296,19 @@ def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
 
 
 def load_instruct(
-    path: str | Path, images: str | Path | None = None, subset: Mapping[str, float] | None = None, seed: int = 0
+    path: str | Path,
+    images: str | Path | None = None,
+    subset: Mapping[str, float] | None = None,
+    seed: int = 0,
+    open_images: bool = True,
+    skipped: list[Problem] | None = None,
 ) -> list[Sample]:
-    """Load a file of instruction records in its order; a wrong record is an error, never skipped.
+    """Load a file of instruction records in its order; a wrong record is an error.
 
     Args:
-        images: folder of the images, of which the headers are read; None keeps the names and opens no image.
+        images: folder of the images, of which the headers are read if `open_images`; None keeps the names.
+        skipped: gets the problems of wrong records, which are then left out. A list that cannot be read to its end is
+            still an error.
         subset: fraction (0 to 1) of each kind to keep, e.g. `{"conversation": 1.0, "detail": 0.05}`; other kinds are
             left out. Subsets are nested: 5 % of a kind is part of its 10 %.
 
@@ -308,20 +319,24 @@ def load_instruct(
     folder = ImageFolder(images, decode=False) if images is not None else None
     samples: list[Sample] = []
     problems: list[Problem] = []
+    unreadable = False
     with _no_garbage_collection():
         for item in read_records(path):
             if isinstance(item, Problem):
                 problems.append(item)
+                unreadable |= path.suffix == ".json" or item.kind == "not_parquet"  # the records after it are lost
                 continue
             found = list(record_problems(item.value))
-            if not found and folder is not None and "image" in item.value:
+            if not found and folder is not None and open_images and "image" in item.value:
                 found += [fault] if (fault := folder.problem(item.value["image"])) else []
             problems += [Problem(item.line, item.label, kind, message) for kind, message in found]
             if not found:
-                samples.append(_sample(item.value, folder.path if folder is not None else None))
+                samples.append(_sample(item, folder.path if folder is not None else None))
     if not samples and not problems:
         problems.append(Problem(1, None, "no_records", NO_RECORDS))
-    if problems:
+    if skipped is not None and samples and not unreadable:
+        skipped += problems
+    elif problems:
         some = "".join(f"\n  {problem}" for problem in problems[:5])
         command = f"llava data check {display_path(path)}" + (
             f" --images {display_path(folder.path)}" if folder is not None else ""
@@ -347,11 +362,12 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _sample(record: dict[str, Any], images: Path | None) -> Sample:
-    values = [turn["value"] for turn in record["conversations"]]
-    name = record.get("image")
+def _sample(record: Record, images: Path | None) -> Sample:
+    value, name = record.value, record.value.get("image")
+    texts = [turn["value"] for turn in value["conversations"]]
     image = None if name is None else Path(name) if images is None else images / name
-    return Sample(record["id"], list(zip(values[::2], values[1::2], strict=True)), image, record.get("type"))
+    turns = list(zip(texts[::2], texts[1::2], strict=True))
+    return Sample(value["id"], turns, image, value.get("type"), record.line, record.position)
 
 
 def _select_kinds(kinds: Sequence[str | None], subset: Mapping[str, float], seed: int, path: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 
 from llava_core.checkpoints.load import Loaded, build, load_into
-from llava_core.config import RunConfig
+from llava_core.config import RunConfig, TrainConfig
 from llava_core.constants import IGNORE_INDEX
 from llava_core.data.conversation import TEMPLATES
 from llava_core.data.images import ImageProcessor, load_image
-from llava_core.data.instruct import Sample, load_instruct
+from llava_core.data.instruct import Problem, Sample, load_instruct
 from llava_core.data.tokenization import Encoded, Turn
 from llava_core.runtime import CheckpointError, DataError, display_path, resolve_dtype, seed_everything
 
@@ -137,14 +138,23 @@ def training_files(config: RunConfig) -> list[Path]:
     return [config.data_path / name for name in config.experiment.data.files]
 
 
-def load_samples(config: RunConfig) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """Training and held-out samples; for a missing file a DataError names the command that writes it."""
+def load_samples(config: RunConfig, skipped: list[str] | None = None) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Training and held-out samples; for a missing file a DataError names the command that writes it.
+
+    With `on_bad_sample: skip` wrong records are left out and described in `skipped`. No image is opened: see preflight.
+    """
     data, files = config.experiment.data, training_files(config)
     for path in files:
         if not path.is_file():
             raise DataError(f"{display_path(path)}: not found; fix: run {data.written_by}, which writes it")
     seed = config.experiment.train.seed
-    loaded = [load_instruct(path, config.images_path, data.subset or None, seed=seed) for path in files]
+    problems: list[list[Problem] | None] = [[] if data.on_bad_sample == "skip" else None for _ in files]
+    loaded = [
+        load_instruct(path, config.images_path, data.subset or None, seed, open_images=False, skipped=wrong)
+        for path, wrong in zip(files, problems, strict=True)
+    ]
+    if skipped is not None:
+        skipped += [f"{display_path(f)}, {p}" for f, wrong in zip(files, problems, strict=True) for p in wrong or ()]
     if data.validation_file:
         train, held_out = loaded
     else:
@@ -164,3 +174,8 @@ def held_out_indices(samples: int, held_out: float) -> set[int]:
     if held_out >= samples:
         raise DataError(f"data.held_out is {held_out:.0f} of {samples} samples; fix: hold out fewer")
     return {k * samples // int(held_out) for k in range(int(held_out))}
+
+
+def steps_of(samples: int, config: TrainConfig) -> int:
+    """Optimizer steps of a run: the last batch of an epoch may be smaller."""
+    return math.ceil(samples / config.global_batch) * config.epochs

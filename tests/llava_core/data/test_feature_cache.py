@@ -110,3 +110,17 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(DataError, match=r"\.npy: no file of features .*; remove .*index\.json and it"):
         FeatureCache(tmp_path / "kept", {"tower": "a"}, SHAPE, torch.float32)
+
+
+def test_features_of_a_removed_image_stay_usable(tmp_path: Path) -> None:
+    paths, tower = images(tmp_path / "images", 2), Tower()
+    cache = FeatureCache(tmp_path / "kept", {}, SHAPE, torch.float32)
+    cache.fill(paths[:1], tower)
+    expected = cache.get(paths[:1])
+    for path in paths:
+        path.unlink()
+    cache = FeatureCache(tmp_path / "kept", {}, SHAPE, torch.float32)
+    assert torch.equal(cache.get(paths[:1]), expected)
+    assert [cache.holds(path) for path in paths] == [True, False]
+    with pytest.raises(DataError, match=r"1\.png: there is no such image; fix: "):
+        cache.missing(paths)
