@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import foreign
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from llava_core.checkpoints.describe import Options
-from llava_core.checkpoints.load import Loaded, save_checkpoint
+from llava_core.checkpoints.load import Loaded, build, save_checkpoint
+from llava_core.config import AdapterConfig
+from llava_core.train.adapters import add_adapters
+
+BITS = [
+    None,
+    pytest.param(4, marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")),
+]
+"""None and 4: LoRA and QLoRA."""
+
+
+def adapted(bases: tuple[str, str], bits: int | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
+    """A model with adapters whose second matrices are random, as after training."""
+    torch.manual_seed(1)
+    loaded = build(*bases, dtype, bits=bits)
+    loaded.model.set_trainable(["projector", "language_model"])
+    add_adapters(loaded.model, AdapterConfig(r=4, alpha=8), seed=3)
+    for name, parameter in loaded.model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, 0, 0.2)
+    return loaded
 
 
 def needed_options(options: Options, name: str) -> Options:
@@ -83,3 +105,9 @@ def loaded(root: Path) -> Loaded:
 def original(loaded, root, tmp_path) -> Path:
     """A checkpoint in the original format, in two shards."""
     return foreign.write_original(loaded, root, tmp_path / "original", shards=2)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Folders of a tiny language model and a tiny CLIP model."""
+    return tiny.base_models(tmp_path_factory.mktemp("bases"))

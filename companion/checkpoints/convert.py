@@ -8,8 +8,9 @@ from typing import Any
 
 from companion.checkpoints.divergence import first_divergence, first_module, verify_export
 from companion.checkpoints.writers import WRITERS, Writer
-from llava_core.checkpoints.describe import Checkpoint, Options, check
+from llava_core.checkpoints.describe import Adapter, Checkpoint, Options, check
 from llava_core.checkpoints.files import atomic_folder, error_at
+from llava_core.checkpoints.formats import lora
 from llava_core.checkpoints.formats.names import export_name
 from llava_core.checkpoints.open import open_checkpoint
 from llava_core.checkpoints.tensors import SHARD_BYTES
@@ -32,6 +33,16 @@ def key_map(checkpoint: Checkpoint, to: str) -> list[tuple[str, str, str, tuple[
     ]
 
 
+def write_peft(adapter: Adapter, folder: Path, model: Path) -> None:
+    """Write an adapter for `PeftModel.from_pretrained` on transformers' LLaVA, whose tower has like-named layers."""
+    modules = [export_name(name, lora.IN_TRANSFORMERS).removesuffix(".weight") for name in adapter.matrices]
+    folder.mkdir()
+    lora.write_adapter(
+        adapter, folder, lora.IN_TRANSFORMERS, target_modules=modules, exclude_modules=None, layers_to_transform=None,
+        layers_pattern=None, base_model_name_or_path=str(model),
+    )  # fmt: skip
+
+
 def convert(
     source: Path,
     target: Path,
@@ -40,6 +51,7 @@ def convert(
     usage: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
     verify: bool = False,
+    keep_adapter: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint in another format, read it back and compare every tensor.
 
@@ -48,6 +60,7 @@ def convert(
         target: folder that does not exist yet.
         to: a name of `WRITERS`.
         options, usage: as in `open_checkpoint`.
+        keep_adapter: for "hf", leave the base as it is and write the adapter into `target / "adapter"`, for peft.
         verify: for "hf", also run both models in fp32 and compare the output of every module; needs memory for both.
 
     Returns:
@@ -62,14 +75,22 @@ def convert(
         raise CheckpointError(
             f"only what is written as 'hf' can be run by other code; '{to}' is compared tensor by tensor"
         )
-    checkpoint = open_checkpoint(source, options, usage).require(*writer.required_parts)
+    if keep_adapter and to != "hf":
+        raise CheckpointError(f"an adapter is kept beside 'hf' only; '{to}' has it merged; fix: --to hf")
+    checkpoint = open_checkpoint(source, options, usage, merge=not keep_adapter).require(*writer.required_parts)
     check(checkpoint)
+    if keep_adapter and checkpoint.adapter is None:
+        raise error_at(source, "has no adapter that could be kept; fix: convert it without --keep-adapter")
     if writer.only_required_parts:
         checkpoint.tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(writer.required_parts)}
     with atomic_folder(target) as folder:
         writer.write(checkpoint, folder, shard_bytes)
         written = open_checkpoint(folder)
         difference = first_divergence(checkpoint, written)
+        if checkpoint.adapter is not None and difference is None:
+            write_peft(checkpoint.adapter, folder / "adapter", target)
+            merged = open_checkpoint(folder / "adapter", Options(base=str(folder)))
+            difference = first_divergence(open_checkpoint(source, options, usage), merged)
         if difference is not None:
             raise error_at(source, f"converted to '{to}' it is not the same: {difference}")
         modules = verify_export(checkpoint, folder) if verify else []

@@ -14,7 +14,9 @@ def _convert(args: argparse.Namespace) -> Result:
     from companion.checkpoints.convert import convert
 
     shard = int(args.shard_gb * 1e9)
-    return convert(args.source, args.target, args.to, options(args), dict(args.set), shard, args.verify)
+    return convert(
+        args.source, args.target, args.to, options(args), dict(args.set), shard, args.verify, args.keep_adapter
+    )
 
 
 def _delta(args: argparse.Namespace) -> Result:
@@ -49,6 +51,7 @@ def add(commands: Commands) -> None:
     new.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
     new.bases()
     _shards(new)
+    new.switch("--keep-adapter", "with --to hf: do not merge the adapter, but write it for peft, into DST/adapter")
     new.switch("--verify", "with --to hf: run both models and compare every module")
     new.assumptions()
 

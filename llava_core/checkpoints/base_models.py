@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +16,7 @@ from llava_core.checkpoints.configs import quiet_transformers, tower_config
 from llava_core.checkpoints.files import error_at, has_file, read_config, verify_files
 from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder, weight_files
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import CheckpointError, DataError, fingerprint, sha256_file, user_path
+from llava_core.runtime import CheckpointError, ConfigError, DataError, fingerprint, sha256_file, user_path
 
 _DOWNLOADS: ContextVar[bool] = ContextVar("downloads", default=True)
 _TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_scale")  # of a CLIP model
@@ -97,15 +98,36 @@ def open_vision_tower(source: str | Path) -> tuple[dict[str, LazyTensor], dict[s
     return tensors, names
 
 
-def load_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer from a folder or hub id."""
+def load_language_model(source: str, dtype: torch.dtype, bits: Literal[4] | None = None) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer from a folder or hub id.
+
+    With `bits`, the weights of its linear layers but the output layer are stored in 4 bits (NF4, by bitsandbytes).
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options = {} if bits is None else {"quantization_config": _nf4(dtype)}
     with _loading(source, "language model"):
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     check_no_missing_weights(source, info)
+    for module in model.modules() if bits is not None else ():
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # its first evaluation on a CPU would round the scales to bf16
+            module.support_avx512bf16_for_cpu = False
     return model, tokenizer
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("train.adapters.bits: 4 needs bitsandbytes; fix: pip install bitsandbytes, or bits: null")
+    # stored in the compute dtype, since FSDP shards only parameters of one dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip
 
 
 def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProcessor]:

@@ -105,6 +105,21 @@ def checked_image_settings(settings: Mapping[str, Any], where: Path) -> dict[str
         raise error_at(where, f"{error}") from error
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of the language model: W + scale * B A for some of its weights W.
+
+    Attributes:
+        settings: peft's `adapter_config.json`.
+        matrices: our name of W -> A (r, in) and B (out, r).
+        path: file of the matrices.
+    """
+
+    settings: dict[str, Any]
+    matrices: dict[str, tuple[LazyTensor, LazyTensor]]
+    path: Path
+
+
 @dataclass
 class Checkpoint:
     """An opened checkpoint of any format: a description, and tensors that stay on disk until used.
@@ -115,6 +130,7 @@ class Checkpoint:
         left_out: the format's name -> why the tensor is not used.
         notes: what was assumed because the files do not say it.
         uses_base: whether the language model is the base model that the caller named.
+        adapter: an adapter that is not merged into `tensors`.
     """
 
     format: str
@@ -126,6 +142,7 @@ class Checkpoint:
     tokenizer: Path | None = None
     notes: list[str] = field(default_factory=list)
     uses_base: bool = False
+    adapter: Adapter | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:

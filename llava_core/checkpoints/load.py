@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +17,21 @@ from llava_core.checkpoints.base_models import (
     load_vision_tower,
 )
 from llava_core.checkpoints.configs import build_on_meta, language_config, quiet_transformers
-from llava_core.checkpoints.describe import MODEL_PARTS, Checkpoint, Description, Options, check
+from llava_core.checkpoints.describe import MODEL_PARTS, Adapter, Checkpoint, Description, Options, check
 from llava_core.checkpoints.files import atomic_folder, error_at
-from llava_core.checkpoints.formats import native
+from llava_core.checkpoints.formats import lora, native
 from llava_core.checkpoints.open import open_checkpoint
 from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor
 from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.data.images import ImageProcessor
 from llava_core.models.llava import Llava
-from llava_core.runtime import display_path, user_path
+from llava_core.runtime import display_path, rank, user_path
 
-Kind = Literal["full", "projector"]
-_SAVED = {"full": ("multi_modal_projector.", "language_model."), "projector": ("multi_modal_projector.",)}
+Kind = Literal["full", "projector", "adapter"]
+_SAVED = {
+    "full": ("multi_modal_projector.", "language_model."), "projector": ("multi_modal_projector.",),
+    "adapter": ("multi_modal_projector.",),
+}  # fmt: skip
 
 
 @dataclass
@@ -93,6 +98,8 @@ def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) ->
     `parts` are prefixes of tensors to take, such as the projector of a full checkpoint; None takes all of them.
     """
     checkpoint = native.read(path, Options())
+    if checkpoint.adapter is not None and parts is None:
+        raise error_at(path, "its adapter would be left out; fix: merge it (`llava convert --to llava`), or name parts")
     prefixes = parts or tuple(f"{part}." for part in checkpoint.parts)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefixes)}
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
@@ -106,19 +113,35 @@ def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) ->
 
 
 def build(
-    language_model: str, vision_tower: str, dtype: torch.dtype, projector: str = "linear", feature_layer: int = -2
-) -> Loaded:
-    """Return a model with a new projector between two base models (folders or hub ids)."""
+    language_model: str, vision_tower: str, dtype: torch.dtype, projector: str = "linear", feature_layer: int = -2,
+    bits: Literal[4] | None = None,
+) -> Loaded:  # fmt: skip
+    """Return a model with a new projector between two base models (folders or hub ids).
+
+    `bits` as in `load_language_model`.
+    """
     hashes = {"language_model": base_hash(language_model), "vision_tower": base_hash(vision_tower)}
-    llm, tokenizer = load_language_model(language_model, dtype)
+    llm, tokenizer = load_language_model(language_model, dtype, bits)
     tower, processor = load_vision_tower(vision_tower, dtype)
     model = Llava(tower, llm, projector, feature_layer)
     names = {"language_model": display_path(language_model), "vision_tower": display_path(vision_tower)}
-    return Loaded(model, tokenizer, processor, {"base": names, "base_hash": hashes})
+    nf4 = {} if bits is None else {"base_nf4": str(dtype).removeprefix("torch.")}
+    return Loaded(model, tokenizer, processor, {"base": names, "base_hash": hashes, **nf4})
 
 
-def save_checkpoint(path: Path, loaded: Loaded, kind: Kind, **manifest: Any) -> Path:
-    """Write or replace a checkpoint directory, completely or not at all; `manifest` has further manifest fields."""
+def save_checkpoint(
+    path: Path, loaded: Loaded, kind: Kind, tensors: Mapping[str, LazyTensor] | None = None,
+    dtype: torch.dtype | None = None, **manifest: Any,
+) -> Path:  # fmt: skip
+    """Write or replace a checkpoint directory, completely or not at all; all ranks call it, and rank 0 writes.
+
+    Args:
+        kind: "full", "projector", or "adapter" for LoRA adapters and projector.
+        tensors: whole tensors by their name in `model.state_dict()`, which is None's default. Each that `kind` needs is
+            read once, in the same order on all ranks.
+        dtype: of the language model's weights; None leaves them as they are.
+        manifest: further manifest fields.
+    """
     model = loaded.model
     description = Description(
         language_model=language_config(model.language_model.config.to_dict(), "language model"),
@@ -129,11 +152,29 @@ def save_checkpoint(path: Path, loaded: Loaded, kind: Kind, **manifest: Any) -> 
         image=loaded.processor.to_dict(),
         usage={**loaded.manifest, **manifest},
     )
-    state = model.state_dict()
-    tensors = {name: LazyTensor.of(t.detach()) for name, t in state.items() if name.startswith(_SAVED[kind])}
+    if tensors is None:
+        tensors = {name: LazyTensor.of(t.detach()) for name, t in model.state_dict().items()}
+    stored = {name: t for name, t in tensors.items() if name.startswith(_SAVED[kind])}
+    if dtype is not None:
+        stored = {name: t.to(dtype) if name.startswith("language_model.") else t for name, t in stored.items()}
     if description.tied:
-        tensors.pop("language_model.lm_head.weight", None)
+        stored.pop("language_model.lm_head.weight", None)
+    adapter = _adapter(loaded, tensors, path) if kind == "adapter" else None
+    checkpoint = Checkpoint(native.FORMAT.name, path, description, stored, {}, adapter=adapter)
+    check(checkpoint)
+    if rank() > 0:
+        for tensor in (*stored.values(), *(t for pair in (adapter.matrices.values() if adapter else ()) for t in pair)):
+            tensor.read()
+        return path
     with atomic_folder(path, overwrite=True) as folder:
         loaded.tokenizer.save_pretrained(folder)
-        native.write(Checkpoint(native.FORMAT.name, folder, description, tensors, {}), folder, SHARD_BYTES)
+        native.write(checkpoint, folder, SHARD_BYTES)
     return path
+
+
+def _adapter(loaded: Loaded, tensors: Mapping[str, LazyTensor], path: Path) -> Adapter:
+    """The language model's adapter, with base model, in peft's settings and names."""
+    settings = loaded.model.language_model.peft_config["default"].to_dict()
+    settings |= {"inference_mode": True, "base_model_name_or_path": loaded.manifest["base"]["language_model"]}
+    matrices = {n.removeprefix("language_model."): t for n, t in tensors.items() if ".lora_" in n}
+    return lora.new_adapter(json.loads(json.dumps(settings, default=sorted)), matrices, path)

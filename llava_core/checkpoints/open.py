@@ -27,13 +27,16 @@ def detect_format(path: Path) -> CheckpointFormat | None:
     return next((candidate for candidate in FORMATS if candidate.detect(path)), None)
 
 
-def open_checkpoint(path: Path, options: Options | None = None, usage: Mapping[str, Any] | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, options: Options | None = None, usage: Mapping[str, Any] | None = None, merge: bool = True
+) -> Checkpoint:
     """Open a checkpoint of any format; its tensors stay on disk until they are used.
 
     Args:
         path: folder, or file where the format is one.
         options: base model and tower that the files do not contain.
         usage: what the files leave open or say wrongly; names as in `describe.USAGE_FIELDS`.
+        merge: merge an adapter into the weights; else it is the checkpoint's `adapter`.
     """
     detected = detect_format(path)
     if detected is None:
@@ -46,7 +49,7 @@ def open_checkpoint(path: Path, options: Options | None = None, usage: Mapping[s
     check_usage(checkpoint)
     if detected is native.FORMAT:
         checkpoint = with_bases(checkpoint, options)
-    checkpoint = checkpoint.in_forward_order()
+    checkpoint = (lora.merge(checkpoint) if merge else checkpoint).in_forward_order()
     unused = {
         "--base": options.base is not None and not checkpoint.uses_base,
         "--vision-tower": options.vision_tower not in (None, checkpoint.description.tower_source),

@@ -44,6 +44,10 @@ class LazyTensor:
         """Apply a function when the tensor is read; give the new `shape` if it changes."""
         return LazyTensor(shape or self.shape, self.dtype, lambda: function(self.read()))
 
+    def to(self, dtype: torch.dtype) -> LazyTensor:
+        """Convert to a dtype when the tensor is read."""
+        return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype))
+
     @property
     def bytes(self) -> int:
         return self.dtype.itemsize * int(torch.Size(self.shape).numel())
@@ -177,21 +181,25 @@ def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: 
         size += tensor.bytes
     n = len(shards)
     files = [f"model-{k + 1:05d}-of-{n:05d}.safetensors" for k in range(n)] if n > 1 else ["model.safetensors"]
-    for file, names in zip(files, shards, strict=True):
-        save_file(_read_shard(tensors, names), folder / file, metadata={"format": "pt"})
+    hashes = {
+        file: write_file(folder / file, {name: tensors[name] for name in names})
+        for file, names in zip(files, shards, strict=True)
+    }
     if n > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(tensor.bytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)
-    return {file: sha256_file(folder / file) for file in files}
+    return hashes
 
 
-def _read_shard(tensors: Mapping[str, LazyTensor], names: list[str]) -> dict[str, torch.Tensor]:
+def write_file(file: Path, tensors: Mapping[str, LazyTensor]) -> str:
+    """Read tensors once, in their order, and write them to one safetensors file; return its SHA-256."""
     shard: dict[str, torch.Tensor] = {}
-    for name in names:
-        tensor = tensors[name].read().detach().cpu().contiguous()
+    for name, lazy in tensors.items():
+        tensor = lazy.read().detach().cpu().contiguous()
         if any(tensor.data_ptr() == other.data_ptr() for other in shard.values()):
             tensor = tensor.clone()  # safetensors refuses two names of one storage
         shard[name] = tensor
-    return shard
+    save_file(shard, file, metadata={"format": "pt"})
+    return sha256_file(file)

@@ -21,6 +21,7 @@ from llava_core.data.images import ImageProcessor, load_image
 from llava_core.data.instruct import Problem, Sample, load_instruct
 from llava_core.data.tokenization import Encoded, Turn
 from llava_core.runtime import CheckpointError, DataError, display_path, resolve_dtype, seed_everything
+from llava_core.train.adapters import add_adapters
 
 Item = tuple[Encoded, "np.ndarray | None"]
 Normalise = Callable[[np.ndarray], np.ndarray]  # pixels uint8 (N, H, W, 3) -> pixel values (N, 3, H, W)
@@ -120,16 +121,21 @@ def collate(items: Sequence[Item], normalise: Normalise) -> PaddedBatch:
 def build_model(config: RunConfig, init_from: Path | None) -> Loaded:
     """Base models with a fresh projector (seeded), or with the projector of the run that this one starts from."""
     experiment = config.experiment
+    adapters = experiment.train.adapters
     seed_everything(experiment.train.seed)
     loaded = build(
         config.model_source(experiment.model.language_model), config.model_source(experiment.model.vision_tower),
         resolve_dtype(config.dtype), experiment.model.projector, experiment.model.feature_layer,
+        bits=adapters.bits if adapters is not None else None,
     )  # fmt: skip
     if experiment.init_from is not None:
         if init_from is None:
             raise CheckpointError(f"{experiment.name} starts from {experiment.init_from}; fix: train that one first")
         load_into(loaded.model, init_from, ("multi_modal_projector.",))
     loaded.model.set_trainable(experiment.train.trainable)
+    if adapters is not None:
+        dtype = torch.bfloat16 if experiment.train.precision == "pure_bf16" else torch.float32
+        add_adapters(loaded.model, adapters, experiment.train.seed, dtype)
     return loaded
 
 

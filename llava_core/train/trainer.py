@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_core.checkpoints.load import Loaded, save_checkpoint
+from llava_core.checkpoints.load import Kind, Loaded, save_checkpoint
 from llava_core.data.label_mask import supervised_fraction
 from llava_core.models.llava import Llava
 from llava_core.ops.transformers_backend import packed_attention
@@ -218,8 +218,9 @@ class Trainer:
             "seconds": self.seconds, "trainable_parameters": sum(p.numel() for p in self.trainable.values()),
             "shortened_samples": len(self.train_set.dropped), "checkpoint": display_path(self.record.checkpoint),
         }  # fmt: skip
+        kind: Kind = "full" if "language_model" in self.config.trainable else "projector"
         save_checkpoint(
-            self.record.checkpoint, self.loaded, "full" if "language_model" in self.config.trainable else "projector",
+            self.record.checkpoint, self.loaded, kind if self.config.adapters is None else "adapter",
             template=experiment.template, image_position=experiment.image_position,
             prompt_format=experiment.data.prompt_format, run_id=self.record.run_id,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from llava_core.checkpoints.base_models import base_hash
 from llava_core.checkpoints.configs import language_config, tower_config
 from llava_core.checkpoints.describe import Checkpoint, Description, Options, checked_image_settings
 from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
+from llava_core.checkpoints.formats import lora
 from llava_core.checkpoints.formats.common import CheckpointFormat
 from llava_core.checkpoints.tensors import open_folder, weight_files, write_tensors
 from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
@@ -35,10 +36,14 @@ def read(path: Path, options: Options) -> Checkpoint:
     for name, digest in manifest["files"].items():
         if sha256_file(contained_file(path, name)) != digest:
             raise error_at(path / name, "damaged (SHA-256 is not the manifest's); fix: copy it again or train again")
-    unlisted = [file.name for file in weight_files(path) if file.name not in manifest["files"]]
+    adapter = lora.open_adapter(path) if lora.detect(path) else None
+    files = [*weight_files(path), *([adapter.path, path / lora.CONFIG] if adapter is not None else [])]
+    unlisted = [file.name for file in files if file.name not in manifest["files"]]
     if unlisted:
         raise error_at(path / unlisted[0], "the manifest does not list it; fix: copy the checkpoint again")
     tensors = open_folder(path)
+    if (manifest["kind"] == "adapter") != (adapter is not None):
+        raise error_at(path, "manifest and files disagree about an adapter; fix: copy the checkpoint again")
     contradicted = {name.split(".")[0] for name in tensors} ^ set(map(str, manifest["parts"]))
     if contradicted:
         raise error_at(path, f"manifest and weights disagree about {sorted(contradicted)[0]}")
@@ -54,7 +59,8 @@ def read(path: Path, options: Options) -> Checkpoint:
         usage={name: value for name, value in manifest.items() if name not in _NOT_USAGE},
     )
     names = {name: name for name in tensors}
-    return Checkpoint(FORMAT.name, path, description, tensors, names, tokenizer=tokenizer_folder(path))
+    tokenizer = tokenizer_folder(path)
+    return Checkpoint(FORMAT.name, path, description, tensors, names, tokenizer=tokenizer, adapter=adapter)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -72,6 +78,11 @@ def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     """Write weights, tokenizer, configurations and `manifest.json` into an existing folder."""
     description = checkpoint.description
     files = write_tensors(folder, checkpoint.tensors, shard_bytes)
+    if checkpoint.adapter is not None:
+        files |= lora.write_adapter(checkpoint.adapter, folder, lora.IN_LANGUAGE_MODEL)
+        kind = "adapter"
+    else:
+        kind = "full" if "language_model" in checkpoint.parts else "projector"
     copy_tokenizer(checkpoint.tokenizer, folder)
     (folder / "language_model").mkdir(exist_ok=True)
     write_json(folder / "language_model" / "config.json", description.language_model)
@@ -87,10 +98,9 @@ def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     write_json(
         folder / "manifest.json",
         {
-            **usage, "format_version": FORMAT_VERSION,
-            "kind": "full" if "language_model" in checkpoint.parts else "projector", "parts": list(checkpoint.parts),
+            **usage, "format_version": FORMAT_VERSION, "kind": kind, "parts": list(checkpoint.parts),
             "image": description.image, "projector": description.projector, "feature_layer": description.feature_layer,
-            "d_vision": description.d_vision, "dtype": str(dtypes[0]).removeprefix("torch."), "files": files,
+            "d_vision": description.d_vision, "dtype": str(dtypes[-1]).removeprefix("torch."), "files": files,
         },
     )  # fmt: skip
 

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    BITS,
+    adapted,
+    bases,
     change_json,
     edit_tensors,
     intact,
@@ -33,7 +36,7 @@ from companion.checkpoints.writers import WRITERS, Writer
 from llava_core.checkpoints.describe import Checkpoint, Description, Options
 from llava_core.checkpoints.formats.common import CheckpointFormat, new_checkpoint
 from llava_core.checkpoints.formats.names import import_name
-from llava_core.checkpoints.load import load, save_checkpoint
+from llava_core.checkpoints.load import build, load, save_checkpoint
 from llava_core.checkpoints.open import FORMATS, detect_format, open_checkpoint
 from llava_core.checkpoints.tensors import LazyTensor
 from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
@@ -322,3 +325,39 @@ def test_convert_into_an_empty_working_folder(original, tmp_path, monkeypatch) -
     monkeypatch.chdir(tmp_path / "empty")
     convert(original, Path("."), "projector")
     assert os.listdir(tmp_path / "empty") != []
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_peft_reads_the_export_for_transformers(bases, bits, tmp_path) -> None:
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+
+    loaded = adapted(bases, bits)
+    path = save_checkpoint(tmp_path / "c", loaded, "adapter", template="v0", image_position="first")
+    target = tmp_path / "hf"
+    convert(path, target, "hf", keep_adapter=True)
+    quantised = {} if bits is None else {"quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+    )}  # fmt: skip
+    theirs = LlavaForConditionalGeneration.from_pretrained(target, dtype=torch.float32, **quantised)
+    if bits is not None:  # else bitsandbytes evaluates with scales in bf16
+        for module in theirs.modules():
+            module.support_avx512bf16_for_cpu = False
+    peft = PeftModel.from_pretrained(theirs, target / "adapter").eval()
+    image = theirs.config.image_token_id
+    ids = torch.tensor([[1, 5, *[image] * loaded.model.n_image_tokens, 9, 20, 30]])
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        got = peft(input_ids=ids, pixel_values=pixels).logits[..., : loaded.model.language_model.config.vocab_size]
+    torch.testing.assert_close(got, logits(loaded), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(load(target / "adapter")), logits(loaded), rtol=1e-5, atol=1e-5)
+
+
+def test_keeping_an_adapter_needs_one_and_the_format_hf(bases, tmp_path) -> None:
+    loaded = build(*bases, torch.float32)
+    path = save_checkpoint(tmp_path / "c", loaded, "full", template="v0", image_position="first")
+    with pytest.raises(CheckpointError, match="has no adapter"):
+        convert(path, tmp_path / "out", "hf", keep_adapter=True)
+    with pytest.raises(CheckpointError, match="fix: --to hf"):
+        convert(path, tmp_path / "out", "llava", keep_adapter=True)

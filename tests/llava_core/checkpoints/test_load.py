@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    adapted,
+    bases,
     change_json,
     loaded,
     original,
@@ -19,10 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from companion.checkpoints.convert import convert
 from companion.checkpoints.inspection import inspect
+from llava_core.checkpoints import load as loading
 from llava_core.checkpoints.base_models import base_hash
 from llava_core.checkpoints.describe import Options
-from llava_core.checkpoints.load import load
+from llava_core.checkpoints.load import build, load, load_into, save_checkpoint
 from llava_core.checkpoints.open import open_checkpoint
+from llava_core.checkpoints.tensors import LazyTensor
 from llava_core.inference import prompt_ids
 from llava_core.runtime import CheckpointError
 
@@ -61,3 +66,62 @@ def test_paths_are_relative_to_the_working_folder(original, tmp_path, monkeypatc
     assert prompt_ids(load("out"), [("what", None)], True)
     with pytest.raises(CheckpointError, match="no such file or folder"):
         load("~nobody-of-that-name/x")
+
+
+def test_an_adapter_on_another_base_is_refused(bases, tmp_path) -> None:
+    llm, clip = (shutil.copytree(base, tmp_path / Path(base).name) for base in bases)
+    path = save_checkpoint(tmp_path / "c", adapted((str(llm), str(clip))), "adapter")
+    (llm / "manifest.json").unlink()
+    weights = load_file(llm / "model.safetensors")
+    save_file({name: t + 1 for name, t in weights.items()}, llm / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="made with another language model"):
+        load(path)
+
+
+def test_a_checkpoint_that_lacks_its_adapter_is_refused(bases, tmp_path) -> None:
+    path = save_checkpoint(tmp_path / "c", adapted(bases), "adapter")
+    other = build(*bases, torch.float32).model
+    load_into(other, path, ("multi_modal_projector.",))
+    with pytest.raises(CheckpointError, match="adapter would be left out"):
+        load_into(other, path)
+    (path / "adapter_model.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: missing"):
+        load(path)
+    (tmp_path / "kept").rename(path / "adapter_model.safetensors")
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"kind": "projector"}))
+    with pytest.raises(CheckpointError, match="disagree about an adapter"):
+        load(path)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_ranks_read_the_same_tensors_in_the_same_order(bases, kind, tmp_path, monkeypatch) -> None:
+    loaded = adapted(bases) if kind == "adapter" else build(*bases, torch.float32)
+    reads: dict[int, list[str]] = {0: [], 1: []}
+
+    def tensors(rank: int) -> dict[str, LazyTensor]:
+        state = dict(sorted(loaded.model.state_dict().items(), reverse=True))  # B before A
+        return {
+            name: LazyTensor(tuple(t.shape), t.dtype, lambda n=name, t=t: (reads[rank].append(n), t)[1])
+            for name, t in state.items()
+        }
+
+    for rank in (1, 0):
+        monkeypatch.setattr(loading, "rank", lambda rank=rank: rank)
+        path = save_checkpoint(tmp_path / "c", loaded, kind, tensors(rank), torch.bfloat16)
+        assert path.exists() == (rank == 0)
+    assert reads[0] == reads[1]
+    assert len(reads[0]) == len(set(reads[0])) > 20
+    stored = load_file(path / "model.safetensors")
+    dtypes = {name.partition(".")[0]: tensor.dtype for name, tensor in stored.items()}
+    assert dtypes.pop("multi_modal_projector") == torch.float32
+    assert dtypes == ({"language_model": torch.bfloat16} if kind == "full" else {})
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["dtype"] == ("bfloat16" if kind == "full" else "float32")
+
+
+def test_a_tensor_that_was_not_gathered_is_noticed(bases, tmp_path) -> None:
+    loaded = build(*bases, torch.float32)
+    tensors = {f"module.{name}": LazyTensor.of(t) for name, t in loaded.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="has no weights"):
+        save_checkpoint(tmp_path / "c", loaded, "full", tensors)
