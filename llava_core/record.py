@@ -56,6 +56,12 @@ class RunRecord:
     def config(self) -> RunConfig:
         return RunConfig.read(self.path / "config.yaml")
 
+    def set_scale(self, config: RunConfig) -> None:
+        """Go on with this scale: the number of ranks, trackers and the like are not part of the run's id."""
+        change = {"scale": config.scale, "scale_overrides": config.scale_overrides}
+        self.config.model_copy(update=change).write(self.path / "config.yaml")
+        del self.config  # read it again
+
     @property
     def environment(self) -> dict[str, Any]:
         """Machine, versions, date and the inputs' fingerprints."""

@@ -35,6 +35,8 @@ REPORTED_PACKAGES = ("llava-core", "torch", "transformers", "tokenizers", "safet
 class CompanionError(Exception):
     """An error whose message names the file, the record and the fix."""
 
+    exit_code = 1
+
 
 class ConfigError(CompanionError):
     """A name, key or value of a configuration is wrong."""

@@ -1,23 +1,28 @@
 """`launch(run)` returns the finished record of a run: an existing one, a resumed one, or one trained now.
 
-The scale's `launcher` decides whether a run is trained in this process or by torchrun on all GPUs.
+A run of one process is trained in this one. Ranks on this machine are processes of `llava_core.train.processes`; if
+torchrun or srun started this process, it is one of the ranks itself.
 """
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
-from llava_core.runtime import ROOT, CompanionError, display_path, file_lock, fingerprint, set_offline, sha256_file
+from llava_core.runtime import display_path, fingerprint, rank, set_offline, sha256_file
+from llava_core.train.processes import check_ranks, launched, record_lock, run_ranks
+from llava_core.train.signals import Interrupted
+from llava_core.train.trackers import check_trackers
 
-# The code that decides a run's numbers: all files of these folders except those used only after training.
+# The code that decides a run's numbers: all files of these folders except those used only after or around training.
 CODE_FOLDERS = ("ops", "models", "data", "checkpoints", "train")
-NOT_TRAINING = {"models/generation.py", "models/kv_cache.py"}
+NOT_TRAINING = {"models/generation.py", "models/kv_cache.py"} | {
+    f"train/{name}.py" for name in ("__main__", "handle", "processes", "signals", "trackers")
+}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -57,6 +62,14 @@ def _code_lines(source: str) -> list[str]:
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
+def open_record(config: RunConfig, first: RunRecord | None = None) -> RunRecord:
+    """Return the record of a run, begun if there is none; `first` is that of the run that it starts from."""
+    upstream = config.upstream()
+    if first is None and upstream is not None:
+        first = open_record(upstream)
+    return RunRecord.open(config, {**run_inputs(config), **({"init": first.run_id} if first else {})})
+
+
 def launch(config: RunConfig, resume: bool = True) -> RunRecord:
     """Return the finished record of a run; the run that it starts from is launched first if it is not there.
 
@@ -66,32 +79,39 @@ def launch(config: RunConfig, resume: bool = True) -> RunRecord:
 
     Raises:
         CompanionError: data, base model or training failed; the message names file and fix.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     if config.scale.offline:
         set_offline()
-    initial: Path | None = None
-    inherited: dict[str, Any] = {}
-    if (upstream := config.upstream()) is not None:
-        first = launch(upstream, resume)
-        initial, inherited = first.checkpoint, {"init": first.run_id}
-    record = RunRecord.open(config, {**run_inputs(config), **inherited})
-    # chapters that need the same run at the same time train it once: the others wait
-    with file_lock(record.path / ".lock"):
-        if not record.finished:
-            _start(config, record, initial, resume)
+    check_ranks(config)
+    check_trackers(config)
+    upstream = config.upstream()
+    first = launch(upstream, resume) if upstream is not None else None
+    record, initial = open_record(config, first), first.checkpoint if first else None
+    in_process = launched() or config.scale.parallel.kind == "none"
+    # rank 0 holds the lock as long as it lives, not its launcher; others that need this run wait
+    with record_lock(record.path) if rank() == 0 else contextlib.nullcontext() as lock:
+        if rank() == 0 and not record.finished:
+            record.set_scale(config)
+        if in_process:
+            _train_in_process(record, initial, resume)
+        elif lock and not record.finished:
+            arguments = [*(["--init", str(initial)] if initial else []), *([] if resume else ["--no-resume"])]
+            run_ranks(record, arguments, lock)
     return record
 
 
-def _start(config: RunConfig, record: RunRecord, initial: Path | None, resume: bool) -> None:
-    if config.scale.parallel.kind == "none":
-        from llava_core.train.trainer import train_record
+def _train_in_process(record: RunRecord, initial: Path | None, resume: bool) -> None:
+    """Train as the only process or as one rank; returns and raises `Interrupted` on all ranks together."""
+    from llava_core.train.engine import start, sum_over_ranks
+    from llava_core.train.trainer import train_record
 
-        train_record(record, initial, resume)
+    start()  # the other ranks wait here for rank 0, and rank 0 may have waited for the lock
+    if sum_over_ranks(float(record.finished)):
         return
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu",
-        "-m", "llava_core.train", str(record.path),
-        *(["--init", str(initial)] if initial else []), *([] if resume else ["--no-resume"]),
-    ]  # fmt: skip
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        raise CompanionError(f"{display_path(record.path)}: training failed; its log is above; start again to resume")
+    try:
+        train_record(RunRecord(record.path), initial, resume)
+    except Interrupted:
+        sum_over_ranks(0.0)  # the state is complete before srun sees the first rank end
+        raise
+    sum_over_ranks(0.0)  # the record is complete before a rank reads it

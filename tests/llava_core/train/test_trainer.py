@@ -31,7 +31,6 @@ def world(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root as `make_training_root` writes it."""
     make_training_root(workspace)
     (workspace / "llava_core").symlink_to(Path(launching.__file__).parents[1])
-    monkeypatch.setattr(launching, "ROOT", workspace)
     return workspace
 
 
