@@ -435,6 +435,12 @@ def _resolve(layers: list[_Layer], file: str) -> ExperimentConfig:
     return validated(ExperimentConfig, nested(values), file, origin)
 
 
+def published_experiment(name: str) -> ExperimentConfig:
+    """Return an experiment with the paper's values, which no scale has changed."""
+    layers = _experiment_layers(name)
+    return _resolve(layers, layers[-1].origin)
+
+
 def _upstream_overrides(experiment: ExperimentConfig, of_scale: Mapping[str, Any]) -> dict[str, Any]:
     """What the run that this one starts from has in common with it: its model, and the overrides of the scale."""
     fields = [field for field in field_names(ExperimentConfig) if field.startswith("model.")]

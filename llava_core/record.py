@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,9 @@ class RunRecord:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the final numbers; from now on the run counts as finished."""
         runtime.write_json(self.path / "summary.json", dict(summary))
+
+
+def final_loss(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the mean loss of the last 5 % of the rows of training steps, at least one."""
+    tail = rows[-max(1, len(rows) // 20) :]
+    return float(sum(row["loss"] for row in tail) / len(tail))

@@ -56,6 +56,7 @@ def _claim_row(known: Claim, here: ledger.Measured) -> str:
     tolerance = f"; tolerance: {known.tolerance.why}" if has_tolerance else ""
     claim_cell = f"{html.escape(known.text)}<small>{'; '.join(filter(None, small))}</small>"
     here_cell = f"{html.escape(text)}<small>{note}{tolerance}</small>"
+    here_cell += "".join(f"<small>bundle: {html.escape(line)}</small>" for line in here.elsewhere)
     cells = [claim_cell, html.escape(known.value_text), _label(known.evidence), here_cell, _verdict(here.verdict)]
     return _row(cells, known.id)
 
@@ -94,6 +95,15 @@ def _check_row(check: Mapping[str, Any]) -> str:
     return _row([*cells, _verdict(verdict)])
 
 
+def _bundle_row(row: Mapping[str, Any]) -> str:
+    run = f"{row['experiment']} at {row['scale']}, {row['hardware']}, {row['date']}, {row['run']}"
+    cells = [html.escape(str(row["bundle"])), html.escape(run)]
+    if "failed" in row:
+        return _row([*cells, f"not shown: it fails the checks {html.escape(', '.join(row['failed']))}", "", "", ""])
+    values = [html.escape(cell_text(row[key])) for key in ("id", "value", "measured")]
+    return _row([*cells, *values, _verdict(Verdict(row["verdict"]))])
+
+
 def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
     """Return the page of measured and published numbers and of the scale's departures from the paper."""
     config = load_scale(scale)
@@ -113,6 +123,16 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
         if runs := numbers.get("runs"):
             more = f" and {len(runs) - 6} more" if len(runs) > 6 else ""
             lines += [f"Runs: {', '.join(f'`{run}`' for run in runs[:6])}{more}.", ""]
+    if bundles := ledger.bundle_rows():
+        lines += [
+            "## Runs at other scales",
+            "",
+            "From the evidence bundles in `evidence/`; `llava evidence check` checks",
+        ]
+        lines += ["each without network and weights.", ""]
+        lines += _table(
+            ["Bundle", "Run", "Claim", "Published", "Measured", "Verdict"], [_bundle_row(b) for b in bundles]
+        )
     if without:
         lines += [f"These chapters measure no claim: {', '.join(without)}.", ""]
     if config.stand_ins:
@@ -136,7 +156,8 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
 
 def claims_page(out: Path) -> str:
     claims, released = list(all_claims().values()), ledger.released_result()
-    measured = {c.id: ledger.measured(c, out, released) for c in claims}
+    bundles = ledger.bundle_rows()
+    measured = {c.id: ledger.measured(c, out, released, bundles) for c in claims}
     kinds = [
         f"<tr><td>{_label(kind)}</td><td>{sum(c.evidence == kind for c in claims)}</td><td>{text}</td></tr>"
         for kind, text in EVIDENCE.items()

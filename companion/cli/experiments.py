@@ -1,11 +1,12 @@
-"""`llava reproduce`, `claims` and `train`."""
+"""`llava reproduce`, `claims`, `evidence` and `train`."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from companion.cli.arguments import Commands, Result, command, given, names
-from llava_core.runtime import display_path
+from companion.cli.arguments import Commands, Result, command, given, group, names, table
+from llava_core.runtime import display_path, user_path
 
 
 def _reproduce(args: argparse.Namespace) -> Result:
@@ -34,6 +35,31 @@ def _show_claims(result: Result) -> str:
         here = " ".join(cell_text(row[key]) for key in ("measured", "interval") if row[key] is not None)
         lines.append(f"{row['id']:34} {row['published']:28} {row['evidence']:14} {here:30} {row['verdict']}".rstrip())
         lines += [f"{'':34} flag: {row['flag']}"] if row["flag"] else []
+        lines += [f"{'':34} bundle: {line}" for line in row["bundles"]]
+    return "\n".join(lines)
+
+
+def _pack(args: argparse.Namespace) -> Result:
+    from companion.evidence import pack
+    from llava_core.record import RunRecord
+
+    return pack(RunRecord(user_path(args.record)), Path(args.out).expanduser())
+
+
+def _check(args: argparse.Namespace) -> Result:
+    from companion.evidence import check
+
+    return check(user_path(args.bundle))
+
+
+def _show_bundle(result: Result) -> str:
+    facts = {key: value for key, value in result.items() if key not in ("claims", "checks")}
+    lines = [
+        table(facts),
+        *(f"{'ok' if row['ok'] else 'FAILED':8} {row['name']:14} {row['message']}" for row in result["checks"]),
+    ]
+    for row in result["claims"]:
+        lines.append(f"{row['id']:34} paper {row['value']:g}, measured {row['measured']:.4g}: {row['verdict']}")
     return "\n".join(lines)
 
 
@@ -61,6 +87,21 @@ def add(commands: Commands) -> None:
     new = command(commands, "claims", text, "llava claims --kind measured", _claims, _show_claims)
     new.option("ids", "ID", "only these claims", nargs="*")
     new.option("--kind", "KIND", "only claims with this kind of evidence, e.g. recomputed")
+
+    into = group(commands, "evidence", "pack the evidence of a run, or check it", "llava evidence check run.zip")
+    text, example = (
+        "write what a reader needs to check a run, without weights",
+        "llava evidence pack RECORD --out run.zip",
+    )
+    wrong = lambda result: not all(row["ok"] for row in result["checks"])  # noqa: E731
+    new = command(into, "pack", text, example, _pack, _show_bundle, wrong)
+    new.path("record", "RECORD", "the folder of a finished run, runs/EXPERIMENT/SCALE/ID")
+    new.path(
+        "--out", "DIR|ZIP", "a new folder, or a file that ends in .zip; `evidence/` is shown in the book", required=True
+    )
+    text = "check the hashes, configuration, metrics, scores and claims of a bundle"
+    new = command(into, "check", text, "llava evidence check run.zip", _check, _show_bundle, wrong)
+    new.path("bundle", "DIR|ZIP", "what `llava evidence pack` wrote")
 
     new = command(commands, "train", "train one experiment", "llava train finetune --set train.seed=1", _train)
     new.option("experiment", "EXPERIMENT", "a file of configs/experiments, without its extension")

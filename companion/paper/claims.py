@@ -57,7 +57,7 @@ class Against(StrictModel):
     experiment: str | None = None
     field: str | None = None
     test: str | None = Field(default=None, pattern=r"^tests/[\w/]+\.py::test_\w+$")
-    bundle: str | None = None
+    bundle: str | None = Field(default=None, pattern=r"^\w+/[\w-]+$")  # experiment and its stored result; `where`: part
 
 
 class Computed(StrictModel):

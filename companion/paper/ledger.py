@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from companion import evidence
 from companion.evaluation.science_qa import evaluate_files
 from companion.evaluation.statistics import unpaired_difference, welch
 from companion.figures import output_folder
 from companion.paper.claims import EVIDENCE, Claim, all_claims, claim, computed_value, inconsistent
 from companion.paper.verdict import Verdict, verdict_of, verdict_of_interval
-from llava_core.config import load_experiment
+from llava_core import runtime
+from llava_core.config import published_experiment
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, read_json
 
@@ -32,6 +34,7 @@ class Measured:
     interval: list[float] | None = None
     verdict: Verdict = Verdict.NOT_RESOLVED
     note: str = ""  # source of the value, or the reason why there is none
+    elsewhere: tuple[str, ...] = ()  # values of evidence bundles, each with its scale, hardware and date
 
 
 def _of_chapter(known: Claim, out: Path) -> Measured:
@@ -84,14 +87,46 @@ def _recomputed(known: Claim, released: Mapping[str, Any] | None) -> Measured:
     return Measured(row["accuracy"], row["interval"], verdict_of(near), f"released answers; {test}")
 
 
-def measured(known: Claim, out: Path, released: Mapping[str, Any] | None = None) -> Measured:
-    """Return the measured value of a claim, from the chapters' numbers in `out` or from `released_result`."""
+def bundle_rows() -> list[dict[str, Any]]:
+    """Return the claims that the evidence bundles in `evidence/` of the repository measure, each with its run.
+
+    A bundle that fails a check has a single row with `failed`, the names of these checks, and no claim.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, result in evidence.bundles(runtime.ROOT / "evidence").items():
+        run = {"bundle": name, **{key: result[key] for key in evidence.FACTS}}
+        failed = evidence.failures(result)
+        rows += [{**run, "failed": failed}] if failed else [{**run, **claim_row} for claim_row in result["claims"]]
+    return rows
+
+
+def measured(
+    known: Claim,
+    out: Path,
+    released: Mapping[str, Any] | None = None,
+    bundles: Iterable[Mapping[str, Any]] = (),
+) -> Measured:
+    """Return the measured value of a claim, from the chapters' numbers in `out` or from `released_result`.
+
+    `bundles` are `bundle_rows`; a claim with the evidence `measured_gpu` has the value of the first.
+    """
+    own = [row for row in bundles if row.get("id") == known.id]
+    text = "{measured:.4g} ({verdict}) at {scale} on {hardware}, {date}, run {run}"
+    elsewhere = tuple(text.format(**row) for row in own)
+    if known.evidence == "measured_gpu" and own:
+        first = own[0]
+        here = Measured(first["measured"], first["interval"], Verdict(first["verdict"]), f"evidence/{first['bundle']}")
+        return replace(here, elsewhere=elsewhere)
+    return replace(_measured_here(known, out, released), elsewhere=elsewhere)
+
+
+def _measured_here(known: Claim, out: Path, released: Mapping[str, Any] | None) -> Measured:
     if known.evidence == "recomputed":
         return _recomputed(known, released)
     if known.evidence == "measured" and known.against.chapter:
         return _of_chapter(known, out)
     if known.against.experiment and known.against.field:
-        value: Any = load_experiment(known.against.experiment, "a100x8").experiment.model_dump()
+        value: Any = published_experiment(known.against.experiment).model_dump()
         for part in known.against.field.split("."):
             value = value[part]
         return Measured(value, None, verdict_of(value == known.value), known.against.experiment)
@@ -109,14 +144,14 @@ def claim_rows(
     if kind is not None and kind not in EVIDENCE:
         raise ConfigError(unknown("kind of evidence", kind, EVIDENCE))
     chosen = [claim(name) for name in names or all_claims()]
-    folder, released = out or output_folder(), released_result()
+    folder, released, bundles = out or output_folder(), released_result(), bundle_rows()
     rows = []
     for known in chosen:
         if kind is None or known.evidence == kind:
-            here = measured(known, folder, released)
+            here = measured(known, folder, released, bundles)
             row = known.model_dump(include=FIELDS)
             row |= {"published": known.value_text, "measured": here.value, "interval": here.interval}
-            rows.append(row | {"verdict": here.verdict, "note": here.note})
+            rows.append(row | {"verdict": here.verdict, "note": here.note, "bundles": here.elsewhere})
     return rows
 
 

@@ -45,3 +45,8 @@ def verdict_of_interval(interval: Sequence[float] | None, direction: str | None)
     if interval is None or interval[0] <= 0 <= interval[1]:
         return Verdict.NOT_RESOLVED
     return verdict_of((interval[1] < 0) == (direction == "below 0"))
+
+
+def verdict_of_value(published: float, interval: Sequence[float] | None) -> Verdict:
+    """Return the verdict on a published value, from the 95 % interval of the measured one (None: not comparable)."""
+    return verdict_of(None if interval is None else interval[0] <= published <= interval[1])
