@@ -111,9 +111,8 @@ def load_language_model(source: str, dtype: torch.dtype, bits: Literal[4] | None
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     check_no_missing_weights(source, info)
     for module in model.modules() if bits is not None else ():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # its first evaluation on a CPU would round the scales to bf16
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            # else the first evaluation on a CPU packs the weights anew, with their scales rounded to bf16
             module.support_avx512bf16_for_cpu = False
     return model, tokenizer
 
@@ -121,8 +120,9 @@ def load_language_model(source: str, dtype: torch.dtype, bits: Literal[4] | None
 def _nf4(dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError("train.adapters.bits: 4 needs bitsandbytes; fix: pip install bitsandbytes, or bits: null")
+    for package in ("bitsandbytes", "accelerate"):
+        if find_spec(package) is None:
+            raise ConfigError(f"train.adapters.bits: 4 needs {package}; fix: pip install {package}, or bits: null")
     # stored in the compute dtype, since FSDP shards only parameters of one dtype
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype,

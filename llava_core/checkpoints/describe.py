@@ -240,6 +240,7 @@ def check_usage(checkpoint: Checkpoint) -> None:
     rules = {
         "base": ("names of base models", lambda v: isinstance(v, dict) and _all_text(v.values())),
         "base_hash": ("hashes of base models", lambda v: isinstance(v, dict)),
+        "base_nf4": ("float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
         "system": ("text", lambda v: isinstance(v, str | None)),
         "prompt_format": ("text", lambda v: isinstance(v, str | None)),
         "image_position": (str(positions), lambda v: v in positions),

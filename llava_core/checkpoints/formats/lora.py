@@ -104,8 +104,8 @@ def merge(checkpoint: Checkpoint) -> Checkpoint:
     tensors, scale = dict(checkpoint.tensors), _scale(adapter.settings, adapter.path)
     usage = dict(checkpoint.description.usage)
     nf4 = usage.pop("base_nf4", None)
-    if nf4 is not None and (nf4 not in ("float32", "bfloat16") or find_spec("bitsandbytes") is None):
-        raise error_at(checkpoint.path, f"trained on weights in 4 bits ({nf4}); fix: pip install bitsandbytes")
+    if nf4 is not None and find_spec("bitsandbytes") is None:
+        raise error_at(checkpoint.path, "trained on weights in 4 bits (NF4); fix: pip install bitsandbytes")
     for name, (a, b) in adapter.matrices.items():
         if name not in tensors:
             raise error_at(adapter.path, f"adapts {name}, which its base does not have; fix: --base DIR")
