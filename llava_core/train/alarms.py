@@ -60,26 +60,17 @@ class Alarms:
         self.band = reference_band(config, steps)
         self.losses: list[float] = []
 
-    def start(self) -> list[str]:
-        """The messages before the first step."""
-        warning = precision_warning(self.config)
-        return [] if warning is None else [warning]
-
     def check(self, step: int, row: Mapping[str, Any], batch: StepBatch) -> list[str]:
         """The messages after optimizer step `step` (from 1), of its logged row and this rank's batch."""
+        names = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         found = {
-            "finite": self._non_finite(row), "weights": self._unchanged(step), "supervised": self._supervised(batch),
+            "finite": f"{', '.join(names)} not finite; fix: lower train.learning_rate" if names else None,
+            "weights": self._unchanged(step), "supervised": self._supervised(batch),
             "gradient": self._no_gradient(row, batch), "loss": self._outside_band(step, row),
         }  # fmt: skip
         new = {name: f"step {step}: {text}" for name, text in found.items() if text and name not in self.given}
         self.given |= new.keys()
         return list(new.values())
-
-    def _non_finite(self, row: Mapping[str, Any]) -> str | None:
-        names = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-        if not names:
-            return None
-        return f"{', '.join(names)} not finite; fix: look at the step's samples, or lower train.learning_rate"
 
     def _unchanged(self, step: int) -> str | None:
         if step != self.first + UNCHANGED_AFTER:
@@ -89,8 +80,8 @@ class Alarms:
             changed = float((after[part] != values).double().mean())
             if changed < 0.5:
                 cause = precision_warning(self.config) or (
-                    "the part is frozen, or has no gradient, or its updates are smaller than its weights' precision; "
-                    "fix: check train.trainable, train.learning_rate and train.precision"
+                    "it has no gradient, or its updates are lost in rounding; fix: check train.trainable, "
+                    "train.learning_rate and train.precision"
                 )
                 messages.append(f"{changed:.1%} of the weights of {part} changed in {UNCHANGED_AFTER} steps: {cause}")
         self.before = {}

@@ -29,18 +29,18 @@ from llava_core.train.launch import code_fingerprint
 
 CHECKS = "data/checks"
 SHOWN, LOGGED = 5, 100  # bad samples that an error names, and those that a record names
-CHUNK, THREADS = 1024, 8
+CHUNK, THREADS = 256, 8
 NO_FILE = [0, 0]
 
 
 class Outcome(NamedTuple):
-    """What is known of a checked sample; `stamp` is size and time of its image file, `fault` why it is bad."""
+    """Of a checked sample: numbers of tokens and turns, size and time of its image file, and why it is bad, or None."""
 
-    tokens: int = 0
-    supervised: int = 0
-    dropped: int = 0
-    stamp: list[int] = NO_FILE
-    fault: str | None = None
+    tokens: int
+    supervised: int
+    dropped: int
+    stamp: list[int]
+    fault: str | None
 
 
 @dataclass
@@ -71,46 +71,44 @@ def checked_samples(
     Raises:
         DataError: a sample is bad and `data.on_bad_sample` is "stop", or no sample is left.
     """
-    experiment, skipped = config.experiment, list[str]()
+    train, skipped, files = config.experiment.train, list[str](), training_files(config)
     usage = {name: loaded.manifest.get(name) for name in ("system", "image_delimiters")}
     n, cache = loaded.model.n_image_tokens, config.scale.cache_pixels
-    sets = [
+    train_set, held_out = (
         TrainingSet(samples, loaded.tokenizer, loaded.processor, config, n, cache, **usage)
         for samples in load_samples(config, skipped)
-    ]
-    files = training_files(config)
+    )
     facts = {"code": code_fingerprint(), "rows": loaded.model.language_model.get_input_embeddings().num_embeddings}
     if rank() > 0 and dist.is_initialized():
         dist.barrier()
-    checked = [(data, file, _check(data, file, facts, cached)) for data, file in zip(sets, (files[0], files[-1]))]  # noqa: B905
+    checked = [
+        (data, file, _check(data, file, facts, cached)) for data, file in ((train_set, files[0]), (held_out, files[-1]))
+    ]
     if rank() == 0 and dist.is_initialized():
         dist.barrier()
 
-    bad = [
-        f"{display_path(file)}, line {sample.line}: sample {sample.id}: {outcome.fault}"
-        for data, file, outcomes in checked
-        for sample, outcome in zip(data.samples, outcomes, strict=True)
-        if outcome.fault is not None
-    ]
-    if bad and experiment.data.on_bad_sample == "stop":
-        raise DataError(
-            "\n  ".join([f"{len(bad)} of {sum(map(len, sets))} samples cannot be trained on:", *bad[:SHOWN]])
-            + "\nfix: correct them, or leave them out with data.on_bad_sample=skip"
-        )
-    for data, _, outcomes in checked:
+    total, bad = len(train_set) + len(held_out), []
+    for data, file, outcomes in checked:
         good = [k for k, outcome in enumerate(outcomes) if outcome.fault is None]
+        for sample, outcome in zip(data.samples, outcomes, strict=True):
+            if outcome.fault is not None:
+                bad.append(f"{display_path(file)}, line {sample.line}: sample {sample.id}: {outcome.fault}")
         data.samples = [data.samples[k] for k in good]
         data.dropped = {new: outcomes[k].dropped for new, k in enumerate(good) if outcomes[k].dropped}
+    if bad and config.experiment.data.on_bad_sample == "stop":
+        some = "".join(f"\n  {text}" for text in bad[:SHOWN])
+        fix = "correct them, or leave them out with data.on_bad_sample=skip"
+        raise DataError(f"{len(bad)} of {total} samples cannot be trained on:{some}\nfix: {fix}")
     skipped += bad
     if skipped and rank() == 0:
         sys.stderr.write(f"data.on_bad_sample: {len(skipped)} samples are left out, the first is {skipped[0]}\n")
-    if not any(sample.image or "language_model" in experiment.train.trainable for sample in sets[0].samples):
+    if not any(sample.image or "language_model" in train.trainable for sample in train_set.samples):
         raise DataError(
-            f"{display_path(files[0])}: no sample is left that {' and '.join(experiment.train.trainable)} could learn "
-            "from (the projector needs images); fix: correct the records, or name another data.file"
+            f"{display_path(files[0])}: no sample is left that {' and '.join(train.trainable)} could learn from (the "
+            "projector needs images); fix: correct the records, or name another data.file"
         )
     kept = np.array([outcome[:2] for outcome in checked[0][2] if outcome.fault is None])
-    return sets[0], sets[1], Preflight(kept[:, 0], kept[:, 1], skipped)
+    return train_set, held_out, Preflight(kept[:, 0], kept[:, 1], skipped)
 
 
 def _check(data: TrainingSet, file: Path, facts: dict[str, Any], cached: Callable[[Path], bool]) -> list[Outcome]:
@@ -119,7 +117,7 @@ def _check(data: TrainingSet, file: Path, facts: dict[str, Any], cached: Callabl
     known: dict[int, Outcome] = {}
     with suppress(DataError, AttributeError, TypeError, ValueError):  # no such file, or a damaged one
         known = {int(position): Outcome(*outcome) for position, outcome in runtime.read_json(remembered).items()}
-    stamp = lru_cache(maxsize=None)(_stamp)
+    stamp, fault = lru_cache(maxsize=None)(_stamp), lru_cache(maxsize=None)(_image_fault)
 
     def is_known(sample: Sample) -> bool:
         outcome = known.get(sample.position)
@@ -127,22 +125,19 @@ def _check(data: TrainingSet, file: Path, facts: dict[str, Any], cached: Callabl
             return outcome is not None
         return outcome.stamp == stamp(sample.image) != NO_FILE
 
+    def check(k: int) -> Outcome:
+        image = data.samples[k].image
+        tokens, supervised, dropped, reason = _check_text(data, k, facts["rows"])
+        reason = reason or (fault(image, cached) if image else None)
+        return Outcome(tokens, supervised, dropped, stamp(image) if image else NO_FILE, reason)
+
     todo = [k for k, sample in enumerate(data.samples) if not is_known(sample)]
-    images: dict[Path | None, str | None] = {None: None}
+    parts = [todo[begin : begin + CHUNK] for begin in range(0, len(todo), CHUNK)]
     bar = runtime.progress(len(todo), f"checking {file.name}", leave=False, disable=not todo)
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
-        for begin in range(0, len(todo), CHUNK):
-            part = todo[begin : begin + CHUNK]
-            new = {image for k in part if (image := data.samples[k].image) not in images}
-            opened = {image: pool.submit(_image_fault, image, cached) for image in new if image is not None}
-            texts = [_text_outcome(data, k, facts["rows"]) for k in part]  # meanwhile
-            images |= {image: fault.result() for image, fault in opened.items()}
-            for k, outcome in zip(part, texts, strict=True):
-                image = data.samples[k].image
-                known[data.samples[k].position] = outcome._replace(
-                    stamp=stamp(image) if image else NO_FILE, fault=outcome.fault or images[image]
-                )
+        for part, outcomes in zip(parts, pool.map(lambda part: [*map(check, part)], parts), strict=True):
+            known |= {data.samples[k].position: outcome for k, outcome in zip(part, outcomes, strict=True)}
             bar.update(len(part))
     bar.close()
     if todo:
@@ -153,11 +148,12 @@ def _check(data: TrainingSet, file: Path, facts: dict[str, Any], cached: Callabl
     return [known[sample.position] for sample in data.samples]
 
 
-def _text_outcome(data: TrainingSet, k: int, rows: int) -> Outcome:
+def _check_text(data: TrainingSet, k: int, rows: int) -> tuple[int, int, int, str | None]:
+    """Tokens, supervised tokens and dropped turns of a sample, and why it cannot be trained on."""
     try:
         item = data.encoded(k)
     except DataError as error:
-        return Outcome(fault=str(error).removeprefix(f"sample {data.samples[k].id}: "))
+        return 0, 0, 0, str(error).removeprefix(f"sample {data.samples[k].id}: ")
     ids, labels, fault = np.asarray(item.input_ids), np.asarray(item.labels), None
     words = ids[ids != IMAGE_TOKEN_ID]
     outside = words[(words < 0) | (words >= rows)]
@@ -165,7 +161,7 @@ def _text_outcome(data: TrainingSet, k: int, rows: int) -> Outcome:
         fault = f"token id {outside[0]} is none of the model's {rows} word embeddings; fix: use the model's tokenizer"
     elif len(ids) - len(words) != data.n_image_tokens * (data.samples[k].image is not None):
         fault = f"{len(ids) - len(words)} image tokens; fix: write <image> once where the record has an image"
-    return Outcome(len(ids), int((labels[1:] != IGNORE_INDEX).sum()), item.dropped_turns, fault=fault)
+    return len(ids), int((labels[1:] != IGNORE_INDEX).sum()), item.dropped_turns, fault
 
 
 def _image_fault(image: Path, cached: Callable[[Path], bool]) -> str | None:

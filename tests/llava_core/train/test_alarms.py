@@ -24,9 +24,8 @@ def batch(share: float = 0.2, samples: int = 16, image: bool = True) -> StepBatc
     return StepBatch(rows, round(share * 100 * samples), 100 * samples, samples)
 
 
-def alarms(weights: dict[str, torch.Tensor] | None = None, name: str = "pretrain", **options: Any) -> Alarms:
-    given = {"multi_modal_projector.weight": torch.zeros(1)} if weights is None else weights
-    return Alarms(load_experiment(name, "mini", options.pop("overrides", None)), lambda: given, SAMPLES, 100, **options)
+def alarms(weights: dict[str, torch.Tensor] | None = None, name: str = "pretrain", first: int = 0) -> Alarms:
+    return Alarms(load_experiment(name, "mini"), lambda: weights or {}, SAMPLES, 100, first)
 
 
 @pytest.mark.parametrize(("dtype", "rate", "alarmed"), [
@@ -94,13 +93,11 @@ def test_non_finite_numbers_are_named() -> None:
 ])  # fmt: skip
 def test_pure_bf16_at_a_small_rate_is_warned_of(precision: str, rate: float, warned: bool) -> None:
     overrides = {"train.precision": precision, "train.learning_rate": rate}
-    config = load_experiment("finetune", "a100x8", overrides)
-    warning = precision_warning(config)
+    warning = precision_warning(load_experiment("finetune", "a100x8", overrides))
     assert (warning is not None) == warned
     if warning:
         assert "2e-05" in warning
         assert "train.precision=mixed_bf16" in warning
-    assert alarms(overrides=overrides).start() == ([warning] if warning else [])
 
 
 # ------------------------------------------------------------------------------------------------ the reference band
