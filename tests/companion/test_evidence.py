@@ -47,7 +47,6 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRecord]:
     with pytest.MonkeyPatch.context() as patch:
         (root / "configs").symlink_to(runtime.ROOT / "configs")
         patch.setattr(runtime, "ROOT", root)
-        patch.setattr(launching, "ROOT", root)
         make_training_root(root)
         (root / "data" / "images").rename(root / "kept")
         _questions(root / "data" / "sqa")
