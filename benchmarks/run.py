@@ -28,6 +28,7 @@ BENCHMARKS = {
     "filter": ("benchmarks.filter", "the CC3M filter at the paper's size"),
     "generate": ("benchmarks.generate", "greedy generation against transformers"),
     "loss": ("benchmarks.loss", "loss and gradients in chunks against all logits at once"),
+    "memory": ("benchmarks.memory", "planned memory of a training run against the measured peak"),
     "train-step": ("benchmarks.train_step", "an optimizer step against transformers' own model in a padded loop"),
 }
 """Name -> module with the function `bench_NAME`, and what is compared."""

@@ -128,7 +128,7 @@ def _add_data(commands: Commands) -> None:
     new.option("--formats", "FORMAT,FORMAT", f"prompt formats; {text}", type=_formats, default=list(FORMATS))
 
 
-def _requests(args: argparse.Namespace) -> Any:
+def requests(args: argparse.Namespace) -> Any:
     from companion.data_tools.coco import load_annotations
     from companion.teacher.generate import requests_for
     from companion.teacher.prompts import load_prompts
@@ -144,7 +144,7 @@ def _generate(args: argparse.Namespace) -> Result:
     from companion.teacher.generate import ask, write
     from companion.teacher.plan import plan, plan_text
 
-    jobs, prompts = _requests(args)
+    jobs, prompts = requests(args)
     questions = load_instructions(args.instructions)
     tape = args.cassette or args.out / "cassette.sqlite"
     if args.client in PAID_CLIENTS:
@@ -155,14 +155,7 @@ def _generate(args: argparse.Namespace) -> Result:
     return write(records, args.kinds, args.out, args.seed, prompts, questions)
 
 
-def _plan_generate(args: argparse.Namespace) -> Result:
-    from companion.teacher.plan import plan
-
-    jobs, _ = _requests(args)
-    return plan((job[2] for job in jobs), args.client, args.cassette, args.price, args.concurrency)
-
-
-def _asking(parser: Parser, tape: str) -> None:
+def asking(parser: Parser, tape: str) -> None:
     parser.path("--annotations", "PATH", "captions and boxes of each image", required=True)
     parser.option("--split", "NAME", "which of a folder's splits, e.g. train2014")
     parser.option("--kinds", "KIND,KIND", f"of {', '.join(KINDS)}", type=some_of(KINDS), default=list(KINDS))
@@ -178,20 +171,13 @@ def _add_generate(commands: Commands) -> None:
     example = f"llava generate {file} --kinds conversation,detail --client offline --out data/mine"
     new = command(commands, "generate", "write instruction data from captions and boxes", example, _generate)
     new.client("batch")
-    _asking(new, "; OUT/cassette.sqlite if not given")
+    asking(new, "; OUT/cassette.sqlite if not given")
     new.server("record, batch")
     new.timeout()
     new.option("--poll", "SECONDS", "longest interval between two polls of a batch", type=positive, default=60.0)
     new.option("--instructions", "LIST", "prompts for descriptions: detail, brief or a file", default="detail")
     new.seed()
     new.path("--out", "DIR", "folder of the records", required=True)
-
-    example = f"llava plan generate {file}"
-    into = group(commands, "plan", "estimate the cost of a command", example)
-    text = "estimate requests, tokens, USD and hours of `llava generate`; nothing is sent"
-    new = command(into, "generate", text, f"{example} --model gpt-4o --client batch", _plan_generate)
-    new.choice("--client", ["record", "batch"], "record", "single requests, or batches at half the price")
-    _asking(new, ", which cost nothing")
 
 
 def _filter(args: argparse.Namespace) -> Result:
