@@ -34,7 +34,7 @@ from llava_core.runtime import ConfigError, resolve_device, resolve_dtype
 from llava_core.train.dataset import TrainingSet, build_model, collate, load_samples
 from llava_core.train.loader import RowInputs
 from llava_core.train.optimizer import make_optimizer
-from llava_core.train.trainer import packed_row_loss
+from llava_core.train.trainer import PackedRowLoss
 
 PEER: Literal["transformers"] = "transformers"
 SAVINGS = {
@@ -261,12 +261,13 @@ class PackedStep:
 
     def _packed(self) -> torch.Tensor:
         max_tokens = len(self.case.items) * max(len(item.input_ids) for item in self.case.items)
+        row_loss = PackedRowLoss(self.model, self.case.normalise, self.device)
         total = torch.zeros((), device=self.device)
         for row in pack(self.case.items, self.case.keys, max_tokens, "shared" in self.on):
             keys = list(dict.fromkeys(row.images))
             images = torch.stack([self.features[key] for key in keys]) if keys else None
             inputs = RowInputs.of(row, images, [keys.index(key) for key in row.images])
-            total = total + packed_row_loss(self.model, inputs, self.case.normalise, self.device)
+            total = total + row_loss(inputs)
         return total
 
     def _padded(self) -> torch.Tensor:

@@ -151,6 +151,10 @@ class Llava(nn.Module):
         image_features = None if tower_features is None else self.project(tower_features)
         # 2. Word embeddings (B, T, D), with the visual tokens in place of the image blocks.
         embeds = self.embed(input_ids, image_features=image_features)
+        if image_features is None:
+            # the projector stays in the graph: ranks with and without images run the same collectives
+            no_image = embeds.new_zeros(1, 1, self.vision_tower.config.hidden_size)
+            embeds = embeds + 0 * self.project(no_image).sum().to(embeds.dtype)
         # 3. Decoder layers: attention stays within each sample.
         hidden = self.language_model.get_decoder()(
             inputs_embeds=embeds, position_ids=position_ids, packed_mask=packed_mask, use_cache=False

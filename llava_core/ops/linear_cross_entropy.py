@@ -46,7 +46,7 @@ class _Chunked(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         in_place = hidden.dtype == torch.float32
-        size = min(len(hidden), max(1, CHUNK_ELEMENTS // weight.shape[0]))
+        size = max(1, min(len(hidden), CHUNK_ELEMENTS // weight.shape[0]))
         # one buffer for all chunks: on a CPU new pages cost as much as the arithmetic
         buffer = torch.empty(size, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         for begin in range(0, len(hidden), size):

@@ -28,10 +28,8 @@ def main() -> None:
 
             launch(RunConfig.read(record.path / LAUNCHED), resume)
         else:
-            from llava_core.train.engine import start
             from llava_core.train.trainer import train_record
 
-            start()
             train_record(record, arguments.init, resume)
     except BaseException as error:
         end_with_error(record, name, error)

@@ -64,6 +64,12 @@ class RowInputs:
         )  # fmt: skip
 
 
+def padding_row() -> RowInputs:
+    """A row of two tokens without targets: its loss and its gradients are 0."""
+    row = PackedRow(*(np.array(values) for values in ([0, 0], [0, 1], [2, 2], [], [])), images=[], samples=[])
+    return RowInputs.of(row, None, [])
+
+
 @dataclass
 class StepBatch:
     """One rank's share of an optimizer step; `tokens` counts a shared prefix for each of its samples."""

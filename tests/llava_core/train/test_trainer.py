@@ -1,15 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import textwrap
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,38 +64,6 @@ def test_micro_batches_do_not_change_the_run(world: Path) -> None:
         if "loss" in a:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_epoch_shuffles_samples_or_images(world: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    images = ["a", "b", "c", None, "a", "d", None, "b", "a", "e", "f", "c"]
-
-    class Samples:
-        samples = [SimpleNamespace(image=image) for image in images]  # noqa: RUF012
-
-        def __len__(self) -> int:
-            return len(images)
-
-    def order(name: str, seed: int = 0) -> list[list[int]]:
-        config = load_experiment("pretrain", "mini", {"train.order": name, "train.seed": seed, "train.global_batch": 4})
-        trainer = object.__new__(training.Trainer)
-        trainer.config, trainer.steps_per_epoch, trainer.train_set = config.experiment.train, 3, Samples()
-        shares = []
-        for rank in range(ranks):
-            monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
-            monkeypatch.setattr(training, "world_size", lambda: ranks)
-            shares.append([trainer._indices(step) for step in range(3)])
-        return [[k for share in shares for k in share[step]] for step in range(3)]
-
-    for name in ("samples", "images"):
-        steps = order(name)
-        assert [len(step) for step in steps] == [4, 4, 4]
-        assert sorted(k for step in steps for k in step) == list(range(12))
-        assert order(name, 1) != steps == order(name)
-    together = [images[k] for step in order("images") for k in step]
-    changes = sum(a != b or a is None for a, b in pairwise(together))
-    assert changes == len({*images} - {None}) + images.count(None) - 1
-    assert together != [images[k] for step in order("samples") for k in step]
 
 
 def test_out_of_memory_enables_activation_checkpointing(
@@ -230,52 +191,6 @@ def test_learning_rate_schedule() -> None:
     assert max(rates) == rates[29] == pytest.approx(config.learning_rate)
     assert rates[515] == pytest.approx(config.learning_rate / 2, rel=0.01)
     assert rates[1000] == pytest.approx(0, abs=1e-12)
-
-
-def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
-    """1 x 8 == 2 ranks x 4: loss and gradient norm of every step."""
-    single = _run(train__seed=7)
-    script = tmp_path / "rank.py"
-    script.write_text(
-        textwrap.dedent("""
-        import sys
-        from pathlib import Path
-        from llava_core import runtime
-        runtime.ROOT = Path(sys.argv[1])
-        from llava_core.record import RunRecord
-        from llava_core.train.engine import start
-        from llava_core.train.trainer import train_record
-        start()
-        train_record(RunRecord(Path(sys.argv[2])))
-    """)
-    )
-    target = world / "two"
-    target.mkdir()
-    single.config.write(target / "config.yaml")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    environment |= {"LLAVA_ROOT": str(world)}
-    environment |= {"PYTHONPATH": str(Path(launching.__file__).parents[2])}
-    command = [sys.executable, str(script), str(world), str(target)]
-    ranks = [
-        subprocess.Popen(command, env=environment | {"RANK": str(k)}, stderr=subprocess.PIPE, text=True) for k in (0, 1)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)[-3000:]
-    pairs = zip(single.metrics(), RunRecord(target).metrics(), strict=True)
-    steps = [(a, b) for a, b in pairs if "loss" in a]
-    assert steps
-    for a, b in steps:
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_training_root_uses_its_own_configuration(world: Path) -> None:

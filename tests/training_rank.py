@@ -1,0 +1,53 @@
+"""One rank of training runs in tests: `python training_rank.py OUT RECORD...` trains each record's run from nothing.
+
+Per record OUT gets whole weights and moments after the last step. With `--schedules N` it instead takes N steps of
+random batches, which differ between the ranks in samples, rows and images.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_core import runtime
+from llava_core.ops.transformers_backend import packed_attention
+from llava_core.record import RunRecord
+from llava_core.train import trainer as training
+
+SCHEDULES: list[dict[str, Any]] = []
+
+
+def whole_state(self: training.Trainer) -> dict[str, Any]:
+    """Instead of the final checkpoint."""
+    state = {name: tensor.float().cpu().clone() for name, tensor in self.engine.state()}
+    if self.engine.rank == 0:
+        torch.save({"state": state, "schedules": SCHEDULES}, Path(sys.argv[1]) / f"{self.record.path.name}.pt")
+    return {}
+
+
+def random_batches(self: training.Trainer) -> dict[str, Any]:
+    engine, draw = self.engine, random.Random(0)
+    with packed_attention(self.model.language_model):
+        for self.step in range(int(os.environ["SCHEDULES"])):
+            # the same draws on any number of ranks: two shares, of which one rank takes both or each of two takes one
+            shares = [[draw.randrange(len(self.train_set)) for _ in range(draw.randrange(0, 7))] for _ in range(2)]
+            shares[draw.randrange(2)] += [5] * draw.randrange(1, 3)  # a sample without an image
+            self.loader.max_tokens = draw.choice([64, 128, 512])
+            own = shares[engine.rank] if engine.world == 2 else shares[0] + shares[1]
+            loss, norm, _ = self._train_step(self.loader.batch(own))
+            SCHEDULES.append({"loss": loss, "norm": norm, "rows": len(self.loader.batch(own).rows)})
+    return whole_state(self)
+
+
+if __name__ == "__main__":
+    runtime.ROOT = Path(os.environ["LLAVA_ROOT"])
+    training.Trainer._finish = whole_state  # type: ignore[method-assign]
+    if "SCHEDULES" in os.environ:
+        training.Trainer.run = random_batches  # type: ignore[method-assign]
+    for record in sys.argv[2:]:
+        training.train_record(RunRecord(Path(record)), resume=os.environ.get("RESUME") == "1")
