@@ -103,8 +103,11 @@ class Engine:
         return torch.stack(out).cpu()
 
     def whole(self, name: str) -> torch.Tensor:
-        """A parameter, not sharded; every rank must call it."""
+        """A parameter, not sharded, as the optimizer updates it; every rank must call it."""
         return self.parameters[name].detach()
+
+    def whole_dtype(self, name: str) -> torch.dtype:
+        return self.parameters[name].dtype
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors of weights and optimizer moments, one at a time; every rank must iterate to the end."""
@@ -268,6 +271,9 @@ class Zero(Engine):
             return safe_get_full_fp32_param(p)
         with self._gathered(p):
             return p.detach().clone()
+
+    def whole_dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self.trainable else super().whole_dtype(name)
 
     @contextmanager
     def _gathered(self, p: torch.Tensor) -> Iterator[None]:

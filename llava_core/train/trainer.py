@@ -215,7 +215,7 @@ class Trainer:
         else:
             kind = "full" if "language_model" in self.config.trainable else "projector"
         tensors = {
-            name: LazyTensor(shape, engine.parameters[name].dtype, partial(engine.whole, name))
+            name: LazyTensor(shape, engine.whole_dtype(name), partial(engine.whole, name))
             for name, shape in engine.shapes.items()
         }
         save_checkpoint(
