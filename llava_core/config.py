@@ -301,6 +301,11 @@ class RunConfig(StrictModel):
         return runtime.resolve(self.scale.data[self.experiment.data.name])
 
     @property
+    def training_files(self) -> list[Path]:
+        """The files of records that the run reads; their checksums are part of its record's id."""
+        return [self.data_path / name for name in self.experiment.data.files]
+
+    @property
     def images_path(self) -> Path:
         return runtime.resolve(self.scale.data[f"{self.experiment.data.name}_images"])
 

@@ -176,7 +176,7 @@ def defined(files: dict[str, str], package: list[str], name: str) -> bool:
 def test_globbed_folders_exist() -> None:
     """Code that is hashed by folder: a moved folder would be missing in the hash."""
     from companion.results import EVALUATION_CODE
-    from llava_core.train.launch import CODE_FOLDERS, NOT_TRAINING
+    from llava_core.train.identity import CODE_FOLDERS, NOT_TRAINING
 
     assert [name for name in EVALUATION_CODE if not list((ROOT / name).rglob("*.py"))] == []
     assert [name for name in CODE_FOLDERS if not list((ROOT / "llava_core" / name).rglob("*.py"))] == []

@@ -18,6 +18,7 @@ from llava_core import runtime
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.record import RunRecord
 from llava_core.train import trainer as training
+from llava_core.train.signals import StopRequest
 
 SCHEDULES: list[dict[str, Any]] = []
 
@@ -32,6 +33,7 @@ def whole_state(self: training.Trainer) -> dict[str, Any]:
 
 def random_batches(self: training.Trainer) -> dict[str, Any]:
     engine, draw = self.engine, random.Random(0)
+    self.stop = StopRequest()
     with packed_attention(self.model.language_model):
         for self.step in range(int(os.environ["SCHEDULES"])):
             # the same draws on any number of ranks: two shares, of which one rank takes both or each of two takes one

@@ -139,17 +139,12 @@ def build_model(config: RunConfig, init_from: Path | None) -> Loaded:
     return loaded
 
 
-def training_files(config: RunConfig) -> list[Path]:
-    """The files of records that a run reads; their checksums are part of its id."""
-    return [config.data_path / name for name in config.experiment.data.files]
-
-
 def load_samples(config: RunConfig, skipped: list[str] | None = None) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Training and held-out samples; for a missing file a DataError names the command that writes it.
 
     With `on_bad_sample: skip` wrong records are left out and described in `skipped`. No image is opened: see preflight.
     """
-    data, files = config.experiment.data, training_files(config)
+    data, files = config.experiment.data, config.training_files
     for path in files:
         if not path.is_file():
             raise DataError(f"{display_path(path)}: not found; fix: run {data.written_by}, which writes it")

@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch import nn
 
 from llava_core.config import ParallelConfig, RunConfig, TrainConfig
-from llava_core.runtime import CompanionError, rank, resolve_device, resolve_dtype, world_size
+from llava_core.runtime import ConfigError, rank, resolve_device, resolve_dtype, world_size
 from llava_core.train.loader import RowInputs, padding_row
 from llava_core.train.optimizer import make_optimizer
 
@@ -39,7 +39,7 @@ class Engine:
         self.train, self.parallel = config.experiment.train, config.scale.parallel
         self.dtype = resolve_dtype(config.dtype)
         self.rank, self.world = rank(), world_size()
-        self.device = _join(config)
+        self.device = start(config)
 
     def prepare(self, module: nn.Module) -> None:
         """Place or shard the module's weights, and make the optimizer of the trainable ones."""
@@ -74,6 +74,7 @@ class Engine:
         """
         norm = self._clipped_norm()
         if not math.isfinite(norm):
+            self.discard_gradients()
             return norm
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -101,6 +102,17 @@ class Engine:
         out = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(out, own)
         return torch.stack(out).cpu()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value of every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def local_weights(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the trained weights, as the optimizer updates them."""
+        return {name: p.detach() for name, p in self.trainable.items()}
 
     def whole(self, name: str) -> torch.Tensor:
         """A parameter, not sharded, as the optimizer updates it; every rank must call it."""
@@ -150,6 +162,10 @@ class FullyShard(Engine):
     def _clipped_norm(self) -> float:
         norm: Any = nn.utils.clip_grad_norm_(list(self.trainable.values()), self.train.grad_clip)
         return float(norm.full_tensor())
+
+    def local_weights(self) -> dict[str, torch.Tensor]:
+        trainable: dict[str, Any] = self.trainable
+        return {name: p.detach().to_local() for name, p in trainable.items()}
 
     def whole(self, name: str) -> torch.Tensor:
         return _whole(self.parameters[name].detach())
@@ -263,6 +279,13 @@ class Zero(Engine):
     def discard_gradients(self) -> None:
         self.module.zero_grad()
 
+    def local_weights(self) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if self.stage == 2:  # one flat tensor of all parts
+            return {"language_model": self.optimizer.single_partition_of_fp32_groups[0]}
+        return {name: safe_get_local_fp32_param(p) for name, p in self.trainable.items()}
+
     def whole(self, name: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -302,7 +325,7 @@ class Zero(Engine):
             state["step"] = torch.tensor(float(step), device=self.device)
 
 
-def _join(config: RunConfig) -> torch.device:
+def start(config: RunConfig) -> torch.device:
     """Choose this rank's device and join the process group that the launcher describes in the environment."""
     device, parallel = resolve_device(config.scale.device), config.scale.parallel
     if device.type == "cuda":
@@ -322,19 +345,12 @@ def make_engine(config: RunConfig) -> Engine:
     """The engine of the scale's `parallel.kind`.
 
     Raises:
-        CompanionError: DeepSpeed is not installed, or the global batch cannot be divided.
+        ConfigError: DeepSpeed is not installed.
     """
-    kind, batch = config.scale.parallel.kind, config.experiment.train.global_batch
-    if batch % world_size():
-        raise CompanionError(
-            f"global batch of {batch} samples on {world_size()} ranks: not the same number on each; "
-            "fix: a number of processes that divides train.global_batch"
-        )
+    kind = config.scale.parallel.kind
     if kind.startswith("zero"):
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
-            raise CompanionError(
-                f"parallel.kind {kind} needs DeepSpeed ({error}); fix: pip install deepspeed"
-            ) from error
+            raise ConfigError(f"parallel.kind {kind} needs DeepSpeed ({error}); fix: pip install deepspeed") from error
     return ENGINES[kind](config)

@@ -24,8 +24,8 @@ from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.images import ImageError, check_image
 from llava_core.data.instruct import Sample
 from llava_core.runtime import DataError, display_path, rank
-from llava_core.train.dataset import TrainingSet, load_samples, training_files
-from llava_core.train.launch import code_fingerprint
+from llava_core.train.dataset import TrainingSet, load_samples
+from llava_core.train.identity import code_fingerprint
 
 CHECKS = "data/checks"
 SHOWN, LOGGED = 5, 100  # bad samples that an error names, and those that a record names
@@ -71,7 +71,7 @@ def checked_samples(
     Raises:
         DataError: a sample is bad and `data.on_bad_sample` is "stop", or no sample is left.
     """
-    train, skipped, files = config.experiment.train, list[str](), training_files(config)
+    train, skipped, files = config.experiment.train, list[str](), config.training_files
     usage = {name: loaded.manifest.get(name) for name in ("system", "image_delimiters")}
     n, cache = loaded.model.n_image_tokens, config.scale.cache_pixels
     train_set, held_out = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from llava_core.models.llava import Llava
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.record import RunRecord
 from llava_core.runtime import CompanionError, display_path, progress
+from llava_core.train.alarms import Alarms, find_non_finite
 from llava_core.train.dataset import Normalise, TrainingSet, build_model
 from llava_core.train.engine import Engine, make_engine
 from llava_core.train.loader import CACHED_LAYERS, Loader, RowInputs, StepBatch, open_features
 from llava_core.train.optimizer import learning_rate
 from llava_core.train.order import BatchOrder
-from llava_core.train.preflight import checked_samples
+from llava_core.train.preflight import Preflight, checked_samples
+from llava_core.train.signals import Interrupted, stop_on_signal
 from llava_core.train.state import States
+from llava_core.train.trackers import Trackers
 
 
 class TrainingError(CompanionError):
@@ -68,11 +71,11 @@ class Trainer:
         train_set: TrainingSet,
         held_out: TrainingSet,
         engine: Engine,
-        facts: Mapping[str, Any],
+        preflight: Preflight,
         resume: bool = True,
     ) -> None:
         self.record, self.loaded, self.train_set, self.held_out = record, loaded, train_set, held_out
-        self.engine, self.facts, self.resume = engine, facts, resume
+        self.engine, self.preflight, self.resume = engine, preflight, resume
         self.config, self.scale = record.config.experiment.train, record.config.scale
         self.model = loaded.model
         tower = self.model.vision_tower.to(engine.device)
@@ -87,11 +90,15 @@ class Trainer:
         self.order = BatchOrder(train_set.samples, self.config, engine.rank, engine.world)
         self.steps = self.order.steps
         self.step, self.seconds = 0, 0.0
+        self.trackers = Trackers(record.config, record)
+        self.stopping = False
         self.states = States(record.path / "states", self.scale.states.keep)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, save the checkpoint, finish the record and return its summary."""
-        with packed_attention(self.model.language_model):
+        if self._checkpoints_from_the_start():
+            self._enable_activation_checkpointing()
+        with packed_attention(self.model.language_model), stop_on_signal() as self.stop:
             self._restore()
             self._log_start()
             self._train()
@@ -120,13 +127,24 @@ class Trainer:
             if self.step in evaluate_at and len(self.held_out):
                 row["heldout_loss"] = self.heldout_loss()
             self._log(self.step, **row)
+            self._alert(self.alarms.check(self.step, row, batch))
             bar.update(1)
             bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{row['tokens_per_s']:.0f}", wait=f"{row['data_wait']:.0%}")
 
-            if self.step < self.steps and time.monotonic() - saved > self.scale.states.every_s:
-                self.states.save(self.step, self.seconds, self.engine.state)
+            overdue = time.monotonic() - saved > self.scale.states.every_s
+            if self.step < self.steps and (self.stopping or self.engine.all_gather([overdue])[0]):  # rank 0 decides
+                state = self.states.save(self.step, self.seconds, self.engine.state)
                 saved = time.monotonic()
+                if self.stopping:
+                    bar.close()
+                    raise Interrupted(self._stopped(state))
         bar.close()
+
+    def _stopped(self, state: bool) -> str:
+        name = display_path(self.record.path)
+        if state:
+            return f"{name}: stopped after step {self.step} of {self.steps}; start it again to resume"
+        return f"{name}: stopped after step {self.step} without a saved state; it resumes from the one before, if any"
 
     def _train_step(self, batch: StepBatch) -> tuple[float, float, float]:
         """One optimizer step; returns the loss per supervised token, the gradient norm and the learning rate."""
@@ -140,17 +158,36 @@ class Trainer:
                 loss = self._accumulate_gradients(rows, supervised)
             except torch.OutOfMemoryError as error:
                 self._enable_activation_checkpointing(error)  # raises if it is already enabled
-        loss = float(self.engine.all_gather([loss]).sum())
+        loss, stop = (float(total) for total in self.engine.all_gather([loss, self.stop.requested]).sum(0))
+        self.stopping = stop > 0
         # 2. Clip, and update.
         rate = learning_rate(self.step, self.steps, self.config)
         norm = self.engine.step(rate) if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
-            names = ", ".join(self.train_set.samples[k].id for k in self.order.indices(self.step)[:4])
-            raise TrainingError(
-                f"step {self.step}: loss {loss}, gradient norm {norm} (samples {names}, ...); "
-                "fix: look at these samples, or lower train.learning_rate"
-            )
+            raise TrainingError(self._non_finite(loss, norm))
         return loss, norm, rate
+
+    def _non_finite(self, loss: float, norm: float) -> str:
+        """The message that names the samples whose own loss or gradient is not finite."""
+        indices = self.order.indices(self.step)
+
+        def loss_of(index: int) -> torch.Tensor:
+            return self._row_loss(self.loader.batch([index]).rows[0])
+
+        def gradient_norm(loss: torch.Tensor) -> float:
+            self.engine.backward(loss, last=True)
+            return self.engine.step(0.0)
+
+        self.engine.discard_gradients()
+        count = int(self.engine.all_gather([len(indices)]).max())
+        found = self.engine.gather_objects(find_non_finite(loss_of, gradient_norm, indices, count))
+        samples = [self.train_set.samples[k] for part in found for k in part]
+        names = ", ".join(f"{sample.id} (line {sample.line})" for sample in samples[:4])
+        cause = f"not finite by itself: sample {names}" if names else "each of its samples alone is finite"
+        return (
+            f"step {self.step}: loss {loss}, gradient norm {norm}; {cause}; fix: look at the samples, "
+            "lower train.learning_rate, or train in float32"
+        )
 
     def _accumulate_gradients(self, rows: Sequence[RowInputs], supervised: float) -> float:
         total = 0.0
@@ -163,6 +200,12 @@ class Trainer:
     def _row_loss(self, row: RowInputs) -> torch.Tensor:
         loss: torch.Tensor = self.engine.module(row)
         return loss
+
+    def _checkpoints_from_the_start(self) -> bool:
+        several = self.engine.world > 1 and "language_model" in self.config.trainable
+        return self.scale.activation_checkpointing == "always" or (
+            self.scale.activation_checkpointing == "auto" and several
+        )
 
     def _enable_activation_checkpointing(self, error: torch.OutOfMemoryError | None = None) -> None:
         """Switch to activation checkpointing, which needs less memory and more time."""
@@ -195,8 +238,15 @@ class Trainer:
     def _log(self, step: int, **row: Any) -> None:
         if self.engine.rank == 0:
             self.record.log({"step": step, "epoch": step / self.order.steps_per_epoch, **row})
+            self.trackers.log(step, row)
+
+    def _alert(self, messages: Sequence[str]) -> None:
+        for message in messages if self.engine.rank == 0 else ():
+            sys.stderr.write(f"alarm: {message}\n")
+            self._log(self.step, alarm=message)
 
     def _log_start(self) -> None:
+        self.alarms = Alarms(self.record.config, self.engine.local_weights, self.preflight, self.steps, self.step)
         if self.step == 0 and self.engine.rank == 0:
             sample = [self.train_set.encoded(k) for k in range(min(32, len(self.train_set)))]
             world, share = self.engine.world, self.config.global_batch // self.engine.world
@@ -204,7 +254,7 @@ class Trainer:
                 0, samples=len(self.train_set), steps=self.steps, supervised_share=supervised_fraction(sample),
                 global_batch=f"{self.config.global_batch} = {world} ranks x {share}"
                 f" (packed rows of up to {self.scale.row_tokens} tokens)",
-                trainable=sorted({n.split(".")[0] for n in self.engine.trainable}), **self.facts,
+                trainable=sorted({n.split(".")[0] for n in self.engine.trainable}), **self.preflight.row(),
             )  # fmt: skip
 
     def _finish(self) -> dict[str, Any]:
@@ -234,9 +284,10 @@ class Trainer:
             "seconds": self.seconds,
             "trainable_parameters": sum(math.prod(self.engine.shapes[name]) for name in self.engine.trainable),
             "shortened_samples": len(self.train_set.dropped),
-            "skipped_samples": self.facts.get("skipped_samples", 0), "checkpoint": display_path(self.record.checkpoint),
+            "skipped_samples": len(self.preflight.skipped), "checkpoint": display_path(self.record.checkpoint),
         }  # fmt: skip
         self.record.finish(summary)
+        self.trackers.close()
         self.states.remove()
         return summary
 
@@ -255,12 +306,14 @@ class Trainer:
                 sys.stderr.write(f"resuming {name} at step {self.step} of {self.steps}\n")
 
 
-def train_record(record: RunRecord, initial: Path | None = None, resume: bool = True) -> dict[str, Any]:
+def train_record(
+    record: RunRecord, initial: Path | None = None, resume: bool = True, engine: Engine | None = None
+) -> dict[str, Any]:
     """Train a record's run as this rank, from the projector of the checkpoint `initial`; returns the summary."""
     config = record.config
     if config.scale.threads:
         torch.set_num_threads(config.scale.threads)
-    engine = make_engine(config)
+    engine = engine or make_engine(config)
     loaded = build_model(config, initial)
     train_set, held_out, preflight = checked_samples(config, loaded)
-    return Trainer(record, loaded, train_set, held_out, engine, preflight.row(), resume).run()
+    return Trainer(record, loaded, train_set, held_out, engine, preflight, resume).run()

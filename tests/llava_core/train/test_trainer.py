@@ -13,6 +13,7 @@ from llava_core import config as configuration
 from llava_core.config import load_experiment
 from llava_core.record import RunRecord
 from llava_core.runtime import ConfigError, DataError
+from llava_core.train import identity
 from llava_core.train import launch as launching
 from llava_core.train import trainer as training
 from llava_core.train.dataset import load_samples
@@ -139,25 +140,25 @@ def test_bad_data_is_an_error_before_the_first_step(world: Path) -> None:
 def test_changed_kernel_changes_the_run_id(tmp_path: Path) -> None:
     package = tmp_path / "llava_core"
     shutil.copytree(Path(launching.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
-    before = launching.code_fingerprint(package)
-    assert before == launching.code_fingerprint()
-    assert all((package / name).is_file() for name in launching.NOT_TRAINING)
-    for name in (*launching.NOT_TRAINING, "chat.py"):
+    before = identity.code_fingerprint(package)
+    assert before == identity.code_fingerprint()
+    assert all((package / name).is_file() for name in identity.NOT_TRAINING)
+    for name in (*identity.NOT_TRAINING, "chat.py"):
         (package / name).write_text("")
-    assert launching.code_fingerprint(package) == before
+    assert identity.code_fingerprint(package) == before
     seen = {before}
     for name in ("ops/triton_attention.py", "models/llava.py", "data/packing.py", "train/loader.py"):
         (package / name).write_text((package / name).read_text() + "x = 1\n")
-        seen.add(launching.code_fingerprint(package))
+        seen.add(identity.code_fingerprint(package))
     (package / "ops" / "new.py").write_text("")
-    assert len(seen | {launching.code_fingerprint(package)}) == 6
+    assert len(seen | {identity.code_fingerprint(package)}) == 6
 
 
 def test_comments_and_docstrings_do_not_change_a_run() -> None:
     source = '"""Old."""\n\ndef f(x):\n    """Old\n    text."""\n    # old\n    return x\n'
     other = '"""New."""\n\n\ndef f(x):\n    return x\n'
-    assert launching._code_lines(source) == launching._code_lines(other) == ["def f(x):", "    return x"]
-    assert launching._code_lines(source.replace("return x", "return -x")) != launching._code_lines(source)
+    assert identity._code_lines(source) == identity._code_lines(other) == ["def f(x):", "    return x"]
+    assert identity._code_lines(source.replace("return x", "return -x")) != identity._code_lines(source)
 
 
 def test_registered_projector_trains(world: Path) -> None:
