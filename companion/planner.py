@@ -39,7 +39,7 @@ from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.record import RunRecord
 from llava_core.registry import unknown
 from llava_core.runtime import CompanionError, ConfigError, DataError, display_path, resolve_dtype
-from llava_core.train.dataset import TrainingSet, load_samples, training_files
+from llava_core.train.dataset import TrainingSet, load_samples
 from llava_core.train.loader import CACHED_LAYERS
 
 FACTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
@@ -287,7 +287,7 @@ class Data(NamedTuple):
 
 def _data(config: RunConfig, samples: int | None) -> Data:
     """What the files of a run hold; what they or a tokenizer on this machine cannot tell comes from `planner.yaml`."""
-    data, files = config.experiment.data, training_files(config)
+    data, files = config.experiment.data, config.training_files
     facts, known = FACTS["data"].get(data.name), all(path.is_file() for path in files)
     if not known and (config.scale.miniature or facts is None):
         raise DataError(f"{display_path(files[0])}: not found; fix: run {data.written_by}, which writes it")
