@@ -14,7 +14,7 @@ from typing import Literal
 
 from llava_core.config import RunConfig
 from llava_core.record import RunRecord
-from llava_core.runtime import CompanionError, ConfigError, DataError, display_path, fcntl, user_path
+from llava_core.runtime import CompanionError, ConfigError, DataError, display_path, fcntl, user_path, write_json
 from llava_core.train import processes
 from llava_core.train.launch import open_record
 from llava_core.train.processes import LAUNCHED, check_ranks, child_environment, error_file, error_of, sign_lock
@@ -83,6 +83,9 @@ class TrainingRun:
         pid, host = re.findall(r"^pid (\d+) on (\S+)", self._lock.read_text())[0]
         if host != socket.gethostname():
             raise CompanionError(f"{display_path(self.record.path)}: runs on {host}; fix: cancel it there")
+        # what a process leaves that cannot save yet; one that can writes its own
+        left = {"exit_code": Interrupted.exit_code, "message": f"{display_path(self.record.path)}: cancelled"}
+        write_json(error_file(self.record, "launch"), left)
         os.kill(int(pid), signal.SIGTERM)
 
     def _running(self) -> bool:
