@@ -1,7 +1,7 @@
 """`llava`: the command line. Each command imports its code when it runs, so `--help` is fast.
 
 Every command shows progress on stderr and its result on stdout (with `--json`: exactly one JSON object). Exit codes: 0;
-1 when the work failed (one line on stderr says why); 2 for wrong usage.
+1 when the work failed (one line on stderr says why); 2 for wrong usage; 75 when training was stopped and can resume.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (CompanionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from companion.cli.arguments import Commands, Result, command, given, group, names, table
-from llava_core.runtime import display_path, user_path
+from llava_core.runtime import display_path, rank, user_path
 
 
 def _reproduce(args: argparse.Namespace) -> Result:
@@ -67,9 +67,22 @@ def _train(args: argparse.Namespace) -> Result:
     from llava_core.config import load_experiment
     from llava_core.train.launch import launch
 
-    record = launch(load_experiment(args.experiment, args.scale, dict(args.set)), resume=args.resume == "auto")
+    config = load_experiment(args.experiment, args.scale, dict(args.set), args.fast)
+    if args.slurm or args.dry_run:
+        from companion.train_preview import dry_run, slurm_script
+
+        return {"script": slurm_script(config, dict(args.set), args.resume)} if args.slurm else dry_run(config)
+    record = launch(config, resume=args.resume == "auto")
+    if rank() > 0:
+        raise SystemExit(0)  # rank 0 reports
     numbers = {key: record.summary.get(key) for key in ("final_loss", "samples_per_s")}
     return {"run": display_path(record.path), **numbers, "checkpoint": display_path(record.checkpoint)}
+
+
+def _show_train(result: Result) -> str:
+    from companion.train_preview import dry_run_text
+
+    return result["script"] if "script" in result else dry_run_text(result) if "runs" in result else table(result)
 
 
 def add(commands: Commands) -> None:
@@ -103,8 +116,12 @@ def add(commands: Commands) -> None:
     new = command(into, "check", text, "llava evidence check run.zip", _check, _show_bundle, wrong)
     new.path("bundle", "DIR|ZIP", "what `llava evidence pack` wrote")
 
-    new = command(commands, "train", "train one experiment", "llava train finetune --set train.seed=1", _train)
+    example, text = "llava train finetune --set train.seed=1", "train one experiment, after the one that it starts from"
+    new = command(commands, "train", text, example, _train, _show_train, lambda r: bool(r.get("missing")))
     new.option("experiment", "EXPERIMENT", "a file of configs/experiments, without its extension")
     new.scale()
-    new.assignments("another value for one field")
+    new.assignments("another value for one field, of the scale with `scale.` before it")
     new.choice("--resume", ["auto", "never"], "auto", "resume, or start from the beginning")
+    new.switch("--fast", "the shortest run with every step")
+    new.switch("--dry-run", "print the resolved run, its plan and what is missing (then exit 1); loads no weights")
+    new.switch("--slurm", "print an sbatch script of this run")

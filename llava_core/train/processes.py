@@ -53,16 +53,22 @@ def ranks_per_node(parallel: ParallelConfig) -> int:
     return count
 
 
-def check_ranks(config: RunConfig) -> int:
-    """Return the number of ranks of a run; a ConfigError if it was started on another, or cannot share the batch."""
+def ranks_of(config: RunConfig) -> int:
+    """Ranks of a run on all nodes; a ConfigError if they cannot share the global batch equally."""
     parallel, batch = config.scale.parallel, config.experiment.train.global_batch
-    local = ranks_per_node(parallel)
-    ranks = local * parallel.nodes
+    ranks = ranks_per_node(parallel) * parallel.nodes
     if batch % ranks:
         raise ConfigError(
             f"train.global_batch is {batch}, which {ranks} ranks cannot share equally; "
             "fix: scale.parallel.processes and nodes whose product divides it"
         )
+    return ranks
+
+
+def check_ranks(config: RunConfig) -> None:
+    """Raise ConfigError if a run cannot be started as this process was: alone, or as one of WORLD_SIZE ranks."""
+    parallel, ranks = config.scale.parallel, ranks_of(config)
+    local = ranks // parallel.nodes
     if launched() and runtime.world_size() != ranks:
         raise ConfigError(
             f"started as {runtime.world_size()} processes (WORLD_SIZE), but the scale has {parallel.nodes} nodes x "
@@ -75,7 +81,6 @@ def check_ranks(config: RunConfig) -> int:
             f"--slurm` prints, or run `torchrun --nnodes {parallel.nodes} --nproc-per-node {local} --node-rank K "
             f"--master-addr HOST -m companion train {run}` (and your --set) on each"
         )
-    return ranks
 
 
 @contextlib.contextmanager

@@ -178,6 +178,19 @@ def test_train_reports_the_finished_run(
     assert stub.call_args.kwargs == {"resume": True}
     train = stub.call_args.args[0].experiment.train
     assert (train.seed, train.learning_rate) == (1, 0.002)
+    assert not stub.call_args.args[0].fast
+    assert cli.main(["train", "pretrain", "--fast", "--resume", "never"]) == 0
+    assert stub.call_args.args[0].fast
+    assert stub.call_args.kwargs == {"resume": False}
+
+
+def test_stopped_training_exits_75(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from llava_core.train import launch, signals
+
+    stopped = create_autospec(launch.launch, side_effect=signals.Interrupted("stopped at step 3"))
+    monkeypatch.setattr(launch, "launch", stopped)
+    assert cli.main(["train", "pretrain"]) == 75
+    assert capsys.readouterr().err == "error: stopped at step 3\n"
 
 
 def test_failed_notebook_exits_1_and_is_named(
