@@ -342,22 +342,28 @@ def _summary(bundle: Bundle) -> str:
 
 
 def _throughput(bundle: Bundle) -> str:
-    samples, batch = bundle.summary["samples"], bundle.config.experiment.train.global_batch
+    samples, train, parallel = bundle.summary["samples"], bundle.config.experiment.train, bundle.config.scale.parallel
+    processes = len(bundle.environment["gpus"]) if parallel.processes == "gpus" else parallel.processes
+    # rank 0's samples times the ranks: too many where the last batch of an epoch does not divide
+    slack = (processes * parallel.nodes - 1) * train.epochs
 
     def seen(step: int) -> int:
         epochs, k = divmod(step, bundle.steps_per_epoch)
-        return int(epochs * samples + min(k * batch, samples))
+        return int(epochs * samples + min(k * train.global_batch, samples))
 
-    # rates count from the start of a process: step 0, or the step before the first row after a resume
+    def right(row: Mapping[str, Any], start: int, began: float) -> bool:
+        counted, expected = row["samples_per_s"] * (row["seconds"] - began), seen(row["step"]) - seen(start)
+        return math.isclose(counted, expected, rel_tol=1e-6, abs_tol=slack)
+
+    # rates count from the start of a process: step 0, or the step before its first row after a resume
     start, began, tokens, last = 0, 0.0, 0.0, 0.0
     for row in bundle.rows:
         step, seconds, where = row["step"], row["seconds"], f"metrics.jsonl, step {row['step']}"
         _require(seconds > last, f"{where}: seconds is {seconds}, expected more than {last}")
-        if not math.isclose(row["samples_per_s"] * (seconds - began), seen(step) - seen(start), rel_tol=1e-6):
+        if not right(row, start, began):
             start, began, tokens = step - 1, last, 0.0
-        counted = row["samples_per_s"] * (seconds - began)
-        right = math.isclose(counted, seen(step) - seen(start), rel_tol=1e-6)
-        _require(right, f"{where}: samples_per_s x seconds is {counted:g}, expected {seen(step) - seen(start)} samples")
+        expected = (seen(step) - seen(start)) / (seconds - began)
+        _require(right(row, start, began), f"{where}: samples_per_s is {row['samples_per_s']:g}, expected {expected:g}")
         counted = row["tokens_per_s"] * (seconds - began)
         whole = counted > tokens and abs(counted - round(counted)) < 1e-3
         _require(whole, f"{where}: tokens_per_s x seconds is {counted:g}, expected a whole number above {tokens:g}")

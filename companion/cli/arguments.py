@@ -89,7 +89,11 @@ class Parser(argparse.ArgumentParser):
         self.option("--limit", "N", f"only the first N{what}", type=int)
 
     def scale(self) -> None:
-        self.add_argument("--scale", default="mini", help="hardware and data: mini (default), gpu or a100x8")
+        self.add_argument(
+            "--scale",
+            default="mini",
+            help="hardware and data: a file of configs/scales, without its extension (default: mini)",
+        )
 
     # a checkpoint; `options` and `loaded` read these
 

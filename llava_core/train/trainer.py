@@ -18,7 +18,7 @@ from llava_core.checkpoints.tensors import LazyTensor
 from llava_core.data.label_mask import supervised_fraction
 from llava_core.models.llava import Llava
 from llava_core.ops.transformers_backend import packed_attention
-from llava_core.record import RunRecord
+from llava_core.record import RunRecord, final_loss
 from llava_core.runtime import CompanionError, display_path, progress
 from llava_core.train.alarms import Alarms, find_non_finite
 from llava_core.train.dataset import Normalise, TrainingSet, build_model
@@ -276,10 +276,9 @@ class Trainer:
         if self.engine.rank > 0:
             return {}  # only rank 0 writes the record
         rows = [r for r in self.record.metrics() if "loss" in r]
-        tail = rows[-max(1, len(rows) // 20) :]
         summary = {
             "run": self.record.run_id, "steps": self.steps, "samples": len(self.train_set),
-            "final_loss": sum(r["loss"] for r in tail) / len(tail), "heldout_loss": rows[-1].get("heldout_loss"),
+            "final_loss": final_loss(rows), "heldout_loss": rows[-1].get("heldout_loss"),
             "samples_per_s": rows[-1]["samples_per_s"], "tokens_per_s": rows[-1]["tokens_per_s"],
             "seconds": self.seconds,
             "trainable_parameters": sum(math.prod(self.engine.shapes[name]) for name in self.engine.trainable),

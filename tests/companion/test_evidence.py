@@ -124,7 +124,7 @@ TAMPERED = [
     ("learning rate", "metrics.jsonl, step 3: lr is 0.1, expected 0.000", _edit(METRICS, _set(4, "lr", 0.1))),
     ("summary", "summary.json: final_loss is", _edit(METRICS, _set(-1, "loss", 1.0))),
     ("summary", "summary.json: heldout_loss is 9", _edit("summary.json", _set("heldout_loss", 9.0))),
-    ("throughput", "step 3: samples_per_s x seconds is", _edit(METRICS, _set(4, "samples_per_s", 1e6))),
+    ("throughput", "step 3: samples_per_s is", _edit(METRICS, _set(4, "samples_per_s", 1e6))),
     ("throughput", "step 3: tokens_per_s x seconds is", _edit(METRICS, _set(4, "tokens_per_s", 1e-3))),
     ("throughput", "step 4: seconds is", _edit(METRICS, _set(5, "seconds", 0.0))),
     ("scores", "line 3 (question 2): answer_id", _edit(ANSWERS, _set(2, "text", "The answer is B."))),
