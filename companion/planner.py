@@ -1,8 +1,6 @@
-"""Memory, time and cost of a training run, from its configuration: no weights are loaded and no GPU is needed.
+"""Memory, disk, hours and dollars of a training run, from its configuration, before anything is loaded.
 
-The model is built on the meta device and sharded among ranks that do not exist, as the trainer shards it. A packed row
-then runs through one and two of its layers, and the bytes of all live tensors are counted. Hours and dollars are
-estimates from assumed rates (`planner.yaml`); no GPU run has confirmed them.
+Hours and dollars are estimates from assumed rates (`planner.yaml`); no GPU run has confirmed them.
 """
 
 from __future__ import annotations
@@ -10,268 +8,40 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import weakref
-from collections.abc import Iterable, Mapping
-from functools import cache, reduce
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import reduce
 from math import ceil
 from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
-from torch import distributed as dist
-from torch import nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from companion.training_memory import (
+    FACTS,
+    configuration,
+    fixed_bytes,
+    model_of,
+    ranks_of,
+    recomputes,
+    row_bytes,
+    setting_of,
+)
 from llava_core import runtime
-from llava_core.checkpoints.configs import build_on_meta, language_config, quiet_transformers, tower_config
-from llava_core.checkpoints.files import read_config
+from llava_core.checkpoints.configs import language_config
 from llava_core.checkpoints.tokenizer import open_tokenizer, tokenizer_folder
-from llava_core.config import AdapterConfig, RunConfig
+from llava_core.config import RunConfig
 from llava_core.constants import IGNORE_INDEX
-from llava_core.models.llava import Llava
 from llava_core.ops.cpu_varlen import BLOCK, MAX_SAVED_BYTES
-from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.record import RunRecord
 from llava_core.registry import unknown
-from llava_core.runtime import CompanionError, ConfigError, DataError, display_path, resolve_dtype
-from llava_core.train.dataset import TrainingSet, load_samples
+from llava_core.runtime import ConfigError, DataError, display_path, resolve_dtype
+from llava_core.train.dataset import TrainingSet, load_samples, steps_of
 from llava_core.train.loader import CACHED_LAYERS
 
-FACTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 GIB = 2**30
-ATTENTION = "llava_planner"
-NF4_BYTES = 0.5 + 4 / 64  # a weight of 4 bits, and its share of an fp32 scale per 64 weights
-ZERO_BUCKET, ZERO_LIVE = 5e8, 1e9  # DeepSpeed's defaults: elements reduced at once, elements gathered at a time
 MEASURED = 256  # samples whose length is measured
-
-# ------------------------------------------------------------------------------------------------ memory
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors made inside, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in (t for t in tree_leaves(result) if isinstance(t, torch.Tensor)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in inputs | self.known:  # neither a view nor in place
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return result
-
-    def _free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-class _Attention(torch.autograd.Function):
-    """The memory of attention without T x T scores: saves queries, keys, values, outputs and logsumexp."""
-
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        rows, heads, length, size = q.shape
-        out = q.new_empty(rows, length, heads, size)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(rows, heads, length, dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-AttentionInterface.register(ATTENTION, lambda module, q, k, v, mask, **kwargs: (_Attention.apply(q, k, v), None))
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
-
-
-def _configuration(config: RunConfig, name: str) -> dict[str, Any]:
-    """transformers' configuration of a base model: from its folder, or the known one of a model on the hub."""
-    source = Path(config.model_source(name))
-    return read_config(source, "config.json") if source.is_absolute() else dict(FACTS["models"][name])
-
-
-class _Setting(NamedTuple):
-    """What decides the tensors of a model and of a row in it; `text` and `tower` are transformers' configurations."""
-
-    text: str
-    tower: str
-    projector: str
-    feature_layer: int
-    trainable: tuple[str, ...]
-    adapters: str | None
-    precision: str
-    replicated: bool
-    recomputes: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.precision == "float32" else torch.bfloat16
-
-
-def _setting(config: RunConfig) -> _Setting:
-    model, train = config.experiment.model, config.experiment.train
-    text = language_config(_configuration(config, model.language_model), model.language_model)
-    tower = tower_config(_configuration(config, model.vision_tower))
-    return _Setting(
-        json.dumps(text), json.dumps(tower), model.projector, model.feature_layer, tuple(train.trainable),
-        train.adapters.model_dump_json() if train.adapters else None, train.precision,
-        config.scale.parallel.kind in ("none", "ddp"), _recomputes(config),
-    )  # fmt: skip
-
-
-def _build(setting: _Setting, layers: int | None = None) -> Llava:
-    """The model without weights, or with so many layers and one in the tower; see `_model` for one to be read only."""
-    text, tower = json.loads(setting.text), json.loads(setting.tower)
-    if layers is not None:
-        text["num_hidden_layers"], tower["num_hidden_layers"] = layers, 1
-    with quiet_transformers(), torch.device("meta"):
-        parts = build_on_meta("vision_tower", tower), build_on_meta("language_model", text)
-        llava = Llava(*parts, setting.projector, setting.feature_layer)
-        llava.set_trainable(setting.trainable)
-        if setting.adapters is not None:
-            from llava_core.train.adapters import add_adapters
-
-            add_adapters(llava, AdapterConfig.model_validate_json(setting.adapters), seed=0)
-    return llava
-
-
-@cache
-def _model_of(setting: _Setting) -> Llava:
-    return _build(setting)
-
-
-def _model(config: RunConfig) -> Llava:
-    """The model of a run without weights; nobody may change it."""
-    return _model_of(_setting(config)._replace(precision="", replicated=False, recomputes=False))
-
-
-def ranks_of(config: RunConfig) -> int:
-    """Number of processes of a run."""
-    parallel = config.scale.parallel
-    here = max(1, torch.cuda.device_count())
-    return parallel.nodes * (here if parallel.processes == "gpus" else parallel.processes)
-
-
-def _recomputes(config: RunConfig) -> bool:
-    """Whether activations are recomputed from the first step on."""
-    setting, full = config.scale.activation_checkpointing, "language_model" in config.experiment.train.trainable
-    return setting == "always" or (setting == "auto" and full and ranks_of(config) > 1)
-
-
-@cache
-def _row_bytes(setting: _Setting, tokens: int, supervised: int) -> float:
-    """What a packed row's forward and backward pass adds to weights and gradients at its peak."""
-    one, two = (_peak(setting, layers, tokens, supervised) for layers in (1, 2))
-    return one + (two - one) * (json.loads(setting.text)["num_hidden_layers"] - 1)
-
-
-def _peak(setting: _Setting, layers: int, tokens: int, supervised: int) -> float:
-    model, dtype = _build(setting, layers), setting.dtype
-    language_model = model.language_model
-    for name, p in model.named_parameters():
-        fp32 = p.requires_grad and setting.precision == "mixed_bf16" and (setting.replicated or "projector" in name)
-        p.data = p.data.to(torch.float32 if fp32 else dtype)
-        p.grad = torch.empty_like(p) if p.requires_grad else None  # of earlier rows
-    language_model.train().set_attn_implementation(ATTENTION)
-    if setting.recomputes:
-        enable = getattr(language_model, "activation_checkpointing_enable", None)
-        (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
-    ids, positions = (torch.empty(1, n, dtype=torch.long, device="meta") for n in (tokens, supervised))
-    shape = (ceil(tokens / model.n_image_tokens), model.n_image_tokens, model.vision_tower.config.hidden_size)
-    no_mask = torch.empty(1, 1, 1, 1, device="meta")  # without it transformers looks at values
-    with _LiveBytes() as live:
-        visual_tokens = model.project(torch.empty(shape, dtype=dtype, device="meta"))
-        embeds = language_model.get_input_embeddings()(ids)
-        embeds = embeds.masked_scatter((ids < 0)[..., None], visual_tokens.to(embeds.dtype))
-        hidden = language_model.get_decoder()(
-            inputs_embeds=embeds, position_ids=ids, attention_mask=no_mask, use_cache=False
-        ).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, positions[0])
-        linear_cross_entropy(hidden, language_model.get_output_embeddings().weight, positions[0]).backward()
-    return live.peak
-
-
-@cache
-def _fixed_bytes(setting: _Setting, kind: str, ranks: int, offload: bool) -> dict[str, float]:
-    """Bytes per GPU that do not depend on the row; `offloaded` ones are on the host instead.
-
-    ZeRO has fp32 weights beside those in the compute dtype; fully_shard has the former only and gathers the latter.
-    """
-    model, low = _build(setting), setting.dtype.itemsize
-    named = {name: p for name, p in model.named_parameters() if not name.startswith("vision_tower.")}
-    trained = {name for name, p in named.items() if p.requires_grad}
-    size = {name: float(low) for name in named}  # of an element in the compute dtype
-    if setting.adapters is not None and json.loads(setting.adapters)["bits"] == 4:
-        size |= {n: NF4_BYTES for n, p in named.items() if ".layers." in n and p.dim() == 2 and n not in trained}
-    whole = {name: p.numel() for name, p in named.items()}
-    local = {name: n / ranks if kind == "zero3" else n for name, n in whole.items()}
-    if kind == "fsdp2":
-        local = _shard_sizes(model, setting, ranks)
-
-    def total(counts: Mapping[str, float], names: Iterable[str]) -> float:
-        return sum(counts[name] * size[name] for name in names)
-
-    n, frozen = sum(whole[name] for name in trained), total(local, named.keys() - trained)
-    inner = [name for name in named if ".layers." in name]
-    layers = len(model.language_model.get_decoder().layers)
-    copy, masters, gathered = 0.0, float(sum(local[name] for name in trained)), 0.0
-    if kind.startswith("zero"):
-        bucket = low * min(ZERO_BUCKET, n)
-        gathered = bucket + (low * min(ZERO_LIVE, sum(whole.values())) if kind == "zero3" else bucket)
-        copy, masters = total(local, trained), n / ranks
-    elif kind == "fsdp2":
-        # two layers at a time, and one layer's gradients before and in their sum in fp32; always embedding and head
-        learning = total(whole, trained & {*inner}) * (1 + 4 / low)
-        gathered = (2 * total(whole, inner) + learning) / layers + total(whole, named.keys() - {*inner})
-    width = low if setting.precision == "pure_bf16" else 4
-    moving = {"weights": masters * width, "gradients": masters * width, "optimizer": 2 * masters * width}
-    held = {**moving, "weights": moving["weights"] + copy, "frozen": frozen}
-    if not offload:
-        return {**held, "gathered": gathered, "offloaded": 0.0}
-    left = {**dict.fromkeys(held, 0.0), "weights": copy, "frozen": 0.0 if kind == "fsdp2" else frozen}
-    return {**left, "gathered": gathered, "offloaded": sum(held.values()) - sum(left.values())}
-
-
-def shard(module: Any, train: Any, parallel: Any, device: torch.device, dtype: torch.dtype) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    tower = set(module.model.vision_tower.parameters())
-    for unit in (*module.model.language_model.get_decoder().layers, module.model.multi_modal_projector, module):
-        for p in (p for p in unit.parameters() if p not in tower and not hasattr(p, "to_local")):
-            p.data = p.data.to(torch.float32 if p.requires_grad and train.precision != "pure_bf16" else dtype)
-        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=tower)
-
-
-def _shard_sizes(model: Llava, setting: _Setting, ranks: int) -> dict[str, float]:
-    """Elements of each parameter on rank 0 after the trainer's own `shard`, which replaces the model's parameters."""
-    if dist.is_initialized():
-        raise CompanionError("this process is a rank of a training run; fix: plan in another process")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        root = nn.Module()
-        root.model = model
-        shard(root, setting, None, torch.device("cpu"), setting.dtype)
-        named: Any = [(name, p) for name, p in model.named_parameters() if not name.startswith("vision_tower.")]
-        return {name: p.to_local().numel() for name, p in named}
-    finally:
-        dist.destroy_process_group()
-
-
-# ------------------------------------------------------------------------------------------------ data, time, cost
 
 
 class Data(NamedTuple):
@@ -305,14 +75,17 @@ def _data(config: RunConfig, samples: int | None) -> Data:
                 f"no tokenizer counts the tokens of '{data.name}'; fix: name the folder of {language_model}"
             )
         return counted._replace(tokens=facts["tokens"], supervised=facts["supervised"])
-    tokenizer = open_tokenizer(folder, language_config(_configuration(config, language_model), language_model))
+    tokenizer = open_tokenizer(folder, language_config(configuration(config, language_model), language_model))
     some: Any = found[:: ceil(len(found) / MEASURED)]
     no_images: Any = None
-    measured = TrainingSet(some, tokenizer, no_images, config, _model(config).n_image_tokens)
-    items = [measured.encoded(k) for k in range(len(some))]
+    measured = TrainingSet(some, tokenizer, no_images, config, model_of(config).n_image_tokens)
+    items = []
+    for k in range(len(some)):
+        with suppress(DataError):  # preflight's part
+            items.append(measured.encoded(k))
     lengths = sorted((len(item.input_ids) for item in items), reverse=True)
     supervised = sum(label != IGNORE_INDEX for item in items for label in item.labels)
-    return counted._replace(tokens=sum(lengths) / len(some), supervised=supervised / sum(lengths), lengths=lengths)
+    return counted._replace(tokens=sum(lengths) / len(items), supervised=supervised / sum(lengths), lengths=lengths)
 
 
 def _row_tokens(config: RunConfig, data: Data) -> int:
@@ -327,16 +100,16 @@ def _row_tokens(config: RunConfig, data: Data) -> int:
 def _feature_bytes(config: RunConfig, data: Data) -> float:
     """Bytes of the tower's features on disk; 0 if the trainer does not keep them."""
     repeated = config.experiment.train.epochs > 1 or data.repeated or len(config.scale.seeds) > 1
-    model, size = _model(config), resolve_dtype(config.dtype).itemsize
+    model, size = model_of(config), resolve_dtype(config.dtype).itemsize
     width = model.n_image_tokens * model.vision_tower.config.hidden_size * len(CACHED_LAYERS)
     return data.images * width * size * float(repeated and model.feature_layer in CACHED_LAYERS)
 
 
 def _memory(config: RunConfig, data: Data, on_gpu: bool, tokens: int) -> dict[str, float]:
     """GiB per process by part, for rows of so many tokens; `offloaded` is in the host's memory."""
-    setting, parallel, model, reserve = _setting(config), config.scale.parallel, _model(config), FACTS["reserve"]
-    parts = dict(_fixed_bytes(setting, parallel.kind, ranks_of(config), parallel.offload))
-    parts["activations"] = _row_bytes(setting, tokens, max(1, round(tokens * data.supervised)))
+    setting, parallel, model, reserve = setting_of(config), config.scale.parallel, model_of(config), FACTS["reserve"]
+    parts = dict(fixed_bytes(setting, parallel.kind, ranks_of(config), parallel.offload))
+    parts["activations"] = row_bytes(setting, tokens, max(1, round(tokens * data.supervised)))
     features = _feature_bytes(config, data)
     tower = sum(p.numel() for p in model.vision_tower.parameters()) * setting.dtype.itemsize
     if on_gpu:
@@ -358,7 +131,7 @@ def _total(parts: Mapping[str, float]) -> float:
 
 def _flops(config: RunConfig, data: Data) -> float:
     """Floating-point operations of a run, with recomputed activations; shared prefixes are counted for each sample."""
-    model, train, again = _model(config), config.experiment.train, float(_recomputes(config))
+    model, train, again = model_of(config), config.experiment.train, float(recomputes(config))
     text, tower = model.language_model.config, sum(p.numel() for p in model.vision_tower.parameters())
     sizes = {n: p.numel() for n, p in model.language_model.named_parameters() if p.dim() == 2 and ".layers." in n}
     lora = sum(n for name, n in sizes.items() if ".lora_" in name)
@@ -422,6 +195,7 @@ def plan_train(
     changes = {"scale.parallel.processes": gpus, "scale.parallel.nodes": gpus and 1, "scale.parallel.kind": kind}
     config = _changed(config, {field: value for field, value in changes.items() if value is not None})
     device, ranks, train = config.scale.device, ranks_of(config), config.experiment.train
+    speed = _recorded_speed(config) if gpu is None else None
     if gpu is None and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
         gpu = FACTS["default_gpu"]
     if gpu is not None and gpu not in FACTS["gpus"]:
@@ -440,16 +214,16 @@ def plan_train(
     more = (limit - memory) * row / (_total(twice) - memory)  # tokens; each needs the same
     largest = max(0, int((row + more) // train.max_length)) * train.max_length
 
-    flops, speed = _flops(config, data), _recorded_speed(config)
+    flops = _flops(config, data)
     low, high = FACTS["utilisation"][config.experiment.stage]
     tokens = round(train.epochs * data.samples * data.tokens)
     least, most = (flops / (ranks * facts["tflops"] * 1e12 * share) / 3600 for share in (high, low))
-    basis = f"{low:.0%} to {high:.0%} of the peak; no GPU run has confirmed it"
+    basis = f"{low:.0%} to {high:.0%} of the peak, no transfers of offloading; no GPU run has confirmed it"
     if speed is not None:
         least, most, basis = *2 * (tokens / speed / 3600,), f"{speed:.0f} tokens/s of a finished run"
     rate = ranks * (facts["usd"] if price is None else price)
 
-    size, whole = resolve_dtype(config.dtype).itemsize, [*_model(config).parameters()]
+    size, whole = resolve_dtype(config.dtype).itemsize, [*model_of(config).parameters()]
     trained = sum(p.numel() for p in whole if p.requires_grad) / GIB
     state = 3 * trained * (size if train.precision == "pure_bf16" else 4)
     full = "language_model" in train.trainable and train.adapters is None
@@ -458,14 +232,14 @@ def plan_train(
     return {
         "run": f"{config.experiment.name} at {config.scale.name}", "gpu": gpu or "cpu", "processes": ranks,
         "kind": config.scale.parallel.kind, "offload": config.scale.parallel.offload,
-        "activation_checkpointing": _recomputes(config),
+        "activation_checkpointing": recomputes(config),
         "memory_gib": memory, "limit_gib": limit, "fits": memory <= limit, "parts_gib": parts, "host_gib": ranks * host,
         "disk_gib": {
             "features": _feature_bytes(config, data) / GIB, "state": state,
             "states": (config.scale.states.keep + 1) * state, "checkpoint": trained * (size if full else 4),
         },
         "row_tokens": row, "largest_row_tokens": largest, "samples": data.samples, "tokens": tokens, "flops": flops,
-        "steps": ceil(data.samples / train.global_batch) * train.epochs,
+        "steps": steps_of(data.samples, train),
         "hours": most, "hours_least": least, "usd": most * rate, "usd_least": least * rate,
         "would_fit": [] if memory <= limit else _would_fit(config, data, gpu is not None, limit),
         "assumed": {
@@ -478,26 +252,31 @@ def plan_train(
 
 def _would_fit(config: RunConfig, data: Data, on_gpu: bool, limit: float) -> list[dict[str, Any]]:
     """Changes, as for `--set`, each of which makes a run fit."""
-    train, small = config.experiment.train, {"model.language_model": "vicuna-7b"}
-    numbers = [n for n in (2, 4, 8, 16, 32) if n > ranks_of(config) and train.global_batch % n == 0]
+    train, small, parallel = config.experiment.train, {"model.language_model": "vicuna-7b"}, "scale.parallel"
+    more = ((n, nodes) for nodes, n in ((1, 2), (1, 4), (1, 8), (2, 8), (4, 8)) if n * nodes > ranks_of(config))
     options: list[dict[str, Any]] = [
         {"scale.row_tokens": train.max_length},
         {"scale.activation_checkpointing": "always"},
-        {"scale.parallel.kind": "fsdp2"},
-        *({"scale.parallel.kind": kind, "scale.parallel.offload": True} for kind in ("fsdp2", "zero3")),
-        *({"scale.parallel.kind": "fsdp2", "scale.parallel.processes": n} for n in numbers),
+        {f"{parallel}.kind": "fsdp2"},
+        *({f"{parallel}.kind": kind, f"{parallel}.offload": True} for kind in ("fsdp2", "zero3")),
+        *({f"{parallel}.kind": "fsdp2", f"{parallel}.processes": n, f"{parallel}.nodes": nodes} for n, nodes in more),
         small,
     ]
-    if "language_model" in train.trainable and train.adapters is None:
-        adapters = [{"r": 128, "alpha": 256, "dropout": 0.05, **bits} for bits in ({}, {"bits": 4})]
-        lora = [{"train.adapters": adapter, "train.learning_rate": 2e-4} for adapter in adapters]
-        options += [*lora, *({**change, **small} for change in lora)]
-    found = []
+    if "language_model" in train.trainable:
+        lora = train.adapters.model_dump() if train.adapters else {"r": 128, "alpha": 256, "dropout": 0.05}
+        rate = {} if train.adapters else {"train.learning_rate": 2e-4}
+        changes = [{"train.adapters": adapters, **rate} for adapters in (lora, {**lora, "bits": 4})]
+        options += [*changes, *({**change, **small} for change in changes)]
+    found: list[dict[str, Any]] = []
     for change in options:
         other = _changed(config, change)
-        memory = _total(_memory(other, data, on_gpu, _row_tokens(other, data)))
-        if other != config and memory <= limit:
-            found.append({"set": change, "memory_gib": memory})
+        enough = f"{parallel}.nodes" in change and any(f"{parallel}.nodes" in option["set"] for option in found)
+        if other == config or enough or train.global_batch % ranks_of(other):
+            continue
+        parts = _memory(other, data, on_gpu, _row_tokens(other, data))
+        if _total(parts) <= limit:
+            on_host = parts["offloaded"] * ranks_of(other)
+            found.append({"set": change, "memory_gib": _total(parts), "offloaded_gib": on_host})
     return found
 
 
@@ -525,4 +304,5 @@ def plan_text(plan: Mapping[str, Any]) -> str:
 def _option_text(option: Mapping[str, Any]) -> str:
     values = {field: v if isinstance(v, str) else json.dumps(v) for field, v in option["set"].items()}
     words = " ".join(f"--set {shlex.quote(f'{field}={value}')}" for field, value in values.items())
-    return f"{option['memory_gib']:8.1f} GiB  {words}"
+    on_host = f" and {option['offloaded_gib']:.0f} GiB on the host" if option["offloaded_gib"] else ""
+    return f"{option['memory_gib']:8.1f} GiB{on_host}  {words}"

@@ -11,7 +11,7 @@ import torch
 from training_root import make_training_root
 
 from benchmarks.memory import make_run
-from companion import cli, planner
+from companion import cli, planner, training_memory
 from companion.planner import GIB, plan_train
 from llava_core.config import load_experiment
 from llava_core.ops.transformers_backend import packed_attention
@@ -27,7 +27,7 @@ def _plan(name: str, scale: str = "a100x8", values: dict[str, Any] | None = None
 def _fixed(name: str, kind: str = "fsdp2", ranks: int = 8, **values: Any) -> dict[str, float]:
     values = {"scale.parallel.kind": kind, "scale.parallel.processes": ranks, **values}
     config = load_experiment(name, "a100x8", values)
-    fixed = planner._fixed_bytes(planner._setting(config), kind, ranks, config.scale.parallel.offload)
+    fixed = training_memory.fixed_bytes(training_memory.setting_of(config), kind, ranks, config.scale.parallel.offload)
     return {part: size / GIB for part, size in fixed.items()}
 
 
@@ -67,7 +67,7 @@ def test_counted_bytes_are_those_of_a_real_row(tmp_path: Path) -> None:
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     features = torch.zeros(len(row.image_index), model.n_image_tokens, model.vision_tower.config.hidden_size)
     inputs = (row.input_ids, row.position_ids, row.packed_mask, row.logit_positions, row.targets, features)
-    with packed_attention(model.language_model), planner._LiveBytes() as live:
+    with packed_attention(model.language_model), training_memory.LiveBytes() as live:
         model.packed_loss(*inputs).backward()
     tokens = row.input_ids.shape[1]
     data = planner._data(config, None)
@@ -76,7 +76,7 @@ def test_counted_bytes_are_those_of_a_real_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False])
+@pytest.mark.parametrize("recompute", [False, True])
 def test_planned_memory_is_the_measured_peak(recompute: bool) -> None:
     from benchmarks.memory import bench_memory
 
