@@ -86,11 +86,11 @@ def _model_state(config: RunConfig, name: str) -> dict[str, str]:
 
 
 def _plan(config: RunConfig) -> tuple[dict[str, Any] | None, str | None]:
-    try:
-        from companion.planner import plan_train
+    from companion.planner import plan_train
 
+    try:
         return plan_train(config), None
-    except (CompanionError, ImportError) as error:
+    except CompanionError as error:
         return None, str(error)
 
 
@@ -136,6 +136,8 @@ def _missing(config: RunConfig, plan: Mapping[str, Any] | None) -> Iterator[Miss
 
 def dry_run_text(result: Mapping[str, Any]) -> str:
     """A dry run for a terminal."""
+    from companion.planner import plan_text
+
     lines = []
     for run in result["runs"]:
         lines += [run["run"], ""]
@@ -147,11 +149,8 @@ def dry_run_text(result: Mapping[str, Any]) -> str:
         of_scale = [d for d in run["departures"] if d["field"].startswith("scale.")]
         lines += [f"  {d['field']:26} {d['here']:24} {d['why']}" for d in of_scale]
         lines += [f"  {name:26} {model['source']:24} {model['state']}" for name, model in run["models"].items()]
-        batch, parallel, plan = run["batch"], run["parallel"], run["no_plan"]
-        if run["plan"]:
-            from companion.planner import plan_text
-
-            plan = plan_text(run["plan"])
+        batch, parallel = run["batch"], run["parallel"]
+        plan = plan_text(run["plan"]) if run["plan"] else run["no_plan"]
         lines += [
             "",
             f"  {batch['global_batch']} samples per step = {batch['ranks']} ranks x {batch['samples_per_rank']}, "

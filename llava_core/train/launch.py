@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
-from llava_core.runtime import rank, set_offline
+from llava_core.runtime import rank, set_offline, world_size
 from llava_core.train.identity import run_inputs
 from llava_core.train.processes import check_ranks, launched, record_lock, run_ranks
 from llava_core.train.signals import Interrupted
@@ -69,6 +69,8 @@ def _train_in_process(record: RunRecord, initial: Path | None, resume: bool) -> 
     from llava_core.train.engine import make_engine
     from llava_core.train.trainer import train_record
 
+    if record.finished and world_size() == 1:
+        return
     record = RunRecord(record.path)
     engine = make_engine(record.config)
     # the other ranks wait here for rank 0, and rank 0 may have waited for the lock
