@@ -98,10 +98,8 @@ def _missing(config: RunConfig, plan: Mapping[str, Any] | None) -> Iterator[Miss
     """What a start of this run would stop at."""
     import torch
 
-    from llava_core.train.dataset import training_files
-
     data, train, scale = config.experiment.data, config.experiment.train, config.scale
-    for path in training_files(config):
+    for path in config.training_files:
         if not path.exists():
             yield {"what": display_path(path), "fix": f"run {data.written_by}, which writes it"}
     if not config.images_path.is_dir():

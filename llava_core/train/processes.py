@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -110,20 +111,18 @@ def sign_lock(file: IO[str], pid: int) -> None:
 def die_with_parent() -> None:
     """End this process when its parent ends, however that ends; call it before anything else."""
     parent = int(os.environ.get("LLAVA_PARENT", os.getppid()))
-    if sys.platform == "linux":
-        import ctypes
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    else:
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it ended before the line above
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
         os._exit(1)
 
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the line above
+            os._exit(1)
+    else:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def child_environment(**more: Any) -> dict[str, str]:
@@ -183,19 +182,19 @@ def run_ranks(record: RunRecord, arguments: Sequence[str], lock: IO[str]) -> Non
             sign_lock(lock, ranks[0].pid)
             lock.close()  # rank 0 holds the lock now, until it ends
             passed_on = False
-            while any(rank.poll() is None for rank in ranks):
-                _check(record, ranks, stop.requested)
+            while None in (codes := [rank.poll() for rank in ranks]):
+                _check(record, codes, stop.requested)
                 if stop.requested and not passed_on:
                     passed_on = True
                     for rank in ranks:
                         rank.terminate()
                 time.sleep(POLL_S)
-            _check(record, ranks, stop.requested)
         finally:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    if any(rank.returncode for rank in ranks):
+    _check(record, codes, stop.requested)
+    if any(codes):
         raise error_of(record, "rank0") or Interrupted(f"{display_path(record.path)}: stopped; start it again")
 
 
@@ -215,22 +214,21 @@ def _start_rank(
         )  # fmt: skip
 
 
-def _check(record: RunRecord, ranks: Sequence[subprocess.Popen[bytes]], stopping: bool) -> None:
-    """Raise the error of the rank that failed first, if one has failed."""
-    codes = {k: rank.poll() or 0 for k, rank in enumerate(ranks)}
-    failed = {k: code for k, code in codes.items() if code not in (0, Interrupted.exit_code)}
+def _check(record: RunRecord, codes: Sequence[int | None], stopping: bool) -> None:
+    """Raise the error of the rank that failed first, if one of the exit codes is a failure."""
+    failed = {k: code for k, code in enumerate(codes) if code and code != Interrupted.exit_code}
     if not failed:
         return
+    name = display_path(record.path)
     if stopping and set(failed.values()) == {-signal.SIGTERM}:
-        raise Interrupted(f"{display_path(record.path)}: stopped before its first step; start it again")
+        raise Interrupted(f"{name}: stopped before its first step; start it again")
     files = {k: error_file(record, f"rank{k}") for k in failed}
     # a killed rank leaves no file; the others then fail for its sake
     first = min(failed, key=lambda k: files[k].stat().st_mtime_ns if files[k].exists() else 0)
-    if (error := error_of(record, f"rank{first}")) is not None:
-        reason = str(error)
-    else:
-        end = f"signal {-failed[first]}" if failed[first] < 0 else f"exit code {failed[first]}"
+    reason = str(error_of(record, f"rank{first}") or "")
+    if not reason:
         log = record.path / "logs" / f"rank{first}.log"
         tail = log.read_text(errors="replace").splitlines()[-12:] if first else []
-        reason = "\n".join([f"ended by {end}" + (" (out of memory?)" if failed[first] == -9 else ""), *tail])
-    raise CompanionError(f"{display_path(record.path)}: rank {first} of {len(ranks)}: {reason}")
+        end = f"exit code {failed[first]}" if failed[first] > 0 else f"signal {-failed[first]} (9: out of memory?)"
+        reason = "\n".join([f"ended by {end}", *tail])
+    raise CompanionError(f"{name}: rank {first} of {len(codes)}: {reason}")

@@ -48,7 +48,7 @@ def _open(name: str, config: RunConfig, record: RunRecord) -> tuple[Write, Calla
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(record.path / "tensorboard"))
+        writer: Any = SummaryWriter(str(record.path / "tensorboard"))
         return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()], writer.close
     options: dict[str, Any] = {}
     if name == "wandb":

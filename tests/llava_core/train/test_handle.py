@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from training_root import make_training_root
 
 from llava_core.config import RunConfig, load_experiment
 from llava_core.runtime import CompanionError, DataError
+from llava_core.train import launch as launching
 from llava_core.train import processes
 from llava_core.train.handle import TrainingRun, attach, start
 from llava_core.train.signals import Interrupted
@@ -42,7 +42,7 @@ except BaseException as error:
 @pytest.fixture
 def config(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A run whose process waits for the file `go` in its record."""
-    make_training_root(workspace)
+    monkeypatch.setattr(launching, "run_inputs", lambda config: {})
     (workspace / "worker.py").write_text(WORKER)
     monkeypatch.setattr(processes, "WORKER", [sys.executable, str(workspace / "worker.py")])
     return load_experiment("pretrain", "mini", {"train.seed": 3})
@@ -91,8 +91,8 @@ def test_run_survives_its_kernel_and_is_cancelled_from_another(config: RunConfig
     code = f"""
 import os
 from llava_core.config import load_experiment
-from llava_core.train import handle, processes
-processes.WORKER = {processes.WORKER!r}
+from llava_core.train import handle, launch, processes
+processes.WORKER, launch.run_inputs = {processes.WORKER!r}, lambda config: {{}}
 print(handle.start(load_experiment("pretrain", "mini", {{"train.seed": 3}})).record.path, flush=True)
 os.kill(os.getpid(), 9)
 """
