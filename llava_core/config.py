@@ -453,6 +453,15 @@ def _upstream_overrides(experiment: ExperimentConfig, of_scale: Mapping[str, Any
     return shared | {f"scale.{field}": value for field, value in of_scale.items()}
 
 
+def _check_precision(train: TrainConfig, parallel: ParallelConfig, file: str) -> None:
+    full = "language_model" in train.trainable and train.adapters is None
+    if train.precision == "mixed_bf16" and full and parallel.kind in ("none", "ddp"):
+        raise ConfigError(
+            f"{file}: train.precision mixed_bf16 of all weights needs an engine that keeps fp32 and bf16 weights, which "
+            f"parallel.kind '{parallel.kind}' does not; fix: fsdp2 (also for one process), zero2 or zero3"
+        )
+
+
 def load_experiment(
     name: str,
     scale: str = "mini",
@@ -490,6 +499,7 @@ def load_experiment(
         if part not in known:
             kind = "data" if known is place.data else "models"
             raise ConfigError(f"{scale_file}: '{part}', which '{name}' needs, has no path in its `{kind}`")
+    _check_precision(resolved.train, place.parallel, file)
     reasons = {field: layer.why for layer in changes for field in layer.values}
     departures = [
         Departure(field=field, paper=value_of(published, field), here=value_of(resolved, field), why=why)

@@ -117,6 +117,33 @@ def load_language_model(source: str, dtype: torch.dtype, bits: Literal[4] | None
     return model, tokenizer
 
 
+def map_language_model(source: str) -> tuple[Any, Any]:
+    """Open a causal language model and its tokenizer; the weights stay on disk, mapped in the dtype of their files.
+
+    For sharded training: ranks share the mapped pages, and each copies only what it keeps.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_folder(source)
+    with _loading(source, "language model"), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # old checkpoints store a buffer of the rotary embedding
+    stored = {n: t.read() for n, t in open_folder(folder).items() if not n.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)
+    try:
+        missing, unexpected = model.load_state_dict(stored, strict=False, assign=True)
+    except RuntimeError as error:
+        raise error_at(folder, f"does not fit its config.json: {str(error).splitlines()[-1].strip()}") from error
+    if unexpected:
+        raise error_at(folder, f"{unexpected[0]} is no weight of {type(model).__name__}; fix: check config.json")
+    model.tie_weights()
+    check_no_missing_weights(source, {"missing_keys": [n for n, p in model.named_parameters() if p.is_meta]})
+    return model, tokenizer
+
+
 def _nf4(dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 

@@ -15,6 +15,7 @@ from llava_core.checkpoints.base_models import (
     check_no_missing_weights,
     load_language_model,
     load_vision_tower,
+    map_language_model,
 )
 from llava_core.checkpoints.configs import build_on_meta, language_config, quiet_transformers
 from llava_core.checkpoints.describe import MODEL_PARTS, Adapter, Checkpoint, Description, Options, check
@@ -114,14 +115,17 @@ def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) ->
 
 def build(
     language_model: str, vision_tower: str, dtype: torch.dtype, projector: str = "linear", feature_layer: int = -2,
-    bits: Literal[4] | None = None,
+    bits: Literal[4] | None = None, mapped: bool = False,
 ) -> Loaded:  # fmt: skip
     """Return a model with a new projector between two base models (folders or hub ids).
 
-    `bits` as in `load_language_model`.
+    `bits` as in `load_language_model`; `mapped` leaves the language model on disk as `map_language_model` does.
     """
     hashes = {"language_model": base_hash(language_model), "vision_tower": base_hash(vision_tower)}
-    llm, tokenizer = load_language_model(language_model, dtype, bits)
+    if mapped and bits is None:
+        llm, tokenizer = map_language_model(language_model)
+    else:
+        llm, tokenizer = load_language_model(language_model, dtype, bits)
     tower, processor = load_vision_tower(vision_tower, dtype)
     model = Llava(tower, llm, projector, feature_layer)
     names = {"language_model": display_path(language_model), "vision_tower": display_path(vision_tower)}

@@ -118,7 +118,7 @@ def collate(items: Sequence[Item], normalise: Normalise) -> PaddedBatch:
     return PaddedBatch(ids, labels, mask, values)
 
 
-def build_model(config: RunConfig, init_from: Path | None) -> Loaded:
+def build_model(config: RunConfig, init_from: Path | None, mapped: bool = False) -> Loaded:
     """Base models with a fresh projector (seeded), or with the projector of the run that this one starts from."""
     experiment = config.experiment
     adapters = experiment.train.adapters
@@ -126,7 +126,7 @@ def build_model(config: RunConfig, init_from: Path | None) -> Loaded:
     loaded = build(
         config.model_source(experiment.model.language_model), config.model_source(experiment.model.vision_tower),
         resolve_dtype(config.dtype), experiment.model.projector, experiment.model.feature_layer,
-        bits=adapters.bits if adapters is not None else None,
+        bits=adapters.bits if adapters is not None else None, mapped=mapped,
     )  # fmt: skip
     if experiment.init_from is not None:
         if init_from is None:

@@ -313,6 +313,6 @@ def train_record(
     if config.scale.threads:
         torch.set_num_threads(config.scale.threads)
     engine = engine or make_engine(config)
-    loaded = build_model(config, initial)
+    loaded = build_model(config, initial, engine.maps_weights)
     train_set, held_out, preflight = checked_samples(config, loaded)
     return Trainer(record, loaded, train_set, held_out, engine, preflight, resume).run()

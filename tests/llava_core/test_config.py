@@ -289,3 +289,22 @@ def test_error_outside_a_checkout_names_the_variable(tmp_path: Path, monkeypatch
     monkeypatch.setattr("llava_core.runtime.ROOT", tmp_path)
     with pytest.raises(ConfigError, match="LLAVA_ROOT"):
         load_experiment("finetune")
+
+
+def test_mixed_precision_of_all_weights_needs_an_engine() -> None:
+    mixed = {"train.precision": "mixed_bf16"}
+    with pytest.raises(ConfigError, match="'none' does not; fix: fsdp2"):
+        load_experiment("finetune", "mini", mixed)
+    assert load_experiment("finetune", "mini", mixed | {"scale.parallel.kind": "fsdp2"}).dtype == "bfloat16"
+    assert load_experiment("pretrain", "mini", mixed).dtype == "bfloat16"  # the language model is frozen
+    adapted = mixed | {"train.adapters": {"r": 4, "alpha": 8}}
+    assert load_experiment("finetune", "mini", adapted).experiment.train.adapters.r == 4
+
+
+def test_scale_fields_can_be_overridden() -> None:
+    run = load_experiment("finetune", "a100x8", {"scale.parallel.kind": "zero3"})
+    assert (run.scale.parallel.kind, run.scale.parallel.processes) == ("zero3", 8)
+    assert run.upstream().scale.parallel.kind == "zero3"
+    assert run.run_id == load_experiment("finetune", "a100x8").run_id  # the engine does not change the result
+    with pytest.raises(ConfigError, match="override scale: unknown key 'parallel.knd'"):
+        load_experiment("finetune", "a100x8", {"scale.parallel.knd": "zero3"})
