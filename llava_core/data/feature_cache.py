@@ -84,11 +84,6 @@ class FeatureCache:
             known = self._hashes[str(image)] = [*stamp, sha256_file(image)]
         return str(known[2])
 
-    def holds(self, image: Path) -> bool:
-        """Whether the features of an image that was read before are cached; its file may have been removed."""
-        known = self._hashes.get(str(image))
-        return known is not None and known[2] in self._places
-
     def missing(self, images: Iterable[Path]) -> list[Path]:
         """The images without cached features, each once."""
         missing = {key: image for image in dict.fromkeys(images) if (key := self.key(image)) not in self._places}

@@ -64,6 +64,7 @@ class Alarms:
         """The messages after optimizer step `step` (from 1), of its logged row and this rank's batch."""
         names = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         found = {
+            "precision": precision_warning(self.config),
             "finite": f"{', '.join(names)} not finite; fix: lower train.learning_rate" if names else None,
             "weights": self._unchanged(step), "supervised": self._supervised(batch),
             "gradient": self._no_gradient(row, batch), "loss": self._outside_band(step, row),

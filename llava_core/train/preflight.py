@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,12 +60,10 @@ class Preflight:
         return {"skipped_samples": len(self.skipped), "skipped": self.skipped[:LOGGED]}
 
 
-def checked_samples(
-    config: RunConfig, loaded: Loaded, cached: Callable[[Path], bool] = lambda image: False
-) -> tuple[TrainingSet, TrainingSet, Preflight]:
+def checked_samples(config: RunConfig, loaded: Loaded) -> tuple[TrainingSet, TrainingSet, Preflight]:
     """Training and held-out set of a run, without the samples that cannot be trained on, and what the check found.
 
-    All ranks must call it. `cached` tells whether an image's features are cached, so that its file may be missing.
+    All ranks must call it. An image is needed even if its features are cached.
 
     Raises:
         DataError: a sample is bad and `data.on_bad_sample` is "stop", or no sample is left.
@@ -81,9 +78,7 @@ def checked_samples(
     facts = {"code": code_fingerprint(), "rows": loaded.model.language_model.get_input_embeddings().num_embeddings}
     if rank() > 0 and dist.is_initialized():
         dist.barrier()
-    checked = [
-        (data, file, _check(data, file, facts, cached)) for data, file in ((train_set, files[0]), (held_out, files[-1]))
-    ]
+    checked = [(data, file, _check(data, file, facts)) for data, file in ((train_set, files[0]), (held_out, files[-1]))]
     if rank() == 0 and dist.is_initialized():
         dist.barrier()
 
@@ -111,7 +106,7 @@ def checked_samples(
     return train_set, held_out, Preflight(kept[:, 0], kept[:, 1], skipped)
 
 
-def _check(data: TrainingSet, file: Path, facts: dict[str, Any], cached: Callable[[Path], bool]) -> list[Outcome]:
+def _check(data: TrainingSet, file: Path, facts: dict[str, Any]) -> list[Outcome]:
     """The outcome of every sample; those that an earlier start has checked are not checked again."""
     remembered = runtime.resolve(CHECKS) / f"{runtime.fingerprint({**facts, **_facts(data, file)})}.json"
     known: dict[int, Outcome] = {}
@@ -128,7 +123,7 @@ def _check(data: TrainingSet, file: Path, facts: dict[str, Any], cached: Callabl
     def check(k: int) -> Outcome:
         image = data.samples[k].image
         tokens, supervised, dropped, reason = _check_text(data, k, facts["rows"])
-        reason = reason or (fault(image, cached) if image else None)
+        reason = reason or (fault(image) if image else None)
         return Outcome(tokens, supervised, dropped, stamp(image) if image else NO_FILE, reason)
 
     todo = [k for k, sample in enumerate(data.samples) if not is_known(sample)]
@@ -164,12 +159,12 @@ def _check_text(data: TrainingSet, k: int, rows: int) -> tuple[int, int, int, st
     return len(ids), int((labels[1:] != IGNORE_INDEX).sum()), item.dropped_turns, fault
 
 
-def _image_fault(image: Path, cached: Callable[[Path], bool]) -> str | None:
+def _image_fault(image: Path) -> str | None:
     """Why an image cannot be used, or None; it is decoded, because a cut file has a good header."""
     try:
         check_image(image)
     except ImageError as error:
-        return None if error.missing and cached(image) else str(error)
+        return str(error)
     return None
 
 

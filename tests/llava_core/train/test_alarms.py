@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_root import make_training_root
 
 from llava_core.config import RunConfig, load_experiment
 from llava_core.runtime import ROOT, DataError
 from llava_core.train.alarms import Alarms, find_non_finite, precision_warning, reference_band
-from llava_core.train.loader import StepBatch
+from llava_core.train.dataset import load_samples
+from llava_core.train.launch import launch
+from llava_core.train.loader import RowInputs, StepBatch
 from llava_core.train.preflight import Preflight
+from llava_core.train.trainer import Trainer, TrainingError
 
 SAMPLES = Preflight(np.full(1050, 100), np.arange(1050) % 21 + 10, [])  # 10 to 30 of 100 tokens are supervised
 ROW = {"loss": 1.0, "grad_norm": 1.0}
@@ -25,7 +30,9 @@ def batch(share: float = 0.2, samples: int = 16, image: bool = True) -> StepBatc
 
 
 def alarms(weights: dict[str, torch.Tensor] | None = None, name: str = "pretrain", first: int = 0) -> Alarms:
-    return Alarms(load_experiment(name, "mini"), lambda: weights or {}, SAMPLES, 100, first)
+    watch = Alarms(load_experiment(name, "mini"), lambda: weights or {}, SAMPLES, 100, first)
+    watch.band = {}
+    return watch
 
 
 @pytest.mark.parametrize(("dtype", "rate", "alarmed"), [
@@ -98,6 +105,8 @@ def test_pure_bf16_at_a_small_rate_is_warned_of(precision: str, rate: float, war
     if warning:
         assert "2e-05" in warning
         assert "train.precision=mixed_bf16" in warning
+        watch = Alarms(load_experiment("finetune", "a100x8", overrides), dict, SAMPLES, 100)
+        assert [watch.check(step, ROW, batch()) for step in (1, 2)] == [[f"step 1: {warning}"], []]
 
 
 # ------------------------------------------------------------------------------------------------ the reference band
@@ -173,3 +182,28 @@ def test_sample_with_a_non_finite_loss_or_gradient_is_found(poisoned: str) -> No
     assert find_non_finite(loss_of, norm, [5, 6], 4) == [6]  # once, although its pass is repeated
     assert find_non_finite(loss_of, norm, [], 2) == []
     assert len(calls) == 4 + 4 + 2
+
+
+@pytest.mark.parametrize("poisoned", ["loss", "gradient"])
+def test_trainer_names_the_sample_that_is_not_finite(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, poisoned: str
+) -> None:
+    make_training_root(workspace)
+    file = workspace / "data" / "cc" / "chat.json"
+    records = json.loads(file.read_text())
+    records[17]["conversations"][1]["value"] = "z"
+    file.write_text(json.dumps(records, indent=1))
+    row_loss = Trainer._row_loss
+
+    def loss(self: Trainer, row: RowInputs) -> torch.Tensor:
+        value, (mark,) = row_loss(self, row), self.loaded.tokenizer("z", add_special_tokens=False).input_ids
+        if mark not in row.targets.tolist():
+            return value
+        return value * math.nan if poisoned == "loss" else value + torch.sqrt(value - value)
+
+    monkeypatch.setattr(Trainer, "_row_loss", loss)
+    values = {"train.max_length": 96, "train.global_batch": 8, "data.held_out": 0}
+    samples, _ = load_samples(load_experiment("pretrain", "mini", values))
+    line = samples[17].line
+    with pytest.raises(TrainingError, match=rf"not finite by itself: sample 17 \(line {line}\); fix: "):
+        launch(load_experiment("pretrain", "mini", values))

@@ -13,6 +13,7 @@ from llava_core.constants import IGNORE_INDEX
 from llava_core.runtime import DataError
 from llava_core.train import preflight
 from llava_core.train.dataset import TrainingSet, build_model
+from llava_core.train.launch import launch
 from llava_core.train.preflight import CHECKS, Preflight, checked_samples
 
 
@@ -109,15 +110,6 @@ def test_token_beyond_the_embedding_is_named(world: Path, loaded: Loaded) -> Non
         check(loaded)
 
 
-def test_sample_with_cached_features_needs_no_image(world: Path, loaded: Loaded) -> None:
-    removed_image(world)
-    config = load_experiment("pretrain", "mini", {"train.max_length": 96})
-    train, _, _ = checked_samples(config, loaded, cached=lambda image: image.name == "7.png")
-    assert "7" in [sample.id for sample in train.samples]
-    with pytest.raises(DataError, match="no such image"):  # the outcome with the cache is not remembered
-        checked_samples(config, loaded)
-
-
 def test_projector_alone_needs_an_image(world: Path, loaded: Loaded) -> None:
     write(world, read(world)[5:7])
     with pytest.raises(DataError, match="no sample is left that projector could learn from"):
@@ -178,3 +170,13 @@ def test_other_ranks_read_what_rank_0_found(world: Path, loaded: Loaded, monkeyp
     assert len(checked) == 26
     assert [s.id for s in second[0].samples] == [s.id for s in first[0].samples]
     assert second[2].skipped == first[2].skipped
+
+
+def test_left_out_samples_are_in_the_record(world: Path) -> None:
+    cut_image(world)
+    values = {"train.max_length": 96, "train.global_batch": 8, "data.on_bad_sample": "skip"}
+    record = launch(load_experiment("pretrain", "mini", values))
+    (row,) = [row for row in record.metrics() if "skipped_samples" in row]
+    assert (row["step"], row["samples"], row["skipped_samples"]) == (0, 23, 1)
+    assert "data/cc/chat.json, line 8: sample 7: data/images/7.png: cannot be decoded" in row["skipped"][0]
+    assert (record.summary["samples"], record.summary["skipped_samples"]) == (23, 1)
