@@ -7,6 +7,7 @@ torchrun or srun started this process, it is one of the ranks itself.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def launch(config: RunConfig, resume: bool = True) -> RunRecord:
     in_process = launched() or config.scale.parallel.kind == "none"
     # rank 0 holds the lock as long as it lives, not its launcher; others that need this run wait
     with record_lock(record.path) if rank() == 0 else contextlib.nullcontext() as lock:
-        if rank() == 0 and not record.finished:
+        if rank() == 0 and record.finished:
+            shutil.rmtree(record.path / "states", ignore_errors=True)  # left by a kill after the summary
+        elif rank() == 0:
             record.set_scale(config)
         if in_process:
             _train_in_process(record, initial, resume)

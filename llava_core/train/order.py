@@ -33,6 +33,10 @@ class BatchOrder:
         """This rank's samples of each step from `step` to the last one."""
         return (self.indices(k) for k in range(step, self.steps))
 
+    def seed(self, step: int) -> int:
+        """The seed of what this rank draws in a step (dropout of adapters), so that a resumed run draws the same."""
+        return int(np.random.default_rng((self.config.seed, step, self.rank)).integers(2**63))
+
     def _shuffled(self, epoch: int) -> np.ndarray:
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.samples))
         if self.config.order == "samples":

@@ -150,6 +150,7 @@ class Trainer:
         """One optimizer step; returns the loss per supervised token, the gradient norm and the learning rate."""
         # 1. Forward and backward. The loss is divided by the supervised tokens of the global batch.
         self.model.train()
+        torch.manual_seed(self.order.seed(self.step))
         counts = self.engine.all_gather([batch.supervised, len(batch.rows)])  # (ranks, 2)
         supervised, rows = float(counts[:, 0].sum()), self.engine.rows(batch.rows, int(counts[:, 1].max()))
         loss = None

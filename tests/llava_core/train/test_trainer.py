@@ -52,7 +52,9 @@ def test_stage_2_starts_from_stage_1_and_is_reused(world: Path) -> None:
     assert len(list(world.glob("runs/*/mini/*/summary.json"))) == 2  # pretrain was launched on the way
     assert json.loads((record.checkpoint / "manifest.json").read_text())["kind"] == "full"
     before = record.summary
+    (record.path / "states").mkdir()  # as a kill after the summary leaves it
     assert _run("finetune").summary == before  # a finished record is returned without training
+    assert not (record.path / "states").exists()
 
 
 def test_micro_batches_do_not_change_the_run(world: Path) -> None:
