@@ -30,8 +30,8 @@ from llava_core.runtime import display_path, rank, user_path
 
 Kind = Literal["full", "projector", "adapter"]
 _SAVED = {
-    "full": ("multi_modal_projector.", "language_model."), "projector": ("multi_modal_projector.",),
-    "adapter": ("multi_modal_projector.",),
+    "full": ("multi_modal_projector", "language_model"), "projector": ("multi_modal_projector",),
+    "adapter": ("multi_modal_projector",),
 }  # fmt: skip
 
 
@@ -166,6 +166,8 @@ def save_checkpoint(
     adapter = _adapter(loaded, tensors, path) if kind == "adapter" else None
     checkpoint = Checkpoint(native.FORMAT.name, path, description, stored, {}, adapter=adapter)
     check(checkpoint)
+    if missing := set(_SAVED[kind]) - set(checkpoint.parts):
+        raise error_at(path, f"the tensors to save lack {', '.join(missing)}; fix: give all of `model.state_dict()`")
     if rank() > 0:
         for tensor in (*stored.values(), *(t for pair in (adapter.matrices.values() if adapter else ()) for t in pair)):
             tensor.read()

@@ -352,6 +352,8 @@ def test_peft_reads_the_export_for_transformers(bases, bits, tmp_path) -> None:
         got = peft(input_ids=ids, pixel_values=pixels).logits[..., : loaded.model.language_model.config.vocab_size]
     torch.testing.assert_close(got, logits(loaded), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(load(target / "adapter")), logits(loaded), rtol=1e-5, atol=1e-5)
+    convert(path, tmp_path / "merged", "hf")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(loaded), rtol=1e-5, atol=1e-5)
 
 
 def test_keeping_an_adapter_needs_one_and_the_format_hf(bases, tmp_path) -> None:

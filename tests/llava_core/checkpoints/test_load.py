@@ -122,6 +122,12 @@ def test_ranks_read_the_same_tensors_in_the_same_order(bases, kind, tmp_path, mo
 
 def test_a_tensor_that_was_not_gathered_is_noticed(bases, tmp_path) -> None:
     loaded = build(*bases, torch.float32)
-    tensors = {f"module.{name}": LazyTensor.of(t) for name, t in loaded.model.state_dict().items()}
+    tensors = {name: LazyTensor.of(t) for name, t in loaded.model.state_dict().items()}
     with pytest.raises(CheckpointError, match="has no weights"):
+        save_checkpoint(tmp_path / "c", loaded, "full", {f"module.{name}": t for name, t in tensors.items()})
+    kept = {name: t for name, t in tensors.items() if "projector" not in name}
+    with pytest.raises(CheckpointError, match="lack multi_modal_projector"):
+        save_checkpoint(tmp_path / "c", loaded, "full", kept)
+    del tensors["language_model.model.norm.weight"]
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
         save_checkpoint(tmp_path / "c", loaded, "full", tensors)
