@@ -23,7 +23,6 @@ from companion.training_memory import (
     configuration,
     fixed_bytes,
     model_of,
-    ranks_of,
     recomputes,
     row_bytes,
     setting_of,
@@ -39,6 +38,7 @@ from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, display_path, resolve_dtype
 from llava_core.train.dataset import TrainingSet, load_samples, steps_of
 from llava_core.train.loader import CACHED_LAYERS
+from llava_core.train.processes import ranks_of
 
 GIB = 2**30
 MEASURED = 256  # samples whose length is measured
@@ -90,11 +90,9 @@ def _data(config: RunConfig, samples: int | None) -> Data:
 
 def _row_tokens(config: RunConfig, data: Data) -> int:
     """Tokens of the longest row that a step can have."""
-    batch, ranks = config.experiment.train.global_batch, ranks_of(config)
-    if batch % ranks:
-        raise ConfigError(f"global batch of {batch} samples on {ranks} ranks; fix: a number of ranks that divides it")
+    samples = config.experiment.train.global_batch // ranks_of(config)
     longest = max(data.lengths, default=config.experiment.train.max_length)
-    return max(longest, min(config.scale.row_tokens, sum(data.lengths[: batch // ranks]) or batch // ranks * longest))
+    return max(longest, min(config.scale.row_tokens, sum(data.lengths[:samples]) or samples * longest))
 
 
 def _feature_bytes(config: RunConfig, data: Data) -> float:
@@ -169,6 +167,18 @@ def _changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
+def _gpu_here() -> tuple[str, dict[str, float]]:
+    """This machine's GPU with its own memory, and peak and price of the most alike; the default without a GPU."""
+    default, known = FACTS["default_gpu"], FACTS["gpus"]
+    if not torch.cuda.is_available():
+        return default, known[default]
+    device = torch.cuda.get_device_properties(0)
+    memory = device.total_memory / GIB
+    alike = [name for name in known if name.removeprefix("RTX-").partition("-")[0] in device.name] or [default]
+    nearest = min(alike, key=lambda name: abs(known[name]["memory_gib"] - memory))
+    return device.name, {**known[nearest], "memory_gib": memory}
+
+
 def plan_train(
     config: RunConfig,
     gpu: str | None = None,
@@ -180,7 +190,7 @@ def plan_train(
     """Plan a run before anything is loaded.
 
     Args:
-        gpu: a GPU of `planner.yaml`; None: the default, or none at a scale of a CPU.
+        gpu: a GPU of `planner.yaml`; None: this machine's, or the default; none at a scale of a CPU.
         gpus, kind: another number of processes and another engine than the scale's.
         samples: training samples, instead of those of the data's files.
         price: USD per GPU and hour.
@@ -197,13 +207,15 @@ def plan_train(
     device, ranks, train = config.scale.device, ranks_of(config), config.experiment.train
     speed = _recorded_speed(config) if gpu is None else None
     if gpu is None and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
-        gpu = FACTS["default_gpu"]
-    if gpu is not None and gpu not in FACTS["gpus"]:
-        raise ConfigError(unknown("GPU", gpu, FACTS["gpus"]))
-    memory_here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    threads = config.scale.threads or os.cpu_count() or 1
-    cpu = {"memory_gib": memory_here / ranks, "tflops": FACTS["cpu"]["tflops_per_thread"] * threads, "usd": 0.0}
-    facts = cpu if gpu is None else FACTS["gpus"][gpu]
+        gpu, facts = _gpu_here()
+    elif gpu is not None:
+        if gpu not in FACTS["gpus"]:
+            raise ConfigError(unknown("GPU", gpu, FACTS["gpus"]))
+        facts = FACTS["gpus"][gpu]
+    else:
+        host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+        speed_here = FACTS["cpu"]["tflops_per_thread"] * (config.scale.threads or os.cpu_count() or 1)
+        facts = {"memory_gib": host_memory / ranks, "tflops": speed_here, "usd": 0.0}
     data, limit = _data(config, samples), facts["memory_gib"]
 
     row = _row_tokens(config, data)
@@ -254,6 +266,7 @@ def _would_fit(config: RunConfig, data: Data, on_gpu: bool, limit: float) -> lis
     """Changes, as for `--set`, each of which makes a run fit."""
     train, small, parallel = config.experiment.train, {"model.language_model": "vicuna-7b"}, "scale.parallel"
     more = ((n, nodes) for nodes, n in ((1, 2), (1, 4), (1, 8), (2, 8), (4, 8)) if n * nodes > ranks_of(config))
+    more = ((n, nodes) for n, nodes in more if train.global_batch % (n * nodes) == 0)
     options: list[dict[str, Any]] = [
         {"scale.row_tokens": train.max_length},
         {"scale.activation_checkpointing": "always"},
@@ -271,7 +284,7 @@ def _would_fit(config: RunConfig, data: Data, on_gpu: bool, limit: float) -> lis
     for change in options:
         other = _changed(config, change)
         enough = f"{parallel}.nodes" in change and any(f"{parallel}.nodes" in option["set"] for option in found)
-        if other == config or enough or train.global_batch % ranks_of(other):
+        if other == config or enough:
             continue
         parts = _memory(other, data, on_gpu, _row_tokens(other, data))
         if _total(parts) <= limit:

@@ -32,6 +32,7 @@ from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.runtime import CompanionError
 from llava_core.train.adapters import add_adapters
 from llava_core.train.engine import shard
+from llava_core.train.processes import ranks_of
 
 FACTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("planner.yaml").read_text())
 ATTENTION = "llava_planner"
@@ -140,13 +141,6 @@ def _cached_model(setting: Setting) -> Llava:
 def model_of(config: RunConfig) -> Llava:
     """The model of a run without weights; nobody may change it."""
     return _cached_model(setting_of(config)._replace(precision="", replicated=False, recomputes=False))
-
-
-def ranks_of(config: RunConfig) -> int:
-    """Number of processes of a run."""
-    parallel = config.scale.parallel
-    here = max(1, torch.cuda.device_count())
-    return parallel.nodes * (here if parallel.processes == "gpus" else parallel.processes)
 
 
 def recomputes(config: RunConfig) -> bool:

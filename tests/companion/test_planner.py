@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,7 +166,7 @@ def test_data_on_this_machine_is_measured(workspace: Path) -> None:
 def test_impossible_plans_are_named(workspace: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown GPU 'A100'.*A100-80"):
         _plan("finetune", gpu="A100")
-    with pytest.raises(ConfigError, match="32 samples on 3 ranks"):
+    with pytest.raises(ConfigError, match="which 3 ranks cannot share"):
         _plan("finetune", gpus=3)
     with pytest.raises(DataError, match=r"llava_instruct\.json: not found"):
         _plan("finetune", "mini")
@@ -173,6 +174,15 @@ def test_impossible_plans_are_named(workspace: Path) -> None:
     config.scale.models["vicuna-13b"] = "models/none"
     with pytest.raises(CompanionError, match=r"none.*config\.json"):
         plan_train(config)
+
+
+def test_gpu_of_this_machine_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=30 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda k: device)
+    plan = _plan("pretrain")
+    assert (plan["gpu"], plan["limit_gib"], plan["fits"]) == (device.name, 30, True)
+    assert plan["usd"] == pytest.approx(8 * plan["hours"] * planner.FACTS["gpus"]["A100-40"]["usd"])
 
 
 def test_every_gpu_has_memory_speed_and_price() -> None:
