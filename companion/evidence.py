@@ -409,7 +409,7 @@ def _science_qa(bundle: Bundle, name: str, stored: Mapping[str, Any]) -> None:
     if (local := bundle.config.data_path / "problems.json").is_file():
         known = {q.id: asdict(q) for q in as_questions(load_problems(local.parent, "test", check_images=False))}
         for question in questions:
-            _compare(f"{QUESTIONS} against {display_path(local)}", question, known[question["id"]], question["id"])
+            _compare(f"{QUESTIONS} against {display_path(local)}", question, known.get(question["id"]), question["id"])
     asked = [Question(**question) for question in questions[: stored["n"]]]
     expected = score(asked, texts, era=stored["era"])
     _compare(f"{name}.json", stored, {key: value for key, value in expected.items() if key != "notes"})

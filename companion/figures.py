@@ -198,8 +198,8 @@ def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") ->
     return style.set_caption(html.escape(caption)).set_table_attributes('class="companion"')
 
 
-FILE_FIELDS = {"file", "validation_file", "held_out", "written_by"}
-"""Fields of an experiment's `data` about this project's files, not about the paper."""
+FILE_FIELDS = {"file", "validation_file", "held_out", "on_bad_sample", "written_by"}
+"""Fields of an experiment's `data` about this project's files; shown only where a scale departs in them."""
 
 
 def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[str, str]]:
@@ -215,7 +215,9 @@ def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict
             notes = [config.experiment.source_of(field) or "", f"here: {departure.why}" if departure else ""]
             if not (paper in (None, {}) and here in (None, {})):  # neither uses the setting
                 rows.append((field, paper, here, "; ".join(filter(None, notes))))
-    rows += [(d.field.removeprefix("scale."), "the real one", d.here, f"here: {d.why}") for d in departures.values()]
+    for d in departures.values():
+        stand_in = d.field.startswith("scale.")
+        rows.append((d.field.removeprefix("scale."), "the real one" if stand_in else d.paper, d.here, f"here: {d.why}"))
     keys = ("setting", "paper", "here", "source, reason")
     texts = [dict(zip(keys, map(_setting_text, row), strict=True)) for row in rows]
     known = [list(row.values())[:3] for row in setting_rows(since)] if since else []
@@ -223,6 +225,8 @@ def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict
 
 
 def _setting_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
 
 

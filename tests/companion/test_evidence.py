@@ -18,12 +18,13 @@ from companion.book import generated
 from companion.cli import main
 from companion.data_tools.scienceqa import load_problems
 from companion.evaluation import science_qa
+from companion.evaluation.llava_bench import score_reviews
 from companion.evaluation.predictions import checkpoint_id, write_predictions
 from companion.paper import ledger
 from companion.paper.claims import all_claims, claim
 from llava_core import config, runtime
 from llava_core.record import RunRecord
-from llava_core.runtime import DataError, read_json, sha256_file, write_json
+from llava_core.runtime import DataError, fingerprint, read_json, sha256_file, write_json
 from llava_core.train import launch as launching
 
 RUN = {"train.epochs": 2, "train.global_batch": 8, "train.max_length": 96, "train.learning_rate": 1e-3}
@@ -152,6 +153,28 @@ def test_bundle_has_no_weights_and_names_the_claims(bundle: Path, record: RunRec
     assert claim["id"] == "ablation-no-pretraining-accuracy"
     assert (claim["measured"], claim["verdict"]) == (75.0, "shown only")
     assert read_json(bundle / "evidence.json")["run"] == record.run_id
+
+
+def test_reviews_are_scored_again(record: RunRecord, tmp_path: Path) -> None:
+    copy = RunRecord(Path(shutil.copytree(record.path, tmp_path / "copy")))
+    answers = {"1": "red", "2": "blue"}
+    reviews = [
+        {"question_id": int(key), "answer2_id": fingerprint(text), "category": "llava_bench_conv", "content": "8 6"}
+        for key, text in answers.items()
+    ]
+    stored = {**score_reviews(reviews), "answers": answers, "reviews": reviews, "measured_with": "x"}
+    assert stored["all"] == 75
+    cases = {
+        "": {},
+        "all is 80, expected 75": {"all": 80},
+        "review of question 2: answer2_id": {"answers": {**answers, "2": "green"}},
+        "all is 75.0, expected 80.0": {"reviews": [{**reviews[0], "content": "7 6"}, reviews[1]]},
+    }
+    for k, (message, change) in enumerate(cases.items()):
+        write_json(copy.path / "bench-coco.json", {**stored, **change})
+        result = evidence.pack(copy, tmp_path / f"bundle{k}")
+        assert evidence.failures(result) == (["scores"] if message else [])
+        assert message in next(row["message"] for row in result["checks"] if row["name"] == "scores")
 
 
 def test_throughput_counts_from_a_resumed_step(bundle: Path) -> None:

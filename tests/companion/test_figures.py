@@ -113,7 +113,9 @@ def test_setting_rows_have_every_departure_and_no_unused_setting() -> None:
     assert {d.field.removeprefix("scale.") for d in config.departures} <= rows.keys()
     assert rows["train.learning_rate"]["paper"] == "0.002" != rows["train.learning_rate"]["here"]
     assert "App. C" in rows["train.learning_rate"]["source, reason"]
-    assert "data.prompt_format" not in rows
+    assert (rows["data.held_out"]["paper"], rows["data.held_out"]["here"]) == ("0", "0.04")
+    assert rows["cc595k"]["paper"] == "the real one"
+    assert not {"data.prompt_format", "data.on_bad_sample"} & rows.keys()
     assert figures.setting_rows(config, since=config) == []
 
 
