@@ -457,7 +457,7 @@ def _check_precision(train: TrainConfig, parallel: ParallelConfig, file: str) ->
     full = "language_model" in train.trainable and train.adapters is None
     if train.precision == "mixed_bf16" and full and parallel.kind in ("none", "ddp"):
         raise ConfigError(
-            f"{file}: train.precision mixed_bf16 of all weights needs an engine that keeps fp32 and bf16 weights, which "
+            f"{file}: train.precision mixed_bf16 of all weights needs an engine with fp32 and bf16 weights, which "
             f"parallel.kind '{parallel.kind}' does not; fix: fsdp2 (also for one process), zero2 or zero3"
         )
 

@@ -134,7 +134,7 @@ def map_language_model(source: str) -> tuple[Any, Any]:
     if model.config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
     try:
-        missing, unexpected = model.load_state_dict(stored, strict=False, assign=True)
+        _, unexpected = model.load_state_dict(stored, strict=False, assign=True)
     except RuntimeError as error:
         raise error_at(folder, f"does not fit its config.json: {str(error).splitlines()[-1].strip()}") from error
     if unexpected:

@@ -306,5 +306,5 @@ def test_scale_fields_can_be_overridden() -> None:
     assert (run.scale.parallel.kind, run.scale.parallel.processes) == ("zero3", 8)
     assert run.upstream().scale.parallel.kind == "zero3"
     assert run.run_id == load_experiment("finetune", "a100x8").run_id  # the engine does not change the result
-    with pytest.raises(ConfigError, match="override scale: unknown key 'parallel.knd'"):
+    with pytest.raises(ConfigError, match=r"override scale: unknown key 'parallel\.knd'"):
         load_experiment("finetune", "a100x8", {"scale.parallel.knd": "zero3"})
