@@ -57,13 +57,16 @@ class TrainingRun:
             CompanionError: the run failed; its message.
             Interrupted: the run was stopped.
         """
+        if self.record.finished and not self.log.exists():  # trained by `launch`
+            return self.record
         try:
-            with open(self.log, "rb") as log:
+            # text, because a read may end inside a character; newline="" keeps the returns of progress bars
+            with open(self.log, encoding="utf-8", errors="replace", newline="") as log:
                 log.seek(max(0, self.log.stat().st_size - TAIL))
                 running = True
                 while running:
                     running = self._running()  # before the read, which must see the last words of the run
-                    sys.stderr.write(log.read().decode(errors="replace"))
+                    sys.stderr.write(log.read())
                     sys.stderr.flush()
                     time.sleep(POLL_S if running else 0)
         except KeyboardInterrupt:
@@ -116,7 +119,7 @@ def start(config: RunConfig, resume: bool = True) -> TrainingRun:
         config.write(record.path / LAUNCHED)
         error_file(record, "launch").unlink(missing_ok=True)
         command = [*processes.WORKER, str(record.path), "--launch"]
-        with open(run.log, "ab") as log:
+        with open(run.log, "wb") as log:
             process = subprocess.Popen(
                 command if resume else [*command, "--no-resume"],
                 env=child_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -128,7 +131,7 @@ def start(config: RunConfig, resume: bool = True) -> TrainingRun:
 
 def attach(record: str | Path) -> TrainingRun:
     """Return the run of a record, e.g. after a restart of the kernel."""
-    folder = user_path(record)
-    if not (folder / "config.yaml").exists():
-        raise DataError(f"{record}: not the record of a run; fix: runs/EXPERIMENT/SCALE/RUN_ID")
-    return TrainingRun(RunRecord(folder))
+    run = TrainingRun(RunRecord(user_path(record)))
+    if not (run.log.exists() or run.record.finished):
+        raise DataError(f"{record}: not the record of a run of start(); fix: runs/EXPERIMENT/SCALE/RUN_ID")
+    return run

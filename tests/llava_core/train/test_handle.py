@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_core.config import RunConfig, load_experiment
+from llava_core.record import RunRecord
 from llava_core.runtime import CompanionError, DataError
 from llava_core.train import launch as launching
 from llava_core.train import processes
@@ -128,6 +129,12 @@ def test_killed_run_is_failed(config: RunConfig) -> None:
     assert run.status == "failed"
 
 
-def test_attach_needs_a_record(workspace: Path) -> None:
+def test_attach_needs_a_run_of_start_or_a_finished_one(config: RunConfig) -> None:
     with pytest.raises(DataError, match="not the record of a run"):
         attach("runs/nothing")
+    record = RunRecord.open(config)
+    with pytest.raises(DataError, match=r"of a run of start\(\)"):
+        attach(record.path)
+    record.finish({"final_loss": 1.0})  # as `launch` does
+    run = attach(record.path)
+    assert run.follow() is run.record
