@@ -148,6 +148,7 @@ def test_rank_0_holds_the_lock_and_a_second_start_waits(world: Path, worker: Cal
     script.write_text(script.read_text().replace("die_with_parent()", "0"))
     parent = start_launcher(command)
     ranks = pids(world)
+    second = None
     try:
         parent.kill()
         parent.wait()  # its stderr stays open in rank 0
@@ -164,6 +165,8 @@ def test_rank_0_holds_the_lock_and_a_second_start_waits(world: Path, worker: Cal
         for pid in ranks:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+        if second is not None:
+            second.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
