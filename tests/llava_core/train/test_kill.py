@@ -35,10 +35,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "stage 2, two ranks": ("finetune", TWO),
     "LoRA, two ranks": ("finetune", LORA | TWO),
 }
-MOMENTS = [  # 20, of which the suite without -m slow takes every 5th
+MOMENTS = [  # 21, of which the suite without -m slow takes every 5th
     *((kind, moment, seed) for kind in list(RUNS)[:3] for moment in ("any", "save") for seed in (1, 2)),
     *((kind, moment, 1) for kind in list(RUNS)[3:] for moment in ("any", "save")),
-    ("stage 2, two ranks", "any", 2), ("LoRA, two ranks", "save", 2),
+    ("stage 2, two ranks", "any", 2), ("LoRA, two ranks", "save", 2), ("stage 2, two ranks", "one goes on", 1),
 ]  # fmt: skip
 # Has imported everything; starts the run of each line of its input in a process, kills it if told so, and awaits it.
 STARTER = """
@@ -140,7 +140,7 @@ def test_killed_run_resumes_to_the_same_weights(starter: Starter, kind: str, mom
     steps, step_s = expected.summary["steps"], expected.summary["seconds"] / expected.summary["steps"]
     record = RunRecord(starter.root / "runs" / RUNS[kind][0] / "mini" / expected.environment["run"])
     draw = random.Random(f"{kind} {moment} {seed}")
-    step = draw.randint(1, steps - 1) if moment == "save" else draw.randint(0, steps)
+    step = draw.randint(1, steps - 1) if moment == "save" else draw.randint(0, steps if moment == "any" else steps - 1)
 
     def wait() -> None:
         end = time.monotonic() + 300
@@ -158,13 +158,13 @@ def test_killed_run_resumes_to_the_same_weights(starter: Starter, kind: str, mom
         assert time.monotonic() < end, left
         time.sleep(0.05)
 
-    assert starter.run(kind) == 0
-    exact = expected.config.scale.parallel.processes == 1
+    assert starter.run("stage 2" if moment == "one goes on" else kind) == 0
+    exact, rtol = "two" not in kind, 1e-5 if moment == "one goes on" else 1e-6
     rows, others = ([{k: v for k, v in r.items() if k not in TIMES} for r in x.metrics()] for x in (expected, record))
     assert [r["step"] for r in others] == [r["step"] for r in rows]
     for row, other in zip(rows, others, strict=True):
         assert other == {
-            k: pytest.approx(v, rel=0 if exact else 1e-6) if isinstance(v, float) else v for k, v in row.items()
+            k: pytest.approx(v, rel=0 if exact else rtol) if isinstance(v, float) else v for k, v in row.items()
         }
     files, resumed = ({p.relative_to(x.checkpoint): p for p in x.checkpoint.rglob("*.*")} for x in (expected, record))
     assert files.keys() == resumed.keys()
@@ -172,5 +172,5 @@ def test_killed_run_resumes_to_the_same_weights(starter: Starter, kind: str, mom
         if exact:
             assert path.read_bytes() == resumed[name].read_bytes(), name
         elif path.suffix == ".safetensors":
-            torch.testing.assert_close(load_file(path), load_file(resumed[name]), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(load_file(path), load_file(resumed[name]), rtol=rtol, atol=1e-7)
     assert not (record.path / "states").exists()

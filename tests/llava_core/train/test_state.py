@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_root import make_training_root
 
+from llava_core.config import load_experiment
 from llava_core.record import RunRecord
 from llava_core.runtime import CheckpointError
 from llava_core.train import state as state_module
+from llava_core.train.launch import launch
 from llava_core.train.state import States
 
 ROOT = Path(state_module.__file__).parents[2]
@@ -173,6 +176,28 @@ def test_full_disk_leaves_out_metrics_rows(small_disk: Path, capsys: pytest.Capt
     assert steps[-1] == 9
     assert 2 < len(steps) < 9
     assert len(capsys.readouterr().err.splitlines()) == 1  # one warning, no damaged line
+
+
+@pytest.mark.slow
+def test_run_ends_on_a_disk_of_one_and_a_half_states(
+    small_disk: Path, workspace: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_training_root(workspace)
+    overrides = {"train.epochs": 2, "train.global_batch": 8, "train.max_length": 96, "train.learning_rate": 1e-3}
+    config = load_experiment("finetune", "mini", overrides)
+    undisturbed = launch(config)
+    state = 12 * undisturbed.summary["trainable_parameters"]  # bytes: a weight and two moments in fp32
+    undisturbed.path.rename(workspace / "kept")
+    subprocess.run(["mount", "-o", f"remount,size={state * 3 // 2}", str(small_disk)], check=True)
+    undisturbed.path.symlink_to(small_disk)
+    capfd.readouterr()
+    record = launch(config)
+    assert capfd.readouterr().err.count("the state was not saved") == 4  # of step 1 it was, and the run goes on
+    assert record.summary["final_loss"] == RunRecord(workspace / "kept").summary["final_loss"]
+    files = [path.relative_to(record.checkpoint) for path in record.checkpoint.rglob("*.safetensors")]
+    assert files
+    for file in files:
+        assert (record.checkpoint / file).read_bytes() == (workspace / "kept" / "checkpoint" / file).read_bytes()
 
 
 KILLED = """
