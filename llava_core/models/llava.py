@@ -147,14 +147,16 @@ class Llava(nn.Module):
             targets: (M,) token ids.
             tower_features: (N, P, D_vision) from `tower_features`, one per image block; None without images.
         """
-        # 1. Projector: patch features (N, P, D_vision) -> visual tokens (N, P, D).
-        image_features = None if tower_features is None else self.project(tower_features)
+        # 1. Projector: patch features (N, P, D_vision) -> visual tokens (N, P, D). Without images it runs on zeros:
+        #    ranks that share sharded weights must all gather them, in the same order.
+        no_image = tower_features is None
+        if tower_features is None:
+            tower_features = torch.zeros(1, 1, self.vision_tower.config.hidden_size, device=input_ids.device)
+        image_features = self.project(tower_features)
         # 2. Word embeddings (B, T, D), with the visual tokens in place of the image blocks.
-        embeds = self.embed(input_ids, image_features=image_features)
-        if image_features is None:
-            # the projector stays in the graph: ranks with and without images run the same collectives
-            no_image = embeds.new_zeros(1, 1, self.vision_tower.config.hidden_size)
-            embeds = embeds + 0 * self.project(no_image).sum().to(embeds.dtype)
+        embeds = self.embed(input_ids, image_features=None if no_image else image_features)
+        if no_image:
+            embeds = embeds + 0 * image_features.sum().to(embeds.dtype)
         # 3. Decoder layers: attention stays within each sample.
         hidden = self.language_model.get_decoder()(
             inputs_embeds=embeds, position_ids=position_ids, packed_mask=packed_mask, use_cache=False

@@ -120,7 +120,10 @@ def test_full_mix_is_the_default_run() -> None:
 
 def test_scale_departures_never_undo_an_ablation(sandbox: Path) -> None:
     departs = {
-        "*": {"set": {"model.language_model": "vicuna-7b", "train.epochs": 1}, "why": "small"},
+        "*": {
+            "set": {"model.language_model": "vicuna-7b", "train.epochs": 1, "train.precision": "float32"},
+            "why": "small",
+        },
         "science_qa": {
             "set": {"data.prompt_format": "QCM-A", "train.epochs": 2, "model.feature_layer": -3},
             "why": "quick",
@@ -293,7 +296,7 @@ def test_error_outside_a_checkout_names_the_variable(tmp_path: Path, monkeypatch
 
 def test_mixed_precision_of_all_weights_needs_an_engine() -> None:
     mixed = {"train.precision": "mixed_bf16"}
-    with pytest.raises(ConfigError, match="'none' does not; fix: fsdp2"):
+    with pytest.raises(ConfigError, match="'none' is not; fix: fsdp2"):
         load_experiment("finetune", "mini", mixed)
     assert load_experiment("finetune", "mini", mixed | {"scale.parallel.kind": "fsdp2"}).dtype == "bfloat16"
     assert load_experiment("pretrain", "mini", mixed).dtype == "bfloat16"  # the language model is frozen
