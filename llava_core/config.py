@@ -458,7 +458,7 @@ def _check_precision(train: TrainConfig, parallel: ParallelConfig, file: str) ->
     if train.precision == "mixed_bf16" and full and parallel.kind in ("none", "ddp"):
         raise ConfigError(
             f"{file}: train.precision mixed_bf16 of all weights needs an engine with fp32 and bf16 weights, which "
-            f"parallel.kind '{parallel.kind}' does not; fix: fsdp2 (also for one process), zero2 or zero3"
+            f"parallel.kind '{parallel.kind}' is not; fix: fsdp2 (also for one process), zero2 or zero3"
         )
 
 
