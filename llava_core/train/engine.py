@@ -332,7 +332,9 @@ def start(config: RunConfig) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest" if config.dtype == "float32" else "high")  # TF32
     if parallel.kind != "none" and not dist.is_initialized():
-        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone: dict[str, Any] = (
+            {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout_s), **alone)
     return device

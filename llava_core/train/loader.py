@@ -66,7 +66,8 @@ class RowInputs:
 
 def padding_row() -> RowInputs:
     """A row of two tokens without targets: its loss and its gradients are 0."""
-    row = PackedRow(*(np.array(values) for values in ([0, 0], [0, 1], [2, 2], [], [])), images=[], samples=[])
+    ids, positions, ends, nothing = (np.array(values, dtype=np.int64) for values in ([0, 0], [0, 1], [2, 2], []))
+    row = PackedRow(ids, positions, ends, nothing, nothing, images=[], samples=[])
     return RowInputs.of(row, None, [])
 
 
