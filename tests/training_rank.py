@@ -41,8 +41,8 @@ def random_batches(self: training.Trainer) -> dict[str, Any]:
             shares[draw.randrange(2)] += [5] * draw.randrange(1, 3)  # a sample without an image
             self.loader.max_tokens = draw.choice([64, 128, 512])
             own = shares[engine.rank] if engine.world == 2 else shares[0] + shares[1]
-            loss, norm, _ = self._train_step(self.loader.batch(own))
-            SCHEDULES.append({"loss": loss, "norm": norm, "rows": len(self.loader.batch(own).rows)})
+            step = self._train_step(self.loader.batch(own))
+            SCHEDULES.append({"loss": step.loss, "norm": step.norm, "rows": len(self.loader.batch(own).rows)})
     return whole_state(self)
 
 

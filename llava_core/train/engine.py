@@ -33,6 +33,7 @@ class Engine:
     The wrapped module's forward is the loss of a packed row; its `model` is a `Llava`.
     """
 
+    knows_norm_first = True  # before it updates the weights
     maps_weights = False  # whether the language model is best left on disk until it is sharded
 
     def __init__(self, config: RunConfig) -> None:
@@ -145,6 +146,24 @@ class Engine:
         return whole.to(p.device).clone()
 
 
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}
+"""Dense bf16 of a GPU whose name contains the key (data sheets)."""
+
+
+def model_flops(engine: Engine, tokens_per_s: float) -> dict[str, float]:
+    """`tflops` per rank: 2 per weight and token forward, 2 for activation and 2 for weight gradients; `mfu` on a GPU.
+
+    Without attention; word embeddings do not count, and a shared prefix counts for each of its samples.
+    """
+    inner = {n: math.prod(shape) for n, shape in engine.shapes.items() if n.startswith("language_model.")}
+    weights = sum(size for n, size in inner.items() if "embed_tokens" not in n)
+    trained = sum(size for n, size in inner.items() if "embed_tokens" not in n and n in engine.trainable)
+    tflops = (4 * weights + 2 * trained) * tokens_per_s / engine.world / 1e12
+    name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
+    peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return {"tflops": tflops} if peak is None else {"tflops": tflops, "mfu": tflops / peak}
+
+
 class FullyShard(Engine):
     """FSDP2: weights, gradients and optimizer state are sharded; fp32 weights are gathered in the compute dtype.
 
@@ -222,6 +241,8 @@ def shard(
 
 class Zero(Engine):
     """DeepSpeed's ZeRO, stage 2 (sharded gradients and optimizer state) or 3 (sharded weights, too)."""
+
+    knows_norm_first = False
 
     def __init__(self, config: RunConfig) -> None:
         if config.scale.device == "cpu":

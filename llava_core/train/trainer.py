@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from llava_core.checkpoints.load import Kind, Loaded, save_checkpoint
@@ -22,7 +23,7 @@ from llava_core.record import RunRecord, final_loss
 from llava_core.runtime import CompanionError, display_path, progress
 from llava_core.train.alarms import Alarms, find_non_finite
 from llava_core.train.dataset import Normalise, TrainingSet, build_model
-from llava_core.train.engine import Engine, make_engine
+from llava_core.train.engine import Engine, make_engine, model_flops
 from llava_core.train.loader import CACHED_LAYERS, Loader, RowInputs, StepBatch, open_features
 from llava_core.train.optimizer import learning_rate
 from llava_core.train.order import BatchOrder
@@ -34,6 +35,19 @@ from llava_core.train.trackers import Trackers
 
 class TrainingError(CompanionError):
     """Training failed in a way that more steps cannot repair."""
+
+
+class Step(NamedTuple):
+    """An optimizer step: loss per supervised token, gradient norm, learning rate; tokens and samples of all ranks."""
+
+    loss: float
+    norm: float
+    rate: float
+    tokens: float
+    samples: float
+    stop: bool
+    """A rank was asked to stop."""
+    save: bool
 
 
 class PackedRowLoss(nn.Module):
@@ -91,51 +105,57 @@ class Trainer:
         self.steps = self.order.steps
         self.step, self.seconds = 0, 0.0
         self.trackers = Trackers(record.config, record)
-        self.stopping = False
+        self.saved = time.monotonic()
         self.states = States(record.path / "states", self.scale.states.keep)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, save the checkpoint, finish the record and return its summary."""
         if self._checkpoints_from_the_start():
             self._enable_activation_checkpointing()
-        with packed_attention(self.model.language_model), stop_on_signal() as self.stop:
-            self._restore()
-            self._log_start()
-            self._train()
-        return self._finish()
+        try:
+            with packed_attention(self.model.language_model), stop_on_signal() as self.stop:
+                self._restore()
+                self._log_start()
+                self._train()
+            return self._finish()
+        finally:
+            self.trackers.close()
 
     def _train(self) -> None:
-        saved = began = time.monotonic()
-        earlier_seconds, tokens, samples, waited = self.seconds, 0, 0, 0.0
+        began, earlier_seconds = time.monotonic(), self.seconds
+        tokens, samples, waited = 0.0, 0.0, 0.0
+        self.saved = began
         evaluate_at = {round(self.steps * q) for q in (0.25, 0.5, 0.75)} | {self.steps}
-        name, engine = self.record.config.experiment.name, self.engine
-        bar = progress(self.steps, name, initial=self.step, disable=engine.rank > 0)
+        name = self.record.config.experiment.name
+        bar = progress(self.steps, name, initial=self.step, disable=self.engine.rank > 0)
         if self.step == 0 and len(self.held_out):
             self._log(0, heldout_loss=self.heldout_loss())
         for batch, seconds in self.loader.prefetch(self.order.after(self.step)):
-            loss, norm, rate = self._train_step(batch)
+            step = self._train_step(batch)
             self.step += 1
 
-            tokens, samples, waited = tokens + batch.tokens, samples + batch.samples, waited + seconds
+            tokens, samples, waited = tokens + step.tokens, samples + step.samples, waited + seconds
             passed = time.monotonic() - began
             self.seconds = earlier_seconds + passed
             row: dict[str, Any] = {
-                "loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_s": tokens * engine.world / passed,
-                "samples_per_s": samples * engine.world / passed, "data_wait": waited / passed,
-                "seconds": self.seconds,
+                "loss": step.loss, "lr": step.rate, "grad_norm": step.norm, "tokens_per_s": tokens / passed,
+                "samples_per_s": samples / passed, "data_wait": waited / passed, "seconds": self.seconds,
+                **model_flops(self.engine, tokens / passed),
             }  # fmt: skip
             if self.step in evaluate_at and len(self.held_out):
                 row["heldout_loss"] = self.heldout_loss()
             self._log(self.step, **row)
             self._alert(self.alarms.check(self.step, row, batch))
             bar.update(1)
-            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{row['tokens_per_s']:.0f}", wait=f"{row['data_wait']:.0%}")
+            mfu = {"mfu": f"{row['mfu']:.0%}"} if "mfu" in row else {}
+            bar.set_postfix(
+                loss=f"{step.loss:.3f}", tok_s=f"{row['tokens_per_s']:.0f}", wait=f"{row['data_wait']:.0%}", **mfu
+            )
 
-            overdue = time.monotonic() - saved > self.scale.states.every_s
-            if self.step < self.steps and (self.stopping or self.engine.all_gather([overdue])[0]):  # rank 0 decides
+            if self.step < self.steps and (step.stop or step.save):
                 state = self.states.save(self.step, self.seconds, self.engine.state)
-                saved = time.monotonic()
-                if self.stopping:
+                self.saved = time.monotonic()
+                if step.stop:
                     bar.close()
                     raise Interrupted(self._stopped(state))
         bar.close()
@@ -146,31 +166,40 @@ class Trainer:
             return f"{name}: stopped after step {self.step} of {self.steps}; start it again to resume"
         return f"{name}: stopped after step {self.step} without a saved state; it resumes from the one before, if any"
 
-    def _train_step(self, batch: StepBatch) -> tuple[float, float, float]:
-        """One optimizer step; returns the loss per supervised token, the gradient norm and the learning rate."""
+    def _train_step(self, batch: StepBatch) -> Step:
+        """One optimizer step."""
         # 1. Forward and backward. The loss is divided by the supervised tokens of the global batch.
         self.model.train()
         torch.manual_seed(self.order.seed(self.step))
-        counts = self.engine.all_gather([batch.supervised, len(batch.rows)])  # (ranks, 2)
-        supervised, rows = float(counts[:, 0].sum()), self.engine.rows(batch.rows, int(counts[:, 1].max()))
+        own = [batch.supervised, batch.tokens, batch.samples, len(batch.rows)]
+        counts = self.engine.all_gather(own)  # (ranks, 4)
+        supervised, tokens, samples, _ = counts.sum(0).tolist()
+        rows = self.engine.rows(batch.rows, int(counts[:, 3].max()))
         loss = None
         while loss is None:
             try:
                 loss = self._accumulate_gradients(rows, supervised)
             except torch.OutOfMemoryError as error:
                 self._enable_activation_checkpointing(error)  # raises if it is already enabled
-        loss, stop = (float(total) for total in self.engine.all_gather([loss, self.stop.requested]).sum(0))
-        self.stopping = stop > 0
+        overdue = time.monotonic() - self.saved > self.scale.states.every_s
+        outcomes = self.engine.all_gather([loss, self.stop.requested, overdue])  # (ranks, 3)
+        loss = float(outcomes[:, 0].sum())
         # 2. Clip, and update.
         rate = learning_rate(self.step, self.steps, self.config)
         norm = self.engine.step(rate) if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             raise TrainingError(self._non_finite(loss, norm))
-        return loss, norm, rate
+        stop, save = bool(outcomes[:, 1].any()), bool(outcomes[0, 2])  # rank 0's clock decides
+        return Step(loss, norm, rate, tokens, samples, stop, save)
 
     def _non_finite(self, loss: float, norm: float) -> str:
         """The message that names the samples whose own loss or gradient is not finite."""
         indices = self.order.indices(self.step)
+        if math.isfinite(loss) and not self.engine.knows_norm_first:
+            return (
+                f"step {self.step}: gradient norm {norm}; DeepSpeed has already updated the weights, so the sample "
+                "cannot be found; fix: start again with parallel.kind fsdp2, which names it"
+            )
 
         def loss_of(index: int) -> torch.Tensor:
             return self._row_loss(self.loader.batch([index]).rows[0])
@@ -269,25 +298,32 @@ class Trainer:
             name: LazyTensor(shape, engine.whole_dtype(name), partial(engine.whole, name))
             for name, shape in engine.shapes.items()
         }
-        save_checkpoint(
-            self.record.checkpoint, self.loaded, kind, tensors, engine.dtype, template=experiment.template,
-            image_position=experiment.image_position, prompt_format=experiment.data.prompt_format,
-            run_id=self.record.run_id,
-        )  # fmt: skip
+        try:
+            save_checkpoint(
+                self.record.checkpoint, self.loaded, kind, tensors, engine.dtype, template=experiment.template,
+                image_position=experiment.image_position, prompt_format=experiment.data.prompt_format,
+                run_id=self.record.run_id,
+            )  # fmt: skip
+        except (OSError, SafetensorError) as error:
+            # with several ranks the others are in the middle of their reads: an earlier state must do
+            saved = engine.world == 1 and self.states.save(self.step, self.seconds, engine.state)
+            raise TrainingError(
+                f"{display_path(self.record.checkpoint)}: the weights were not written ({error}); "
+                f"{'the state of the last step was saved; ' if saved else ''}fix: free space and start again"
+            ) from error
         if self.engine.rank > 0:
             return {}  # only rank 0 writes the record
         rows = [r for r in self.record.metrics() if "loss" in r]
         summary = {
             "run": self.record.run_id, "steps": self.steps, "samples": len(self.train_set),
-            "final_loss": final_loss(rows), "heldout_loss": rows[-1].get("heldout_loss"),
-            "samples_per_s": rows[-1]["samples_per_s"], "tokens_per_s": rows[-1]["tokens_per_s"],
+            "final_loss": final_loss(rows),
+            **{name: rows[-1].get(name) for name in ("heldout_loss", "samples_per_s", "tokens_per_s", "mfu")},
             "seconds": self.seconds,
             "trainable_parameters": sum(math.prod(self.engine.shapes[name]) for name in self.engine.trainable),
             "shortened_samples": len(self.train_set.dropped),
             "skipped_samples": len(self.preflight.skipped), "checkpoint": display_path(self.record.checkpoint),
         }  # fmt: skip
         self.record.finish(summary)
-        self.trackers.close()
         self.states.remove()
         return summary
 
