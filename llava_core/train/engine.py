@@ -48,6 +48,7 @@ class Engine:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of whole parameters
         self.module: Any = self._wrap(module)
         self.parameters = dict(model.named_parameters())
+        self.shapes = {name: self.shapes[name] for name in self.parameters}  # ZeRO's have no vision tower
         self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self.optimizer: Any = self._make_optimizer()
 
