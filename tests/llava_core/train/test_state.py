@@ -233,7 +233,7 @@ print(last, inside)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_inside_save_leaves_a_valid_state(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "states")]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests:{Path(__file__).parent}"}
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert answer.returncode == 0, answer.stderr
     last, inside = map(int, answer.stdout.split())
