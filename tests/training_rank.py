@@ -1,11 +1,13 @@
-"""One rank of training runs in tests: `python training_rank.py OUT RECORD...` trains each record's run from nothing.
+"""One rank of training runs in tests: `python training_rank.py OUT RECORD...` trains each record's run.
 
-Per record OUT gets whole weights and moments after the last step. With `--schedules N` it instead takes N steps of
-random batches, which differ between the ranks in samples, rows and images.
+Per record OUT gets whole weights and moments after the last step. With STOP=K in the environment a run stops after
+step K with a saved state; with SCHEDULES=N it takes N steps of random batches, which differ between the ranks in
+samples, rows and images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
@@ -18,7 +20,7 @@ from llava_core import runtime
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.record import RunRecord
 from llava_core.train import trainer as training
-from llava_core.train.signals import StopRequest
+from llava_core.train.signals import Interrupted, StopRequest
 
 SCHEDULES: list[dict[str, Any]] = []
 
@@ -46,10 +48,25 @@ def random_batches(self: training.Trainer) -> dict[str, Any]:
     return whole_state(self)
 
 
+def stopped_after(step: int) -> Any:
+    """`Trainer._train_step` with a request to stop that comes in the given step."""
+    original = training.Trainer._train_step
+
+    def train_step(self: training.Trainer, batch: Any) -> training.Step:
+        if self.step == step - 1:
+            self.stop.since = 0.0
+        return original(self, batch)
+
+    return train_step
+
+
 if __name__ == "__main__":
     runtime.ROOT = Path(os.environ["LLAVA_ROOT"])
     training.Trainer._finish = whole_state  # type: ignore[method-assign]
     if "SCHEDULES" in os.environ:
         training.Trainer.run = random_batches  # type: ignore[method-assign]
+    if "STOP" in os.environ:
+        training.Trainer._train_step = stopped_after(int(os.environ["STOP"]))  # type: ignore[method-assign]
     for record in sys.argv[2:]:
-        training.train_record(RunRecord(Path(record)), resume=os.environ.get("RESUME") == "1")
+        with contextlib.suppress(Interrupted):
+            training.train_record(RunRecord(Path(record)))

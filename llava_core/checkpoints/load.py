@@ -93,12 +93,21 @@ def _with_weights(part: str, config: dict[str, Any], checkpoint: Checkpoint, dty
     return model
 
 
-def load_into(model: Llava, path: Path, parts: tuple[str, ...] | None = None) -> None:
+def load_into(
+    model: Llava, path: Path, parts: tuple[str, ...] | None = None, base_hash: Mapping[str, str] | None = None
+) -> None:
     """Copy a checkpoint of our own format into a model; names and shapes must match exactly.
 
     `parts` are prefixes of tensors to take, such as the projector of a full checkpoint; None takes all of them.
+    `base_hash` has the hashes of the model's base models, which must be those that the checkpoint was trained with.
     """
     checkpoint = native.read(path, Options())
+    for part, own_hash in (base_hash or {}).items():
+        trained = checkpoint.description.usage["base_hash"].get(part, own_hash)
+        if (
+            trained != own_hash and trained.partition(":")[0] == own_hash.partition(":")[0]
+        ):  # files with files, id with id
+            raise error_at(path, f"trained with another {part.replace('_', ' ')} than this run's; fix: train it again")
     if checkpoint.adapter is not None and parts is None:
         raise error_at(path, "its adapter would be left out; fix: merge it (`llava convert --to llava`), or name parts")
     prefixes = parts or tuple(f"{part}." for part in checkpoint.parts)

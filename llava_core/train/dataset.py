@@ -131,7 +131,7 @@ def build_model(config: RunConfig, init_from: Path | None, mapped: bool = False)
     if experiment.init_from is not None:
         if init_from is None:
             raise CheckpointError(f"{experiment.name} starts from {experiment.init_from}; fix: train that one first")
-        load_into(loaded.model, init_from, ("multi_modal_projector.",))
+        load_into(loaded.model, init_from, ("multi_modal_projector.",), loaded.manifest["base_hash"])
     loaded.model.set_trainable(experiment.train.trainable)
     if adapters is not None:
         dtype = torch.bfloat16 if experiment.train.precision == "pure_bf16" else torch.float32

@@ -78,6 +78,15 @@ def test_an_adapter_on_another_base_is_refused(bases, tmp_path) -> None:
         load(path)
 
 
+def test_a_projector_of_other_base_models_is_refused(bases, tmp_path) -> None:
+    loaded = build(*bases, torch.float32)
+    path = save_checkpoint(tmp_path / "c", loaded, "projector")
+    load_into(loaded.model, path, base_hash=loaded.manifest["base_hash"])
+    other = loaded.manifest["base_hash"] | {"language_model": "files:0"}
+    with pytest.raises(CheckpointError, match="trained with another language model than this run's"):
+        load_into(loaded.model, path, base_hash=other)
+
+
 def test_a_checkpoint_that_lacks_its_adapter_is_refused(bases, tmp_path) -> None:
     path = save_checkpoint(tmp_path / "c", adapted(bases), "adapter")
     other = build(*bases, torch.float32).model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def train(root: Path, folder: str, runs: dict[str, RunConfig], ranks: int, **env
     """Train runs one after the other in `ranks` processes; returns the folder of their records and states."""
     out = root / folder
     for name, run in runs.items():
-        (out / name).mkdir(parents=True)
+        (out / name).mkdir(parents=True, exist_ok=True)
         run.write(out / name / "config.yaml")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -127,3 +128,21 @@ def test_random_schedules_do_not_hang(world: Path, kind: str) -> None:
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["norm"] == pytest.approx(b["norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ["none fsdp2", "none zero2", "none zero3", "zero3 none"])
+def test_state_continues_under_another_engine(world: Path, one_process: Path, kinds: str) -> None:
+    first, second = kinds.split()
+    if "zero" in kinds:
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    folders = []
+    for kind, stop in ((first, {"STOP": "5"}), (second, {})):
+        ranks = 1 if kind == "none" else 2
+        run = configured("stage_2", **(parallel(kind, 2) if ranks == 2 else {}))
+        folder = world / f"{first}-{second}-{kind}"
+        if folders:  # the state and the rows of the first five steps
+            shutil.copytree(folders[0], folder)
+        folders.append(train(world, folder.name, {"stage_2": run}, ranks, **stop))
+    assert not (folders[0] / "stage_2.pt").exists()
+    assert_equal_runs(one_process, folders[1], "stage_2")
