@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -232,6 +233,8 @@ def shard(
         fully_shard(unit, mp_policy=policy, **options, **more)
         outside.update(unit.parameters())
 
+    # the projector's output is a view, as of any linear layer on (N, P, D); nothing changes it in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     outside = set(model.vision_tower.parameters())
     for layer in model.language_model.get_decoder().layers:
         wrap(layer, policy)
