@@ -23,7 +23,7 @@ from llava_core import runtime
 from llava_core.record import RunRecord
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-TIMES = {"tokens_per_s", "samples_per_s", "data_wait", "seconds"}
+TIMES = {"tflops", "tokens_per_s", "samples_per_s", "data_wait", "seconds"}
 SETTINGS = {"train.epochs": 2, "train.global_batch": 8, "train.max_length": 96, "train.learning_rate": 1e-3}
 LORA = {"train.adapters": {"r": 4, "alpha": 8, "dropout": 0.1}}
 TWO = {"scale.parallel.kind": "fsdp2", "scale.parallel.processes": 2}
