@@ -183,7 +183,7 @@ def slurm_script(config: RunConfig, overrides: Mapping[str, Any], resume: str = 
 trap : TERM
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-srun {shlex.join(words)}
+srun --kill-on-bad-exit=1 --cpus-per-task=8 {shlex.join(words)}
 status=$?
 if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status\""""

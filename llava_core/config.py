@@ -228,8 +228,8 @@ class ScaleConfig(StrictModel):
     """Tokens of a packed row, which one forward and backward pass computes; does not change the result."""
     parallel: ParallelConfig
     activation_checkpointing: Literal["auto", "always", "never"] = "auto"
-    """Recompute activations in the backward pass; auto: after the first out-of-memory error of a single process, and
-    always where several processes train the language model."""
+    """Recompute activations in the backward pass; auto: a single process from its first out-of-memory error on, sharded
+    engines and several processes always."""
     states: StatesConfig
     offline: bool = False
     """Forbid the Hugging Face libraries any request."""
@@ -459,6 +459,11 @@ def _check_precision(train: TrainConfig, parallel: ParallelConfig, file: str) ->
         raise ConfigError(
             f"{file}: train.precision mixed_bf16 of all weights needs an engine with fp32 and bf16 weights, which "
             f"parallel.kind '{parallel.kind}' is not; fix: fsdp2 (also for one process), zero2 or zero3"
+        )
+    if train.precision == "pure_bf16" and parallel.kind.startswith("zero"):
+        raise ConfigError(
+            f"{file}: DeepSpeed keeps fp32 weights beside bf16 ones, so train.precision pure_bf16 does not fit "
+            f"parallel.kind '{parallel.kind}'; fix: mixed_bf16"
         )
 
 

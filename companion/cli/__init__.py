@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (CompanionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if "WORLD_SIZE" in os.environ:  # one rank of several: exit handlers of a process group wait for the others
+            sys.stderr.flush()
+            os._exit(getattr(error, "exit_code", 1))
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -49,8 +49,8 @@ class FeatureCache:
             self._hashes = read_json(self._hashes_file)
         for index in sorted(self.folder.glob("*.index.json")):
             self._open(index)
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True)
+        if not (self.folder / "facts.json").exists():  # several ranks may do this at a time
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "facts.json", facts)
 
     def _open(self, index: Path) -> None:

@@ -35,6 +35,7 @@ class Engine:
     """
 
     knows_norm_first = True  # before it updates the weights
+    can_retry = True  # a step whose backward pass was interrupted
     maps_weights = False  # whether the language model is best left on disk until it is sharded
 
     def __init__(self, config: RunConfig) -> None:
@@ -173,6 +174,7 @@ class FullyShard(Engine):
     """
 
     maps_weights = True
+    can_retry = False
 
     def _wrap(self, module: Any) -> Any:
         return shard(module, self.train, self.parallel, self.device, self.dtype)
@@ -198,7 +200,8 @@ class FullyShard(Engine):
         from torch.distributed.tensor import distribute_tensor
 
         # no broadcast: every rank has read the same tensor
-        return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        part = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+        return part.to(p.device)  # of an offloaded weight the CPU, and not the mesh's device
 
 
 def _whole(tensor: Any) -> torch.Tensor:
@@ -247,6 +250,7 @@ class Zero(Engine):
     """DeepSpeed's ZeRO, stage 2 (sharded gradients and optimizer state) or 3 (sharded weights, too)."""
 
     knows_norm_first = False
+    can_retry = False
 
     def __init__(self, config: RunConfig) -> None:
         if config.scale.device == "cpu":
@@ -258,9 +262,11 @@ class Zero(Engine):
 
     def _wrap(self, module: Any) -> Any:
         model = module.model
-        for p in (p for part in (model.multi_modal_projector, model.language_model) for p in part.parameters()):
-            if p.is_floating_point():
-                p.data = p.data.to(self.dtype)
+        parts = {n: p for n, p in model.named_parameters() if not n.startswith("vision_tower.")}
+        self._originals = {name: p.data for name, p in parts.items() if p.requires_grad}
+        for p in parts.values():
+            if p.is_floating_point():  # one by one, since they may be mapped from disk
+                p.data = p.data.to(self.device, self.dtype)
         tower = model.vision_tower
         del model.vision_tower  # outside of the module tree it is neither sharded nor moved
         object.__setattr__(model, "vision_tower", tower)
@@ -276,6 +282,10 @@ class Zero(Engine):
         if self.stage == 3:  # the loss reads this weight outside of the layer's forward
             head = module.model.language_model.get_output_embeddings()
             deepspeed.zero.register_external_parameter(module, head.weight)
+        if self.dtype != torch.float32:  # DeepSpeed's fp32 weights are copies of the rounded ones
+            for name, original in self._originals.items():
+                deepspeed.utils.safe_set_full_fp32_param(self.trainable[name], original.to(self.device, torch.float32))
+        del self._originals
         return optimizer
 
     def _settings(self) -> dict[str, Any]:
@@ -286,6 +296,7 @@ class Zero(Engine):
             "gradient_clipping": self.train.grad_clip,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
             "zero_optimization": {"stage": self.stage, **({"offload_optimizer": offload} if offload else {})},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -338,16 +349,17 @@ class Zero(Engine):
     def load_state(self, read: Read, step: int) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        # the moments exist after a step; this one, of a row without targets at rate 0, changes no weight
+        for name, p in self.trainable.items():
+            safe_set_full_fp32_param(p, read(f"weights/{name}", self.shapes[name]).to(self.device))
+        # a step at rate 0, of a row without targets, makes the moments and copies fp32 weights to those of the forward
         self.backward(self.module(padding_row()), last=True)
         self.step(0.0)
         for name, p in self.trainable.items():
-            shape = self.shapes[name]
-            safe_set_full_fp32_param(p, read(f"weights/{name}", shape).to(self.device))
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(p, read(f"{moment}/{name}", shape).to(self.device), moment)
+                whole = read(f"{moment}/{name}", self.shapes[name])
+                safe_set_full_optimizer_state(p, whole.to(self.device), moment)
         for state in self.optimizer.optimizer.state.values():
-            state["step"] = torch.tensor(float(step), device=self.device)
+            state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
 
 
 def start(config: RunConfig) -> torch.device:

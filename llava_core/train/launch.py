@@ -60,25 +60,25 @@ def launch(config: RunConfig, resume: bool = True) -> RunRecord:
         elif rank() == 0:
             record.set_scale(config)
         if in_process:
-            _train_in_process(record, initial, resume)
+            _train_in_process(config, record, initial, resume)
         elif lock and not record.finished:
             arguments = [*(["--init", str(initial)] if initial else []), *([] if resume else ["--no-resume"])]
             run_ranks(record, arguments, lock)
     return record
 
 
-def _train_in_process(record: RunRecord, initial: Path | None, resume: bool) -> None:
+def _train_in_process(config: RunConfig, record: RunRecord, initial: Path | None, resume: bool) -> None:
     """Train as the only process or as one rank; returns and raises `Interrupted` on all ranks together."""
     from llava_core.train.engine import make_engine
     from llava_core.train.trainer import train_record
 
     if record.finished and world_size() == 1:
         return
-    record = RunRecord(record.path)
-    engine = make_engine(record.config)
-    # the other ranks wait here for rank 0, and rank 0 may have waited for the lock
+    engine = make_engine(config)
+    # the other ranks wait here for rank 0, which may have waited for the lock and writes this start's scale
     if engine.all_gather([record.finished]).any():
         return
+    record = RunRecord(record.path)
     try:
         train_record(record, initial, resume, engine)
     except Interrupted:

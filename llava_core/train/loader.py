@@ -21,7 +21,7 @@ from llava_core.data.feature_cache import FeatureCache
 from llava_core.data.packing import PackedRow, pack
 from llava_core.models.vision_tower import patch_features
 from llava_core.ops.packed_mask import PackedMask
-from llava_core.runtime import rank, resolve, world_size
+from llava_core.runtime import DataError, display_path, rank, resolve, world_size
 from llava_core.train.dataset import TrainingSet
 
 CACHED_LAYERS = (-2, -1)
@@ -154,7 +154,10 @@ def open_features(
     }  # fmt: skip
     shape = (len(CACHED_LAYERS), loaded.model.n_image_tokens, tower.config.hidden_size)
     cache = FeatureCache(resolve(FEATURES), facts, shape, dtype)
-    if (reason := cache.disk_shortage(len(cache.missing(images)))) is not None:
+    reasons = [cache.disk_shortage(len(cache.missing(images)))] * world_size()
+    if world_size() > 1:  # one decision: the ranks' disks may differ, and one of them may be filling this one already
+        torch.distributed.all_gather_object(reasons, reasons[0])
+    if (reason := next(filter(None, reasons), None)) is not None:
         sys.stderr.write(f"images go through the tower at every use: {reason}\n")
         return None
 
@@ -170,6 +173,11 @@ def open_features(
     if world_size() > 1:
         torch.distributed.barrier()
         cache = FeatureCache(resolve(FEATURES), facts, shape, dtype)  # now with the features of the other ranks
+        if missing := cache.missing(images):
+            raise DataError(
+                f"{display_path(cache.folder)}: no features of {len(missing)} images, the first is {missing[0]}; "
+                "fix: put the repository on a file system that all nodes share"
+            )
     return cache
 
 

@@ -80,7 +80,8 @@ def check_ranks(config: RunConfig) -> None:
         raise ConfigError(
             f"scale.parallel.nodes is {parallel.nodes}: start it on each node; fix: sbatch what `llava train {run} "
             f"--slurm` prints, or run `torchrun --nnodes {parallel.nodes} --nproc-per-node {local} --node-rank K "
-            f"--master-addr HOST -m companion train {run}` (and your --set) on each"
+            f"--master-addr HOST -m companion train {run}` (and your --set) on each; torchrun kills "
+            "ranks 30 s after a SIGTERM, too soon for the state of a large model"
         )
 
 

@@ -117,7 +117,7 @@ class Trainer:
                 self._restore()
                 self._log_start()
                 self._train()
-            return self._finish()
+                return self._finish()
         finally:
             self.trackers.close()
 
@@ -232,16 +232,16 @@ class Trainer:
         return loss
 
     def _checkpoints_from_the_start(self) -> bool:
-        several = self.engine.world > 1 and "language_model" in self.config.trainable
-        return self.scale.activation_checkpointing == "always" or (
-            self.scale.activation_checkpointing == "auto" and several
-        )
+        # such an engine cannot repeat a step in which the memory ran out
+        setting, retry = self.scale.activation_checkpointing, self.engine.can_retry and self.engine.world == 1
+        return setting == "always" or (setting == "auto" and not retry)
 
     def _enable_activation_checkpointing(self, error: torch.OutOfMemoryError | None = None) -> None:
         """Switch to activation checkpointing, which needs less memory and more time."""
         language_model = self.model.language_model
-        impossible = self.engine.world > 1 or self.scale.activation_checkpointing != "auto"
-        if error is not None and (impossible or language_model.is_gradient_checkpointing):
+        if error is not None and (
+            self.scale.activation_checkpointing != "auto" or language_model.is_gradient_checkpointing
+        ):
             raise TrainingError(
                 f"step {self.step}: no memory for a row of up to {self.scale.row_tokens} tokens and its images; fix: "
                 "lower row_tokens in the scale or train.max_length, or set activation_checkpointing: always"

@@ -116,10 +116,10 @@ def test_slurm_script_runs_the_same_configuration(
     for option in ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--signal=TERM@600", "--requeue"):
         assert f"#SBATCH {option}" in lines
     (line,) = [line for line in lines if line.startswith("srun ")]
+    assert "--kill-on-bad-exit=1" in line
     stub = 'srun() { printf "%s\\n" "$@"; }\n' + line
     given = subprocess.run(["bash", "-c", stub], capture_output=True, text=True, check=True).stdout.splitlines()
-    args = cli._parser().parse_args(given[1:])
-    assert given[0] == "llava"
+    args = cli._parser().parse_args(given[given.index("llava") + 1 :])
     assert (args.experiment, args.scale, args.fast, args.slurm) == ("finetune", "a100x8", True, False)
     assert dict(args.set) == {
         "scale.parallel.nodes": 2, "train.seed": 1, "train.adapters": {"r": 8, "alpha": 16},
