@@ -311,3 +311,10 @@ def test_scale_fields_can_be_overridden() -> None:
     assert run.run_id == load_experiment("finetune", "a100x8").run_id  # the engine does not change the result
     with pytest.raises(ConfigError, match=r"override scale: unknown key 'parallel\.knd'"):
         load_experiment("finetune", "a100x8", {"scale.parallel.knd": "zero3"})
+
+
+def test_pure_bf16_needs_an_engine_without_fp32_weights() -> None:
+    pure = {"train.precision": "pure_bf16", "scale.parallel.kind": "zero2"}
+    with pytest.raises(ConfigError, match="DeepSpeed keeps fp32 weights"):
+        load_experiment("finetune", "a100x8", pure)
+    assert load_experiment("finetune", "a100x8", pure | {"scale.parallel.kind": "fsdp2"}).dtype == "bfloat16"
