@@ -275,6 +275,8 @@ class Zero(Engine):
     def _make_optimizer(self) -> Any:
         import deepspeed
 
+        if self.device.type == "cpu":  # gloo does without an operation that DeepSpeed would compile for minutes
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         module: Any = self.module
         self.module, optimizer, *_ = deepspeed.initialize(
             model=module, optimizer=super()._make_optimizer(), config=self._settings()
