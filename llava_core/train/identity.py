@@ -12,7 +12,7 @@ from llava_core.runtime import display_path, fingerprint, sha256_file
 # The code that decides a run's numbers: all files of these folders except those used only after or around training.
 CODE_FOLDERS = ("ops", "models", "data", "checkpoints", "train")
 NOT_TRAINING = {"models/generation.py", "models/kv_cache.py"} | {
-    f"train/{name}.py" for name in ("__main__", "handle", "identity", "processes", "signals", "trackers")
+    f"train/{name}.py" for name in ("__main__", "identity", "processes", "signals", "trackers")
 }
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

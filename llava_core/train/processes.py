@@ -26,8 +26,6 @@ from llava_core.train.signals import Interrupted, stop_on_signal
 
 POLL_S = 0.1
 WORKER = [sys.executable, "-m", "llava_core.train"]
-LAUNCHED = "launch.yaml"
-"""The run, at the scale of this start, that a notebook leaves to a process of its own."""
 
 
 def launched() -> bool:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from companion import training_run
+from companion.training_run import TrainingRun, attach, start
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
 from llava_core.runtime import CompanionError, DataError
 from llava_core.train import launch as launching
 from llava_core.train import processes
-from llava_core.train.handle import TrainingRun, attach, start
 from llava_core.train.signals import Interrupted
 
 WORKER = """
@@ -45,7 +46,7 @@ def config(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A run whose process waits for the file `go` in its record."""
     monkeypatch.setattr(launching, "run_inputs", lambda config: {})
     (workspace / "worker.py").write_text(WORKER)
-    monkeypatch.setattr(processes, "WORKER", [sys.executable, str(workspace / "worker.py")])
+    monkeypatch.setattr(training_run, "WORKER", [sys.executable, str(workspace / "worker.py")])
     return load_experiment("pretrain", "mini", {"train.seed": 3})
 
 
@@ -64,7 +65,7 @@ def test_followed_run_shows_its_log_and_returns_the_record(
     assert run.follow() == run.record
     assert run.status == "finished"
     assert start(config).status == "finished"
-    assert capsys.readouterr().err == "arguments --launch\n"
+    assert capsys.readouterr().err == "arguments\n"
 
 
 def test_failed_run_raises_its_error_and_starts_again(config: RunConfig) -> None:
@@ -73,9 +74,15 @@ def test_failed_run_raises_its_error_and_starts_again(config: RunConfig) -> None
     with pytest.raises(CompanionError, match=r"a\.json: bad"):
         run.follow()
     assert run.status == "failed"
-    assert run.log.read_text() == "arguments --launch --no-resume\nerror: a.json: bad\n"
+    assert run.log.read_text() == "arguments --no-resume\nerror: a.json: bad\n"
     go(run)
     assert start(config).follow() is not None
+
+
+def test_process_launches_the_run_and_leaves_its_error(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "run_inputs", lambda config: {})  # the process has the real one, and no data
+    with pytest.raises(CompanionError, match="no such file"):
+        start(load_experiment("pretrain", "mini")).follow()
 
 
 def test_interrupted_follow_detaches_only(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,9 +99,10 @@ def test_run_survives_its_kernel_and_is_cancelled_from_another(config: RunConfig
     code = f"""
 import os
 from llava_core.config import load_experiment
-from llava_core.train import handle, launch, processes
-processes.WORKER, launch.run_inputs = {processes.WORKER!r}, lambda config: {{}}
-print(handle.start(load_experiment("pretrain", "mini", {{"train.seed": 3}})).record.path, flush=True)
+from companion import training_run
+from llava_core.train import launch
+training_run.WORKER, launch.run_inputs = {training_run.WORKER!r}, lambda config: {{}}
+print(training_run.start(load_experiment("pretrain", "mini", {{"train.seed": 3}})).record.path, flush=True)
 os.kill(os.getpid(), 9)
 """
     command = [sys.executable, "-c", code]

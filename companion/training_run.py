@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -15,13 +16,22 @@ from typing import Literal
 from llava_core.config import RunConfig
 from llava_core.record import RunRecord
 from llava_core.runtime import CompanionError, ConfigError, DataError, display_path, fcntl, user_path, write_json
-from llava_core.train import processes
-from llava_core.train.launch import open_record
-from llava_core.train.processes import LAUNCHED, check_ranks, child_environment, error_file, error_of, sign_lock
+from llava_core.train.launch import launch, open_record
+from llava_core.train.processes import (
+    check_ranks,
+    child_environment,
+    end_with_error,
+    error_file,
+    error_of,
+    sign_lock,
+)
 from llava_core.train.signals import Interrupted
 from llava_core.train.trackers import check_trackers
 
 POLL_S = 0.2
+WORKER = [sys.executable, "-m", "companion.training_run"]
+LAUNCHED = "launch.yaml"
+"""The run at the scale of this start, in its record."""
 TAIL = 4096
 """Bytes of the log that `follow` begins with."""
 
@@ -118,7 +128,7 @@ def start(config: RunConfig, resume: bool = True) -> TrainingRun:
             return run
         config.write(record.path / LAUNCHED)
         error_file(record, "launch").unlink(missing_ok=True)
-        command = [*processes.WORKER, str(record.path), "--launch"]
+        command = [*WORKER, str(record.path)]
         with open(run.log, "wb") as log:
             process = subprocess.Popen(
                 command if resume else [*command, "--no-resume"],
@@ -135,3 +145,20 @@ def attach(record: str | Path) -> TrainingRun:
     if not (run.log.exists() or run.record.finished):
         raise DataError(f"{record}: not the record of a run of start(); fix: runs/EXPERIMENT/SCALE/RUN_ID")
     return run
+
+
+def main() -> None:
+    """Launch the run of a record: the process that `start` leaves it to."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--no-resume", action="store_true")
+    arguments = parser.parse_args()
+    record = RunRecord(arguments.record)
+    try:
+        launch(RunConfig.read(record.path / LAUNCHED), not arguments.no_resume)
+    except BaseException as error:
+        end_with_error(record, "launch", error)
+
+
+if __name__ == "__main__":
+    main()
