@@ -129,9 +129,8 @@ def reference_band(config: RunConfig, steps: int) -> dict[int, tuple[int, float,
     """
     name, scale = config.experiment.name, config.scale.name
     path = runtime.ROOT / "configs" / "reference_curves" / f"{name}.{scale}.csv"
-    if not path.is_file():
-        return {}
-    if load_experiment(name, scale, {"train.seed": config.experiment.train.seed}).run_id != config.run_id:
+    seed = {"train.seed": config.experiment.train.seed}
+    if not path.is_file() or load_experiment(name, scale, seed).run_id != config.run_id:
         return {}
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     try:

@@ -12,8 +12,6 @@ from llava_core.config import RunConfig
 from llava_core.record import RunRecord
 from llava_core.runtime import ConfigError, rank
 
-Write = Callable[[dict[str, float], int], Any]
-
 
 def check_trackers(config: RunConfig) -> None:
     """Raise ConfigError for a tracker of the scale whose package is not installed."""
@@ -43,7 +41,7 @@ class Trackers:
             finish()
 
 
-def _open(name: str, config: RunConfig, record: RunRecord) -> tuple[Write, Callable[[], Any]]:
+def _open(name: str, config: RunConfig, record: RunRecord) -> tuple[Callable[..., Any], Callable[[], Any]]:
     """Open a tracker: what logs numbers at a step, and what ends it. A resumed run goes on where it was."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

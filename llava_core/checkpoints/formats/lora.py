@@ -29,7 +29,6 @@ IN_LANGUAGE_MODEL = (("language_model.", ""),)
 IN_TRANSFORMERS = (("language_model.model.", "model.language_model."),)
 """Rules of the modules' names in a language model by itself, and in transformers' LLaVA."""
 
-_ADAPTERS = (WEIGHTS, "adapter_model.bin")
 _IRRELEVANT = frozenset({  # peft's settings that do not change the meaning of W + scale * B A
     "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "task_type", "peft_version",
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "layers_to_transform", "layers_pattern",
@@ -79,7 +78,7 @@ def open_adapter(path: Path) -> Adapter:
     """Open the adapter of a folder; its settings and the pairs of its matrices are checked."""
     settings = read_config(path, CONFIG)
     _scale(settings, path / CONFIG)
-    file = next((contained_file(path, name) for name in _ADAPTERS if has_file(path, name)), None)
+    file = next((contained_file(path, name) for name in (WEIGHTS, "adapter_model.bin") if has_file(path, name)), None)
     if file is None:
         raise error_at(path, f"no {WEIGHTS}; fix: get the complete adapter")
     return new_adapter(settings, open_file(file), file)
