@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import Clock, all_in_turns, circumstances, headline, in_own_process, peak_mib, ratios
 from companion import miniature
+from companion.padded_batch import collate
 from llava_core.config import TrainConfig, load_experiment
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.packing import pack
@@ -31,7 +32,7 @@ from llava_core.models.llava import Llava
 from llava_core.ops.linear_cross_entropy import linear_cross_entropy
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.runtime import ConfigError, resolve_device, resolve_dtype
-from llava_core.train.dataset import TrainingSet, build_model, collate, load_samples
+from llava_core.train.dataset import TrainingSet, build_model, load_samples
 from llava_core.train.loader import RowInputs
 from llava_core.train.optimizer import make_optimizer
 from llava_core.train.trainer import PackedRowLoss

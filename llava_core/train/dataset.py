@@ -15,7 +15,6 @@ import torch
 
 from llava_core.checkpoints.load import Loaded, build, load_into
 from llava_core.config import RunConfig, TrainConfig
-from llava_core.constants import IGNORE_INDEX
 from llava_core.data.conversation import TEMPLATES
 from llava_core.data.images import ImageProcessor, load_image
 from llava_core.data.instruct import Problem, Sample, load_instruct
@@ -88,34 +87,6 @@ class TrainingSet:
     def __getitem__(self, k: int) -> Item:
         path = self.samples[k].image
         return self.encoded(k), None if path is None else self.pixels(path)
-
-
-@dataclass
-class PaddedBatch:
-    """Padded tensors of some samples: ids, labels, mask (B, T) and pixel values (N, 3, H, W) or None."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    attention_mask: torch.Tensor
-    pixel_values: torch.Tensor | None
-
-    def to(self, device: torch.device) -> PaddedBatch:
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device)
-        return PaddedBatch(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device), pixels)
-
-
-def collate(items: Sequence[Item], normalise: Normalise) -> PaddedBatch:
-    """Pad samples on the right and normalise their pixels."""
-    width = max(len(e.input_ids) for e, _ in items)
-    ids = torch.zeros(len(items), width, dtype=torch.long)
-    labels = torch.full((len(items), width), IGNORE_INDEX)
-    mask = torch.zeros(len(items), width, dtype=torch.long)
-    for k, (e, _) in enumerate(items):
-        n = len(e.input_ids)
-        ids[k, :n], labels[k, :n], mask[k, :n] = torch.tensor(e.input_ids), torch.tensor(e.labels), 1
-    pixels = [p for _, p in items if p is not None]
-    values = torch.from_numpy(normalise(np.stack(pixels))) if pixels else None
-    return PaddedBatch(ids, labels, mask, values)
 
 
 def build_model(config: RunConfig, init_from: Path | None, mapped: bool = False) -> Loaded:
