@@ -166,14 +166,10 @@ def find_non_finite(
     indices: Sequence[int],
     count: int,
 ) -> list[int]:
-    """The samples of this rank whose own loss or gradient is not finite.
+    """Which of this rank's samples `indices` have a loss or gradient that is not finite by itself.
 
-    Args:
-        loss_of: loss of one sample, by its index in the training set.
-        gradient_norm: backward pass of a loss; returns the norm of its gradient and discards the gradient. A norm over
-            all ranks is also not finite for the samples that other ranks compute at the same time.
-        indices: this rank's samples of the failing step.
-        count: greatest number of samples that a rank has; every rank makes as many passes.
+    Every rank makes `count` passes, the greatest number of samples of a rank. `gradient_norm` discards the gradient;
+    its norm over all ranks is also not finite for the samples that other ranks compute at the same time.
     """
     found = []
     for k in range(count):
