@@ -29,6 +29,7 @@ from llava_core.train.identity import code_fingerprint
 CHECKS = "data/checks"
 SHOWN, LOGGED = 5, 100  # bad samples that an error names, and those that a record names
 CHUNK, THREADS = 256, 8
+SAVED = 64  # chunks
 NO_FILE = [0, 0]
 
 
@@ -131,16 +132,21 @@ def _check(data: TrainingSet, file: Path, facts: dict[str, Any]) -> list[Outcome
     bar = runtime.progress(len(todo), f"checking {file.name}", leave=False, disable=not todo)
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
-        for part, outcomes in zip(parts, pool.map(lambda part: [*map(check, part)], parts), strict=True):
+        checked = zip(parts, pool.map(lambda part: [*map(check, part)], parts), strict=True)
+        for done, (part, outcomes) in enumerate(checked, start=1):
             known |= {data.samples[k].position: outcome for k, outcome in zip(part, outcomes, strict=True)}
             bar.update(len(part))
+            if done % SAVED == 0 or done == len(parts):  # a start that is stopped is not for nothing
+                _remember(known, remembered)
     bar.close()
-    if todo:
-        try:
-            runtime.atomic_write(remembered, json.dumps(known, separators=(",", ":")))
-        except OSError as error:
-            sys.stderr.write(f"{display_path(remembered)}: not written ({error}); the next start checks again\n")
     return [known[sample.position] for sample in data.samples]
+
+
+def _remember(known: dict[int, Outcome], file: Path) -> None:
+    try:
+        runtime.atomic_write(file, json.dumps(known, separators=(",", ":")))
+    except OSError as error:
+        sys.stderr.write(f"{display_path(file)}: not written ({error}); the next start checks again\n")
 
 
 def _check_text(data: TrainingSet, k: int, rows: int) -> tuple[int, int, int, str | None]:
