@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from training_root import make_training_root
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
 from llava_core.runtime import ROOT
+from llava_core.train.engine import model_flops, start
 
 CASES = ("stage_1", "stage_2", "lora")
 SETTINGS = {
@@ -146,3 +148,23 @@ def test_state_continues_under_another_engine(world: Path, one_process: Path, ki
         folders.append(train(world, folder.name, {"stage_2": run}, ranks, **stop))
     assert not (folders[0] / "stage_2.pt").exists()
     assert_equal_runs(one_process, folders[1], "stage_2")
+
+
+def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: calls.append(backend))
+    assert start(load_experiment("finetune", "a100x8")) == torch.device("cuda", 3)
+    assert calls == [torch.device("cuda", 3), "high", "cpu:gloo,cuda:nccl"]  # TF32; the device before the group
+
+
+def test_model_flops_count_trained_weights_once_more() -> None:
+    shapes = {"multi_modal_projector.weight": (9, 9), "language_model.embed_tokens.weight": (8, 4)}
+    engine = SimpleNamespace(shapes={**shapes, "language_model.w": (10, 100)}, world=2, device=torch.device("cpu"))
+    engine.trainable = {}
+    assert model_flops(engine, 1e9) == {"tflops": pytest.approx(4 * 1000 * 1e9 / 2 / 1e12)}
+    engine.trainable = {"language_model.w": None}
+    assert model_flops(engine, 1e9) == {"tflops": pytest.approx(6 * 1000 * 1e9 / 2 / 1e12)}
