@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -217,3 +218,15 @@ def test_curated_figures_have_their_numbers() -> None:
     shown = re.findall(r"\(figures/([^)]+)\)", (ROOT / "README.md").read_text())
     assert len(shown) == 2
     assert set(shown) <= set(files)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_imported_names_exist(path: Path) -> None:
+    """A name that has moved breaks a notebook only where it is run."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    nodes = [node for cell in cells for node in ast.walk(tree_of(cell)) if isinstance(node, ast.ImportFrom)]
+    for node in (n for n in nodes if (n.module or "").split(".")[0] in ("llava_core", "companion", "benchmarks")):
+        module = importlib.import_module(node.module or "")
+        for alias in node.names:
+            if not hasattr(module, alias.name):
+                importlib.import_module(f"{node.module}.{alias.name}")
