@@ -150,14 +150,15 @@ def test_state_continues_under_another_engine(world: Path, one_process: Path, ki
     assert_equal_runs(one_process, folders[1], "stage_2")
 
 
-def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_takes_its_own_gpu(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: calls.append(backend))
-    assert start(load_experiment("finetune", "a100x8")) == torch.device("cuda", 3)
+    gpu = {"scale.device": "cuda", "train.precision": "mixed_bf16"}
+    assert start(configured("stage_2", **parallel("fsdp2", 8), **gpu)) == torch.device("cuda", 3)
     assert calls == [torch.device("cuda", 3), "high", "cpu:gloo,cuda:nccl"]  # TF32; the device before the group
 
 
