@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import subprocess
 import sys
 import threading
@@ -87,8 +88,13 @@ def test_process_launches_the_run_and_leaves_its_error(workspace: Path, monkeypa
 
 def test_interrupted_follow_detaches_only(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     run = start(config)
-    threading.Timer(0.5, _thread.interrupt_main).start()
-    assert run.follow() is None
+    # a shell starts background jobs with SIGINT ignored
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.5, _thread.interrupt_main).start()
+        assert run.follow() is None
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     assert run.status == "running"
     assert f"attach('{run.record.path.relative_to(run.record.path.parents[3])}')" in capsys.readouterr().err
     go(run)
