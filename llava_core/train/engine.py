@@ -10,7 +10,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -106,13 +105,6 @@ class Engine:
         out = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(out, own)
         return torch.stack(out).cpu()
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The value of every rank."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
 
     def local_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the trained weights, as the optimizer updates them."""
@@ -325,23 +317,13 @@ class Zero(Engine):
         return {name: safe_get_local_fp32_param(p) for name, p in self.trainable.items()}
 
     def whole(self, name: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
+        import deepspeed
 
         p = self.parameters[name]
         if p.requires_grad:
-            return safe_get_full_fp32_param(p)
-        with self._gathered(p):
-            return p.detach().clone()
-
-    def whole_dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name in self.trainable else super().whole_dtype(name)
-
-    @contextmanager
-    def _gathered(self, p: torch.Tensor) -> Iterator[None]:
-        import deepspeed
-
+            return deepspeed.utils.safe_get_full_fp32_param(p)
         with deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
-            yield
+            return p.detach().clone()
 
     def _whole_moment(self, p: torch.Tensor, moment: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -23,6 +23,7 @@ from llava_core.models.vision_tower import patch_features
 from llava_core.ops.packed_mask import PackedMask
 from llava_core.runtime import DataError, display_path, rank, resolve, world_size
 from llava_core.train.dataset import TrainingSet
+from llava_core.train.state import all_ranks
 
 CACHED_LAYERS = (-2, -1)
 """Tower layers in the feature cache: one pass computes both, and the ablation of the feature layer needs the other."""
@@ -154,9 +155,8 @@ def open_features(
     }  # fmt: skip
     shape = (len(CACHED_LAYERS), loaded.model.n_image_tokens, tower.config.hidden_size)
     cache = FeatureCache(resolve(FEATURES), facts, shape, dtype)
-    reasons = [cache.disk_shortage(len(cache.missing(images)))] * world_size()
-    if world_size() > 1:  # one decision: the ranks' disks may differ, and one of them may be filling this one already
-        torch.distributed.all_gather_object(reasons, reasons[0])
+    # one decision: the ranks' disks may differ, and one of them may be filling this one already
+    reasons = all_ranks(cache.disk_shortage(len(cache.missing(images))))
     if (reason := next(filter(None, reasons), None)) is not None:
         sys.stderr.write(f"images go through the tower at every use: {reason}\n")
         return None

@@ -114,7 +114,7 @@ class States:
     def _write(self, step: int, seconds: float, tensors: Tensors) -> str | None:
         """Write a state once; return what went wrong on any rank."""
         writing = self.folder / f"{step}.writing"
-        parts = _all_ranks(_write_files(writing, tensors))
+        parts = all_ranks(_write_files(writing, tensors))
         files = {name: digest for part, _ in parts for name, digest in part.items()}
         content = {"step": step, "seconds": seconds, "world": world_size(), "files": files}
         problem = next((p for _, p in parts if p), None)
@@ -188,7 +188,7 @@ def _problem(folder: Path) -> str | None:
     return None
 
 
-def _all_ranks(value: Any) -> list[Any]:
+def all_ranks(value: Any) -> list[Any]:
     """Return the value of every rank, on every rank."""
     values = [value] * world_size()
     if dist.is_initialized():
@@ -198,7 +198,7 @@ def _all_ranks(value: Any) -> list[Any]:
 
 def _from_rank_0(function: Callable[[], Any]) -> Any:
     """Call a function on rank 0 and return its result on every rank."""
-    return _all_ranks(function() if rank() == 0 else None)[0]
+    return all_ranks(function() if rank() == 0 else None)[0]
 
 
 def _sync(path: Path) -> None:

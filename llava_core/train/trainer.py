@@ -29,7 +29,7 @@ from llava_core.train.optimizer import learning_rate
 from llava_core.train.order import BatchOrder
 from llava_core.train.preflight import Preflight, checked_samples
 from llava_core.train.signals import Interrupted, stop_on_signal
-from llava_core.train.state import States
+from llava_core.train.state import States, all_ranks
 from llava_core.train.trackers import Trackers
 
 
@@ -210,7 +210,7 @@ class Trainer:
 
         self.engine.discard_gradients()
         count = int(self.engine.all_gather([len(indices)]).max())
-        found = self.engine.gather_objects(find_non_finite(loss_of, gradient_norm, indices, count))
+        found = all_ranks(find_non_finite(loss_of, gradient_norm, indices, count))
         samples = [self.train_set.samples[k] for part in found for k in part]
         names = ", ".join(f"{sample.id} (line {sample.line})" for sample in samples[:4])
         cause = f"not finite by itself: sample {names}" if names else "each of its samples alone is finite"

@@ -17,6 +17,7 @@ from companion.planner import GIB, plan_train
 from llava_core.config import load_experiment
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.runtime import CompanionError, ConfigError, DataError
+from llava_core.train.engine import PEAK_TFLOPS
 
 SEVEN = {"model.language_model": "vicuna-7b"}
 
@@ -190,3 +191,10 @@ def test_every_gpu_has_memory_speed_and_price() -> None:
         assert facts.keys() == {"memory_gib", "tflops", "usd"}
     assert planner.FACTS["default_gpu"] in planner.FACTS["gpus"]
     assert planner.FACTS["models"].keys() == {"vicuna-7b", "vicuna-13b", "clip-vit-large-patch14"}
+
+
+def test_peaks_of_gpus_are_those_of_the_trainer() -> None:
+    for part, peak in PEAK_TFLOPS.items():
+        named = {name: gpu["tflops"] for name, gpu in planner.FACTS["gpus"].items() if part in name}
+        assert named
+        assert set(named.values()) == {peak}
