@@ -1,7 +1,8 @@
 """A local server of chat completions with injected faults; run as a program, the faults are arguments.
 
 A request's fault is drawn from its text and the number of its attempt, so that a second attempt may meet another one.
-What the server bills is a reply that it has sent to the last byte; each one is a line of its log.
+What the server bills is a reply that it has sent to the last byte; each one is a line of its log, which is written
+before that byte, so that no client has a reply that the log lacks.
 """
 
 from __future__ import annotations
@@ -104,11 +105,13 @@ class Server:
         if fault == "truncated":
             await self._send(writer, 200, body[: len(body) // 2], declared=len(body))
             return False
-        await self._send(writer, 200, body)
+        await self._send(writer, 200, body[:-1], declared=len(body))
         self.billed += 1
         row = {"text": text, "tokens": self.usage, "model": model}
         with self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        writer.write(body[-1:])
+        await writer.drain()
         return True
 
     async def _send(

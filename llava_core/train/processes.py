@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -157,6 +158,15 @@ def error_of(record: RunRecord, name: str) -> CompanionError | None:
     return (Interrupted if left["exit_code"] == Interrupted.exit_code else CompanionError)(left["message"])
 
 
+def free_port() -> int:
+    """A port for ranks to meet at; no outgoing connection takes it before they do, as it is not an ephemeral one."""
+    while True:
+        port = 20000 + secrets.randbelow(12768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(record: RunRecord, arguments: Sequence[str], lock: IO[str]) -> None:
     """Train a record by ranks on this machine; rank 0 takes over the lock of the record.
 
@@ -165,12 +175,10 @@ def run_ranks(record: RunRecord, arguments: Sequence[str], lock: IO[str]) -> Non
         Interrupted: SIGTERM or Ctrl-C; it was passed on, and the ranks have saved their state.
     """
     count = ranks_per_node(record.config.scale.parallel)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = child_environment(
-        WORLD_SIZE=count, LOCAL_WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LLAVA_PARENT=os.getpid()
-    )
+        WORLD_SIZE=count, LOCAL_WORLD_SIZE=count, LLAVA_PARENT=os.getpid(),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(),
+    )  # fmt: skip
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine may not resolve its own name
     ranks: list[subprocess.Popen[bytes]] = []

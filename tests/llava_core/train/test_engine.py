@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
 from llava_core.runtime import ROOT
 from llava_core.train.engine import model_flops, start
+from llava_core.train.processes import free_port
 
 CASES = ("stage_1", "stage_2", "lora")
 SETTINGS = {
@@ -41,9 +41,7 @@ def train(root: Path, folder: str, runs: dict[str, RunConfig], ranks: int, **env
     for name, run in runs.items():
         (out / name).mkdir(parents=True, exist_ok=True)
         run.write(out / name / "config.yaml")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     shared = os.environ | environment | {
         "OMP_NUM_THREADS": "1", "LLAVA_ROOT": str(root),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),

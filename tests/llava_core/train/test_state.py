@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from llava_core.record import RunRecord
 from llava_core.runtime import CheckpointError
 from llava_core.train import state as state_module
 from llava_core.train.launch import launch
+from llava_core.train.processes import free_port
 from llava_core.train.state import States
 
 ROOT = Path(state_module.__file__).parents[2]
@@ -267,11 +267,9 @@ print(saved, states.newest().step)
 @pytest.mark.slow
 def test_two_ranks_agree_and_one_process_reads_their_state(states: States) -> None:
     save(states, 1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment |= {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT}/tests:{Path(__file__).parent}"}
     environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     command = [sys.executable, "-c", textwrap.dedent(RANK), str(states.folder)]
     ranks = [
