@@ -20,7 +20,6 @@ import torch
 
 from companion.training_memory import (
     FACTS,
-    configuration,
     fixed_bytes,
     model_of,
     recomputes,
@@ -28,7 +27,6 @@ from companion.training_memory import (
     setting_of,
 )
 from llava_core import runtime
-from llava_core.checkpoints.configs import language_config
 from llava_core.checkpoints.tokenizer import open_tokenizer, tokenizer_folder
 from llava_core.config import RunConfig
 from llava_core.constants import IGNORE_INDEX
@@ -75,7 +73,7 @@ def _data(config: RunConfig, samples: int | None) -> Data:
                 f"no tokenizer counts the tokens of '{data.name}'; fix: name the folder of {language_model}"
             )
         return counted._replace(tokens=facts["tokens"], supervised=facts["supervised"])
-    tokenizer = open_tokenizer(folder, language_config(configuration(config, language_model), language_model))
+    tokenizer = open_tokenizer(folder)
     some: Any = found[:: ceil(len(found) / MEASURED)]
     no_images: Any = None
     measured = TrainingSet(some, tokenizer, no_images, config, model_of(config).n_image_tokens)

@@ -31,8 +31,8 @@ RULES = (  # pattern, why its digits are no value, an example
      "a reference", "chapter 21, Table 7, Figure 1, §4.2, stage 2"),
     (r"\b\d0s\b", "a group of chapters", "the 40s"),
     (r"\b(?:19|20)\d\d(?:-\d\d-\d\d)?\b", "a year or a date", "2023, 2023-04-17"),
-    (r"\b(?:LLaVA|Python|License|Vicuna|v0)(?: v?\d+(?:\.\d+)*)?(?: to \d+(?:\.\d+)*)?", "a version",
-     "Python 3.11, LLaVA 1.0 to 1.5, v0 to 1.5"),
+    (r"\b(?:LLaVA|Python|License|Vicuna|transformers|v0)(?: v?\d+(?:\.\d+)*)?(?: to \d+(?:\.\d+)*)?", "a version",
+     "Python 3.11, LLaVA 1.0 to 1.5, v0 to 1.5, transformers 4.31"),
     (r"\b[A-Za-z][A-Za-z0-9]*-?\d[\w.]*", "digits inside a name", "GPT-4, CC3M, UTF-8, v1.1, fp32, LLaMA-2"),
 )  # fmt: skip
 LONG = 3  # digits from which a value is no accident: nearly every shorter number is somewhere in the ledger

@@ -69,7 +69,7 @@ def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> tuple[
     language_model, usage = checkpoint.description.language_model, checkpoint.description.usage
     template = TEMPLATES.get(usage.get("template", "v0"))
     # `padding_side` is passed here because only arguments of the constructor are saved
-    tokenizer = open_tokenizer(checkpoint.tokenizer, language_model, padding_side="left")
+    tokenizer = open_tokenizer(checkpoint.tokenizer, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)

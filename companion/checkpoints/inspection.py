@@ -94,7 +94,7 @@ def _check_loadable(checkpoint: Checkpoint) -> None:
     if checkpoint.tokenizer is None:
         raise error_at(where, "no tokenizer (tokenizer.json or tokenizer.model); fix: copy it from the base")
     language_model = checkpoint.description.language_model
-    tokenizer = open_tokenizer(checkpoint.tokenizer, language_model)
+    tokenizer = open_tokenizer(checkpoint.tokenizer)
     # the padding token is never embedded, and v0's released tokenizer has it after the last row
     tokens = 1 + max(k for token, k in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
     if tokens > language_model["vocab_size"]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from llava_core.checkpoints.configs import quiet_transformers, tower_config
 from llava_core.checkpoints.files import error_at, has_file, read_config, verify_files
 from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder, weight_files
+from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.data.images import ImageProcessor
 from llava_core.runtime import CheckpointError, ConfigError, DataError, fingerprint, sha256_file, user_path
 
@@ -103,12 +104,12 @@ def load_language_model(source: str, dtype: torch.dtype, bits: Literal[4] | None
 
     With `bits`, the weights of its linear layers but the output layer are stored in 4 bits (NF4, by bitsandbytes).
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     options = {} if bits is None else {"quantization_config": _nf4(dtype)}
     with _loading(source, "language model"):
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = open_tokenizer(model_folder(source))
     check_no_missing_weights(source, info)
     for module in model.modules() if bits is not None else ():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -123,12 +124,11 @@ def map_language_model(source: str) -> tuple[Any, Any]:
     For sharded training: ranks share the mapped pages, and each copies only what it keeps.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = model_folder(source)
     with _loading(source, "language model"), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # old checkpoints store a buffer of the rotary embedding
     stored = {n: t.read() for n, t in open_folder(folder).items() if not n.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
@@ -141,7 +141,7 @@ def map_language_model(source: str) -> tuple[Any, Any]:
         raise error_at(folder, f"{unexpected[0]} is no weight of {type(model).__name__}; fix: check config.json")
     model.tie_weights()
     check_no_missing_weights(source, {"missing_keys": [n for n, p in model.named_parameters() if p.is_meta]})
-    return model, tokenizer
+    return model, open_tokenizer(folder)
 
 
 def _nf4(dtype: torch.dtype) -> Any:

@@ -62,7 +62,7 @@ def load(
     description = checkpoint.description
     if checkpoint.tokenizer is None or description.image is None:
         raise error_at(checkpoint.path, "no tokenizer or image settings; fix: --base, --vision-tower")
-    tokenizer = open_tokenizer(checkpoint.tokenizer, description.language_model)
+    tokenizer = open_tokenizer(checkpoint.tokenizer)
     processor = ImageProcessor.from_dict(description.image)
     return Loaded(assemble(checkpoint, dtype).to(device).eval(), tokenizer, processor, description.usage)
 

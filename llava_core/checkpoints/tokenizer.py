@@ -1,19 +1,30 @@
-"""Tokenizers of checkpoint folders; code that a folder brings is never run."""
+"""Tokenizers of checkpoint folders; code that a folder brings is never run.
+
+A `tokenizer.json` is used as it is. A lone `tokenizer.model` (LLaMA, Vicuna, the original releases) is rebuilt with the
+merges that SentencePiece applies, which transformers 5 does not do: it orders them by id instead of score, and adds no
+dummy prefix to a text that begins with a space.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_core.checkpoints.configs import quiet_transformers
-from llava_core.checkpoints.files import contained_file, error_at, has_file
+from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
+from llava_core.runtime import CompanionError
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+_PROBES = (
+    "Hi", " Hello", "detail.  Provide", "a\n\nb\tc", "     x", "def f(x):\n    return x ** 2", "日本語 中文",
+    "👍🏽 é ﬁ", "1234.5%", '"it\'s"', "https://a.b/c_d?e=1", "trailing  ",
+)  # fmt: skip
+_MARK = "▁"  # SentencePiece's space
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def tokenizer_folder(folder: Path) -> Path | None:
@@ -21,21 +32,167 @@ def tokenizer_folder(folder: Path) -> Path | None:
     return folder if has_file(folder, "tokenizer.json") or has_file(folder, "tokenizer.model") else None
 
 
-def open_tokenizer(folder: Path, language_model: Mapping[str, Any], **options: Any) -> Any:
-    """Open the tokenizer of a folder; `options` are those of transformers' `from_pretrained`.
+def open_tokenizer(folder: Path, **options: Any) -> Any:
+    """Open the tokenizer of a folder as a PreTrainedTokenizerFast; `options` are those of its constructor.
 
-    `language_model` decides its class: the folder's own `model_type` may be "llava", for which transformers takes a
-    class that drops SentencePiece's dummy prefix.
+    Raises:
+        CheckpointError: files missing or damaged, or ids that differ from those of the folder's SentencePiece model.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     try:
         with quiet_transformers():
-            config = AutoConfig.for_model(**language_model)
-            return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, **options)
-    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
+            tokenizer = _open(folder, options)
+        difference = _difference_to_sentencepiece(tokenizer, folder)
+    except CompanionError:
+        raise
+    except Exception as error:  # tokenizers and sentencepiece raise bare Exceptions for damaged files
         reason = " ".join(str(error).split())[:160]
         raise error_at(folder, f"the tokenizer cannot be read ({reason})") from error
+    if difference is not None:
+        fix = "remove tokenizer.json, so that tokenizer.model counts" if has_file(folder, "tokenizer.json") else ""
+        raise error_at(folder, f"{difference}; fix: {fix or 'add the tokenizer.json of this model'}")
+    return tokenizer
+
+
+def _open(folder: Path, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if has_file(folder, "tokenizer.json"):
+        contained_file(folder, "tokenizer.json")
+        # not AutoTokenizer: LlamaTokenizer would replace the normalizer that is in the file
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        if tokenizer.bos_token is None:  # without tokenizer_config.json
+            first = tokenizer("a")["input_ids"][:1]
+            if first != tokenizer("a", add_special_tokens=False)["input_ids"][:1]:
+                tokenizer.bos_token = tokenizer.convert_ids_to_tokens(first[0])
+        return tokenizer
+    if has_file(folder, "tokenizer.model"):
+        return _from_sentencepiece(folder, options)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def _from_sentencepiece(folder: Path, options: dict[str, Any]) -> Any:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = SentencePieceProcessor(model_file=str(contained_file(folder, "tokenizer.model")))
+    config = read_config(folder, "tokenizer_config.json") if has_file(folder, "tokenizer_config.json") else {}
+    special = _special_tokens(folder, config, pieces)
+    legacy = config.get("legacy") in (None, True)  # transformers before 4.32 does not write it
+    vocabulary = {pieces.id_to_piece(k): k for k in range(pieces.get_piece_size())}
+    unknown = pieces.id_to_piece(pieces.unk_id())
+    model = models.BPE(vocabulary, _merges(pieces, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(model)
+    spec = _normalizer_spec(pieces)
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:  # LLaMA keeps them
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    prefix = spec.add_dummy_prefix
+    if prefix and legacy:  # each text between special tokens gets the dummy prefix
+        steps.append(normalizers.Prepend(_MARK))
+    elif prefix:  # the first one only; the second step also marks a text that begins with a space
+        first, rest = (
+            pre_tokenizers.Metaspace(" ", "first", split=False),
+            pre_tokenizers.Metaspace(_MARK, "never", split=False),
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence([first, rest])
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _MARK)])
+    backend.decoder = decoders.Sequence([
+        decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    ])  # fmt: skip
+    named = {token for token in special.values() if token in vocabulary}
+    control = [p for p, k in vocabulary.items() if pieces.is_control(k) or pieces.is_unknown(k) or p in named]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    for number, token in sorted(_added_tokens(folder, config).items()):
+        backend.add_special_tokens([token])
+        if backend.token_to_id(token.content) != number:
+            actual = backend.token_to_id(token.content)
+            raise error_at(folder, f"{token.content} has id {number} in its files and {actual} by its order; fix: get "
+                           "the tokenizer files that belong together")  # fmt: skip
+    bos, eos = special["bos_token"], special["eos_token"]
+    parts = [bos] * bool(config.get("add_bos_token", True)) + ["$A"] + [eos] * bool(config.get("add_eos_token"))
+    ids = [(token, backend.token_to_id(token)) for token in {bos, eos}]
+    backend.post_processor = processors.TemplateProcessing(single=parts, pair=[*parts, "$B:1"], special_tokens=ids)
+    kept = {k: config[k] for k in ("model_max_length", "padding_side", "chat_template") if k in config}
+    settings: dict[str, Any] = {**kept, "clean_up_tokenization_spaces": False, **special, **options}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, legacy=legacy, **settings)
+
+
+def _normalizer_spec(pieces: Any) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
+    model.ParseFromString(pieces.serialized_model_proto())
+    return model.normalizer_spec
+
+
+def _merges(pieces: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the merges of a SentencePiece BPE model, the first to apply first.
+
+    SentencePiece merges the pair whose result has the highest score. Among equal scores (LLaMA's runs of spaces) it
+    takes the leftmost pair, so that a run grows from the left: longest left part first.
+    """
+    merges = []
+    for piece, k in vocabulary.items():
+        for cut in range(1, 1 if pieces.is_byte(k) else len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocabulary and right in vocabulary:
+                merges.append((-pieces.get_score(k), -cut, left, right))
+    merges.sort(key=lambda merge: merge[:2])
+    return [(left, right) for _, _, left, right in merges]
+
+
+def _special_tokens(folder: Path, config: dict[str, Any], pieces: Any) -> dict[str, str]:
+    """Return the special tokens of the folder's files, else those of the SentencePiece model."""
+    mapped = read_config(folder, "special_tokens_map.json") if has_file(folder, "special_tokens_map.json") else {}
+    default = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
+    special = {}
+    for name in _SPECIAL:
+        token = mapped.get(name) or config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not token and default.get(name, -1) >= 0:
+            token = pieces.id_to_piece(default[name])
+        if token and isinstance(token, str):
+            special[name] = token
+        elif name in ("bos_token", "eos_token"):
+            raise error_at(folder, f"has no {name}; fix: name it in special_tokens_map.json")
+    return special
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, Any]:
+    """Return id -> token beyond the SentencePiece model, of `tokenizer_config.json` or of `added_tokens.json`."""
+    from tokenizers import AddedToken
+
+    listed = config.get("added_tokens_decoder") or {}
+    if not listed and has_file(folder, "added_tokens.json"):
+        listed = {number: {"content": token} for token, number in read_config(folder, "added_tokens.json").items()}
+    sides = ("lstrip", "rstrip")
+    return {
+        int(number): AddedToken(
+            token["content"], normalized=False, special=True, **{side: bool(token.get(side)) for side in sides}
+        )
+        for number, token in listed.items()
+    }
+
+
+def _difference_to_sentencepiece(tokenizer: Any, folder: Path) -> str | None:
+    """Return the first probe text whose ids are not those of the folder's SentencePiece model, if it has one."""
+    from sentencepiece import SentencePieceProcessor
+
+    if not has_file(folder, "tokenizer.model"):
+        return None
+    path = contained_file(folder, "tokenizer.model")
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except RuntimeError:
+        if has_file(folder, "tokenizer.json"):  # a tokenizer.model of another kind, as Llama 3's
+            return None
+        raise
+    for text in _PROBES:
+        ids, expected = tokenizer(text, add_special_tokens=False)["input_ids"], pieces.encode(text)
+        if ids != expected:
+            return f"the tokens of {text!r} are {ids}, in its tokenizer.model {expected}"
+    return None
 
 
 def copy_tokenizer(source: Path | None, target: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from llava_core.constants import IMAGE_MARKER
@@ -33,6 +34,7 @@ class Template:
         closing: text after an answer, supervised: the model learns to stop there.
         eos: the tokenizer's EOS follows `closing` and is supervised.
         image_side: side of the first question that gets the image, if neither the text nor the experiment says it.
+        tight_images: white space around images is left out.
         encoder: used instead of `render`, for sequences that segments cannot describe.
     """
 
@@ -45,6 +47,7 @@ class Template:
     stop: str | None = None
     eos: bool = False
     image_side: Literal["first", "last"] = "first"
+    tight_images: bool = False
     encoder: Callable[..., Encoded] | None = None
 
     @property
@@ -66,6 +69,9 @@ class Template:
             for n, piece in enumerate(pieces):
                 if n:
                     segments.append(Segment("", image=True))
+                if self.tight_images:
+                    piece = piece.lstrip() if n else piece
+                    piece = piece.rstrip() if n < len(pieces) - 1 else piece
                 if piece:
                     segments.append(Segment(piece))
             if answer is not None:
@@ -145,10 +151,15 @@ for _template in (
         closing="\n###",
         stop="###",
     ),
-    # As the code released with the paper computes it.
+    # As the code released with the paper computes it, with its demo's or its evaluation's prompt; and as the code
+    # of 1.0 does, to which images are no tokens.
     Template("v0_exact", _SYSTEM, stop="###", image_side="last", encoder=encode_released_v0),
+    Template("v0_exact_eval", _SYSTEM, stop="###", image_side="last", encoder=partial(encode_released_v0, role=False)),
+    Template("v0_exact_1_0", _SYSTEM, stop="###", encoder=partial(encode_released_v0, strip=False)),
     # Vicuna v1.1: USER / ASSISTANT, the EOS token ends an answer.
-    Template("v1", _SYSTEM, opening="{system} USER: ", opening_next="USER: ", bridge=" ASSISTANT:", eos=True),
+    _v1 := Template("v1", _SYSTEM, opening="{system} USER: ", opening_next="USER: ", bridge=" ASSISTANT:", eos=True),
+    # The same before transformers 4.32, whose slow tokenizers lost white space around the image delimiters.
+    replace(_v1, name="v1_tight", tight_images=True),
     # Stage 1 of 1.0: image, caption, newline. A record's question precedes the caption and is not supervised, as in the
     # first release of 1.0; later releases left it out.
     Template("plain", "", closing="\n", stop="\n"),

@@ -17,7 +17,7 @@ from llava_core.data.tokenization import (
     bos_ids,
     continues_text,
     image_block,
-    special_ids,
+    restart_ids,
     token_ids,
     too_long,
 )
@@ -47,9 +47,9 @@ def encode(
     ids = bos_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
     ends: list[int] = []  # ends of the supervised segments, which are ends of turns
-    special = special_ids(tokenizer)
+    restart = restart_ids(tokenizer)
     for segment in segments:
-        piece = block if segment.image else token_ids(tokenizer, segment.text, continues_text(ids, special))
+        piece = block if segment.image else token_ids(tokenizer, segment.text, continues_text(ids, restart))
         if segment.eos:
             if tokenizer.eos_token_id is None:
                 raise DataError(f"{name}: its answers end with EOS, but the tokenizer has none; fix: set eos_token")
@@ -76,7 +76,7 @@ def supervised_text(encoded: Encoded, tokenizer: Any) -> str:
 
     SentencePiece drops the dummy prefix's space, so a span that continues a text is decoded after another token.
     """
-    special, before = special_ids(tokenizer), token_ids(tokenizer, "a")
+    restart, before = restart_ids(tokenizer), token_ids(tokenizer, "a")
     skip = len(_decoded(tokenizer, before))
     text = ""
     span: list[int] = []
@@ -84,7 +84,7 @@ def supervised_text(encoded: Encoded, tokenizer: Any) -> str:
         if label != IGNORE_INDEX:
             span.append(label)
         elif span:
-            continues = continues_text(encoded.input_ids[: k - len(span)], special)
+            continues = continues_text(encoded.input_ids[: k - len(span)], restart)
             text += _decoded(tokenizer, [*before, *span])[skip:] if continues else _decoded(tokenizer, span)
             span = []
     return text

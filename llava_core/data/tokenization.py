@@ -1,20 +1,22 @@
 """Token ids of text pieces and images.
 
 A sequence is tokenised piece by piece. A SentencePiece tokenizer adds a dummy prefix (`▁`, a space) to every text it is
-given. That is right at the start of a text and after a special token, and wrong for a piece that continues a text.
+given. That is right at the start of a text, and wrong for a piece that continues a text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.runtime import DataError
 
+T = TypeVar("T")
 Turn = tuple[str, str | None]
 """(question, answer); the answer of a turn that is to be generated is None."""
 
@@ -53,14 +55,34 @@ def image_block(tokenizer: Any, n_image_tokens: int, delimiters: Sequence[str] |
     return [ids[0], *block, ids[1]]
 
 
-def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of BOS, EOS, images and all tokens added to the vocabulary: a text after one of them is a new text."""
-    return {IMAGE_TOKEN_ID, tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
+def _remembered(function: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Call a function once per tokenizer, and again after tokens were added to it."""
+    known: WeakKeyDictionary[Any, tuple[int, T]] = WeakKeyDictionary()
+
+    @wraps(function)
+    def remembered(tokenizer: Any) -> T:
+        size = len(tokenizer)
+        if tokenizer not in known or known[tokenizer][0] != size:
+            known[tokenizer] = (size, function(tokenizer))
+        return known[tokenizer][1]
+
+    return remembered
 
 
-def continues_text(ids: Sequence[int], special: set[int]) -> bool:
+@_remembered
+def restart_ids(tokenizer: Any) -> set[int]:
+    """Ids after which a text is a new text, with a dummy prefix: BOS, images, and, by tokenizer, other special tokens.
+
+    LLaMA's tokenizer begins anew after EOS and added tokens if it is a `legacy` one, else only at the start.
+    """
+    special = {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
+    after, alone = (tokenizer(f"{s}a", add_special_tokens=False)["input_ids"] for s in (tokenizer.eos_token or "", ""))
+    return {IMAGE_TOKEN_ID, tokenizer.bos_token_id} | (special if after[-len(alone) :] == alone else set())
+
+
+def continues_text(ids: Sequence[int], restart: set[int]) -> bool:
     """Whether a text after `ids` continues another text."""
-    return bool(ids) and ids[-1] not in special
+    return bool(ids) and ids[-1] not in restart
 
 
 def token_ids(tokenizer: Any, text: str, continues: bool = False) -> list[int]:
@@ -77,18 +99,9 @@ def token_ids(tokenizer: Any, text: str, continues: bool = False) -> list[int]:
     return ids
 
 
-_PREFIX_FREE: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
-
-
+@_remembered
 def _without_dummy_prefix(tokenizer: Any) -> Any:
     """The tokenizer's backend without the steps that add a dummy prefix; None if it has no such step."""
-    size = len(tokenizer)
-    if tokenizer not in _PREFIX_FREE or _PREFIX_FREE[tokenizer][0] != size:  # tokens may have been added since
-        _PREFIX_FREE[tokenizer] = (size, _build_prefix_free(tokenizer))
-    return _PREFIX_FREE[tokenizer][1]
-
-
-def _build_prefix_free(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         first = tokenizer.convert_ids_to_tokens(tokenizer("#", add_special_tokens=False)["input_ids"])[0]
@@ -109,7 +122,7 @@ def _build_prefix_free(tokenizer: Any) -> Any:
 
 def _without_prefix(step: Any) -> Any:
     """A step of the `tokenizers` format that adds no prefix; None if nothing of it is left."""
-    if step is None or step["type"] == "Prepend":
+    if step is None or step["type"] in ("Prepend", "Strip"):  # a text that continues another may begin with a space
         return None
     if step["type"] == "Sequence":
         key = "normalizers" if "normalizers" in step else "pretokenizers"

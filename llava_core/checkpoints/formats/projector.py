@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -101,7 +100,7 @@ def _with_word_embeddings(checkpoint: Checkpoint, words: dict[str, LazyTensor], 
             checkpoint.tensors[key] = rows
             checkpoint.names[key] = theirs
         elif rows.shape == (2, table.shape[1]) and checkpoint.tokenizer is not None:
-            ids = _delimiter_ids(checkpoint.tokenizer, checkpoint.description.language_model)
+            ids = _delimiter_ids(checkpoint.tokenizer)
             checkpoint.tensors[key] = table.map(partial(_put_rows, ids=ids, rows=rows))
             checkpoint.description.usage["image_delimiters"] = IMAGE_DELIMITERS
         else:
@@ -120,8 +119,8 @@ def _put_rows(table: torch.Tensor, ids: list[int], rows: LazyTensor) -> torch.Te
     return table
 
 
-def _delimiter_ids(folder: Path, language_model: dict[str, Any]) -> list[int]:
-    vocabulary = open_tokenizer(folder, language_model).get_vocab()
+def _delimiter_ids(folder: Path) -> list[int]:
+    vocabulary = open_tokenizer(folder).get_vocab()
     for token in IMAGE_DELIMITERS:
         if token not in vocabulary:
             raise error_at(folder, f"its tokenizer has no {token}; fix: use the checkpoint's own")

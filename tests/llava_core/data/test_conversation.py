@@ -293,16 +293,19 @@ def test_v0_exact_counts_the_delimiters_of_an_image(llama) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama, legacy", "bytes"])
-def test_v0_exact_prompts_like_the_released_evaluation(tokenizers, kind) -> None:
+def test_v0_exact_prompts_like_the_released_code(tokenizers, kind) -> None:
     own_tokenizer, template = tokenizers[kind], TEMPLATES.get("v0_exact")
-    for turns, expected in (
-        ([("what", None)], "A car.###Human: what###Assistant:"),
-        ([("what", "red"), ("two", None)], "A car.###Human: what###Assistant: red###Human: two###Assistant:"),
+    asked = "A car.###Human: what###Assistant: red###Human: two###"
+    for name, turns, expected in (
+        ("v0_exact", [("what", None)], "A car.###Human: what###Assistant:"),
+        ("v0_exact", [("what", "red"), ("two", None)], f"{asked}Assistant:"),
+        ("v0_exact_eval", [("what", "red"), ("two", None)], asked),
     ):
+        template = TEMPLATES.get(name)
         prompt = template.encode(turns, own_tokenizer, N, system="A car.")
         assert own_tokenizer.decode(prompt.input_ids[1:]) == expected
         assert set(prompt.labels) == {IGNORE_INDEX}
-    prompt = template.encode([("what\n<image>", None)], own_tokenizer, N, system="A car.")
+    prompt = TEMPLATES.get("v0_exact").encode([("what\n<image>", None)], own_tokenizer, N, system="A car.")
     after = prompt.input_ids[len(prompt.input_ids) - prompt.input_ids[::-1].index(IMAGE_TOKEN_ID) :]
     assert own_tokenizer.decode(after) == "###Assistant:"
     assert (template.stop, prompt.n_images) == ("###", 1)
@@ -316,6 +319,26 @@ def test_v0_exact_never_supervises_an_image(tokenizers, turns) -> None:
         encoded = TEMPLATES.get("v0_exact").encode(turns, own_tokenizer, N)
         assert IMAGE_TOKEN_ID not in encoded.labels
         assert encoded.input_ids.count(IMAGE_TOKEN_ID) == N * images(turns)
+
+
+def test_code_of_1_0_keeps_white_space_around_images(tokenizers) -> None:
+    own_tokenizer, turns = tokenizers["llama, legacy"], [("<image>\nwhat", "red")]
+    kept, stripped = (TEMPLATES.get(name).encode(turns, own_tokenizer, N) for name in ("v0_exact_1_0", "v0_exact"))
+    after = [e.input_ids[e.input_ids.index(IMAGE_TOKEN_ID) + N :] for e in (kept, stripped)]
+    assert after[0] == [*token_ids(own_tokenizer, "\nwhat\n### Assistant: red\n### ")]
+    assert after[1] == [*token_ids(own_tokenizer, "what\n### Assistant: red\n### ")]
+    assert sum(t != IGNORE_INDEX for t in kept.labels) == sum(t != IGNORE_INDEX for t in stripped.labels)
+
+
+def test_v1_tight_leaves_out_white_space_around_images(tokenizers) -> None:
+    own_tokenizer = tokenizers["llama, legacy"]
+    for question, before, after in (
+        ("what\n<image>", "A. USER: what", "ASSISTANT: red"),
+        ("<image>\nwhat", "A. USER:", "what ASSISTANT: red"),
+    ):
+        encoded = TEMPLATES.get("v1_tight").encode([(question, "red")], own_tokenizer, 1, system="A.")
+        parts = [token_ids(own_tokenizer, text) for text in (before, after)]
+        assert encoded.input_ids == [1, *parts[0], IMAGE_TOKEN_ID, *parts[1], 2]
 
 
 def test_v0_exact_has_no_segments() -> None:
