@@ -91,11 +91,10 @@ def _from_sentencepiece(folder: Path, options: dict[str, Any]) -> Any:
     if prefix and legacy:  # each text between special tokens gets the dummy prefix
         steps.append(normalizers.Prepend(_MARK))
     elif prefix:  # the first one only; the second step also marks a text that begins with a space
-        first, rest = (
-            pre_tokenizers.Metaspace(" ", "first", split=False),
-            pre_tokenizers.Metaspace(_MARK, "never", split=False),
-        )
-        backend.pre_tokenizer = pre_tokenizers.Sequence([first, rest])
+        Metaspace = pre_tokenizers.Metaspace  # noqa: N806 - a class
+        backend.pre_tokenizer = pre_tokenizers.Sequence([
+            Metaspace(" ", "first", split=False), Metaspace(_MARK, "never", split=False)
+        ])  # fmt: skip
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _MARK)])
     backend.decoder = decoders.Sequence([
         decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
@@ -104,7 +103,7 @@ def _from_sentencepiece(folder: Path, options: dict[str, Any]) -> Any:
     control = [p for p, k in vocabulary.items() if pieces.is_control(k) or pieces.is_unknown(k) or p in named]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     for number, token in sorted(_added_tokens(folder, config).items()):
-        backend.add_special_tokens([token])
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(token.content) != number:
             actual = backend.token_to_id(token.content)
             raise error_at(folder, f"{token.content} has id {number} in its files and {actual} by its order; fix: get "
@@ -113,9 +112,9 @@ def _from_sentencepiece(folder: Path, options: dict[str, Any]) -> Any:
     parts = [bos] * bool(config.get("add_bos_token", True)) + ["$A"] + [eos] * bool(config.get("add_eos_token"))
     ids = [(token, backend.token_to_id(token)) for token in {bos, eos}]
     backend.post_processor = processors.TemplateProcessing(single=parts, pair=[*parts, "$B:1"], special_tokens=ids)
-    kept = {k: config[k] for k in ("model_max_length", "padding_side", "chat_template") if k in config}
-    settings: dict[str, Any] = {**kept, "clean_up_tokenization_spaces": False, **special, **options}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, legacy=legacy, **settings)
+    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False, **special}
+    settings |= {k: config[k] for k in ("model_max_length", "padding_side", "chat_template") if k in config}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, legacy=legacy, **settings | options)
 
 
 def _normalizer_spec(pieces: Any) -> Any:
@@ -166,10 +165,10 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, Any]:
     listed = config.get("added_tokens_decoder") or {}
     if not listed and has_file(folder, "added_tokens.json"):
         listed = {number: {"content": token} for token, number in read_config(folder, "added_tokens.json").items()}
-    sides = ("lstrip", "rstrip")
+    settings = {"lstrip": False, "rstrip": False, "special": True}
     return {
         int(number): AddedToken(
-            token["content"], normalized=False, special=True, **{side: bool(token.get(side)) for side in sides}
+            token["content"], normalized=False, **{k: bool(token.get(k, v)) for k, v in settings.items()}
         )
         for number, token in listed.items()
     }
