@@ -20,7 +20,8 @@ __version__ = "0.1.0"
 def load(path: str | Path, **options: Any) -> Any:
     """Load a checkpoint of any format: `load(DIR).ask(image, "question")`, `.caption(image)`, `.chat(image)`.
 
-    `path` is a folder, or a file for formats of one file; `options` are those of `llava_core.chat.open_assistant`.
+    `path` is a folder, a file for formats of one file, or an id of the hub ("org/name"); `options` are those of
+    `llava_core.chat.open_assistant`.
     """
     from llava_core.chat import open_assistant  # here, so that `import llava_core` loads no torch
 

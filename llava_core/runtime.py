@@ -81,15 +81,20 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)  # mkstemp makes private files; give this one the permissions of any other
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        set_default_mode(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     return path
+
+
+def set_default_mode(path: str | Path) -> None:
+    """Give a file the permissions that `open` gives; `mkstemp` and safetensors make private files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 @contextlib.contextmanager
@@ -111,9 +116,9 @@ def _read_text(path: str | Path) -> str:
         raise DataError(f"{display_path(path)}: not UTF-8 text (byte {error.start}); is it the right file?") from error
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; if it is missing or not JSON, a DataError names file and line."""
-    return _parse(_read_text(path), path)
+def read_json(path: str | Path, **hooks: Any) -> Any:
+    """Read a JSON file with hooks of `json.loads`; if it is missing or not JSON, a DataError names file and line."""
+    return _parse(_read_text(path), path, **hooks)
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
@@ -123,10 +128,10 @@ def read_jsonl(path: str | Path) -> list[Any]:
     return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def _parse(text: str, path: str | Path, line: int | None = None) -> Any:
+def _parse(text: str, path: str | Path, line: int | None = None, **hooks: Any) -> Any:
     """Parse JSON; `line` is the line of the file if the text is one of its lines."""
     try:
-        return json.loads(text)
+        return json.loads(text, **hooks)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, lists in lists in lists
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         line = line or getattr(error, "lineno", None)

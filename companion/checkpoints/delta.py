@@ -18,12 +18,13 @@ import torch
 
 from llava_core.checkpoints.base_models import model_folder
 from llava_core.checkpoints.files import atomic_folder, contained_file, error_at, has_file, read_config
-from llava_core.checkpoints.formats.original import is_delta, mm_config
+from llava_core.checkpoints.formats.names import export_name
+from llava_core.checkpoints.formats.original import DELTA, RULES, is_delta, mm_config
+from llava_core.checkpoints.open import detect_format, open_checkpoint
 from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor, has_weights, open_folder, write_tensors
 from llava_core.checkpoints.tokenizer import copy_tokenizer
 from llava_core.runtime import CheckpointError, display_path, write_json
 
-DELTA = "delta.json"  # file next to the weights with the fingerprint of their base
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _COMPUTED = "rotary_emb.inv_freq"
 
@@ -54,6 +55,14 @@ def _plan(checkpoint: dict[str, LazyTensor], base: dict[str, LazyTensor], where:
 
 def _open(folder: Path) -> dict[str, LazyTensor]:
     return {name: t for name, t in open_folder(folder).items() if not name.endswith(_COMPUTED)}
+
+
+def _open_base(folder: Path) -> dict[str, LazyTensor]:
+    """Open a language model, or that of a LLaVA of any format, under LLaMA's names."""
+    if detect_format(folder) is None:
+        return _open(folder)
+    tensors = open_checkpoint(folder).require("language_model").tensors
+    return {export_name(name, RULES): t for name, t in tensors.items() if name.startswith("language_model.")}
 
 
 def _shift(value: torch.Tensor, name: str, base: LazyTensor | None, sign: int) -> torch.Tensor:
@@ -93,9 +102,10 @@ def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_ru
         problem = "not a folder with a LLaVA in the original format (config.json, weights)"
         raise error_at(source, f"{problem}; fix: check the path, or `llava convert --to original`")
     base_folder = model_folder(base)
-    base_tensors, tensors = _open(base_folder), _open(source)
-    if is_delta(tensors) != (sign > 0):
-        what = "a model already, no delta (its norms are not near zero)" if sign > 0 else "a delta already"
+    base_tensors, tensors = _open_base(base_folder), _open(source)
+    if is_delta(source, tensors) != (sign > 0):
+        model = f"a model already, no delta (its norms are not near zero, and it has no {DELTA})"
+        what = model if sign > 0 else "a delta already"
         raise error_at(source, f"is {what}; fix: name the {'delta' if sign > 0 else 'model'}")
     plan = _plan(tensors, base_tensors, source)
     fingerprint = _fingerprint(base_tensors, source, sign)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from companion.checkpoints.delta import DELTA
 from llava_core.checkpoints.base_models import no_downloads
 from llava_core.checkpoints.describe import MODEL_PARTS, Checkpoint, Options, check
 from llava_core.checkpoints.files import error_at, has_file
@@ -17,6 +16,7 @@ from llava_core.checkpoints.formats import original
 from llava_core.checkpoints.open import detect_format, open_checkpoint
 from llava_core.checkpoints.tensors import open_folder
 from llava_core.checkpoints.tokenizer import open_tokenizer
+from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import CompanionError, display_path
 
 RELEASED_SYSTEMS = {  # system sentences of the released code by the first digits of their SHA-256
@@ -49,9 +49,10 @@ def inspect(path: Path, options: Options | None = None, usage: Mapping[str, Any]
         with no_downloads():
             detected = detect_format(path)
             result["layout"] = None if detected is None else detected.name
-            if detected is original.FORMAT and original.is_delta(tensors := open_folder(path)):
+            if detected is original.FORMAT and original.is_delta(path, tensors := open_folder(path)):
                 parameters = sum(int(torch.Size(t.shape).numel()) for t in tensors.values())
-                recorded = "its base's fingerprint is recorded" if has_file(path, DELTA) else "its base is not recorded"
+                known = has_file(path, original.DELTA)
+                recorded = "its base's fingerprint is recorded" if known else "its base is not recorded"
                 notes = [f"differences to a language model: `llava delta apply` makes them a model; {recorded}"]
                 return result | {"layout": "delta", "parameters": parameters, "notes": notes}
             checkpoint = open_checkpoint(path, options, usage)
@@ -95,8 +96,9 @@ def _check_loadable(checkpoint: Checkpoint) -> None:
         raise error_at(where, "no tokenizer (tokenizer.json or tokenizer.model); fix: copy it from the base")
     language_model = checkpoint.description.language_model
     tokenizer = open_tokenizer(checkpoint.tokenizer)
-    # the padding token is never embedded, and v0's released tokenizer has it after the last row
-    tokens = 1 + max(k for token, k in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
+    # v0's released tokenizer has the padding token after the last row, transformers' processors also the image's marker
+    never_embedded = (tokenizer.pad_token, IMAGE_MARKER)
+    tokens = 1 + max(k for token, k in tokenizer.get_vocab().items() if token not in never_embedded)
     if tokens > language_model["vocab_size"]:
         rows = f"the word embeddings have {language_model['vocab_size']} rows"
         raise error_at(where, f"its tokenizer knows {tokens} tokens, {rows}; fix: use the tokenizer of these weights")

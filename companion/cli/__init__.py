@@ -1,7 +1,8 @@
 """`llava`: the command line. Each command imports its code when it runs, so `--help` is fast.
 
 Every command shows progress on stderr and its result on stdout (with `--json`: exactly one JSON object). Exit codes: 0;
-1 when the work failed (one line on stderr says why); 2 for wrong usage; 75 when training was stopped and can resume.
+1 when the work failed (one line on stderr says why); 2 for wrong usage; 75 when training was stopped and can resume;
+141 when the reader of the output stopped (`llava inspect DIR | head -1`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,17 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 1 when the work failed (wrong usage raises argparse's SystemExit(2))."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        return 141  # as of a process that SIGPIPE ends
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = _parser(words).parse_args(words)
     try:
@@ -53,13 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with _stdout_to_stderr():
             result = args.run(args)
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str) if args.json else args.show(result))
+        text = json.dumps(result, ensure_ascii=False, allow_nan=False, default=str) if args.json else args.show(result)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("llava_core", "companion"):
             raise
         print(f"error: the package '{error.name}' is not installed; `make setup` installs it", file=sys.stderr)
         return 1
     except (CompanionError, OSError) as error:
+        if args.interactive and isinstance(error, BrokenPipeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         if "WORLD_SIZE" in os.environ:  # one rank of several: exit handlers of a process group wait for the others
             sys.stderr.flush()
@@ -68,4 +82,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 1
+    print(text)
     return int(args.failed(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,12 +15,13 @@ from safetensors import SafetensorError
 
 from llava_core.checkpoints.configs import quiet_transformers, tower_config
 from llava_core.checkpoints.files import error_at, has_file, read_config, verify_files
-from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder, weight_files
+from llava_core.checkpoints.tensors import LazyTensor, open_folder, weight_files
 from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.data.images import ImageProcessor
 from llava_core.runtime import CheckpointError, ConfigError, DataError, fingerprint, sha256_file, user_path
 
 _DOWNLOADS: ContextVar[bool] = ContextVar("downloads", default=True)
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _TEXT_HALF = ("text_model.", "text_projection", "visual_projection", "logit_scale")  # of a CLIP model
 
 
@@ -43,16 +45,22 @@ def model_folder(source: str | Path) -> Path:
 
     local = not _DOWNLOADS.get()
     try:
-        patterns = ["*.json", "*.model", "*.safetensors"]
+        patterns = ["*.json", "*.model", "*.jinja", "merges.txt", "*.safetensors"]
         copy = Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=local))
-        if not has_weights(copy):  # an old model without safetensors
-            snapshot_download(str(source), allow_patterns=["*.bin"], local_files_only=local)
+        if not any(copy.glob("*.safetensors")):  # an old model without safetensors; its index may be here already
+            snapshot_download(str(source), allow_patterns=["*.bin", "*.pth"], local_files_only=local)
         return copy
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{source}: no such folder, and the hub's copy is not available ({type(error).__name__}); fix: download it "
             "and name its folder"
         ) from error
+
+
+def checkpoint_path(source: str | Path) -> Path:
+    """Return the path of a checkpoint: a folder or file that is here, else the local copy of a hub id "org/name"."""
+    path = user_path(source)
+    return path if path.exists() or not _HUB_ID.fullmatch(str(source)) else model_folder(source)
 
 
 def base_hash(source: str) -> str:

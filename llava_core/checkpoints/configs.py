@@ -15,7 +15,22 @@ from llava_core.checkpoints.files import error_at
 from llava_core.models.projector import PROJECTORS
 from llava_core.runtime import CheckpointError, CompanionError
 
-MAX_LAYERS = 512  # a larger number can only be a mistake, and building the model would take minutes
+_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")  # those whose packed attention is tested
+_BOUNDS: dict[str, tuple[float, float]] = {  # a value outside can only be a mistake, and may take minutes to build
+    "num_hidden_layers": (1, 256), "hidden_size": (1, 2**16), "intermediate_size": (1, 2**18), "vocab_size": (1, 2**22),
+    "num_attention_heads": (1, 2**10), "num_key_value_heads": (1, 2**10), "head_dim": (1, 2**12),
+    "max_position_embeddings": (1, 2**27), "image_size": (1, 2**12), "patch_size": (1, 2**12),
+    "rms_norm_eps": (1e-20, 1.0), "layer_norm_eps": (1e-20, 1.0), "rope_theta": (1, 1e15),
+}  # fmt: skip
+_IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # fields that change the computation -> values that do not; None: absent
+    "partial_rotary_factor": (None, 1), "rotary_pct": (None, 1), "alibi": (None, False), "clip_qkv": (None,),
+    "use_qk_norm": (None, False), "qk_layernorm": (None, False), "no_rope_layers": (None, []),
+    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "query_pre_attn_scalar": (None,),
+    "logit_scale": (None, 1), "logits_scaling": (None, 1), "embedding_multiplier": (None, 1), "scale_emb": (None, 1),
+    "residual_multiplier": (None, 1), "attention_multiplier": (None,), "scale_depth": (None,),
+    "dim_model_base": (None,),
+    "num_local_experts": (None, 0), "num_experts": (None, 0), "n_routed_experts": (None, 0), "num_channels": (None, 3),
+}  # fmt: skip
 _UNUSED_FIELDS = {"transformers_version", "id2label", "label2id", "architectures", "dtype", "output_attentions"}
 
 
@@ -42,9 +57,12 @@ def tower_config(config: dict[str, Any]) -> dict[str, Any]:
     fields = config.get("vision_config", config)
     if not isinstance(fields, dict):
         raise CheckpointError(f"vision_config is {fields!r}, not an object; fix: download config.json again")
+    model_type = fields.get("model_type", "clip_vision_model")
+    if model_type not in ("clip", "clip_vision_model"):
+        raise CheckpointError(f"vision tower: model_type is {model_type!r}; fix: take a LLaVA with a CLIP vision tower")
     full = _complete(CLIPVisionConfig, {k: v for k, v in fields.items() if k != "model_type"}, "vision tower")
     for name in ("image_size", "patch_size"):
-        if type(full[name]) is not int or full[name] < 1:
+        if type(full[name]) is not int:
             raise CheckpointError(f"vision tower: {name} is {full[name]!r}, not a number of pixels")
     return full
 
@@ -54,25 +72,53 @@ def language_config(config: dict[str, Any], where: str | Path) -> dict[str, Any]
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise error_at(where, f"no language model of model_type {model_type!r} is known; fix: check config.json")
+    if model_type not in _LANGUAGE_MODELS:
+        known = ", ".join(_LANGUAGE_MODELS)
+        raise error_at(where, f"no language model of model_type {model_type!r} is known; fix: take one of {known}")
+    window, positions = config.get("sliding_window"), config.get("max_position_embeddings", 2048)
+    if model_type == "llama" and isinstance(window, int) and isinstance(positions, int) and window < positions:
+        raise error_at(where, f"sliding_window is {window}, which a model of type llama ignores; fix: correct one")
     return _complete(CONFIG_MAPPING[model_type], config, where)
 
 
 def _complete(config_class: Any, fields: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     known = {k: v for k, v in fields.items() if not k.startswith(("mm_", "_", "auto_map"))}
+    rope = [known[name] for name in ("rope_parameters", "rope_scaling") if isinstance(known.get(name), dict)]
+    for stated in (known, *rope):
+        _check_fields(stated, where)
     vocab_size = known.get("vocab_size") if isinstance(known.get("vocab_size"), int) else 1 << 40
     for token in ("pad_token_id", "bos_token_id"):  # -1 in old configurations would index the last row
         if isinstance(known.get(token), int) and not 0 <= known[token] < vocab_size:
             known[token] = None
     try:
-        full: dict[str, Any] = config_class.from_dict(known).to_dict()
+        with quiet_transformers():
+            full: dict[str, Any] = config_class.from_dict(known).to_dict()
     except Exception as error:  # huggingface's validators raise classes of their own
         raise error_at(where, f"impossible configuration ({' '.join(str(error).split())[:200]})") from error
+    kinds = (full.get("rope_parameters") or {}).get("rope_type", "default")
+    for name, value, implemented in (
+        ("hidden_act", full["hidden_act"], ACT2FN), ("rope_type", kinds, {"default", *ROPE_INIT_FUNCTIONS})
+    ):  # fmt: skip
+        if value not in implemented:
+            raise error_at(where, f"{name} is {value!r}; fix: give one of {', '.join(sorted(implemented))}")
     plain = json.loads(json.dumps(full, default=str))
     defaults = config_class().to_dict()
     names = {name for name in plain if name in defaults and not name.startswith("_")} | {"model_type"}
     return {name: plain[name] for name in sorted(names - _UNUSED_FIELDS)}
+
+
+def _check_fields(fields: Mapping[str, Any], where: str | Path) -> None:
+    for name, (least, most) in _BOUNDS.items():
+        value = fields.get(name)
+        kinds = (int,) if isinstance(most, int) else (int, float)
+        if value is not None and (type(value) not in kinds or not least <= value <= most):
+            raise error_at(where, f"{name} is {value!r}, not {least} to {most}; fix: download it again")
+    for name, values in _IMPLEMENTED.items():
+        if fields.get(name) not in values:
+            raise error_at(where, f"{name} is {fields[name]!r}, which is not implemented; fix: take a model without it")
 
 
 def build_on_meta(part: str, config: Mapping[str, Any]) -> Any:
@@ -92,9 +138,6 @@ def build_on_meta(part: str, config: Mapping[str, Any]) -> Any:
 
 def part_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of a part's tensors; an impossible configuration is a CheckpointError."""
-    layers = config.get("num_hidden_layers", 1)
-    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
-        raise CheckpointError(f"{part}: num_hidden_layers is {layers!r}, not 1 to {MAX_LAYERS}")
     try:
         return _part_shapes(part, json.dumps(config, sort_keys=True))
     except CompanionError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.runtime import CheckpointError, DataError, display_path, read_json, sha256_file
+
+_LFS = b"version https://git-lfs"
+_MAX_CONFIG_BYTES = 50_000_000  # the index of a 70B model has 60 KB
 
 
 def error_at(path: str | Path, problem: str) -> CheckpointError:
@@ -35,23 +39,47 @@ def contained_file(folder: Path, name: str) -> Path:
         raise error_at(path, "is a link out of its folder; refused; fix: copy the file into it")
     if not real.is_file():  # a folder, or a pipe that blocks the reader
         raise error_at(path, "not a regular file; fix: put the file itself there")
+    try:
+        with real.open("rb") as file:
+            is_pointer = file.read(len(_LFS)) == _LFS
+    except OSError as error:
+        raise error_at(path, f"cannot be read ({error.strerror}); fix: change its permissions") from None
+    if is_pointer:
+        raise error_at(path, "a Git LFS pointer instead of the file; fix: `git lfs pull` in its repository")
     return path
 
 
 def has_file(folder: Path, name: str) -> bool:
     """Whether a folder has an entry of that name, readable or not (`contained_file` checks it)."""
-    return (folder / name).exists() or (folder / name).is_symlink()
+    return os.path.lexists(folder / name)
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint folder; anything else is a CheckpointError."""
+    """Read a JSON object of a checkpoint folder, without NaN, infinity or repeated keys; else a CheckpointError."""
+    path = contained_file(folder, name)
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise error_at(path, f"larger than {_MAX_CONFIG_BYTES:,} bytes, no configuration; fix: download it again")
     try:
-        value = read_json(contained_file(folder, name))
+        value = read_json(path, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_without_repeats)
     except (DataError, OSError) as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(value, dict):
         raise error_at(folder / name, "not a JSON object; fix: copy or download it again")
     return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return fields
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from llava_core.checkpoints.base_models import (
     base_hash,
     check_no_missing_weights,
+    checkpoint_path,
     load_language_model,
     load_vision_tower,
     map_language_model,
@@ -26,7 +27,7 @@ from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor
 from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.data.images import ImageProcessor
 from llava_core.models.llava import Llava
-from llava_core.runtime import display_path, rank, user_path
+from llava_core.runtime import display_path, rank
 
 Kind = Literal["full", "projector", "adapter"]
 _SAVED = {
@@ -54,10 +55,12 @@ def load(
 ) -> Loaded:
     """Load a checkpoint of any format for inference; `options` and `usage` as in `open_checkpoint`.
 
+    `path` is a folder, a file, or an id of the hub ("org/name"), which is downloaded where that is allowed.
+
     Raises:
         CheckpointError: anything missing, damaged, or not of the base models named in the manifest.
     """
-    checkpoint = open_checkpoint(user_path(path), options, usage).require(*MODEL_PARTS)
+    checkpoint = open_checkpoint(checkpoint_path(path), options, usage).require(*MODEL_PARTS)
     check(checkpoint)
     description = checkpoint.description
     if checkpoint.tokenizer is None or description.image is None:

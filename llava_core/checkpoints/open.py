@@ -12,6 +12,7 @@ from llava_core.checkpoints.describe import Checkpoint, Options, check_usage
 from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf, lora, mmpretrain, native, original, projector
 from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model
+from llava_core.checkpoints.refusals import refuse
 from llava_core.runtime import display_path, user_path
 
 FORMATS: tuple[CheckpointFormat, ...] = (
@@ -24,6 +25,7 @@ def detect_format(path: Path) -> CheckpointFormat | None:
     """Return the format of a folder or file, by its content; None if it is not a LLaVA checkpoint."""
     if not path.exists():
         raise error_at(path, "there is no such file or folder; fix: check the path")
+    refuse(path)
     return next((candidate for candidate in FORMATS if candidate.detect(path)), None)
 
 
@@ -42,10 +44,8 @@ def open_checkpoint(
     if detected is None:
         raise error_at(path, f"not a LLaVA checkpoint ({_content(path)}); fix: check the path")
     options = options or Options()
-    if detected.base_of is None:
-        checkpoint = detected.read(path, options)
-    else:
-        checkpoint = detected.read(path, options, _open_base(detected.base_of(path, options), options))
+    base = detected.base_of(path, options) if detected.base_of else None
+    checkpoint = detected.read(path, options, *([_open_base(base, options)] if base else []))
     check_usage(checkpoint)
     if detected is native.FORMAT:
         checkpoint = with_bases(checkpoint, options)

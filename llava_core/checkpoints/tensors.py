@@ -17,10 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
-from llava_core.runtime import sha256_file, write_json
+from llava_core.runtime import set_default_mode, sha256_file, write_json
 
 SHARD_BYTES = 5_000_000_000
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
+_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+_NOT_MODELS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # further pickles of a Trainer
+_QUANTISED = (  # ends of names of packed weights and their scales
+    ".qweight", ".qzeros", ".g_idx", ".scales", ".absmax", ".quant_map", ".SCB", ".weight_scale", ".weight_packed",
+)  # fmt: skip
 _STEMS = ("model.safetensors", "pytorch_model.bin", "model.bin")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -56,11 +61,12 @@ class LazyTensor:
 def open_file(path: Path) -> dict[str, LazyTensor]:
     """Open one weights file; of safetensors only the header is read."""
     path = contained_file(path.parent, path.name)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    if path.suffix in PICKLE_SUFFIXES:
-        return _open_pickle(path)
-    raise error_at(path, f"not a weights file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
+    if path.suffix not in _SUFFIXES:
+        raise error_at(path, f"not a weights file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
+    tensors = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+    if packed := next((name for name in tensors if name.endswith(_QUANTISED)), None):
+        raise error_at(path, f"{packed} belongs to quantised weights; fix: take the model in 16 or 32 bits")
+    return tensors
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -86,6 +92,8 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
         if not isinstance(name, str) or not plain or value.is_quantized:
             raise error_at(path, f"{name!r} is {type(value).__name__}, not a plain tensor; fix: name a weights file")
+        if value.nbytes > path.stat().st_size:  # a view that repeats a small storage would fill the memory
+            raise error_at(path, f"{name} is {tuple(value.shape)}, larger than its file; fix: download it again")
     return {name: LazyTensor.of(tensor) for name, tensor in content.items()}
 
 
@@ -133,7 +141,7 @@ def _read_index(folder: Path, index: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise error_at(folder / index, "no weight_map from tensors to files; fix: download it again")
     for shard in set(weight_map.values()):
-        if not shard.endswith((".safetensors", *PICKLE_SUFFIXES)):
+        if not shard.endswith(_SUFFIXES):
             raise error_at(folder / index, f"{shard} is not a weights file (an index that leads to an index?)")
     return weight_map
 
@@ -159,14 +167,18 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
 
 def lone_weights_file(path: Path) -> Path | None:
     """Return the weights file of a checkpoint that is one file of any name: the path, or the only one of a folder."""
-    suffixes = (".safetensors", *PICKLE_SUFFIXES)
     if not path.is_dir():
-        return path if path.suffix in suffixes else None
-    try:
-        files = [file for file in sorted(path.iterdir()) if file.suffix in suffixes]
-    except OSError as error:
-        raise error_at(path, f"cannot be read ({error.strerror})") from None
+        return path if path.suffix in _SUFFIXES else None
+    files = files_with_weights(path)
     return files[0] if len(files) == 1 and not has_weights(path) else None
+
+
+def files_with_weights(folder: Path) -> list[Path]:
+    """Return the files of a folder that may hold a model's weights, whatever their names."""
+    try:
+        return [f for f in sorted(folder.iterdir()) if f.suffix in _SUFFIXES and not f.name.startswith(_NOT_MODELS)]
+    except OSError as error:
+        raise error_at(folder, f"cannot be read ({error.strerror}); fix: change its permissions") from None
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
@@ -202,4 +214,5 @@ def write_file(file: Path, tensors: Mapping[str, LazyTensor]) -> str:
             tensor = tensor.clone()  # safetensors refuses two names of one storage
         shard[name] = tensor
     save_file(shard, file, metadata={"format": "pt"})
+    set_default_mode(file)
     return sha256_file(file)

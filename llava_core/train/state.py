@@ -22,7 +22,16 @@ from torch import distributed as dist
 
 from llava_core.checkpoints.files import contained_file, error_at, read_config
 from llava_core.checkpoints.tensors import open_file
-from llava_core.runtime import CompanionError, display_path, fingerprint, rank, sha256_file, world_size, write_json
+from llava_core.runtime import (
+    CompanionError,
+    display_path,
+    fingerprint,
+    rank,
+    set_default_mode,
+    sha256_file,
+    world_size,
+    write_json,
+)
 
 FILE_BYTES = 2_000_000_000
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
@@ -156,6 +165,7 @@ def _write_files(folder: Path, tensors: Tensors) -> tuple[dict[str, str], str | 
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(held, path)
+            set_default_mode(path)
             _sync(path)
             files[path.name] = sha256_file(path)
         except (OSError, SafetensorError) as error:

@@ -23,13 +23,13 @@ from llava_core.runtime import CheckpointError, display_path
 class CheckpointFormat:
     """One format of checkpoints on disk; `detect` looks at the content, `name` is what `llava inspect` shows.
 
-    If there is a `base_of`, the model that it names is opened first and is the third argument of `read`.
+    If there is a `base_of` and it names a model, that is opened first and is the third argument of `read`.
     """
 
     name: str
     detect: Callable[[Path], bool]
     read: Callable[..., Checkpoint]
-    base_of: Callable[[Path, Options], str] | None = None
+    base_of: Callable[[Path, Options], str | None] | None = None
 
 
 def new_checkpoint(

@@ -22,6 +22,7 @@ RULES = (
     ("language_model.model.", "model."),
     ("language_model.", ""),
 )
+DELTA = "delta.json"  # file next to delta weights with the fingerprint of their base
 _LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llama": "llama", "llava_mistral": "mistral"}
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mm_vision_select_feature": (None, "patch"),
@@ -103,8 +104,8 @@ def read(path: Path, options: Options) -> Checkpoint:
         raise error_at(path, "no model.mm_projector, so the model could not use an image; fix: get the complete file")
     tokenizer = tokenizer_folder(path)
     checkpoint = new_checkpoint(FORMAT.name, path, tensors, from_original, description, tokenizer, notes)
-    if is_delta(checkpoint.tensors):
-        raise error_at(path, "delta weights (their norms are near zero), not a model; fix: `llava delta apply`")
+    if is_delta(path, checkpoint.tensors):
+        raise error_at(path, f"delta weights (near zero, or with {DELTA}), not a model; fix: `llava delta apply`")
     return checkpoint
 
 
@@ -113,8 +114,10 @@ def from_original(name: str) -> str:
     return import_name(name, RULES)
 
 
-def is_delta(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether LLaMA weights are differences: the norms' scales, around one in a model, are near zero."""
+def is_delta(path: Path, tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether weights are differences: their folder says so, or the norms' scales, near one in a model, are near 0."""
+    if has_file(path, DELTA):
+        return True
     scales = [float(t.read().float().abs().mean()) for name, t in tensors.items() if name.endswith("norm.weight")]
     return bool(scales) and statistics.median(scales) < 0.05
 

@@ -127,3 +127,36 @@ def test_models_and_deltas_are_distinguished(original, loaded, root, tmp_path) -
     assert "fingerprint is recorded" in result["notes"][0]
     with pytest.raises(CheckpointError, match=r"not a folder with a LLaVA.*fix"):
         delta.apply(str(base), tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_a_recorded_delta_is_one_whatever_its_norms(tuned, tmp_path) -> None:
+    target, loaded, base = tuned
+    far = tmp_path / "far"
+    shutil.copytree(base, far)
+    tensors = load_file(far / "model.safetensors")
+    save_file({n: t - 2 if "norm" in n else t for n, t in tensors.items()}, far / "model.safetensors")
+    delta.make(str(far), target, tmp_path / "delta")
+    assert inspect(tmp_path / "delta")["layout"] == "delta"
+    with pytest.raises(CheckpointError, match=r"delta\.json.*`llava delta apply`"):
+        open_checkpoint(tmp_path / "delta")
+    with pytest.raises(CheckpointError, match="is a delta already"):
+        delta.make(str(far), tmp_path / "delta", tmp_path / "out")
+    assert delta.apply(str(far), tmp_path / "delta", tmp_path / "again")["fingerprint"] == "matches"
+    torch.testing.assert_close(logits(load(tmp_path / "again")), logits(loaded), rtol=1e-5, atol=1e-5)
+    (tmp_path / "delta" / delta.DELTA).unlink()
+    with pytest.raises(CheckpointError, match="is a model already"):
+        delta.apply(str(far), tmp_path / "delta", tmp_path / "third")
+
+
+@pytest.mark.parametrize("kind", ["original", "llava", "hf"])
+def test_base_that_is_a_llava_gives_its_language_model(world, tuned, kind, tmp_path) -> None:
+    """Its projector, of the same shape as the delta's, is not added to it."""
+    from checkpoint_fixtures import write_checkpoint
+
+    root, loaded, _ = world
+    target, wanted, base = tuned
+    llava = write_checkpoint(kind, loaded, root, tmp_path / "llava")
+    plan = delta.make(str(llava), target, tmp_path / "delta")
+    assert plan == delta.make(str(base), target, tmp_path / "other") | {"base": plan["base"]}
+    assert delta.apply(str(llava), tmp_path / "other", tmp_path / "again")["fingerprint"] == "matches"
+    torch.testing.assert_close(logits(load(tmp_path / "again")), logits(wanted), rtol=1e-5, atol=1e-5)

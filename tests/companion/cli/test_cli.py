@@ -380,3 +380,15 @@ def test_data_check_exits_1_and_lists_problems(tmp_path: Path, capsys: pytest.Ca
     result = json.loads(capsys.readouterr().out)
     assert result["records"] == 2
     assert {"line", "record", "kind", "message"} <= result["problems"][0].keys()
+
+
+@pytest.mark.parametrize("words", ["--help", "inspect nowhere --json", "demo"])
+def test_closed_pipe_is_quiet(words: str) -> None:
+    code = "from companion import cli; cli.lab._demo = lambda args: print('x'); raise SystemExit(cli.main())"
+    command = subprocess.Popen(
+        [sys.executable, "-c", code, *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert command.stdout
+    command.stdout.close()  # as `head -1` does
+    _, errors = command.communicate()
+    assert (command.returncode, errors) == (0 if words == "--help" else 141, "")  # argparse ignores the error

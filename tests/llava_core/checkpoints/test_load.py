@@ -18,12 +18,14 @@ from checkpoint_fixtures import (  # noqa: F401 - fixtures
     original,
     root,
 )
+from foreign import logits
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from companion.checkpoints.convert import convert
 from companion.checkpoints.inspection import inspect
 from llava_core.checkpoints import load as loading
-from llava_core.checkpoints.base_models import base_hash
+from llava_core.checkpoints.base_models import base_hash, no_downloads
 from llava_core.checkpoints.describe import Options
 from llava_core.checkpoints.load import build, load, load_into, save_checkpoint
 from llava_core.checkpoints.open import open_checkpoint
@@ -140,3 +142,37 @@ def test_a_tensor_that_was_not_gathered_is_noticed(bases, tmp_path) -> None:
     del tensors["language_model.model.norm.weight"]
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
         save_checkpoint(tmp_path / "c", loaded, "full", tensors)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_hub_id_is_downloaded_where_that_is_allowed(original, root, suffix, tmp_path, monkeypatch) -> None:
+    """The hub has sharded `.bin` files with an index; files of a pattern that is not asked for do not come."""
+    import huggingface_hub
+
+    if suffix == "safetensors":
+        convert(original, tmp_path / "hub", "original", Options(vision_tower=str(root / "clip")))
+    hub = tmp_path / "hub" if suffix == "safetensors" else original
+    copy, local = tmp_path / "copy", []
+
+    def snapshot(source: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        local.append(local_files_only)
+        if local_files_only:
+            raise LocalEntryNotFoundError(source)
+        copy.mkdir(exist_ok=True)
+        for file in hub.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copyfile(file, copy / file.name)
+        return str(copy)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    with no_downloads(), pytest.raises(CheckpointError, match=r"someone/llava: .*LocalEntryNotFoundError\); fix: "):
+        load("someone/llava")
+    assert local == [True]
+    assert torch.equal(logits(load("someone/llava")), logits(load(original)))
+    assert not local[-1]
+    for path in ("some one/llava", "a/b/c", "./llava", "llava"):
+        local.clear()
+        with pytest.raises(CheckpointError, match="no such file or folder"):
+            load(path)
+        assert not local

@@ -1,0 +1,78 @@
+"""Files of checkpoint folders as untrusted input: pointers, permissions, and JSON that is not a configuration."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    loaded,
+    original,
+    root,
+)
+
+from companion.checkpoints.inspection import inspect
+from llava_core.checkpoints.files import contained_file, read_config
+from llava_core.checkpoints.tokenizer import TOKENIZER_FILES
+from llava_core.runtime import CheckpointError
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"])
+def test_git_lfs_pointers_are_named(original, name) -> None:
+    (original / name).write_text(POINTER)
+    (problem,) = inspect(original)["problems"]
+    assert f"{name}: a Git LFS pointer" in problem
+    assert "git lfs pull" in problem
+
+
+def test_an_unread_pointer_is_no_fault(original) -> None:
+    (original / "README.md").write_text(POINTER)
+    (original / "flax_model.msgpack").write_text(POINTER)
+    assert "README.md" not in TOKENIZER_FILES
+    assert inspect(original)["problems"] == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+@pytest.mark.parametrize("name", ["", "config.json", "pytorch_model-00002-of-00002.bin"])
+def test_files_that_may_not_be_read_are_named(original, name) -> None:
+    (original / name).chmod(0)
+    (problem,) = inspect(original)["problems"]
+    (original / name).chmod(0o755)
+    assert f"{name or 'original'}: cannot be read" in problem
+
+
+def test_a_file_that_cannot_be_opened_is_named(original, monkeypatch) -> None:
+    from pathlib import Path
+
+    def denied(self: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read \(Permission denied\); fix"):
+        contained_file(original, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"rms_norm_eps": NaN}', "NaN is not a finite number"),
+        ('{"rms_norm_eps": -Infinity}', "-Infinity is not a finite number"),
+        ('{"rms_norm_eps": 1e999}', "1e999 is not a finite number"),
+        ('{"hidden_size": 1, "hidden_size": 2}', "'hidden_size' is there twice"),
+        ('{"a": {"b": 1, "b": 2}}', "'b' is there twice"),
+    ],
+)
+def test_ambiguous_json_is_refused(tmp_path, text, message) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"config.json: invalid JSON .{re.escape(message)}"):
+        read_config(tmp_path, "config.json")
+
+
+def test_a_huge_configuration_is_not_read(tmp_path) -> None:
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(CheckpointError, match=r"config\.json: larger than 50,000,000 bytes"):
+        read_config(tmp_path, "config.json")

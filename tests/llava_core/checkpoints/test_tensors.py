@@ -1,0 +1,50 @@
+"""Weights files: modes of what is written, and views that claim more than their file has."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import tiny
+import torch
+from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    loaded,
+    original,
+    root,
+)
+
+from companion.checkpoints.convert import convert
+from companion.checkpoints.writers import WRITERS
+from llava_core.checkpoints.load import build, save_checkpoint
+from llava_core.checkpoints.tensors import lone_weights_file, open_file
+from llava_core.runtime import CheckpointError
+
+
+@pytest.fixture(params=[0o022, 0o027])
+def umask(request):
+    previous = os.umask(request.param)
+    yield request.param
+    os.umask(previous)
+
+
+def test_written_files_have_the_modes_of_the_umask(original, umask, tmp_path) -> None:
+    for to in WRITERS:
+        convert(original, tmp_path / "out" / to, to, shard_bytes=30_000)
+    bases = tiny.base_models(tmp_path / "bases")
+    save_checkpoint(tmp_path / "out" / "saved", build(*bases, torch.float32), "projector")
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_views_that_repeat_a_small_storage_are_refused(tmp_path) -> None:
+    torch.save({"a": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=r"a is \(1048576, 1048576\), larger than its file"):
+        open_file(tmp_path / "a.bin")
+
+
+def test_pickles_of_a_trainer_are_no_weights(tmp_path) -> None:
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state.pth"):
+        (tmp_path / name).write_bytes(b"")
+    assert lone_weights_file(tmp_path) is None
+    (tmp_path / "llava_7b.pth").write_bytes(b"")
+    assert lone_weights_file(tmp_path) == tmp_path / "llava_7b.pth"
