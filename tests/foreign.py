@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -104,7 +105,7 @@ def original_config(model: Llava, tower: str, **more: Any) -> dict[str, Any]:
         "torch_dtype": "float16", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1, "max_sequence_length": 2048,
         "mm_vision_tower": tower, "mm_hidden_size": model.vision_tower.config.hidden_size,
         "mm_vision_select_layer": model.feature_layer, "mm_use_im_start_end": False, "use_mm_proj": True,
-        "tune_mm_mlp_adapter": False, **more,
+        "mm_use_im_patch_token": False, "image_aspect_ratio": "square", "tune_mm_mlp_adapter": False, **more,
         **({} if model.projector_name == "linear" else {"mm_projector_type": "mlp2x_gelu"}),
     }  # fmt: skip
 
@@ -135,6 +136,24 @@ def write_original(loaded: Loaded, root: Path, folder: Path, shards: int = 1, to
     index = {"metadata": {"total_size": 1}, "weight_map": where}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return folder
+
+
+def write_adapter(model: Any, folder: Path, base: Path | str, **settings: Any) -> Any:
+    """A LoRA adapter saved by peft itself, its second matrices random; returns peft's model."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], **settings})
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, 0, 0.2)
+        elif ".modules_to_save." in name:
+            torch.nn.init.normal_(p, 0.1, 0.2)
+    adapted.save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    return adapted
 
 
 def write_mmpretrain(loaded: Loaded, folder: Path) -> Path:

@@ -77,7 +77,8 @@ def convert(
         )
     if keep_adapter and to != "hf":
         raise CheckpointError(f"an adapter is kept beside 'hf' only; '{to}' has it merged; fix: --to hf")
-    checkpoint = open_checkpoint(source, options, usage, merge=not keep_adapter).require(*writer.required_parts)
+    names_tower = to in ("original", "projector")
+    checkpoint = open_checkpoint(source, options, usage, not keep_adapter, names_tower).require(*writer.required_parts)
     check(checkpoint)
     if keep_adapter and checkpoint.adapter is None:
         raise error_at(source, "has no adapter that could be kept; fix: convert it without --keep-adapter")

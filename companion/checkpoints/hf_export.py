@@ -15,7 +15,6 @@ from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf
 from llava_core.checkpoints.formats.names import export_tensors
 from llava_core.checkpoints.tensors import LazyTensor, write_tensors
-from llava_core.checkpoints.tokenizer import copy_tokenizer, open_tokenizer
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Template
 from llava_core.data.images import ImageProcessor
@@ -69,13 +68,13 @@ def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> tuple[
     language_model, usage = checkpoint.description.language_model, checkpoint.description.usage
     template = TEMPLATES.get(usage.get("template", "v0"))
     # `padding_side` is passed here because only arguments of the constructor are saved
-    tokenizer = open_tokenizer(checkpoint.tokenizer, padding_side="left")
+    tokenizer = checkpoint.open_tokenizer(padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
     tokenizer.save_pretrained(folder)
     (folder / hf.ORIGINAL_TOKENIZER).mkdir()
-    copy_tokenizer(checkpoint.tokenizer, folder / hf.ORIGINAL_TOKENIZER)
+    checkpoint.copy_tokenizer(folder / hf.ORIGINAL_TOKENIZER)
     image = preprocessor_config(ImageProcessor.from_dict(checkpoint.description.image or {}))
     write_json(folder / "preprocessor_config.json", image | {"processor_class": "LlavaProcessor"})
     processor = {

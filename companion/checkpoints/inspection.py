@@ -15,7 +15,6 @@ from llava_core.checkpoints.files import error_at, has_file
 from llava_core.checkpoints.formats import original
 from llava_core.checkpoints.open import detect_format, open_checkpoint
 from llava_core.checkpoints.tensors import open_folder
-from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import CompanionError, display_path
 
@@ -92,10 +91,8 @@ def _system(text: str | None) -> str:
 def _check_loadable(checkpoint: Checkpoint) -> None:
     where = display_path(checkpoint.path)
     check(checkpoint.require(*MODEL_PARTS))
-    if checkpoint.tokenizer is None:
-        raise error_at(where, "no tokenizer (tokenizer.json or tokenizer.model); fix: copy it from the base")
     language_model = checkpoint.description.language_model
-    tokenizer = open_tokenizer(checkpoint.tokenizer)
+    tokenizer = checkpoint.open_tokenizer()
     # v0's released tokenizer has the padding token after the last row, transformers' processors also the image's marker
     never_embedded = (tokenizer.pad_token, IMAGE_MARKER)
     tokens = 1 + max(k for token, k in tokenizer.get_vocab().items() if token not in never_embedded)

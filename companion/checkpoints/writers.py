@@ -15,10 +15,11 @@ from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf, mmpretrain, native, original
 from llava_core.checkpoints.formats.names import export_tensors
 from llava_core.checkpoints.tensors import write_tensors
-from llava_core.checkpoints.tokenizer import copy_tokenizer
 from llava_core.runtime import write_json
 
-_ARCHITECTURES = {"llama": ("llava", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
+_ARCHITECTURES = {  # model_type is that of code 1.6; earlier code had "llava", which is transformers' own since 4.36
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ def original_config(checkpoint: Checkpoint) -> dict[str, Any]:
     if model_type not in _ARCHITECTURES:
         raise error_at(checkpoint.path, f"the original code has no {model_type}; fix: --to hf")
     original_type, architecture = _ARCHITECTURES[model_type]
-    theta = (language_model.get("rope_parameters") or {}).get("rope_theta")
+    tower = usage.get("base", {}).get("vision_tower") or description.tower_source
+    if tower is None:
+        raise error_at(checkpoint.path, "names no vision tower, and the original code loads it by its name; fix: "
+                       "--vision-tower NAME (hub id or folder)")  # fmt: skip
     return {
-        **language_model, **({"rope_theta": theta} if theta else {}),
+        **language_model, **_rope_fields(checkpoint),
         "model_type": original_type, "architectures": [architecture],
-        "mm_vision_tower": description.tower_source or usage.get("base", {}).get("vision_tower"),
+        "mm_vision_tower": tower,
         "mm_hidden_size": description.d_vision, "mm_projector_type": description.projector,
         "mm_vision_select_layer": description.feature_layer, "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": bool(usage.get("image_delimiters")), "mm_use_im_patch_token": False,
@@ -61,14 +65,24 @@ def original_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _rope_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the fields of rotary position embeddings before transformers 5."""
+    rope = checkpoint.description.language_model.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "dynamic"):
+        raise error_at(checkpoint.path, f"the original code has no rope scaling {kind!r}; fix: --to hf")
+    scaling = None if kind == "default" else {"type": kind, "factor": rope.get("factor")}
+    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaling}
+
+
 def write_original(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     write_json(folder / "config.json", original_config(checkpoint))
-    copy_tokenizer(checkpoint.tokenizer, folder)
+    checkpoint.copy_tokenizer(folder)
     write_tensors(folder, export_tensors(checkpoint, original.RULES), shard_bytes)
 
 
 def write_mmpretrain(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
-    copy_tokenizer(checkpoint.tokenizer, folder)
+    checkpoint.copy_tokenizer(folder)
     write_json(folder / "config.json", checkpoint.description.language_model)  # of its lang_encoder
     tensors = {name: t.read().contiguous() for name, t in export_tensors(checkpoint, mmpretrain.RULES).items()}
     meta = {DESCRIPTION_KEY: checkpoint.description.to_dict()}

@@ -13,9 +13,10 @@ from llava_core.checkpoints.base_models import open_vision_tower, tower_settings
 from llava_core.checkpoints.configs import language_config, part_shapes, tower_config
 from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.tensors import LazyTensor
+from llava_core.checkpoints.tokenizer import copy_tokenizer, open_tokenizer
 from llava_core.data.conversation import TEMPLATES, ImagePosition
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import CheckpointError, DataError, display_path
+from llava_core.runtime import CheckpointError, DataError, display_path, write_json
 
 DESCRIPTION_KEY = "llava_core"  # field of other formats' configuration files that holds our description
 IMAGE_DELIMITERS = ["<im_start>", "<im_end>"]
@@ -39,7 +40,7 @@ class Description:
 
     Attributes:
         vision_tower: None if only `tower_source` is known.
-        tower_source: folder or hub id of a tower whose weights are not in the checkpoint.
+        tower_source: folder or hub id of the tower's settings, and of its weights if the checkpoint lacks them.
         d_vision: width of the tower's features.
         feature_layer: hidden state of the tower that is projected.
         image: settings of the `ImageProcessor`; None if the tower is unknown.
@@ -91,6 +92,10 @@ class Description:
         rest = {name: value for name, value in usage.items() if name != "feature_layer"}
         return replace(self, usage=self.usage | rest, feature_layer=usage.get("feature_layer", self.feature_layer))
 
+    def with_tower_name(self, name: str) -> Description:
+        """Record the folder or hub id of the vision tower in `usage`, unless it is there."""
+        return replace(self, usage=self.usage | {"base": {"vision_tower": name, **self.usage.get("base", {})}})
+
     @property
     def tied(self) -> bool:
         """Whether input and output embeddings are one tensor, stored once."""
@@ -107,17 +112,19 @@ def checked_image_settings(settings: Mapping[str, Any], where: Path) -> dict[str
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter of the language model: W + scale * B A for some of its weights W.
+    """A LoRA adapter: W + scale * B A for some weights W of a model.
 
     Attributes:
         settings: peft's `adapter_config.json`.
         matrices: our name of W -> A (r, in) and B (out, r).
         path: file of the matrices.
+        replaced: our name -> a tensor that was trained itself (peft's `modules_to_save`).
     """
 
     settings: dict[str, Any]
     matrices: dict[str, tuple[LazyTensor, LazyTensor]]
     path: Path
+    replaced: dict[str, LazyTensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -131,6 +138,7 @@ class Checkpoint:
         notes: what was assumed because the files do not say it.
         uses_base: whether the language model is the base model that the caller named.
         adapter: an adapter that is not merged into `tensors`.
+        added_tokens: tokens that the training added to the vocabulary of the folder `tokenizer`, in this order.
     """
 
     format: str
@@ -143,6 +151,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     uses_base: bool = False
     adapter: Adapter | None = None
+    added_tokens: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -154,6 +163,22 @@ class Checkpoint:
     def parameters(self) -> int:
         """Number of elements in all tensors."""
         return sum(int(torch.Size(tensor.shape).numel()) for tensor in self.tensors.values())
+
+    def open_tokenizer(self, **options: Any) -> Any:
+        """Open the tokenizer, with `added_tokens`; `options` as in the function of this name."""
+        if self.tokenizer is None:
+            raise error_at(self.path, "no tokenizer (tokenizer.json or tokenizer.model); fix: copy it from the base")
+        tokenizer = open_tokenizer(self.tokenizer, **options)
+        tokenizer.add_tokens(list(self.added_tokens), special_tokens=True)
+        return tokenizer
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer's files into a folder; they are changed only if there are `added_tokens`."""
+        copy_tokenizer(self.tokenizer, folder)
+        if self.added_tokens:
+            tokenizer = self.open_tokenizer()
+            tokenizer.save_pretrained(folder)
+            write_json(folder / "added_tokens.json", tokenizer.get_added_vocab())  # for the slow tokenizers of 2023
 
     def require(self, *parts: str) -> Checkpoint:
         """Return the checkpoint with these parts; a vision tower that is only named is opened."""
@@ -177,7 +202,8 @@ class Checkpoint:
         settings = self.description.image or image.to_dict()
         description = replace(self.description, vision_tower=config, tower_source=None, image=settings)
         tensors, names = open_vision_tower(source)
-        return replace(self, description=description, tensors=tensors | self.tensors, names=names | self.names)
+        named = description.with_tower_name(source)
+        return replace(self, description=named, tensors=tensors | self.tensors, names=names | self.names)
 
     def in_forward_order(self) -> Checkpoint:
         """Return the checkpoint with its tensors in the order of a forward pass, unknown ones last."""

@@ -24,7 +24,6 @@ from llava_core.checkpoints.files import atomic_folder, error_at
 from llava_core.checkpoints.formats import lora, native
 from llava_core.checkpoints.open import open_checkpoint
 from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor
-from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.data.images import ImageProcessor
 from llava_core.models.llava import Llava
 from llava_core.runtime import display_path, rank
@@ -65,7 +64,7 @@ def load(
     description = checkpoint.description
     if checkpoint.tokenizer is None or description.image is None:
         raise error_at(checkpoint.path, "no tokenizer or image settings; fix: --base, --vision-tower")
-    tokenizer = open_tokenizer(checkpoint.tokenizer)
+    tokenizer = checkpoint.open_tokenizer()
     processor = ImageProcessor.from_dict(description.image)
     return Loaded(assemble(checkpoint, dtype).to(device).eval(), tokenizer, processor, description.usage)
 

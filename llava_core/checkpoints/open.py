@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_core.checkpoints.base_models import base_hash
+from llava_core.checkpoints.base_models import base_hash, model_folder
 from llava_core.checkpoints.describe import Checkpoint, Options, check_usage
 from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf, lora, mmpretrain, native, original, projector
 from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model
 from llava_core.checkpoints.refusals import refuse
-from llava_core.runtime import display_path, user_path
+from llava_core.runtime import display_path
 
 FORMATS: tuple[CheckpointFormat, ...] = (
     native.FORMAT, lora.FORMAT, hf.FORMAT, original.FORMAT, mmpretrain.FORMAT, projector.FORMAT
@@ -30,8 +30,9 @@ def detect_format(path: Path) -> CheckpointFormat | None:
 
 
 def open_checkpoint(
-    path: Path, options: Options | None = None, usage: Mapping[str, Any] | None = None, merge: bool = True
-) -> Checkpoint:
+    path: Path, options: Options | None = None, usage: Mapping[str, Any] | None = None, merge: bool = True,
+    name_tower: bool = False,
+) -> Checkpoint:  # fmt: skip
     """Open a checkpoint of any format; its tensors stay on disk until they are used.
 
     Args:
@@ -39,6 +40,7 @@ def open_checkpoint(
         options: base model and tower that the files do not contain.
         usage: what the files leave open or say wrongly; names as in `describe.USAGE_FIELDS`.
         merge: merge an adapter into the weights; else it is the checkpoint's `adapter`.
+        name_tower: the tower of `options` names the one in the checkpoint, where its files do not name it.
     """
     detected = detect_format(path)
     if detected is None:
@@ -50,9 +52,12 @@ def open_checkpoint(
     if detected is native.FORMAT:
         checkpoint = with_bases(checkpoint, options)
     checkpoint = (lora.merge(checkpoint) if merge else checkpoint).in_forward_order()
+    name_tower = name_tower and "vision_tower" in checkpoint.parts
+    if name_tower and options.vision_tower:
+        checkpoint.description = checkpoint.description.with_tower_name(options.vision_tower)
     unused = {
         "--base": options.base is not None and not checkpoint.uses_base,
-        "--vision-tower": options.vision_tower not in (None, checkpoint.description.tower_source),
+        "--vision-tower": not name_tower and options.vision_tower not in (None, checkpoint.description.tower_source),
     }
     for option in (option for option, is_unused in unused.items() if is_unused):
         raise error_at(path, f"contains what {option} names, which would be ignored; fix: omit it")
@@ -66,9 +71,9 @@ def open_checkpoint(
 
 def _open_base(source: str, options: Options) -> Checkpoint:
     """Open the model that adapters were trained on: a LLaVA checkpoint or a plain language model."""
-    folder = user_path(source)
-    if folder.is_dir() and detect_format(folder) is not None:
-        return open_checkpoint(folder, Options(vision_tower=options.vision_tower))
+    folder = model_folder(source)
+    if detect_format(folder) is not None:
+        return open_checkpoint(folder, Options(vision_tower=options.vision_tower), name_tower=True)
     return open_language_model(source)
 
 

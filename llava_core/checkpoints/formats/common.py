@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,7 @@ def new_checkpoint(
 ) -> Checkpoint:  # fmt: skip
     """Return the checkpoint of a format's tensors; a tower among them takes precedence over one that is named."""
     ours, names, left_out = rename_tensors(tensors, rename, path)
-    description = with_tower_settings(description, notes)
-    if any(name.startswith("vision_tower.") for name in ours):
-        if description.vision_tower is None:
-            raise error_at(path, "a vision tower without configuration; fix: --vision-tower DIR")
-        description = replace(description, tower_source=None)
+    description = with_tower_settings(description, notes, path, ours)
     _drop_tied_head(path, description, ours, names, left_out)
     return Checkpoint(format_name, path, description, ours, names, left_out, tokenizer, notes)
 
@@ -58,20 +54,32 @@ def _drop_tied_head(
     left_out[names.pop(head)] = "repeats the input embedding (tied)"
 
 
-def with_tower_settings(description: Description, notes: list[str]) -> Description:
-    """Fill in configuration and image settings of the tower that a description names, if it is available."""
+def with_tower_settings(
+    description: Description, notes: list[str], path: Path, tensors: Iterable[str] = ()
+) -> Description:
+    """Fill in configuration and image settings of the tower that a description names, if it is available.
+
+    They are needed if the `tensors`, under our names, have the tower's weights, which then take precedence.
+    """
+    inside = any(name.startswith("vision_tower.") for name in tensors)
     usage = dict(description.usage)
     mode = usage.pop("image_mode", None)
     description = replace(description, usage=usage)
+    fix = "fix: --vision-tower DIR gives configuration and image settings, the weights stay those inside"
+    if inside and description.vision_tower is None and description.tower_source is None:
+        raise error_at(path, f"contains a vision tower without configuration; {fix}")
     if description.image is not None or description.tower_source is None:
         return description
     try:
         folder = model_folder(description.tower_source)
         config, image = tower_settings(folder)
     except CheckpointError as error:
+        if inside:
+            raise error_at(path, f"contains a vision tower, but its settings are elsewhere: {error}; {fix}") from error
         notes.append(f"the vision tower is not available: {error}")
         return description
-    notes.append(f"vision tower read from {display_path(folder)}, which the files or the caller name")
+    read = "settings of the vision tower inside" if inside else "vision tower"
+    notes.append(f"{read} read from {display_path(folder)}, which the files or the caller name")
     return replace(description, vision_tower=config, image=replace(image, mode=mode or image.mode).to_dict())
 
 
@@ -92,8 +100,12 @@ def check_supported(config: Mapping[str, Any], where: Path, supported: Mapping[s
     """Check the fields of a configuration whose other values our model does not implement; None stands for absent."""
     for name, values in supported.items():
         if config.get(name) not in values:
-            known = ", ".join(str(value) for value in values if value is not None)
-            raise error_at(where, f"{name} is {config[name]!r}; only {known} can be represented")
+            known = ", ".join(str(value) for value in values if value) or "models without it"
+            raise error_at(
+                where,
+                f"{name} is {config[name]!r}, which changes the computation; only {known} can be represented; fix: run "
+                "it with the code that it was trained with",
+            )
 
 
 def check_unchanged(stored: Description, config: Mapping[str, Any], where: Path, fields: Mapping[str, Any]) -> None:

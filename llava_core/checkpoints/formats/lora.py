@@ -7,6 +7,7 @@ QLoRA, W is the weight as it was in training: rounded to NF4.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,23 +17,36 @@ from typing import Any
 
 import torch
 
-from llava_core.checkpoints.describe import Adapter, Checkpoint, Options
+from llava_core.checkpoints.describe import IMAGE_DELIMITERS, Adapter, Checkpoint, Options
 from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
 from llava_core.checkpoints.formats.common import CheckpointFormat, with_tower_settings
-from llava_core.checkpoints.formats.names import export_name, import_name, rename_tensors
-from llava_core.checkpoints.formats.original import RULES, from_original, mm_config, read_description
+from llava_core.checkpoints.formats.names import export_name, rename_tensors
+from llava_core.checkpoints.formats.original import mm_config, read_description
 from llava_core.checkpoints.tensors import LazyTensor, open_file, write_file
+from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.runtime import resolve_dtype, sha256_file, user_path, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 IN_LANGUAGE_MODEL = (("language_model.", ""),)
 IN_TRANSFORMERS = (("language_model.model.", "model.language_model."),)
 """Rules of the modules' names in a language model by itself, and in transformers' LLaVA."""
 
+_NAMES = (  # in a language model, in the original code, and in transformers' LLaVA before and since 4.52
+    (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),
+    (r"(model\.)?multi_modal_projector\.linear_1\.", "multi_modal_projector.0."),
+    (r"(model\.)?multi_modal_projector\.linear_2\.", "multi_modal_projector.2."),
+    (r"model\.mm_projector\.", "multi_modal_projector."),
+    (r"model\.language_model\.", "language_model.model."),
+    (r"(?=(model|lm_head)\.)", "language_model."),
+)
+_PROJECTOR = "multi_modal_projector."
+_MERGE = "fix: merge it with peft (merge_and_unload, save_pretrained) and open the result"
+
 _IRRELEVANT = frozenset({  # peft's settings that do not change the meaning of W + scale * B A
     "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "task_type", "peft_version",
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "layers_to_transform", "layers_pattern",
-    "megatron_core", "qalora_group_size",
+    "megatron_core", "qalora_group_size", "modules_to_save", "save_embedding_layers",
 })  # fmt: skip
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")
@@ -55,23 +69,53 @@ def base_of(path: Path, options: Options) -> str:
 
 
 def read(path: Path, options: Options, base: Checkpoint) -> Checkpoint:
-    adapter = open_adapter(path)
+    adapter, config = open_adapter(path), mm_config(path)
     trained = "non_lora_trainables.bin"
     extra = open_file(contained_file(path, trained)) if has_file(path, trained) else {}
-    replaced, names, left_out = rename_tensors(extra, lambda name: from_original(_unwrapped(name)), path)
+    replaced, names, left_out = rename_tensors(extra, _our_name, path)
+    if any(name.startswith("vision_tower.") for name in adapter.matrices) and "vision_tower" not in base.parts:
+        base = base.require("vision_tower")
     tensors = base.tensors | replaced
-    if not any(name.startswith("multi_modal_projector.") for name in tensors):
+    if not any(name.startswith(_PROJECTOR) for name in tensors | adapter.replaced):
         raise error_at(path, f"no projector, so the model could not use an image; fix: copy {trained} here, too")
-    notes: list[str] = []
-    description = base.description
-    if mm_config(path):
-        rows = description.language_model["vocab_size"]
-        description = read_description(path, mm_config(path), options, notes)
+    description, notes, tokenizer, added = base.description, list(base.notes), base.tokenizer, base.added_tokens
+    if config:
+        tokenizer, notes = tokenizer_folder(path) or tokenizer, []
+        rows = (tensors | adapter.replaced)[EMBEDDINGS[0]].shape[0]
+        if tokenizer == base.tokenizer:
+            added += _added_tokens(config, base, rows, path)
+        pad = "[PAD]" if "[PAD]" in added else None
+        description = read_description(path, config, options, notes, tensors, tokenizer, pad)
         description = replace(description, language_model=description.language_model | {"vocab_size": rows})
+    elif any(name in EMBEDDINGS and t.shape != tensors[name].shape for name, t in adapter.replaced.items()):
+        raise error_at(adapter.path, f"has word embeddings of another vocabulary than its base; {_MERGE}")
+    description = with_tower_settings(description, notes, path, tensors)
+    layers = (f"{_PROJECTOR}0.", f"{_PROJECTOR}2.")
+    if description.projector == "linear" and any(n.startswith(layers) for n in (*adapter.matrices, *adapter.replaced)):
+        tensors = _as_two_layers(tensors)
     return Checkpoint(
-        FORMAT.name, path, with_tower_settings(description, notes), tensors, base.names | names, left_out,
-        base.tokenizer, notes, uses_base=True, adapter=adapter,
+        FORMAT.name, path, description, tensors, base.names | names, left_out, tokenizer, notes, uses_base=True,
+        adapter=adapter, added_tokens=added,
     )  # fmt: skip
+
+
+def _added_tokens(config: dict[str, Any], base: Checkpoint, rows: int, path: Path) -> tuple[str, ...]:
+    """Return the tokens that the training added to its base's tokenizer, in their order; `rows` are the embeddings."""
+    same_rows = rows == base.description.language_model["vocab_size"]
+    if same_rows and not config.get("mm_use_im_start_end"):
+        return ()
+    vocabulary = base.open_tokenizer().get_vocab()
+    tokens = ["<im_patch>"] if config.get("mm_use_im_patch_token", True) else []
+    tokens += IMAGE_DELIMITERS if config.get("mm_use_im_start_end") else []
+    new = [token for token in tokens if token not in vocabulary]
+    if same_rows and not new:
+        return ()
+    if rows == len(vocabulary) + len(new) + 1 and "[PAD]" not in vocabulary:  # v0 adds a padding token first
+        new = ["[PAD]", *new]
+    if rows != len(vocabulary) + len(new):
+        problem = f"word embeddings of {rows} rows for {len(vocabulary)} tokens of its base and {len(new)} new ones"
+        raise error_at(path, f"{problem}; fix: copy its tokenizer here, or the complete non_lora_trainables.bin")
+    return tuple(new)
 
 
 def open_adapter(path: Path) -> Adapter:
@@ -100,7 +144,7 @@ def merge(checkpoint: Checkpoint) -> Checkpoint:
     adapter = checkpoint.adapter
     if adapter is None:
         return checkpoint
-    tensors, scale = dict(checkpoint.tensors), _scale(adapter.settings, adapter.path)
+    tensors, scale = checkpoint.tensors | adapter.replaced, _scale(adapter.settings, adapter.path)
     usage = dict(checkpoint.description.usage)
     nf4 = usage.pop("base_nf4", None)
     if nf4 is not None and find_spec("bitsandbytes") is None:
@@ -110,8 +154,11 @@ def merge(checkpoint: Checkpoint) -> Checkpoint:
             raise error_at(adapter.path, f"adapts {name}, which its base does not have; fix: --base DIR")
         if tensors[name].shape != (b.shape[0], a.shape[1]):
             shapes = f"{(b.shape[0], a.shape[1])}, in its base {tensors[name].shape}"
-            raise error_at(adapter.path, f"{name} is {shapes}; fix: --base with the model that it was trained on")
+            fix = _MERGE if name in EMBEDDINGS else "fix: --base with the model that it was trained on"
+            raise error_at(adapter.path, f"{name} is {shapes}; {fix}")
         tensors[name] = tensors[name].map(partial(_merge, a=a, b=b, scale=scale, nf4=nf4))
+    if f"{_PROJECTOR}2.weight" in tensors and checkpoint.description.projector == "linear":
+        tensors = _as_one_layer(tensors)
     base = "its base" if nf4 is None else "its base, rounded to NF4 as in training"
     notes = [*checkpoint.notes, f"LoRA adapter of rank {adapter.settings['r']} merged into {base}"]
     description = replace(checkpoint.description, usage=usage)
@@ -122,31 +169,59 @@ def _scale(settings: dict[str, Any], where: Path) -> float:
     for name, value in settings.items():
         plain = value in _SUPPORTED[name] if name in _SUPPORTED else name in _IRRELEVANT or not value
         if not plain:
-            raise error_at(where, f"{name} is {value!r}; only plain LoRA can be merged here; fix: use peft")
+            raise error_at(where, f"{name} is {value!r}; only plain LoRA can be merged here; {_MERGE}")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise error_at(where, f"r {rank!r} and lora_alpha {alpha!r} give no scale")
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _unwrapped(name: str) -> str:
-    """Return a tensor's name in the original format, without the prefixes of peft and of the trainer."""
-    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
+def _our_name(theirs: str) -> str:
+    """Return our name for one of peft's, or of the original code's without peft's prefix."""
+    theirs = re.sub(r"^(base_model\.model\.|model\.(?=model\.|lm_head\.))", "", theirs)
+    for pattern, ours in _NAMES:
+        name, found = re.subn(f"^{pattern}", ours, theirs)
+        if found:
+            return name
+    return theirs
 
 
 def new_adapter(settings: dict[str, Any], tensors: Mapping[str, LazyTensor], path: Path) -> Adapter:
     """Return the adapter of peft's settings and of tensors under peft's names; each A must have its B."""
-    matrices, rank = dict[str, dict[str, LazyTensor]](), settings["r"]
+    matrices, replaced, rank = dict[str, dict[str, LazyTensor]](), dict[str, LazyTensor](), settings["r"]
     for theirs, tensor in tensors.items():
         name, separator, matrix = theirs.replace(".default.", ".").partition(".lora_")
-        if not separator or matrix not in ("A.weight", "B.weight"):
-            raise error_at(path, f"{theirs} is no LoRA matrix; it would be lost; use peft to merge it")
-        ours = import_name(f"{_unwrapped(name)}.weight", (*IN_TRANSFORMERS, *RULES))
-        matrices.setdefault(ours, {})[matrix[0]] = tensor
+        if not separator:
+            replaced[_our_name(re.sub(r"\.(base_layer|modules_to_save)\.", ".", name))] = tensor
+        elif matrix in ("A.weight", "B.weight"):
+            matrices.setdefault(_our_name(f"{name}.weight"), {})[matrix[0]] = tensor
+        else:
+            raise error_at(path, f"{theirs} is no matrix of a linear layer's LoRA; {_MERGE}")
     for name, pair in matrices.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
             raise error_at(path, f"{name} lacks one of its two matrices, or their rank is not {rank}")
-    return Adapter(settings, {name: (pair["A"], pair["B"]) for name, pair in matrices.items()}, path)
+    for module in settings.get("modules_to_save") or ():
+        if not any(f".{module}." in f".{theirs}" for theirs in tensors if ".lora_" not in theirs):
+            raise error_at(path, f"lacks {module}, one of its modules_to_save; fix: get the complete adapter")
+    return Adapter(settings, {name: (pair["A"], pair["B"]) for name, pair in matrices.items()}, path, replaced)
+
+
+def _as_two_layers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return tensors with a linear projector as transformers' LLaVA has it, so that both layers can be adapted."""
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROJECTOR)}
+    weight, bias = tensors[f"{_PROJECTOR}weight"], tensors[f"{_PROJECTOR}bias"]
+    eye, zeros = torch.eye(*bias.shape, dtype=weight.dtype), torch.zeros(bias.shape, dtype=bias.dtype)
+    second = {f"{_PROJECTOR}2.weight": LazyTensor.of(eye), f"{_PROJECTOR}2.bias": LazyTensor.of(zeros)}
+    return rest | {f"{_PROJECTOR}0.weight": weight, f"{_PROJECTOR}0.bias": bias} | second
+
+
+def _as_one_layer(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return tensors with the two layers of `_as_two_layers` multiplied into one."""
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROJECTOR)}
+    w1, b1, w2, b2 = (tensors[f"{_PROJECTOR}{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
+    weight = w1.map(lambda w: (w2.read().float() @ w.float()).to(w.dtype))
+    bias = b1.map(lambda b: (w2.read().float() @ b.float() + b2.read().float()).to(b.dtype))
+    return rest | {f"{_PROJECTOR}weight": weight, f"{_PROJECTOR}bias": bias}
 
 
 def _merge(weight: torch.Tensor, a: LazyTensor, b: LazyTensor, scale: float, nf4: str | None) -> torch.Tensor:

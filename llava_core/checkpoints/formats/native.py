@@ -15,7 +15,7 @@ from llava_core.checkpoints.files import contained_file, error_at, has_file, rea
 from llava_core.checkpoints.formats import lora
 from llava_core.checkpoints.formats.common import CheckpointFormat
 from llava_core.checkpoints.tensors import open_folder, weight_files, write_tensors
-from llava_core.checkpoints.tokenizer import copy_tokenizer, tokenizer_folder
+from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.runtime import sha256_file, write_json
 
 FORMAT_VERSION = 2
@@ -83,14 +83,14 @@ def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
         kind = "adapter"
     else:
         kind = "full" if "language_model" in checkpoint.parts else "projector"
-    copy_tokenizer(checkpoint.tokenizer, folder)
+    checkpoint.copy_tokenizer(folder)
     (folder / "language_model").mkdir(exist_ok=True)
     write_json(folder / "language_model" / "config.json", description.language_model)
     if "vision_tower" in checkpoint.parts:
         (folder / "vision_tower").mkdir(exist_ok=True)
         write_json(folder / "vision_tower" / "config.json", description.vision_tower)
     usage = {"base": {}, "base_hash": {}, **description.usage}
-    source = description.tower_source
+    source = None if "vision_tower" in checkpoint.parts else description.tower_source
     if source and (usage["base"].get("vision_tower") != source or "vision_tower" not in usage["base_hash"]):
         usage["base"] = usage["base"] | {"vision_tower": source}
         usage["base_hash"] = usage["base_hash"] | {"vision_tower": base_hash(source)}

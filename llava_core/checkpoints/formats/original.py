@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from llava_core.checkpoints.formats.common import CheckpointFormat, check_suppor
 from llava_core.checkpoints.formats.names import import_name
 from llava_core.checkpoints.tensors import LazyTensor, has_weights, open_folder
 from llava_core.checkpoints.tokenizer import tokenizer_folder
+from llava_core.models.projector import PROJECTORS
 
 RULES = (
     ("multi_modal_projector.", "model.mm_projector."),
     ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    ("vision_tower.", "model.vision_tower.vision_model."),  # read only: saved without FSDP before 1.0
     ("language_model.model.", "model."),
     ("language_model.", ""),
 )
@@ -28,31 +31,56 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mm_vision_select_feature": (None, "patch"),
     "mm_patch_merge_type": (None, "flat"),
     "image_aspect_ratio": (None, "square", "pad"),
-    "mm_projector_type": (None, "linear", "mlp2x_gelu"),
+    "s2": (None, False),
+    "s2_scales": (None,),
+    "X": (None,),  # the modalities of video models
 }
+_READ = {  # every other field mm_* belongs to a part that this model does not have: resamplers, video towers, ...
+    "mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_use_im_start_end", "mm_use_im_patch_token",
+    "mm_projector_lr", "mm_vision_tower_lr", "mm_tunable_parts",
+}  # fmt: skip
+_SINCE_1_0 = {"mm_use_im_patch_token", "image_aspect_ratio"}  # fields that no earlier code wrote
+_TEMPLATES = {  # by the family of the tokenizer, and whether the tokenizer stripped white space beside images
+    ("v0", True): "v0_exact", ("v0", False): "v0_exact_1_0", ("v1", True): "v1_tight", ("v1", False): "v1",
+}  # fmt: skip
 
 
 def mm_config(path: Path) -> dict[str, Any]:
     """Return `config.json` of a folder if it has the original code's `mm_*` fields, else an empty dict."""
     config = read_config(path, "config.json") if path.is_dir() and has_file(path, "config.json") else {}
-    return config if "mm_vision_tower" in config or "mm_hidden_size" in config else {}
+    return config if any(name.startswith("mm_") for name in config) else {}
 
 
 def detect(path: Path) -> bool:
     return bool(mm_config(path)) and has_weights(path) and not has_file(path, "adapter_config.json")
 
 
-def read_description(path: Path, config: dict[str, Any], options: Options, notes: list[str]) -> Description:
-    """Return the description of a checkpoint of the original code from its `config.json`; `notes` gets assumptions."""
+def read_description(
+    path: Path, config: dict[str, Any], options: Options, notes: list[str], tensors: Iterable[str],
+    tokenizer: Path | None, pad: str | None = None,
+) -> Description:  # fmt: skip
+    """Return the description of a checkpoint of the original code from its `config.json`; `notes` gets assumptions.
+
+    Args:
+        tensors: names of the checkpoint's tensors.
+        tokenizer: folder of the tokenizer, which shows the era.
+        pad: padding token that is not in that folder.
+    """
     where = path / "config.json"
+    supported = _SUPPORTED | {"mm_projector_type": (None, *PROJECTORS.names())}
+    others = {name for name in config if name.startswith("mm_") and config[name]} - _READ - supported.keys()
+    check_supported(config, where, supported | dict.fromkeys(sorted(others), ()))
+    trained = config.get("unfreeze_mm_vision_tower") or "vision_tower" in str(config.get("mm_tunable_parts"))
+    if trained and not any("vision_tower." in name for name in tensors):
+        raise error_at(where, "its vision tower was trained, and the files lack it; fix: get the complete checkpoint")
     if DESCRIPTION_KEY in config:
         stored = Description.from_dict(config[DESCRIPTION_KEY], where)
         check_unchanged(stored, config, where, {
             "mm_vision_select_layer": stored.feature_layer, "mm_hidden_size": stored.d_vision,
             "mm_projector_type": stored.projector, "vocab_size": stored.language_model["vocab_size"],
         })  # fmt: skip
-        return replace(stored, tower_source=options.vision_tower or stored.tower_source)
-    check_supported(config, where, _SUPPORTED)
+        chosen = options.vision_tower if stored.vision_tower is None else None
+        return replace(stored, tower_source=chosen or stored.tower_source)
     model_type = str(config.get("model_type"))
     if model_type not in _LANGUAGE_MODELS:
         raise error_at(where, f"model_type {model_type!r} is not one of {', '.join(_LANGUAGE_MODELS)}")
@@ -60,24 +88,30 @@ def read_description(path: Path, config: dict[str, Any], options: Options, notes
     if layer is None:
         notes.append("feature layer -2 (the paper's) assumed: config.json does not say it")
     width = config.get("mm_hidden_size", 1024)
-    tower = options.vision_tower or config.get("mm_vision_tower")
+    tower = config.get("mm_vision_tower")
     if type(width) is not int or not isinstance(tower, str | None):
         raise error_at(where, f"mm_hidden_size {width!r} or mm_vision_tower {tower!r} has a wrong type")
-    return Description(
+    description = Description(
         language_model=language_config(config | {"model_type": _LANGUAGE_MODELS[model_type]}, where),
-        tower_source=tower,
+        tower_source=options.vision_tower or tower,
         d_vision=width,
         projector=config.get("mm_projector_type") or "linear",
         feature_layer=-2 if layer is None else layer,
-        usage=_usage(path, config, notes),
+        usage=_usage(config, tokenizer, pad, notes),
     )
+    return description if tower is None else description.with_tower_name(tower)
 
 
-def _usage(path: Path, config: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def _usage(config: dict[str, Any], tokenizer: Path | None, pad: str | None, notes: list[str]) -> dict[str, Any]:
     delimiters = IMAGE_DELIMITERS if config.get("mm_use_im_start_end") else None
-    template = _template(path, notes)
-    before_v1 = delimiters is not None or template == "v0_exact"
-    position, era = ("last", "the releases before 1.0") if before_v1 else ("first", "version 1.0 and later")
+    since_1_0 = bool(_SINCE_1_0 & config.keys())
+    family, reason = _family(tokenizer, pad)
+    if since_1_0 and delimiters and "transformers_version" not in config:
+        reason += "; config.json does not say the version of transformers (fix: --assume template=...)"
+    # before 1.0 each image was many added tokens; 1.0 splits the text at images before it is tokenised
+    template = _TEMPLATES[family, not since_1_0 or (bool(delimiters) and _strips_white_space(config))]
+    position, era = ("first", "version 1.0 and later") if since_1_0 else ("last", "the releases before 1.0")
+    notes.append(f"template {template}: {reason}")
     notes.append(f"image position {position}, as the evaluation of {era} had it")
     return {
         "template": template, "image_position": position, "image_delimiters": delimiters,
@@ -85,24 +119,36 @@ def _usage(path: Path, config: dict[str, Any], notes: list[str]) -> dict[str, An
     }  # fmt: skip
 
 
-def _template(path: Path, notes: list[str]) -> str:
-    """Return the template of a release: only the tokenizers of v0 have `</s>` as BOS token."""
-    bos = None
+def _strips_white_space(config: dict[str, Any]) -> bool:
+    """Whether the slow tokenizer of the training stripped white space beside added tokens: transformers before 4.35."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("transformers_version")))
+    if version is None:
+        return "mm_patch_merge_type" not in config  # since 1.6, which needs 4.37
+    return (int(version[1]), int(version[2])) < (4, 35)
+
+
+def _family(tokenizer: Path | None, pad: str | None) -> tuple[str, str]:
+    """Return "v0" or "v1", and what shows it: each version of the code sets its own padding token."""
+    tokens: dict[str, Any] = {"pad_token": pad}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        token = read_config(path, name).get("bos_token") if has_file(path, name) else None
-        bos = bos or (token.get("content") if isinstance(token, dict) else token)
-    template = "v0_exact" if bos == "</s>" else "v1"
-    notes.append(f"template {template}: the tokenizer's BOS token is {bos or 'not in its files'}")
-    return template
+        fields = read_config(tokenizer, name) if tokenizer is not None and has_file(tokenizer, name) else {}
+        for token in ("pad_token", "bos_token"):
+            value = fields.get(token)
+            tokens[token] = tokens.get(token) or (value.get("content") if isinstance(value, dict) else value)
+    pad, bos = tokens["pad_token"], tokens.get("bos_token")
+    if pad in ("[PAD]", "<unk>"):
+        return ("v0" if pad == "[PAD]" else "v1"), f"the tokenizer's padding token is {pad}"
+    if bos == "</s>":
+        return "v0", "the tokenizer's BOS token is </s>"
+    return "v1", "assumed, the tokenizer's files do not show it (fix: --assume template=...)"
 
 
 def read(path: Path, options: Options) -> Checkpoint:
     notes: list[str] = []
-    description = read_description(path, mm_config(path), options, notes)
-    tensors = open_folder(path)
+    tensors, tokenizer = open_folder(path), tokenizer_folder(path)
+    description = read_description(path, mm_config(path), options, notes, tensors, tokenizer)
     if not any("mm_projector" in name for name in tensors):
         raise error_at(path, "no model.mm_projector, so the model could not use an image; fix: get the complete file")
-    tokenizer = tokenizer_folder(path)
     checkpoint = new_checkpoint(FORMAT.name, path, tensors, from_original, description, tokenizer, notes)
     if is_delta(path, checkpoint.tensors):
         raise error_at(path, f"delta weights (near zero, or with {DELTA}), not a model; fix: `llava delta apply`")

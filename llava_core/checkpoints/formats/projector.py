@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llava_core.checkpoints.describe import IMAGE_DELIMITERS, USAGE_OF_V1, Checkpoint, Description, Options
 from llava_core.checkpoints.files import error_at, has_file
-from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model, with_tower_settings
+from llava_core.checkpoints.formats.common import CheckpointFormat, with_tower_settings
 from llava_core.checkpoints.formats.original import mm_config, read_description
 from llava_core.checkpoints.tensors import LazyTensor, has_weights, lone_weights_file, open_file
-from llava_core.checkpoints.tokenizer import open_tokenizer, tokenizer_folder
+from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.runtime import display_path
 
 _PREFIXES = (
@@ -36,7 +37,12 @@ def detect(path: Path) -> bool:
     return _weights_file(path) is not None
 
 
-def read(path: Path, options: Options) -> Checkpoint:
+def base_of(path: Path, options: Options) -> str | None:
+    """Return the folder or hub id of the language model, plain or in a LLaVA, if the caller names one."""
+    return options.base
+
+
+def read(path: Path, options: Options, base: Checkpoint | None = None) -> Checkpoint:
     file = _weights_file(path)
     assert file is not None
     notes: list[str] = []
@@ -46,32 +52,32 @@ def read(path: Path, options: Options) -> Checkpoint:
     if weight is None or len(weight.shape) != 2:
         raise error_at(file, f"no projector's weight among {', '.join([*names.values(), *words][:4])}")
     d_model, d_vision = weight.shape
-    config = mm_config(path) if path.is_dir() else {}
+    config, own = mm_config(path), tokenizer_folder(path) if path.is_dir() else None
+    tokenizer = own or (base.tokenizer if base else None)
     if config:
-        description = read_description(path, config, options, notes)
+        description = read_description(path, config, options, notes, projector, tokenizer)
     else:
         notes.append("template v1, image position first and feature layer -2 assumed: there is no config.json")
         description = Description(
             {"hidden_size": d_model}, tower_source=options.vision_tower, d_vision=d_vision, projector=kind,
             usage=dict(USAGE_OF_V1),
         )  # fmt: skip
-    if options.base is None:
-        description = with_tower_settings(description, notes)
+    description = with_tower_settings(description, notes, path)
+    if base is None:
         left_out = dict.fromkeys(words, "word embeddings: they need the language model (--base)")
-        tokenizer = tokenizer_folder(path) if path.is_dir() else None
         return Checkpoint(FORMAT.name, path, description, projector, names, left_out, tokenizer, notes)
-    base = open_language_model(options.base)
     language = base.description.language_model
     width = language.get("hidden_size")
     if width != d_model:
         raise error_at(
             file, f"projector into width {d_model}, but {display_path(base.path)} has {width}; fix: --base DIR"
         )
-    usage = description.usage | {"base": {"language_model": str(options.base)}, "base_hash": {}}
-    description = with_tower_settings(replace(description, language_model=language, usage=usage), notes)
+    named = {**description.usage.get("base", {}), "language_model": str(options.base)}
+    usage = description.usage | {"base": named, "base_hash": {}}
+    taken = {name: tensor for name, tensor in base.tensors.items() if name.startswith("language_model.")}
     checkpoint = replace(
-        base, format=FORMAT.name, path=path, description=description, tensors=projector | base.tensors,
-        names=names | base.names, left_out={}, notes=notes, uses_base=True,
+        base, format=FORMAT.name, path=path, tensors=projector | taken, names=base.names | names, left_out={},
+        description=replace(description, language_model=language, usage=usage), notes=notes, uses_base=True,
     )  # fmt: skip
     return _with_word_embeddings(checkpoint, words, file)
 
@@ -100,7 +106,7 @@ def _with_word_embeddings(checkpoint: Checkpoint, words: dict[str, LazyTensor], 
             checkpoint.tensors[key] = rows
             checkpoint.names[key] = theirs
         elif rows.shape == (2, table.shape[1]) and checkpoint.tokenizer is not None:
-            ids = _delimiter_ids(checkpoint.tokenizer)
+            ids = _delimiter_ids(checkpoint)
             checkpoint.tensors[key] = table.map(partial(_put_rows, ids=ids, rows=rows))
             checkpoint.description.usage["image_delimiters"] = IMAGE_DELIMITERS
         else:
@@ -119,12 +125,12 @@ def _put_rows(table: torch.Tensor, ids: list[int], rows: LazyTensor) -> torch.Te
     return table
 
 
-def _delimiter_ids(folder: Path) -> list[int]:
-    vocabulary = open_tokenizer(folder).get_vocab()
+def _delimiter_ids(checkpoint: Checkpoint) -> list[int]:
+    vocabulary = checkpoint.open_tokenizer().get_vocab()
     for token in IMAGE_DELIMITERS:
         if token not in vocabulary:
-            raise error_at(folder, f"its tokenizer has no {token}; fix: use the checkpoint's own")
+            raise error_at(checkpoint.path, f"the base's tokenizer has no {token}; fix: use the checkpoint's own")
     return [vocabulary[token] for token in IMAGE_DELIMITERS]
 
 
-FORMAT = CheckpointFormat("projector", detect, read)
+FORMAT = CheckpointFormat("projector", detect, read, base_of)

@@ -60,7 +60,8 @@ def test_every_format_converts_to_every_other(world, name, tmp_path) -> None:
     torch.testing.assert_close(logits(load(source, options=options)), wanted, rtol=0, atol=0)
     for to in COMPLETE_FORMATS:
         target = tmp_path / to
-        report = convert(source, target, to, options, shard_bytes=20_000)
+        named = replace(options, vision_tower=str(root / "clip")) if (name, to) == ("hf", "original") else options
+        report = convert(source, target, to, named, shard_bytes=20_000)
         repeated = open_checkpoint(target)
         assert first_divergence(checkpoint, repeated) is None
         assert set(repeated.tensors) >= set(checkpoint.tensors)
@@ -68,7 +69,7 @@ def test_every_format_converts_to_every_other(world, name, tmp_path) -> None:
         assert report["parameters"] == repeated.parameters
         back = logits(load(target))
         torch.testing.assert_close(back, wanted, rtol=0, atol=0)  # bitwise: equal shapes, equal weights
-        second = convert(target, tmp_path / f"{to}-again", "original")
+        second = convert(target, tmp_path / f"{to}-again", "original", Options(vision_tower=str(root / "clip")))
         assert second["left_out"] == {}  # what was dropped (inv_freq) was dropped once
         assert first_divergence(checkpoint, open_checkpoint(tmp_path / f"{to}-again")) is None
 
@@ -158,7 +159,7 @@ def test_wrong_tensor_is_named_in_the_error(world, intact, name, wrong, tmp_path
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_swapped_tensors_are_detected_after_writing(intact, tmp_path, monkeypatch) -> None:
+def test_swapped_tensors_are_detected_after_writing(world, intact, tmp_path, monkeypatch) -> None:
     writer = WRITERS["original"]
 
     def swapped(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
@@ -171,7 +172,7 @@ def test_swapped_tensors_are_detected_after_writing(intact, tmp_path, monkeypatc
     with pytest.raises(
         CheckpointError, match=r"not the same: language_model\.model\.layers\.0\.mlp\.gate_proj\.weight"
     ):
-        convert(intact["hf"], tmp_path / "out", "original")
+        convert(intact["hf"], tmp_path / "out", "original", Options(vision_tower=world[2].vision_tower))
     assert not (tmp_path / "out").exists()
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import foreign
 import pytest
 import torch
 from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    change_json,
     loaded,
     original,
     root,
@@ -37,21 +34,6 @@ def test_release_with_an_extra_projector_file(original, loaded) -> None:
     torch.save(foreign.projector_tensors(loaded.model), original / "mm_projector.bin")
     assert getattr(detect_format(original), "name", None) == "original"
     assert "language_model" in open_checkpoint(original).parts
-
-
-@pytest.mark.parametrize(
-    ("bos", "delimiters", "template", "position"),
-    [("</s>", True, "v0_exact", "last"), ("</s>", False, "v0_exact", "last"), ("<s>", False, "v1", "first")],
-)
-def test_era_decides_template_and_image_position(original, bos, delimiters, template, position) -> None:
-    (original / "special_tokens_map.json").write_text(json.dumps({"bos_token": bos}))
-    change_json(original / "config.json", mm_use_im_start_end=delimiters)
-    checkpoint = open_checkpoint(original)
-    assert checkpoint.description.usage["template"] == template
-    assert checkpoint.description.usage["image_position"] == position
-    assert any(note.startswith(f"template {template}") for note in checkpoint.notes)
-    changed = open_checkpoint(original, usage={"template": "v0"})
-    assert not any(note.startswith("template") for note in changed.notes)
 
 
 def test_unused_options_are_refused(original, root) -> None:
