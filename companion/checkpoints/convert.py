@@ -79,8 +79,11 @@ def convert(
         raise CheckpointError(f"an adapter is kept beside 'hf' only; '{to}' has it merged; fix: --to hf")
     names_tower = to in ("original", "projector")
     checkpoint = open_checkpoint(source, options, usage, not keep_adapter, names_tower).require(*writer.required_parts)
+    adapter = checkpoint.adapter
+    if adapter is not None and (adapter.replaced or not all(n.startswith("language_model.") for n in adapter.matrices)):
+        raise error_at(source, "adapts more than the language model; fix: convert it without --keep-adapter")
     check(checkpoint)
-    if keep_adapter and checkpoint.adapter is None:
+    if keep_adapter and adapter is None:
         raise error_at(source, "has no adapter that could be kept; fix: convert it without --keep-adapter")
     if writer.only_required_parts:
         checkpoint.tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(writer.required_parts)}

@@ -108,6 +108,10 @@ def _usage(config: dict[str, Any], tokenizer: Path | None, pad: str | None, note
     family, reason = _family(tokenizer, pad)
     if since_1_0 and delimiters and "transformers_version" not in config:
         reason += "; config.json does not say the version of transformers (fix: --assume template=...)"
+    if family == "v1" and re.search(
+        r"mistral|llama-2", f"{config.get('model_type')} {config.get('_name_or_path')}".lower()
+    ):
+        reason += "; if it was trained with [INST] prompts, there is no template for it here"
     # before 1.0 each image was many added tokens; 1.0 splits the text at images before it is tokenised
     template = _TEMPLATES[family, not since_1_0 or (bool(delimiters) and _strips_white_space(config))]
     position, era = ("first", "version 1.0 and later") if since_1_0 else ("last", "the releases before 1.0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import foreign
 import pytest
 import torch
 from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    change_json,
     loaded,
     root,
 )
@@ -17,8 +19,9 @@ from foreign import logits
 from safetensors.torch import load_file, save_file
 
 from companion.checkpoints.convert import convert
+from companion.checkpoints.inspection import inspect
 from llava_core.checkpoints.describe import Options
-from llava_core.checkpoints.load import Loaded, load
+from llava_core.checkpoints.load import Loaded, load, save_checkpoint
 from llava_core.checkpoints.open import open_checkpoint
 from llava_core.runtime import CheckpointError
 
@@ -32,8 +35,6 @@ def world(tmp_path_factory) -> tuple[Path, Loaded, Options]:
 @pytest.fixture(scope="module")
 def adapter(world) -> tuple[Path, torch.Tensor]:
     """A LoRA directory as the original trainer writes it (adapters by peft itself), and the logits of peft's merge."""
-    import copy
-
     from peft import LoraConfig, get_peft_model
 
     root, loaded, options = world
@@ -142,3 +143,170 @@ def test_lora_on_all_linear_layers_equals_peft(loaded, root, tmp_path) -> None:
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         torch.testing.assert_close(ours.model(ids).logits, merged(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_token", [True, False])
+@pytest.mark.parametrize("padding_token", [True, False])
+def test_lora_with_its_own_word_embeddings(world, patch_token, padding_token, tmp_path) -> None:
+    """Trained with image delimiters: both embeddings are in non_lora_trainables.bin, with rows of the new tokens."""
+    root, loaded, options = world
+    assert options.base is not None
+    folder, full = tmp_path / "lora", copy.deepcopy(loaded)
+    tokens = ["[PAD]"] * padding_token + ["<im_patch>"] * patch_token + ["<im_start>", "<im_end>"]
+    ids = range(len(loaded.tokenizer), len(loaded.tokenizer) + len(tokens))
+    llm = full.model.language_model
+    llm.resize_token_embeddings(ids[-1] + 1)
+    trained = foreign.projector_tensors(full.model)
+    for name, layer in (("model.embed_tokens", llm.get_input_embeddings()), ("lm_head", llm.get_output_embeddings())):
+        layer.weight.data = torch.randn_like(layer.weight) * 0.2
+        trained[f"{name}.weight"] = layer.weight.detach().clone()
+    adapted = foreign.write_adapter(llm, folder, options.base)
+    saved = {n: t for n, t in load_file(folder / "adapter_model.safetensors").items() if "lora_" in n}
+    save_file(saved, folder / "adapter_model.safetensors")
+    torch.save({f"base_model.model.{n}": t for n, t in trained.items()}, folder / "non_lora_trainables.bin")
+    fields = {"mm_use_im_start_end": True, "mm_use_im_patch_token": patch_token, "vocab_size": ids[-1] + 1}
+    config = foreign.original_config(full.model, str(root / "clip"), **fields)
+    (folder / "config.json").write_text(json.dumps(config))
+    full.model.language_model = adapted.merge_and_unload()
+    assert inspect(folder)["problems"] == []
+    for to in (None, "llava", "original", "hf", "mmpretrain"):
+        if to is not None:
+            convert(folder, tmp_path / to, to)
+        got = load(folder if to is None else tmp_path / to)
+        assert got.tokenizer.convert_tokens_to_ids(tokens) == list(ids)
+        assert got.tokenizer.convert_ids_to_tokens(5) == loaded.tokenizer.convert_ids_to_tokens(5)
+        assert got.manifest["image_delimiters"] == ["<im_start>", "<im_end>"]
+        assert got.manifest["template"] == ("v0_exact" if padding_token else "v1_tight")
+        torch.testing.assert_close(logits(got), logits(full), rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "original" / "added_tokens.json").read_text())["<im_end>"] == ids[-1]
+    trained = {n: t for n, t in trained.items() if "proj" in n}
+    torch.save({f"base_model.model.{n}": t for n, t in trained.items()}, folder / "non_lora_trainables.bin")
+    with pytest.raises(CheckpointError, match=r"word embeddings of 320 rows for 320 tokens .*complete non_lora"):
+        open_checkpoint(folder)
+
+
+def test_a_lora_folders_own_tokenizer_counts(world, adapter, tmp_path) -> None:
+    folder = shutil.copytree(adapter[0], tmp_path / "c")
+    foreign.copy_tokenizer(world[0], folder)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.tokenizer == folder
+    assert checkpoint.description.usage["template"] == "v0_exact_1_0"
+    assert open_checkpoint(adapter[0]).description.usage["template"] == "v1"
+
+
+OLD_KEYS = (  # names of transformers' LLaVA since 4.52 -> before
+    ("model.language_model.", "language_model.model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+
+def old_key(name: str) -> str:
+    """A tensor's name as peft saved it with transformers before 4.52."""
+    name = name.removeprefix("base_model.model.")
+    new = next(old + name.removeprefix(recent) for recent, old in OLD_KEYS if name.startswith(recent))
+    return f"base_model.model.{new}"
+
+
+@pytest.fixture(scope="module", params=["linear", "mlp2x_gelu"])
+def exported(request, tmp_path_factory) -> tuple[Path, Loaded]:
+    """A checkpoint as format hf, written by us."""
+    root = tmp_path_factory.mktemp("exported")
+    loaded = foreign.random_model(root, request.param)
+    saved = save_checkpoint(root / "c", loaded, "full", template="v1", image_position="first")
+    convert(saved, root / "hf", "hf")
+    return root, loaded
+
+
+TARGETS = {
+    "all linear layers": {"target_modules": "all-linear"},
+    "language model": {"target_modules": r".*language_model.*(q_proj|v_proj)"},
+    "first layer of the projector": {"target_modules": ["linear_1", "o_proj"]},
+    "projector saved": {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]},
+    "tower and projector saved": {
+        "target_modules": ["up_proj"], "modules_to_save": ["linear_1", "post_layernorm", "pre_layrnorm"]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("keys", ["old", "new"])
+def test_adapters_on_an_hf_export_equal_peft(exported, targets, keys, tmp_path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    root, loaded = exported
+    folder = tmp_path / "lora"
+    theirs = LlavaForConditionalGeneration.from_pretrained(root / "hf").eval()
+    adapted = foreign.write_adapter(theirs, folder, root / "hf", **TARGETS[targets])
+    if keys == "old":
+        file = folder / "adapter_model.safetensors"
+        save_file({old_key(n): t for n, t in load_file(file).items()}, file)
+    merged = adapted.merge_and_unload()
+    image = merged.config.image_token_id
+    ids = torch.tensor([[1, 5, *[image] * loaded.model.n_image_tokens, 9, 20, 30]])
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = merged(input_ids=ids, pixel_values=pixels).logits[..., : loaded.model.language_model.config.vocab_size]
+    ours = load(folder)
+    assert ours.manifest["template"] == "v1"
+    torch.testing.assert_close(logits(ours), wanted, rtol=1e-5, atol=2e-5)
+    assert not torch.allclose(wanted, logits(loaded), atol=1e-2)
+    convert(folder, tmp_path / "merged", "hf")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), wanted, rtol=1e-5, atol=2e-5)
+    if targets == "language model":
+        convert(folder, tmp_path / "kept", "hf", keep_adapter=True)
+        torch.testing.assert_close(logits(load(tmp_path / "kept" / "adapter")), wanted, rtol=1e-5, atol=2e-5)
+    else:
+        with pytest.raises(CheckpointError, match="fix: convert it without --keep-adapter"):
+            convert(folder, tmp_path / "kept", "hf", keep_adapter=True)
+
+
+MERGE = r"fix: merge it with peft \(merge_and_unload, save_pretrained\)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, "word embeddings of another vocabulary"),
+        ({"target_modules": ["embed_tokens"]}, "lora_embedding_A is no matrix of a linear layer"),
+        ({"target_modules": ["lm_head"]}, "word embeddings of another vocabulary"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern is"),
+        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern is"),
+        ({"bias": "lora_only", "target_modules": ["linear_1"]}, "bias is 'lora_only'"),
+    ],
+)
+def test_adapters_that_only_peft_can_merge_are_refused(exported, settings, message, tmp_path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    theirs = LlavaForConditionalGeneration.from_pretrained(exported[0] / "hf")
+    foreign.write_adapter(theirs, tmp_path / "lora", exported[0] / "hf", **settings)
+    with pytest.raises(CheckpointError, match=f"{message}.*{MERGE}"):
+        open_checkpoint(tmp_path / "lora")
+
+
+def test_lost_modules_to_save_are_refused(exported, tmp_path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    theirs = LlavaForConditionalGeneration.from_pretrained(exported[0] / "hf")
+    foreign.write_adapter(theirs, tmp_path / "lora", exported[0] / "hf", modules_to_save=["multi_modal_projector"])
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if "lora_" in n}, file)
+    with pytest.raises(CheckpointError, match="lacks multi_modal_projector, one of its modules_to_save"):
+        open_checkpoint(tmp_path / "lora")
+
+
+def test_trained_tower_beside_a_lora(world, adapter, tmp_path) -> None:
+    root, loaded, _ = world
+    folder = shutil.copytree(adapter[0], tmp_path / "c")
+    trained = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    tower = {n: t + 0.1 for n, t in loaded.model.vision_tower.state_dict().items()}
+    prefix = "base_model.model.model.vision_tower.vision_tower.vision_model."
+    torch.save(trained | {prefix + n: t for n, t in tower.items()}, folder / "non_lora_trainables.bin")
+    change_json(folder / "config.json", unfreeze_mm_vision_tower=True, mm_vision_tower="org/not-here")
+    with pytest.raises(CheckpointError, match=r"contains a vision tower.*fix: --vision-tower DIR"):
+        open_checkpoint(folder)
+    ours = load(folder, options=Options(vision_tower=str(root / "clip")))
+    assert all(torch.equal(t, tower[n]) for n, t in ours.model.vision_tower.state_dict().items())

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from llava_core.checkpoints.base_models import load_language_model
 from llava_core.checkpoints.describe import Options
+from llava_core.checkpoints.load import load
 from llava_core.checkpoints.open import detect_format, open_checkpoint
 from llava_core.runtime import CheckpointError
 
@@ -58,3 +59,24 @@ def test_projector_file_under_its_published_name(loaded, root, tmp_path) -> None
     assert getattr(detect_format(folder), "name", None) == "projector"
     options = Options(base=str(root / "llm"), vision_tower=str(root / "clip"))
     assert open_checkpoint(folder, options).parts == ("multi_modal_projector", "language_model")
+
+
+def test_base_of_a_projector_may_be_a_llava(loaded, root, tmp_path) -> None:
+    """Its language model and its tokenizer are taken, and the tokenizer shows the era."""
+    base = foreign.write_original(loaded, root, tmp_path / "base", tower=True)
+    (base / "special_tokens_map.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    folder = tmp_path / "projector"
+    folder.mkdir()
+    tensors = {n: t + 0.5 for n, t in foreign.projector_tensors(loaded.model).items()}
+    torch.save(tensors, folder / "mm_projector.bin")
+    (folder / "config.json").write_text(json.dumps(foreign.original_config(loaded.model, str(root / "clip"))))
+    assert open_checkpoint(folder).description.usage["template"] == "v1"
+    for options in (Options(base=str(base)), Options(base=str(base), vision_tower=str(root / "clip"))):
+        checkpoint = open_checkpoint(folder, options)
+        assert checkpoint.parts == ("multi_modal_projector", "language_model")
+        assert checkpoint.description.usage["template"] == "v0_exact_1_0"
+        assert checkpoint.tokenizer == base
+        ours = load(folder, options=options)
+        language_model = loaded.model.language_model.state_dict()
+        assert all(torch.equal(t, language_model[n]) for n, t in ours.model.language_model.state_dict().items())
+        assert torch.equal(ours.model.multi_modal_projector.bias, tensors["model.mm_projector.bias"])
