@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from llava_core.checkpoints.configs import quiet_transformers, tower_config
+from llava_core.checkpoints.configs import language_config, quiet_transformers, tower_config
 from llava_core.checkpoints.files import error_at, has_file, read_config, verify_files
+from llava_core.checkpoints.refusals import refuse
 from llava_core.checkpoints.tensors import LazyTensor, open_folder, weight_files
 from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.data.images import ImageProcessor
@@ -76,6 +77,14 @@ def base_hash(source: str) -> str:
     return f"files:{fingerprint({f.name: sha256_file(f) for f in weight_files(folder)})}"
 
 
+def _checked_folder(source: str) -> Path:
+    """Return the folder of a language model, after checks of its configuration."""
+    folder = model_folder(source)
+    refuse(folder)
+    language_config(read_config(folder, "config.json"), folder)
+    return folder
+
+
 def tower_settings(source: str | Path) -> tuple[dict[str, Any], ImageProcessor]:
     """Return configuration and image settings of a CLIP model's vision tower, after checks."""
     folder = model_folder(source)
@@ -83,7 +92,7 @@ def tower_settings(source: str | Path) -> tuple[dict[str, Any], ImageProcessor]:
     model_type = config.get("model_type")
     if model_type not in ("clip", "clip_vision_model"):
         raise error_at(folder, f"model_type {model_type!r} is not a CLIP vision tower; fix: --vision-tower DIR")
-    full = tower_config(config)
+    full = tower_config(config, folder)
     return full, _image_settings(folder, full["image_size"])
 
 
@@ -114,10 +123,11 @@ def load_language_model(source: str, dtype: torch.dtype, bits: Literal[4] | None
     """
     from transformers import AutoModelForCausalLM
 
+    folder = _checked_folder(source)
     options = {} if bits is None else {"quantization_config": _nf4(dtype)}
     with _loading(source, "language model"):
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    tokenizer = open_tokenizer(model_folder(source))
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    tokenizer = open_tokenizer(folder)
     check_no_missing_weights(source, info)
     for module in model.modules() if bits is not None else ():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -134,7 +144,7 @@ def map_language_model(source: str) -> tuple[Any, Any]:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = model_folder(source)
+    folder = _checked_folder(source)
     with _loading(source, "language model"), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     # old checkpoints store a buffer of the rotary embedding
@@ -170,6 +180,7 @@ def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProces
     from transformers import CLIPVisionModel
 
     folder = model_folder(source)
+    tower_settings(folder)
     with _loading(source, "vision tower"):
         tower, info = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     check_no_missing_weights(source, info)

@@ -50,20 +50,20 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def tower_config(config: dict[str, Any]) -> dict[str, Any]:
+def tower_config(config: dict[str, Any], where: str | Path = "vision tower") -> dict[str, Any]:
     """Return transformers' complete CLIPVisionConfig for the configuration of a CLIP model or of its tower."""
     from transformers import CLIPVisionConfig
 
     fields = config.get("vision_config", config)
     if not isinstance(fields, dict):
-        raise CheckpointError(f"vision_config is {fields!r}, not an object; fix: download config.json again")
+        raise error_at(where, f"vision_config is {fields!r}, not an object; fix: download it again")
     model_type = fields.get("model_type", "clip_vision_model")
     if model_type not in ("clip", "clip_vision_model"):
-        raise CheckpointError(f"vision tower: model_type is {model_type!r}; fix: take a LLaVA with a CLIP vision tower")
-    full = _complete(CLIPVisionConfig, {k: v for k, v in fields.items() if k != "model_type"}, "vision tower")
+        raise error_at(where, f"a vision tower of model_type {model_type!r}; fix: take a LLaVA with a CLIP tower")
+    full = _complete(CLIPVisionConfig, {k: v for k, v in fields.items() if k != "model_type"}, where)
     for name in ("image_size", "patch_size"):
         if type(full[name]) is not int:
-            raise CheckpointError(f"vision tower: {name} is {full[name]!r}, not a number of pixels")
+            raise error_at(where, f"{name} is {full[name]!r}, not a number of pixels; fix: download it again")
     return full
 
 

@@ -75,7 +75,7 @@ class Description:
         fields = {name: value for name, value in stored.items() if value is not None and name != "facts"}
         fields["language_model"] = language_config(stored["language_model"], where)
         if "vision_tower" in fields:
-            fields["vision_tower"] = tower_config({"vision_config": fields["vision_tower"]})
+            fields["vision_tower"] = tower_config({"vision_config": fields["vision_tower"]}, where)
         if "image" in fields:
             fields["image"] = checked_image_settings(fields["image"], where)
         if "tower_source" in fields:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,9 @@ _SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 _NOT_MODELS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # further pickles of a Trainer
 _QUANTISED = (  # ends of names of packed weights and their scales
     ".qweight", ".qzeros", ".g_idx", ".scales", ".absmax", ".quant_map", ".SCB", ".weight_scale", ".weight_packed",
+)  # fmt: skip
+_DAMAGED = (  # what torch.load raises for damaged files
+    RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, BadZipFile
 )  # fmt: skip
 _STEMS = ("model.safetensors", "pytorch_model.bin", "model.bin")
 _DTYPES = {
@@ -101,13 +105,17 @@ def load_pickle(path: Path) -> dict[str, Any]:
     """Read the dict in a `.bin`, `.pth` or `.pt` file by memory map; no code in it is executed."""
     path = contained_file(path.parent, path.name)
     try:
+        if is_zipfile(path):
+            with ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise error_at(path, "compressed, which PyTorch's files are not; fix: download it again")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from before PyTorch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise error_at(path, "holds more than tensors; nothing of it was executed; fix: get safetensors") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise error_at(path, f"damaged or cut off ({reason}); fix: download it again") from error
     if not isinstance(content, Mapping):

@@ -41,6 +41,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "projector_hidden_act": (None, "gelu", "linear"),
     "vision_feature_select_strategy": (None, "default"),  # the class token is dropped
     "multimodal_projector_bias": (None, True),
+    "vision_feature_layer": (None, *range(-256, 256)),  # not a list of layers
 }
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 ORIGINAL_TOKENIZER = "tokenizer"  # sub-folder with the tokenizer as it was before image and padding tokens were added
@@ -106,11 +107,14 @@ def _without_identity(tensors: dict[str, LazyTensor], path: Path) -> dict[str, L
 
 def _description(path: Path, config: dict[str, Any], notes: list[str]) -> Description:
     where = path / "config.json"
-    tower = tower_config(config["vision_config"])
+    tower = tower_config(config["vision_config"], where)
     files = [name for name in ("preprocessor_config.json", "processor_config.json") if has_file(path, name)]
     settings = read_config(path, files[0]) if files else {}
+    settings = settings if files[:1] == ["preprocessor_config.json"] else settings.get("image_processor")
+    if not settings:
+        raise error_at(path, "no preprocessor_config.json, so its pixels are unknown; fix: copy it from its release")
     try:
-        image = ImageProcessor.from_hf(settings.get("image_processor", settings)).to_dict()
+        image = ImageProcessor.from_hf(settings).to_dict()
     except DataError as error:
         raise error_at(path, f"image settings: {error}") from error
     tokens = (tower["image_size"] // tower["patch_size"]) ** 2

@@ -47,10 +47,10 @@ def read(path: Path, options: Options) -> Checkpoint:
     contradicted = {name.split(".")[0] for name in tensors} ^ set(map(str, manifest["parts"]))
     if contradicted:
         raise error_at(path, f"manifest and weights disagree about {sorted(contradicted)[0]}")
-    own_tower = "vision_tower" in manifest["parts"]
+    own_tower, tower = "vision_tower" in manifest["parts"], path / "vision_tower"
     description = Description(
         language_model=language_config(read_config(path / "language_model", "config.json"), path / "language_model"),
-        vision_tower=tower_config(read_config(path / "vision_tower", "config.json")) if own_tower else None,
+        vision_tower=tower_config(read_config(tower, "config.json"), tower) if own_tower else None,
         tower_source=None if own_tower else options.vision_tower or manifest["base"].get("vision_tower"),
         d_vision=manifest["d_vision"],
         projector=manifest["projector"],

@@ -76,7 +76,7 @@ def test_fields_that_change_nothing_or_are_built_are_read(fields) -> None:
 
 @pytest.mark.parametrize("kind", ["siglip_vision_model", "pixtral", "dinov2", "clip_text_model", None])
 def test_other_vision_towers_are_refused(kind) -> None:
-    with pytest.raises(CheckpointError, match=r"vision tower: model_type is .*CLIP vision tower"):
+    with pytest.raises(CheckpointError, match="vision tower: a vision tower of model_type "):
         tower_config({"vision_config": {"model_type": kind}})
     with pytest.raises(CheckpointError, match="num_channels is 4"):
         tower_config({"num_channels": 4})
