@@ -108,9 +108,12 @@ def _without_identity(tensors: dict[str, LazyTensor], path: Path) -> dict[str, L
 def _description(path: Path, config: dict[str, Any], notes: list[str]) -> Description:
     where = path / "config.json"
     tower = tower_config(config["vision_config"], where)
-    files = [name for name in ("preprocessor_config.json", "processor_config.json") if has_file(path, name)]
-    settings = read_config(path, files[0]) if files else {}
-    settings = settings if files[:1] == ["preprocessor_config.json"] else settings.get("image_processor")
+    if has_file(path, "preprocessor_config.json"):
+        settings = read_config(path, "preprocessor_config.json")
+    elif has_file(path, "processor_config.json"):
+        settings = read_config(path, "processor_config.json").get("image_processor", {})
+    else:
+        settings = {}
     if not settings:
         raise error_at(path, "no preprocessor_config.json, so its pixels are unknown; fix: copy it from its release")
     try:

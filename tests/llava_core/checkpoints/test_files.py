@@ -28,6 +28,14 @@ def test_git_lfs_pointers_are_named(original, name) -> None:
     assert "git lfs pull" in problem
 
 
+def test_a_pointer_instead_of_the_tokenizer_is_named(original) -> None:
+    for file in original.glob("tokenizer*"):
+        file.unlink()
+    (original / "tokenizer.model").write_text(POINTER)
+    (problem,) = inspect(original)["problems"]
+    assert "tokenizer.model: a Git LFS pointer" in problem
+
+
 def test_an_unread_pointer_is_no_fault(original) -> None:
     (original / "README.md").write_text(POINTER)
     (original / "flax_model.msgpack").write_text(POINTER)

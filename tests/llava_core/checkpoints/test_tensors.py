@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import tiny
@@ -48,3 +49,14 @@ def test_pickles_of_a_trainer_are_no_weights(tmp_path) -> None:
     assert lone_weights_file(tmp_path) is None
     (tmp_path / "llava_7b.pth").write_bytes(b"")
     assert lone_weights_file(tmp_path) == tmp_path / "llava_7b.pth"
+
+
+def test_compressed_pickles_are_refused(tmp_path) -> None:
+    """An archive of a few bytes could fill the memory when it is decompressed."""
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "a.bin")
+    with ZipFile(tmp_path / "a.bin") as stored, ZipFile(tmp_path / "b.bin", "w", ZIP_DEFLATED) as packed:
+        for entry in stored.infolist():
+            packed.writestr(entry.filename, stored.read(entry))
+    assert open_file(tmp_path / "a.bin")["a"].shape == (10**6,)
+    with pytest.raises(CheckpointError, match=r"b\.bin: compressed"):
+        open_file(tmp_path / "b.bin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
 
 from companion.checkpoints.convert import convert
 from llava_core.checkpoints.load import Loaded, load, save_checkpoint
+from llava_core.checkpoints.open import open_checkpoint
 from llava_core.inference import prompt_ids
 from llava_core.models.generation import GenerationSettings, generate_tokens
 from llava_core.runtime import CheckpointError
@@ -129,6 +131,35 @@ def test_changed_separator_changes_the_prompt(exported) -> None:
     plain = right.replace("<image>", "")
     assert "".join(decoded.split()) == "".join(plain.split())
     assert right != other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_feature_layer": [-2, -5]}, r"config\.json: vision_feature_layer is \[-2, -5\]"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
+        ({"projector_hidden_act": "gelu_pytorch_tanh"}, "projector_hidden_act is 'gelu_pytorch_tanh'"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False"),
+        ({"image_seq_length": 5}, "image_seq_length is 5"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, r"config\.json: .*'siglip_vision_model'; fix: "),
+        ({"vision_config": {"model_type": "pixtral"}}, r"config\.json: .*'pixtral'; fix: .*CLIP"),
+        ({"text_config": {"model_type": "gemma2"}}, r"config\.json: .*model_type 'gemma2'.*fix: "),
+        ({"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping is 30.0, which"),
+        ({"text_config": {"sliding_window": 8}}, "sliding_window is 8"),
+        ({"preprocessor": None}, r"no preprocessor_config\.json.*fix: copy it"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_not_implemented_are_named(change, message, tmp_path) -> None:
+    loaded = foreign.random_model(tmp_path / "bases")
+    folder = foreign.write_hf(loaded, tmp_path / "bases", tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    if change.pop("preprocessor", 0) is None:
+        (folder / "preprocessor_config.json").unlink()
+    for name, value in change.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
 
 
 def test_unknown_usage_field_is_an_error(exported, tmp_path) -> None:
