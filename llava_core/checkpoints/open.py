@@ -73,7 +73,8 @@ def _open_base(source: str, options: Options) -> Checkpoint:
     """Open the model that adapters were trained on: a LLaVA checkpoint or a plain language model."""
     folder = model_folder(source)
     if detect_format(folder) is not None:
-        return open_checkpoint(folder, Options(vision_tower=options.vision_tower), name_tower=True)
+        base = open_checkpoint(folder, Options(vision_tower=options.vision_tower), name_tower=True)
+        return base.require("language_model")
     return open_language_model(source)
 
 

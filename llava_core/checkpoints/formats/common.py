@@ -18,6 +18,8 @@ from llava_core.checkpoints.tensors import LazyTensor, open_folder
 from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.runtime import CheckpointError, display_path
 
+PROJECTOR = "multi_modal_projector."
+
 
 @dataclass(frozen=True)
 class CheckpointFormat:
@@ -81,6 +83,20 @@ def with_tower_settings(
     read = "settings of the vision tower inside" if inside else "vision tower"
     notes.append(f"{read} read from {display_path(folder)}, which the files or the caller name")
     return replace(description, vision_tower=config, image=replace(image, mode=mode or image.mode).to_dict())
+
+
+def one_layer(tensors: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyTensor]:
+    """Return tensors with the projector's two linear layers, which transformers' LLaVA always has, as one layer."""
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTOR)}
+    w1, b1, w2, b2 = (tensors.get(f"{PROJECTOR}{name}") for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
+    if w1 is None or b1 is None or w2 is None or b2 is None or b1.shape != b2.shape or w2.shape != 2 * b1.shape:
+        what = "multi_modal_projector.linear_1 or linear_2 is missing or of another width"
+        raise error_at(where, f"{what}; fix: get the complete file")
+    second, shift = w2.read(), b2.read()
+    if not torch.equal(second, torch.eye(len(second), dtype=second.dtype)) or shift.any():
+        w1 = w1.map(lambda w: (second.float() @ w.float()).to(w.dtype))
+        b1 = b1.map(lambda b: (second.float() @ b.float() + shift.float()).to(b.dtype))
+    return rest | {f"{PROJECTOR}weight": w1, f"{PROJECTOR}bias": b1}
 
 
 def open_language_model(source: str) -> Checkpoint:

@@ -1,7 +1,7 @@
 """The format of transformers' `LlavaForConditionalGeneration`: configuration, processor and weights.
 
 Its projector is always linear_1, activation, linear_2. The paper's single linear layer is exported exactly: activation
-"linear" (the identity), linear_2 the identity matrix. Such a pair, and no other, is read as a linear projector.
+"linear" (the identity), linear_2 the identity matrix. If a client trained linear_2, the two are multiplied.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llava_core.checkpoints.configs import language_config, tower_config
 from llava_core.checkpoints.describe import DESCRIPTION_KEY, USAGE_OF_V1, Checkpoint, Description, Options
 from llava_core.checkpoints.files import error_at, has_file, read_config
-from llava_core.checkpoints.formats.common import CheckpointFormat, check_supported, check_unchanged, new_checkpoint
+from llava_core.checkpoints.formats.common import (
+    PROJECTOR,
+    CheckpointFormat,
+    check_supported,
+    check_unchanged,
+    new_checkpoint,
+    one_layer,
+)
 from llava_core.checkpoints.formats.names import export_name, import_name
-from llava_core.checkpoints.tensors import LazyTensor, open_folder
+from llava_core.checkpoints.tensors import open_folder
 from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.data.images import ImageProcessor
 from llava_core.runtime import DataError
@@ -62,11 +67,6 @@ def read(path: Path, options: Options) -> Checkpoint:
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict):
             raise error_at(where, f"{part} is missing; fix: download config.json again")
-    tensors = open_folder(path)
-    rules: tuple[tuple[str, str], ...] = RULES
-    if config.get("projector_hidden_act") == "linear":
-        tensors = _without_identity(tensors, path)
-        rules = (RULES[3], *RULES)
     stored = config.get(DESCRIPTION_KEY)
     if stored is None:
         description, tokenizer = _description(path, config, notes), tokenizer_folder(path)
@@ -79,9 +79,13 @@ def read(path: Path, options: Options) -> Checkpoint:
         tokenizer = tokenizer_folder(path / ORIGINAL_TOKENIZER) or tokenizer_folder(path)
 
     def rename(name: str) -> str:
-        return import_name(export_name(name, _RECENT_NAMES), rules)
+        return import_name(export_name(name, _RECENT_NAMES), RULES)
 
-    checkpoint = new_checkpoint(FORMAT.name, path, tensors, rename, description, tokenizer, notes)
+    checkpoint = new_checkpoint(FORMAT.name, path, open_folder(path), rename, description, tokenizer, notes)
+    if description.projector == "linear":
+        checkpoint.tensors = one_layer(checkpoint.tensors, path)
+        for name in ("weight", "bias"):
+            checkpoint.names[f"{PROJECTOR}{name}"] = checkpoint.names.pop(f"{PROJECTOR}0.{name}")
     if stored is not None:
         _drop_padding_rows(checkpoint, stored["vocabulary"])
     return checkpoint
@@ -92,17 +96,6 @@ def _drop_padding_rows(checkpoint: Checkpoint, rows: int) -> None:
         if name in checkpoint.tensors:
             table = checkpoint.tensors[name]
             checkpoint.tensors[name] = table.map(lambda t: t[:rows].clone(), (rows, *table.shape[1:]))
-
-
-def _without_identity(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
-    second = {name: tensor for name, tensor in tensors.items() if ".linear_2." in f".{name}"}
-    values = {name.rsplit(".", 1)[-1]: tensor.read() for name, tensor in second.items()}
-    if set(values) != {"weight", "bias"}:
-        raise error_at(path, "multi_modal_projector.linear_2 is missing; fix: get the complete file")
-    matrix = values["weight"]
-    if not torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)) or values["bias"].any():
-        raise error_at(path, "linear_1 and linear_2 without an activation between them; fix: multiply them into one")
-    return {name: tensor for name, tensor in tensors.items() if name not in second}
 
 
 def _description(path: Path, config: dict[str, Any], notes: list[str]) -> Description:

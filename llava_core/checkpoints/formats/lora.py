@@ -19,7 +19,7 @@ import torch
 
 from llava_core.checkpoints.describe import IMAGE_DELIMITERS, Adapter, Checkpoint, Options
 from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
-from llava_core.checkpoints.formats.common import CheckpointFormat, with_tower_settings
+from llava_core.checkpoints.formats.common import PROJECTOR, CheckpointFormat, one_layer, with_tower_settings
 from llava_core.checkpoints.formats.names import export_name, rename_tensors
 from llava_core.checkpoints.formats.original import mm_config, read_description
 from llava_core.checkpoints.tensors import LazyTensor, open_file, write_file
@@ -40,7 +40,6 @@ _NAMES = (  # in a language model, in the original code, and in transformers' LL
     (r"model\.language_model\.", "language_model.model."),
     (r"(?=(model|lm_head)\.)", "language_model."),
 )
-_PROJECTOR = "multi_modal_projector."
 _MERGE = "fix: merge it with peft (merge_and_unload, save_pretrained) and open the result"
 
 _IRRELEVANT = frozenset({  # peft's settings that do not change the meaning of W + scale * B A
@@ -76,12 +75,12 @@ def read(path: Path, options: Options, base: Checkpoint) -> Checkpoint:
     if any(name.startswith("vision_tower.") for name in adapter.matrices) and "vision_tower" not in base.parts:
         base = base.require("vision_tower")
     tensors = base.tensors | replaced
-    if not any(name.startswith(_PROJECTOR) for name in tensors | adapter.replaced):
+    if not any(name.startswith(PROJECTOR) for name in tensors | adapter.replaced):
         raise error_at(path, f"no projector, so the model could not use an image; fix: copy {trained} here, too")
     description, notes, tokenizer, added = base.description, list(base.notes), base.tokenizer, base.added_tokens
     if config:
         tokenizer, notes = tokenizer_folder(path) or tokenizer, []
-        rows = (tensors | adapter.replaced)[EMBEDDINGS[0]].shape[0]
+        (rows, *_) = (tensors | adapter.replaced)[EMBEDDINGS[0]].shape or (0,)
         if tokenizer == base.tokenizer:
             added += _added_tokens(config, base, rows, path)
         pad = "[PAD]" if "[PAD]" in added else None
@@ -90,7 +89,7 @@ def read(path: Path, options: Options, base: Checkpoint) -> Checkpoint:
     elif any(name in EMBEDDINGS and t.shape != tensors[name].shape for name, t in adapter.replaced.items()):
         raise error_at(adapter.path, f"has word embeddings of another vocabulary than its base; {_MERGE}")
     description = with_tower_settings(description, notes, path, tensors)
-    layers = (f"{_PROJECTOR}0.", f"{_PROJECTOR}2.")
+    layers = (f"{PROJECTOR}0.", f"{PROJECTOR}2.")
     if description.projector == "linear" and any(n.startswith(layers) for n in (*adapter.matrices, *adapter.replaced)):
         tensors = _as_two_layers(tensors)
     return Checkpoint(
@@ -157,8 +156,8 @@ def merge(checkpoint: Checkpoint) -> Checkpoint:
             fix = _MERGE if name in EMBEDDINGS else "fix: --base with the model that it was trained on"
             raise error_at(adapter.path, f"{name} is {shapes}; {fix}")
         tensors[name] = tensors[name].map(partial(_merge, a=a, b=b, scale=scale, nf4=nf4))
-    if f"{_PROJECTOR}2.weight" in tensors and checkpoint.description.projector == "linear":
-        tensors = _as_one_layer(tensors)
+    if f"{PROJECTOR}2.weight" in tensors and checkpoint.description.projector == "linear":
+        tensors = one_layer(tensors, adapter.path)
     base = "its base" if nf4 is None else "its base, rounded to NF4 as in training"
     notes = [*checkpoint.notes, f"LoRA adapter of rank {adapter.settings['r']} merged into {base}"]
     description = replace(checkpoint.description, usage=usage)
@@ -200,7 +199,8 @@ def new_adapter(settings: dict[str, Any], tensors: Mapping[str, LazyTensor], pat
     for name, pair in matrices.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
             raise error_at(path, f"{name} lacks one of its two matrices, or their rank is not {rank}")
-    for module in settings.get("modules_to_save") or ():
+    saved = settings.get("modules_to_save") or []
+    for module in saved if isinstance(saved, list) else [saved]:
         if not any(f".{module}." in f".{theirs}" for theirs in tensors if ".lora_" not in theirs):
             raise error_at(path, f"lacks {module}, one of its modules_to_save; fix: get the complete adapter")
     return Adapter(settings, {name: (pair["A"], pair["B"]) for name, pair in matrices.items()}, path, replaced)
@@ -208,20 +208,11 @@ def new_adapter(settings: dict[str, Any], tensors: Mapping[str, LazyTensor], pat
 
 def _as_two_layers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Return tensors with a linear projector as transformers' LLaVA has it, so that both layers can be adapted."""
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROJECTOR)}
-    weight, bias = tensors[f"{_PROJECTOR}weight"], tensors[f"{_PROJECTOR}bias"]
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTOR)}
+    weight, bias = tensors[f"{PROJECTOR}weight"], tensors[f"{PROJECTOR}bias"]
     eye, zeros = torch.eye(*bias.shape, dtype=weight.dtype), torch.zeros(bias.shape, dtype=bias.dtype)
-    second = {f"{_PROJECTOR}2.weight": LazyTensor.of(eye), f"{_PROJECTOR}2.bias": LazyTensor.of(zeros)}
-    return rest | {f"{_PROJECTOR}0.weight": weight, f"{_PROJECTOR}0.bias": bias} | second
-
-
-def _as_one_layer(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return tensors with the two layers of `_as_two_layers` multiplied into one."""
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROJECTOR)}
-    w1, b1, w2, b2 = (tensors[f"{_PROJECTOR}{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
-    weight = w1.map(lambda w: (w2.read().float() @ w.float()).to(w.dtype))
-    bias = b1.map(lambda b: (w2.read().float() @ b.float() + b2.read().float()).to(b.dtype))
-    return rest | {f"{_PROJECTOR}weight": weight, f"{_PROJECTOR}bias": bias}
+    second = {f"{PROJECTOR}2.weight": LazyTensor.of(eye), f"{PROJECTOR}2.bias": LazyTensor.of(zeros)}
+    return rest | {f"{PROJECTOR}0.weight": weight, f"{PROJECTOR}0.bias": bias} | second
 
 
 def _merge(weight: torch.Tensor, a: LazyTensor, b: LazyTensor, scale: float, nf4: str | None) -> torch.Tensor:

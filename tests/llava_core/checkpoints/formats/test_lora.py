@@ -161,9 +161,13 @@ def test_lora_with_its_own_word_embeddings(world, patch_token, padding_token, tm
         layer.weight.data = torch.randn_like(layer.weight) * 0.2
         trained[f"{name}.weight"] = layer.weight.detach().clone()
     adapted = foreign.write_adapter(llm, folder, options.base)
-    saved = {n: t for n, t in load_file(folder / "adapter_model.safetensors").items() if "lora_" in n}
-    save_file(saved, folder / "adapter_model.safetensors")
-    torch.save({f"base_model.model.{n}": t for n, t in trained.items()}, folder / "non_lora_trainables.bin")
+    if padding_token or patch_token:  # else as recent versions of peft save them, in the adapter
+        saved = {n: t for n, t in load_file(folder / "adapter_model.safetensors").items() if "lora_" in n}
+        save_file(saved, folder / "adapter_model.safetensors")
+        torch.save({f"base_model.model.{n}": t for n, t in trained.items()}, folder / "non_lora_trainables.bin")
+    else:
+        projector = {f"base_model.model.{n}": t for n, t in trained.items() if "proj" in n}
+        torch.save(projector, folder / "non_lora_trainables.bin")
     fields = {"mm_use_im_start_end": True, "mm_use_im_patch_token": patch_token, "vocab_size": ids[-1] + 1}
     config = foreign.original_config(full.model, str(root / "clip"), **fields)
     (folder / "config.json").write_text(json.dumps(config))
@@ -179,6 +183,8 @@ def test_lora_with_its_own_word_embeddings(world, patch_token, padding_token, tm
         assert got.manifest["template"] == ("v0_exact" if padding_token else "v1_tight")
         torch.testing.assert_close(logits(got), logits(full), rtol=1e-5, atol=1e-5)
     assert json.loads((tmp_path / "original" / "added_tokens.json").read_text())["<im_end>"] == ids[-1]
+    saved = {n: t for n, t in load_file(folder / "adapter_model.safetensors").items() if "lora_" in n}
+    save_file(saved, folder / "adapter_model.safetensors")
     trained = {n: t for n, t in trained.items() if "proj" in n}
     torch.save({f"base_model.model.{n}": t for n, t in trained.items()}, folder / "non_lora_trainables.bin")
     with pytest.raises(CheckpointError, match=r"word embeddings of 320 rows for 320 tokens .*complete non_lora"):
@@ -285,6 +291,26 @@ def test_adapters_that_only_peft_can_merge_are_refused(exported, settings, messa
     foreign.write_adapter(theirs, tmp_path / "lora", exported[0] / "hf", **settings)
     with pytest.raises(CheckpointError, match=f"{message}.*{MERGE}"):
         open_checkpoint(tmp_path / "lora")
+
+
+def test_result_of_peft_itself_opens(exported, tmp_path) -> None:
+    """The way out of the errors above; peft has adapted both layers of the projector."""
+    from transformers import LlavaForConditionalGeneration
+
+    root, loaded = exported
+    theirs = LlavaForConditionalGeneration.from_pretrained(root / "hf").eval()
+    adapted = foreign.write_adapter(theirs, tmp_path / "lora", root / "hf", target_modules="all-linear", use_dora=True)
+    merged, folder = adapted.merge_and_unload(), shutil.copytree(root / "hf", tmp_path / "merged")
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    merged.save_pretrained(folder)
+    image = merged.config.image_token_id
+    ids = torch.tensor([[1, 5, *[image] * loaded.model.n_image_tokens, 9, 20, 30]])
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = merged(input_ids=ids, pixel_values=pixels).logits[..., : loaded.model.language_model.config.vocab_size]
+    assert inspect(folder)["problems"] == []
+    torch.testing.assert_close(logits(load(folder)), wanted, rtol=1e-5, atol=2e-5)
 
 
 def test_lost_modules_to_save_are_refused(exported, tmp_path) -> None:
