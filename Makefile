@@ -27,7 +27,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test reproduce nb book figures serve lab bench ci lock clean
+.PHONY: help setup check format test interop reproduce nb book figures serve lab bench ci lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,14 @@ format: setup ## put style right where a tool can
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# versions of transformers, each with the first version of tokenizers that it does not take
+INTEROP := 4.51:0.22 4.57:0.23
+interop: setup ## tests with older versions of transformers, which it installs into .interop
+	@for pair in $(INTEROP); do version=$${pair%:*}; test -d .interop/$$version || $(BIN)/python -m pip install --no-deps \
+		--quiet --disable-pip-version-check --target .interop/$$version "transformers~=$$version.0" \
+		"tokenizers<$${pair#*:}" "huggingface_hub<1" || exit 1; done
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m interop
 
 reproduce: setup ## every notebook in order, then the book (SCALE=, FAST=1)
 	$(LLAVA) reproduce --scale $(SCALE) $(if $(FAST),--fast)

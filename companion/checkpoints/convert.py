@@ -61,7 +61,8 @@ def convert(
         to: a name of `WRITERS`.
         options, usage: as in `open_checkpoint`.
         keep_adapter: for "hf", leave the base as it is and write the adapter into `target / "adapter"`, for peft.
-        verify: for "hf", also run both models in fp32 and compare the output of every module; needs memory for both.
+        verify: for "hf", also run both models in fp32 on a real prompt and compare tokens and the output of every
+            module; needs memory for both.
 
     Returns:
         What was read and written; `largest_difference` is the one of verified modules, as a share of their output.

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from llava_core.checkpoints.configs import quiet_transformers
 from llava_core.checkpoints.describe import Checkpoint
+from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats.names import export_name
-from llava_core.checkpoints.load import assemble
+from llava_core.checkpoints.load import Loaded, assemble
+from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.constants import IMAGE_TOKEN_ID
+from llava_core.data.images import ImageProcessor
+from llava_core.data.tokenization import Turn
+from llava_core.inference import prompt_ids
+from llava_core.models.generation import GenerationSettings, generate_tokens
 from llava_core.runtime import CheckpointError, progress
 
 _IN_MEMORY = (  # prefixes of the modules of Llava and of LlavaForConditionalGeneration
@@ -25,6 +32,11 @@ _IN_MEMORY = (  # prefixes of the modules of Llava and of LlavaForConditionalGen
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model.language_model."),
 )
+_TEXTS = ("What is in the image?", " two  spaces", "a\nline", "tabs\tand $ 3.14", "naïve 犬 🐶", "")
+_DIALOGUES: tuple[tuple[Turn, ...], ...] = (
+    (("What is in  the image?", None),), (("What is this?\nOne word.", "A red car."), ("And  behind it?", None)),
+)  # fmt: skip
+_NEW, _PIXELS = 8, 2e-3  # greedy tokens; the difference of two image processors, in standard deviations of a channel
 TOLERANCE = 1e-4
 """Largest difference of two fp32 runs of the same function, as a share of an output's size."""
 
@@ -79,18 +91,17 @@ class ModuleDifference:
 
 
 def module_differences(
-    model: Any, reference: Any, image_token: int, words: int = 9, seed: int = 0
+    model: Any, reference: Any, ids: torch.Tensor, pixels: torch.Tensor, image_token: int
 ) -> list[ModuleDifference]:
     """Compare the output of each module of `Llava` and of the `reference`, in the order of the forward pass.
 
-    The input is a random image and random words. The `reference` is a LlavaForConditionalGeneration with the same
-    weights and `image_token` as the id of its image token.
+    Args:
+        model: a `Llava`.
+        reference: a LlavaForConditionalGeneration with the same weights.
+        ids: of a prompt (1, T) with an image.
+        pixels: of that image (1, 3, S, S).
+        image_token: id of the image token in the reference.
     """
-    generator = torch.Generator().manual_seed(seed)
-    size, vocabulary = model.vision_tower.config.image_size, model.language_model.config.vocab_size
-    text = torch.randint(3, min(vocabulary, image_token), (words,), generator=generator).tolist()
-    ids = torch.tensor([[text[0], *[IMAGE_TOKEN_ID] * model.n_image_tokens, *text[1:]]])
-    pixels = torch.randn(1, 3, size, size, generator=generator).to(model.language_model.dtype)
     with torch.inference_mode(), _outputs(model) as outputs, _outputs(reference) as reference_outputs:
         model(ids, pixels)
         reference(input_ids=ids.masked_fill(ids == IMAGE_TOKEN_ID, image_token), pixel_values=pixels)
@@ -117,12 +128,71 @@ def first_module(differences: list[ModuleDifference], tolerance: float = TOLERAN
 
 
 def verify_export(source: Checkpoint, folder: Path) -> list[ModuleDifference]:
-    """Compare all modules of a checkpoint with those of its export in format "hf", loaded by transformers, in fp32."""
-    from transformers import LlavaForConditionalGeneration
+    """Compare a checkpoint with its export in format "hf", opened by transformers alone, in fp32 and on real prompts.
 
+    Returns:
+        The differences of all modules; `first_module` finds the first that matters.
+
+    Raises:
+        CheckpointError: the tokens of a text, a prompt, the pixels or the greedy tokens differ.
+    """
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    description, usage = source.description, dict(source.description.usage)
+    if source.tokenizer is None or description.image is None:
+        raise error_at(source.path, "no tokenizer or image settings; fix: --base, --vision-tower")
+    if usage.get("image_position") == "random":  # the chat template has one place
+        usage["image_position"] = "data"
+    tokenizer = open_tokenizer(source.tokenizer)
+    image_processor = ImageProcessor.from_dict(description.image)
+    ours = Loaded(assemble(source, torch.float32).eval(), tokenizer, image_processor, usage)
     with quiet_transformers():
+        processor = AutoProcessor.from_pretrained(folder)
         reference = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return module_differences(assemble(source, torch.float32).eval(), reference, reference.config.image_token_id)
+    for text in _TEXTS:
+        tokens = [t(text, add_special_tokens=False)["input_ids"] for t in (processor.tokenizer, tokenizer)]
+        _check_equal(f"tokens of {text!r}", *tokens)
+    image, image_token = _picture(image_processor.size), reference.config.image_token_id
+    for turns in _DIALOGUES:
+        prompt = processor.apply_chat_template(_messages(turns), add_generation_prompt=True)
+        batch = processor(images=image, text=prompt, return_tensors="pt")
+        ids = batch["input_ids"].masked_fill(batch["input_ids"] == image_token, IMAGE_TOKEN_ID)
+        if "template" in usage or "chat_template" not in usage:
+            _check_equal(f"the prompt of {turns[-1][0]!r}", ids[0].tolist(), prompt_ids(ours, turns, has_image=True))
+    pixels = torch.from_numpy(image_processor(image))[None]
+    if not torch.allclose(batch["pixel_values"], pixels, atol=_PIXELS):
+        raise error_at(folder, "its image processor gives other pixels")
+    differences = module_differences(ours.model, reference, ids, pixels, image_token)
+    if first_module(differences) is None:
+        with torch.inference_mode():
+            greedy = reference.generate(**batch, max_new_tokens=_NEW)[0, ids.shape[1] :].tolist()
+        steps = generate_tokens(ours.model, [ids[0].tolist()], pixels, GenerationSettings(len(greedy)))
+        _check_equal("greedy tokens", greedy, [int(token[0]) for token in steps])
+    return differences
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """A dialogue in the form of chat templates, with an image in its first question."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in turns:
+        shown = [] if messages else [{"type": "image"}]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def _picture(size: int) -> Image.Image:
+    """A picture of random pixels, wider than high."""
+    values = torch.randint(0, 256, (size, size * 3 // 2, 3), generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(values.to(torch.uint8).numpy())
+
+
+def _check_equal(what: str, theirs: list[int], ours: list[int]) -> None:
+    if theirs != ours:
+        shorter = min(len(theirs), len(ours))
+        k = next((k for k in range(shorter) if theirs[k] != ours[k]), shorter)
+        raise CheckpointError(f"{what}: from {k} on {theirs[k : k + 6]} in the export, {ours[k : k + 6]} here")
 
 
 def _in_memory(name: str) -> str:

@@ -1,7 +1,12 @@
-"""The writer of transformers' `LlavaForConditionalGeneration`: weights, configuration, processor and chat template."""
+"""The writer of transformers' `LlavaForConditionalGeneration`: weights, configuration, processor and chat template.
+
+The files are read by transformers 4.51 to 5 (`make interop`), so some values are there under two names.
+"""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from string import Template as TextTemplate
@@ -11,46 +16,55 @@ import torch
 from PIL import Image
 
 from llava_core.checkpoints.describe import DESCRIPTION_KEY, Checkpoint
-from llava_core.checkpoints.files import error_at
+from llava_core.checkpoints.files import contained_file, error_at, has_file
 from llava_core.checkpoints.formats import hf
 from llava_core.checkpoints.formats.names import export_tensors
 from llava_core.checkpoints.tensors import LazyTensor, write_tensors
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, Template
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import write_json
+from llava_core.runtime import fingerprint, write_json
 
 _ROWS_MULTIPLE = 64  # the word embeddings are padded to a multiple of it, as in the hub's checkpoints
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     """Write weights, configuration and processor, so that `from_pretrained` needs no code of ours."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     description = checkpoint.description
     if checkpoint.tokenizer is None or description.image is None or description.vision_tower is None:
         raise error_at(checkpoint.path, "without tokenizer and image settings no processor can be written")
     size, patch = (description.vision_tower[k] for k in ("image_size", "patch_size"))
-    rows, image_id, pad_id = _write_processor(checkpoint, folder, patch)
+    tokenizer = _write_processor(checkpoint, folder, patch)
+    rows = -(-max(len(tokenizer), description.language_model["vocab_size"]) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+    dtype = str(checkpoint.tensors[hf.EMBEDDINGS[0]].dtype).removeprefix("torch.")  # the tower's may differ
     tensors = {}
     for name, tensor in export_tensors(checkpoint, hf.RULES).items():
         if name in hf.EMBEDDINGS:
             tensor = tensor.map(lambda table: _pad_rows(table, rows), (rows, *tensor.shape[1:]))
         tensors[name] = tensor
         if name == "multi_modal_projector.linear_1.bias" and description.projector == "linear":
-            (width,), dtype = tensor.shape, tensor.dtype
-            tensors["multi_modal_projector.linear_2.weight"] = LazyTensor.of(torch.eye(width, dtype=dtype))
-            tensors["multi_modal_projector.linear_2.bias"] = LazyTensor.of(torch.zeros(width, dtype=dtype))
+            (width,) = tensor.shape
+            tensors["multi_modal_projector.linear_2.weight"] = LazyTensor.of(torch.eye(width, dtype=tensor.dtype))
+            tensors["multi_modal_projector.linear_2.bias"] = LazyTensor.of(torch.zeros(width, dtype=tensor.dtype))
     write_tensors(folder, tensors, shard_bytes)
     config = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "dtype": str(checkpoint.tensors[hf.EMBEDDINGS[0]].dtype).removeprefix("torch."),  # the tower's may differ
-        "text_config": description.language_model | {"vocab_size": rows},
-        "vision_config": description.vision_tower, "image_token_index": image_id, "pad_token_id": pad_id,
+        "dtype": dtype, "torch_dtype": dtype,
+        "text_config": {
+            **description.language_model, **rope_fields(description.language_model), "vocab_size": rows,
+            "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[description.language_model["model_type"]]],
+        },
+        "vision_config": description.vision_tower, "pad_token_id": tokenizer.pad_token_id,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_MARKER),
         "image_seq_length": (size // patch) ** 2, "vision_feature_layer": description.feature_layer,
         "vision_feature_select_strategy": "default", "multimodal_projector_bias": True,
         "projector_hidden_act": "linear" if description.projector == "linear" else "gelu",
         "tie_word_embeddings": description.tied,
         DESCRIPTION_KEY: {
-            "description": description.to_dict(), "vocabulary": description.language_model["vocab_size"], "rows": rows
+            "description": description.to_dict(), "vocabulary": description.language_model["vocab_size"], "rows": rows,
+            "chat_template": fingerprint(tokenizer.chat_template),
         },
     }  # fmt: skip
     write_json(folder / "config.json", config)
@@ -62,19 +76,32 @@ def _pad_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([table, mean.expand(rows - len(table), -1)]) if rows > len(table) else table
 
 
-def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> tuple[int, int, int]:
-    """Write all but weights and configuration; return rows of the padded embeddings, ids of image and padding token."""
+def rope_fields(language_model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that stand for `rope_parameters` before transformers 5, which would take its defaults else."""
+    rope = {k: v for k, v in (language_model.get("rope_parameters") or {}).items() if v is not None}
+    named = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    kind = rope.pop("rope_type", "default")  # transformers up to 4.42 wants it as `type`, and no third key
+    return named | ({"rope_scaling": {"type": kind, **rope}} if kind != "default" else {})
+
+
+def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> Any:
+    """Write all but weights and configuration; return the tokenizer with image and padding token."""
     assert checkpoint.tokenizer is not None
-    language_model, usage = checkpoint.description.language_model, checkpoint.description.usage
-    template = TEMPLATES.get(usage.get("template", "v0"))
-    # `padding_side` is passed here because only arguments of the constructor are saved
-    tokenizer = checkpoint.open_tokenizer(padding_side="left")
+    usage = checkpoint.description.usage
+    tokenizer = checkpoint.open_tokenizer()
+    if not tokenizer.is_fast:
+        raise error_at(checkpoint.tokenizer, "no fast tokenizer, which a processor of transformers needs")
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
-    tokenizer.save_pretrained(folder)
+    template = TEMPLATES.get(usage.get("template", "v0"))
+    adds_bos = _only_bos(tokenizer)
+    tokenizer.chat_template = usage.get("chat_template") or chat_template(template, usage, bos=not adds_bos)
+    _write_tokenizer(tokenizer, folder)
     (folder / hf.ORIGINAL_TOKENIZER).mkdir()
     checkpoint.copy_tokenizer(folder / hf.ORIGINAL_TOKENIZER)
+    if has_file(checkpoint.tokenizer, "tokenizer.model"):  # llama.cpp prefers it
+        shutil.copyfile(contained_file(checkpoint.tokenizer, "tokenizer.model"), folder / "tokenizer.model")
     image = preprocessor_config(ImageProcessor.from_dict(checkpoint.description.image or {}))
     write_json(folder / "preprocessor_config.json", image | {"processor_class": "LlavaProcessor"})
     processor = {
@@ -82,7 +109,8 @@ def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> tuple[
         "num_additional_image_tokens": 1, "image_token": IMAGE_MARKER,
     }  # fmt: skip
     write_json(folder / "processor_config.json", processor)
-    (folder / "chat_template.jinja").write_text(chat_template(template, usage), encoding="utf-8")
+    (folder / "chat_template.jinja").write_bytes(tokenizer.chat_template.encode())
+    write_json(folder / "chat_template.json", {"chat_template": tokenizer.chat_template})  # for processors of 2024
     stops = [tokenizer.eos_token_id]
     stop_ids = tokenizer(template.stop, add_special_tokens=False)["input_ids"] if template.stop else []
     if len(stop_ids) == 1 and stop_ids[0] not in stops:  # longer stops need `stop_strings` when generating
@@ -90,8 +118,37 @@ def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> tuple[
     ends = {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     ends = {name: value for name, value in ends.items() if value is not None}
     write_json(folder / "generation_config.json", {**ends, "do_sample": False})
-    rows = -(-max(len(tokenizer), language_model["vocab_size"]) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
-    return rows, int(tokenizer.convert_tokens_to_ids(IMAGE_MARKER)), int(tokenizer.pad_token_id)
+    return tokenizer
+
+
+def _only_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer adds a BOS token to a text; a post-processor that adds anything else is removed."""
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    if whole == [tokenizer.bos_token_id, *text]:
+        return True
+    if whole != text:
+        from tokenizers.processors import ByteLevel
+
+        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)  # adds nothing
+    return False
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a fast tokenizer for all versions of transformers, whose settings of the same class differ."""
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    tokens = {name: getattr(tokenizer, name) for name in names}
+    settings: dict[str, Any] = {name: str(token) for name, token in tokens.items() if token is not None}
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = tokenizer.added_tokens_decoder.items()
+    settings |= {
+        "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",  # any other class changes tokenizer.json
+        "model_input_names": ["input_ids", "attention_mask"], "model_max_length": tokenizer.model_max_length,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(k): {name: getattr(token, name) for name in fields} for k, token in added},
+    }  # fmt: skip
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def preprocessor_config(image: ImageProcessor) -> dict[str, Any]:
@@ -117,10 +174,11 @@ def preprocessor_config(image: ImageProcessor) -> dict[str, Any]:
     }
 
 
-def chat_template(template: Template, usage: dict[str, Any]) -> str:
+def chat_template(template: Template, usage: dict[str, Any], bos: bool = True) -> str:
     """Return a conversation template as Jinja, which renders messages as `Template.render` does.
 
-    `usage` has the checkpoint's `system` message, `image_position` and `image_delimiters`.
+    `usage` has the checkpoint's `system` message, `image_position` and `image_delimiters`. `bos`: the text begins with
+    the BOS token, because the tokenizer adds none.
     """
     start, end = usage.get("image_delimiters") or ("", "")
     image, newline = f"{start}{IMAGE_MARKER}{end}", "\n"
@@ -137,10 +195,12 @@ def chat_template(template: Template, usage: dict[str, Any]) -> str:
     before_system, _, after_system = template.opening.partition("{system}")
     if "{system}" not in template.opening:
         before_system = ""
+    system = usage.get("system")
     quote = repr  # Python's and Jinja's string literals agree on these texts
     jinja = Path(__file__).with_name("hf_chat_template.txt").read_text(encoding="utf-8").rstrip()
     return TextTemplate(jinja).substitute(
-        system=quote(usage.get("system") or template.system),
+        bos="{{- bos_token if bos_token is defined and bos_token else '' -}}\n" if bos else "",
+        system=quote(template.system if system is None else system),
         opening_before_system=quote(before_system),
         opening_after_system=quote(after_system),
         opening_next=quote(template.opening_next),

@@ -44,7 +44,8 @@ class Description:
         d_vision: width of the tower's features.
         feature_layer: hidden state of the tower that is projected.
         image: settings of the `ImageProcessor`; None if the tower is unknown.
-        usage: the other `USAGE_FIELDS`, and further manifest fields such as base models and run id.
+        usage: the other `USAGE_FIELDS`, and further manifest fields such as base models, run id, and the
+            `chat_template` of a checkpoint in transformers' format.
     """
 
     language_model: dict[str, Any]
@@ -89,8 +90,11 @@ class Description:
             raise CheckpointError(f"'{unknown[0]}' cannot be set; these can: {', '.join(USAGE_FIELDS)}")
         if "template" in usage:
             TEMPLATES.get(usage["template"])
+        kept = dict(self.usage)
+        if set(usage) & {"template", "system", "image_position", "image_delimiters"}:
+            kept.pop("chat_template", None)  # it asks otherwise than the caller wants
         rest = {name: value for name, value in usage.items() if name != "feature_layer"}
-        return replace(self, usage=self.usage | rest, feature_layer=usage.get("feature_layer", self.feature_layer))
+        return replace(self, usage=kept | rest, feature_layer=usage.get("feature_layer", self.feature_layer))
 
     def with_tower_name(self, name: str) -> Description:
         """Record the folder or hub id of the vision tower in `usage`, unless it is there."""
@@ -269,6 +273,7 @@ def check_usage(checkpoint: Checkpoint) -> None:
         "base_nf4": ("float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
         "system": ("text", lambda v: isinstance(v, str | None)),
         "prompt_format": ("text", lambda v: isinstance(v, str | None)),
+        "chat_template": ("text", lambda v: isinstance(v, str)),
         "image_position": (str(positions), lambda v: v in positions),
         "image_delimiters": (
             "two tokens or null", lambda v: v is None or (isinstance(v, list) and len(v) == 2 and _all_text(v))

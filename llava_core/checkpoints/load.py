@@ -64,6 +64,11 @@ def load(
     description = checkpoint.description
     if checkpoint.tokenizer is None or description.image is None:
         raise error_at(checkpoint.path, "no tokenizer or image settings; fix: --base, --vision-tower")
+    if "chat_template" in description.usage and "template" not in description.usage:
+        raise error_at(
+            checkpoint.path, "its chat template is none of ours; fix: name one (`--assume template=v1`, in Python "
+            "`template=\"v1\"`), or ask with transformers' processor",
+        )  # fmt: skip
     tokenizer = checkpoint.open_tokenizer()
     processor = ImageProcessor.from_dict(description.image)
     return Loaded(assemble(checkpoint, dtype).to(device).eval(), tokenizer, processor, description.usage)

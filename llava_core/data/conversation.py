@@ -160,6 +160,8 @@ for _template in (
     _v1 := Template("v1", _SYSTEM, opening="{system} USER: ", opening_next="USER: ", bridge=" ASSISTANT:", eos=True),
     # The same before transformers 4.32, whose slow tokenizers lost white space around the image delimiters.
     replace(_v1, name="v1_tight", tight_images=True),
+    # The chat template of llava-hf on the hub, for prompts only: no system message, no EOS after earlier answers.
+    Template("v1_hf", "", opening="{system}USER: ", opening_next=" USER: ", bridge=" ASSISTANT:"),
     # Stage 1 of 1.0: image, caption, newline. A record's question precedes the caption and is not supervised, as in the
     # first release of 1.0; later releases left it out.
     Template("plain", "", closing="\n", stop="\n"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llava_core.checkpoints.chat_template import read_chat_template, usage_of_template
 from llava_core.checkpoints.configs import language_config, tower_config
 from llava_core.checkpoints.describe import DESCRIPTION_KEY, USAGE_OF_V1, Checkpoint, Description, Options
 from llava_core.checkpoints.files import error_at, has_file, read_config
@@ -24,7 +25,7 @@ from llava_core.checkpoints.formats.names import export_name, import_name
 from llava_core.checkpoints.tensors import open_folder
 from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import DataError
+from llava_core.runtime import CheckpointError, DataError, fingerprint
 
 RULES = (
     ("vision_tower.", "vision_tower.vision_model."),
@@ -76,6 +77,10 @@ def read(path: Path, options: Options) -> Checkpoint:
         description = Description.from_dict(stored.get("description", {}), where)
         check_unchanged(description, config, where, {"vision_feature_layer": description.feature_layer})
         check_unchanged(description, config["text_config"], where, {"vocab_size": stored.get("rows")})
+        asked = read_chat_template(path)
+        if asked is not None and "chat_template" in stored:
+            found = {"chat_template": fingerprint(asked)}
+            check_unchanged(description, found, where, {"chat_template": stored["chat_template"]})
         tokenizer = tokenizer_folder(path / ORIGINAL_TOKENIZER) or tokenizer_folder(path)
 
     def rename(name: str) -> str:
@@ -117,7 +122,6 @@ def _description(path: Path, config: dict[str, Any], notes: list[str]) -> Descri
     length = config.get("image_seq_length", tokens)
     if length != tokens:
         raise error_at(where, f"image_seq_length is {length}, but the tower gives {tokens} tokens; fix: write {tokens}")
-    notes.append("template v1 and image position first (those of LLaVA 1.5) assumed")
     return Description(
         language_model=language_config({"model_type": "llama"} | config["text_config"], where),
         vision_tower=tower,
@@ -125,8 +129,23 @@ def _description(path: Path, config: dict[str, Any], notes: list[str]) -> Descri
         projector="linear" if config.get("projector_hidden_act") == "linear" else "mlp2x_gelu",
         feature_layer=config.get("vision_feature_layer", -2),
         image=image,
-        usage=dict(USAGE_OF_V1),
+        usage=_usage(path, notes),
     )
+
+
+def _usage(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Return the usage that the folder's chat template says; one of another family is only kept."""
+    chat_template = read_chat_template(path)
+    if chat_template is None:
+        notes.append("template v1_hf assumed (llava-hf's, without a system message): the folder has no chat template")
+        return USAGE_OF_V1 | {"template": "v1_hf"}
+    try:
+        usage = usage_of_template(chat_template, path)
+        notes.append(f"template {usage['template']} and its image position: as the folder's chat template has them")
+    except CheckpointError as error:
+        usage = {}
+        notes.append(f"template unknown: {error}; fix: --assume template=NAME, or ask with transformers' processor")
+    return usage | {"chat_template": chat_template}
 
 
 FORMAT = CheckpointFormat("hf", detect, read)

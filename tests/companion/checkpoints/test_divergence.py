@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import foreign
 import pytest
 import torch
 from checkpoint_fixtures import (  # noqa: F401 - fixtures
+    change_json,
     edit_tensors,
     intact,
     loaded,
@@ -63,6 +66,34 @@ def test_verification_names_the_first_module_that_differs(world, tmp_path) -> No
     assert wrong.name == "language_model.model.layers.1.mlp.up_proj"
     with pytest.raises(CheckpointError, match="only what is written as 'hf'"):
         convert(source, tmp_path / "x", "original", verify=True)
+
+
+def _tokenizer(folder: Path) -> None:
+    change_json(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+
+
+def _chat_template(folder: Path) -> None:
+    file = folder / "chat_template.json"
+    file.write_text(file.read_text().replace("USER: ", "USER:  "))
+
+
+def _pixels(folder: Path) -> None:
+    change_json(folder / "preprocessor_config.json", image_std=[0.3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (_tokenizer, r"tokens of 'What is in the image\?': from 0 on"),
+        (_chat_template, r"the prompt of 'What is in  the image\?'"),
+        (_pixels, "other pixels"),
+    ],
+)
+def test_verification_finds_what_weights_do_not_show(original, change, problem, tmp_path) -> None:
+    convert(original, tmp_path / "hf", "hf")
+    change(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=problem):
+        verify_export(open_checkpoint(original).require("vision_tower"), tmp_path / "hf")
 
 
 def test_comparison_of_no_module_is_an_error(original, tmp_path, monkeypatch) -> None:
