@@ -111,20 +111,3 @@ def original(loaded, root, tmp_path) -> Path:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Folders of a tiny language model and a tiny CLIP model."""
     return tiny.base_models(tmp_path_factory.mktemp("bases"))
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentencepiece model like LLaMA's, trained here: bytes for unknown characters, `</s>` as BOS or not."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    text = [
-        "A curious human talks with a helpful assistant that can see. USER: what color is the car ASSISTANT: red"
-    ] * 40
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=310, model_type="bpe",
-        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, hard_vocab_limit=False,
-        add_dummy_prefix=True, normalization_rule_name="identity",
-    )  # fmt: skip
-    return folder / "tokenizer.model"

@@ -96,7 +96,9 @@ def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> Any:
     tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
     template = TEMPLATES.get(usage.get("template", "v0"))
     adds_bos = _only_bos(tokenizer)
-    tokenizer.chat_template = usage.get("chat_template") or chat_template(template, usage, bos=not adds_bos)
+    text, shown = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("\n", f"{IMAGE_MARKER}\n"))
+    gap = "" if shown[1:] == text else " "  # LLaMA's tokenizer has a dummy prefix there only if it is a `legacy` one
+    tokenizer.chat_template = usage.get("chat_template") or chat_template(template, usage, not adds_bos, gap)
     _write_tokenizer(tokenizer, folder)
     (folder / hf.ORIGINAL_TOKENIZER).mkdir()
     checkpoint.copy_tokenizer(folder / hf.ORIGINAL_TOKENIZER)
@@ -122,16 +124,17 @@ def _write_processor(checkpoint: Checkpoint, folder: Path, patch: int) -> Any:
 
 
 def _only_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer adds a BOS token to a text; a post-processor that adds anything else is removed."""
-    text = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    if whole == [tokenizer.bos_token_id, *text]:
-        return True
-    if whole != text:
-        from tokenizers.processors import ByteLevel
+    """Return whether the tokenizer adds a BOS token to a text; it no longer adds anything else, such as EOS."""
+    from tokenizers.processors import TemplateProcessing
 
-        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)  # adds nothing
-    return False
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    text, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    adds = text[:1] != whole[:1] == [bos[1]]
+    if whole != [bos[1]] * adds + text:
+        parts = [bos[0]] * adds + ["$A"]
+        processor = TemplateProcessing(single=parts, pair=[*parts, "$B:1"], special_tokens=[bos] * adds)
+        tokenizer.backend_tokenizer.post_processor = processor
+    return adds
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -174,39 +177,40 @@ def preprocessor_config(image: ImageProcessor) -> dict[str, Any]:
     }
 
 
-def chat_template(template: Template, usage: dict[str, Any], bos: bool = True) -> str:
+def chat_template(template: Template, usage: dict[str, Any], bos: bool = True, after_image: str = "") -> str:
     """Return a conversation template as Jinja, which renders messages as `Template.render` does.
 
-    `usage` has the checkpoint's `system` message, `image_position` and `image_delimiters`. `bos`: the text begins with
-    the BOS token, because the tokenizer adds none.
+    Args:
+        usage: the checkpoint's `system` message, `image_position` and `image_delimiters`.
+        bos: whether the text begins with the BOS token, because the tokenizer adds none.
+        after_image: what makes the tokenizer begin a new text there.
     """
     start, end = usage.get("image_delimiters") or ("", "")
-    image, newline = f"{start}{IMAGE_MARKER}{end}", "\n"
-    if template.encoder is not None:  # the prompt of the v0 release, whose tokenizer lost white space around images
-        mark = "###"
-        template = replace(
-            template, opening=f"{{system}}{mark}Human: ", opening_next="Human: ", bridge=f"{mark}Assistant:",
-            closing=mark,
-        )  # fmt: skip
-        newline = ""
-    position = usage.get("image_position", "data")
-    first = (template.image_side if position in ("data", "random") else position) == "first"
-    images = "{%- for _ in range(images) -%}{{- @ -}}{%- endfor -%}\n"
-    before_system, _, after_system = template.opening.partition("{system}")
-    if "{system}" not in template.opening:
-        before_system = ""
-    system = usage.get("system")
+    tight, reply = template.tight_images, " " if template.bridge else ""
+    if template.encoder is not None:  # a prompt of the code of v0
+        options = getattr(template.encoder, "keywords", {})
+        tight = options.get("strip", True)
+        bridge, reply = ("###Assistant:", " ") if options.get("role", True) else ("###", "Assistant: ")
+        template = replace(template, opening="{system}###Human: ", opening_next="Human: ", bridge=bridge, closing="###")
     quote = repr  # Python's and Jinja's string literals agree on these texts
+    position, system = usage.get("image_position", "data"), usage.get("system")
+    text = "text" if position == "data" else "text.strip('\\n')"
+    first = (template.image_side if position in ("data", "random") else position) == "first"
+    newline, image = "" if tight else "\n", f"{start}{IMAGE_MARKER}{end}{after_image}"
+    bridge = quote(template.bridge)
+    sides = ("opening", f"{text} + {bridge}") if first else (f"opening + {text}", bridge)
+    if tight:
+        sides = f"({sides[0]}).rstrip()", f"({sides[1]}).lstrip()"
+    shown = quote(image + newline if first else newline + image)
+    before, has_system, after = template.opening.partition("{system}")
     jinja = Path(__file__).with_name("hf_chat_template.txt").read_text(encoding="utf-8").rstrip()
     return TextTemplate(jinja).substitute(
         bos="{{- bos_token if bos_token is defined and bos_token else '' -}}\n" if bos else "",
         system=quote(template.system if system is None else system),
-        opening_before_system=quote(before_system),
-        opening_after_system=quote(after_system),
+        opening=f"{quote(before)} + ns.system + {quote(after)}" if has_system else quote(before),
         opening_next=quote(template.opening_next),
-        images_before=images.replace("@", quote(image + newline)) if first else "",
-        images_after="" if first else images.replace("@", quote(newline + image)),
-        bridge=quote(template.bridge),
-        space=quote(" " if template.bridge else ""),
+        asked=f"{sides[0]} + {shown} * images + {sides[1]}",
+        bridge=bridge,
+        reply=quote(reply),
         closing=quote(template.closing) + (" + eos_token" if template.eos else ""),
     )

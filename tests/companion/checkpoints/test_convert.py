@@ -23,7 +23,6 @@ from checkpoint_fixtures import (  # noqa: F401 - fixtures
     needed_options,
     original,
     root,
-    sentencepiece_model,
     world,
     write_checkpoint,
 )
@@ -252,6 +251,23 @@ def test_tied_embeddings_are_stored_once(tmp_path) -> None:
     convert(saved, tmp_path / "hf", "hf")
     back = logits(load(tmp_path / "hf"))
     torch.testing.assert_close(back, logits(loaded), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model like LLaMA's, trained here: bytes for unknown characters, `</s>` as BOS or not."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    text = [
+        "A curious human talks with a helpful assistant that can see. USER: what color is the car ASSISTANT: red"
+    ] * 40
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=310, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, hard_vocab_limit=False,
+        add_dummy_prefix=True, normalization_rule_name="identity",
+    )  # fmt: skip
+    return folder / "tokenizer.model"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "llava", "llava_llama"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from checkpoint_fixtures import change_json, sentencepiece_model  # noqa: F401 - fixtures
+from checkpoint_fixtures import change_json
 from PIL import Image
+from sentencepiece_models import small_model
+from transformers import LlamaForCausalLM
 
 from companion.checkpoints.convert import convert
+from companion.checkpoints.hf_export import rope_fields
 from llava_core.checkpoints.load import Loaded, build, load, save_checkpoint
+from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.inference import prompt_ids
 from llava_core.models.generation import GenerationSettings, generate_tokens
@@ -38,7 +43,7 @@ NEW = 8
 def _older(version: str) -> Any:
     folder = ROOT / ".interop" / version
     missing = pytest.mark.skipif(not folder.is_dir(), reason=f"no transformers {version}; run `make interop`")
-    return pytest.param(folder, marks=[pytest.mark.interop, missing], id=version)
+    return pytest.param(folder, marks=[pytest.mark.interop, pytest.mark.slow, missing], id=version)
 
 
 CLIENTS = [pytest.param(None, id="installed"), _older("4.57"), _older("4.51")]
@@ -46,10 +51,10 @@ CLIENTS = [pytest.param(None, id="installed"), _older("4.57"), _older("4.51")]
 
 def linear_rope(root: Path) -> Path:
     """A v1 checkpoint whose rotary embedding is scaled, with another base frequency."""
-    llm, _ = tiny.base_models(root)
-    config = {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}
-    change_json(Path(llm) / "config.json", rope_parameters=config)
-    (Path(llm) / "manifest.json").unlink()
+    tiny.base_models(root)
+    rope = {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}
+    change_json(root / "llm" / "config.json", rope_parameters=rope)
+    (root / "llm" / "manifest.json").unlink()
     loaded = foreign.random_model(root, "mlp2x_gelu")
     return save_checkpoint(root / "c", loaded, "full", template="v1", image_position="first")
 
@@ -60,20 +65,54 @@ def paper(root: Path) -> Path:
     return save_checkpoint(root / "c", loaded, "full", template="v0", **usage)
 
 
+def padded_images(root: Path) -> Path:
+    loaded = foreign.random_model(root)
+    loaded.processor = type(loaded.processor).from_dict(loaded.processor.to_dict() | {"mode": "pad"})
+    return save_checkpoint(root / "c", loaded, "full", template="v0_exact_eval", image_position="last")
+
+
 def miniature(root: Path) -> Path:
-    bases = (str(ROOT / "models" / "mini" / name) for name in ("llm-7b", "clip"))
-    loaded = build(*bases, torch.float32)
+    loaded = build(*(str(ROOT / "models" / "mini" / name) for name in ("llm-7b", "clip")), torch.float32)
     return save_checkpoint(root / "c", loaded, "full", template="v0", image_position="first")
 
 
-KINDS = {kind.__name__: kind for kind in (linear_rope, paper, miniature)}
+def vicuna(root: Path, **tokenizer_config: Any) -> Path:
+    """A v1 release in the original format with a `tokenizer.model` alone, whose tokenizer adds the BOS token."""
+    tiny.base_models(root)
+    for file in (root / "llm").glob("*"):
+        if file.name.startswith(("tokenizer", "manifest")):
+            file.unlink()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    (root / "llm" / "tokenizer_config.json").write_text(json.dumps(special | tokenizer_config))
+    small_model(root / "llm" / "tokenizer.model")
+    model = LlamaForCausalLM.from_pretrained(root / "llm")
+    model.resize_token_embeddings(len(open_tokenizer(root / "llm")))
+    model.save_pretrained(root / "llm")
+    path = foreign.write_original(foreign.random_model(root), root, root / "c")
+    shutil.copyfile(root / "llm" / "tokenizer.model", path / "tokenizer.model")
+    return path
+
+
+def vicuna_not_legacy(root: Path) -> Path:
+    return vicuna(root, legacy=False, tokenizer_class="LlamaTokenizer")
+
+
+def vicuna_with_eos(root: Path) -> Path:
+    """Its tokenizer adds EOS to each text, which would end a prompt."""
+    return vicuna(root, add_eos_token=True)
+
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (linear_rope, paper, padded_images, miniature, vicuna, vicuna_not_legacy, vicuna_with_eos)
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request, tmp_path_factory) -> tuple[Loaded, Path]:
     root = tmp_path_factory.mktemp(request.param)
     source = KINDS[request.param](root)
-    convert(source, root / "hf", "hf")
+    convert(source, root / "hf", "hf", verify=True)
     return load(source), root / "hf"
 
 
@@ -83,18 +122,21 @@ def test_clients_see_our_ids_logits_and_tokens(exported, client: Path | None, tm
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
     request = {"texts": TEXTS, "questions": DIALOGUES, "image": str(tmp_path / "image.png"), "new": NEW}
-    (tmp_path / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, hf_client.__file__, folder, tmp_path / "request.json", tmp_path / "answer.npz"]
-    path = os.pathsep.join(map(str, filter(None, (client, os.environ.get("PYTHONPATH")))))
-    done = subprocess.run(
-        list(map(str, command)), env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    if client is None:
+        hf_client.main(str(folder), request, str(tmp_path / "answer.npz"))
+    else:
+        (tmp_path / "request.json").write_text(json.dumps(request))
+        files = (hf_client.__file__, folder, tmp_path / "request.json", tmp_path / "answer.npz")
+        path = os.pathsep.join(filter(None, (str(client), os.environ.get("PYTHONPATH"))))
+        env = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run([sys.executable, *map(str, files)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
     theirs = dict(np.load(tmp_path / "answer.npz"))
     assert client is None or str(theirs["version"]).startswith(client.name)
     image_id = json.loads((folder / "config.json").read_text())["image_token_index"]
     for k, text in enumerate(TEXTS):
-        assert theirs[f"text{k}"].tolist() == ours.tokenizer(text)["input_ids"]
+        ids = ours.tokenizer(text)["input_ids"]
+        assert theirs[f"text{k}"].tolist() == (ids[:-1] if ids[-1:] == [ours.tokenizer.eos_token_id] else ids)
     pixels = torch.from_numpy(ours.processor(image))[None]
     for k, dialogue in enumerate(DIALOGUES):
         turns = [(question, *(answer or [None])) for question, *answer in dialogue]
@@ -106,3 +148,30 @@ def test_clients_see_our_ids_logits_and_tokens(exported, client: Path | None, tm
         tokens = [int(t[0]) for t in generate_tokens(ours.model, [ids], pixels, GenerationSettings(NEW))]
         greedy = theirs[f"greedy{k}"].tolist()
         assert greedy == tokens[: len(greedy)]
+
+
+def test_files_have_what_other_clients_read(exported) -> None:
+    _, folder = exported
+    config, tokenizer = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "tokenizer_config"))
+    assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]  # vLLM
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+    assert not {"extra_special_tokens", "backend", "is_local"} & set(tokenizer)
+    source = folder / "tokenizer" / "tokenizer.model"
+    assert (folder / "tokenizer.model").exists() == source.exists()  # llama.cpp
+    assert not source.exists() or (folder / "tokenizer.model").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("to", ["hf", "original"])
+def test_rotary_embedding_has_the_fields_of_transformers_4(to, tmp_path) -> None:
+    convert(linear_rope(tmp_path), tmp_path / to, to)
+    config = json.loads((tmp_path / to / "config.json").read_text())
+    config = config.get("text_config", config)
+    assert config["rope_theta"] == 5000.0
+    assert config["rope_scaling"] == {"type": "linear", "factor": 4.0}
+
+
+def test_unscaled_rotary_embedding_needs_no_scaling() -> None:
+    rope = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
+    assert rope_fields({"rope_parameters": rope}) == {"rope_theta": 1e4, "partial_rotary_factor": 0.5}

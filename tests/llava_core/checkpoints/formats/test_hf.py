@@ -29,6 +29,11 @@ KINDS = [
     ("v1", "mlp2x_gelu", "first", False),
     ("v0_exact", "linear", "last", True),
     ("v1", "linear", "first", True),
+    ("v1_tight", "linear", "last", True),
+    ("v1_hf", "mlp2x_gelu", "first", False),
+    ("v0_exact", "linear", "first", True),
+    ("v0_exact_eval", "linear", "last", True),
+    ("v0_exact_1_0", "linear", "data", False),
 ]
 
 
@@ -122,7 +127,7 @@ def test_changed_separator_changes_the_prompt(exported) -> None:
     ours, _, processor, _, _ = exported
     template = processor.chat_template
     assert "Assistant:" in template or "ASSISTANT:" in template
-    wrong = template.replace("ssistant:", "ssistant :").replace("SSISTANT:", "SSISTANT :")
+    wrong = template.replace("uman:", "uman :").replace("SER:", "SER :")
     right, other = (
         processor.apply_chat_template(messages("what"), chat_template=t, add_generation_prompt=True)
         for t in (template, wrong)
