@@ -16,7 +16,6 @@ from llava_core.checkpoints.describe import Checkpoint
 from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats.names import export_name
 from llava_core.checkpoints.load import Loaded, assemble
-from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.data.images import ImageProcessor
 from llava_core.data.tokenization import Turn
@@ -139,11 +138,11 @@ def verify_export(source: Checkpoint, folder: Path) -> list[ModuleDifference]:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     description, usage = source.description, dict(source.description.usage)
-    if source.tokenizer is None or description.image is None:
-        raise error_at(source.path, "no tokenizer or image settings; fix: --base, --vision-tower")
+    if description.image is None:
+        raise error_at(source.path, "no image settings; fix: --vision-tower")
     if usage.get("image_position") == "random":  # the chat template has one place
         usage["image_position"] = "data"
-    tokenizer = open_tokenizer(source.tokenizer)
+    tokenizer = source.open_tokenizer()
     image_processor = ImageProcessor.from_dict(description.image)
     ours = Loaded(assemble(source, torch.float32).eval(), tokenizer, image_processor, usage)
     with quiet_transformers():

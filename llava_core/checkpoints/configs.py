@@ -102,7 +102,7 @@ def _complete(config_class: Any, fields: dict[str, Any], where: str | Path) -> d
     for name, value, implemented in (
         ("hidden_act", full["hidden_act"], ACT2FN), ("rope_type", kinds, {"default", *ROPE_INIT_FUNCTIONS})
     ):  # fmt: skip
-        if value not in implemented:
+        if not isinstance(value, str) or value not in implemented:
             raise error_at(where, f"{name} is {value!r}; fix: give one of {', '.join(sorted(implemented))}")
     plain = json.loads(json.dumps(full, default=str))
     defaults = config_class().to_dict()
