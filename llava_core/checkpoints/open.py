@@ -23,7 +23,11 @@ FORMATS: tuple[CheckpointFormat, ...] = (
 
 def detect_format(path: Path) -> CheckpointFormat | None:
     """Return the format of a folder or file, by its content; None if it is not a LLaVA checkpoint."""
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # a folder above it may not be entered
+        raise error_at(path, f"cannot be read ({error.strerror}); fix: change the permissions of its folder") from None
+    if not exists:
         raise error_at(path, "there is no such file or folder; fix: check the path")
     refuse(path)
     return next((candidate for candidate in FORMATS if candidate.detect(path)), None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from llava_core.checkpoints.files import error_at, has_file, read_config
 from llava_core.checkpoints.tensors import files_with_weights, has_weights
 
+_PARTS = ("language_model", "vision_tower", "tokenizer")  # folders in a checkpoint
 _OTHER_MODELS = {
     "llava_next": "LLaVA-NeXT, which encodes several crops of an image",
     "llava_next_video": "LLaVA-NeXT-Video, which encodes crops and frames",
@@ -32,19 +34,30 @@ _WITHOUT_WEIGHTS = {  # patterns of file names in a folder without a model's wei
 
 def refuse(path: Path) -> None:
     """Raise a CheckpointError for a folder or file that no format reads, if it is known what it is."""
-    weights = files_with_weights(path) if path.is_dir() else [path]
-    if path.is_dir() and has_file(path, "config.json"):
-        _refuse_config(path)
-    if path.is_dir() and (has_weights(path) or has_file(path, "mm_projector.bin")):
-        return
-    if any(file.name.startswith("adapter_model.") for file in weights):
-        return
-    entries = sorted(path.iterdir()) if path.is_dir() else [path]
+    entries = [path]
+    if path.is_dir():
+        entries = _entries(path)
+        if has_file(path, "config.json"):
+            _refuse_config(path)
+        if has_weights(path) or any(entry.name.startswith(("adapter_model.", "mm_projector.bin")) for entry in entries):
+            return
     for pattern, what in _WITHOUT_WEIGHTS.items():
         if found := next((entry for entry in entries if entry.match(pattern)), None):
             raise error_at(found, what)
-    if not weights and has_file(path, "config.json"):
+    if path.is_dir() and has_file(path, "config.json") and not files_with_weights(path):
         raise error_at(path, "a configuration without weights; fix: download *.safetensors or *.bin, too")
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        os.stat(f"{folder}/.")  # fails if the folder may be listed and its files may not be opened
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise error_at(folder, f"cannot be read ({error.strerror}); fix: change its permissions") from None
+    for entry in entries:
+        if entry.name in _PARTS and entry.is_symlink():
+            raise error_at(entry, "is a link to a folder; refused; fix: copy the folder")
+    return entries
 
 
 def _refuse_config(folder: Path) -> None:

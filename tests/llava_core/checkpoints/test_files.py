@@ -44,9 +44,11 @@ def test_an_unread_pointer_is_no_fault(original) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-@pytest.mark.parametrize("name", ["", "config.json", "pytorch_model-00002-of-00002.bin"])
-def test_files_that_may_not_be_read_are_named(original, name) -> None:
-    (original / name).chmod(0)
+@pytest.mark.parametrize(
+    ("name", "mode"), [("", 0), ("", 0o444), ("config.json", 0), ("pytorch_model-00002-of-00002.bin", 0)]
+)
+def test_files_that_may_not_be_read_are_named(original, name, mode) -> None:
+    (original / name).chmod(mode)
     (problem,) = inspect(original)["problems"]
     (original / name).chmod(0o755)
     assert f"{name or 'original'}: cannot be read" in problem

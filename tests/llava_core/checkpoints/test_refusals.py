@@ -114,3 +114,15 @@ def test_a_quantised_base_is_refused(loaded, root, tmp_path) -> None:
     change_json(base / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(CheckpointError, match=r"base/config\.json: quantised weights \(gptq\)"):
         open_checkpoint(path, Options(base=str(base), vision_tower=str(root / "clip")))
+
+
+@pytest.mark.parametrize("name", ["language_model", "vision_tower", "tokenizer"])
+def test_a_part_that_is_a_link_is_refused(original, name, tmp_path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (original / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{name}: is a link to a folder; refused" in refusal(original)
+
+
+def test_a_checkpoint_behind_a_link_is_read(original, tmp_path) -> None:
+    (tmp_path / "latest").symlink_to(original)
+    assert inspect(tmp_path / "latest")["problems"] == []
