@@ -52,10 +52,10 @@ def model_folder(source: str | Path) -> Path:
             snapshot_download(str(source), allow_patterns=["*.bin", "*.pth"], local_files_only=local)
         return copy
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{source}: no such folder, and the hub's copy is not available ({type(error).__name__}); fix: download it "
-            "and name its folder"
-        ) from error
+        missing = isinstance(error, LocalEntryNotFoundError)
+        reason = "it is not in the cache of the hub" if missing else f"the hub gives {type(error).__name__}"
+        fix = f"`hf download {source}` where the hub can be reached, and name the folder"
+        raise CheckpointError(f"{source}: no such folder, and {reason}; fix: {fix}") from error
 
 
 def checkpoint_path(source: str | Path) -> Path:

@@ -74,7 +74,7 @@ def open_checkpoint(
 
 
 def _open_base(source: str, options: Options) -> Checkpoint:
-    """Open the model that adapters were trained on: a LLaVA checkpoint or a plain language model."""
+    """Open a base model: a LLaVA checkpoint or a plain language model."""
     folder = model_folder(source)
     if detect_format(folder) is not None:
         base = open_checkpoint(folder, Options(vision_tower=options.vision_tower), name_tower=True)
@@ -99,8 +99,9 @@ def with_bases(checkpoint: Checkpoint, options: Options) -> Checkpoint:
         elif expected != actual:
             raise error_at(where, f"made with another {text} than {display_path(source)}; fix: restore that one")
         if part == "language_model":
-            base = open_language_model(source)
-            tensors, names = checkpoint.tensors | base.tensors, checkpoint.names | base.names
+            base = _open_base(source, Options())
+            half = {name: tensor for name, tensor in base.tensors.items() if name.startswith("language_model.")}
+            tensors, names = checkpoint.tensors | half, base.names | checkpoint.names
             checkpoint = replace(checkpoint, tensors=tensors, names=names, uses_base=True)
     return checkpoint
 

@@ -68,6 +68,9 @@ def read(path: Path, options: Options) -> Checkpoint:
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict):
             raise error_at(where, f"{part} is missing; fix: download config.json again")
+    tensors = open_folder(path)
+    if config.get("tie_word_embeddings") is True and not any(name.endswith("lm_head.weight") for name in tensors):
+        config["text_config"] = config["text_config"] | {"tie_word_embeddings": True}  # as in transformers 5
     stored = config.get(DESCRIPTION_KEY)
     if stored is None:
         description, tokenizer = _description(path, config, notes), tokenizer_folder(path)
@@ -86,7 +89,7 @@ def read(path: Path, options: Options) -> Checkpoint:
     def rename(name: str) -> str:
         return import_name(export_name(name, _RECENT_NAMES), RULES)
 
-    checkpoint = new_checkpoint(FORMAT.name, path, open_folder(path), rename, description, tokenizer, notes)
+    checkpoint = new_checkpoint(FORMAT.name, path, tensors, rename, description, tokenizer, notes)
     if description.projector == "linear":
         checkpoint.tensors = one_layer(checkpoint.tensors, path)
         for name in ("weight", "bias"):

@@ -167,6 +167,23 @@ def test_settings_that_are_not_implemented_are_named(change, message, tmp_path) 
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("top", [True, False])
+def test_tied_embeddings_at_either_level(top, tmp_path) -> None:
+    """transformers 5 ties by either field, and stores the tied tensor once."""
+    from transformers import LlavaForConditionalGeneration
+
+    folder = foreign.write_hf(foreign.random_model(tmp_path / "bases"), tmp_path / "bases", tmp_path / "hf")
+    theirs = LlavaForConditionalGeneration.from_pretrained(folder)
+    theirs.config.tie_word_embeddings, theirs.config.text_config.tie_word_embeddings = top, not top
+    theirs.lm_head.weight = theirs.model.language_model.embed_tokens.weight
+    theirs.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = top
+    (folder / "config.json").write_text(json.dumps(config))
+    head = load(folder).model.language_model.lm_head.weight
+    assert torch.equal(head, LlavaForConditionalGeneration.from_pretrained(folder).lm_head.weight)
+
+
 def test_unknown_usage_field_is_an_error(exported, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="'colour' cannot be set; these can: template"):
         convert(exported[-1].parent / "c", tmp_path / "x", "hf", usage={"colour": 1})
