@@ -166,7 +166,7 @@ def test_a_hub_id_is_downloaded_where_that_is_allowed(original, root, suffix, tm
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.chdir(tmp_path)
-    with no_downloads(), pytest.raises(CheckpointError, match="someone/llava: no such folder, and it is not in the cache"):
+    with no_downloads(), pytest.raises(CheckpointError, match=r"someone/llava: .* not in the cache"):
         load("someone/llava")
     assert local == [True]
     assert torch.equal(logits(load("someone/llava")), logits(load(original)))
