@@ -65,7 +65,7 @@ test: setup ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # versions of transformers, each with the first version of tokenizers that it does not take
-INTEROP := 4.51:0.22 4.57:0.23
+INTEROP := 4.31:0.14 4.37:0.16 4.51:0.22 4.57:0.23
 interop: setup ## tests with older versions of transformers, which it installs into .interop
 	@for pair in $(INTEROP); do version=$${pair%:*}; test -d .interop/$$version || $(BIN)/python -m pip install --no-deps \
 		--quiet --disable-pip-version-check --target .interop/$$version "transformers~=$$version.0" \
