@@ -80,18 +80,19 @@ def read(path: Path, options: Options, base: Checkpoint) -> Checkpoint:
     description, notes, tokenizer, added = base.description, list(base.notes), base.tokenizer, base.added_tokens
     if config:
         tokenizer, notes = tokenizer_folder(path) or tokenizer, []
-        (rows, *_) = (tensors | adapter.replaced)[EMBEDDINGS[0]].shape or (0,)
+        table = (tensors | adapter.replaced).get(EMBEDDINGS[0])
+        rows = table.shape[0] if table is not None and table.shape else 0
         if tokenizer == base.tokenizer:
             added += _added_tokens(config, base, rows, path)
         pad = "[PAD]" if "[PAD]" in added else None
         description = read_description(path, config, options, notes, tensors, tokenizer, pad)
         description = replace(description, language_model=description.language_model | {"vocab_size": rows})
-    elif any(name in EMBEDDINGS and t.shape != tensors[name].shape for name, t in adapter.replaced.items()):
+    elif any(name in EMBEDDINGS and t.shape != base.tensors.get(name, t).shape for name, t in adapter.replaced.items()):
         raise error_at(adapter.path, f"has word embeddings of another vocabulary than its base; {_MERGE}")
     description = with_tower_settings(description, notes, path, tensors)
     layers = (f"{PROJECTOR}0.", f"{PROJECTOR}2.")
     if description.projector == "linear" and any(n.startswith(layers) for n in (*adapter.matrices, *adapter.replaced)):
-        tensors = _as_two_layers(tensors)
+        tensors = _as_two_layers(tensors, path)
     return Checkpoint(
         FORMAT.name, path, description, tensors, base.names | names, left_out, tokenizer, notes, uses_base=True,
         adapter=adapter, added_tokens=added,
@@ -197,7 +198,7 @@ def new_adapter(settings: dict[str, Any], tensors: Mapping[str, LazyTensor], pat
         else:
             raise error_at(path, f"{theirs} is no matrix of a linear layer's LoRA; {_MERGE}")
     for name, pair in matrices.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
+        if set(pair) != {"A", "B"} or pair["A"].shape[:-1] != (rank,) or pair["B"].shape[1:] != (rank,):
             raise error_at(path, f"{name} lacks one of its two matrices, or their rank is not {rank}")
     saved = settings.get("modules_to_save") or []
     for module in saved if isinstance(saved, list) else [saved]:
@@ -206,10 +207,12 @@ def new_adapter(settings: dict[str, Any], tensors: Mapping[str, LazyTensor], pat
     return Adapter(settings, {name: (pair["A"], pair["B"]) for name, pair in matrices.items()}, path, replaced)
 
 
-def _as_two_layers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def _as_two_layers(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
     """Return tensors with a linear projector as transformers' LLaVA has it, so that both layers can be adapted."""
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTOR)}
-    weight, bias = tensors[f"{PROJECTOR}weight"], tensors[f"{PROJECTOR}bias"]
+    weight, bias = tensors.get(f"{PROJECTOR}weight"), tensors.get(f"{PROJECTOR}bias")
+    if weight is None or bias is None or len(bias.shape) != 1:
+        raise error_at(path, "its base has no complete linear projector; fix: --base with the model of its training")
     eye, zeros = torch.eye(*bias.shape, dtype=weight.dtype), torch.zeros(bias.shape, dtype=bias.dtype)
     second = {f"{PROJECTOR}2.weight": LazyTensor.of(eye), f"{PROJECTOR}2.bias": LazyTensor.of(zeros)}
     return rest | {f"{PROJECTOR}0.weight": weight, f"{PROJECTOR}0.bias": bias} | second

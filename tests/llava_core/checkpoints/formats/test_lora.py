@@ -104,6 +104,9 @@ def test_incomplete_adapters_are_refused(world, adapter, tmp_path) -> None:
     save_file({n: t for n, t in tensors.items() if n != name}, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="lacks one of its two matrices"):
         open_checkpoint(folder)
+    save_file(tensors | {name: tensors[name].flatten()}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="or their rank is not 4"):
+        open_checkpoint(folder)
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "non_lora_trainables.bin").unlink()
     with pytest.raises(CheckpointError, match="could not use an image"):
