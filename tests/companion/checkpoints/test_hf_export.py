@@ -49,14 +49,26 @@ def _older(version: str) -> Any:
 CLIENTS = [pytest.param(None, id="installed"), _older("4.57"), _older("4.51")]
 
 
-def linear_rope(root: Path) -> Path:
-    """A v1 checkpoint whose rotary embedding is scaled, with another base frequency."""
+def scaled(root: Path, **rope: Any) -> Loaded:
+    """A model whose rotary embedding is scaled, with another base frequency."""
     tiny.base_models(root)
-    rope = {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}
-    change_json(root / "llm" / "config.json", rope_parameters=rope)
+    change_json(root / "llm" / "config.json", rope_parameters={"rope_theta": 5000.0, **rope})
     (root / "llm" / "manifest.json").unlink()
-    loaded = foreign.random_model(root, "mlp2x_gelu")
+    return foreign.random_model(root, "mlp2x_gelu")
+
+
+def linear_rope(root: Path) -> Path:
+    loaded = scaled(root, rope_type="linear", factor=4.0)
     return save_checkpoint(root / "c", loaded, "full", template="v1", image_position="first")
+
+
+def tied(root: Path) -> Path:
+    """Word embeddings in one tensor, and a rotary embedding as Llama 3's."""
+    rope = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    loaded = scaled(root, rope_type="llama3", **rope)
+    llm = loaded.model.language_model
+    llm.config.tie_word_embeddings, llm.lm_head.weight = True, llm.model.embed_tokens.weight
+    return save_checkpoint(root / "c", loaded, "full", template="v1_hf", image_position="first")
 
 
 def paper(root: Path) -> Path:
@@ -104,7 +116,7 @@ def vicuna_with_eos(root: Path) -> Path:
 
 KINDS = {
     kind.__name__: kind
-    for kind in (linear_rope, paper, padded_images, miniature, vicuna, vicuna_not_legacy, vicuna_with_eos)
+    for kind in (linear_rope, tied, paper, padded_images, miniature, vicuna, vicuna_not_legacy, vicuna_with_eos)
 }
 
 

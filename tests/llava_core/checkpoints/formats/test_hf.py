@@ -74,7 +74,7 @@ def test_processor_gives_our_pixels_and_prompt(exported) -> None:
     ours, _, processor, images, _ = exported
     for question, image in zip(QUESTIONS, images, strict=True):
         text = processor.apply_chat_template(messages(question), add_generation_prompt=True)
-        batch = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
+        batch = processor(images=image, text=text, return_tensors="pt")
         np.testing.assert_allclose(batch["pixel_values"][0].numpy(), ours.processor(image), atol=2e-6)
         image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
         ids = [-200 if t == image_id else t for t in batch["input_ids"][0].tolist()]
@@ -90,10 +90,10 @@ def test_same_greedy_tokens_single_and_batched(exported) -> None:
     assert len({tuple(w) for w in wanted}) == len(wanted)
     texts = [processor.apply_chat_template(messages(q), add_generation_prompt=True) for q in QUESTIONS]
     for question, image, tokens in zip(texts, images, wanted, strict=True):
-        batch = processor(images=image, text=question, return_tensors="pt", add_special_tokens=False)
+        batch = processor(images=image, text=question, return_tensors="pt")
         generated = theirs.generate(**batch, max_new_tokens=NEW)[0, batch["input_ids"].shape[1] :].tolist()
         assert until(generated, stops) == tokens
-    batch = processor(images=images, text=texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    batch = processor(images=images, text=texts, return_tensors="pt", padding=True)
     generated = theirs.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
     assert [until(row, stops) for row in generated] == wanted
 
