@@ -19,7 +19,7 @@ from llava_core.checkpoints.refusals import refuse
 from llava_core.checkpoints.tensors import LazyTensor, open_folder, weight_files
 from llava_core.checkpoints.tokenizer import open_tokenizer
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import CheckpointError, ConfigError, DataError, fingerprint, sha256_file, user_path
+from llava_core.runtime import ConfigError, DataError, fingerprint, sha256_file, user_path
 
 _DOWNLOADS: ContextVar[bool] = ContextVar("downloads", default=True)
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -54,8 +54,8 @@ def model_folder(source: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         missing = isinstance(error, LocalEntryNotFoundError)
         reason = "it is not in the cache of the hub" if missing else f"the hub gives {type(error).__name__}"
-        fix = f"`hf download {source}` where the hub can be reached, and name the folder"
-        raise CheckpointError(f"{source}: no such folder, and {reason}; fix: {fix}") from error
+        fix = "`hf download` it where the hub can be reached, and name the folder"
+        raise error_at(source, f"no such folder, and {reason}; fix: {fix}") from error
 
 
 def checkpoint_path(source: str | Path) -> Path:

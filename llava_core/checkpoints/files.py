@@ -13,12 +13,15 @@ from typing import Any
 from llava_core.runtime import CheckpointError, DataError, display_path, read_json, sha256_file
 
 _LFS = b"version https://git-lfs"
-_MAX_CONFIG_BYTES = 50_000_000  # the index of a 70B model has 60 KB
+_MAX_TEXT_BYTES = 200_000_000  # the largest tokenizer.json have 35 MB, the index of a 70B model 60 KB
+_LONGEST = 800  # characters of an error
 
 
 def error_at(path: str | Path, problem: str) -> CheckpointError:
-    """Return the error of a file or folder; `problem` also says how to fix it."""
-    return CheckpointError(f"{display_path(path)}: {problem}")
+    """Return the error of a file or folder; `problem` also says how to fix it, names and values in it are others'."""
+    text = f"{display_path(path)}: {problem}"
+    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return CheckpointError("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def contained_file(folder: Path, name: str) -> Path:
@@ -39,6 +42,8 @@ def contained_file(folder: Path, name: str) -> Path:
         raise error_at(path, "is a link out of its folder; refused; fix: copy the file into it")
     if not real.is_file():  # a folder, or a pipe that blocks the reader
         raise error_at(path, "not a regular file; fix: put the file itself there")
+    if real.suffix in (".json", ".model", ".txt", ".jinja") and real.stat().st_size > _MAX_TEXT_BYTES:
+        raise error_at(path, f"larger than {_MAX_TEXT_BYTES:,} bytes; fix: download it again")
     try:
         with real.open("rb") as file:
             is_pointer = file.read(len(_LFS)) == _LFS
@@ -56,11 +61,13 @@ def has_file(folder: Path, name: str) -> bool:
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of a checkpoint folder, without NaN, infinity or repeated keys; else a CheckpointError."""
-    path = contained_file(folder, name)
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise error_at(path, f"larger than {_MAX_CONFIG_BYTES:,} bytes, no configuration; fix: download it again")
     try:
-        value = read_json(path, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_without_repeats)
+        value = read_json(
+            contained_file(folder, name),
+            parse_float=_finite,
+            parse_constant=_finite,
+            object_pairs_hook=_without_repeats,
+        )
     except (DataError, OSError) as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(value, dict):

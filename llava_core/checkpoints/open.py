@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ FORMATS: tuple[CheckpointFormat, ...] = (
     native.FORMAT, lora.FORMAT, hf.FORMAT, original.FORMAT, mmpretrain.FORMAT, projector.FORMAT
 )  # fmt: skip
 """All formats, in the order in which they are tried. A new one is a module in `formats` and an entry here."""
+
+_OPENING: ContextVar[tuple[Path, ...]] = ContextVar("opening", default=())  # base models that are being opened
 
 
 def detect_format(path: Path) -> CheckpointFormat | None:
@@ -75,11 +78,17 @@ def open_checkpoint(
 
 def _open_base(source: str, options: Options) -> Checkpoint:
     """Open a base model: a LLaVA checkpoint or a plain language model."""
-    folder = model_folder(source)
-    if detect_format(folder) is not None:
-        base = open_checkpoint(folder, Options(vision_tower=options.vision_tower), name_tower=True)
-        return base.require("language_model")
-    return open_language_model(source)
+    folder, above = model_folder(source), _OPENING.get()
+    if folder.resolve() in above:
+        raise error_at(folder, "is a base model of itself; fix: --base DIR")
+    token = _OPENING.set((*above, folder.resolve()))
+    try:
+        if detect_format(folder) is not None:
+            base = open_checkpoint(folder, Options(vision_tower=options.vision_tower), name_tower=True)
+            return base.require("language_model")
+        return open_language_model(source)
+    finally:
+        _OPENING.reset(token)
 
 
 def with_bases(checkpoint: Checkpoint, options: Options) -> Checkpoint:

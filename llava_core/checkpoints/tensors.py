@@ -68,8 +68,11 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     if path.suffix not in _SUFFIXES:
         raise error_at(path, f"not a weights file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
     tensors = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
-    if packed := next((name for name in tensors if name.endswith(_QUANTISED)), None):
-        raise error_at(path, f"{packed} belongs to quantised weights; fix: take the model in 16 or 32 bits")
+    for name, tensor in tensors.items():
+        if name.endswith(_QUANTISED):
+            raise error_at(path, f"{name} belongs to quantised weights; fix: take the model in 16 or 32 bits")
+        if not tensor.dtype.is_floating_point and not name.endswith("position_ids"):
+            raise error_at(path, f"{name} has type {tensor.dtype}; fix: take the model in 16 or 32 bits floating-point")
     return tensors
 
 
@@ -96,8 +99,8 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
         if not isinstance(name, str) or not plain or value.is_quantized:
             raise error_at(path, f"{name!r} is {type(value).__name__}, not a plain tensor; fix: name a weights file")
-        if value.nbytes > path.stat().st_size:  # a view that repeats a small storage would fill the memory
-            raise error_at(path, f"{name} is {tuple(value.shape)}, larger than its file; fix: download it again")
+        if value.nbytes > value.untyped_storage().nbytes():  # a view that repeats its values would fill the memory
+            raise error_at(path, f"{name} is {tuple(value.shape)}, larger than its storage; fix: download it again")
     return {name: LazyTensor.of(tensor) for name, tensor in content.items()}
 
 

@@ -87,7 +87,7 @@ def _with_clip_names(tensors: Mapping[str, LazyTensor], file: Path) -> dict[str,
         name = theirs.removeprefix(_TOWER)
         if name == theirs:
             renamed[theirs] = tensor
-        elif ".attn.qkv." in name:
+        elif ".attn.qkv." in name and tensor.shape:
             for k, letter in enumerate("qkv"):
                 part = name.replace(".attn.qkv.", f".self_attn.{letter}_proj.")
                 shape = (tensor.shape[0] // 3, *tensor.shape[1:])
@@ -115,10 +115,12 @@ def _assumed_description(tensors: Mapping[str, LazyTensor], base: Checkpoint, vi
     """Return a description from the shapes of the tensors and the configuration of the base language model."""
     config = dict(base.description.language_model)
     words = tensors.get(_PREFIX + "model.embed_tokens.weight")
-    if words:
+    if words and words.shape:
         config["vocab_size"] = words.shape[0]  # training may have added rows to the base's vocabulary
     mlp = any(".mm_projector.0." in name for name in tensors)
-    width = next((t.shape[-1] for n, t in tensors.items() if re.search(r"mm_projector\.(0\.)?weight$", n)), 0)
+    width = next(
+        (t.shape[-1] for n, t in tensors.items() if re.search(r"mm_projector\.(0\.)?weight$", n) if t.shape), 0
+    )
     # mmpretrain's own pipeline resizes to a square, whatever the image's aspect ratio
     usage = {**USAGE_OF_V1, "image_delimiters": None if mlp else IMAGE_DELIMITERS, "image_mode": "resize"}
     projector = "mlp2x_gelu" if mlp else "linear"

@@ -33,7 +33,10 @@ def detect(path: Path) -> bool:
 def read(path: Path, options: Options) -> Checkpoint:
     """Open a directory, with every weights file checked against the manifest's SHA-256."""
     manifest = _read_manifest(path)
+    weights = {*(file.name for file in weight_files(path)), lora.WEIGHTS, lora.CONFIG}
     for name, digest in manifest["files"].items():
+        if name not in weights:
+            raise error_at(path, f"its manifest lists {name}, no weights; fix: copy the checkpoint again")
         if sha256_file(contained_file(path, name)) != digest:
             raise error_at(path / name, "damaged (SHA-256 is not the manifest's); fix: copy it again or train again")
     adapter = lora.open_adapter(path) if lora.detect(path) else None

@@ -13,7 +13,7 @@ from checkpoint_fixtures import (  # noqa: F401 - fixtures
 )
 
 from companion.checkpoints.inspection import inspect
-from llava_core.checkpoints.files import contained_file, read_config
+from llava_core.checkpoints.files import contained_file, error_at, read_config
 from llava_core.checkpoints.tokenizer import TOKENIZER_FILES
 from llava_core.runtime import CheckpointError
 
@@ -84,5 +84,15 @@ def test_ambiguous_json_is_refused(tmp_path, text, message) -> None:
 def test_a_huge_configuration_is_not_read(tmp_path) -> None:
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(10**9)
-    with pytest.raises(CheckpointError, match=r"config\.json: larger than 50,000,000 bytes"):
+    with pytest.raises(CheckpointError, match=r"config\.json: larger than 200,000,000 bytes"):
         read_config(tmp_path, "config.json")
+
+
+@pytest.mark.parametrize("name", ["a\ud800", "a\x1b[2J", "a\nerror: b"])
+def test_errors_print_names_of_others_safely(name, original) -> None:
+    text = str(error_at(original, f"{name} is unknown; fix: download it again"))
+    assert text.isprintable()
+    assert text.encode()
+    long = str(error_at(original, f"{name * 10**6} is unknown; fix: download it again"))
+    assert len(long) < 2000
+    assert long.endswith("fix: download it again")

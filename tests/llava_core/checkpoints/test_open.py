@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import foreign
 import pytest
 import torch
@@ -39,3 +41,13 @@ def test_release_with_an_extra_projector_file(original, loaded) -> None:
 def test_unused_options_are_refused(original, root) -> None:
     with pytest.raises(CheckpointError, match="contains what --base names"):
         open_checkpoint(original, Options(base=str(root / "llm")))
+
+
+def test_base_models_in_a_cycle_are_refused(tmp_path) -> None:
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": str(tmp_path / base)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings))
+        torch.save({}, tmp_path / name / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="is a base model of itself; fix: --base DIR"):
+        open_checkpoint(tmp_path / "a")

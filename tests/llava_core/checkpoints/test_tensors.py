@@ -39,7 +39,7 @@ def test_written_files_have_the_modes_of_the_umask(original, umask, tmp_path) ->
 
 def test_views_that_repeat_a_small_storage_are_refused(tmp_path) -> None:
     torch.save({"a": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "a.bin")
-    with pytest.raises(CheckpointError, match=r"a is \(1048576, 1048576\), larger than its file"):
+    with pytest.raises(CheckpointError, match=r"a is \(1048576, 1048576\), larger than its storage"):
         open_file(tmp_path / "a.bin")
 
 
@@ -60,3 +60,10 @@ def test_compressed_pickles_are_refused(tmp_path) -> None:
     assert open_file(tmp_path / "a.bin")["a"].shape == (10**6,)
     with pytest.raises(CheckpointError, match=r"b\.bin: compressed"):
         open_file(tmp_path / "b.bin")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.uint8])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype) -> None:
+    torch.save({"embeddings.position_ids": torch.arange(3), "a": torch.zeros(2, dtype=dtype)}, tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=rf"a has type {dtype}; fix: "):
+        open_file(tmp_path / "a.bin")

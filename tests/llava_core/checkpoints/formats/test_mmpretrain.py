@@ -104,3 +104,20 @@ def test_without_a_tower_one_must_be_named(world, tmp_path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update(tower_of_mmpretrain(loaded)))
     with pytest.raises(CheckpointError, match="vision tower without configuration; fix: --vision-tower"):
         load(folder, options=Options(base=options.base))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.vision_tower.layers.0.attn.qkv.weight",
+        "model.vision_tower.pos_embed",
+        "model.vision_tower.pre_norm.weight",
+        "model.lang_encoder.model.embed_tokens.weight",
+        "model.lang_encoder.model.mm_projector.weight",
+    ],
+)
+def test_tensors_without_dimensions_are_refused(saved, name) -> None:
+    folder, _, options = saved
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.tensor(1.0)}))
+    with pytest.raises(CheckpointError):
+        load(folder, options=options)
