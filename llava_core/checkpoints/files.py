@@ -19,9 +19,8 @@ _LONGEST = 800  # characters of an error
 
 def error_at(path: str | Path, problem: str) -> CheckpointError:
     """Return the error of a file or folder; `problem` also says how to fix it, names and values in it are others'."""
-    text = f"{display_path(path)}: {problem}"
-    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    return CheckpointError("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{display_path(path)}: {problem}")
+    return CheckpointError(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}")
 
 
 def contained_file(folder: Path, name: str) -> Path:
