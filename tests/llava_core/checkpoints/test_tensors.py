@@ -21,7 +21,7 @@ from llava_core.checkpoints.tensors import lone_weights_file, open_file
 from llava_core.runtime import CheckpointError
 
 
-@pytest.fixture(params=[0o022, 0o027])
+@pytest.fixture(params=[0o027])
 def umask(request):
     previous = os.umask(request.param)
     yield request.param
