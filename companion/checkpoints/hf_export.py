@@ -183,10 +183,12 @@ def chat_template(template: Template, usage: dict[str, Any], bos: bool = True, a
     Args:
         usage: the checkpoint's `system` message, `image_position` and `image_delimiters`.
         bos: whether the text begins with the BOS token, because the tokenizer adds none.
-        after_image: what makes the tokenizer begin a new text there.
+        after_image: what makes the tokenizer begin a new text after an image, which is no token to our templates.
     """
     start, end = usage.get("image_delimiters") or ("", "")
     tight, reply = template.tight_images, " " if template.bridge else ""
+    if start and template.encoder is None:
+        after_image = ""  # the end delimiter is a token
     if template.encoder is not None:  # a prompt of the code of v0
         options = getattr(template.encoder, "keywords", {})
         tight = options.get("strip", True)
@@ -196,7 +198,8 @@ def chat_template(template: Template, usage: dict[str, Any], bos: bool = True, a
     position, system = usage.get("image_position", "data"), usage.get("system")
     text = "text" if position == "data" else "text.strip('\\n')"
     first = (template.image_side if position in ("data", "random") else position) == "first"
-    newline, image = "" if tight else "\n", f"{start}{IMAGE_MARKER}{end}{after_image}"
+    ends = not first and not template.bridge  # nothing follows the image
+    newline, image = "" if tight else "\n", f"{start}{IMAGE_MARKER}{end}{'' if ends else after_image}"
     bridge = quote(template.bridge)
     sides = ("opening", f"{text} + {bridge}") if first else (f"opening + {text}", bridge)
     if tight:

@@ -109,15 +109,22 @@ def vicuna_not_legacy(root: Path) -> Path:
     return vicuna(root, legacy=False, tokenizer_class="LlamaTokenizer")
 
 
+def delimiters_not_legacy(root: Path) -> Path:
+    vicuna(root, legacy=False)
+    usage = {"image_position": "first", "image_delimiters": foreign.DELIMITERS}
+    return save_checkpoint(root / "d", foreign.random_model(root, delimiters=True), "full", template="v1", **usage)
+
+
 def vicuna_with_eos(root: Path) -> Path:
     """Its tokenizer adds EOS to each text, which would end a prompt."""
     return vicuna(root, add_eos_token=True)
 
 
-KINDS = {
-    kind.__name__: kind
-    for kind in (linear_rope, tied, paper, padded_images, miniature, vicuna, vicuna_not_legacy, vicuna_with_eos)
-}
+_ALL = (
+    linear_rope, tied, paper, padded_images, miniature, vicuna, vicuna_not_legacy, delimiters_not_legacy,
+    vicuna_with_eos,
+)  # fmt: skip
+KINDS = {kind.__name__: kind for kind in _ALL}
 
 
 @pytest.fixture(scope="module", params=KINDS)
