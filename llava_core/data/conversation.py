@@ -158,7 +158,7 @@ for _template in (
     Template("v0_exact_1_0", _SYSTEM, stop="###", encoder=partial(encode_released_v0, strip=False)),
     # Vicuna v1.1: USER / ASSISTANT, the EOS token ends an answer.
     _v1 := Template("v1", _SYSTEM, opening="{system} USER: ", opening_next="USER: ", bridge=" ASSISTANT:", eos=True),
-    # The same before transformers 4.32, whose slow tokenizers lost white space around the image delimiters.
+    # The same before transformers 4.35, whose slow tokenizers lost white space around the image delimiters.
     replace(_v1, name="v1_tight", tight_images=True),
     # The chat template of llava-hf on the hub, for prompts only: no system message, no EOS after earlier answers.
     Template("v1_hf", "", opening="{system}USER: ", opening_next=" USER: ", bridge=" ASSISTANT:"),
