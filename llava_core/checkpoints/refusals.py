@@ -66,6 +66,8 @@ def _refuse_config(folder: Path) -> None:
     if model_type in _OTHER_MODELS or ("vision_config" in config and model_type != "llava"):
         what = _OTHER_MODELS.get(model_type, _OTHER)
         raise error_at(where, f"{model_type} is {what}; fix: take a LLaVA of model_type llava, v0 to 1.5")
+    if has_file(folder, "adapter_config.json"):  # after QLoRA the field says how the base was trained, not stored
+        return
     text = config.get("text_config")
     for fields in (config, text if isinstance(text, dict) else {}):
         for name in ("quantization_config", "quantization"):

@@ -71,6 +71,14 @@ def test_lora_merge_equals_peft(world, adapter, tmp_path) -> None:
         torch.testing.assert_close(logits(load(tmp_path / to))[..., : wanted.shape[-1]], wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_adapter_of_a_quantised_base_is_no_quantised_model(adapter, tmp_path) -> None:
+    folder = shutil.copytree(adapter[0], tmp_path / "qlora")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(logits(load(folder)), adapter[1], rtol=1e-5, atol=1e-5)
+
+
 def test_lora_on_a_llava_base(world, adapter, tmp_path) -> None:
     root, loaded, _ = world
     folder, wanted = adapter
