@@ -18,6 +18,7 @@ from PIL import Image
 from llava_core.checkpoints.describe import DESCRIPTION_KEY, Checkpoint
 from llava_core.checkpoints.files import contained_file, error_at, has_file
 from llava_core.checkpoints.formats import hf
+from llava_core.checkpoints.formats.common import EMBEDDINGS
 from llava_core.checkpoints.formats.names import export_tensors
 from llava_core.checkpoints.tensors import LazyTensor, write_tensors
 from llava_core.constants import IMAGE_MARKER
@@ -38,10 +39,10 @@ def write_hf(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     size, patch = (description.vision_tower[k] for k in ("image_size", "patch_size"))
     tokenizer = _write_processor(checkpoint, folder, patch)
     rows = -(-max(len(tokenizer), description.language_model["vocab_size"]) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
-    dtype = str(checkpoint.tensors[hf.EMBEDDINGS[0]].dtype).removeprefix("torch.")  # the tower's may differ
+    dtype = str(checkpoint.tensors[EMBEDDINGS[0]].dtype).removeprefix("torch.")  # the tower's may differ
     tensors = {}
     for name, tensor in export_tensors(checkpoint, hf.RULES).items():
-        if name in hf.EMBEDDINGS:
+        if name in EMBEDDINGS:
             tensor = tensor.map(lambda table: _pad_rows(table, rows), (rows, *tensor.shape[1:]))
         tensors[name] = tensor
         if name == "multi_modal_projector.linear_1.bias" and description.projector == "linear":

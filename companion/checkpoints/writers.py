@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from companion.checkpoints.hf_export import write_hf
+from companion.checkpoints.hf_export import rope_fields, write_hf
 from llava_core.checkpoints.describe import DESCRIPTION_KEY, MODEL_PARTS, Checkpoint
 from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf, mmpretrain, native, original
@@ -52,8 +52,11 @@ def original_config(checkpoint: Checkpoint) -> dict[str, Any]:
     if tower is None:
         raise error_at(checkpoint.path, "names no vision tower, and the original code loads it by its name; fix: "
                        "--vision-tower NAME (hub id or folder)")  # fmt: skip
+    kind = (language_model.get("rope_parameters") or {}).get("rope_type", "default")
+    if kind not in ("default", "linear", "dynamic"):
+        raise error_at(checkpoint.path, f"the original code has no rope scaling {kind!r}; fix: --to hf")
     return {
-        **language_model, **_rope_fields(checkpoint),
+        **language_model, **rope_fields(language_model),
         "model_type": original_type, "architectures": [architecture],
         "mm_vision_tower": tower,
         "mm_hidden_size": description.d_vision, "mm_projector_type": description.projector,
@@ -63,16 +66,6 @@ def original_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "use_mm_proj": True, "unfreeze_mm_vision_tower": "vision_tower" in checkpoint.parts,
         DESCRIPTION_KEY: description.to_dict(),
     }  # fmt: skip
-
-
-def _rope_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the fields of rotary position embeddings before transformers 5."""
-    rope = checkpoint.description.language_model.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "dynamic"):
-        raise error_at(checkpoint.path, f"the original code has no rope scaling {kind!r}; fix: --to hf")
-    scaling = None if kind == "default" else {"type": kind, "factor": rope.get("factor")}
-    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaling}
 
 
 def write_original(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from llava_core.runtime import CheckpointError, DataError, display_path, read_json, sha256_file
 
 _LFS = b"version https://git-lfs"
-_MAX_TEXT_BYTES = 200_000_000  # the largest tokenizer.json have 35 MB, the index of a 70B model 60 KB
+_MAX_TEXT_BYTES = 200_000_000  # far more than any tokenizer.json or index of shards has
 _LONGEST = 800  # characters of an error
 
 

@@ -91,10 +91,8 @@ def _from_sentencepiece(folder: Path, options: dict[str, Any]) -> Any:
     if prefix and legacy:  # each text between special tokens gets the dummy prefix
         steps.append(normalizers.Prepend(_MARK))
     elif prefix:  # the first one only; the second step also marks a text that begins with a space
-        Metaspace = pre_tokenizers.Metaspace  # noqa: N806 - a class
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            Metaspace(" ", "first", split=False), Metaspace(_MARK, "never", split=False)
-        ])  # fmt: skip
+        marks = ((" ", "first"), (_MARK, "never"))
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(*m, split=False) for m in marks])
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _MARK)])
     backend.decoder = decoders.Sequence([
         decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)

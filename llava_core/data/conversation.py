@@ -55,6 +55,11 @@ class Template:
         """Whether a prompt needs a question; without one, the text continues after the image."""
         return bool(self.bridge) or self.encoder is not None
 
+    @property
+    def trainable(self) -> bool:
+        """Whether training teaches where an answer ends; else the template is for prompts only."""
+        return bool(self.closing) or self.eos or self.encoder is not None
+
     def render(self, turns: Sequence[Turn], system: str | None = None) -> list[Segment]:
         """Segments of a conversation; image markers in the questions become image segments."""
         _check_turns(turns)

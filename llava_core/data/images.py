@@ -165,9 +165,8 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 class ImageProcessor:
     """Preprocessing of CLIPImageProcessor: bicubic resize, center crop, rescale, normalise.
 
-    Pixels equal those of transformers' PIL backend bitwise with the same Pillow; 13 resizes some shapes otherwise than
-    11.3, by 1 of 255 where a picture is smooth. Its torchvision backend resizes differently: about 0.2 % of the values
-    differ, nearly all by 1 of 255.
+    Pixels equal those of transformers' PIL backend bitwise with the same Pillow, whose versions resize some shapes
+    differently. Its torchvision backend resizes differently: about 0.2 % of the values differ, nearly all by 1 of 255.
 
     Attributes:
         mode: "crop" (the paper: shortest side to `size`, center crop), "pad" (square canvas of the mean color) or

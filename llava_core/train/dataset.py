@@ -19,7 +19,7 @@ from llava_core.data.conversation import TEMPLATES
 from llava_core.data.images import ImageProcessor, load_image
 from llava_core.data.instruct import Problem, Sample, load_instruct
 from llava_core.data.tokenization import Encoded, Turn
-from llava_core.runtime import CheckpointError, DataError, display_path, resolve_dtype, seed_everything
+from llava_core.runtime import CheckpointError, ConfigError, DataError, display_path, resolve_dtype, seed_everything
 from llava_core.train.adapters import add_adapters
 
 Item = tuple[Encoded, "np.ndarray | None"]
@@ -48,6 +48,8 @@ class TrainingSet:
     def __post_init__(self) -> None:
         self._pixels: dict[Path, np.ndarray] = {}
         self.dropped: dict[int, int] = {}
+        if not TEMPLATES.get(name := self.config.experiment.template).trainable:
+            raise ConfigError(f"template {name} has no end of an answer, so none would be learned; fix: template: v1")
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -19,6 +19,7 @@ from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.runtime import CheckpointError, display_path
 
 PROJECTOR = "multi_modal_projector."
+EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def new_checkpoint(
 def _drop_tied_head(
     path: Path, description: Description, ours: dict[str, LazyTensor], names: dict[str, str], left_out: dict[str, str]
 ) -> None:
-    head, words = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    words, head = EMBEDDINGS
     if not description.tied or head not in ours or words not in ours:
         return
     if not torch.equal(ours.pop(head).read(), ours[words].read()):

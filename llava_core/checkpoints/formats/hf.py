@@ -14,6 +14,7 @@ from llava_core.checkpoints.configs import language_config, tower_config
 from llava_core.checkpoints.describe import DESCRIPTION_KEY, USAGE_OF_V1, Checkpoint, Description, Options
 from llava_core.checkpoints.files import error_at, has_file, read_config
 from llava_core.checkpoints.formats.common import (
+    EMBEDDINGS,
     PROJECTOR,
     CheckpointFormat,
     check_supported,
@@ -47,9 +48,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "projector_hidden_act": (None, "gelu", "linear"),
     "vision_feature_select_strategy": (None, "default"),  # the class token is dropped
     "multimodal_projector_bias": (None, True),
-    "vision_feature_layer": (None, *range(-256, 256)),  # not a list of layers
 }
-EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 ORIGINAL_TOKENIZER = "tokenizer"  # sub-folder with the tokenizer as it was before image and padding tokens were added
 
 
@@ -65,6 +64,8 @@ def read(path: Path, options: Options) -> Checkpoint:
     where = path / "config.json"
     notes: list[str] = []
     check_supported(config, where, _SUPPORTED)
+    if isinstance(layers := config.get("vision_feature_layer"), list):
+        raise error_at(where, f"vision_feature_layer is {layers!r}; fix: take a model that projects one layer")
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict):
             raise error_at(where, f"{part} is missing; fix: download config.json again")

@@ -19,7 +19,13 @@ import torch
 
 from llava_core.checkpoints.describe import IMAGE_DELIMITERS, Adapter, Checkpoint, Options
 from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
-from llava_core.checkpoints.formats.common import PROJECTOR, CheckpointFormat, one_layer, with_tower_settings
+from llava_core.checkpoints.formats.common import (
+    EMBEDDINGS,
+    PROJECTOR,
+    CheckpointFormat,
+    one_layer,
+    with_tower_settings,
+)
 from llava_core.checkpoints.formats.names import export_name, rename_tensors
 from llava_core.checkpoints.formats.original import mm_config, read_description
 from llava_core.checkpoints.tensors import LazyTensor, open_file, write_file
@@ -27,7 +33,6 @@ from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.runtime import resolve_dtype, sha256_file, user_path, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 IN_LANGUAGE_MODEL = (("language_model.", ""),)
 IN_TRANSFORMERS = (("language_model.model.", "model.language_model."),)
 """Rules of the modules' names in a language model by itself, and in transformers' LLaVA."""

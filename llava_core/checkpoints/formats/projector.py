@@ -10,7 +10,7 @@ import torch
 
 from llava_core.checkpoints.describe import IMAGE_DELIMITERS, USAGE_OF_V1, Checkpoint, Description, Options
 from llava_core.checkpoints.files import error_at, has_file
-from llava_core.checkpoints.formats.common import CheckpointFormat, with_tower_settings
+from llava_core.checkpoints.formats.common import EMBEDDINGS, PROJECTOR, CheckpointFormat, with_tower_settings
 from llava_core.checkpoints.formats.original import mm_config, read_description
 from llava_core.checkpoints.tensors import LazyTensor, has_weights, lone_weights_file, open_file
 from llava_core.checkpoints.tokenizer import tokenizer_folder
@@ -20,7 +20,6 @@ _PREFIXES = (
     "base_model.model.model.mm_projector.", "model.mm_projector.", "mm_projector.", "multi_modal_projector.",
     "model.lang_encoder.model.mm_projector.",
 )  # fmt: skip
-_OURS = "multi_modal_projector."
 
 
 def _weights_file(path: Path) -> Path | None:
@@ -46,8 +45,8 @@ def read(path: Path, options: Options, base: Checkpoint | None = None) -> Checkp
     assert file is not None
     notes: list[str] = []
     projector, names, words = _split(file)
-    kind = "mlp2x_gelu" if f"{_OURS}0.weight" in projector else "linear"
-    weight = projector.get(f"{_OURS}0.weight", projector.get(f"{_OURS}weight"))
+    kind = "mlp2x_gelu" if f"{PROJECTOR}0.weight" in projector else "linear"
+    weight = projector.get(f"{PROJECTOR}0.weight", projector.get(f"{PROJECTOR}weight"))
     if weight is None or len(weight.shape) != 2:
         raise error_at(file, f"no projector's weight among {', '.join([*names.values(), *words][:4])}")
     d_model, d_vision = weight.shape
@@ -87,7 +86,7 @@ def _split(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str], dict[str,
     for theirs, tensor in open_file(file).items():
         prefix = next((prefix for prefix in _PREFIXES if theirs.startswith(prefix)), None)
         if prefix is not None:
-            name = _OURS + theirs.removeprefix(prefix).replace("linear_1.", "0.").replace("linear_2.", "2.")
+            name = PROJECTOR + theirs.removeprefix(prefix).replace("linear_1.", "0.").replace("linear_2.", "2.")
             projector[name], names[name] = tensor, theirs
         elif theirs.endswith("embed_tokens.weight"):
             words[theirs] = tensor
@@ -98,7 +97,7 @@ def _split(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str], dict[str,
 
 def _with_word_embeddings(checkpoint: Checkpoint, words: dict[str, LazyTensor], file: Path) -> Checkpoint:
     """Put trained word embeddings into the model: all rows, or the two of the image delimiters."""
-    key = "language_model.model.embed_tokens.weight"
+    key = EMBEDDINGS[0]
     for theirs, rows in words.items():
         table = checkpoint.tensors[key]
         if table.shape == rows.shape:

@@ -140,7 +140,6 @@ def test_wrong_tokenizer_json_is_an_error(model_file, tmp_path) -> None:
 
 
 def test_normalising_model_is_followed(tmp_path) -> None:
-    small_model(tmp_path / "unused.model")
     text = ["Ｆｕｌｌ  width ﬁne text of a car"] * 40
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=290, model_type="bpe",

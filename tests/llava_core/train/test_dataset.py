@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_root import make_training_root
 
 from llava_core.config import load_experiment
-from llava_core.runtime import DataError
-from llava_core.train.dataset import held_out_indices, load_samples, steps_of
+from llava_core.runtime import ConfigError, DataError
+from llava_core.train.dataset import TrainingSet, held_out_indices, load_samples, steps_of
 
 
 @pytest.mark.parametrize(("name", "samples", "steps"), [("pretrain", 595_375, 4652), ("finetune", 157_712, 14_787)])
@@ -38,6 +40,14 @@ def test_exactly_the_number_is_held_out(samples: int, held_out: int) -> None:
     }  # over the whole file
     with pytest.raises(DataError, match="hold out fewer"):
         held_out_indices(held_out, max(1, held_out))
+
+
+def test_template_for_prompts_only_is_refused() -> None:
+    nothing: Any = None
+    for template, refused in (("v0", False), ("v0_exact", False), ("plain", False), ("v1_hf", True)):
+        config = load_experiment("finetune", "mini", {"template": template})
+        with pytest.raises(ConfigError, match="v1_hf has no end of an answer") if refused else nullcontext():
+            TrainingSet([], nothing, nothing, config, 4)
 
 
 @pytest.fixture
