@@ -1,10 +1,11 @@
-"""The verdict on a measured value, one of four for every table, page and command."""
+"""The verdict on a measured value, from one vocabulary for every table, page and command."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
 
+from companion.comparisons import ALPHA, Comparison
 from llava_core.registry import unknown
 from llava_core.runtime import DataError
 
@@ -18,6 +19,10 @@ class Verdict(StrEnum):
     """The measured value is not the claimed one."""
     NOT_RESOLVED = "not resolved"
     """The interval contains zero, one seed has no interval, the run was shortened, or no record exists."""
+    NO_DIFFERENCE = "no difference"
+    """The difference is smaller than the margin of equivalence that the protocol states."""
+    CANNOT_BE_TESTED = "cannot be tested"
+    """No arm is above a blind guess and above the look-up table of training answers."""
     SHOWN_ONLY = "shown only"
     """This scale has a value, but the claim cannot be tested with it."""
 
@@ -50,3 +55,23 @@ def verdict_of_interval(interval: Sequence[float] | None, direction: str | None)
 def verdict_of_value(published: float, interval: Sequence[float] | None) -> Verdict:
     """Return the verdict on a published value, from the 95 % interval of the measured one (None: not comparable)."""
     return verdict_of(None if interval is None else interval[0] <= published <= interval[1])
+
+
+def verdict_of_difference(
+    result: Comparison, direction: str | None, *, p: float, margin: float | None, testable: bool = True
+) -> Verdict:
+    """Return the verdict on a claimed sign, from a comparison of two arms.
+
+    Args:
+        direction: `below 0` or `above 0`; None: the paper claims nothing about it.
+        p: of no difference, after the correction for the family.
+        margin: of equivalence, in points; None: equivalence is not tested.
+        testable: whether an arm is above chance and above the look-up table.
+    """
+    if not testable:
+        return Verdict.CANNOT_BE_TESTED
+    if p < ALPHA:
+        return Verdict.SHOWN_ONLY if direction is None else verdict_of((result.effect < 0) == (direction == "below 0"))
+    if margin is not None and result.equivalence_p(margin) < ALPHA:
+        return Verdict.NO_DIFFERENCE
+    return Verdict.NOT_RESOLVED
