@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, loaded
+from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, loaded, names
 
 
 def _answers(args: argparse.Namespace) -> Result:
@@ -35,6 +35,22 @@ def _judge(args: argparse.Namespace) -> Result:
 
     bench, client = load_bench(args.bench, args.limit), chat_client(args, _cassette_path(args))
     return write_reviews(bench, args.answers, client, args.out, args.reference, args.judge, args.swap)
+
+
+def _controls(args: argparse.Namespace) -> Result:
+    from companion.evaluation.bench_controls import score_controls
+    from companion.evaluation.bench_steps import load_bench
+    from companion.miniature.world import CATEGORIES
+
+    bench, client = load_bench(args.bench, args.limit), chat_client(args, args.cassette or Path("controls.sqlite"))
+    return {"controls": score_controls(bench, client, args.objects or list(CATEGORIES), args.judge)}
+
+
+def _show_controls(result: Result) -> str:
+    import pandas as pd
+
+    title = "relative score (%) of answers of known quality: floors, and the reference as the ceiling"
+    return f"{title}\n{pd.DataFrame(result['controls']).to_string(index=False)}"
 
 
 def _judges(args: argparse.Namespace) -> Result:
@@ -97,6 +113,14 @@ def add(commands: Commands) -> None:
     new.path("--out", "FILE", "reviews, with their own cassette; for a repeat give another name", required=True)
     new.switch("--swap", "judge each pair in both orders")
     _asking(new)
+
+    example = "llava evaluate bench controls --bench data/mini/bench-coco"
+    text = "floors and ceiling of a judge: its scores of answers of known quality"
+    new = command(steps, "controls", text, example, _controls, _show_controls)
+    _bench(new)
+    new.option("--objects", "NAME,NAME", "of the control that lists them (default: the miniature's)", type=names)
+    new.teacher("controls.sqlite", "--judge")
+    new.limit(" questions")
 
     text = "score a judge's reviews; of several files also mean and standard deviation"
     for into, name, call in ((commands, "llava-bench", "llava-bench"), (steps, "score", "bench score")):

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 
 from companion.evaluation.llava_bench import CATEGORY_PREFIX, Reviews, review_rows, review_scores, score_reviews
-from companion.evaluation.statistics import SAMPLES, estimate, item_counts, percentile_interval, ratio
+from companion.evaluation.statistics import SAMPLES, estimate, item_counts, percentile_interval, ratio, seeds_interval
+from companion.paper.verdict import verdict_of_interval
 from llava_core.runtime import DataError
+
+SEVERAL = 2.0
+"""A score is "several times" another one if the whole interval of their ratio is above this."""
 
 
 @dataclass
@@ -101,6 +105,51 @@ def relative_difference(
     change, (one, other) = estimate(values[1] - values[0]), (estimate(value)["value"] for value in values)
     return {"n": [len(own) for own in keys], "first": one, "second": other, "difference": change["value"],
             "interval": change["interval"]}  # fmt: skip
+
+
+def times_over(
+    more: Sequence[Reviews], less: Sequence[Reviews], images: Mapping[Any, str], samples: int = SAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Return how many times a system's relative score is that of another, and whether that is "several times".
+
+    Args:
+        more: reviews of the system with the higher score, per seed; like `less`, by the same judge.
+        less: reviews of the other system: as many seeds, or one run that every seed is compared with.
+        images: question id -> image; questions about one image are resampled together.
+
+    Returns:
+        n (questions), n_images, n_seeds, times (mean relative score of `more` over that of `less`), interval (the
+        widest of the bootstrap over images and, with two or more seeds, Student's t of the logarithm over seeds),
+        verdict on "several times": whether the interval lies above `SEVERAL`.
+
+    Raises:
+        DataError: numbers of seeds that cannot be paired, a question without an image, fewer than two questions.
+    """
+    if len(less) not in (1, len(more)):
+        raise DataError(f"{len(more)} and {len(less)} seeds cannot be paired; give one or equal numbers of reviews")
+    tables = [[question_scores(reviews).scores for reviews in runs] for runs in (more, less)]
+    keys = [key for key in tables[0][0] if all(key in table for runs in tables for table in runs)]
+    image_of = {str(key): image for key, image in images.items()}
+    if len(keys) < 2 or (absent := [key for key in keys if key not in image_of]):
+        what = f"question {absent[0]} has no image" if len(keys) > 1 else f"{len(keys)} questions are scored everywhere"
+        raise DataError(f"{what}; give reviews and images of the same questions")
+    names, image_index = np.unique([image_of[key] for key in keys], return_inverse=True)
+    counts = item_counts(len(names), samples, seed)[:, image_index]  # (1 + samples, questions)
+    values = [
+        [relative_score(counts, np.array([table[key] for key in keys])) for table in runs] for runs in tables
+    ]  # system, seed -> (1 + samples,)
+    result = estimate(ratio(np.mean(values[0], 0), np.mean(values[1], 0)))
+    if result["value"] is None:
+        raise DataError("the lower relative score is 0; a ratio to it is not defined")
+    interval = result["interval"]
+    if len(more) > 1:
+        pairs = zip(values[0], values[1] * (len(more) // len(less)), strict=True)
+        over_seeds = np.exp(seeds_interval([float(np.log(a[0] / b[0])) for a, b in pairs])["interval"])
+        interval = [min(interval[0], float(over_seeds[0])), max(interval[1], float(over_seeds[1]))]
+    return {
+        "n": len(keys), "n_images": len(names), "n_seeds": len(more), "times": result["value"], "interval": interval,
+        "verdict": verdict_of_interval([end - SEVERAL for end in interval], "above 0"),
+    }  # fmt: skip
 
 
 def compare_systems(
