@@ -71,6 +71,12 @@ def display_path(path: str | Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
+def shortened(value: object, most: int = 100) -> str:
+    """Return a value as text of at most `most` characters for a message; a longer one ends in an ellipsis."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
     """Write a file so that a reader, or a killed writer, never leaves half of it."""
     path = Path(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.instruct import (
     NO_RECORDS,
+    TURN_FIELDS,
     ImageFolder,
     Problem,
     Record,
@@ -18,6 +20,8 @@ from llava_core.data.instruct import (
     read_records,
     record_problems,
 )
+from llava_core.data.media import first_of
+from llava_core.runtime import display_path, shortened
 
 PROBLEM_KINDS = {
     "not_json": "the file or the line is no JSON",
@@ -29,13 +33,16 @@ PROBLEM_KINDS = {
     "role_order": "the turns do not alternate human, gpt",
     "empty_turn": "a turn without text",
     "image_marker": f"not exactly one {IMAGE_MARKER} in the first human turn of a record with an image",
+    "unread_medium": "a field or a marker of another format names an image, video or audio that training does not read",
+    "other_layout": "the file has the layout of another format",
+    "no_images": "a folder of images was given, and no record has one (a warning)",
     "missing_image": "the image file does not exist",
     "outside_folder": "the image's path leaves the folder of images",
     "unreadable_image": "the image file is empty, truncated or no image",
     "too_long": "more words than fit into the model's context with the image",
     "duplicate_id": "the id was used before (a warning: nothing depends on unique ids)",
 }
-WARNINGS = frozenset({"duplicate_id"})
+WARNINGS = frozenset({"duplicate_id", "no_images"})
 
 MAX_WORDS = 1300
 """2048 tokens less 256 of the image and about 50 of the template, at 1.35 tokens per English word."""
@@ -57,11 +64,16 @@ class Checker:
         self.folder = ImageFolder(images, decode) if images is not None else None
         self.max_words = max_words
         self.reported: set[str] = set()  # damaged images
+        self.with_image = 0
+        self.layouts: Counter[str] = Counter()  # layouts of other formats -> records
         self.first_use: dict[tuple[str, str | None], tuple[int, str]] = {}
 
     def check(self, record: Record) -> list[Problem]:
         problems = list(record_problems(record.value))
         if isinstance(record.value, dict):
+            self.with_image += "image" in record.value and record.value["image"] is not None
+            if problems and (layout := other_layout(record.value)):
+                self.layouts[layout] += 1
             problems += [*self._image(record.value), *self._length(record.value), *self._duplicate(record)]
         return [Problem(record.line, record.label, kind, message) for kind, message in problems]
 
@@ -95,13 +107,28 @@ class Checker:
             here = f"record #{record.position}" if record.line is None else f"line {record.line}"
             position, place = self.first_use.setdefault((name, kind), (record.position, here))
             if position != record.position:
-                yield "duplicate_id", f"id '{name}' was already used at {place}; rename one if the samples differ"
+                yield (
+                    "duplicate_id",
+                    f"id '{shortened(name)}' was already used at {place}; rename one if the samples differ",
+                )
 
 
 def count_words(text: str) -> int:
     """Approximate number of words: characters of scripts without spaces count, and so does the length of blobs."""
     words = len(text.split()) if text.isascii() else len(text.split()) + len(_CJK.findall(text))
     return max(words, len(text) // _MAX_WORD_LENGTH)
+
+
+def other_layout(record: dict[str, Any]) -> str | None:
+    """The fields by which a record has the layout of another format, or None."""
+    turns = record.get("conversations")
+    if "conversations" not in record:
+        names = [name for name in record if name not in ("id", "image", "type")]
+        return f"no conversations, but {first_of(names, 5)}" if names else None
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if isinstance(first, dict) and not first.keys() & TURN_FIELDS:
+        return f"turns of {first_of(first, 5)}"
+    return None
 
 
 def is_error(problem: Problem) -> bool:
@@ -131,12 +158,26 @@ def check_file(
         else:
             count += 1
             problems += checker.check(item)
-    return report(Path(path), count, problems)
+    return report(Path(path), count, problems, checker)
 
 
-def report(path: Path, count: int, problems: list[Problem]) -> dict[str, Any]:
+def report(path: Path, count: int, problems: list[Problem], checker: Checker) -> dict[str, Any]:
+    """The result of `check_file`, with the problems of the file as a whole."""
     if not count and not problems:
         problems = [Problem(1, None, "no_records", NO_RECORDS)]
+    if checker.layouts and 2 * sum(checker.layouts.values()) > count:
+        layout, number = checker.layouts.most_common(1)[0]
+        message = (
+            f"{number:,} of {count:,} records have another layout ({layout}); `llava data convert {display_path(path)} "
+            "--to mine.json` reads messages, query and response, instruction and output, texts"
+        )
+        problems = [Problem(None, None, "other_layout", message), *problems]
+    if checker.folder is not None and count and not checker.with_image:
+        message = (
+            f"--images {display_path(checker.folder.path)} was given, and none of the {count:,} records has an image; "
+            "leave it out for text-only data, or name the images in the field 'image'"
+        )
+        problems = [Problem(None, None, "no_images", message), *problems]
     problems = sorted(problems, key=lambda problem: problem.line or 0)
     errors = sum(map(is_error, problems))
     return {

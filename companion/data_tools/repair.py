@@ -16,7 +16,17 @@ from typing import Any
 
 from companion.data_tools.check import MAX_WORDS, Checker, report
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.instruct import FORMATS, ROLES, Problem, Record, import_pyarrow, leaves_folder, read_records
+from llava_core.data.instruct import (
+    FIELDS,
+    FORMATS,
+    ROLES,
+    Problem,
+    Record,
+    import_pyarrow,
+    leaves_folder,
+    read_records,
+)
+from llava_core.data.media import OTHER_SUFFIXES, foreign_markers, is_medium_name, names_images, unread_fields
 from llava_core.runtime import DataError, atomic_write, display_path
 
 REPAIRS = {
@@ -25,9 +35,10 @@ REPAIRS = {
     "white_space": "white space around ids, image names and texts is removed",
     "numbers": "an integer as id or text becomes a string",
     "id": "a record without an id is named by its line",
+    "image_field": "the one image of `images`, `image_path` or another field without `image` becomes `image`",
     "image_name": "a list of one name, an absolute path into the folder, backslashes: the name below the folder",
     "no_image": "an empty image name is removed if no marker is in the text",
-    "marker": f"{IMAGE_MARKER} is written once, in the first human turn",
+    "marker": f"{IMAGE_MARKER} is written once, in the first human turn, also for one marker of another format",
     "last_turn": "a last question without an answer is removed",
     "duplicate": "a record that equals an earlier one is removed",
     "not_json": "a line that is invalid JSON is removed, and still reported as a problem",
@@ -35,6 +46,12 @@ REPAIRS = {
 _FIELDS = {"messages": "conversations", "role": "from", "content": "value"}
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "bot": "gpt", "model": "gpt"}
 _MARKER = re.escape(IMAGE_MARKER)
+_OTHER_MARKER = re.compile(  # of one image, e.g. <Image>, <image_1>, <|image|>, <ImageHere>, [IMG]
+    r"(?:[<＜〈\[{]|\{\{|__|<\|)\s*(?:image|img|start_of_image)[ _]?(?:here|placeholder|[01])?\s*"
+    r"(?:[>＞〉\]}]|\}\}|__|/>|\|>)",
+    re.IGNORECASE,
+)
+_ESCAPED_MARKER = re.compile(r"&(?:amp;)*(?:lt|#60|#x3c);image&(?:amp;)*(?:gt|#62|#x3e);", re.IGNORECASE)
 _AT_AN_END = re.compile(rf"\A\s*{_MARKER}\s*|\s*{_MARKER}\s*\Z")
 
 
@@ -53,6 +70,7 @@ def repair_record(record: Record, checker: Checker, unit: str = "line") -> tuple
         _rename(turn, ("role", "content"), done)
         _repair_turn(turn, k, done)
     _repair_id(value, record, unit, done)
+    _repair_image_field(value, done)
     _repair_image(value, checker, done)
     if isinstance(listed, list) and len(listed) == len(turns) and all(isinstance(t.get("value"), str) for t in turns):
         roles = [turn.get("from") for turn in turns]
@@ -60,6 +78,7 @@ def repair_record(record: Record, checker: Checker, unit: str = "line") -> tuple
             del turns[-1], listed[-1]
             done.append("last_turn: the question without an answer left out")
         if isinstance(value.get("image"), str) and "human" in roles:
+            _rename_marker(turns, done)
             _repair_marker(turns, roles.index("human"), done)
     return value, done
 
@@ -103,11 +122,55 @@ def _repair_id(value: dict[str, Any], record: Record, unit: str, done: list[str]
         done.append(f"id: called {unit}-{number}")
 
 
+def _repair_image_field(record: dict[str, Any], done: list[str]) -> None:
+    """Rename the field that names the one image of a record without `image`; its other media stay a problem."""
+    if record.get("image"):
+        return
+    names = list(unread_fields(record, FIELDS))
+    paths = {path for name in names for path in _paths(name, record.get(name))}
+    if len(paths) == 1 and None not in paths:
+        for name in names:
+            del record[name]
+        record["image"] = paths.pop()
+        done.append(f"image_field: {', '.join(names)} -> image")
+
+
+def _paths(name: str, value: Any) -> list[str | None]:
+    """The file names of images in a field; None for what is not one."""
+    items = value if isinstance(value, list) else [value]
+    items = [item.get("path", item.get("image")) if isinstance(item, dict) else item for item in items]
+    is_images = names_images(name) or name.lower() in ("file_name", "filename", "file", "path")
+    return [
+        item
+        if is_images and isinstance(item, str) and is_medium_name(item) and ":" not in item
+        and not item.lower().endswith(OTHER_SUFFIXES)
+        else None
+        for item in items
+    ]  # fmt: skip
+
+
+def _rename_marker(turns: list[dict[str, Any]], done: list[str]) -> None:
+    """Write the image marker for the one marker of another format, if there is no other."""
+    if any(IMAGE_MARKER in turn["value"] for turn in turns):
+        return
+    found = list(foreign_markers((turn.get("from"), turn["value"]) for turn in turns))
+    if len(found) != 1:
+        return
+    turn, marker = turns[found[0][0]], found[0][1]
+    text = turn["value"].replace(marker, IMAGE_MARKER, 1) if _OTHER_MARKER.fullmatch(marker) else turn["value"]
+    text = _ESCAPED_MARKER.sub(IMAGE_MARKER, text)
+    if text != turn["value"]:
+        turn["value"] = text
+        done.append(f"marker: {marker} -> {IMAGE_MARKER}")
+
+
 def _repair_image(record: dict[str, Any], checker: Checker, done: list[str]) -> None:
     name = record.get("image")
     if isinstance(name, list) and len(name) == 1 and isinstance(name[0], str):
         record["image"], name = name[0], name[0]
         done.append("image_name: the one name of its list")
+    if name in ([], {}):
+        record["image"] = name = ""
     if not isinstance(name, str):
         return
     if not name.strip():
@@ -207,7 +270,7 @@ def fix_file(
         atomic_write(out, b"[\n" + b",\n".join(lines) + b"\n]\n")
     else:
         atomic_write(out, b"".join(line + b"\n" for line in lines))
-    result = report(path, count, problems)
+    result = report(path, count, problems, checker)
     return {**result, "fixed": fixed, "written": len(lines), "out": display_path(out)}
 
 

@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.constants import IMAGE_MARKER
+from llava_core.data.media import OTHER_SUFFIXES, first_of, foreign_markers, may_hold_markers, unread_fields
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, display_path
+from llava_core.runtime import DataError, display_path, shortened
 
 ROLES = ("human", "gpt")
+FIELDS = frozenset(("id", "image", "type", "conversations"))
+TURN_FIELDS = frozenset(("from", "value"))
 FORMATS = (".json", ".jsonl", ".parquet")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -55,7 +58,7 @@ class Record:
     def label(self) -> str:
         """The record's id, or `#` and its position if it has none."""
         name = self.value.get("id") if isinstance(self.value, dict) else None
-        return name if isinstance(name, str) and name else f"#{self.position}"
+        return shortened(name) if isinstance(name, str) and name else f"#{self.position}"
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def record_problems(record: Any) -> Iterator[tuple[str, str]]:
         return
     turns, image, name, kind = (record.get(key) for key in ("conversations", "image", "id", "type"))
     texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns] if isinstance(turns, list) else []
-    if not all(map(_is_unicode, (name, image, kind, *texts))):
+    whole = "\n".join([text for text in texts if isinstance(text, str)])
+    if not all(map(_is_unicode, (name, image, kind, whole))):
         yield "invalid_utf8", "bytes that are not UTF-8, or half of a surrogate pair; save the file as UTF-8"
     if "id" not in record:
         yield "missing_field", "id is missing; give each record a string"
@@ -195,20 +199,49 @@ def record_problems(record: Any) -> Iterator[tuple[str, str]]:
     if image == "":
         yield "missing_image", "image is an empty string; name a file, or leave it out of a text-only record"
     elif isinstance(image, str) and leaves_folder(image):
-        yield "outside_folder", f"image '{image}' leaves the folder of images; give a path relative to that folder"
+        where = "leaves the folder of images; give a path relative to that folder"
+        yield "outside_folder", f"image '{shortened(image)}' {where}"
+    elif isinstance(image, str) and image.lower().endswith(OTHER_SUFFIXES):
+        yield "unread_medium", f"image '{shortened(image)}' is a video or audio; name an image, or leave the record out"
     elif image is not None and not isinstance(image, str):
-        yield "wrong_type", f"image is the name of one file, not {_type(image)}; leave it out of a text-only record"
+        yield "wrong_type", f"image is the name of one file, not {_type(image)}; {_IMAGE_FIX[_stores_images(image)]}"
     if "conversations" not in record:
         yield "missing_field", "conversations is missing; give the turns as a list of {from, value}"
     elif not isinstance(turns, list):
         yield "wrong_type", f"conversations is a list of turns, not {_type(turns)}"
     else:
-        yield from _turn_problems(turns, texts)
+        roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+        yield from _turn_problems(turns, texts, roles, image or None)
         if image != "":  # whether the record has an image is unknown
-            yield from _marker_problems(turns, texts, has_image=image is not None)
+            yield from _marker_problems(texts, roles, image is not None, whole.count(IMAGE_MARKER))
+        if may_hold_markers(whole):
+            found = list(foreign_markers(zip(roles, texts, strict=True)))
+            if found:
+                yield "unread_medium", _MARKER_MESSAGE.format(first_of(marker for _, marker in found), found[0][0])
+    if not record.keys() <= FIELDS and (names := list(unread_fields(record, FIELDS, image or None))):
+        yield "unread_medium", _FIELD_MESSAGE.format(first_of(names))
 
 
-def _turn_problems(turns: list[Any], texts: list[Any]) -> Iterator[tuple[str, str]]:
+_FIELD_MESSAGE = (
+    "training reads the image that 'image' names, and not {}; name the image there, remove the field from a text-only "
+    "record, or leave the record out"
+)
+_MARKER_MESSAGE = (
+    f"{{}} in turn {{}} is a marker of another format; write {IMAGE_MARKER} for the record's image, or leave the "
+    "record out"
+)
+_IMAGE_FIX = (
+    "leave it out of a text-only record",
+    "`llava data convert` writes the images of a table into a folder",
+)
+
+
+def _stores_images(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return any(isinstance(item, bytes) or (isinstance(item, dict) and "bytes" in item) for item in items)
+
+
+def _turn_problems(turns: list[Any], texts: list[Any], roles: list[Any], image: Any) -> Iterator[tuple[str, str]]:
     if not turns:
         yield "role_order", "conversations is empty; give at least a question (human) and an answer (gpt)"
     for k, (turn, text) in enumerate(zip(turns, texts, strict=True)):
@@ -220,28 +253,31 @@ def _turn_problems(turns: list[Any], texts: list[Any]) -> Iterator[tuple[str, st
             yield "wrong_type", f"value of turn {k} is a string, not {_type(text)}"
         elif not text.strip():
             yield "empty_turn", f"turn {k} has no text; write it or remove the pair of turns"
-    roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+        if isinstance(turn, dict) and len(turn) > 2 and (names := list(unread_fields(turn, TURN_FIELDS, image))):
+            yield "unread_medium", _FIELD_MESSAGE.format(f"{first_of(names)} of turn {k}")
+    if roles == [*ROLES] * (len(turns) // 2):
+        return
     wrong = next((k for k, role in enumerate(roles) if role is not None and role != ROLES[k % 2]), None)
     if wrong is not None:
         expected = ROLES[wrong % 2]
-        yield "role_order", f"turn {wrong} is from {roles[wrong]!r}, expected '{expected}': human and gpt alternate"
+        role = shortened(repr(roles[wrong]))
+        yield "role_order", f"turn {wrong} is from {role}, expected '{expected}': human and gpt alternate"
     elif len(turns) % 2:
         yield "role_order", "the last question has no answer; add a gpt turn or remove the question"
 
 
-def _marker_problems(turns: list[Any], texts: list[Any], has_image: bool) -> Iterator[tuple[str, str]]:
-    first = next((k for k, turn in enumerate(turns) if isinstance(turn, dict) and turn.get("from") == "human"), None)
-    if first is None:  # no turn could hold the marker
+def _marker_problems(texts: list[Any], roles: list[Any], has_image: bool, number: int) -> Iterator[tuple[str, str]]:
+    if "human" not in roles:  # no turn could hold the marker
         return
-    counts = [text.count(IMAGE_MARKER) if isinstance(text, str) else 0 for text in texts]
-    if sum(counts) != has_image:
+    first = roles.index("human")
+    if number != has_image:
         yield (
             "image_marker",
-            f"{sum(counts)} x {IMAGE_MARKER} in a record with {'an' if has_image else 'no'} image; "
+            f"{number} x {IMAGE_MARKER} in a record with {'an' if has_image else 'no'} image; "
             f"{'write it once, in the first human turn' if has_image else 'remove it or name the image'}",
         )
-    elif has_image and not counts[first]:
-        place = counts.index(1)
+    elif has_image and not (isinstance(texts[first], str) and IMAGE_MARKER in texts[first]):
+        place = next(k for k, text in enumerate(texts) if isinstance(text, str) and IMAGE_MARKER in text)
         yield "image_marker", f"{IMAGE_MARKER} is in turn {place}; move it to turn {first}, the first human one"
 
 
@@ -261,7 +297,7 @@ def _is_unicode(text: Any) -> bool:
 
 def leaves_folder(name: str) -> bool:
     """Whether the name of an image points outside its folder; symbolic links inside are allowed."""
-    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+    return os.path.isabs(name) or (os.pardir in name and os.path.normpath(name).split(os.sep)[0] == os.pardir)
 
 
 class ImageFolder:
@@ -279,7 +315,9 @@ class ImageFolder:
         """(kind, message) if the image cannot be used, else None."""
         if (fault := self._fault(name)) is None:
             return None
-        return fault[0], f"image {display_path(self.path / name)}: {fault[1]}; restore the file or remove the record"
+        shown = display_path(self.path / shortened(name))
+        reason = fault[1].replace(name, shortened(name))
+        return fault[0], f"image {shown}: {reason}; restore the file or remove the record"
 
 
 def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:
@@ -327,7 +365,7 @@ def load_instruct(
                 unreadable |= path.suffix == ".json" or item.kind == "not_parquet"  # the records after it are lost
                 continue
             found = list(record_problems(item.value))
-            if not found and folder is not None and open_images and "image" in item.value:
+            if not found and folder is not None and open_images and item.value.get("image"):
                 found += [fault] if (fault := folder.problem(item.value["image"])) else []
             problems += [Problem(item.line, item.label, kind, message) for kind, message in found]
             if not found:

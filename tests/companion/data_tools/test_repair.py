@@ -1,4 +1,4 @@
-"""40 planted defects: each is reported once, and repaired where that needs no new text."""
+"""43 planted defects: each is reported once, and repaired where that needs no new text."""
 
 from __future__ import annotations
 
@@ -72,6 +72,9 @@ def defects(images: Path) -> list[tuple[str, bool, Any]]:
         ("missing_field", True, without("id")),
         ("missing_field", True, without("conversations", messages=[{"role": "user", "content": "<image>\nWhy?"}])
          | {"messages": [{"role": r, "content": t} for r, t in (("user", "<image>\nWhy?"), ("assistant", "So."))]}),
+        ("unread_medium", False, record(video="clip.mp4")),
+        ("unread_medium", True, record(turns=[why, so], image=None, images=["good.jpg"])),
+        ("unread_medium", False, record(turns=[("human", "<video>\nWhy?"), so], image=None)),
         ("duplicate_id", True, record("good 0")),
     ]  # fmt: skip
 
@@ -97,14 +100,16 @@ def test_repair_leaves_only_unrepairable_defects(
 ) -> None:
     path, out = tmp_path / "mine.jsonl", tmp_path / "repaired.jsonl"
     wanted = plant(images, path)
-    assert len(wanted) == 40
+    assert len(wanted) == 43
     before = path.read_bytes()
 
     assert cli.main(["data", "check", str(path), "--images", str(images), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert [(p["line"], p["kind"]) for p in result["problems"]] == [(line, kind) for line, kind, _ in wanted]
-    assert result["records"] == 79  # all but the line that is no JSON
-    assert set(PROBLEM_KINDS) - {p["kind"] for p in result["problems"]} == {"not_parquet", "no_records"}
+    assert result["records"] == 85  # all but the line that is no JSON
+    assert set(PROBLEM_KINDS) - {p["kind"] for p in result["problems"]} == {
+        "not_parquet", "no_records", "other_layout", "no_images"
+    }  # fmt: skip
 
     assert cli.main(["data", "check", str(path), "--images", str(images), "--fix", str(out), "--json"]) == 1
     fixed = json.loads(capsys.readouterr().out)
@@ -116,7 +121,7 @@ def test_repair_leaves_only_unrepairable_defects(
 
     copy = check_file(out, images)
     assert [p["kind"] for p in copy["problems"]] == [kind for _, kind, repairable in wanted if not repairable]
-    assert copy["records"] == fixed["written"] == 78  # without the exact duplicate
+    assert copy["records"] == fixed["written"] == 84  # without the exact duplicate
     assert b"A c\xe4t." in out.read_bytes()  # bytes that are no text are carried over, not guessed
     texts = [
         turn["value"]
@@ -136,6 +141,7 @@ def test_repaired_records_have_the_intended_content(tmp_path: Path, images: Path
         record("inside", str(images), image=None) | {"conversations": [{"role": "User", "content": "Why? "},
                                                                          {"role": "model", "content": "So."}]},
         record("open", [*ASKED, ("human", "And?")]),
+        record("empty", turns, [], images=[]),
         record(" sound\u2028", [("human", " <image>Why? "), ("gpt", "So.  ")]),
     ]  # fmt: skip
     path.write_text(json.dumps(records, indent=1))
@@ -150,8 +156,55 @@ def test_repaired_records_have_the_intended_content(tmp_path: Path, images: Path
     done = {f["record"]: f["done"] for f in fixed["fixed"]}
     assert done["moved"] == ["marker: moved in turn 0"]
     assert done["inside"][:2] == ["field_names: role -> from", "field_names: content -> value"]
-    assert len(done) == 4
+    assert len(done) == 5
     assert turns == [("human", "Why?"), ("gpt", "So.")]
+
+
+def test_a_single_image_of_another_field_or_marker_is_renamed(tmp_path: Path, images: Path) -> None:
+    messages = [{"role": "user", "content": "Classify."}, {"role": "assistant", "content": "active"}]
+    records = [
+        {"messages": messages, "images": ["good.jpg"]},
+        record("path", [("human", "Why?"), ("gpt", "So.")], None, image_path="good.png"),
+        record("struct", [("human", "Why?"), ("gpt", "So.")], [], img={"path": "good.png", "bytes": None}),
+        record("twice", ASKED, "", images=["good.jpg"], file_name="good.jpg"),
+        *(record(marker, [("human", f"{marker}\nWhy?"), ("gpt", "So.")]) for marker in (
+            "<Image>", "<ImageHere>", "<image_1>", "&lt;image&gt;", "<|image|>", "[IMG]", "&#60;image&#62;", "< image >"
+        )),
+    ]  # fmt: skip
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(records))
+    assert len(check_file(path, images)["problems"]) >= len(records)
+    assert fix_file(path, tmp_path / "repaired.json", images)["problems"] == []
+    samples = load_instruct(tmp_path / "repaired.json", images)
+    assert [str(s.image.relative_to(images)) for s in samples[:4] if s.image] == [
+        "good.jpg", "good.png", "good.png", "good.jpg"
+    ]  # fmt: skip
+    assert samples[0].turns == [("<image>\nClassify.", "active")]
+    assert {s.turns[0] for s in samples[1:] if s.id != "twice"} == {("<image>\nWhy?", "So.")}
+    assert len(samples) == len(records)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"images": ["good.jpg", "good.png"]},
+        {"images": ["good.jpg"], "video": "clip.mp4"},
+        {"image_path": "http://example.org/good.jpg"},
+        {"image_path": "data:image/png;base64,iVBORw0KGgo="},
+        {"image_id": 458752},
+        {"videos": ["good.mp4"]},
+        {"images": ["good.jpg"], "text": "<image_1> <image_2>"},
+        {"images": ["good.jpg"], "text": "<Img><ImageHere></Img> Why?"},
+    ],
+)
+def test_media_that_cannot_be_read_stay_a_problem(tmp_path: Path, changes: dict[str, Any]) -> None:
+    text = changes.pop("text", "Why?")
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(record(turns=[("human", text), ("gpt", "So.")], image=None, **changes)))
+    fixed = fix_file(path, tmp_path / "repaired.jsonl")
+    assert "unread_medium" in {p["kind"] for p in fixed["problems"]}
+    with pytest.raises(DataError, match=r"training reads|marker of another"):
+        load_instruct(tmp_path / "repaired.jsonl")
 
 
 def test_repaired_copy_is_a_new_file_of_any_format(tmp_path: Path, images: Path) -> None:
