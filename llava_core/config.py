@@ -133,6 +133,8 @@ class TrainConfig(StrictModel):
     precision: Literal["float32", "mixed_bf16", "pure_bf16"]
     """mixed_bf16: trained weights and optimizer state in fp32, everything else and the arithmetic in bf16."""
     adapters: AdapterConfig | None = None
+    snapshots: int = Field(default=0, ge=0)
+    """Checkpoints at equal distances for a learning curve, in `snapshots/<step>`; the last one is `checkpoint`."""
 
     @model_validator(mode="after")
     def _adapters_need_a_language_model(self) -> TrainConfig:
@@ -273,6 +275,8 @@ class RunConfig(StrictModel):
     """`run_id` of the run that this one starts from."""
     scale_overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of the scale that the caller set, by dotted name."""
+    init_overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the run that this one starts from that the caller set, by dotted name."""
     fast: bool = False
     """Shortened by `FAST`, like the run that this one starts from; its numbers mean nothing."""
 
@@ -318,7 +322,7 @@ class RunConfig(StrictModel):
         """Return the run that this one starts from: its experiment, with this run's model, at this scale."""
         if self.experiment.init_from is None:
             return None
-        overrides = _upstream_overrides(self.experiment, self.scale_overrides)
+        overrides = _upstream_overrides(self.experiment, self.scale_overrides, self.init_overrides)
         return load_experiment(self.experiment.init_from, self.scale.name, overrides, self.fast)
 
     @classmethod
@@ -446,11 +450,13 @@ def published_experiment(name: str) -> ExperimentConfig:
     return _resolve(layers, layers[-1].origin)
 
 
-def _upstream_overrides(experiment: ExperimentConfig, of_scale: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run that this one starts from has in common with it: its model, and the overrides of the scale."""
+def _upstream_overrides(
+    experiment: ExperimentConfig, of_scale: Mapping[str, Any], of_init: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the run that this one starts from has in common with it (its model, the scale's overrides), and its own."""
     fields = [field for field in field_names(ExperimentConfig) if field.startswith("model.")]
     shared = {field: value_of(experiment, field) for field in fields}
-    return shared | {f"scale.{field}": value for field, value in of_scale.items()}
+    return shared | {f"scale.{field}": value for field, value in of_scale.items()} | dict(of_init)
 
 
 def _check_precision(train: TrainConfig, parallel: ParallelConfig, file: str) -> None:
@@ -478,14 +484,18 @@ def load_experiment(
 
     Args:
         overrides: values by dotted field, e.g. `{"train.seed": 1}`; they win over everything. `scale.` before a name
-            means a field of the scale: `{"scale.parallel.kind": "zero3"}`.
+            means a field of the scale: `{"scale.parallel.kind": "zero3"}`; `init.` one of the run that this one starts
+            from: `{"init.train.seed": 1}`.
         fast: shorten the run and the one it starts from; the numbers then mean nothing.
 
     Raises:
         ConfigError: a name, key or value is wrong; the message names the file and the nearest key.
     """
     given = dict(overrides or {})
-    of_scale = {f.removeprefix("scale."): given.pop(f) for f in list(given) if f.startswith("scale.")}
+    of_scale, of_init = (
+        {field.removeprefix(prefix): given.pop(field) for field in list(given) if field.startswith(prefix)}
+        for prefix in ("scale.", "init.")
+    )
     paper, place = _experiment_layers(name), load_scale(scale, of_scale)
     file, scale_file = paper[-1].origin, runtime.display_path(scales()[scale])
     published = _resolve(paper, file)
@@ -517,12 +527,15 @@ def load_experiment(
         if part in place.stand_ins
     ]
     init_id = None
+    if of_init and resolved.init_from is None:
+        raise ConfigError(f"override init.{next(iter(of_init))}: {name} starts from no other run; leave it out")
     if resolved.init_from is not None:
         starts = (*_starts, name)
         if name in _starts:
             raise ConfigError(f"experiments {' -> '.join(starts)}: `init_from` goes round in a circle")
-        first = _upstream_overrides(resolved, of_scale)
+        first = _upstream_overrides(resolved, of_scale, of_init)
         init_id = load_experiment(resolved.init_from, scale, first, fast, starts).run_id
     return RunConfig(
-        experiment=resolved, scale=place, departures=departures, init_id=init_id, scale_overrides=of_scale, fast=fast
-    )
+        experiment=resolved, scale=place, departures=departures, init_id=init_id, scale_overrides=of_scale,
+        init_overrides=of_init, fast=fast,
+    )  # fmt: skip

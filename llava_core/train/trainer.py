@@ -126,6 +126,7 @@ class Trainer:
         tokens, samples, waited = 0.0, 0.0, 0.0
         self.saved = began
         evaluate_at = {round(self.steps * q) for q in (0.25, 0.5, 0.75)} | {self.steps}
+        snapshot_at = set(snapshot_steps(self.steps, self.config.snapshots))
         name = self.record.config.experiment.name
         bar = progress(self.steps, name, initial=self.step, disable=self.engine.rank > 0)
         if self.step == 0 and len(self.held_out):
@@ -152,6 +153,8 @@ class Trainer:
                 loss=f"{step.loss:.3f}", tok_s=f"{row['tokens_per_s']:.0f}", wait=f"{row['data_wait']:.0%}", **mfu
             )
 
+            if self.step in snapshot_at:
+                self._save_weights(self.record.path / "snapshots" / str(self.step))
             if self.step < self.steps and (step.stop or step.save):
                 state = self.states.save(self.step, self.seconds, self.engine.state)
                 self.saved = time.monotonic()
@@ -289,24 +292,11 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Write the weights first: nothing after them can lose the run."""
-        experiment, engine = self.record.config.experiment, self.engine
-        if self.config.adapters is not None:
-            kind: Kind = "adapter"
-        else:
-            kind = "full" if "language_model" in self.config.trainable else "projector"
-        tensors = {
-            name: LazyTensor(shape, engine.whole_dtype(name), partial(engine.whole, name))
-            for name, shape in engine.shapes.items()
-        }
         try:
-            save_checkpoint(
-                self.record.checkpoint, self.loaded, kind, tensors, engine.dtype, template=experiment.template,
-                image_position=experiment.image_position, prompt_format=experiment.data.prompt_format,
-                run_id=self.record.run_id,
-            )  # fmt: skip
+            self._save_weights(self.record.checkpoint)
         except (OSError, SafetensorError) as error:
             # with several ranks the others are in the middle of their reads: an earlier state must do
-            saved = engine.world == 1 and self.states.save(self.step, self.seconds, engine.state)
+            saved = self.engine.world == 1 and self.states.save(self.step, self.seconds, self.engine.state)
             raise TrainingError(
                 f"{display_path(self.record.checkpoint)}: the weights were not written ({error}); "
                 f"{'the state of the last step was saved; ' if saved else ''}fix: free space and start again"
@@ -327,6 +317,22 @@ class Trainer:
         self.states.remove()
         return summary
 
+    def _save_weights(self, folder: Path) -> None:
+        experiment, engine = self.record.config.experiment, self.engine
+        if self.config.adapters is not None:
+            kind: Kind = "adapter"
+        else:
+            kind = "full" if "language_model" in self.config.trainable else "projector"
+        tensors = {
+            name: LazyTensor(shape, engine.whole_dtype(name), partial(engine.whole, name))
+            for name, shape in engine.shapes.items()
+        }
+        save_checkpoint(
+            folder, self.loaded, kind, tensors, engine.dtype, template=experiment.template,
+            image_position=experiment.image_position, prompt_format=experiment.data.prompt_format,
+            run_id=self.record.run_id,
+        )  # fmt: skip
+
     def _restore(self) -> None:
         """Continue from the newest saved state; without one, forget what an earlier start has logged."""
         state = self.states.newest() if self.resume else None
@@ -340,6 +346,11 @@ class Trainer:
             if state is not None:
                 name = self.record.config.experiment.name
                 sys.stderr.write(f"resuming {name} at step {self.step} of {self.steps}\n")
+
+
+def snapshot_steps(steps: int, snapshots: int) -> list[int]:
+    """Return the steps before the last one whose weights `train.snapshots` keeps."""
+    return sorted({round(steps * k / snapshots) for k in range(1, snapshots)} - {0, steps})
 
 
 def train_record(

@@ -139,6 +139,16 @@ def test_scale_departures_never_undo_an_ablation(sandbox: Path) -> None:
     assert load_experiment("answer_first", overrides={"train.epochs": 9}).experiment.train.epochs == 9
 
 
+def test_run_that_a_run_starts_from_takes_its_own_overrides() -> None:
+    run = load_experiment("science_qa", overrides={"train.seed": 1, "init.train.seed": 7})
+    upstream = run.upstream()
+    assert upstream is not None
+    assert (run.experiment.train.seed, upstream.experiment.train.seed) == (1, 7)
+    assert run.init_id == upstream.run_id == load_experiment("pretrain", overrides={"train.seed": 7}).run_id
+    with pytest.raises(ConfigError, match="pretrain starts from no other run"):
+        load_experiment("pretrain", overrides={"init.train.seed": 7})
+
+
 def test_overrides_win_and_are_listed() -> None:
     run = load_experiment("finetune", "a100x8", {"train.learning_rate": 1e-4, "train.epochs": 3})
     assert run.experiment.train.learning_rate == 1e-4
@@ -162,7 +172,9 @@ def test_fast_run_starts_from_a_fast_run() -> None:
     run = load_experiment("finetune", "mini", {"train.epochs": 2}, fast=True)
     assert (run.fast, run.experiment.data.limit, run.experiment.train.epochs) == (True, 96, 2)
     upstream = run.upstream()
-    assert upstream == load_experiment("pretrain", "mini", config._upstream_overrides(run.experiment, {}), fast=True)
+    assert upstream == load_experiment(
+        "pretrain", "mini", config._upstream_overrides(run.experiment, {}, {}), fast=True
+    )
     assert upstream.run_id == run.init_id == load_experiment("pretrain", "mini", fast=True).run_id
     assert load_experiment("finetune", "mini", {"data.limit": 96}).upstream().experiment.data.limit is None
 

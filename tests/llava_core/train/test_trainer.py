@@ -18,6 +18,7 @@ from llava_core.train import launch as launching
 from llava_core.train import trainer as training
 from llava_core.train.dataset import load_samples
 from llava_core.train.optimizer import learning_rate
+from llava_core.train.trainer import snapshot_steps
 
 
 @pytest.fixture
@@ -55,6 +56,19 @@ def test_stage_2_starts_from_stage_1_and_is_reused(world: Path) -> None:
     (record.path / "states").mkdir()  # as a kill after the summary leaves it
     assert _run("finetune").summary == before  # a finished record is returned without training
     assert not (record.path / "states").exists()
+
+
+def test_snapshots_are_checkpoints_of_the_same_run(world: Path) -> None:
+    record = _run("finetune", train__snapshots=3)
+    steps = record.summary["steps"]
+    assert [int(p.name) for p in sorted((record.path / "snapshots").iterdir())] == snapshot_steps(steps, 3)
+    assert len(snapshot_steps(steps, 3)) == 2
+    folders = [*sorted((record.path / "snapshots").iterdir()), record.checkpoint, _run("finetune").checkpoint]
+    name = "multi_modal_projector.weight"
+    early, middle, last, plain = (load_file(folder / "model.safetensors")[name] for folder in folders)
+    assert not torch.equal(early, middle)
+    assert not torch.equal(middle, last)
+    assert torch.equal(last, plain)  # saving does not change the training
 
 
 def test_micro_batches_do_not_change_the_run(world: Path) -> None:
