@@ -144,10 +144,16 @@ def _captions(args: argparse.Namespace) -> Result:
     return {**evaluate_files(references, args.out), "file": written["file"], "conditions": written["conditions"]}
 
 
+def _show_captions(result: Result) -> str:
+    from companion.evaluation.captions import format_report
+
+    return format_report(result)
+
+
 def _add_captions(into: Commands) -> None:
     example = "llava evaluate captions --references captions_val.json --predictions results.json"
     text = "score captions with BLEU and CIDEr, of a file or of a checkpoint"
-    new = command(into, "captions", text, example, _captions)
+    new = command(into, "captions", text, example, _captions, _show_captions)
     new.path("--references", "FILE", "COCO's captions_*.json (default: the miniature's)")
     either = new.add_mutually_exclusive_group(required=True)
     either.add_argument("--predictions", type=Path, metavar="FILE", help="captions in COCO's result format")

@@ -7,6 +7,7 @@ closest reference length, sigma 6, tf-idf over the evaluated images, factor 10).
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 Tokens = Sequence[str]
 MAX_N = 4
 SIGMA = 6.0
+PERCENT = 100.0
+"""Papers print BLEU (0 to 1 here) and CIDEr (0 to 10 here) times this."""
 REQUEST = "Give this image a caption."
 
 _CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
@@ -136,6 +139,67 @@ def score(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) 
     }
 
 
+def leave_one_out(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str] | None = None) -> dict[str, Any]:
+    """Score each annotator's captions against those of the other annotators: a ceiling that people reach.
+
+    Args:
+        captions: score these instead, against the same references, so that the two can be compared.
+
+    Returns:
+        n (images), annotators, bleu4 and cider (means over the annotators that are left out), by_annotator (cider).
+
+    Raises:
+        DataError: an image has fewer than two references.
+    """
+    annotators = min(map(len, references.values()), default=0)
+    if annotators < 2:
+        raise DataError(f"an image has {annotators} references; one annotator is scored against at least one other")
+    scores = []
+    for k in range(annotators):
+        others = {key: [*texts[:k], *texts[k + 1 :]] for key, texts in references.items()}
+        scores.append(score(others, captions or {key: texts[k] for key, texts in references.items()}))
+    means = {name: sum(one[name] for one in scores) / annotators for name in ("bleu4", "cider")}
+    return {"n": scores[0]["n"], "annotators": annotators, **means, "by_annotator": [one["cider"] for one in scores]}
+
+
+def of_another_image(captions: Mapping[Any, str], seed: int = 0) -> dict[Any, str]:
+    """Return the captions with every image given that of another one: what language alone scores.
+
+    Raises:
+        DataError: there is only one image.
+    """
+    keys = list(captions)
+    if len(keys) < 2:
+        raise DataError(f"{len(keys)} captioned images; at least two are needed to exchange their captions")
+    random.Random(seed).shuffle(keys)
+    return {key: captions[other] for key, other in zip(keys, [*keys[1:], keys[0]], strict=True)}
+
+
+def score_with_bounds(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) -> dict[str, Any]:
+    """Return `score` with `ceiling` (`leave_one_out`) and `floor` (`of_another_image`); None where undefined."""
+    result, own = score(references, captions), {key: references[key] for key in captions}
+    several = len(captions) > 1
+    result["ceiling"] = leave_one_out(own) if min(map(len, own.values())) > 1 else None
+    result["floor"] = score(own, of_another_image(captions)) if several else None
+    return result
+
+
+def format_report(result: Mapping[str, Any]) -> str:
+    """Return `score_with_bounds` as a text table, in the units of papers."""
+    rows = {
+        "captions": result, "one annotator": result.get("ceiling"), "another image's caption": result.get("floor")
+    }  # fmt: skip
+    lines = [f"{'':24}{'BLEU-4':>8}{'CIDEr':>8}"]
+    for name, row in rows.items():
+        if row:
+            lines.append(f"{name:24}{PERCENT * row['bleu4']:8.1f}{PERCENT * row['cider']:8.1f}")
+    lines.append(
+        f"{result['n']} images, {result['missing']} without a caption; BLEU and CIDEr times {PERCENT:.0f}, as in"
+    )
+    lines[-1] += " papers; an annotator is scored against the others"
+    return "\n".join(lines)
+
+
 def compare(
     references: Mapping[Any, Sequence[str]], first: Mapping[Any, str], second: Mapping[Any, str] | None = None
 ) -> dict[str, dict[str, Any]]:
@@ -187,7 +251,7 @@ def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str,
                 f"{display_path(references)}; give the caption file of the same images"
             )
         captions[identifier] = caption
-    return score(refs, captions)
+    return score_with_bounds(refs, captions)
 
 
 def write_captions(

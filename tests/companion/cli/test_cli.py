@@ -74,7 +74,11 @@ def test_help_examples_are_valid_calls(name: str) -> None:
         ("data check", "companion.data_tools.check.check_file", {"records": 1, "errors": 0, "problems": []}),
         ("miniature", "companion.miniature.write", {"mini-coco": {"counts": {"images": 1}}}),
         ("base-models", "companion.miniature.base_models.train_base_models", {"passed": {"a gate": True}}),
-        ("evaluate captions", "companion.evaluation.captions.evaluate_files", {"n": 1}),
+        (
+            "evaluate captions",
+            "companion.evaluation.captions.evaluate_files",
+            {"n": 1, "missing": 0, "bleu4": 0.5, "cider": 1.5},
+        ),
         ("convert", "companion.checkpoints.convert.convert", {"to": "hf"}),
         ("delta make", "companion.checkpoints.delta.make", {"added": 1}),
         ("delta apply", "companion.checkpoints.delta.apply", {"added": 1}),

@@ -17,7 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from companion.evaluation.captions import bleu, cider, compare, evaluate_files, score, tokenize, write_captions
+from companion.evaluation.captions import (
+    bleu,
+    cider,
+    compare,
+    evaluate_files,
+    format_report,
+    leave_one_out,
+    of_another_image,
+    score,
+    score_with_bounds,
+    tokenize,
+    write_captions,
+)
 from llava_core.checkpoints.load import build, save_checkpoint
 from llava_core.runtime import DataError
 
@@ -134,6 +146,44 @@ def test_caption_intervals_are_paired_by_image() -> None:
     assert compare(references, first, first)["cider"] == {"value": 0, "interval": [0, 0]}
     with pytest.raises(DataError, match="of the same images"):
         compare(references, first, {0: "a car"})
+
+
+def test_annotators_are_the_ceiling_and_another_image_the_floor(reference: Path) -> None:
+    rows = [json.loads(line) for line in (reference / "coco" / "caps_boxes_coco2014_val_80.jsonl").open()]
+    references = {row["image"]: row["captions"][:5] for row in rows}
+    people = leave_one_out(references)
+    by_hand = [
+        score({k: [t for i, t in enumerate(texts) if i != left] for k, texts in references.items()},
+              {k: texts[left] for k, texts in references.items()})["cider"]
+        for left in range(5)
+    ]  # fmt: skip
+    assert people["by_annotator"] == pytest.approx(by_hand)
+    assert people["cider"] == pytest.approx(sum(by_hand) / 5)
+    assert (people["n"], people["annotators"]) == (80, 5)
+    said = {key: texts[0] for key, texts in references.items()}
+    exchanged = of_another_image(said)
+    assert sorted(exchanged.values()) == sorted(said.values())
+    assert not any(exchanged[key] == said[key] for key in said)
+    result = score_with_bounds(references, exchanged)
+    assert result["cider"] < 0.3 < 0.5 < result["ceiling"]["cider"] < 1.5
+    assert result["ceiling"]["cider"] == pytest.approx(people["cider"])
+    assert leave_one_out(references, exchanged)["cider"] == pytest.approx(result["cider"], abs=0.02)
+
+
+def test_report_is_in_the_units_of_papers() -> None:
+    references = {1: ["a red car", "a red car drives"], 2: ["two dogs", "two dogs play"], 3: ["a clock", "one clock"]}
+    result = score_with_bounds(references, {1: "a red car drives", 2: "two dogs play"})
+    lines = format_report(result).split("\n")
+    assert lines[1].split() == ["captions", f"{100 * result['bleu4']:.1f}", f"{100 * result['cider']:.1f}"]
+    assert [line.split()[0] for line in lines[2:4]] == ["one", "another"]
+    assert "2 images, 1 without" in lines[4]
+    alone = score_with_bounds({1: ["a red car"], 2: ["a dog"]}, {1: "a red car"})
+    assert alone["ceiling"] is alone["floor"] is None
+    assert "annotator  " not in format_report(alone)
+    with pytest.raises(DataError, match="at least one other"):
+        leave_one_out({1: ["a red car"]})
+    with pytest.raises(DataError, match="exchange"):
+        of_another_image({1: "a red car"})
 
 
 def halves(lines: list[list[str]]) -> tuple[list[list[list[str]]], list[list[str]]]:
