@@ -17,6 +17,7 @@ from companion.evaluation.statistics import seeds_interval
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import ChatRequest
 from companion.teacher.parse import ReplyError
+from companion.teacher.reasoning import without_reasoning
 from llava_core.runtime import DataError, display_path, fingerprint, read_jsonl
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ def judge(
     reviews = []
     for number, ((row, _), result) in enumerate(zip(jobs, asked, strict=True), start=1):
         if not result.unasked:
-            review = {"id": number, **row, "content": result.text}
+            # the scores of a review that was cut off do not count, nor when its row is scored again
+            unusable = not result.good and parse_scores(result.text or "") is not None
+            review = {"id": number, **row, "content": None if unusable else result.text}
             scores = review_scores(review)
             reviews.append(review | {"tuple": list(scores) if scores else None} | result.source())
     return reviews, tally
@@ -134,8 +137,9 @@ def parse_scores(review: str) -> tuple[float, float] | None:
     """Return the two scores that a review opens with, or None where they are ambiguous.
 
     Accepted: `8 7.5`, `8, 9`, `8/10 9/10`, `Scores: 8 and 9`, `Assistant 1: 8` and `Assistant 2: 9` on one line or on
-    two, and lines without digits before them. A line with digits and other words is rejected.
+    two, and lines without digits before them. A line with digits and other words is rejected. Reasoning is left out.
     """
+    review = without_reasoning(review) or ""
     scores: list[float] = []
     labels: list[str] = []
     for line in review.splitlines():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from companion.teacher.chat import BudgetError, ChatClient, ChatError, ChatReply, ChatRequest, ServerError
-from companion.teacher.parse import ReplyError
+from companion.teacher.parse import ReplyError, whole_text
+from companion.teacher.protocol import NOT_REPORTED
 from llava_core.runtime import progress
 
 MAX_UNANSWERED = 20  # consecutive requests without a reply, after which the server counts as unreachable
 Check = Callable[[ChatReply], Any]
-"""Returns the content of a reply, or raises `ReplyError`."""
+"""Returns the content of a whole reply, whose text is without reasoning, or raises `ReplyError`."""
 Retry = Callable[[ChatRequest, ChatReply, ReplyError], ChatRequest]
 
 
@@ -43,6 +45,13 @@ class Asked:
         return isinstance(self.refused, BudgetError)
 
     @property
+    def reason(self) -> str | None:
+        """Why there is no good reply; None also if the budget ended before."""
+        if self.good or self.unasked:
+            return None
+        return str(self.refused or self.replies[-1][2])
+
+    @property
     def text(self) -> str | None:
         return self.replies[-1][1].text if self.replies else None
 
@@ -58,6 +67,7 @@ class Asked:
             row |= {"model": last.model, "client": last.kind, "date": last.date or None}
             row["cost_usd"] = sum(reply.cost_usd for _, reply, _ in self.replies)
             row |= {"first": {"content": first.text, "wrong": str(wrong)}} if wrong else {}
+            row |= {"wrong": str(self.replies[-1][2])} if not self.good else {}
         return row | ({"refused": str(self.refused)} if self.refused else {})
 
 
@@ -129,7 +139,20 @@ def ask_each(
             failed += not one.good and not one.unasked
             bar.set_postfix_str(f"{spend:.2f} USD, {failed} failed", refresh=False)
             bar.update()
+    _report(asked)
     return asked
+
+
+def _report(asked: Sequence[Asked]) -> None:
+    """Print why requests failed, and whether the server says that its replies are whole."""
+    reasons = Counter(one.reason for one in asked if one.reason)
+    if reasons:
+        [(reason, count)] = reasons.most_common(1)
+        print(f"note: {reasons.total()} of {len(asked)} requests failed, {count} of them: {reason}", file=sys.stderr)
+    silent = sum(one.good and one.replies[-1][1].finish_reason == NOT_REPORTED for one in asked)
+    if silent:
+        text = "have no finish_reason, so one that was cut off before its token limit cannot be recognised"
+        print(f"note: {silent} of {len(asked)} replies {text}", file=sys.stderr)
 
 
 def _prefetch(client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], retry: Retry) -> None:
@@ -140,10 +163,14 @@ def _prefetch(client: ChatClient, jobs: Sequence[tuple[ChatRequest, Check]], ret
     for (request, check), reply in zip(jobs, prefetch([request for request, _ in jobs]), strict=True):
         try:
             if reply is not None:
-                check(reply)
+                check(_whole(reply))
         except ReplyError as error:
             repairs.append(retry(request, reply, error))
     prefetch(repairs)
+
+
+def _whole(reply: ChatReply) -> ChatReply:
+    return replace(reply, text=whole_text(reply.text, reply.finish_reason))
 
 
 def _ask(client: ChatClient, request: ChatRequest, check: Check, retry: Retry) -> Asked:
@@ -157,6 +184,7 @@ def _ask(client: ChatClient, request: ChatRequest, check: Check, retry: Retry) -
             asked.refused = error
             break
         try:
+            reply = _whole(reply)
             asked.value = check(reply)
         except ReplyError as error:
             asked.replies.append((request, reply, error))

@@ -30,7 +30,8 @@ from companion.teacher.chat import (
     cost_usd,
     price_of,
 )
-from companion.teacher.live import RetryableError, one_line, open_sdk, read_reply, retryable
+from companion.teacher.live import one_line, open_sdk
+from companion.teacher.protocol import Dialect, RetryableError, left_out, read_reply, retryable, same_for_all
 from llava_core.runtime import display_path, progress
 
 ENDPOINT, WINDOW_HOURS = "/v1/chat/completions", 24
@@ -79,6 +80,7 @@ class BatchClient:
         self._lock = threading.RLock()
         self._new: set[str] = set()  # requests whose replies were paid now and not returned yet
         self._refused: dict[str, ChatError] = {}
+        self._dialect = Dialect()
 
     def complete(self, request: ChatRequest) -> ChatReply:
         """Complete a chat, as of `ChatClient`; a request that was not prefetched becomes a batch of its own.
@@ -132,6 +134,10 @@ class BatchClient:
     def _most(self, request: ChatRequest) -> float:
         return cost_usd(request.most_tokens(), self._price(request))
 
+    def _line(self, request: ChatRequest) -> bytes:
+        line = {"custom_id": request.key, "method": "POST", "url": ENDPOINT, "body": self._dialect.body(request)}
+        return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
     def _begin(self, missing: Sequence[ChatRequest]) -> OpenBatch | None:
         """Upload as many of the first missing requests as limits and budget allow, and create their batch."""
         chosen = self._choose(missing)
@@ -139,7 +145,7 @@ class BatchClient:
             return None
         name = uuid.uuid4().hex
         with self._errors("uploading a batch", endpoint=True):
-            content = b"".join(_line(request) for request in chosen)
+            content = b"".join(self._line(request) for request in chosen)
             file = self._sdk.files.create(file=(f"{name}.jsonl", content), purpose="batch")
         batch = OpenBatch(name, str(file.id), None, chosen)
         self._tape.begin_batch(batch)  # from here on a process that follows a killed one looks for the batch
@@ -153,7 +159,7 @@ class BatchClient:
         for request in missing:
             if request.key in chosen:
                 continue
-            size += len(_line(request))
+            size += len(self._line(request))
             full = len(chosen) >= self.most_requests or size > self.most_bytes
             if chosen and (full or request.model != missing[0].model):  # the endpoint takes one model per file
                 break
@@ -175,7 +181,7 @@ class BatchClient:
                 input_file_id=batch.file,
                 endpoint=ENDPOINT,
                 completion_window=f"{WINDOW_HOURS}h",
-                metadata={"llava_batch": batch.name},
+                metadata={"llava_batch": batch.name, "kind": f"batch{left_out(self._dialect.body(batch.requests[0]))}"},
             )
             return replace(batch, id=self._note(batch, created.id))
         except (openai.APIConnectionError, openai.APIStatusError) as error:
@@ -233,9 +239,14 @@ class BatchClient:
             raise ServerError(f"{what}: {one_line(error)}; {RESTART}") from error
 
     def _collect(self, batch: OpenBatch, ended: Any, tries: Counter[str]) -> None:
-        """Record the results of a batch; requests without one stay missing, in at most `TRIES` batches."""
+        """Record the results of a batch; requests without one stay missing, in at most `TRIES` batches.
+
+        A request with a parameter that the server does not take is sent again without it.
+        """
         if ended.status == "failed":
             return self._failed(batch, ended)
+        sent, kind = self._dialect.body(batch.requests[0]), (ended.metadata or {}).get("kind", "batch")
+        useless: ChatError | None = None
         waiting = {request.key: request for request in batch.requests}
         replies: list[tuple[ChatRequest, ChatReply]] = []
         failures: list[Failure] = []
@@ -243,8 +254,13 @@ class BatchClient:
             request = waiting.pop(str(line.get("custom_id")), None)
             if request is None:
                 continue
+            status, refused = _refusal(line)
+            if self._dialect.learn(request.model, sent, status, refused):
+                failures.append((request, f"status {status}: {json.dumps(refused)}", 0.0, False))
+                continue
             try:
-                replies.append((request, _read_line(line, request, self._price(request))))
+                reply = _read_line(line, request, self._price(request))
+                replies.append((request, replace(reply, kind=kind)))
             except RetryableError as error:
                 billed = (line.get("response") or {}).get("status_code") == 200
                 doubtful = self._most(request) if billed else 0.0
@@ -252,6 +268,7 @@ class BatchClient:
             except ChatError as error:
                 failures.append((request, str(error), 0.0, True))
                 self._refused[request.key] = error
+                useless = error if same_for_all(status, refused) else useless
         for request in waiting.values():
             # a completed batch may have billed requests that its files do not list
             doubtful = self._most(request) if ended.status == "completed" else 0.0
@@ -259,6 +276,8 @@ class BatchClient:
             failures.append(self._try_again(request, why, doubtful, tries))
         self._tape.end_batch(batch, ended.status, replies, failures)
         self._new |= {request.key for request, _ in replies}
+        if useless and not replies:
+            raise ServerError(str(useless))
         return None
 
     def _failed(self, batch: OpenBatch, ended: Any) -> None:
@@ -294,19 +313,19 @@ class BatchClient:
                     raise ServerError(f"{where}: no JSON object; {RESTART}") from error
 
 
-def _line(request: ChatRequest) -> bytes:
-    body = json.loads(request.canonical)
-    line = {"custom_id": request.key, "method": "POST", "url": ENDPOINT, "body": body}
-    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+def _refusal(line: dict[str, Any]) -> tuple[int | None, Any]:
+    """Status and error of a line without a reply."""
+    response = line.get("response") or {}
+    body = response.get("body") or {}
+    return response.get("status_code"), line.get("error") or body.get("error") or body
 
 
 def _read_line(line: dict[str, Any], request: ChatRequest, price: Price) -> ChatReply:
-    response = line.get("response") or {}
-    status, body = response.get("status_code"), response.get("body") or {}
+    status, error = _refusal(line)
     if status == 200:
-        return replace(read_reply(json.dumps(body).encode(), request, price), kind="batch")
-    error = line.get("error") or body.get("error") or {}
-    why = f"{f'status {status}' if status else error.get('code')}: {error.get('message')}"
+        return read_reply(json.dumps(line["response"].get("body")).encode(), request, price)
+    fields = error if isinstance(error, dict) else {"message": error}
+    why = f"{f'status {status}' if status else fields.get('code')}: {fields.get('message') or json.dumps(error)}"
     if status is None or retryable(status):
         raise RetryableError(why)
     raise ChatError(f"model '{request.model}': {why}")

@@ -84,10 +84,12 @@ class ChatReply:
 
     Attributes:
         model: the snapshot that the server reports; may differ from the requested name.
-        finish_reason: `stop`, or `length` for a reply that was cut off.
+        text: without a model's reasoning.
+        finish_reason: `stop`, or why the text is not a whole reply, e.g. `length` (`protocol.is_finished`).
         price_prompt: USD per million tokens; so is `price_completion`.
         date: when it arrived (UTC); empty for an offline reply, which is the same on every day.
-        kind: `live`, `batch`, or `offline` for a function's reply.
+        kind: `live`, `batch`, or `offline` for a function's reply; also names parameters that the server did not take,
+            e.g. `live, without temperature`.
         cached: from a cassette; nothing was paid now.
     """
 
@@ -121,7 +123,7 @@ def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | No
     """Return `price` or the listed one, USD per million tokens; ConfigError if there is neither."""
     listed = price or prices.get(model)
     if listed is None:
-        raise ConfigError(f"{unknown('price of model', model, prices)}; give price=(prompt, completion)")
+        raise ConfigError(f"{unknown('price of model', model, prices)}; give --price PROMPT,REPLY, the USD per million tokens")
     return listed
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from typing import Any
 
 from companion.teacher.cassette import Cassette
@@ -20,15 +18,11 @@ from companion.teacher.chat import (
     cost_usd,
     price_of,
 )
+from companion.teacher.protocol import Dialect, RetryableError, left_out, read_reply, retryable, same_for_all
 from llava_core.runtime import ConfigError
 
 CONCURRENCY = 8
-FATAL_STATUS = (401, 403, 404)  # every other request would get the same answer
 NO_SDK = "a live teacher needs the package openai: pip install 'llava-core[live]'"
-
-
-class RetryableError(Exception):
-    """An attempt failed for a reason that may not hold for the next one."""
 
 
 class _NotSent(BaseException):
@@ -64,6 +58,7 @@ class _Call:
     most: float
     attempts: int = 0
     open: int | None = None
+    kind: str = "live"
 
 
 class LiveClient:
@@ -72,6 +67,9 @@ class LiveClient:
     The openai SDK repeats attempts that failed with status 408, 409, 429 or 5xx, with a timeout or with a broken
     connection, after the server's `Retry-After` or with exponential backoff. A body that is no chat completion is
     requested again, too. An attempt that the server may have billed counts with the most that it can cost.
+
+    The first request of a model is answered before others are sent: a parameter that the server does not take is
+    learned once (`protocol.Dialect`), and a refusal that holds for all requests is met once.
 
     Args:
         base_url: another compatible server; OpenAI's when None.
@@ -101,6 +99,9 @@ class LiveClient:
         self.price, self.timeout, self.retries, self.concurrency = price, timeout, retries, concurrency
         self.budget_usd, self.cassette = budget_usd, Cassette(None) if cassette is None else cassette
         self._stopped, self._changed, self._under_way = threading.Event(), threading.Condition(), 0
+        self._dialect, self._first = Dialect(), threading.Lock()
+        self._known: set[str] = set()  # models whose first request is answered
+        self._refused: dict[str, str] = {}  # why no request of a model can succeed
         self._thread = threading.local()  # the call of each thread, for the hooks
 
     def complete(self, request: ChatRequest) -> ChatReply:
@@ -111,6 +112,16 @@ class LiveClient:
             BudgetError, ServerError, ChatError: there is no reply, for the reason that the class names.
         """
         price = price_of(request.model, PRICES, self.price)
+        if request.model not in self._known:
+            with self._first:
+                if request.model not in self._known:
+                    try:
+                        return self._complete(request, price)
+                    finally:
+                        self._known.add(request.model)
+        return self._complete(request, price)
+
+    def _complete(self, request: ChatRequest, price: Price) -> ChatReply:
         call = self._thread.call = _Call(request, cost_usd(request.most_tokens(), price))
         try:
             reply = self._send(call, price)
@@ -118,7 +129,8 @@ class LiveClient:
             return reply
         except _NotSent as stopped:
             raise stopped.error from None
-        except ServerError:
+        except ServerError as error:
+            self._refused[request.model] = str(error)
             raise
         except ChatError as error:
             self.cassette.fail(request, str(error), last=True)
@@ -134,7 +146,7 @@ class LiveClient:
         why = ""
         while call.attempts <= self.retries:
             try:
-                return read_reply(self._create(call), call.request, price)
+                return replace(read_reply(self._create(call), call.request, price), kind=call.kind)
             except RetryableError as error:
                 why = str(error)
         raise self._no_reply(call, why)
@@ -142,17 +154,17 @@ class LiveClient:
     def _create(self, call: _Call) -> bytes:
         openai, request = self._openai, call.request
         sdk = self._sdk.with_options(max_retries=self.retries - call.attempts)
+        sent = self._dialect.body(request)
+        call.kind = f"live{left_out(sent)}"
         try:
-            answer = sdk.chat.completions.with_raw_response.create(
-                messages=list(request.messages),
-                model=request.model,
-                temperature=request.temperature,
-                max_tokens=request.max_tokens,
-            )
+            answer = sdk.chat.completions.with_raw_response.create(**sent)
             return bytes(answer.content)
         except openai.APIStatusError as error:
+            if self._dialect.learn(request.model, sent, error.status_code, error.body):
+                call.attempts -= 1
+                return self._create(call)
             why = f"status {error.status_code}: {one_line(error)}"
-            if error.status_code in FATAL_STATUS or error.code == "insufficient_quota":
+            if same_for_all(error.status_code, error.body):
                 raise ServerError(f"model '{request.model}': {why}") from error
             if retryable(error.status_code):
                 raise self._no_reply(call, why) from error
@@ -174,8 +186,9 @@ class LiveClient:
         with self._changed:
             while call.open is None:
                 try:
-                    if self._stopped.is_set():
-                        raise _NotSent(ServerError("the client was stopped"))
+                    refused = self._refused.get(call.request.model)
+                    if self._stopped.is_set() or refused:
+                        raise _NotSent(ServerError(refused or "the client was stopped"))
                     call.open = self.cassette.begin(call.request, call.most, self.budget_usd)
                 except BudgetError as error:
                     if not self._under_way:
@@ -197,31 +210,6 @@ class LiveClient:
             with self._changed:
                 self._under_way -= 1
                 self._changed.notify_all()
-
-
-def retryable(status: int) -> bool:
-    """Whether the openai SDK repeats a request with this status."""
-    return status in (408, 409, 429) or status >= 500
-
-
-def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
-    """Return the reply in the body of a response with status 200; RetryableError if it is no chat completion."""
-    try:
-        answer: Any = json.loads(body)
-        choice = answer["choices"][0]
-        text, reason = choice["message"].get("content") or "", choice.get("finish_reason") or "stop"
-        usage = answer.get("usage") or {}
-        if not isinstance(text, str):
-            raise TypeError("the content is no text")
-        if usage:
-            tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-        else:  # the server does not count tokens: an estimate
-            tokens = request.expected_tokens()[0], round(len(text) / 4) + 1
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise RetryableError(f"not a chat completion: {body[:80]!r} ({type(error).__name__})") from error
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    model = str(answer.get("model") or request.model)
-    return ChatReply(text, model, *tokens, cost_usd(tokens, price), str(reason), *price, date)
 
 
 def one_line(error: BaseException) -> str:

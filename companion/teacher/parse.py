@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 
+from companion.teacher.protocol import CUT_OFF, ONLY_REASONING, is_finished
+from companion.teacher.reasoning import without_reasoning
 from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import DataError
 
@@ -25,6 +27,14 @@ class EmptyReply(ReplyError):
 
 class CutOffReply(ReplyError):
     """The reply reached the token limit, so its end is missing."""
+
+
+class UnfinishedReply(ReplyError):
+    """The server ended the reply for another reason, e.g. a content filter."""
+
+
+class OnlyReasoning(ReplyError):
+    """There is a model's reasoning, and no text after it."""
 
 
 class Refusal(ReplyError):
@@ -64,12 +74,24 @@ _SEPARATOR = re.compile(r"^[ \t]*={3,}[ \t]*$", re.MULTILINE)
 _REFUSAL = re.compile(r"\W*(i['’]?m sorry|i am sorry|sorry,|i can(no|['’])t|as an ai\b)", re.IGNORECASE)
 
 
-def _checked(text: str, finish_reason: str) -> str:
-    text = text.replace("\r\n", "\n").strip()
-    if not text:
+def whole_text(text: str, finish_reason: str = "stop") -> str:
+    """Return a reply's text without reasoning, or raise a `ReplyError` where it is empty or not a whole reply."""
+    without = without_reasoning(text)
+    if without is None or finish_reason == ONLY_REASONING:
+        raise OnlyReasoning(f"no text can be told from the model's reasoning {text[:40]!r}")
+    if not text.strip() and is_finished(finish_reason):
         raise EmptyReply("the reply is empty; ask again")
-    if finish_reason == "length":
+    if finish_reason in CUT_OFF:
         raise CutOffReply(f"the reply was cut off after {text[-30:]!r}; allow more tokens")
+    if finish_reason == "refusal":
+        raise Refusal(f"the model declines: {text[:60]!r}; ask again or leave it out")
+    if not is_finished(finish_reason):
+        raise UnfinishedReply(f"the reply ended with '{finish_reason}' after {text[-30:]!r}")
+    return without
+
+
+def _checked(text: str, finish_reason: str) -> str:
+    text = whole_text(text, finish_reason).replace("\r\n", "\n").strip()
     if IMAGE_MARKER in text:
         raise StrayMarker(f"the reply holds {IMAGE_MARKER}; ask again")
     if _REFUSAL.match(text):

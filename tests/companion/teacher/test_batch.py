@@ -191,7 +191,7 @@ def test_budget_bounds_every_batch(tmp_path: Path) -> None:
         assert all(batch_client(tmp_path, server, budget_usd=9.0).prefetch(requests))
         assert server.events()["create"] == first + 1
         assert max(server.billed().values()) == 1
-        with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give price="):
+        with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give --price PROMPT,REPLY"):
             client.prefetch(ask("one", model="mine"))
         own = batch_client(tmp_path, server, price=(2.0, 4.0)).complete(*ask("one", model="mine"))
         assert own.cost_usd == pytest.approx(0.002)

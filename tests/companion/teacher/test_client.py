@@ -181,7 +181,7 @@ def test_estimate_counts_each_request_once_and_bounds_it() -> None:
     assert output["usd_most"] > cost_usd((4000, 1005), (30, 60))
     assert output["hours"] == pytest.approx(305 / 20 / 2 / 3600, abs=1e-4)
     assert estimate([])["usd"] == 0
-    with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give price="):
+    with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give --price PROMPT,REPLY"):
         estimate([ChatRequest(MESSAGES, "mine")])
     assert estimate([ChatRequest(MESSAGES, "mine")], {"mine": (0.0, 0.0)})["usd_most"] == 0
 

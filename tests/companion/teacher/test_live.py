@@ -86,7 +86,7 @@ def test_reply_has_its_cost_and_model_snapshot(tmp_path: Path) -> None:
         assert abs((datetime.now(UTC) - datetime.fromisoformat(replies[0].date)).total_seconds()) < 60
         own = LiveClient(server.url, price=(1.0, 2.0), **QUICK)
         assert own.complete(ChatRequest(ask().messages, "mine")).cost_usd == pytest.approx(0.002)
-        with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give price="):
+        with pytest.raises(ConfigError, match=r"unknown price of model 'mine'.*give --price PROMPT,REPLY"):
             client.complete(ChatRequest(ask().messages, "mine"))
         assert len(server.billed()) == 3
 

@@ -1,0 +1,175 @@
+"""Chat completions as servers speak them: the parameters of a request, refusals, and the text of a reply."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import threading
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from companion.teacher.chat import ChatReply, ChatRequest, Price, cost_usd
+from companion.teacher.reasoning import without_reasoning
+
+FATAL_STATUS = (401, 402, 403, 404, 405, 410)  # every other request would get the same answer
+INVALID_REQUEST = (400, 422)
+OTHER_NAME: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
+"""What is sent instead of a parameter that a server does not take: OpenAI's newer name, or nothing."""
+SETTINGS = ("max_tokens", "max_completion_tokens", "temperature")
+_LIMIT = re.compile(r"too (?:large|high|long|many)|at most|at least|maximum|exceed|context|less than|greater than", re.I)
+_FOR_ALL = re.compile(
+    r"unsupported_(?:parameter|value|country)|unsupported (?:parameter|value)|api[ _-]?key|authenti|unauthori[sz]ed"
+    r"|billing|quota|(?:credit )?balance|model_not_found|(?:invalid|unknown|no such) model|model .{0,80}?"
+    r"(?:not exist|not found|not a valid|not available|not supported|deprecated|decommissioned|unknown)",
+    re.I | re.S,
+)
+FINISHED = ("stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "complete", "completed")
+CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")
+NOT_REPORTED = "not reported"  # by a server without `finish_reason`
+ONLY_REASONING = "reasoning without a reply"
+
+
+class RetryableError(Exception):
+    """An attempt failed for a reason that may not hold for the next one."""
+
+
+class Dialect:
+    """The parameters that a server takes for each model, learned from what it refuses."""
+
+    def __init__(self) -> None:
+        self._learned: dict[str, dict[str, str | None]] = {}
+        self._lock = threading.Lock()
+
+    def body(self, request: ChatRequest) -> dict[str, Any]:
+        """Return the body of a request."""
+        other = self._learned.get(request.model, {})
+        body = json.loads(request.canonical)
+        renamed = {other.get(name, name): value for name, value in body.items()}
+        return {name: value for name, value in renamed.items() if name is not None}
+
+    def learn(self, model: str, sent: Collection[str], status: int | None, error: Any) -> bool:
+        """Return whether a request with the parameters `sent` was refused for one that can be left out or renamed."""
+        name = _refused_parameter(sent, status, error)
+        if name not in OTHER_NAME:
+            return False
+        other = OTHER_NAME[name]
+        with self._lock:
+            if name not in self._learned.setdefault(model, {}):
+                instead = f"'{other}' is sent instead" if other else "it is left out, so the server's own value holds"
+                print(f"note: the server does not take '{name}' for model '{model}'; {instead}", file=sys.stderr)
+            self._learned[model] = {**self._learned[model], name: other}
+        return True
+
+
+def left_out(sent: Collection[str]) -> str:
+    """Return the names of the parameters that a body lacks, for `ChatReply.kind`."""
+    return "".join(f", without {name}" for name, other in OTHER_NAME.items() if not {name, other} & set(sent))
+
+
+def _refused_parameter(sent: Collection[str], status: int | None, error: Any) -> str | None:
+    """The parameter that the error names, unless only its size is wrong."""
+    if status not in INVALID_REQUEST:
+        return None
+    text = _text(error)
+    named = [name for name in SETTINGS if name in sent and name in text]
+    first = min(named, key=text.find, default=None)
+    if isinstance(error, Mapping):
+        first = error["param"] if error.get("param") in named else first
+        if str(error.get("code")).startswith("unsupported"):
+            return first
+    return None if _LIMIT.search(text) else first
+
+
+def _text(error: Any) -> str:
+    """An error as text, without the request that some servers repeat in it."""
+
+    def without_input(part: Any) -> Any:
+        if isinstance(part, list):
+            return [without_input(value) for value in part]
+        if isinstance(part, dict):
+            return {name: without_input(value) for name, value in part.items() if name != "input"}
+        return part
+
+    return json.dumps(without_input(error), default=str)
+
+
+def same_for_all(status: int | None, error: Any) -> bool:
+    """Whether a refusal holds for every request: wrong key, unknown model, exhausted quota, unsupported parameter."""
+    code, param = (error.get("code"), error.get("param")) if isinstance(error, Mapping) else (None, None)
+    if status in FATAL_STATUS or code == "insufficient_quota":
+        return True
+    if _refused_parameter(SETTINGS, status, error):
+        return True
+    return status in INVALID_REQUEST and (param == "model" or bool(_FOR_ALL.search(_text(error))))
+
+
+def retryable(status: int) -> bool:
+    """Whether the openai SDK repeats a request with this status."""
+    return status in (408, 409, 429) or status >= 500
+
+
+def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
+    """Return the reply in the body of a response with status 200; RetryableError if it is no chat completion.
+
+    The text is without reasoning. `finish_reason` says why it is not a whole reply: the server's reason, `refusal`,
+    `ONLY_REASONING`, or a part of the content that is no text.
+    """
+    try:
+        answer: Any = json.loads(body)
+        choice = answer["choices"][0]
+        message, reason = choice["message"], choice.get("finish_reason")
+        text, reasoning, wrong = _content(message.get("content"))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise RetryableError(f"not a chat completion: {body[:80]!r} ({type(error).__name__})") from error
+    reasoning += "".join(str(message.get(name) or "") for name in ("reasoning_content", "reasoning", "thinking"))
+    prompt, completion = _tokens(answer.get("usage"))
+    if not reason:
+        reason = "length" if completion >= request.max_tokens else NOT_REPORTED
+    tokens = prompt or request.expected_tokens()[0], completion or round(len(text + reasoning) / 4) + 1
+    if isinstance(message.get("refusal"), str) and message["refusal"]:
+        text, wrong = text or message["refusal"], "refusal"
+    without = without_reasoning(text)
+    if without is None or (reasoning and not text.strip()):
+        wrong = wrong or ONLY_REASONING
+    if wrong and is_finished(str(reason)):
+        reason = wrong
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    model = str(answer.get("model") or request.model)
+    text = text if without is None else without
+    return ChatReply(text, model, *tokens, cost_usd(tokens, price), str(reason), *price, date)
+
+
+def is_finished(reason: str) -> bool:
+    """Whether a reply with this `finish_reason` is whole, as far as its server says."""
+    return reason.lower() in (*FINISHED, NOT_REPORTED)
+
+
+def _content(content: Any) -> tuple[str, str, str]:
+    """Text, reasoning, and what is wrong, of a message's content: a string, null, or a list of parts."""
+    texts, reasoning, wrong = [], [], ""
+    for part in content if isinstance(content, list) else [] if content is None else [content]:
+        fields = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = str(fields.get("type") or "text") if isinstance(fields, Mapping) else type(fields).__name__
+        if re.search("think|thought|reason", kind) or (isinstance(fields, Mapping) and fields.get("thought") is True):
+            reasoning.append(json.dumps(fields))
+        elif kind in ("text", "output_text") and isinstance(fields.get("text"), str):
+            texts.append(fields["text"])
+        elif kind == "refusal":
+            texts.append(str(fields.get("refusal") or ""))
+            wrong = "refusal"
+        else:
+            wrong = wrong or f"content of type {kind}"
+    return "".join(texts), "".join(reasoning), wrong
+
+
+def _tokens(usage: Any) -> tuple[int, int]:
+    """Tokens of prompt and completion; 0 where the server does not count them."""
+
+    def count(*names: str) -> int:
+        values = [usage.get(name) for name in names] if isinstance(usage, Mapping) else []
+        return next((int(v) for v in values if type(v) in (int, float) and math.isfinite(v) and v > 0), 0)
+
+    return count("prompt_tokens", "input_tokens"), count("completion_tokens", "output_tokens")
