@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from chat_server import refusal
+
 USAGE = (1000, 500)
 
 
@@ -32,12 +34,15 @@ class State:
         stall: the first call of this kind is executed, and answered after seconds in which a test kills the caller;
             `late create` is executed when a file was deleted, as a call that is slow on its way.
         lost: creations that are executed, and answered with 500.
+        choice: fields of every reply's choice, instead of the usual ones.
+        refuses: parameters with which a line is refused, as of `chat_server`.
+        error: status and body of every line's answer.
     """
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.folder = folder
         known = {"missing": False, "refuse": "", "most": 10**9, "looks": 1, "ends": [], "faults": {}, "malformed": []}
-        known |= {"stall": "", "lost": 0}
+        known |= {"stall": "", "lost": 0, "choice": {}, "refuses": [], "error": None}
         assert set(options) <= set(known)
         self.options = known | options
         self.files: dict[str, bytes] = {}
@@ -100,6 +105,8 @@ class State:
             elif isinstance(fault, int):
                 error = {"error": {"message": "not this one", "code": None}}
                 failed.append(row | {"response": {"status_code": fault, "body": error}})
+            elif refused := self.options["error"] or refusal(line["body"], self.options["refuses"]):
+                failed.append(row | {"response": {"status_code": refused[0], "body": refused[1]}})
             else:
                 done.append(row | {"response": {"status_code": 200, "body": self.answer(line["body"])}})
                 self.write("billed.jsonl", {"key": line["custom_id"], "tokens": USAGE})
@@ -114,6 +121,7 @@ class State:
         content = "Question:\nA description?" if text.split()[-1] in self.options["malformed"] else f"This is {text}"
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
         usage = {"prompt_tokens": USAGE[0], "completion_tokens": USAGE[1], "total_tokens": sum(USAGE)}
+        choice |= self.options["choice"]
         return {"id": "1", "object": "chat.completion", "model": "gpt-4-0314", "choices": [choice], "usage": usage}
 
 

@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -21,6 +22,18 @@ from typing import Any
 
 FAULTS = ("429", "429 seconds", "429 date", "500", "stalled", "truncated", "invalid", "closed")
 STATUS = {"429": 429, "429 seconds": 429, "429 date": 429, "500": 500, "401": 401, "400": 400}
+
+
+def refusal(request: dict[str, Any], refuses: Sequence[str]) -> tuple[int, Any] | None:
+    """Status and body of the answer to a request with one of these parameters."""
+    for name in refuses:
+        if name in request:
+            text = f"Unsupported parameter: '{name}' is not supported with this model."
+            if name == "max_tokens":
+                text += " Use 'max_completion_tokens' instead."
+            error = {"message": text, "type": "invalid_request_error", "param": name, "code": "unsupported_parameter"}
+            return 400, {"error": error}
+    return None
 
 
 class Server:
@@ -34,6 +47,10 @@ class Server:
         seconds: a reply takes.
         stall: seconds of silence of the fault `stalled`.
         rename_after: after so many replies another snapshot answers.
+        usage: tokens of prompt and completion, or the field itself.
+        choice: fields of every reply's choice, instead of the usual ones.
+        refuses: parameters with which a request is refused as OpenAI's newer models do.
+        error: status and error of every answer.
     """
 
     def __init__(
@@ -45,10 +62,15 @@ class Server:
         seconds: float = 0.0,
         stall: float = 3.0,
         rename_after: int = 10**9,
-        usage: tuple[int, int] = (1000, 500),
+        usage: Any = (1000, 500),
+        choice: dict[str, Any] | None = None,
+        refuses: tuple[str, ...] = (),
+        error: tuple[int, Any] | None = None,
     ) -> None:
         self.log, self.faulty, self.faults, self.malformed = log, faulty, tuple(faults), malformed
         self.seconds, self.stall, self.rename_after, self.usage = seconds, stall, rename_after, usage
+        self.choice, self.refuses, self.error = choice or {}, refuses, error
+        self.sent: list[list[str]] = []
         self.attempts: Counter[str] = Counter()
         self.billed = self.under_way = self.most_under_way = 0
         self.times: list[float] = []
@@ -79,6 +101,10 @@ class Server:
         rng = random.Random(f"{text}-{self.attempts[text]}")
         fault = rng.choice(self.faults) if rng.random() < self.faulty else ""
         self.met[fault] += 1
+        self.sent.append(sorted(request.keys() - {"messages", "model"}))
+        refused = self.error or refusal(request, self.refuses)
+        if refused:
+            return await self._send(writer, refused[0], json.dumps(refused[1]).encode())
         if fault in STATUS:
             later = datetime.now(UTC) + timedelta(seconds=1)
             when = {"429 seconds": "1", "429 date": format_datetime(later, usegmt=True)}.get(fault)
@@ -96,11 +122,12 @@ class Server:
         repaired = request["messages"][-1]["content"].startswith("This reply cannot be used")
         bad = not repaired and random.Random(text).random() < self.malformed
         content = "Question:\nA description?" if bad else f"This is {text[-40:]}"
-        usage = {"prompt_tokens": self.usage[0], "completion_tokens": self.usage[1], "total_tokens": sum(self.usage)}
+        usage = self.usage
+        if isinstance(usage, list | tuple):
+            usage = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": model, "usage": usage}
-        answer["choices"] = [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-        ]
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+        answer["choices"] = [choice | self.choice]
         body = json.dumps(answer).encode()
         if fault == "truncated":
             await self._send(writer, 200, body[: len(body) // 2], declared=len(body))
@@ -130,7 +157,7 @@ async def main(log: Path, options: dict[str, Any]) -> None:
     listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
     print(listening.sockets[0].getsockname()[1], flush=True)  # noqa: T201
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    seen = {"met": server.met, "most_under_way": server.most_under_way, "times": server.times}
+    seen = {"met": server.met, "most_under_way": server.most_under_way, "times": server.times, "sent": server.sent}
     print(json.dumps(seen), flush=True)  # noqa: T201
 
 

@@ -169,7 +169,8 @@ def asking(parser: Parser, tape: str) -> None:
 def _add_generate(commands: Commands) -> None:
     file = "--annotations caps_boxes.jsonl"
     example = f"llava generate {file} --kinds conversation,detail --client offline --out data/mine"
-    new = command(commands, "generate", "write instruction data from captions and boxes", example, _generate)
+    text = "write instruction data from captions and boxes; exit code 1 if no record came out"
+    new = command(commands, "generate", text, example, _generate, failed=lambda result: not result["records"])
     new.client("batch")
     asking(new, "; OUT/cassette.sqlite if not given")
     new.server("record, batch")

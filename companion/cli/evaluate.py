@@ -67,6 +67,10 @@ def _show_ensemble(result: Result) -> str:
     return format_report(result)
 
 
+def _unanswered(result: Result) -> bool:
+    return bool(result["bills"]["gpt4"]["unanswered"] == result["n"])
+
+
 def _problems(parser: Parser) -> None:
     parser.option("--split", "NAME", "which problems (default: test)", default="test")
     parser.limit(" problems")
@@ -118,7 +122,7 @@ def _add_science_qa(into: Commands) -> None:
 
     example = "llava evaluate science-qa-ensemble --predictions answers.jsonl --data data/scienceqa --client replay"
     text = "combine answers to ScienceQA with those of a text-only GPT-4: complement, judge, upper bound"
-    new = command(into, "science-qa-ensemble", text, example, _ensemble, _show_ensemble)
+    new = command(into, "science-qa-ensemble", text, example, _ensemble, _show_ensemble, _unanswered)
     new.path("--predictions", "FILE", "LLaVA's answers", required=True)
     new.path("--data", "DIR", "ScienceQA", required=True)
     _problems(new)

@@ -100,13 +100,14 @@ def add(commands: Commands) -> None:
 
     example = "llava evaluate bench reference --bench data/mini/bench-coco --out reference.jsonl"
     text = "answer with a text-only model from captions and boxes"
-    new = command(steps, "reference", text, example, _reference)
+    new = command(steps, "reference", text, example, _reference, failed=lambda result: not result["answers"])
     _bench(new)
     new.path("--out", "FILE", "reference answers", required=True)
     _asking(new)
 
     example = "llava evaluate bench judge --bench data/mini/bench-coco --answers a.jsonl --out reviews.jsonl"
-    new = command(steps, "judge", "judge answers against reference answers", example, _judge)
+    text = "judge answers against reference answers"
+    new = command(steps, "judge", text, example, _judge, failed=lambda result: not result["n"])
     _bench(new)
     new.path("--answers", "FILE", "of a checkpoint", required=True)
     new.path("--reference", "FILE", "reference answers, instead of the bench's own")

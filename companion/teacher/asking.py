@@ -144,11 +144,14 @@ def ask_each(
 
 
 def _report(asked: Sequence[Asked]) -> None:
-    """Print why requests failed, and whether the server says that its replies are whole."""
+    """Print why requests failed or were not sent, and whether the server says that its replies are whole."""
     reasons = Counter(one.reason for one in asked if one.reason)
     if reasons:
         [(reason, count)] = reasons.most_common(1)
         print(f"note: {reasons.total()} of {len(asked)} requests failed, {count} of them: {reason}", file=sys.stderr)
+    unasked = [one for one in asked if one.unasked]
+    if unasked:
+        print(f"note: {len(unasked)} of {len(asked)} requests were not sent: {unasked[0].refused}", file=sys.stderr)
     silent = sum(one.good and one.replies[-1][1].finish_reason == NOT_REPORTED for one in asked)
     if silent:
         text = "have no finish_reason, so one that was cut off before its token limit cannot be recognised"

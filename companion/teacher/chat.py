@@ -123,7 +123,9 @@ def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | No
     """Return `price` or the listed one, USD per million tokens; ConfigError if there is neither."""
     listed = price or prices.get(model)
     if listed is None:
-        raise ConfigError(f"{unknown('price of model', model, prices)}; give --price PROMPT,REPLY, the USD per million tokens")
+        raise ConfigError(
+            f"{unknown('price of model', model, prices)}; give --price PROMPT,REPLY, the USD per million tokens"
+        )
     return listed
 
 

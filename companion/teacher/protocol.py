@@ -19,7 +19,9 @@ INVALID_REQUEST = (400, 422)
 OTHER_NAME: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
 """What is sent instead of a parameter that a server does not take: OpenAI's newer name, or nothing."""
 SETTINGS = ("max_tokens", "max_completion_tokens", "temperature")
-_LIMIT = re.compile(r"too (?:large|high|long|many)|at most|at least|maximum|exceed|context|less than|greater than", re.I)
+_LIMIT = re.compile(
+    r"too (?:large|high|long|many)|at most|at least|maximum|exceed|context|less than|greater than", re.I
+)
 _FOR_ALL = re.compile(
     r"unsupported_(?:parameter|value|country)|unsupported (?:parameter|value)|api[ _-]?key|authenti|unauthori[sz]ed"
     r"|billing|quota|(?:credit )?balance|model_not_found|(?:invalid|unknown|no such) model|model .{0,80}?"

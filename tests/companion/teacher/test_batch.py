@@ -242,6 +242,58 @@ def test_command_line_prints_its_estimate(
     assert (report["cached"], report["usd"], report["hours"], report["tokens"]["total"]) == (9, 0, 0, 0)
 
 
+def batch_command(tmp_path: Path, server: Running) -> list[str]:
+    words = ["generate", "--annotations", write_annotations(tmp_path, 9), "--kinds", "detail", "--client", "batch"]
+    return [*words, "--base-url", server.url, "--poll", "0.06", "--json", "--out", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "failures"),
+    [
+        ({"choice": {"finish_reason": "content_filter"}}, "ended with 'content_filter'", {"UnfinishedReply": 9}),
+        ({"choice": {"message": {"content": "<think>a car"}}}, "reasoning", {"OnlyReasoning": 9}),
+        ({"error": [400, {"error": {"message": "the prompt was filtered"}}]}, "filtered", {"ChatError": 9}),
+        ({"error": [404, {"error": {"message": "no such model", "code": "model_not_found"}}]}, "no such model", None),
+        ({"refuses": ["max_tokens", "max_completion_tokens"]}, "'max_completion_tokens' is not", None),
+    ],
+)
+def test_command_line_fails_when_nothing_came_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any], reason: str, failures: Any
+) -> None:  # fmt: skip
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with serving(tmp_path, **options) as server:
+        assert cli.main(batch_command(tmp_path, server)) == 1
+        # of malformed replies the second request is a second batch; so is one with another parameter
+        assert server.events()["create"] == 1 + ("error" not in options)
+    output = capsys.readouterr()
+    assert reason in output.err.splitlines()[-1]
+    if failures is None:
+        assert output.err.splitlines()[-1].startswith("error: model 'gpt-4-0314': status 40")
+        assert not output.out
+    else:
+        result = json.loads(output.out)
+        assert (result["records"], result["failures"]) == (0, failures)
+
+
+def test_refused_parameters_are_left_out_of_the_next_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    thought = {"message": {"content": [{"type": "thinking", "thinking": "a car"}, {"type": "text", "text": "A car."}]}}
+    with serving(tmp_path, refuses=["max_tokens", "temperature"], choice=thought) as server:
+        assert cli.main(batch_command(tmp_path, server)) == 0
+        assert server.events()["create"] == 3
+        assert server.billed().total() == 9
+    output = capsys.readouterr()
+    assert json.loads(output.out)["records"] == 9
+    assert output.err.count("does not take 'temperature' for model 'gpt-4-0314'") == 1
+    records = read_json(tmp_path / "out" / "detail_9.json")
+    assert {record["conversations"][1]["value"] for record in records} == {"A car."}
+    assert {record["provenance"]["client"] for record in records} == {"batch, without temperature"}
+    assert Cassette(tmp_path / "out" / "cassette.sqlite").doubtful() == 0
+
+
 # ------------------------------------------------------------------------------------------------ kills
 
 # when the process is killed, and the total number of batches on the server (one each for first and second requests)

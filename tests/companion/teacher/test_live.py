@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from companion.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest, 
 from companion.teacher.client import ReplayClient, client_from_name
 from companion.teacher.generate import generate
 from companion.teacher.live import LiveClient
-from llava_core.runtime import ConfigError, read_json, read_jsonl
+from llava_core.runtime import ConfigError, read_json, read_jsonl, write_jsonl
 
 pytest.importorskip("openai", reason="the live teacher speaks through the openai SDK: pip install 'llava-core[live]'")
 
@@ -197,6 +198,157 @@ def test_command_line_records_until_its_budget(
     with pytest.raises(SystemExit) as left:
         cli.main([*words, "--price", "cheap", "--out", str(tmp_path / "out")])
     assert left.value.code == 2
+
+
+THOUGHT = "<think>\nThe captions mention a car.\n</think>\n\nA man stands next to a blue car."
+PARTS = [{"type": "thinking", "thinking": "a car"}, {"type": "text", "text": THOUGHT[-32:]}]
+
+
+def live_command(tmp_path: Path, server: Running, *words: str, count: int = 9, client: str = "record") -> list[str]:
+    paid = ["--client", client, "--base-url", server.url, "--price", "30,60", "--model", "mine", "--json"]
+    file = write_annotations(tmp_path, count)
+    return ["generate", "--annotations", file, "--kinds", "detail", "--out", str(tmp_path / "out"), *paid, *words]
+
+
+@pytest.mark.parametrize("client", ["live", "record"])
+@pytest.mark.parametrize(
+    ("choice", "usage"),
+    [
+        ({"message": {"content": THOUGHT}}, {"prompt_tokens": None, "completion_tokens": None}),
+        ({"message": {"content": PARTS}, "finish_reason": None}, None),
+        ({"message": {"content": PARTS[1:], "reasoning_content": "a car"}, "finish_reason": "eos"}, {"total_tokens": 9}),
+    ],
+)
+def test_command_line_keeps_the_text_of_other_servers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    client: str,
+    choice: Any,
+    usage: Any,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with serving(tmp_path, choice=choice, usage=usage) as server:
+        assert cli.main(live_command(tmp_path, server, client=client)) == 0
+        output = capsys.readouterr()
+        assert len(server.stop()["times"]) == 9  # no attempt is repeated
+    assert json.loads(output.out)["spend_usd"] > 0
+    records = read_json(tmp_path / "out" / "detail_9.json")
+    assert {record["conversations"][1]["value"] for record in records} == {"A man stands next to a blue car."}
+    assert ("9 of 9 replies have no finish_reason" in output.err) == (choice.get("finish_reason", "") is None)
+
+
+@pytest.mark.parametrize("client", ["live", "record"])
+@pytest.mark.parametrize(
+    ("choice", "error"),
+    [
+        ({"finish_reason": "content_filter", "message": {"content": "A man stands next to a"}}, "UnfinishedReply"),
+        ({"finish_reason": "length", "message": {"content": "", "reasoning_content": "a car"}}, "CutOffReply"),
+        ({"finish_reason": "error"}, "UnfinishedReply"),
+        ({"message": {"content": THOUGHT[:40]}}, "OnlyReasoning"),
+        ({"message": {"content": None, "refusal": "That is private."}}, "Refusal"),
+    ],
+)
+def test_command_line_fails_without_a_whole_reply(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    client: str,
+    choice: Any,
+    error: str,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with serving(tmp_path, choice=choice) as server:
+        assert cli.main(live_command(tmp_path, server, client=client, count=3)) == 1
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert (result["records"], result["failed"], result["failures"]) == (0, 3, {error: 3})
+    assert "note: 3 of 3 requests failed, 3 of them: " in output.err
+    assert read_json(tmp_path / "out" / "llava_instruct.json") == []
+
+
+@pytest.mark.parametrize("client", ["live", "record"])
+def test_refused_parameters_are_learned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], client: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with serving(tmp_path, refuses=["max_tokens", "temperature"], seconds=0.05) as server:
+        assert cli.main(live_command(tmp_path, server, client=client)) == 0
+        sent = server.stop()["sent"]
+    assert [names for names in sent if names != ["max_completion_tokens"]] == [
+        ["max_tokens", "temperature"],
+        ["max_completion_tokens", "temperature"],
+    ]
+    assert len(sent) == 9 + 2
+    output = capsys.readouterr()
+    assert json.loads(output.out)["records"] == 9
+    assert output.err.count("the server does not take 'max_tokens' for model 'mine'; 'max_completion_tokens'") == 1
+    assert output.err.count("the server does not take 'temperature' for model 'mine'; it is left out") == 1
+    [client_of_all] = {row["client"] for row in read_jsonl(tmp_path / "out" / "provenance.jsonl")}
+    assert client_of_all == "live, without temperature"
+
+
+REFUSED = {"message": "Unsupported value: 'messages[0].role' does not support 'system'", "code": "unsupported_value"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"error": [401, {"error": {"message": "Incorrect API key provided"}}]}, "Incorrect API key"),
+        ({"error": [400, {"error": {"message": "The model `mine` does not exist"}}]}, "`mine` does not exist"),
+        ({"error": [400, {"error": REFUSED}]}, "does not support 'system'"),
+        ({"refuses": ["max_tokens", "max_completion_tokens"]}, "'max_completion_tokens' is not supported"),
+    ],
+)
+def test_refusal_of_all_requests_is_met_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: Any, reason: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with serving(tmp_path, **options) as server:
+        assert cli.main(live_command(tmp_path, server)) == 1
+        assert len(server.stop()["times"]) == 1 + ("refuses" in options)
+    assert re.search(rf"^error: model 'mine': status 40.: .*{reason}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_other_refusals_end_with_their_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with serving(tmp_path, error=[400, {"error": {"message": "the prompt was filtered"}}]) as server:
+        assert cli.main(live_command(tmp_path, server, count=3)) == 1
+        assert len(server.stop()["times"]) == 3
+        assert cli.main(live_command(tmp_path, server, "--budget-usd", "0")) == 1
+    assert re.search("3 of 3 requests failed, 3 of them: .*the prompt was filtered", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("choice", "written"),
+    [
+        ({"message": {"content": "<think>5 5\n</think>8 7\nBoth saw it."}}, 5),
+        ({"message": {"content": "8 7\nBoth"}, "finish_reason": "content_filter"}, 0),
+        ({"message": {"content": "<think>8 7\nBoth"}}, 0),
+    ],
+)
+def test_reference_and_judge_read_replies_as_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], choice: Any, written: int
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    bench = tmp_path / "bench"
+    questions = [{"question_id": k, "image": "a.jpg", "text": f"What is {k}?", "category": "conv"} for k in range(5)]
+    write_jsonl(bench / "questions.jsonl", questions)
+    write_jsonl(bench / "context.jsonl", [{"image": "a.jpg", "caption": "A car."}])
+    answers = write_jsonl(tmp_path / "a.jsonl", [{"question_id": k, "text": "A car."} for k in range(5)])
+    with serving(tmp_path, choice=choice) as server:
+        paid = ["--bench", str(bench), "--client", "record", "--base-url", server.url, "--json"]
+        out = str(tmp_path / "reference.jsonl")
+        assert cli.main(["evaluate", "bench", "reference", *paid, "--out", out]) == (written == 0)
+        assert json.loads(capsys.readouterr().out)["answers"] == written
+        assert {row["text"] for row in read_jsonl(tmp_path / "reference.jsonl")} <= {"8 7\nBoth saw it."}
+        files = ["--answers", str(answers), "--reference", str(answers), "--out", str(tmp_path / "reviews.jsonl")]
+        assert cli.main(["evaluate", "bench", "judge", *paid, *files]) == (written == 0)
+        result = json.loads(capsys.readouterr().out)
+    assert (result["n"], result["failed"]) == (written, 5 - written)
+    assert result["all"] == (87.5 if written else None)
 
 
 def test_two_processes_do_not_share_a_cassette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
