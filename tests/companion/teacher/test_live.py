@@ -216,7 +216,7 @@ def live_command(tmp_path: Path, server: Running, *words: str, count: int = 9, c
     [
         ({"message": {"content": THOUGHT}}, {"prompt_tokens": None, "completion_tokens": None}),
         ({"message": {"content": PARTS}, "finish_reason": None}, None),
-        ({"message": {"content": PARTS[1:], "reasoning_content": "a car"}, "finish_reason": "eos"}, {"total_tokens": 9}),
+        ({"message": {"content": PARTS[1:], "reasoning_content": "a car"}, "finish_reason": "eos"}, {"total": 9}),
     ],
 )
 def test_command_line_keeps_the_text_of_other_servers(
