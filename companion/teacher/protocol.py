@@ -171,7 +171,7 @@ def _tokens(usage: Any) -> tuple[int, int]:
     """Tokens of prompt and completion; 0 where the server does not count them."""
 
     def count(*names: str) -> int:
-        values = [usage.get(name) for name in names] if isinstance(usage, Mapping) else []
+        values: list[Any] = [usage.get(name) for name in names] if isinstance(usage, Mapping) else []
         return next((int(v) for v in values if type(v) in (int, float) and math.isfinite(v) and v > 0), 0)
 
     return count("prompt_tokens", "input_tokens"), count("completion_tokens", "output_tokens")
