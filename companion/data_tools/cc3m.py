@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -24,9 +25,13 @@ from companion.data_tools.image_availability import ImageAvailability, image_ava
 from companion.data_tools.phrases import ARTICLES, PRONOUNS, Phrases, extract, extract_file, extractor_named
 from companion.data_tools.repair import write_parquet
 from llava_core.constants import IMAGE_MARKER
-from llava_core.runtime import DataError, atomic_write, display_path, progress, write_json
+from llava_core.data.media import is_medium_name
+from llava_core.runtime import DataError, atomic_write, display_path, progress, shortened, write_json
 
 BLOCK = 256  # phrases per block of the search for the next phrase; about the square root of their number
+_ADDRESS = re.compile(r"\s*[\"']?\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # CSV writes a quotation mark of the text twice
+_NUMBER = re.compile(r"\s*[-+]?[\d.]+(?:e[-+]?\d+)?\s*", re.IGNORECASE)
 Integers = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
 
@@ -47,15 +52,16 @@ class Row(NamedTuple):
 def read_captions(path: str | Path) -> Iterator[Row]:
     """Read the official TSV line by line: `caption <tab> url`; a third column may name the image.
 
-    Raises DataError if the file is missing or a line has another form.
+    Line n belongs to image n, so a line of another form is refused, and not skipped: a header, columns in another order
+    (CC12M: url, caption), quotation marks. Raises DataError for it, and if the file is missing.
     """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file):
                 try:
-                    cells = line.decode().rstrip("\r\n").split("\t")
-                    if len(cells) not in (2, 3) or not all(map(str.strip, cells)):
-                        raise ValueError(f"{len(cells)} tab-separated cells{'' if all(cells) else ', some empty'}")
+                    cells = line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n").split("\t")
+                    if fault := _line_fault(cells, number):
+                        raise ValueError(fault)
                 except ValueError as error:  # bytes that are not UTF-8 are one too
                     raise DataError(
                         f"{display_path(path)}, line {number + 1}: {error}; a line is caption, url and perhaps an "
@@ -64,6 +70,29 @@ def read_captions(path: str | Path) -> Iterator[Row]:
                 yield Row(number, cells[0], cells[1], cells[2] if len(cells) == 3 else f"GCC_train_{number:09d}.jpg")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise DataError(f"{display_path(path)}: no such file; give the TSV of captions") from error
+
+
+def _line_fault(cells: list[str], number: int) -> str | None:
+    """What is wrong with the cells of a line (from 0), or None."""
+    if len(cells) not in (2, 3) or not all(map(str.strip, cells)):
+        return f"{len(cells)} tab-separated cells{'' if all(cells) else ', some empty'}"
+    caption, url, *image = cells
+    if not _ADDRESS.match(url):
+        if _ADDRESS.match(caption):
+            return "the columns are url, caption, as in CC12M; write the caption first"
+        if number == 0 and not any(map(_ADDRESS.match, cells)):
+            names = ", ".join(shortened(cell, 30) for cell in cells)
+            return f"a header ({names}) and no pair; remove it, because images are numbered by line"
+        return f"the second column is no URL but '{shortened(url, 50)}'"
+    if _ADDRESS.match(caption):
+        return "two URLs and no caption"
+    if url[0] in "\"'" or (caption[0] == '"' and _QUOTED.fullmatch(caption)):
+        return "the cells are quoted as in CSV; write the table without quotation marks"
+    if image and is_medium_name(caption):
+        return "the first column names an image file and is no caption"
+    if image and (_ADDRESS.match(image[0]) or _NUMBER.fullmatch(image[0])):
+        return f"the third column is no image file but '{shortened(image[0], 50)}'"
+    return None
 
 
 def normalize(phrase: str, settings: FilterSettings) -> str:

@@ -218,7 +218,7 @@ def test_third_column_names_an_image_inside_the_folder(tmp_path: Path) -> None:
     images.mkdir()
     Image.new("RGB", (8, 8)).save(images / "one.png")
     path = tmp_path / "a.tsv"
-    path.write_text("a dog\tu\tone.png\na dog\tu\tone.png\na dog\tu\t../one.png\na dog\tu\tone.png")
+    path.write_text("".join(f"a dog\thttp://u\t{name}\n" for name in ("one.png", "one.png", "../one.png", "one.png")))
     filtered = filter_captions(path, images, RULES)
     assert filtered.selection.pooled.tolist() == [True, True, False, True]
     assert filtered.report()["coverage"]["missing"] == 1
@@ -233,6 +233,43 @@ def test_malformed_line_is_named(tmp_path: Path, line: bytes) -> None:
     path.write_bytes(b"a dog\thttp://x\n" + line + b"\na cat\thttp://y\n")
     with pytest.raises(DataError, match=r"a\.tsv, line 2: .*correct or remove"):
         filter_captions(path, None, RULES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("caption\turl\na red bus\thttp://e.org/1.jpg\n", "line 1: a header .*remove it"),
+        ("\ufeffTEXT\tURL\na red bus\thttp://e.org/1.jpg\n", "line 1: a header"),
+        ("url\tcaption\nhttp://e.org/1.jpg\ta red bus\n", "line 1: a header"),
+        ("caption\turl\timage\na red bus\thttp://e.org/1.jpg\tone.jpg\n", "line 1: a header"),
+        ("http://e.org/1.jpg\tA red bus\n", "line 1: the columns are url, caption, as in CC12M"),
+        ("//e.org/1.jpg\tA red bus\n", "line 1: the columns are url, caption"),
+        ("a red bus\thttp://e.org/1.jpg\ncaption\turl\n", "line 2: the second column is no URL but 'url'"),
+        ("1\ta red bus\thttp://e.org/1.jpg\n", "line 1: the second column is no URL"),
+        ("one.jpg\thttp://e.org/1.jpg\ta red bus\n", "line 1: the first column names an image file"),
+        ("http://e.org/1.jpg\ta red bus\t1.jpg\n", "line 1: the columns are url"),
+        ("a red bus\tone.jpg\thttp://e.org/1.jpg\n", "line 1: the second column is no URL but 'one.jpg'"),
+        ("a red bus\thttp://e.org/1.jpg\t0.31\n", "line 1: the third column is no image file but '0.31'"),
+        ("http://e.org/1.jpg\thttp://e.org/1.jpg\n", "line 1: two URLs and no caption"),
+        ('"a ""red"" bus"\thttp://e.org/1.jpg\n', "line 1: the cells are quoted"),
+        ('a red bus\t"http://e.org/1.jpg"\n', "line 1: the cells are quoted"),
+        ("a red bus,http://e.org/1.jpg\n", "line 1: 1 tab-separated"),
+    ],
+)
+def test_a_table_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        filter_captions(path, None, RULES)
+
+
+def test_captions_keep_their_text_and_the_image_of_their_line(tmp_path: Path) -> None:
+    captions = ['" hello , "', "a // b", 'the "red" bus', "a bus from http://e.org"]
+    path = tmp_path / "a.tsv"
+    path.write_text("\ufeff" + "".join(f"{caption}\tHTTPS://e.org/a b.jpg\r\n" for caption in captions))
+    rows = list(cc3m.read_captions(path))
+    assert [row.caption for row in rows] == captions
+    assert [row.image for row in rows] == [f"GCC_train_{k:09d}.jpg" for k in range(4)]
 
 
 def test_instruction_list_is_a_setting(tmp_path: Path) -> None:
