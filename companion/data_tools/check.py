@@ -91,7 +91,10 @@ class Checker:
         turns = value.get("conversations")
         values = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
         texts = [text for text in values if isinstance(text, str)]
-        if self.max_words is None or sum(map(len, texts)) <= self.max_words:
+        if self.max_words is None:
+            return
+        size = sum(map(len, texts)) + len(texts)  # at most a word per two characters, but for scripts without spaces
+        if size <= self.max_words * (2 if all(map(str.isascii, texts)) else 1):
             return
         if (words := sum(map(count_words, texts))) > self.max_words:
             yield (

@@ -9,30 +9,22 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from companion.data_tools.check import Checker, is_error
 from companion.data_tools.expansion import expand, load_instructions
+from companion.data_tools.layouts import KNOWN_COLUMNS, RowError, answer_of, history_of, question_of, turns_of
 from companion.data_tools.repair import repair_record, write_parquet
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.instruct import FORMATS, Record, import_pyarrow, rows_of
+from llava_core.data.instruct import FORMATS, Problem, Record, import_pyarrow, read_records, rows_of
+from llava_core.data.media import first_of, names_images, unread_fields
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, atomic_write, display_path, read_json, write_json, write_jsonl
-
-KNOWN_COLUMNS = {
-    "id": ("id", "image_id", "question_id"),
-    "image": ("image", "file_name", "image_path", "filename", "path"),
-    "question": ("question", "instruction", "prompt"),
-    "answer": ("answer", "caption", "text", "response", "output"),
-    "type": ("type",),
-    "conversations": ("conversations", "messages", "conversation"),
-}
-"""Field -> column names that need not be given; the first that exists is used."""
+from llava_core.runtime import DataError, atomic_write, display_path, read_json, shortened, write_json, write_jsonl
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 _SIGNATURES = {
@@ -46,16 +38,13 @@ _SIGNATURES = {
 _LISTED = 5  # problems in an error message
 
 
-class _RowError(Exception):
-    """A row that does not become a record."""
-
-
 @dataclass(frozen=True)
 class _Row:
-    """One row of a source: its place for messages, and its fields by our names, or what is wrong with it."""
+    """One row of a source: its place for messages, its fields by our names and the others, or what is wrong with it."""
 
     place: str
     fields: dict[str, Any]
+    rest: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -87,8 +76,8 @@ def convert_data(
 
     Args:
         source: a folder of images, each with a `.txt` file of the same name (its caption or description); a `.csv` or
-            `.tsv` file with column names; a folder written by `save_to_disk` of the package `datasets`; or a `.parquet`
-            file with the columns of such a data set.
+            `.tsv` file with column names; a `.json` list or a `.jsonl` file of objects; a folder written by
+            `save_to_disk` of the package `datasets`; or a `.parquet` file with the columns of such a data set.
         out: the file to write, `.json`, `.jsonl` or `.parquet`.
         images: folder of the images; default: the folder itself, or the one of the CSV. Images that a data set stores
             as bytes are written there; default: `images` in the folder of `out`.
@@ -98,7 +87,8 @@ def convert_data(
         skip: leave out rows with problems and report them; otherwise a problem is an error.
 
     Returns:
-        `source` (its format), `records`, `images`, `out`, `skipped` (`{place, message}` of each row left out).
+        `source` (its format), `records`, `images`, `out`, `skipped` (`{place, message}` of each row left out), `notes`
+        (what was left out of the rows, how many have no image).
 
     Raises:
         DataError: the source has an unknown format, a column is missing, or, without `skip`, a row has a problem.
@@ -106,9 +96,9 @@ def convert_data(
     source, out = Path(source), Path(out)
     if out.suffix not in FORMATS:
         raise DataError(f"{display_path(out)}: no known format; end the name in {', '.join(FORMATS)}")
-    for field in columns or {}:
-        if field not in KNOWN_COLUMNS:
-            raise DataError(f"columns: {unknown('field', field, KNOWN_COLUMNS)}")
+    for name in columns or {}:
+        if name not in KNOWN_COLUMNS:
+            raise DataError(f"columns: {unknown('field', name, KNOWN_COLUMNS)}")
     wordings = load_instructions(instructions)
     format_name = _format_of(source)
     options = _Options(out, Path(images) if images is not None else None, columns or {}, split)
@@ -118,10 +108,11 @@ def convert_data(
     checker = Checker(opened.images, decode=False)
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
+    unread: Counter[str] = Counter()
     for number, row in enumerate(opened.rows, start=1):
         try:
-            records.append(_record(row, number, checker, wordings, seed))
-        except _RowError as error:
+            records.append(_record(row, number, checker, wordings, seed, unread))
+        except RowError as error:
             skipped.append({"place": row.place, "message": str(error)})
     if skipped and not skip:
         some = "".join(f"\n  {fault['place']}: {fault['message']}" for fault in skipped[:_LISTED])
@@ -135,37 +126,62 @@ def convert_data(
     write = {".json": write_json, ".jsonl": write_jsonl, ".parquet": write_parquet}[out.suffix]
     write(out, records)
     paths = {"images": display_path(opened.images), "out": display_path(out)}
-    return {"source": format_name, "records": len(records), **paths, "skipped": skipped}
+    notes = _notes(records, unread, images)
+    return {"source": format_name, "records": len(records), **paths, "skipped": skipped, "notes": notes}
+
+
+def _notes(records: list[dict[str, Any]], unread: Counter[str], images: str | Path | None) -> list[str]:
+    bare = sum("image" not in record for record in records)
+    notes = [f"not read: {shortened(name, 40)} ({count:,} rows)" for name, count in unread.most_common()]
+    if bare == len(records) and images is not None:
+        notes.append(f"--images {display_path(images)} was given, and no row names an image")
+    elif bare:
+        notes.append(f"{bare:,} of {len(records):,} records have no image")
+    return notes
 
 
 def _format_of(source: Path) -> str:
     if source.is_file() and source.suffix.lower() in (".csv", ".tsv"):
         return "csv"
-    if source.is_file() and source.suffix.lower() == ".parquet":
-        return "parquet"
+    if source.is_file() and source.suffix.lower() in FORMATS:
+        return "parquet" if source.suffix.lower() == ".parquet" else "json"
     if source.is_dir():
         known = ("state.json", "dataset_dict.json")
         return "datasets" if any((source / name).is_file() for name in known) else "folder"
     if not source.exists():
         raise DataError(f"{display_path(source)}: no such file or folder; check the path")
     raise DataError(
-        f"{display_path(source)}: unknown format; give a .csv, .tsv or .parquet file, a folder of images and .txt "
-        "files, or a folder that `datasets` wrote with save_to_disk"
+        f"{display_path(source)}: unknown format; give a .csv, .tsv, .json, .jsonl or .parquet file, a folder of "
+        "images and .txt files, or a folder that `datasets` wrote with save_to_disk"
     )
 
 
-def _record(row: _Row, number: int, checker: Checker, wordings: Sequence[str], seed: int) -> dict[str, Any]:
+def _record(
+    row: _Row, number: int, checker: Checker, wordings: Sequence[str], seed: int, unread: Counter[str]
+) -> dict[str, Any]:
     if row.error is not None:
-        raise _RowError(row.error)
+        raise RowError(row.error)
+    folder = checker.folder.path if checker.folder is not None else Path()
     fields = {name: value for name, value in row.fields.items() if value is not None and value != ""}
-    if "image" in row.fields and "image" not in fields:
-        raise _RowError("no image is named; fill it in or remove the row")
+    rest, image = dict(row.rest), _image_name(fields.get("image"), folder)
     value: dict[str, Any] = {"id": str(fields.get("id", f"row-{number}"))}
-    value |= {name: fields[name] for name in ("image", "type") if name in fields}
+    system = 0
     if "conversations" in fields:
-        value["conversations"] = _turns(fields["conversations"])
+        turns, images, system = turns_of(fields["conversations"])
+        if images and image is None:
+            image = _image_name(images, folder)
+        elif images and _image_name(images, folder) != image:
+            raise RowError("the row and its messages name different images; a record has one")
     else:
-        value["conversations"] = _question_and_answer(fields, value["id"], wordings, seed)
+        turns = _question_and_answer(fields, rest, value["id"], wordings, seed, image is not None)
+    value |= {} if image is None else {"image": image}
+    value |= {"type": fields["type"]} if "type" in fields else {}
+    value["conversations"] = turns
+    if names := list(unread_fields(rest, (), image)):
+        raise RowError(
+            f"{first_of(names)} names a medium that the record would not have; name the column of the images, e.g. "
+            f"--columns image={shortened(names[0], 40)}, or leave the row out"
+        )
     record = Record(None, number - 1, value)
     problems = checker.check(record)
     checker.reported.clear()  # each row reports its damaged image
@@ -175,58 +191,80 @@ def _record(row: _Row, number: int, checker: Checker, wordings: Sequence[str], s
         checker.reported.clear()
     errors = [problem.message for problem in problems if is_error(problem)]
     if errors:
-        raise _RowError("; ".join(errors))
+        raise RowError("; ".join(errors))
+    unread.update(name for name, left in rest.items() if left not in (None, "", [], {}) and name != "id")
+    unread.update(["turns of the system"] * (system > 0))
     return dict(record.value)
 
 
-def _question_and_answer(fields: dict[str, Any], name: str, wordings: Sequence[str], seed: int) -> list[dict[str, str]]:
-    question, answer, has_image = fields.get("question"), fields.get("answer"), "image" in fields
-    if not isinstance(answer, str) or not answer.strip():
-        raise _RowError("no answer; fill it in or remove the row")
-    if IMAGE_MARKER in answer:
-        raise _RowError(f"the answer contains {IMAGE_MARKER}; take it out")
+def _question_and_answer(
+    fields: dict[str, Any], rest: dict[str, Any], name: str, wordings: Sequence[str], seed: int, has_image: bool
+) -> list[dict[str, str]]:
+    answer, question, history = answer_of(fields, rest), question_of(fields, rest), history_of(rest)
     if question is None and not has_image:
-        raise _RowError("neither a question nor an image; a record needs one of them")
-    if question is not None and not isinstance(question, str):
-        raise _RowError(f"the question is no text but {type(question).__name__}; choose another column")
+        raise RowError("neither a question nor an image; a record needs one of them")
     turns = expand(answer.strip(), name, wordings, seed, has_image)
     if question is not None:
-        marker = f"{IMAGE_MARKER}\n" if has_image and IMAGE_MARKER not in question else ""
-        turns[0]["value"] = marker + question.strip()
+        marked = any(IMAGE_MARKER in text for text in [question, *(str(turn.get("value")) for turn in history)])
+        turns[0]["value"] = question.strip()
+        turns = [*history, *turns]
+        if has_image and not marked:
+            turns[0]["value"] = f"{IMAGE_MARKER}\n{turns[0]['value']}"
     return turns
 
 
-def _turns(value: Any) -> Any:
-    """Turns as a list of objects; `datasets` stores some as one object of lists, a CSV as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise _RowError(f"the turns are no JSON ({error})") from None
-    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
-        lengths = {len(column) for column in value.values()}
-        if len(lengths) == 1:
-            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    if isinstance(value, list):  # an absent field is a null in a struct
-        return [{k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else turn for turn in value]
-    return value
-
-
 def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: Path) -> dict[str, str]:
-    for field, column in columns.items():
+    shown = [shortened(name, 40) for name in present]
+    for name, column in columns.items():
         if column not in present:
-            raise DataError(f"{display_path(source)}: {unknown('column', column, present)}; it was named for '{field}'")
-    chosen = dict(columns)
-    for field, names in KNOWN_COLUMNS.items():
-        free = [name for name in names if name in present and name not in chosen.values()]
-        if field not in chosen and free:
-            chosen[field] = free[0]
+            raise DataError(f"{display_path(source)}: {unknown('column', column, shown)}; it was named for '{name}'")
+    chosen = _known_columns(columns, present)
     if "conversations" not in chosen and "answer" not in chosen:
+        listed = first_of(present, 20)
         raise DataError(
-            f"{display_path(source)}: no column holds an answer or turns (columns: {', '.join(present)}); name it, "
-            f"e.g. --columns answer={present[-1] if present else 'caption'}"
+            f"{display_path(source)}: no column holds an answer or turns (columns: {listed}); name it, "
+            f"e.g. --columns answer={shown[-1] if shown else 'caption'}"
         )
     return chosen
+
+
+def _known_columns(columns: Mapping[str, str], present: Sequence[str]) -> dict[str, str]:
+    chosen = {name: column for name, column in columns.items() if column in present}
+    for name, known in KNOWN_COLUMNS.items():
+        free = [column for column in known if column in present and column not in chosen.values()]
+        if name not in chosen and free:
+            chosen[name] = free[0]
+    return chosen
+
+
+def _row(place: str, values: Mapping[str, Any], chosen: Mapping[str, str]) -> _Row:
+    read = {column for name, column in chosen.items() if name != "id" or not names_images(column)}
+    rest = {column: value for column, value in values.items() if column not in read}
+    return _Row(place, {name: values[column] for name, column in chosen.items()}, rest)
+
+
+def _read_json(source: Path, options: _Options) -> _Source:
+    """Objects of any of the known layouts; each chooses its columns, so that a file may mix them."""
+    if options.split:
+        raise DataError(f"{display_path(source)}: a JSON file has no splits; leave --split out")
+    items = list(read_records(source))
+    values = [item.value for item in items if isinstance(item, Record) and isinstance(item.value, dict)]
+    broken = next((item for item in items if isinstance(item, Problem)), None)
+    if broken is not None and (source.suffix.lower() == ".json" or not values):  # the rows after it cannot be read
+        raise DataError(f"{display_path(source)}, {broken}")
+    if values:
+        _choose_columns(options.columns, list(dict.fromkeys(name for value in values for name in value)), source)
+
+    def rows() -> Iterator[_Row]:
+        for item in items:
+            if isinstance(item, Problem):
+                yield _Row(f"line {item.line}", {}, error=item.message)
+            elif not isinstance(item.value, dict):
+                yield _Row(f"line {item.line}", {}, error=f"no object but {type(item.value).__name__}; remove it")
+            else:
+                yield _row(f"line {item.line}", item.value, _known_columns(options.columns, list(item.value)))
+
+    return _Source(rows(), options.images or source.parent)
 
 
 def _read_folder(source: Path, options: _Options) -> _Source:
@@ -245,17 +283,17 @@ def _read_folder(source: Path, options: _Options) -> _Source:
     def rows() -> Iterator[_Row]:
         for name, paths in images.items():
             if name not in texts:
-                yield _Row(display_path(paths[0]), {}, f"no text; write {name}.txt")
+                yield _Row(display_path(paths[0]), {}, error=f"no text; write {name}.txt")
         for name, text in texts.items():
             matches = images.get(name, [])
             if len(matches) != 1:
                 what = f"several images, {', '.join(p.name for p in matches)}" if matches else "no image of this name"
-                yield _Row(display_path(text), {}, f"{what}; one text belongs to one image")
+                yield _Row(display_path(text), {}, error=f"{what}; one text belongs to one image")
                 continue
             try:
                 answer = text.read_bytes().decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
-                yield _Row(display_path(text), {}, f"not UTF-8 text (byte {error.start}); save the file as UTF-8")
+                yield _Row(display_path(text), {}, error=f"not UTF-8 text (byte {error.start}); save the file as UTF-8")
                 continue
             image = matches[0].relative_to(root).as_posix()
             yield _Row(display_path(text), {"id": name, "image": image, "answer": answer})
@@ -282,10 +320,10 @@ def _read_csv(source: Path, options: _Options) -> _Source:
         for line, cells in lines:
             if len(cells) == len(header):
                 values = dict(zip(header, cells, strict=True))
-                yield _Row(f"line {line}", {field: values[column] for field, column in chosen.items()})
+                yield _row(f"line {line}", values, chosen)
             else:
                 error = f"{len(cells)} cells, but {len(header)} columns; put text with a comma between quotation marks"
-                yield _Row(f"line {line}", {}, error)
+                yield _Row(f"line {line}", {}, error=error)
 
     return _Source(rows(), options.images or source.parent)
 
@@ -386,6 +424,8 @@ def _read_batches(source: Path, options: _Options, batches: Callable[[], Iterato
     chosen = _choose_columns(options.columns, first[1].schema.names, source)
     kind = first[1].schema.field(chosen["image"]).type if "image" in chosen else None
     types = import_pyarrow("types")
+    if kind is not None and (types.is_list(kind) or types.is_large_list(kind)):
+        kind = kind.value_type
     holds_bytes = kind is not None and (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind))
     default = options.out.parent / "images" if holds_bytes else source if source.is_dir() else source.parent
     folder = options.images or default
@@ -395,33 +435,29 @@ def _read_batches(source: Path, options: _Options, batches: Callable[[], Iterato
     def rows() -> Iterator[_Row]:
         number = 0
         for file, batch in batches():
-            narrow = batch.select([*dict.fromkeys(chosen.values())])
-            for start in range(0, narrow.num_rows, 64):  # the bytes of few images at once
-                for values in rows_of(narrow.slice(start, 64)):
+            for start in range(0, batch.num_rows, 64):  # the bytes of few images at once
+                for values in rows_of(batch.slice(start, 64)):
                     number += 1
-                    yield _table_row(f"{file.name}, row {number}", values, chosen, folder)
+                    place = f"{file.name}, row {number}"
+                    if values is None:
+                        yield _Row(place, {}, error="text that is not UTF-8; save the data set again")
+                    else:
+                        yield _row(place, values, chosen)
 
     return _Source(rows(), folder)
 
 
-def _table_row(place: str, values: dict[str, Any] | None, chosen: Mapping[str, str], folder: Path) -> _Row:
-    if values is None:
-        return _Row(place, {}, "text that is not UTF-8; save the data set again")
-    fields = {field: values[column] for field, column in chosen.items()}
-    if "image" in fields:
-        try:
-            fields["image"] = _image_name(fields["image"], folder)
-        except _RowError as error:
-            return _Row(place, {}, str(error))
-    return _Row(place, fields)
-
-
 def _image_name(value: Any, folder: Path) -> Any:
-    """The image's path below the folder; bytes are written there, named by their hash."""
+    """The image's path below the folder, None without one; bytes are written there, named by their hash."""
+    if isinstance(value, list):
+        images = [image for image in value if image is not None and image != ""]
+        if len(images) > 1:
+            raise RowError(f"{len(images)} images; a record has one: leave the row out, or split it")
+        value = images[0] if images else None
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes):
         if not content:
-            raise _RowError("the image has no bytes; save the data set again")
+            raise RowError("the image has no bytes; save the data set again")
         suffix = next((suffix for start, suffix in _SIGNATURES.items() if content.startswith(start)), None)
         suffix = suffix or (".webp" if content[8:12] == b"WEBP" else ".img")
         name = hashlib.sha256(content).hexdigest()[:24] + suffix
@@ -429,14 +465,21 @@ def _image_name(value: Any, folder: Path) -> Any:
             atomic_write(folder / name, content)
         return name
     path = value.get("path") if isinstance(value, dict) else value
+    if isinstance(path, str) and (path.startswith(("data:", "{")) or len(path) > 1000):
+        raise RowError(
+            f"the image is no file name but {len(path):,} characters ({shortened(path, 30)}); write it to a file"
+        )
+    if isinstance(path, str) and "://" in path:
+        raise RowError(f"the image is at {shortened(path, 60)}; download it and name the file")
     if isinstance(path, str) and os.path.isabs(path) and Path(path).is_relative_to(folder.absolute()):
         return Path(path).relative_to(folder.absolute()).as_posix()
-    return path
+    return path or None
 
 
 _READERS: dict[str, Callable[[Path, _Options], _Source]] = {
     "folder": _read_folder,
     "csv": _read_csv,
+    "json": _read_json,
     "datasets": _read_datasets,
     "parquet": _read_parquet,
 }

@@ -26,7 +26,7 @@ from llava_core.data.instruct import (
     leaves_folder,
     read_records,
 )
-from llava_core.data.media import OTHER_SUFFIXES, foreign_markers, is_medium_name, names_images, unread_fields
+from llava_core.data.media import foreign_markers, is_medium_name, is_other_file, names_images, unread_fields
 from llava_core.runtime import DataError, atomic_write, display_path
 
 REPAIRS = {
@@ -143,7 +143,7 @@ def _paths(name: str, value: Any) -> list[str | None]:
     return [
         item
         if is_images and isinstance(item, str) and is_medium_name(item) and ":" not in item
-        and not item.lower().endswith(OTHER_SUFFIXES)
+        and not is_other_file(item)
         else None
         for item in items
     ]  # fmt: skip

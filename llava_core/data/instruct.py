@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.media import OTHER_SUFFIXES, first_of, foreign_markers, may_hold_markers, unread_fields
+from llava_core.data.media import first_of, foreign_markers, is_other_file, may_hold_markers, unread_fields
 from llava_core.registry import unknown
 from llava_core.runtime import DataError, display_path, shortened
 
@@ -29,6 +29,7 @@ ROLES = ("human", "gpt")
 FIELDS = frozenset(("id", "image", "type", "conversations"))
 TURN_FIELDS = frozenset(("from", "value"))
 FORMATS = (".json", ".jsonl", ".parquet")
+_LONGEST_NAME = 1000  # characters; a longer "name" is an image as base64 text
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -198,10 +199,12 @@ def record_problems(record: Any) -> Iterator[tuple[str, str]]:
         yield "wrong_type", f"type is a string such as conversation, detail or complex, not {_type(kind)}"
     if image == "":
         yield "missing_image", "image is an empty string; name a file, or leave it out of a text-only record"
+    elif isinstance(image, str) and (len(image) > _LONGEST_NAME or image.startswith("data:")):
+        yield "wrong_type", f"image is the name of one file, not {len(image):,} characters; write the image to a file"
     elif isinstance(image, str) and leaves_folder(image):
         where = "leaves the folder of images; give a path relative to that folder"
         yield "outside_folder", f"image '{shortened(image)}' {where}"
-    elif isinstance(image, str) and image.lower().endswith(OTHER_SUFFIXES):
+    elif isinstance(image, str) and is_other_file(image):
         yield "unread_medium", f"image '{shortened(image)}' is a video or audio; name an image, or leave the record out"
     elif image is not None and not isinstance(image, str):
         yield "wrong_type", f"image is the name of one file, not {_type(image)}; {_IMAGE_FIX[_stores_images(image)]}"
@@ -211,10 +214,11 @@ def record_problems(record: Any) -> Iterator[tuple[str, str]]:
         yield "wrong_type", f"conversations is a list of turns, not {_type(turns)}"
     else:
         roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+        number = whole.count(IMAGE_MARKER)
         yield from _turn_problems(turns, texts, roles, image or None)
         if image != "":  # whether the record has an image is unknown
-            yield from _marker_problems(texts, roles, image is not None, whole.count(IMAGE_MARKER))
-        if may_hold_markers(whole):
+            yield from _marker_problems(texts, roles, image is not None, number)
+        if may_hold_markers(whole, number):
             found = list(foreign_markers(zip(roles, texts, strict=True)))
             if found:
                 yield "unread_medium", _MARKER_MESSAGE.format(first_of(marker for _, marker in found), found[0][0])
@@ -223,8 +227,8 @@ def record_problems(record: Any) -> Iterator[tuple[str, str]]:
 
 
 _FIELD_MESSAGE = (
-    "training reads the image that 'image' names, and not {}; name the image there, remove the field from a text-only "
-    "record, or leave the record out"
+    "training reads the image that 'image' names, and not {}; name the image there (one is renamed by --fix and by "
+    "`llava data convert`), remove the field from a text-only record, or leave the record out"
 )
 _MARKER_MESSAGE = (
     f"{{}} in turn {{}} is a marker of another format; write {IMAGE_MARKER} for the record's image, or leave the "

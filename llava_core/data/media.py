@@ -15,14 +15,13 @@ from typing import Any
 from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import shortened
 
-OTHER_SUFFIXES = (  # of videos and audio
-    ".mp4", ".avi", ".mov", ".mkv", ".webm", ".flv", ".m4v", ".wmv", ".mpg", ".mpeg",
-    ".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus",
-)  # fmt: skip
-_IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".ppm", ".svg",
-)  # fmt: skip
-_SUFFIXES = OTHER_SUFFIXES + _IMAGE_SUFFIXES
+_OTHER_SUFFIXES = frozenset((  # of videos and audio
+    "mp4", "avi", "mov", "mkv", "webm", "flv", "m4v", "wmv", "mpg", "mpeg",
+    "wav", "mp3", "flac", "ogg", "m4a", "aac", "opus",
+))  # fmt: skip
+_IMAGE_SUFFIXES = frozenset((
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "ppm", "svg",
+))  # fmt: skip
 _DATA_URI = re.compile(r"data:(?:image|video|audio)/", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -45,6 +44,11 @@ _PROVENANCE = frozenset((
     "id", "ids", "name", "key", "title", "duration", "fps", "start", "end", "time", "timestamp", "length", "source",
 ))  # fmt: skip
 _EMPTY_TEXTS = frozenset(("", "none", "null", "nan", "n/a", "na", "no", "false", "text", "-", "-1", "0", "[]", "{}"))
+
+
+def is_other_file(name: str) -> bool:
+    """Whether a file name ends as of a video or audio."""
+    return name.rpartition(".")[2].lower() in _OTHER_SUFFIXES
 
 
 def names_images(field: str) -> bool:
@@ -111,7 +115,8 @@ def _leaves(value: Any, depth: int = 4) -> Iterator[Any]:
 def is_medium_name(value: Any) -> bool:
     """Whether a value is the name of a media file, a data URI or bytes."""
     if isinstance(value, str):
-        if value.endswith(_SUFFIXES) or value.lower().endswith(_SUFFIXES):
+        _, dot, suffix = value.rpartition(".")
+        if dot and suffix.lower() in _IMAGE_SUFFIXES | _OTHER_SUFFIXES:
             return "\n" not in value and len(value) < 4096
         return _DATA_URI.match(value) is not None
     return isinstance(value, bytes | bytearray | memoryview) and len(value) > 0
@@ -172,10 +177,10 @@ _MARKUP = re.compile(
 _SPOKEN_OF = re.compile(r"[`'\"]|\s*(?:\w+\s+)?(?:tags?|elements?|attributes?|nodes?|components?)\b", re.IGNORECASE)
 
 
-def may_hold_markers(text: str) -> bool:
-    """Whether a text has a character that markers of other formats begin with; a cheap test of many texts joined."""
+def may_hold_markers(text: str, number: int) -> bool:
+    """Whether a text with `number` image markers has a character that others begin with; a cheap test of many texts."""
     return (
-        text.count("<") != text.count(IMAGE_MARKER)
+        text.count("<") != number
         or "&" in text or "[" in text or "{" in text or "__" in text or "data:" in text
         or (not text.isascii() and ("＜" in text or "〈" in text))
     )  # fmt: skip
@@ -189,7 +194,7 @@ def foreign_markers(turns: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, str
     turns = list(turns)
     about_markup: bool | None = None
     for k, (role, text) in enumerate(turns):
-        if not isinstance(text, str) or not may_hold_markers(text):
+        if not isinstance(text, str) or not may_hold_markers(text, text.count(IMAGE_MARKER)):
             continue
         plain = html.unescape(html.unescape(text)) if "&" in text else text
         if plain.count(IMAGE_MARKER) > text.count(IMAGE_MARKER):

@@ -123,6 +123,33 @@ def test_records_after_broken_json_are_checked(tmp_path: Path) -> None:
     assert result["records"] == 2
 
 
+def test_another_layout_is_one_line_first_and_names_the_command(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    layouts: dict[str, list[Any]] = {
+        "no conversations, but query, response": [{"query": "Why?", "response": "So."}] * 3,
+        "no conversations, but messages, images": [{"messages": [], "images": ["a.jpg"]}] * 2 + [record("a", None)],
+        "turns of role, content": [{"id": "a", "conversations": [{"role": "user", "content": "Why?"}]}],
+    }
+    for layout, rows in layouts.items():
+        path.write_text("\n".join(map(json.dumps, rows)))
+        first, *others = check_file(path)["problems"]
+        assert (first["kind"], first["line"], first["record"]) == ("other_layout", None, None)
+        assert layout in first["message"]
+        assert f"llava data convert {path}" in first["message"]
+        assert others
+        assert all(problem["kind"] != "other_layout" for problem in others)
+
+
+def test_images_that_no_record_uses_are_reported(tmp_path: Path, images: Path) -> None:
+    path = write_json(tmp_path / "text.json", [record("a", None), record("b", None)])
+    result = check_file(path, images)
+    assert [(p["line"], p["kind"]) for p in result["problems"]] == [(None, "no_images")]
+    assert (result["errors"], result["warnings"]) == (0, 1)
+    assert check_file(path)["problems"] == []
+    write_json(path, [record("a", None), record("b")])
+    assert check_file(path, images)["problems"] == []
+
+
 @pytest.mark.parametrize(
     ("content", "kind"), [("", "not_json"), ("[]", "no_records"), ('{"a": 1}', "wrong_type"), ("[{}] []", "not_json")]
 )
