@@ -132,14 +132,18 @@ class Parser(argparse.ArgumentParser):
             "--concurrency", "N", "concurrent requests; record repeats these after kill -9", type=int, default=8
         )
 
+    def reply_tokens(self, default: int) -> None:
+        self.number("--max-tokens", default, "longest reply, a model's reasoning included")
+
     def timeout(self) -> None:
         self.option("--timeout", "SECONDS", "without data from the server", type=float, default=120.0)
 
     def seed(self) -> None:
         self.add_argument("--seed", type=int, default=0, help="for random draws per record")
 
-    def teacher(self, tape: str, name: str = "--model") -> None:
+    def teacher(self, tape: str, name: str = "--model", max_tokens: int = 1024) -> None:
         self.client()
+        self.reply_tokens(max_tokens)
         self.cassette(f"; {tape} if not given")
         self.chat_model("chat model", name)
         self.server()

@@ -135,7 +135,7 @@ def requests(args: argparse.Namespace) -> Any:
 
     prompts = load_prompts(args.prompts) if args.prompts else None
     images = load_annotations(args.annotations, args.split)[: args.limit]
-    return list(requests_for(images, args.kinds, prompts, args.model)), prompts
+    return list(requests_for(images, args.kinds, prompts, args.model, max_tokens=args.max_tokens)), prompts
 
 
 def _generate(args: argparse.Namespace) -> Result:
@@ -162,6 +162,7 @@ def asking(parser: Parser, tape: str) -> None:
     parser.limit(" images")
     parser.path("--prompts", "DIR", "folder of prompts in the released format")
     parser.chat_model("teacher")
+    parser.reply_tokens(2048)
     parser.cassette(tape)
     parser.pace()
 

@@ -57,7 +57,8 @@ def _ensemble(args: argparse.Namespace) -> Result:
             f"--shots {','.join(args.shots)}: not all are problems of the train split of {display_path(args.data)}"
         )
     answers, tape = read_predictions(args.predictions).answers, args.predictions.with_suffix(".cassette.sqlite")
-    result = ensemble.run(problems, answers, chat_client(args, args.cassette or tape), shots=shots, model=args.model)
+    client, chosen = chat_client(args, args.cassette or tape), given(args, "model", "max_tokens")
+    result = ensemble.run(problems, answers, client, shots=shots, **chosen)
     return {key: value for key, value in result.items() if key != "texts"}  # they are in the cassette
 
 

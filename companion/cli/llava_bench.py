@@ -25,16 +25,15 @@ def _cassette_path(args: argparse.Namespace) -> Path:
 def _reference(args: argparse.Namespace) -> Result:
     from companion.evaluation.bench_steps import load_bench, write_reference
 
-    return write_reference(
-        load_bench(args.bench, args.limit), chat_client(args, _cassette_path(args)), args.out, args.judge
-    )
+    bench, client = load_bench(args.bench, args.limit), chat_client(args, _cassette_path(args))
+    return write_reference(bench, client, args.out, args.judge, max_tokens=args.max_tokens)
 
 
 def _judge(args: argparse.Namespace) -> Result:
     from companion.evaluation.bench_steps import load_bench, write_reviews
 
     bench, client = load_bench(args.bench, args.limit), chat_client(args, _cassette_path(args))
-    return write_reviews(bench, args.answers, client, args.out, args.reference, args.judge, args.swap)
+    return write_reviews(bench, args.answers, client, args.out, args.reference, args.judge, args.swap, args.max_tokens)
 
 
 def _controls(args: argparse.Namespace) -> Result:
@@ -76,8 +75,8 @@ def _bench(parser: Parser) -> None:
     parser.path("--bench", "DIR", "the official files: questions, context, reference answers", required=True)
 
 
-def _asking(parser: Parser) -> None:
-    parser.teacher("OUT with the ending .sqlite", "--judge")
+def _asking(parser: Parser, max_tokens: int) -> None:
+    parser.teacher("OUT with the ending .sqlite", "--judge", max_tokens)
     parser.limit(" questions")
 
 
@@ -103,7 +102,7 @@ def add(commands: Commands) -> None:
     new = command(steps, "reference", text, example, _reference, failed=lambda result: not result["answers"])
     _bench(new)
     new.path("--out", "FILE", "reference answers", required=True)
-    _asking(new)
+    _asking(new, 2048)
 
     example = "llava evaluate bench judge --bench data/mini/bench-coco --answers a.jsonl --out reviews.jsonl"
     text = "judge answers against reference answers"
@@ -113,7 +112,7 @@ def add(commands: Commands) -> None:
     new.path("--reference", "FILE", "reference answers, instead of the bench's own")
     new.path("--out", "FILE", "reviews, with their own cassette; for a repeat give another name", required=True)
     new.switch("--swap", "judge each pair in both orders")
-    _asking(new)
+    _asking(new, 1024)
 
     example = "llava evaluate bench controls --bench data/mini/bench-coco"
     text = "floors and ceiling of a judge: its scores of answers of known quality"

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.evaluation.llava_bench import JUDGE_MODEL, judge, score_reviews
+from companion.evaluation.llava_bench import JUDGE_MAX_TOKENS, JUDGE_MODEL, judge, score_reviews
 from companion.evaluation.prompts import PROMPTS
 from companion.teacher.asking import ask_all
-from companion.teacher.chat import BudgetError, ChatRequest, Message
+from companion.teacher.chat import MAX_TOKENS, BudgetError, ChatRequest, Message
 from companion.teacher.prompts import context_text
 from llava_core.runtime import DataError, display_path, read_jsonl, write_jsonl
 
@@ -105,7 +105,12 @@ def _description(row: Mapping[str, Any], where: str) -> str:
 
 
 def write_reference(
-    bench: Bench, client: ChatClient, out: str | Path, model: str = JUDGE_MODEL, temperature: float = 0.0
+    bench: Bench,
+    client: ChatClient,
+    out: str | Path,
+    model: str = JUDGE_MODEL,
+    temperature: float = 0.0,
+    max_tokens: int = MAX_TOKENS,
 ) -> dict[str, Any]:
     """Answer a bench with a text-only model that reads the images' descriptions, as the paper's GPT-4 did.
 
@@ -119,7 +124,7 @@ def write_reference(
                 f"{display_path(bench.folder)}: question {row['question_id']}: no context for {row['image']}"
             )
         messages = reference_messages(row["text"], bench.context[row["image"]])
-        requests.append(ChatRequest(messages, model, temperature))
+        requests.append(ChatRequest(messages, model, temperature, max_tokens))
     asked, tally = ask_all(client, requests, lambda reply: reply, "reference")
     rows = [
         {"question_id": row["question_id"], "text": result.text, "category": row["category"], **result.source()}
@@ -143,6 +148,7 @@ def write_reviews(
     reference: str | Path | None = None,
     model: str = JUDGE_MODEL,
     swap: bool = False,
+    max_tokens: int = JUDGE_MAX_TOKENS,
 ) -> dict[str, Any]:
     """Review the answers of a file against reference answers, by default the bench's; `swap`: in both orders.
 
@@ -160,7 +166,8 @@ def write_reviews(
     if given is None:
         raise DataError(f"{display_path(bench.folder)}: no reference answers; fix: llava evaluate bench reference")
     candidate = _rows(Path(answers), {"text": str}, unique=True)
-    reviews, tally = judge(bench.questions, bench.context, given, candidate, client, model=model, swap=swap)
+    chosen: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "swap": swap}
+    reviews, tally = judge(bench.questions, bench.context, given, candidate, client, **chosen)
     if not reviews:
         raise BudgetError(f"{display_path(out)}: no review: {tally['stopped']}")
     file = display_path(write_jsonl(out, reviews))

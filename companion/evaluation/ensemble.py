@@ -88,6 +88,7 @@ def run(
     shots: Sequence[Problem] = (),
     model: str = MODEL,
     era: str = DEFAULT_ERA,
+    max_tokens: int = REPLY_TOKENS,
 ) -> dict[str, Any]:
     """Query the text-only model, send the second query where it and LLaVA (problem id -> output) differ, and score.
 
@@ -104,7 +105,7 @@ def run(
         raise DataError(f"LLaVA has not answered {len(absent)} of {len(problems)} problems (first: {absent[0]})")
 
     def request(messages: list[Message]) -> ChatRequest:
-        return ChatRequest(messages, model, TEMPERATURE, REPLY_TOKENS)
+        return ChatRequest(messages, model, TEMPERATURE, max_tokens)
 
     asked = {p.id: request(solver_messages(p, shots)) for p in problems}
     gpt4, first = ask(client, asked, "GPT-4")

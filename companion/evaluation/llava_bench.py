@@ -16,7 +16,7 @@ from companion.evaluation.prompts import PROMPTS
 from companion.evaluation.statistics import seeds_interval
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import ChatRequest
-from companion.teacher.parse import ReplyError
+from companion.teacher.parse import NotWhole, ReplyError
 from companion.teacher.reasoning import without_reasoning
 from llava_core.runtime import DataError, display_path, fingerprint, read_jsonl
 
@@ -97,8 +97,8 @@ def judge(
     for number, ((row, _), result) in enumerate(zip(jobs, asked, strict=True), start=1):
         if not result.unasked:
             # the scores of a review that was cut off do not count, nor when its row is scored again
-            unusable = not result.good and parse_scores(result.text or "") is not None
-            review = {"id": number, **row, "content": None if unusable else result.text}
+            whole = not (result.replies and isinstance(result.replies[-1][2], NotWhole))
+            review = {"id": number, **row, "content": result.text if whole else None}
             scores = review_scores(review)
             reviews.append(review | {"tuple": list(scores) if scores else None} | result.source())
     return reviews, tally

@@ -31,7 +31,15 @@ from companion.teacher.chat import (
     price_of,
 )
 from companion.teacher.live import one_line, open_sdk
-from companion.teacher.protocol import Dialect, RetryableError, left_out, read_reply, retryable, same_for_all
+from companion.teacher.protocol import (
+    INVALID_REQUEST,
+    Dialect,
+    RetryableError,
+    left_out,
+    read_reply,
+    retryable,
+    same_for_all,
+)
 from llava_core.runtime import display_path, progress
 
 ENDPOINT, WINDOW_HOURS = "/v1/chat/completions", 24
@@ -262,8 +270,7 @@ class BatchClient:
                 reply = _read_line(line, request, self._price(request))
                 replies.append((request, replace(reply, kind=kind)))
             except RetryableError as error:
-                billed = (line.get("response") or {}).get("status_code") == 200
-                doubtful = self._most(request) if billed else 0.0
+                doubtful = self._most(request) if status == 200 else 0.0
                 failures.append(self._try_again(request, str(error), doubtful, tries))
             except ChatError as error:
                 failures.append((request, str(error), 0.0, True))
@@ -287,6 +294,10 @@ class BatchClient:
             self.most_requests = len(batch.requests) // 2
             note = f"the account may not have so many tokens enqueued; next: {self.most_requests} requests"
             print(f"note: batch {ended.id}: {note}", file=sys.stderr)
+            return
+        sent = self._dialect.body(batch.requests[0])
+        refused = [{"message": e.message, "param": e.param, "code": e.code} for e in errors]
+        if any(self._dialect.learn(batch.requests[0].model, sent, INVALID_REQUEST[0], error) for error in refused):
             return
         why = "; ".join(f"{f'line {e.line}: ' if e.line else ''}{e.message} ({e.code})" for e in errors[:3])
         raise ServerError(
@@ -315,9 +326,11 @@ class BatchClient:
 
 def _refusal(line: dict[str, Any]) -> tuple[int | None, Any]:
     """Status and error of a line without a reply."""
-    response = line.get("response") or {}
-    body = response.get("body") or {}
-    return response.get("status_code"), line.get("error") or body.get("error") or body
+    response = line.get("response")
+    if not isinstance(response, dict):
+        return None, line.get("error")
+    body = response.get("body")
+    return response.get("status_code"), line.get("error") or (isinstance(body, dict) and body.get("error")) or body
 
 
 def _read_line(line: dict[str, Any], request: ChatRequest, price: Price) -> ChatReply:

@@ -199,6 +199,8 @@ class LiveClient:
 
     def _after_answer(self, response: Any) -> None:
         call: _Call = self._thread.call
+        if response.status_code == 429 and b"insufficient_quota" in response.read():
+            response.headers["x-should-retry"] = "false"  # otherwise the SDK waits and repeats it
         if response.status_code != 200 and call.open is not None:  # not billed
             self.cassette.cancel(call.open)
             self._close(call)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 
-from companion.teacher.protocol import CUT_OFF, ONLY_REASONING, is_finished
-from companion.teacher.reasoning import without_reasoning
+from companion.teacher.protocol import ONLY_REASONING, is_cut_off, is_finished
+from companion.teacher.reasoning import LABEL, without_reasoning
 from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import DataError
 
@@ -21,19 +21,23 @@ class ReplyError(DataError):
     """A reply is not of the format that its prompt asks for."""
 
 
-class EmptyReply(ReplyError):
+class NotWhole(ReplyError):
+    """There is no text, or only a part of it."""
+
+
+class EmptyReply(NotWhole):
     """There is no text."""
 
 
-class CutOffReply(ReplyError):
+class CutOffReply(NotWhole):
     """The reply reached the token limit, so its end is missing."""
 
 
-class UnfinishedReply(ReplyError):
+class UnfinishedReply(NotWhole):
     """The server ended the reply for another reason, e.g. a content filter."""
 
 
-class OnlyReasoning(ReplyError):
+class OnlyReasoning(NotWhole):
     """There is a model's reasoning, and no text after it."""
 
 
@@ -77,16 +81,17 @@ _REFUSAL = re.compile(r"\W*(i['’]?m sorry|i am sorry|sorry,|i can(no|['’])t|
 def whole_text(text: str, finish_reason: str = "stop") -> str:
     """Return a reply's text without reasoning, or raise a `ReplyError` where it is empty or not a whole reply."""
     without = without_reasoning(text)
-    if without is None or finish_reason == ONLY_REASONING:
+    if finish_reason == ONLY_REASONING or (without is None and is_finished(finish_reason)):
         raise OnlyReasoning(f"no text can be told from the model's reasoning {text[:40]!r}")
     if not text.strip() and is_finished(finish_reason):
         raise EmptyReply("the reply is empty; ask again")
-    if finish_reason in CUT_OFF:
-        raise CutOffReply(f"the reply was cut off after {text[-30:]!r}; allow more tokens")
+    if is_cut_off(finish_reason):
+        raise CutOffReply(f"the reply was cut off after {text[-30:]!r}; allow more tokens (--max-tokens)")
     if finish_reason == "refusal":
         raise Refusal(f"the model declines: {text[:60]!r}; ask again or leave it out")
     if not is_finished(finish_reason):
         raise UnfinishedReply(f"the reply ended with '{finish_reason}' after {text[-30:]!r}")
+    assert without is not None
     return without
 
 
@@ -140,4 +145,6 @@ def parse_detail(text: str, finish_reason: str = "stop") -> str:
     text = _checked(text, finish_reason)
     if _SEPARATOR.search(text) or any(_LABEL.match(line) for line in text.split("\n")):
         raise NotADescription(f"a description was asked for, not a dialogue: {text[:40]!r}")
+    if LABEL.match(text):
+        raise OnlyReasoning(f"no description can be told from the model's reasoning {text[:40]!r}")
     return "\n\n".join(part.strip() for part in re.split(r"\n\s*\n", text))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from companion.teacher.chat import ChatReply, ChatRequest, Price, cost_usd
+from companion.teacher.chat import ChatReply, ChatRequest, Price, ServerError, cost_usd
 from companion.teacher.reasoning import without_reasoning
 
 FATAL_STATUS = (401, 402, 403, 404, 405, 410)  # every other request would get the same answer
@@ -19,16 +19,28 @@ INVALID_REQUEST = (400, 422)
 OTHER_NAME: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
 """What is sent instead of a parameter that a server does not take: OpenAI's newer name, or nothing."""
 SETTINGS = ("max_tokens", "max_completion_tokens", "temperature")
+_UNKNOWN = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|deprecated", re.I)
 _LIMIT = re.compile(
     r"too (?:large|high|long|many)|at most|at least|maximum|exceed|context|less than|greater than", re.I
 )
 _FOR_ALL = re.compile(
     r"unsupported_(?:parameter|value|country)|unsupported (?:parameter|value)|api[ _-]?key|authenti|unauthori[sz]ed"
-    r"|billing|quota|(?:credit )?balance|model_not_found|(?:invalid|unknown|no such) model|model .{0,80}?"
+    r"|billing|quota|balance|insufficient (?:funds|credit)|location is not supported"
+    r"|model_not_found|invalid_model|(?:invalid|unknown|no such|not a valid) model|model .{0,80}?"
     r"(?:not exist|not found|not a valid|not available|not supported|deprecated|decommissioned|unknown)",
     re.I | re.S,
 )
-FINISHED = ("stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "complete", "completed")
+FINISHED = (
+    "stop",
+    "eos",
+    "eos_token",
+    "end_turn",
+    "end_of_turn",
+    "stop_sequence",
+    "complete",
+    "completed",
+    "endoftext",
+)
 CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")
 NOT_REPORTED = "not reported"  # by a server without `finish_reason`
 ONLY_REASONING = "reasoning without a reply"
@@ -78,11 +90,9 @@ def _refused_parameter(sent: Collection[str], status: int | None, error: Any) ->
     text = _text(error)
     named = [name for name in SETTINGS if name in sent and name in text]
     first = min(named, key=text.find, default=None)
-    if isinstance(error, Mapping):
-        first = error["param"] if error.get("param") in named else first
-        if str(error.get("code")).startswith("unsupported"):
-            return first
-    return None if _LIMIT.search(text) else first
+    if isinstance(error, Mapping) and error.get("param") in named:
+        first = error["param"]
+    return first if _UNKNOWN.search(text) or not _LIMIT.search(text) else None
 
 
 def _text(error: Any) -> str:
@@ -103,9 +113,12 @@ def same_for_all(status: int | None, error: Any) -> bool:
     code, param = (error.get("code"), error.get("param")) if isinstance(error, Mapping) else (None, None)
     if status in FATAL_STATUS or code == "insufficient_quota":
         return True
-    if _refused_parameter(SETTINGS, status, error):
-        return True
-    return status in INVALID_REQUEST and (param == "model" or bool(_FOR_ALL.search(_text(error))))
+    if status not in INVALID_REQUEST:
+        return False
+    text = _text(error)
+    setting = param in SETTINGS and "context" not in text  # a prompt may leave less room in the model's context
+    unsupported = _refused_parameter(SETTINGS, status, error) is not None
+    return param == "model" or setting or unsupported or bool(_FOR_ALL.search(text))
 
 
 def retryable(status: int) -> bool:
@@ -114,18 +127,29 @@ def retryable(status: int) -> bool:
 
 
 def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
-    """Return the reply in the body of a response with status 200; RetryableError if it is no chat completion.
+    """Return the reply in the body of a response with status 200.
 
     The text is without reasoning. `finish_reason` says why it is not a whole reply: the server's reason, `refusal`,
     `ONLY_REASONING`, or a part of the content that is no text.
+
+    Raises:
+        RetryableError: it is no chat completion.
+        ServerError: it is an error that every other request would get.
     """
     try:
         answer: Any = json.loads(body)
+        if isinstance(answer, dict) and answer.get("error") and not answer.get("choices"):
+            refused = answer["error"]
+            status = refused.get("code") if isinstance(refused, dict) else None
+            if same_for_all(status if isinstance(status, int) else INVALID_REQUEST[0], refused):
+                raise ServerError(f"model '{request.model}': {json.dumps(refused)}")
         choice = answer["choices"][0]
-        message, reason = choice["message"], choice.get("finish_reason")
-        text, reasoning, wrong = _content(message.get("content"))
+        message, reason = choice.get("message"), choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise RetryableError(f"not a chat completion: {body[:80]!r} ({type(error).__name__})") from error
+        raise RetryableError(f"not a chat completion: {body[:300]!r} ({type(error).__name__})") from error
+    if not isinstance(message, dict):
+        message = {"content": choice.get("text")}
+    text, reasoning, wrong = _content(message.get("content"))
     reasoning += "".join(str(message.get(name) or "") for name in ("reasoning_content", "reasoning", "thinking"))
     prompt, completion = _tokens(answer.get("usage"))
     if not reason:
@@ -147,6 +171,10 @@ def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
 def is_finished(reason: str) -> bool:
     """Whether a reply with this `finish_reason` is whole, as far as its server says."""
     return reason.lower() in (*FINISHED, NOT_REPORTED)
+
+
+def is_cut_off(reason: str) -> bool:
+    return reason.lower() in CUT_OFF
 
 
 def _content(content: Any) -> tuple[str, str, str]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 
-_NAME = r"(?:\w+:)?(?:ant)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratch_?pad)(?:_process)?"
+_NAME = r"(?:[\w:.-]*(?:think|thought|reason|reflect|scratch_?pad|monologue|deliberat|analys)[\w:.-]*|cot)"
 _LT, _GT = "(?:<|&lt;)", "(?:>|&gt;)"
 _TAG = re.compile(
     # DeepSeek-R1, QwQ and others; Sky-T1 and Cohere; Magistral; Kimi-VL; Gemma; Granite; Ollama's terminal
-    rf"(?P<open>{_LT}{_NAME}(?:\s[^<>]*)?{_GT}|<\|(?:begin_of_|start_)?{_NAME}\|>|\[think(?:ing)?\]|◁think▷"
-    r"|<\|channel>\s*thought|<unused94>|\A\s*here(?: is|'s) my thought process:|\A\s*thinking\.\.\.\s*\n)"
-    rf"|(?P<close>{_LT}/{_NAME}\s*{_GT}|<\|(?:end_of_|end_|/){_NAME}\|>|\[/think(?:ing)?\]|◁/think▷"
-    r"|<channel\|>|<unused95>|here(?: is|'s) my response:|\.\.\.done thinking\.)",
+    rf"(?P<close>{_LT}/\s*{_NAME}\s*{_GT}|<\|(?:/|end_(?:of_)?){_NAME}\|>|<\|{_NAME}_end\|>"
+    r"|\[/(?:think(?:ing)?|reasoning)\]|◁/think▷|<channel\|>|<unused95>|here(?: is|'s) my response:"
+    r"|\.\.\.done thinking\.)"
+    rf"|(?P<open>{_LT}{_NAME}(?:\s[^<>]*)?{_GT}|<\|{_NAME}\|>|\[(?:think(?:ing)?|reasoning)\]|◁think▷"
+    r"|<\|channel>\s*thought|<unused94>|\A\s*here(?: is|'s) my thought process:|\A\s*thinking\.\.\.\s*\n)",
     re.IGNORECASE,
 )
 _BLOCK = re.compile(
-    rf"\A\s*(?:<details[^<>]*reasoning[^<>]*>(?:.*?</details>|.*)|```{_NAME}\s(?:.*?```|.*))", re.IGNORECASE | re.DOTALL
+    rf"\A\s*(?:<details[^<>]*reasoning[^<>]*>(?:.*?</details>|.*)|```{_NAME}\s(?:.*?```|.*)|{_LT}{_NAME}\s*/{_GT})",
+    re.IGNORECASE | re.DOTALL,
 )
+LABEL = re.compile(r"\W*(?:my )?(?:thoughts?|thinking|reasoning|analysis)(?: process)?\W*:", re.IGNORECASE)
+_ANSWER_LABEL = re.compile(r"\n\W*(?:(?:my|the|final) )+(?:answer|response|reply|text)\W*:", re.IGNORECASE)
 _CHANNEL, _END_OF_MESSAGE = "<|channel|>", re.compile(r"<\|(?:end|return|call)\|>")  # gpt-oss
 _FINAL = re.compile(r"<\|channel\|>\s*final\s*(?:<\|constrain\|>\s*\w+\s*)?(?:<\|message\|>)?", re.IGNORECASE)
 _BARE_CHANNEL, _BARE_FINAL = re.compile(r"\s*analysis(?=[A-Z\"'])"), "assistantfinal"  # the same without special tokens
@@ -37,6 +41,8 @@ def without_reasoning(text: str) -> str | None:
     if _BARE_CHANNEL.match(text):
         return _answer(text.rpartition(_BARE_FINAL)[2]) if _BARE_FINAL in text else None
     text = _BLOCK.sub("<think></think>", text)
+    if LABEL.match(text) and (labels := list(_ANSWER_LABEL.finditer(text))):
+        return _answer(text[labels[-1].end() :])
     depth, position = 0, 0
     outside: list[str] = []
     for tag in _TAG.finditer(text):

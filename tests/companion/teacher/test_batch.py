@@ -146,6 +146,13 @@ def test_refused_file_costs_nothing(tmp_path: Path) -> None:
         assert all(batch_client(tmp_path, server).prefetch(ask("one")))
 
 
+def test_file_with_a_refused_parameter_is_sent_again_without_it(tmp_path: Path) -> None:
+    with serving(tmp_path, refuse="Unsupported parameter: temperature") as server:
+        with pytest.raises(ServerError, match="refused its file"):
+            batch_client(tmp_path, server).prefetch(ask("one"))
+        assert server.events()["create"] == 2
+
+
 def test_enqueued_token_limit_halves_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(tmp_path, most=3) as server:
         assert all(batch_client(tmp_path, server).prefetch(ask(*(f"car {k}" for k in range(9)))))

@@ -259,7 +259,8 @@ def test_command_line_fails_without_a_whole_reply(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     with serving(tmp_path, choice=choice) as server:
-        assert cli.main(live_command(tmp_path, server, client=client, count=3)) == 1
+        assert cli.main(live_command(tmp_path, server, "--max-tokens", "70", client=client, count=3)) == 1
+    assert {row["max_tokens"] for row in read_jsonl(tmp_path / "out" / "provenance.jsonl")} == {70}
     output = capsys.readouterr()
     result = json.loads(output.out)
     assert (result["records"], result["failed"], result["failures"]) == (0, 3, {error: 3})
@@ -297,6 +298,7 @@ REFUSED = {"message": "Unsupported value: 'messages[0].role' does not support 's
         ({"error": [401, {"error": {"message": "Incorrect API key provided"}}]}, "Incorrect API key"),
         ({"error": [400, {"error": {"message": "The model `mine` does not exist"}}]}, "`mine` does not exist"),
         ({"error": [400, {"error": REFUSED}]}, "does not support 'system'"),
+        ({"error": [429, {"error": {"message": "exceeded", "code": "insufficient_quota"}}]}, "exceeded"),
         ({"refuses": ["max_tokens", "max_completion_tokens"]}, "'max_completion_tokens' is not supported"),
     ],
 )
@@ -307,7 +309,7 @@ def test_refusal_of_all_requests_is_met_once(
     with serving(tmp_path, **options) as server:
         assert cli.main(live_command(tmp_path, server)) == 1
         assert len(server.stop()["times"]) == 1 + ("refuses" in options)
-    assert re.search(rf"^error: model 'mine': status 40.: .*{reason}", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(rf"^error: model 'mine': status 4..: .*{reason}", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_other_refusals_end_with_their_reason(

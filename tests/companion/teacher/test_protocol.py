@@ -10,7 +10,7 @@ import pytest
 
 from companion.evaluation.llava_bench import judge, parse_scores, score_reviews
 from companion.teacher import parse
-from companion.teacher.chat import ChatReply, ChatRequest
+from companion.teacher.chat import ChatReply, ChatRequest, ServerError
 from companion.teacher.client import OfflineClient
 from companion.teacher.generate import generate
 from companion.teacher.parse import parse_detail, whole_text
@@ -57,6 +57,10 @@ REASONED = [
     '<details type="reasoning" done="true">\n<summary>Thought</summary>\na car\n</details>\n{}',
     "```thinking\na car\n```\n{}",
     "Thinking...\na car\n...done thinking.\n\n{}",
+    "<inner_monologue>a car</inner_monologue>{}",
+    "<|think|>a car<|/think|>{}",
+    "<think/>{}",
+    "Reasoning: the captions mention a car.\n\nFinal answer: {}",
     "Here is my thought process:\na car\n\nHere is my response:\n{}",
 ]
 
@@ -80,6 +84,7 @@ def test_reasoning_is_not_the_reply(form: str) -> None:
         "analysisThe captions mention a car.",
         "<think>a</think><answer>A man",
         '<details type="reasoning">\na car',
+        "<|begin_of_thought|>a car",
     ],
 )
 def test_reasoning_without_a_reply_is_a_named_error(text: str) -> None:
@@ -93,6 +98,11 @@ def test_reasoning_without_a_reply_is_a_named_error(text: str) -> None:
 @pytest.mark.parametrize("text", [TEXT, "", " 8 7\n\n", "A <b>man</b> thinks of an analysis.", "Thinking, he stands."])
 def test_text_without_reasoning_is_unchanged(text: str) -> None:
     assert without_reasoning(text) == read({"content": text}).text == text
+
+
+def test_label_of_reasoning_is_no_description() -> None:
+    with pytest.raises(parse.OnlyReasoning, match="no description"):
+        parse_detail(f"**Thought process:** The captions mention a car. {TEXT}")
 
 
 def test_reasoning_in_its_own_field() -> None:
@@ -117,7 +127,7 @@ def test_finished_texts(reason: str) -> None:
     ("reason", "error"),
     [
         ("length", parse.CutOffReply),
-        ("max_tokens", parse.CutOffReply),
+        ("MAX_TOKENS", parse.CutOffReply),
         ("content_filter", parse.UnfinishedReply),
         ("SAFETY", parse.UnfinishedReply),
         ("error", parse.UnfinishedReply),
@@ -205,6 +215,19 @@ def test_estimate_counts_the_reasoning() -> None:
     assert reply.completion_tokens == 109
 
 
+def test_choice_without_a_message_fails_once() -> None:
+    reply = read_reply(b'{"choices": [{"message": null, "finish_reason": "content_filter"}]}', REQUEST, (1.0, 1.0))
+    with pytest.raises(parse.UnfinishedReply, match="content_filter"):
+        whole_text(reply.text, reply.finish_reason)
+
+
+def test_error_in_the_body_of_a_reply() -> None:
+    with pytest.raises(ServerError, match="Insufficient credits"):
+        read_reply(b'{"error": {"code": 402, "message": "Insufficient credits"}}', REQUEST, (1.0, 1.0))
+    with pytest.raises(RetryableError, match="overloaded"):
+        read_reply(b'{"error": {"code": 503, "message": "overloaded"}}', REQUEST, (1.0, 1.0))
+
+
 @pytest.mark.parametrize("answer", [b"{", b"[]", b'{"choices": []}', b'{"error": {"message": "no"}}', b"null"])
 def test_body_without_a_completion_is_asked_for_again(answer: bytes) -> None:
     with pytest.raises(RetryableError, match="not a chat completion"):
@@ -219,6 +242,7 @@ MAX_TOKENS = {
     "param": "max_tokens",
     "code": "unsupported_parameter",
 }
+NEWER = {"temperature", "max_completion_tokens"}
 TEMPERATURE = {
     "message": "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is "
     "supported.",
@@ -232,10 +256,11 @@ TOO_LONG = {"message": "'max_tokens' is too large: 400. This model's maximum con
 @pytest.mark.parametrize(
     ("status", "error", "sent"),
     [
-        (400, MAX_TOKENS, {"temperature", "max_completion_tokens"}),
+        (400, MAX_TOKENS, NEWER),
         (400, TEMPERATURE, {"max_tokens"}),
         (422, EXTRA, {"max_tokens"}),
         (400, {"message": "invalid temperature: only 1 is allowed for this model"}, {"max_tokens"}),
+        (400, {"message": "Unsupported: max_tokens; max_completion_tokens is the maximum"}, NEWER),
         (400, "`temperature` is deprecated for this model.", {"max_tokens"}),
     ],
 )
@@ -272,6 +297,8 @@ def test_other_refusals_change_no_parameter(status: int, error: Any) -> None:
         (400, {"message": "API key not valid. Please pass a valid API key."}),
         (400, {"message": "The model `x` does not exist", "code": None}),
         (400, {"message": "no", "param": "model"}),
+        (400, {"message": "max_tokens is too large: this model supports at most 100", "param": "max_tokens"}),
+        (400, {"message": "mine is not a valid model ID"}),
         (400, {"message": "'messages[0].role' does not support 'system'", "code": "unsupported_value"}),
         (400, MAX_TOKENS | {"param": "max_completion_tokens"}),
     ],
@@ -311,12 +338,14 @@ class Ended:
         ("8 1", "length", None),
         ("8 7\nThe first", "content_filter", None),
         ("<think>8 7", "stop", None),
+        ("8 7\n</think>", "stop", None),
     ],
 )
 def test_judge_scores_whole_reviews_without_reasoning(text: str, reason: str, scores: Any) -> None:
     questions = [{"question_id": 1, "image": "a.jpg", "text": "What?", "category": "conv"}]
     reviews, tally = judge(questions, {"a.jpg": "a car"}, {"1": "A car."}, {"1": "A bus."}, Ended(text, reason))
     assert reviews[0]["tuple"] == scores
+    assert score_reviews(reviews, released=True)["all"] == (100 * scores[1] / scores[0] if scores else 100)
     assert tally["failed"] == (scores is None)
     assert score_reviews(reviews)["n"] == (scores is not None)
     assert ("wrong" in reviews[0]) == (scores is None)
