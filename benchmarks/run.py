@@ -29,6 +29,7 @@ BENCHMARKS = {
     "generate": ("benchmarks.generate", "greedy generation against transformers"),
     "loss": ("benchmarks.loss", "loss and gradients in chunks against all logits at once"),
     "memory": ("benchmarks.memory", "planned memory of a training run against the measured peak"),
+    "teacher-error": ("benchmarks.teacher_error", "hallucination of the model against errors of the teacher"),
     "train-step": ("benchmarks.train_step", "an optimizer step against transformers' own model in a padded loop"),
 }
 """Name -> module with the function `bench_NAME`, and what is compared."""

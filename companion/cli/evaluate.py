@@ -132,7 +132,8 @@ def _add_science_qa(into: Commands) -> None:
 
 
 def _captions(args: argparse.Namespace) -> Result:
-    from companion.evaluation.captions import evaluate_files, write_captions
+    from companion.evaluation.captions import write_captions
+    from companion.evaluation.reporting import caption_report
 
     references, images, predictions = args.references, args.images, args.predictions
     if references is None:
@@ -141,18 +142,20 @@ def _captions(args: argparse.Namespace) -> Result:
         folder = miniature.ensure(only=["mini-coco"]) / "mini-coco"
         references, images = folder / "annotations" / "captions_val2014.json", images or folder / "val2014"
     if args.model is None:
-        return evaluate_files(references, predictions)
+        return caption_report(references, predictions)
     if images is None or args.out is None:
         raise CompanionError("a model needs --out FILE for its captions and, with --references, --images DIR")
     chosen = given(args, "request", "limit")
     written = write_captions(loaded(args), args.model, references, images, args.out, **chosen)
-    return {**evaluate_files(references, args.out), "file": written["file"], "conditions": written["conditions"]}
+    return {**caption_report(references, args.out), "file": written["file"], "conditions": written["conditions"]}
 
 
 def _show_captions(result: Result) -> str:
-    from companion.evaluation.captions import format_report
+    from companion.evaluation.captions import PERCENT, format_report
+    from companion.evaluation.reporting import format_rules
 
-    return format_report(result)
+    rules = [format_rules(result["reporting"], PERCENT)] if result.get("reporting") else []
+    return "\n".join([format_report(result), *rules])
 
 
 def _add_captions(into: Commands) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, loaded, names
+from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, loaded, names, table
 
 
 def _answers(args: argparse.Namespace) -> Result:
@@ -65,10 +65,18 @@ def _show_judges(result: Result) -> str:
 
 
 def _score(args: argparse.Namespace) -> Result:
-    from companion.evaluation.llava_bench import score_reviews, summarize_repeats
+    from companion.evaluation.llava_bench import summarize_repeats
+    from companion.evaluation.reporting import review_report
 
-    results = [score_reviews(path, released=args.released) for path in args.reviews]
+    results = [review_report(path, released=args.released) for path in args.reviews]
     return results[0] if len(results) == 1 else {"repeats": summarize_repeats(results), "files": results}
+
+
+def _show_score(result: Result) -> str:
+    from companion.evaluation.reporting import format_rules
+
+    rules = result.pop("reporting", None)
+    return "\n".join([table(result), *([format_rules(rules)] if rules else [])])
 
 
 def _bench(parser: Parser) -> None:
@@ -106,7 +114,7 @@ def add(commands: Commands) -> None:
 
     example = "llava evaluate bench judge --bench data/mini/bench-coco --answers a.jsonl --out reviews.jsonl"
     text = "judge answers against reference answers"
-    new = command(steps, "judge", text, example, _judge, failed=lambda result: not result["n"])
+    new = command(steps, "judge", text, example, _judge, _show_score, lambda result: not result["n"])
     _bench(new)
     new.path("--answers", "FILE", "of a checkpoint", required=True)
     new.path("--reference", "FILE", "reference answers, instead of the bench's own")
@@ -124,7 +132,7 @@ def add(commands: Commands) -> None:
 
     text = "score a judge's reviews; of several files also mean and standard deviation"
     for into, name, call in ((commands, "llava-bench", "llava-bench"), (steps, "score", "bench score")):
-        new = command(into, name, text, f"llava evaluate {call} --reviews reviews.jsonl", _score)
+        new = command(into, name, text, f"llava evaluate {call} --reviews reviews.jsonl", _score, _show_score)
         new.path("--reviews", "FILE", "a review per line", nargs="+", required=True)
         new.switch("--released", "average failed reviews as -1, as the released script")
 

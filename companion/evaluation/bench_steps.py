@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.evaluation.llava_bench import JUDGE_MAX_TOKENS, JUDGE_MODEL, judge, score_reviews
+from companion.evaluation.llava_bench import JUDGE_MAX_TOKENS, JUDGE_MODEL, judge
 from companion.evaluation.prompts import PROMPTS
+from companion.evaluation.reporting import review_report
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import MAX_TOKENS, BudgetError, ChatRequest, Message
 from companion.teacher.prompts import context_text
@@ -156,7 +157,7 @@ def write_reviews(
     same review.
 
     Returns:
-        `score_reviews` of the reviews, the tally of `teacher.asking.ask_all` without its `failed`, file.
+        `review_report` of the reviews, the tally of `teacher.asking.ask_all` without its `failed`, file.
 
     Raises:
         DataError: as `llava_bench.judge`.
@@ -171,4 +172,4 @@ def write_reviews(
     if not reviews:
         raise BudgetError(f"{display_path(out)}: no review: {tally['stopped']}")
     file = display_path(write_jsonl(out, reviews))
-    return {**score_reviews(reviews), **{k: v for k, v in tally.items() if k != "failed"}, "file": file}
+    return {**review_report(reviews), **{k: v for k, v in tally.items() if k != "failed"}, "file": file}

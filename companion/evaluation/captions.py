@@ -224,8 +224,12 @@ def compare(
     return {name: estimate(value) for name, value in zip(("bleu4", "cider"), values, strict=True)}
 
 
-def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str, Any]:
-    """Score a COCO result file (rows of image_id, caption; one per image) against COCO's `captions_*.json`."""
+def read_files(references: str | Path, predictions: str | Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return references and captions by image id, of COCO's `captions_*.json` and a COCO result file.
+
+    Raises:
+        DataError: another format, two captions of an image, or a caption of an image without references.
+    """
     annotated, rows = read_json(references), read_json(predictions)
     annotations = annotated.get("annotations") if isinstance(annotated, dict) else None
     if not isinstance(annotations, list) or not annotations:
@@ -251,7 +255,12 @@ def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str,
                 f"{display_path(references)}; give the caption file of the same images"
             )
         captions[identifier] = caption
-    return score_with_bounds(refs, captions)
+    return dict(refs), captions
+
+
+def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str, Any]:
+    """Score a COCO result file (rows of image_id, caption; one per image) against COCO's `captions_*.json`."""
+    return score_with_bounds(*read_files(references, predictions))
 
 
 def write_captions(

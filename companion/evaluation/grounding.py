@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from companion.evaluation.statistics import proportion
@@ -46,6 +46,30 @@ def factual_accuracy(questions: Sequence[Row], answers: Mapping[Any, str]) -> di
         by_kind[str(row["kind"])].append(normalize(texts[identifier]) == normalize(row["answer"]))
     total = proportion(sum(map(sum, by_kind.values())), len(ids))
     return total | {"by_kind": {kind: proportion(sum(hits), len(hits)) for kind, hits in sorted(by_kind.items())}}
+
+
+def hallucination(named: Mapping[Any, Iterable[str]], present: Mapping[Any, Iterable[str]]) -> dict[str, Any]:
+    """Score the objects that descriptions name against those in their images (both by image).
+
+    Returns:
+        objects: share of the named objects, each once per description, that are not in the image; descriptions: share
+        of the descriptions that name such an object. Each is `{n, share, interval}` in percent, the share of nothing
+        is None. Source: CHAIR_i and CHAIR_s of Rohrbach et al. 2018.
+
+    Raises:
+        DataError: a description is of an image without objects.
+    """
+    if unknown := [key for key in named if key not in present]:
+        raise DataError(f"image {unknown[0]!r} has a description but no list of its objects")
+    absent = {key: set(names) - set(present[key]) for key, names in named.items()}
+    counts = {
+        "objects": (sum(map(len, absent.values())), sum(len(set(names)) for names in named.values())),
+        "descriptions": (sum(map(bool, absent.values())), len(absent)),
+    }
+    rates = {name: proportion(*count) for name, count in counts.items()}
+    return {
+        name: {"n": rate["n"], "share": rate["accuracy"], "interval": rate["interval"]} for name, rate in rates.items()
+    }
 
 
 def text_prior(train_questions: Sequence[Row], questions: Sequence[Row]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from companion.data_tools.scienceqa import SUBJECTS, SUBSETS
 from companion.evaluation.predictions import check_settings, differences, read_predictions
+from companion.evaluation.reporting import LUCK, accuracy_rules, format_rules
 from companion.evaluation.statistics import mcnemar, paired_bootstrap, proportion
 from llava_core.runtime import DataError, display_path, read_json
 
@@ -168,20 +169,20 @@ def tally(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[
 
     Returns:
         n (all questions), correct, accuracy, interval; unparsed, invalid and missing, each with its `_ids`;
-        accuracy_if_wrong (= accuracy); luck, the sum of 1 / choices over unparsed and invalid answers, and
-        accuracy_if_random = 100 (correct + luck) / n, the expected accuracy if each of these were drawn uniformly;
-        subsets (name -> n, correct, accuracy, interval).
+        reporting (`reporting.accuracy_rules`: failed answers as wrong, excluded, at expected luck, where unparsed and
+        invalid answers are drawn uniformly and missing ones are wrong); subsets (name -> n, correct, accuracy,
+        interval).
     """
     questions = list(questions)
     failures: dict[Failure | None, list[str]] = {UNPARSED: [], INVALID: [], None: []}
     right: dict[str, bool] = {}
-    luck = 0.0
+    luck: list[float] = []  # of each failed answer
     for question in questions:
         answer = answers.get(question.id)
         right[question.id] = answer == question.answer
         if answer is None or isinstance(answer, Failure):
             failures[answer].append(question.id)
-            luck += 1 / question.n_choices if answer else 0
+            luck.append(1 / question.n_choices if answer else 0.0)
     if len(right) != len(questions):
         raise DataError("two questions have the same id; each id may occur once")
     subsets = {}
@@ -194,9 +195,7 @@ def tally(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[
         **total,
         **{name: len(ids) for name, ids in counts.items()},
         **{f"{name}_ids": ids for name, ids in counts.items()},
-        "accuracy_if_wrong": total["accuracy"],
-        "accuracy_if_random": 100 * (total["correct"] + luck) / len(questions) if questions else None,
-        "luck": luck,
+        "reporting": accuracy_rules(total["correct"], total["n"], luck),
         "subsets": subsets,
     }
 
@@ -249,11 +248,11 @@ def _notes(
     if result["missing"] and texts:
         share = 100 * result["correct"] / (result["n"] - result["missing"])
         notes.append(f"The code released until September 2023 left missing ones out of the count: {share:.2f} %.")
-    if result["luck"]:
+    drawn = next(row["accuracy"] for row in result["reporting"] if row["rule"] == LUCK)
+    if drawn != result["accuracy"]:
         notes.append(
             "The code released from April to September 2023 drew a random choice for an unparsed or invalid answer: on "
-            f"average 100 x ({result['correct']} + {result['luck']:.2f}) / {result['n']} = "
-            f"{result['accuracy_if_random']:.2f} %, where {result['luck']:.2f} is the sum of 1 / choices over these."
+            f"average {drawn:.2f} %."
         )
     return notes
 
@@ -431,8 +430,5 @@ def format_report(result: Mapping[str, Any]) -> str:
         low, high = row["interval"]
         lines.append(f"{name:8}{row['correct']:7}{row['n']:7}{row['accuracy']:8.2f}   {low:.2f} to {high:.2f}")
     lines.append(f"unparsed {result['unparsed']}, invalid {result['invalid']}, missing {result['missing']}")
-    lines.append(
-        f"failures counted as wrong {result['accuracy_if_wrong']:.2f} %, "
-        f"expected if drawn at random {result['accuracy_if_random']:.2f} %"
-    )
+    lines.append(format_rules(result["reporting"]))
     return "\n".join(lines + [f"- {note}" for note in result.get("notes", [])])

@@ -11,27 +11,38 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from companion.miniature import everyday, language, scienceqa
-from companion.miniature.language import QA, number_word
+from companion.miniature.language import QA, Facts, number_word
 from companion.miniature.rule_scorer import THOROUGH, Criteria, right_answer, score_answers, section
 from companion.miniature.scene_text import Context, read_context
+from companion.miniature.world import BACKGROUNDS, CATEGORIES, COLORS, POSITIONS, Group
 from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import DataError
 
 TURNS = 8  # of a conversation about a scene of the miniature
 
 
-def respond(messages: Sequence[dict[str, str]], criteria: Criteria = THOROUGH) -> str:
+def respond(
+    messages: Sequence[dict[str, str]], criteria: Criteria = THOROUGH, *, error: float = 0.0, seed: int = 0
+) -> str:
     """Reply to the system message and the last user message, in the format that they ask for.
 
+    Args:
+        criteria: of the rule scorer.
+        error: error rate of the teacher: instruction data are written from `with_errors` of the scene's facts.
+        seed: of the errors; equal prompts, rates and seeds get equal replies.
+
     Raises:
-        DataError: the prompt asks for no known task.
+        DataError: the prompt asks for no known task, or for errors about a photograph.
     """
     system = " ".join(m["content"] for m in messages if m["role"] == "system").lower()
     user = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-    rng = random.Random(hashlib.sha256(json.dumps([dict(m) for m in messages], sort_keys=True).encode()).hexdigest())
+    prompt = hashlib.sha256(json.dumps([dict(m) for m in messages], sort_keys=True).encode()).hexdigest()
+    rng = random.Random(prompt)
     if "[End of Assistant 2]" in user:
         return score_answers(user, criteria)
     if "[Question]" in user:
@@ -39,6 +50,8 @@ def respond(messages: Sequence[dict[str, str]], criteria: Criteria = THOROUGH) -
     if options := _options(user):
         return answer_multiple_choice(user, options)
     context = read_context(user)
+    if error and context.captions:
+        context = _misread(context, error, random.Random(f"error-{seed}-{prompt}"))
     if context.captions and "conversation" in system:
         return "\n===\n".join(_block(qa) for qa in conversation(context, rng))
     if context.captions and "question" in system:
@@ -49,6 +62,42 @@ def respond(messages: Sequence[dict[str, str]], criteria: Criteria = THOROUGH) -
         f"the offline model does not know what to do with {user[:60]!r}; it writes conversations, descriptions and "
         "reasoning questions, answers questions about a context or with choices, and scores two answers"
     )
+
+
+def _misread(context: Context, error: float, rng: random.Random) -> Context:
+    if context.facts is None:
+        raise DataError(
+            f"the offline teacher makes errors about scenes of the miniature only, not about {context.captions[0]!r}; "
+            "leave out the error rate"
+        )
+    return replace(context, misread=with_errors(context.facts, error, rng))
+
+
+def with_errors(facts: Facts, error: float, rng: random.Random) -> Facts:
+    """Return facts of which each one is replaced by another value with probability `error`.
+
+    The facts are category, color, count, size and position of each group, where they are known, and the background. A
+    group at the position of another one exchanges it, so that every position still has one group.
+    """
+
+    def stated(value: Any, options: Iterable[Any]) -> Any:
+        wrong = rng.choice([option for option in options if option != value])
+        return wrong if (rng.random() < error) and value is not None else value
+
+    groups = list(facts.groups)
+    for k, group in enumerate(facts.groups):
+        others = {g.category for g in (*groups, *facts.groups)} - {group.category}
+        category = stated(group.category, [name for name in CATEGORIES if name not in others])
+        position = stated(group.position, POSITIONS)
+        taken = next((i for i, g in enumerate(groups) if i != k and position and g.position == position), None)
+        if taken is not None:
+            groups[taken] = replace(groups[taken], position=groups[k].position)
+        groups[k] = Group(
+            category, stated(group.color, COLORS), stated(group.count, (1, 2, 3)), position,
+            stated(group.size, ("small", "large")),
+        )  # fmt: skip
+    groups.sort(key=lambda g: POSITIONS.index(g.position or "middle"))
+    return Facts(tuple(groups), stated(facts.background, BACKGROUNDS))
 
 
 def _block(qa: QA) -> str:

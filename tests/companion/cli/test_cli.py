@@ -76,14 +76,14 @@ def test_help_examples_are_valid_calls(name: str) -> None:
         ("base-models", "companion.miniature.base_models.train_base_models", {"passed": {"a gate": True}}),
         (
             "evaluate captions",
-            "companion.evaluation.captions.evaluate_files",
+            "companion.evaluation.reporting.caption_report",
             {"n": 1, "missing": 0, "bleu4": 0.5, "cider": 1.5},
         ),
         ("convert", "companion.checkpoints.convert.convert", {"to": "hf"}),
         ("delta make", "companion.checkpoints.delta.make", {"added": 1}),
         ("delta apply", "companion.checkpoints.delta.apply", {"added": 1}),
-        ("evaluate llava-bench", "companion.evaluation.llava_bench.score_reviews", {"n": 1}),
-        ("evaluate bench score", "companion.evaluation.llava_bench.score_reviews", {"n": 1}),
+        ("evaluate llava-bench", "companion.evaluation.reporting.review_report", {"n": 1}),
+        ("evaluate bench score", "companion.evaluation.reporting.review_report", {"n": 1}),
     ],
 )
 def test_commands_call_functions_with_valid_arguments(
@@ -249,7 +249,7 @@ def test_demo_listens_on_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answer_with(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("companion.evaluation.llava_bench.score_reviews", MagicMock(side_effect=work))
+    monkeypatch.setattr("companion.evaluation.reporting.review_report", MagicMock(side_effect=work))
 
 
 CALL = ["evaluate", "llava-bench", "--reviews", "reviews.jsonl"]

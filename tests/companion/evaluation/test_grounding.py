@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from companion.evaluation.grounding import factual_accuracy, normalize, shuffle_images, text_prior
+from companion.evaluation.grounding import factual_accuracy, hallucination, normalize, shuffle_images, text_prior
 from llava_core.runtime import DataError
 
 
@@ -83,3 +83,15 @@ def test_shuffled_images_lower_the_accuracy_of_a_grounded_model() -> None:
     assert accuracy(rows, looks=True) == 100
     assert accuracy(shuffled, looks=True) < 80
     assert accuracy(rows, looks=False) == accuracy(shuffled, looks=False) == text_prior(rows, rows)["accuracy"] == 50
+
+
+def test_hallucination_counts_objects_that_are_not_there() -> None:
+    present = {1: ["car", "dog"], 2: ["cat"], 3: ["tree"]}
+    result = hallucination({1: ["car", "zebra", "zebra"], 2: ["cat"], 3: []}, present)
+    assert result["objects"]["n"] == 3
+    assert result["objects"]["share"] == pytest.approx(100 / 3)
+    assert result["descriptions"]["share"] == pytest.approx(100 / 3)
+    assert result["descriptions"]["interval"][0] < 100 / 3 < result["descriptions"]["interval"][1]
+    assert hallucination({3: []}, present)["objects"]["share"] is None
+    with pytest.raises(DataError, match="image 4 has a description"):
+        hallucination({4: ["car"]}, present)

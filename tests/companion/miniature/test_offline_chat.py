@@ -4,13 +4,14 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from companion.evaluation.bench_steps import reference_messages
 from companion.evaluation.science_qa import Failure, parse_answer
 from companion.miniature import language
-from companion.miniature.offline_chat import TURNS, respond
+from companion.miniature.offline_chat import TURNS, respond, with_errors
 from companion.miniature.scene_text import read_context, read_scene
 from companion.miniature.scienceqa import make_problem
 from companion.miniature.world import Scene, sample_scene
@@ -136,6 +137,73 @@ def test_prompt_of_no_known_job_is_an_error() -> None:
     ):
         with pytest.raises(DataError, match="does not know what to do"):
             respond(messages)
+
+
+# ------------------------------------------------------------------------------------------------ a teacher with errors
+
+
+def facts_by_name(facts: language.Facts) -> list[object]:
+    """The stated facts in a fixed order."""
+    values: list[object] = [facts.background]
+    for g in facts.groups:
+        values += [g.category, g.color, g.count, g.size]
+    return values
+
+
+@pytest.mark.parametrize("error", [0.0, 0.1, 0.3, 1.0])
+def test_error_rate_is_the_share_of_wrong_facts(error: float) -> None:
+    wrong, total = 0, 0
+    for scene in SCENES:
+        facts = language.facts_of_scene(scene)
+        facts = replace(facts, groups=tuple(replace(g, position=None) for g in facts.groups))  # keeps their order
+        misread = with_errors(facts, error, random.Random(scene.id))
+        pairs = list(zip(facts_by_name(facts), facts_by_name(misread), strict=True))
+        wrong, total = wrong + sum(a != b for a, b in pairs), total + len(pairs)
+    assert abs(wrong / total - error) <= 3 * (error * (1 - error) / total) ** 0.5
+
+
+def test_misread_scenes_are_scenes() -> None:
+    moved = 0
+    for scene in SCENES:
+        facts = language.facts_of_scene(scene)
+        misread = with_errors(facts, 0.5, random.Random(scene.id))
+        for what in ("category", "position"):
+            values = [getattr(g, what) for g in misread.groups]
+            assert len(set(values)) == len(values) == len(facts.groups)
+        assert [g.position for g in misread.groups] == sorted(
+            (g.position for g in misread.groups), key=lambda p: ("left", "middle", "right").index(str(p))
+        )
+        assert read_scene([language.describe(misread)]) == misread
+        moved += {g.position for g in facts.groups} != {g.position for g in misread.groups}
+    assert moved > 20
+
+
+def test_errors_are_decided_by_prompt_rate_and_seed() -> None:
+    chats = [build_messages("detail", written(captions_of(scene), boxes_of(scene))) for scene in SCENES[:60]]
+    replies = {error: [respond(chat, error=error) for chat in chats] for error in (0.0, 0.1, 0.3)}
+    assert replies[0.0] == [respond(chat) for chat in chats]
+    assert replies[0.1] == [respond(chat, error=0.1) for chat in chats]
+    assert replies[0.1] != [respond(chat, error=0.1, seed=1) for chat in chats]
+    same = {error: [a == b for a, b in zip(replies[0.0], replies[error], strict=True)] for error in (0.1, 0.3)}
+    assert sum(same[0.3]) < sum(same[0.1]) < 60
+
+
+def test_errors_reach_every_kind_and_keep_the_format() -> None:
+    for kind, parse in (("conversation", parse_dialogue), ("detail", parse_detail), ("complex", parse_reasoning)):
+        changed = 0
+        for scene in SCENES[:30]:
+            text = written(captions_of(scene), () if kind == "conversation" else boxes_of(scene))
+            chat = build_messages(kind, text)
+            parse(respond(chat, error=0.3))
+            changed += respond(chat, error=0.3) != respond(chat)
+        assert changed > 15, kind
+
+
+def test_errors_about_photographs_are_refused() -> None:
+    chat = build_messages("detail", written(["A man rides a horse."], [("horse", (0.1, 0.1, 0.5, 0.5))]))
+    assert respond(chat)
+    with pytest.raises(DataError, match=r"miniature only, not about 'A man rides a horse\.'"):
+        respond(chat, error=0.1)
 
 
 # ------------------------------------------------------------------------------------------------ multiple choice

@@ -1,0 +1,127 @@
+"""Reporting rules: what a failed answer counts for, in one table per benchmark.
+
+A failed answer has no score: no choice can be read from it, the judge gave no two scores, or an image has no caption.
+The paper does not say what such answers count for, and its code changed the rule. Under each rule the score is another
+number, so every benchmark is reported under all of them:
+
+as wrong: a failed answer has the lowest score. excluded: it is left out of the mean. at expected luck: it has the score
+that is expected without any knowledge. as released: what the authors' script does, where that is none of these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from companion.evaluation.captions import compare, evaluate_files, read_files, score
+from companion.evaluation.llava_bench import Reviews, review_rows, review_scores, score_reviews
+from companion.evaluation.statistics import SAMPLES, estimate, item_counts, proportion, ratio, wilson
+from llava_core.runtime import DataError
+
+WRONG, EXCLUDED, LUCK, RELEASED = "as wrong", "excluded", "at expected luck", "as released"
+RULES = (WRONG, EXCLUDED, LUCK)
+LOWEST, HIGHEST = 1.0, 10.0  # scores of LLaVA-Bench's judge
+
+
+def accuracy_rules(correct: int, n: int, luck: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the accuracy under each rule.
+
+    Args:
+        correct: right answers among `n`.
+        luck: of each failed answer, the probability that a random choice is right; 0 for one that no rule draws.
+
+    Returns:
+        Rows of rule, failed, n (answers in the mean), accuracy and interval (Wilson), in percent.
+    """
+    expected = correct + math.fsum(luck)
+    low, high = wilson(math.floor(expected), n)[0], wilson(min(n, math.ceil(expected)), n)[1]
+    drawn = {"n": n, "accuracy": 100 * expected / n if n else None, "interval": [100 * low, 100 * high]}
+    results = (proportion(correct, n), proportion(correct, n - len(luck)), drawn)
+    return [
+        {"rule": rule, "failed": len(luck), **{key: result[key] for key in ("n", "accuracy", "interval")}}
+        for rule, result in zip(RULES, results, strict=True)
+    ]
+
+
+def relative_score_rules(reviews: Reviews, samples: int = SAMPLES) -> list[dict[str, Any]]:
+    """Return the relative score of LLaVA-Bench under each rule.
+
+    As wrong, the candidate of a failed review has the judge's lowest score and the reference its own mean; at expected
+    luck, both have the middle of the scale; as released, both have -1.
+
+    Returns:
+        Rows of rule, failed, n (reviews in the means), score and interval (bootstrap over reviews), in percent; None
+        where nothing is left to score.
+    """
+    _, rows = review_rows(reviews)
+    read = [review_scores(row) for row in rows]
+    pairs = [pair for pair in read if pair is not None]
+    failed = len(read) - len(pairs)
+    mean = sum(pair[0] for pair in pairs) / len(pairs) if pairs else HIGHEST
+    middle = (LOWEST + HIGHEST) / 2
+    completed: dict[str, list[tuple[float, float]]] = {
+        WRONG: [pair or (mean, LOWEST) for pair in read],
+        EXCLUDED: pairs,
+        LUCK: [pair or (middle, middle) for pair in read],
+        RELEASED: [review_scores(row, released=True) or (-1.0, -1.0) for row in rows],
+    }
+    result = []
+    for rule, scores in completed.items():
+        found: dict[str, Any] = {"value": None, "interval": None}
+        if scores:
+            reference, candidate = np.array(scores).T
+            counts = item_counts(len(scores), samples)
+            found = estimate(100 * ratio(counts @ candidate, counts @ reference))
+        row = {"rule": rule, "failed": failed, "n": len(scores), "score": found["value"]}
+        result.append(row | {"interval": found["interval"]})
+    return result
+
+
+def caption_rules(references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str]) -> list[dict[str, Any]]:
+    """Return BLEU-4 and CIDEr (in the scorer's units) under each rule; an image without a caption is a failure.
+
+    As wrong, its caption is empty; at expected luck, it is that of another image.
+
+    Returns:
+        Rows of rule, failed, n (images), bleu4, cider and interval (of CIDEr, bootstrap over images).
+    """
+    if not captions:
+        raise DataError("no caption to score")
+    missing = [key for key in references if key not in captions]
+    others = list(captions.values())
+    drawn = {key: others[k % len(others)] for k, key in enumerate(missing)}
+    result = []
+    for rule, added in ((WRONG, dict.fromkeys(missing, "")), (EXCLUDED, {}), (LUCK, drawn)):
+        own = {**captions, **added}
+        scored, ends = score(references, own), compare(references, own)
+        row = {"rule": rule, "failed": len(missing), "n": scored["n"], "bleu4": scored["bleu4"]}
+        result.append(row | {"cider": scored["cider"], "interval": ends["cider"]["interval"]})
+    return result
+
+
+def review_report(reviews: Reviews, *, released: bool = False) -> dict[str, Any]:
+    """Return `llava_bench.score_reviews` with `reporting`, the rows of `relative_score_rules`."""
+    return {**score_reviews(reviews, released=released), "reporting": relative_score_rules(reviews)}
+
+
+def caption_report(references: str | Path, predictions: str | Path) -> dict[str, Any]:
+    """Return `captions.evaluate_files` with `reporting`, the rows of `caption_rules`; None if no caption is missing."""
+    result = evaluate_files(references, predictions)
+    rules = caption_rules(*read_files(references, predictions)) if result["missing"] else None
+    return {**result, "reporting": rules}
+
+
+def format_rules(rows: Sequence[Mapping[str, Any]], scale: float = 1.0) -> str:
+    """Return the rows of a benchmark as a text table; `scale` is multiplied with scores and intervals."""
+    names = [name for name in ("accuracy", "score", "bleu4", "cider") if name in rows[0]]
+    lines = [f"{rows[0]['failed']} failed answers, counted"]
+    for row in rows:
+        values = ["   none" if row[name] is None else f"{scale * row[name]:7.2f}" for name in names]
+        low, high = row["interval"] or (math.nan, math.nan)
+        ends = "" if row["interval"] is None else f"   {scale * low:.2f} to {scale * high:.2f}"
+        lines.append(f"  {row['rule']:17} n {row['n']:5}  {' '.join(values)}{ends}")
+    return "\n".join(lines)
