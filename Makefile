@@ -90,7 +90,7 @@ serve: setup ## show the built book in a browser, on this machine only (PORT=)
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory book/_build/html $(PORT)
 
 lab: setup ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 bench: setup ## run every benchmark and append its rows to benchmarks/results/*.csv
 	$(BIN)/python -m benchmarks.run --all

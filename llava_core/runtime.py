@@ -113,25 +113,86 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
+_OTHER_CONTENT = {  # first bytes -> what the file is, and what to do
+    b"PAR1": "a parquet table, not text; name it .parquet where parquet is read, or write it as JSON",
+    b"ARROW1": "an arrow table, not text; write it as JSON or parquet",
+    b"\x1f\x8b": "compressed by gzip; unpack it with gunzip",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the table as CSV",
+    b"SQLite format 3": "an SQLite database, not text",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
+    b"<!doctype html": "a web page; the link answered with a page: download the file again",
+    b"<html": "a web page; the link answered with a page: download the file again",
+}
+
+
+def other_content(content: bytes) -> str | None:
+    """Return what a file is that has other content than the expected text, and what to do; None if unknown."""
+    start = content[:64].lstrip()
+    found = (what for prefix, what in _OTHER_CONTENT.items() if start.startswith(prefix))
+    if what := next(found, None):
+        return what
+    if start.lower().startswith(b"<!doctype html"):
+        return _OTHER_CONTENT[b"<!doctype html"]
+    return "UTF-16 text or binary data; save it as UTF-8" if b"\0" in content[:4] else None
+
+
 def _read_text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise DataError(f"{display_path(path)}: no such file; check the path or run the step that writes it") from error
+    if what := other_content(content):
+        raise DataError(f"{display_path(path)}: {what}")
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{display_path(path)}: not UTF-8 text (byte {error.start}); is it the right file?") from error
 
 
+def jsonl_fault(text: str) -> str | None:
+    """Return what JSON a text holds that is not of one value per line, and what to do; None if unknown."""
+    text = text.strip().removeprefix("\ufeff")
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, list) and end == len(text):
+        return "a JSON list, not one value per line; name the file .json"
+    if "\n" in text[:end]:
+        return "JSON values over several lines; write one per line (`jq -c . FILE`), or a list into a .json file"
+    return None
+
+
 def read_json(path: str | Path, **hooks: Any) -> Any:
     """Read a JSON file with hooks of `json.loads`; if it is missing or not JSON, a DataError names file and line."""
-    return _parse(_read_text(path), path, **hooks)
+    text = _read_text(path)
+    try:
+        return _parse(text, path, **hooks)
+    except DataError as error:
+        reason = error.__cause__
+        if isinstance(reason, json.JSONDecodeError) and reason.msg == "Extra data" and reason.lineno > 1:
+            raise DataError(
+                f"{display_path(path)}: several JSON values; name a file of one per line .jsonl"
+            ) from reason
+        raise
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
     """Read a file of one JSON value per line; blank lines are skipped, errors are as in `read_json`."""
     # split("\n"), not splitlines(): JSON strings may hold U+2028 and its like unescaped
-    lines = _read_text(path).split("\n")
-    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    text = _read_text(path)
+    lines = [(number, line.lstrip("\ufeff")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    try:
+        values = [_parse(line, path, number) for number, line in lines]
+    except DataError:
+        if fault := jsonl_fault(text):
+            raise DataError(f"{display_path(path)}: {fault}") from None
+        raise
+    if len(values) == 1 and isinstance(values[0], list):
+        raise DataError(f"{display_path(path)}: {jsonl_fault(text)}")
+    return values
 
 
 def _parse(text: str, path: str | Path, line: int | None = None, **hooks: Any) -> Any:

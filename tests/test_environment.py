@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
 import tomllib
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -70,6 +74,17 @@ def test_setup_installs_all_but_gpu_packages() -> None:
     installed = re.search(r"^EXTRAS := (\S+)$", makefile, re.MULTILINE)
     assert installed is not None
     assert set(installed.group(1).split(",")) == set(EXTRAS) - {"gpu"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("user", "root"), [("0", True), ("1000", False)])
+def test_make_lab_starts_as_root(tmp_path: Path, user: str, root: bool) -> None:
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {user}\n")
+    (tmp_path / "id").chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    commands = subprocess.run(["make", "-n", "lab"], cwd=ROOT, env=path, capture_output=True, text=True, check=True)
+    (line,) = [line for line in commands.stdout.splitlines() if "jupyter lab" in line]
+    assert ("--allow-root" in line) is root
 
 
 def test_no_other_file_pins_versions() -> None:

@@ -8,15 +8,17 @@ Every command shows progress on stderr and its result on stdout (with `--json`: 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from companion.cli import bench, data, evaluate, experiments, lab, miniature, plan, weights
 from companion.cli.arguments import Parser
 from llava_core import __version__
-from llava_core.runtime import CompanionError
+from llava_core.runtime import ROOT, CompanionError
 
 
 def _parser(words: Sequence[str] = ()) -> Parser:
@@ -56,6 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # as of a process that SIGPIPE ends
 
 
+def _message(error: CompanionError | OSError) -> str:
+    """The error in a sentence; the system's own names no fix where a file or a folder is not ours to read or write."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return str(error)
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ROOT
+    if path.is_file() and not os.access(path, os.R_OK):
+        return f"{path}: may not be read; change its permissions (chmod u+r)"
+    folder = next((parent for parent in path.parents if parent.is_dir()), path)
+    inside = path.is_relative_to(ROOT) and "copy the project to a folder of yours and run it there"
+    fix = inside or "give another place for the output"
+    return f"{folder}: may not be written ({error.strerror or 'no permission'}); {fix}, or change its permissions"
+
+
 def _run(argv: Sequence[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = _parser(words).parse_args(words)
@@ -74,7 +89,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except (CompanionError, OSError) as error:
         if args.interactive and isinstance(error, BrokenPipeError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         if "WORLD_SIZE" in os.environ:  # one rank of several: exit handlers of a process group wait for the others
             sys.stderr.flush()
             os._exit(getattr(error, "exit_code", 1))

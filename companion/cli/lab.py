@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,8 @@ def _chat(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     notebook = ROOT / "notebooks" / "60_chat_demo.ipynb"
     words = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--notebook-dir={ROOT}", str(notebook)]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:  # as in containers; Jupyter refuses root otherwise
+        words.append("--allow-root")
     if subprocess.run(words, check=False).returncode:
         raise CompanionError("JupyterLab ended with an error; its lines above say why")
 

@@ -21,10 +21,19 @@ from companion.data_tools.expansion import expand, load_instructions
 from companion.data_tools.layouts import KNOWN_COLUMNS, RowError, answer_of, history_of, question_of, turns_of
 from companion.data_tools.repair import repair_record, write_parquet
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.instruct import FORMATS, Problem, Record, import_pyarrow, read_records, rows_of
+from llava_core.data.instruct import FORMATS, Problem, Record, begins_json, import_pyarrow, read_records, rows_of
 from llava_core.data.media import first_of, names_images, unread_fields
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, atomic_write, display_path, read_json, shortened, write_json, write_jsonl
+from llava_core.runtime import (
+    DataError,
+    atomic_write,
+    display_path,
+    other_content,
+    read_json,
+    shortened,
+    write_json,
+    write_jsonl,
+)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 _SIGNATURES = {
@@ -330,10 +339,13 @@ def _read_csv(source: Path, options: _Options) -> _Source:
 
 def _csv_lines(source: Path) -> Iterator[tuple[int, list[str]]]:
     """The line on which each row of a CSV starts, and its cells; empty lines are skipped."""
+    content = source.read_bytes()
+    if what := other_content(content):
+        raise DataError(f"{display_path(source)}: {what}")
     try:
-        text = source.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = source.read_bytes()[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise DataError(f"{display_path(source)}, line {line}: not UTF-8 text; save the file as UTF-8") from error
     csv.field_size_limit(2**24)  # an answer may be longer than csv's 128 KiB
     delimiter = "\t" if source.suffix.lower() == ".tsv" else ","
@@ -412,7 +424,10 @@ def _read_parquet(source: Path, options: _Options) -> _Source:
                 for batch in file.iter_batches(batch_size=256):
                     yield source, batch
         except (OSError, arrow.ArrowException) as error:
-            raise DataError(f"{display_path(source)}: no parquet, or damaged ({error}); download it again") from error
+            what = (
+                "JSON text; name it .json or .jsonl" if begins_json(source) else f"or damaged ({error}); get it again"
+            )
+            raise DataError(f"{display_path(source)}: no parquet, {what}") from error
 
     return _read_batches(source, options, batches)
 

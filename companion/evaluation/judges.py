@@ -40,7 +40,8 @@ def agreement(first: Reviews, second: Reviews, samples: int = SAMPLES, seed: int
     if different:
         raise DataError(
             f"question {different[0]}: the two judges read different answers ({len(different)} such questions); "
-            "give reviews of the same answers, or compare systems with `relative_difference`"
+            "give reviews of the same answers; two systems are compared by the scores that `llava evaluate llava-bench "
+            "--reviews FILE` prints for each"
         )
     a, b = (np.array([judge.scores[key] for key in keys]) for judge in (one, other))  # (n, 2), reference and candidate
     counts = item_counts(len(keys), samples, seed)

@@ -23,7 +23,7 @@ from typing import Any
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.media import first_of, foreign_markers, is_other_file, may_hold_markers, unread_fields
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, display_path, shortened
+from llava_core.runtime import DataError, display_path, jsonl_fault, other_content, shortened
 
 ROLES = ("human", "gpt")
 FIELDS = frozenset(("id", "image", "type", "conversations"))
@@ -94,18 +94,34 @@ def read_records(path: Path) -> Iterator[Record | Problem]:
         yield from _read_parquet(path)
         return
     # a byte that is not UTF-8 becomes a lone surrogate, which `record_problems` reports with its record
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
+    content = path.read_bytes()
+    if what := other_content(content):
+        yield Problem(None, None, "not_json", what)
+        return
+    text = content.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
     if path.suffix == ".json":
         yield from _read_list(text)
         return
+    if _begins_otherwise(text) and (fault := jsonl_fault(text)):
+        yield Problem(None, None, "not_json", fault)
+        return
     position = 0
-    for line, content in enumerate(text.split("\n"), start=1):  # not splitlines(): strings may hold U+2028
-        if content.strip():
+    for line, row in enumerate(text.split("\n"), start=1):  # not splitlines(): strings may hold U+2028
+        if row.strip():
             try:
-                yield Record(line, position, json.loads(content))
+                yield Record(line, position, json.loads(row.lstrip("\ufeff")))
             except (ValueError, RecursionError) as error:
                 yield _not_json(line, position, error)
             position += 1
+
+
+def _begins_otherwise(text: str) -> bool:
+    """Whether the first line is no JSON object, as of a list or of JSON over several lines."""
+    first = text.lstrip().partition("\n")[0]
+    try:
+        return not isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return True
 
 
 def _read_list(text: str) -> Iterator[Record | Problem]:
@@ -155,7 +171,14 @@ def _read_parquet(path: Path) -> Iterator[Record | Problem]:
                     else:  # an absent field is a null in a table
                         yield Record(number, number - 1, {k: v for k, v in row.items() if v is not None})
     except (OSError, ValueError, import_pyarrow().ArrowException) as error:
-        yield Problem(None, None, "not_parquet", f"no parquet, or damaged ({error}); write the file again")
+        what = "JSON text; name it .json or .jsonl" if begins_json(path) else f"or damaged ({error}); write it again"
+        yield Problem(None, None, "not_parquet", f"no parquet, {what}")
+
+
+def begins_json(path: Path) -> bool:
+    """Whether a file's first character is that of a JSON list or object."""
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
 
 
 def import_pyarrow(module: str = "lib") -> Any:
@@ -366,7 +389,7 @@ def load_instruct(
         for item in read_records(path):
             if isinstance(item, Problem):
                 problems.append(item)
-                unreadable |= path.suffix == ".json" or item.kind == "not_parquet"  # the records after it are lost
+                unreadable |= path.suffix == ".json" or item.line is None  # the records after it are lost
                 continue
             found = list(record_problems(item.value))
             if not found and folder is not None and open_images and item.value.get("image"):

@@ -61,6 +61,42 @@ def test_bad_file_is_named_with_its_line(tmp_path: Path) -> None:
             read(tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[\n  {"a": 1},\n  {"a": 2}\n]\n', "a JSON list, not one value per line; name the file .json"),
+        (b'[{"a": 1}, {"a": 2}]', "a JSON list, not one value per line"),
+        (b'\xef\xbb\xbf[\n{"a": 1}\n]', "a JSON list, not one value per line"),
+        (b'{\n  "a": 1\n}\n{\n  "a": 2\n}\n', "JSON values over several lines; write one per line"),
+        (b"PAR1\x15\x04\x15\xffPAR1", "a parquet table, not text"),
+        (b"\x1f\x8b\x08\x00", "compressed by gzip"),
+        (b"PK\x03\x04\x14", "a zip archive or a spreadsheet"),
+        ('{"a": 1}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-16-le"), "UTF-16 text or binary data; save it as UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer; .*git lfs pull"),
+        (b"<!DOCTYPE html>\n<html></html>", "a web page"),
+        (b'{"a": 1}\n{"a": \xe9}\n', "not UTF-8 text"),
+    ],
+)
+def test_other_content_is_named_and_no_line_blamed(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"rows\.jsonl: {message}") as refused:
+        runtime.read_jsonl(path)
+    assert "line 1" not in str(refused.value)
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')  # two files, one after the other
+    assert runtime.read_jsonl(path) == [{"a": 1}, {"a": 2}]
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert runtime.read_json(path) == {"a": 1}
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl: several JSON values; name a file of one per line \.jsonl"):
+        runtime.read_json(path)
+
+
 def test_fingerprint_ignores_the_order_of_keys() -> None:
     assert runtime.fingerprint({"a": 1, "b": [1, 2]}) == runtime.fingerprint({"b": [1, 2], "a": 1})
     assert runtime.fingerprint({"a": 1}) != runtime.fingerprint({"a": 2})

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib
 import inspect
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,7 +21,7 @@ import pytest
 from benchmarks import run
 from companion import cli
 from companion.cli import lab, weights
-from llava_core.runtime import DataError
+from llava_core.runtime import ROOT, DataError
 
 
 def leaves(
@@ -241,6 +244,10 @@ def test_demo_listens_on_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab.subprocess, "run", run)
     assert cli.main(["demo"]) == 0
     assert "--ServerApp.ip=127.0.0.1" in run.call_args.args[0]
+    for user in (0, 1000):
+        monkeypatch.setattr(lab.os, "geteuid", lambda user=user: user)
+        assert cli.main(["demo"]) == 0
+        assert ("--allow-root" in run.call_args.args[0]) is (user == 0)
     run.return_value = subprocess.CompletedProcess([], 3)
     assert cli.main(["demo"]) == 1
 
@@ -259,7 +266,7 @@ CALL = ["evaluate", "llava-bench", "--reviews", "reviews.jsonl"]
     ("error", "message"),
     [
         (DataError("reviews.jsonl, line 3: not JSON"), "error: reviews.jsonl, line 3: not JSON\n"),
-        (PermissionError(13, "Permission denied", "/x"), "error: [Errno 13] Permission denied: '/x'\n"),
+        (PermissionError(13, "Permission denied", "/x"), "error: /: may not be written (Permission denied); "),
         (
             ModuleNotFoundError("No module named 'openai'", name="openai"),
             "error: the package 'openai' is not installed",
@@ -384,6 +391,49 @@ def test_data_check_exits_1_and_lists_problems(tmp_path: Path, capsys: pytest.Ca
     result = json.loads(capsys.readouterr().out)
     assert result["records"] == 2
     assert {"line", "record", "kind", "message"} <= result["problems"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "message"),
+    [
+        (
+            errno.EACCES,
+            "runs/finetune/.record.json.x1.tmp",
+            "may not be written .*; copy the project to a folder of yours",
+        ),
+        (errno.EROFS, "data/checks", "may not be written .*; copy the project"),
+        (errno.EPERM, None, "may not be written .*; copy the project"),
+        (errno.EACCES, "/srv/out.json", "^error: /(srv)?: may not be written .*another place for the output"),
+        (errno.ENOSPC, "/srv/out.json", "No space left"),
+    ],
+)
+def test_a_folder_that_may_not_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, name: str | None, message: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code), None if name is None else str(ROOT / name))
+
+    monkeypatch.setattr("companion.data_tools.check.check_file", refuse)
+    assert cli.main(["data", "check", "a.json"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error.strip())
+    assert "Errno" not in error or code == errno.ENOSPC
+    assert ".tmp" not in error
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    path.touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("companion.data_tools.check.check_file", refuse)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
+    assert cli.main(["data", "check", str(path)]) == 1
+    assert f"error: {path}: may not be read; change its permissions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["--help", "inspect nowhere --json", "demo"])

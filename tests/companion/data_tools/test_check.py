@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from instruct_records import images, record  # noqa: F401 - a fixture
 
 from companion.data_tools.check import PROBLEM_KINDS, check_file
+from companion.data_tools.convert import convert_data
 from llava_core.data.instruct import load_instruct
 from llava_core.runtime import DataError, write_json
 
@@ -138,6 +140,40 @@ def test_another_layout_is_one_line_first_and_names_the_command(tmp_path: Path) 
         assert f"llava data convert {path}" in first["message"]
         assert others
         assert all(problem["kind"] != "other_layout" for problem in others)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'[\n  {\n    "id": "a"\n  }\n]\n', "a JSON list, .* name the file .json"),
+        ("a.jsonl", b'[{"id": "a"}, {"id": "b"}]\n', "a JSON list"),
+        ("a.jsonl", b'{\n "id": "a"\n}\n{\n "id": "b"\n}\n', "over several lines; write one per line"),
+        ("a.json", b"PAR1\x15\x04PAR1", "a parquet table"),
+        ("a.jsonl", b"\x1f\x8b\x08", "compressed by gzip"),
+        ("a.json", "[]".encode("utf-16"), "UTF-16"),
+        ("a.parquet", b'\xef\xbb\xbf[{"id": "a"}]', "JSON text; name it .json"),
+    ],
+)
+def test_a_file_of_another_form_is_one_problem(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(content)
+    (problem,) = check_file(path)["problems"]
+    assert (problem["line"], problem["record"]) == (None, None)
+    assert re.search(message, problem["message"])
+    assert "remove" not in problem["message"]
+    with pytest.raises(DataError, match=message):
+        load_instruct(path, skipped=[])
+    with pytest.raises(DataError, match=message):
+        convert_data(path, tmp_path / "mine.json")
+
+
+def test_byte_order_marks_inside_a_file_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(b"\xef\xbb\xbf" + json.dumps(record(str(k))).encode() for k in range(2)))
+    assert check_file(path)["problems"] == []
+    assert [sample.id for sample in load_instruct(path)] == ["0", "1"]
 
 
 def test_images_that_no_record_uses_are_reported(tmp_path: Path, images: Path) -> None:

@@ -117,7 +117,9 @@ def test_judges_are_compared_on_the_same_answers_only() -> None:
     assert agreement(first, first)["same_answers"] is True
     assert agreement(first, second)["same_answers"] is None
     second[1]["answer2_id"] = "y"
-    with pytest.raises(DataError, match="question 1: the two judges read different answers"):
+    with pytest.raises(
+        DataError, match=r"question 1: the two judges read different answers.*`llava evaluate llava-bench"
+    ):
         agreement(first, second)
     assert relative_difference(first, second)["difference"] == 0
     with pytest.raises(DataError, match="question 0 has reviews of two answers"):
