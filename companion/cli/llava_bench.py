@@ -42,7 +42,12 @@ def _controls(args: argparse.Namespace) -> Result:
     from companion.miniature.world import CATEGORIES
 
     bench, client = load_bench(args.bench, args.limit), chat_client(args, args.cassette or Path("controls.sqlite"))
-    return {"controls": score_controls(bench, client, args.objects or list(CATEGORIES), args.judge)}
+    objects = args.objects or list(CATEGORIES)
+    return {"controls": score_controls(bench, client, objects, args.judge, args.max_tokens)}
+
+
+def _no_review(result: Result) -> bool:
+    return not any(row["n"] for row in result["controls"])
 
 
 def _show_controls(result: Result) -> str:
@@ -124,7 +129,7 @@ def add(commands: Commands) -> None:
 
     example = "llava evaluate bench controls --bench data/mini/bench-coco"
     text = "floors and ceiling of a judge: its scores of answers of known quality"
-    new = command(steps, "controls", text, example, _controls, _show_controls)
+    new = command(steps, "controls", text, example, _controls, _show_controls, _no_review)
     _bench(new)
     new.option("--objects", "NAME,NAME", "of the control that lists them (default: the miniature's)", type=names)
     new.teacher("controls.sqlite", "--judge")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from companion.evaluation.bench_steps import Bench, reference_messages
-from companion.evaluation.llava_bench import JUDGE_MODEL, judge, score_reviews
+from companion.evaluation.bench_steps import Bench, answer_of, reference_messages
+from companion.evaluation.llava_bench import JUDGE_MAX_TOKENS, JUDGE_MODEL, judge, score_reviews
 from companion.teacher.asking import ask_all
-from companion.teacher.chat import BudgetError, ChatRequest
+from companion.teacher.chat import MAX_TOKENS, BudgetError, ChatError, ChatRequest
 from llava_core.runtime import DataError, display_path
 
 if TYPE_CHECKING:
@@ -67,24 +67,33 @@ def _another_image(bench: Bench, k: int) -> str:
     )
 
 
-def text_only_answers(bench: Bench, client: ChatClient, model: str = JUDGE_MODEL) -> dict[str, str]:
+def text_only_answers(
+    bench: Bench, client: ChatClient, model: str = JUDGE_MODEL, max_tokens: int = MAX_TOKENS
+) -> dict[str, str]:
     """Return the client's own answers from the images' descriptions, by question id.
 
     Raises:
         BudgetError: the budget does not allow all of them.
+        ChatError: a question has no whole answer.
     """
-    requests = [
-        ChatRequest(reference_messages(row["text"], bench.context[row["image"]]), model, 0.0) for row in bench.questions
-    ]
-    asked, tally = ask_all(client, requests, lambda reply: reply.text, "text-only answers")
+    messages = [reference_messages(row["text"], bench.context[row["image"]]) for row in bench.questions]
+    requests = [ChatRequest(asked, model, 0.0, max_tokens) for asked in messages]
+    asked, tally = ask_all(client, requests, answer_of, "text-only answers")
     if tally["stopped"]:
         raise BudgetError(tally["stopped"])
-    pairs = zip(bench.questions, asked, strict=True)
-    return {str(row["question_id"]): result.value if result.good else "" for row, result in pairs}
+    answers = {str(row["question_id"]): result for row, result in zip(bench.questions, asked, strict=True)}
+    for question, result in answers.items():
+        if not result.good:
+            raise ChatError(f"question {question}: no text-only answer, so it cannot be judged: {result.reason}")
+    return {question: result.value for question, result in answers.items()}
 
 
 def score_controls(
-    bench: Bench, client: ChatClient, objects: Sequence[str], model: str = JUDGE_MODEL
+    bench: Bench,
+    client: ChatClient,
+    objects: Sequence[str],
+    model: str = JUDGE_MODEL,
+    max_tokens: int = JUDGE_MAX_TOKENS,
 ) -> list[dict[str, Any]]:
     """Let a judge score the control answers and the answers that its model gives from the images' descriptions.
 
@@ -97,11 +106,12 @@ def score_controls(
         BudgetError: the budget does not allow all reviews.
     """
     controls = control_answers(bench, objects)
-    ceiling = controls.pop(REFERENCE)
-    controls |= {"text-only model": text_only_answers(bench, client, model), REFERENCE: ceiling}
+    ceiling, most = controls.pop(REFERENCE), max(max_tokens, MAX_TOKENS)
+    controls |= {"text-only model": text_only_answers(bench, client, model, most), REFERENCE: ceiling}
     rows = []
     for name, answers in controls.items():
-        reviews, tally = judge(bench.questions, bench.context, bench.reference or (), answers, client, model=model)
+        files = (bench.questions, bench.context, bench.reference or (), answers)
+        reviews, tally = judge(*files, client, model=model, max_tokens=max_tokens)
         if tally["stopped"]:
             raise BudgetError(tally["stopped"])
         result = score_reviews(reviews)

@@ -14,7 +14,8 @@ from companion.evaluation.llava_bench import JUDGE_MAX_TOKENS, JUDGE_MODEL, judg
 from companion.evaluation.prompts import PROMPTS
 from companion.evaluation.reporting import review_report
 from companion.teacher.asking import ask_all
-from companion.teacher.chat import MAX_TOKENS, BudgetError, ChatRequest, Message
+from companion.teacher.chat import MAX_TOKENS, BudgetError, ChatReply, ChatRequest, Message
+from companion.teacher.parse import answer_text
 from companion.teacher.prompts import context_text
 from llava_core.runtime import DataError, display_path, read_jsonl, write_jsonl
 
@@ -126,13 +127,18 @@ def write_reference(
             )
         messages = reference_messages(row["text"], bench.context[row["image"]])
         requests.append(ChatRequest(messages, model, temperature, max_tokens))
-    asked, tally = ask_all(client, requests, lambda reply: reply, "reference")
+    asked, tally = ask_all(client, requests, answer_of, "reference")
     rows = [
         {"question_id": row["question_id"], "text": result.text, "category": row["category"], **result.source()}
         for row, result in zip(bench.questions, asked, strict=True)
         if result.good
     ]
     return {"answers": len(rows), **tally, "file": display_path(write_jsonl(out, rows))}
+
+
+def answer_of(reply: ChatReply) -> str:
+    """The answer in a reply, or a `ReplyError`."""
+    return answer_text(reply.text, reply.finish_reason)
 
 
 def reference_messages(question: str, context: str) -> list[Message]:

@@ -74,6 +74,13 @@ class StrayMarker(ReplyError):
 
 
 _LABEL = re.compile(r"^\s*\**(question|answer)\**\s*:\**[ \t]*", re.IGNORECASE)
+_ALOUD = re.compile(
+    r"\W*(?:(?:okay|ok|alright|hmm|well|so|first)\W+)*"
+    r"(?:the user (?:wants|asks|asked|is asking|has asked|provided|gave)\b"
+    r"|(?:we|i) (?:need|have|ought) to (?:describe|answer|write|produce|generate|create|provide|respond)\b"
+    r"|let me (?:think|start by|see|analy[sz]e)\b)",
+    re.IGNORECASE,
+)
 _SEPARATOR = re.compile(r"^[ \t]*={3,}[ \t]*$", re.MULTILINE)
 _REFUSAL = re.compile(r"\W*(i['’]?m sorry|i am sorry|sorry,|i can(no|['’])t|as an ai\b)", re.IGNORECASE)
 
@@ -95,8 +102,16 @@ def whole_text(text: str, finish_reason: str = "stop") -> str:
     return without
 
 
+def answer_text(text: str, finish_reason: str = "stop") -> str:
+    """As `whole_text`, but a text that opens with thoughts about its task is an `OnlyReasoning`, too."""
+    text = whole_text(text, finish_reason)
+    if LABEL.match(text) or _ALOUD.match(text):
+        raise OnlyReasoning(f"the reply opens with the model's reasoning {text[:40]!r}")
+    return text
+
+
 def _checked(text: str, finish_reason: str) -> str:
-    text = whole_text(text, finish_reason).replace("\r\n", "\n").strip()
+    text = answer_text(text, finish_reason).replace("\r\n", "\n").strip()
     if IMAGE_MARKER in text:
         raise StrayMarker(f"the reply holds {IMAGE_MARKER}; ask again")
     if _REFUSAL.match(text):
@@ -145,6 +160,4 @@ def parse_detail(text: str, finish_reason: str = "stop") -> str:
     text = _checked(text, finish_reason)
     if _SEPARATOR.search(text) or any(_LABEL.match(line) for line in text.split("\n")):
         raise NotADescription(f"a description was asked for, not a dialogue: {text[:40]!r}")
-    if LABEL.match(text):
-        raise OnlyReasoning(f"no description can be told from the model's reasoning {text[:40]!r}")
     return "\n\n".join(part.strip() for part in re.split(r"\n\s*\n", text))

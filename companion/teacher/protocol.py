@@ -155,6 +155,8 @@ def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
     if not reason:
         reason = "length" if completion >= request.max_tokens else NOT_REPORTED
     tokens = prompt or request.expected_tokens()[0], completion or round(len(text + reasoning) / 4) + 1
+    if not text.isascii() and (unicode := text.encode(errors="replace").decode()) != text:
+        text, wrong = unicode, "half of a character"
     if isinstance(message.get("refusal"), str) and message["refusal"]:
         text, wrong = text or message["refusal"], "refusal"
     without = without_reasoning(text)

@@ -54,7 +54,7 @@ def without_reasoning(text: str) -> str | None:
         else:
             depth -= 1
         position = tag.end()
-    if depth or any(part.strip() for part in outside):
+    if depth or any(part.strip(" \t\r\n\ufeff") for part in outside):
         return None
     return _answer(text[position:]) if position or _WRAPPER.search(text) else text
 

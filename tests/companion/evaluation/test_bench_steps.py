@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from companion.evaluation.bench_controls import text_only_answers
 from companion.evaluation.bench_steps import FILES, Bench, load_bench, write_reference, write_reviews
 from companion.evaluation.llava_bench import score_reviews
 from companion.evaluation.predict import predict_questions
 from companion.evaluation.predictions import checkpoint_id, read_predictions
 from companion.miniature.offline_chat import respond
-from companion.teacher.chat import BudgetError, ChatReply, ChatRequest
+from companion.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest
 from companion.teacher.client import OfflineClient, RecordClient, ReplayClient
 from llava_core.checkpoints.load import Loaded, build, save_checkpoint
 from llava_core.runtime import DataError, read_jsonl, write_jsonl
@@ -236,6 +237,13 @@ def test_only_complete_reference_answers_are_kept(folder: Path, tmp_path: Path) 
         1,
         4,
     )
+
+
+def test_text_only_answer_that_is_missing_is_not_judged_as_empty(folder: Path) -> None:
+    client = Poor(cut=True)
+    client.left = 99
+    with pytest.raises(ChatError, match=r"question 0: no text-only answer, .*: the reply was cut off after 'It is red"):
+        text_only_answers(load_bench(folder), client)
 
 
 def test_no_review_within_the_budget_is_an_error(folder: Path, tmp_path: Path) -> None:

@@ -100,9 +100,10 @@ def test_text_without_reasoning_is_unchanged(text: str) -> None:
     assert without_reasoning(text) == read({"content": text}).text == text
 
 
-def test_label_of_reasoning_is_no_description() -> None:
-    with pytest.raises(parse.OnlyReasoning, match="no description"):
-        parse_detail(f"**Thought process:** The captions mention a car. {TEXT}")
+def test_description_does_not_open_with_reasoning() -> None:
+    for opening in ("**Thought process:** The captions mention a car.", "Okay, so the user wants a description."):
+        with pytest.raises(parse.OnlyReasoning, match="opens with the model's reasoning"):
+            parse_detail(f"{opening}\n\n{TEXT}")
 
 
 def test_reasoning_in_its_own_field() -> None:
@@ -213,6 +214,14 @@ def test_missing_counts_are_estimated(usage: Any, tokens: tuple[int, int]) -> No
 def test_estimate_counts_the_reasoning() -> None:
     reply = read({"content": TEXT, "reasoning_content": 400 * "x"})
     assert reply.completion_tokens == 109
+
+
+def test_half_of_a_character_is_a_failure() -> None:
+    reply = read({"content": "A man \ud83d"})
+    assert read({"content": "A man \U0001f600"}).finish_reason == "stop"
+    with pytest.raises(parse.UnfinishedReply, match="half of a character"):
+        whole_text(reply.text, reply.finish_reason)
+    assert reply.text.encode() == b"A man ?"
 
 
 def test_choice_without_a_message_fails_once() -> None:
