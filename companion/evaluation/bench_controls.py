@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient
 
 CONSTANT = "The image shows several things."
+GUESS = "Yes, there is one red car on the left, because it is a vehicle and vehicles carry people."
 REFERENCE = "reference"
 WRONG_REASON = "it is made of cheese and cheese sings"
 
@@ -44,6 +45,7 @@ def control_answers(bench: Bench, objects: Sequence[str]) -> dict[str, dict[str,
     return {
         "empty answer": dict.fromkeys(keys, ""),
         "constant sentence": dict.fromkeys(keys, CONSTANT),
+        "constant guess": dict.fromkeys(keys, GUESS),
         "list of all objects": dict.fromkeys(keys, f"There is {listed}."),
         "another image's reference": others,
         "reference with a wrong reason": {

@@ -113,9 +113,12 @@ def right_answer(facts: Facts, question: str) -> str | None:
 
 
 def _agreement(answer: str, right: str, question: str) -> float:
-    """Agreement (0 to 1) of an answer with the right one, in facts of the same kinds."""
+    """Agreement (0 to 1) of an answer with the right one, in facts of the same kinds; 0 about other objects."""
     wanted, asked = _keywords(right), _keywords(question)
     kinds = {kind for kind, _ in wanted}
+    subjects, named = ({claim for claim in claims if claim[0] == "thing"} for claims in (asked, _keywords(answer)))
+    if subjects and named and not subjects & named:
+        return 0.0
     if "truth" in kinds:
         given = _keywords(answer)
         if given & asked and ("truth", "no") not in given:
