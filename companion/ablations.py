@@ -1,210 +1,275 @@
-"""Ablations: two arms that differ in one field, several seeds each, and the difference of their ScienceQA accuracy.
+"""Ablations: train and measure the arms of the plan, each run once, and store the results as records.
 
-An ablation is one file of configs/experiments/ablations: `base`, the changed field, and an `ablation` section.
+An ablation is an entry of configs/protocol.yaml, or one file of configs/experiments/ablations: `base`, the changed
+field, and an `ablation` section. `companion.ablation_records` derives intervals and verdicts from records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
-import numpy as np
-
-from companion.data_tools.scienceqa import load_problems
-from companion.evaluation.science_qa import right_answers
-from companion.evaluation.statistics import paired_bootstrap, seeds_and_items, seeds_interval, wilson
-from companion.figures import check
-from companion.paper.claims import all_claims, claim
+from companion.ablation_records import (
+    NO_RECORD,
+    learning_rates,
+    make_record,
+    stale_reasons,
+    write_learning_rates,
+    write_record,
+)
 from companion.paper.ledger import published_ablation
-from companion.paper.verdict import Verdict, verdict_of_interval
-from companion.results import science_result
-from llava_core.config import META, RunConfig, experiments, load_experiment, load_scale
+from companion.protocol import AblationPlan, ArmPlan, load_protocol
+from companion.results import bench_scores, science_curve, science_result
+from llava_core.config import META, RunConfig, load_experiment, load_scale
 from llava_core.record import RunRecord
-from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, display_path
-from llava_core.train.launch import launch, resolve_run
-
-
-@dataclass
-class Arm:
-    """One variant: its values per seed (in points) and its runs."""
-
-    name: str
-    experiment: str
-    values: list[float] = field(default_factory=list)
-    runs: list[str] = field(default_factory=list)
-    records: list[RunRecord] = field(default_factory=list)
-
-    @property
-    def mean(self) -> float:
-        return sum(self.values) / len(self.values)
-
-    @property
-    def interval(self) -> list[float] | None:
-        """95 % t interval of the mean over seeds, clipped to 0 to 100; None for one seed."""
-        ends = seeds_interval(self.values)["interval"]
-        return ends and [max(0.0, ends[0]), min(100.0, ends[1])]
-
-
-def run_arms(
-    arms: Sequence[tuple[str, str]],
-    metric: Callable[[RunRecord], float],
-    scale: str = "mini",
-    fast: bool = False,
-    seeds: Sequence[int] | None = None,
-) -> list[Arm]:
-    """Train and measure every arm, a pair (label, experiment), with every seed; the first is the reference.
-
-    `metric` returns the value of a finished run in points. `fast` is one seed and the `--fast` budget; without `seeds`
-    they are the scale's.
-    """
-    chosen = list(seeds if seeds is not None else load_scale(scale).seeds)[: 1 if fast else None]
-    trained = [Arm(name, experiment) for name, experiment in arms]
-    for seed in chosen:  # all arms of a seed first: an interrupted chapter has complete comparisons
-        for arm in trained:
-            record = launch(resolve_run(arm.experiment, scale, fast, train__seed=seed))
-            arm.values.append(metric(record))
-            arm.runs.append(record.run_id)
-            arm.records.append(record)
-    return trained
-
-
-def difference(reference: Arm, other: Arm) -> dict[str, Any]:
-    """Return the mean difference, other minus reference, paired by seed, with its 95 % t interval, in points."""
-    result = seeds_interval([b - a for a, b in zip(reference.values, other.values, strict=True)])
-    return {"effect": result["mean"], "interval": result["interval"], "n_seeds": result["n"]}
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """Two arms, each as (label, experiment), and the paper's claim about their difference in ScienceQA accuracy."""
-
-    reference: tuple[str, str]
-    other: tuple[str, str]
-    claim: str | None = None
-
-
-def ablations() -> dict[str, Ablation]:
-    """Return the ablations by name: every experiment whose file has an `ablation` section.
-
-    Raises:
-        ConfigError: two have one name, a reference or a claim does not exist, or an arm is not evaluated on ScienceQA.
-    """
-    files, result = experiments(), dict[str, Ablation]()
-    for experiment, path in files.items():
-        config = load_experiment(experiment).experiment
-        if (section := config.ablation) is None:
-            continue
-        name, reference = section.name or experiment, section.reference or config.base
-        where = f"{display_path(path)}, ablation"
-        if reference is None or reference not in files:
-            raise ConfigError(f"{where}: {unknown('reference experiment', str(reference), files)}")
-        if name in result:
-            raise ConfigError(f"{where}: another ablation has the name '{name}'; choose a different name")
-        if section.claim is not None and section.claim not in all_claims():
-            raise ConfigError(f"{where}: {unknown('claim', section.claim, all_claims())}")
-        if config.data.name != "scienceqa":
-            raise ConfigError(f"{where}: arms are compared by ScienceQA accuracy; set `base: science_qa`")
-        labels = section.labels or (reference, experiment)
-        result[name] = Ablation((labels[0], reference), (labels[1], experiment), section.claim)
-    return result
-
-
-def ablation(name: str) -> Ablation:
-    """Return one ablation; an unknown name is a ConfigError."""
-    known = ablations()
-    if name not in known:
-        raise ConfigError(unknown("ablation", name, known))
-    return known[name]
-
+from llava_core.runtime import display_path, resolve
+from llava_core.train.launch import launch
 
 NORMAL_95 = 1.96  # standard errors of the 95 % interval of a normal distribution
 FAST_PROBLEMS = 48  # test problems of a `--fast` run
+FAST_QUESTIONS = 9  # of a bench
 
 
-def published_difference(name: str) -> dict[str, Any] | None:
-    """Return the paper's difference with its standard error, as `ledger.published_ablation`, or None.
+@dataclass(frozen=True)
+class Job:
+    """A training run, and what is measured with it; equal jobs of several ablations are one."""
+
+    experiment: str
+    scale: str
+    overrides: str  # JSON, so that jobs can be compared
+    fast: bool
+    measures: tuple[tuple[str, str | int | None], ...] = ()  # what, and of which bench or how many problems
+
+    @property
+    def config(self) -> RunConfig:
+        return load_experiment(self.experiment, self.scale, json.loads(self.overrides), self.fast)
+
+
+def arm_overrides(plan: AblationPlan, arm: ArmPlan, seed: int, scale: str, rate: float | None = None) -> dict[str, Any]:
+    """Return the overrides of an arm's run: its own fields, the seed of both stages, base models, learning rate."""
+    overrides = {**arm.set, "train.seed": seed}
+    if load_experiment(arm.experiment, scale, arm.set).experiment.init_from is not None:
+        overrides["init.train.seed"] = seed
+    if base := plan.base_model(seed):
+        models = load_scale(scale).models
+        names = [name for name in models if name.startswith("vicuna")]
+        overrides["scale.models"] = {**models, **{name: f"{models[name]}-{base}" for name in names}}
+    if rate is not None:
+        overrides["train.learning_rate"] = rate
+    return overrides
+
+
+def arm_name(arm: ArmPlan) -> str:
+    """Return the name of an arm among the learning rates: its experiment and its own fields."""
+    return ", ".join([arm.experiment, *(f"{key}={value}" for key, value in sorted(arm.set.items()))])
+
+
+def arm_job(
+    plan: AblationPlan, arm: ArmPlan, seed: int, scale: str, fast: bool = False, rate: float | None = None
+) -> Job:
+    limit = FAST_PROBLEMS if fast else None
+    measures: list[tuple[str, str | int | None]] = [("accuracy", limit)]
+    if plan.speed is not None:
+        measures.append(("curve", limit or plan.speed.questions))
+    if plan.bench is not None:
+        measures = [("bench", plan.bench)]
+    overrides = arm_overrides(plan, arm, seed, scale, rate)
+    return Job(arm.experiment, scale, json.dumps(overrides, sort_keys=True), fast, tuple(measures))
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Train a run, or reuse it, and return what is measured with it: `run`, `seconds`, and a key per measure."""
+    record = launch(job.config)
+    result: dict[str, Any] = {"run": display_path(record.path), "seconds": record.summary["seconds"]}
+    for what, of in job.measures:
+        if what == "accuracy":
+            own = science_result(record, of if isinstance(of, int) else None)
+            result[what] = {"value": own["accuracy"], "right": own["right"]}
+        elif what == "validation":
+            accuracy = record.config.experiment.data.name == "scienceqa"
+            # a higher score is better
+            score = science_result(record, split="val")["accuracy"] if accuracy else -record.summary["heldout_loss"]
+            result[what] = {"value": score}
+        elif what == "curve":
+            result[what] = science_curve(record, int(of or 0))
+        elif what == "bench":
+            result[what] = bench_scores(record, str(of), FAST_QUESTIONS if job.fast else None)
+    return result
+
+
+def _merged(jobs: Sequence[Job]) -> dict[Job, Job]:
+    """Each job and the one that measures all that is wanted of its run."""
+    groups: dict[tuple[Any, ...], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.experiment, job.scale, job.overrides, job.fast), []).append(job)
+    result = dict[Job, Job]()
+    for group in groups.values():
+        measures = tuple(dict.fromkeys(m for job in group for m in job.measures))
+        whole = Job(group[0].experiment, group[0].scale, group[0].overrides, group[0].fast, measures)
+        result |= dict.fromkeys(group, whole)
+    return result
+
+
+def start_run(job: Job) -> None:
+    """Train the run that a job's run starts from, if there is one."""
+    if (upstream := job.config.upstream()) is not None:
+        launch(upstream)
+
+
+def run_jobs(jobs: Sequence[Job], processes: int = 1) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Measure jobs, with several processes where asked, and yield each with its result as soon as it is there.
+
+    An interrupted call goes on where it was: `launch` and the evaluations reuse what has finished.
+    """
+    if processes == 1:
+        for job in jobs:
+            yield job, measure(job)
+        return
+    bars = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"  # read when a process starts; bars of several would mix
+    try:
+        # the runs of stage 1 first, each once: else a process waits for another's
+        starts = {config.run_id: job for job in jobs if (config := job.config.upstream()) is not None}
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            list(pool.map(start_run, starts.values()))
+            waiting = {pool.submit(measure, job): job for job in jobs}
+            try:
+                for done in as_completed(waiting):
+                    yield waiting[done], done.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        os.environ.pop("TQDM_DISABLE")
+        if bars is not None:
+            os.environ["TQDM_DISABLE"] = bars
+
+
+def ablate(
+    names: Sequence[str],
+    *,
+    scale: str | None = None,
+    seeds: Sequence[int] | None = None,
+    fast: bool = False,
+    processes: int = 1,
+    store: bool = False,
+    show: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Train and evaluate the arms of ablations, the runs that they share once; return their records by name.
+
+    Args:
+        seeds: default: those of the plan. All arms of a seed come before the next seed.
+        fast: one seed and the budget of `--fast`.
+        store: write each record to results/ablations as soon as its last run is measured.
+        show: receives a line per finished run.
+    """
+    protocol = load_protocol()
+    place = scale or protocol.scale
+    rates = learning_rates(protocol) if place == protocol.scale and not fast else {}
+    wanted: dict[tuple[str, str, int], Job] = {}
+    chosen: dict[str, list[int]] = {}
+    for name in names:
+        plan = protocol.plan(name)
+        chosen[name] = list(seeds if seeds is not None else plan.seeds or protocol.seeds)[: 1 if fast else None]
+        for seed in chosen[name]:
+            for label, arm in plan.arms.items():
+                wanted[name, label, seed] = arm_job(plan, arm, seed, place, fast, rates.get(arm_name(arm)))
+    merged = _merged(list(wanted.values()))
+    order = sorted(wanted, key=lambda key: chosen[key[0]].index(key[2]))
+    jobs = list(dict.fromkeys(merged[wanted[key]] for key in order))
+    results: dict[Job, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
+    began = time.monotonic()
+    for job, result in run_jobs(jobs, processes):
+        results[job] = result
+        for key, own in wanted.items():
+            if merged[own] == job and show:
+                show(_progress_line(len(results), len(jobs), time.monotonic() - began, key, result))
+        for name in names:
+            keys = [key for key in wanted if key[0] == name]
+            if name not in records and all(merged[wanted[key]] in results for key in keys):
+                measured = {key[1:]: results[merged[wanted[key]]] for key in keys}
+                configs = {label: merged[wanted[name, label, chosen[name][0]]].config for _, label, _ in keys}
+                records[name] = make_record(protocol, name, chosen[name], measured, configs, fast)
+                if store:
+                    write_record(records[name])
+    return {name: records[name] for name in names}
+
+
+def _progress_line(done: int, jobs: int, seconds: float, key: tuple[str, str, int], result: dict[str, Any]) -> str:
+    name, label, seed = key
+    value = next((f"{result[what]['value']:6.1f} %" for what in ("accuracy", "bench") if what in result), "")
+    clock = time.strftime("%H:%M:%S", time.gmtime(seconds))
+    return f"[{done}/{jobs}] {clock}  {name:18} {label:36} seed {seed:<4} {value}"
+
+
+def tune(names: Sequence[str], processes: int = 1, show: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Train each arm at each learning rate of the plan, score it on held-out data, and store the best rates.
+
+    ScienceQA arms are scored by accuracy on val, others by held-out loss; test is not read.
+    """
+    protocol = load_protocol()
+    found: dict[str, dict[str, float]] = {}
+    wanted: dict[Job, list[tuple[str, float]]] = {}
+    for name in names:
+        plan = protocol.plan(name)
+        for arm in plan.arms.values():
+            if load_experiment(arm.experiment, protocol.scale).experiment.stage == 1:
+                continue
+            for rate in protocol.learning_rates:
+                overrides = arm_overrides(plan, arm, protocol.tuning_seed, protocol.scale, rate)
+                text = json.dumps(overrides, sort_keys=True)
+                job = Job(arm.experiment, protocol.scale, text, False, (("validation", None),))
+                wanted.setdefault(job, []).append((arm_name(arm), rate))
+    for job, result in run_jobs(list(wanted), processes):
+        for arm_key, rate in wanted[job]:
+            found.setdefault(arm_key, {})[f"{rate:g}"] = result["validation"]["value"]
+            if show:
+                show(f"{arm_key:60} learning rate {rate:<8g} {result['validation']['value']:.4g}")
+    return write_learning_rates(protocol, found)
+
+
+def freshness(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return for each ablation its `status`, fresh, stale or missing, and the `reasons`."""
+    protocol, rows = load_protocol(), []
+    for name in names:
+        plan = protocol.plan(name)
+        seed = (plan.seeds or protocol.seeds)[0]
+        configs = {label: arm_job(plan, arm, seed, protocol.scale).config for label, arm in plan.arms.items()}
+        reasons = stale_reasons(name, protocol, configs)
+        status = "missing" if reasons == [NO_RECORD] else "stale" if reasons else "fresh"
+        rows.append({"name": name, "status": status, "reasons": reasons})
+    return rows
+
+
+def show_on_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def records_of(record: dict[str, Any], label: str) -> list[RunRecord]:
+    """Return the runs of an arm; they exist on the machine that made the record."""
+    return [RunRecord(resolve(path)) for path in record["arms"][label]["runs"]]
+
+
+def published_difference(plan: AblationPlan, label: str) -> dict[str, Any] | None:
+    """Return the paper's difference of an arm of Table 8, as `ledger.published_ablation`, or None.
 
     A |z| of at least 1.96 is significant at 5 %.
     """
-    known = ablation(name).claim
-    return published_ablation(known) if known else None
+    known = plan.arms[label].claim
+    return published_ablation(known) if known and plan.quantity == "accuracy" else None
 
 
-def difference_check(what: str, published: Any, result: Mapping[str, Any], note: str = "") -> dict[str, Any]:
-    """Return the row of the results table for a difference: `effect`, `interval` or `widest`, and `verdict`."""
-    row = check(what, published, result.get("widest") or result["interval"] or result["effect"], None, note)
-    return {**row, "verdict": Verdict(result["verdict"])}
-
-
-def verdict_check(name: str, result: Mapping[str, Any], note: str = "") -> dict[str, Any]:
-    """Return the row for a difference that is a claim of the ledger."""
-    known = claim(name)
-    return {**difference_check(known.text, known.value_text, result, note), "id": name, "place": known.place}
-
-
-def ablate(name: str, scale: str = "mini", fast: bool = False, seeds: Sequence[int] | None = None) -> dict[str, Any]:
-    """Train and evaluate both arms of an ablation; arguments as in `run_arms`.
-
-    Returns:
-        `arms` (the reference first), `effect`, `interval` over seeds (None for one), `n_seeds`, `question_interval`
-        (over questions), `both_interval` (over seeds and questions), `widest` (the union of the three, None for one
-        seed), `published` (as `published_difference`), `verdict` (by the widest: two seeds may agree by chance).
-    """
-    chosen, limit = ablation(name), FAST_PROBLEMS if fast else None
-    arms = run_arms(
-        (chosen.reference, chosen.other), lambda run: float(science_result(run, limit)["accuracy"]), scale, fast, seeds
-    )
-    change = difference(*arms)
-    first, second = (question_scores(arm, limit) for arm in arms)
-    bootstraps = paired_bootstrap(np.mean(first, 0), np.mean(second, 0)), seeds_and_items(first, second)
-    over_questions, over_both = ([100 * end for end in result["interval"]] for result in bootstraps)
-    ends = [*over_questions, *over_both, *(change["interval"] or ())]
-    widest = [min(ends), max(ends)] if change["interval"] else None
-    return {
-        "arms": arms,
-        **change,
-        "question_interval": over_questions,
-        "both_interval": over_both,
-        "published": published_difference(name),
-        "widest": widest,
-        "verdict": verdict_of_interval(widest, claim(chosen.claim).direction if chosen.claim else None),
-    }
-
-
-_MEANING = {
-    "agrees": "The measured difference has the paper's sign, and its interval excludes zero.",
-    "disagrees": "The measured difference has the opposite sign of the paper's, and its interval excludes zero.",
-    "not resolved": "Over seeds or over questions the interval of the difference contains zero.",
-    "shown only": "The paper has no claim about this difference.",
-}
-
-
-def explain(result: Mapping[str, Any], fast: bool = False) -> str:
-    """Return a sentence on the result of `ablate`, and on arms that are not above a blind guess."""
-    n, arms = result["n_seeds"], result["arms"]
-    problems = load_problems(arms[0].records[0].config.data_path, "test")[: FAST_PROBLEMS if fast else None]
-    chance = 100 * sum(1 / len(p.choices) for p in problems) / len(problems)
-    meaning = "There is one seed only." if n == 1 else _MEANING[result["verdict"]]
-    text = f"**{result['verdict'].capitalize()}.** {meaning} ({n} {'seed' if n == 1 else 'seeds'} per arm)"
-    right = [round(arm.mean * len(problems) / 100) for arm in arms]
-    blind = [arm.name for arm, k in zip(arms, right, strict=True) if 100 * wilson(k, len(problems))[0] <= chance]
-    if len(blind) == len(arms):
-        return f"{text} No arm is above a blind guess ({chance:.1f} %): at this scale the claim cannot be tested."
-    return f"{text} Not above a blind guess ({chance:.1f} %): {blind[0]}." if blind else text
-
-
-def question_scores(arm: Arm, limit: int | None = None) -> list[list[float]]:
-    """Return for each seed of an arm and each test problem whether its answer is right (seeds, problems), 0 or 1."""
-    problems = load_problems(arm.records[0].config.data_path, "test")[:limit]
-    answers = [science_result(record, limit)["answers"] for record in arm.records]
-    return [[float(right) for right in right_answers(problems, own)] for own in answers]
-
-
-def arm_settings(arms: Sequence[tuple[str, str]], scale: str = "mini") -> list[dict[str, Any]]:
+def arm_settings(plan: AblationPlan, scale: str = "mini") -> list[dict[str, Any]]:
     """Return the settings that differ between the arms' runs, or between the runs that these start from."""
-    runs = {name: load_experiment(experiment, scale) for name, experiment in arms}
+    runs = {name: load_experiment(arm.experiment, scale, arm.set) for name, arm in plan.arms.items()}
     rows = []
     starts = {name: first for name, run in runs.items() if (first := run.upstream()) is not None}
     for stage, configs in (("this run", runs), ("the run it starts from", starts)):

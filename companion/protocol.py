@@ -56,7 +56,7 @@ class AblationPlan(StrictModel):
     unit: Literal["seed", "base model"] = "seed"
     """What counts as an independent repetition."""
     base_models: PositiveInt = 1
-    """Base models per size: seed number k of the plan starts from number k modulo this."""
+    """Base models per size: the seed at place k of the plan starts from number k modulo this."""
     speed: SpeedPlan | None = None
     bench: str | None = None
     """The bench of a relative score, a key of the scale's `data`."""
@@ -74,6 +74,11 @@ class AblationPlan(StrictModel):
     @property
     def reference(self) -> str:
         return next(iter(self.arms))
+
+    def base_model(self, seed: int) -> int:
+        """Return the number of the base models that a seed starts from."""
+        seeds = self.seeds or []
+        return (seeds.index(seed) if seed in seeds else seed) % self.base_models
 
 
 class Protocol(StrictModel):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from companion.data_tools.scienceqa import load_problems
+from companion.data_tools.scienceqa import Problem, load_problems
 from companion.evaluation import llava_bench, science_qa
 from companion.evaluation.bench_steps import load_bench
 from companion.evaluation.grounding import factual_accuracy, shuffle_images, text_prior
@@ -16,6 +16,8 @@ from llava_core.config import RunConfig, load_scale
 from llava_core.inference import answer_questions
 from llava_core.record import RunRecord
 from llava_core.runtime import (
+    DataError,
+    display_path,
     fingerprint,
     read_json,
     read_jsonl,
@@ -58,21 +60,79 @@ def load_run(record: RunRecord) -> Loaded:
 SHUFFLE_SEED = 0  # of `shuffle_images`
 
 
-def science_result(record: RunRecord, limit: int | None = None, look: bool = True) -> dict[str, Any]:
-    """Return `science_qa.score` and the `answers` of a run on the test split; without `look` as text only."""
-    name = "science_qa" if look else "science_qa_blind"
+def science_result(
+    record: RunRecord, limit: int | None = None, look: bool = True, split: str = "test"
+) -> dict[str, Any]:
+    """Return `science_qa.score`, the `answers` of a run on a split, and `right`, a digit 1 or 0 for each question.
+
+    Without `look` the questions are asked as text only.
+    """
+    name = ("science_qa" if look else "science_qa_blind") + ("" if split == "test" else f"_{split}")
 
     def compute() -> dict[str, Any]:
         folder, out = record.config.data_path, record.path / f"{name}_answers.jsonl"
-        first, second = load_scale(record.config.scale.name).answer_tokens
-        out.unlink(missing_ok=True)  # from other code or data; it would be resumed
-        answers = predict_science_qa(
-            load_run(record), record.checkpoint, folder, out,
-            limit=limit, images=look, max_new_tokens=first, answer_tokens=second,
-        )  # fmt: skip
-        return {**science_qa.score(load_problems(folder, "test")[:limit], answers), "answers": answers}
+        answers = _science_answers(record, record.checkpoint, out, split=split, limit=limit, images=look)
+        problems = load_problems(folder, split)[:limit]
+        return {**science_qa.score(problems, answers), "answers": answers, "right": _digits(problems, answers)}
 
     return cached_result(record, name, compute)
+
+
+def _science_answers(record: RunRecord, checkpoint: Path, out: Path, **options: Any) -> dict[str, str]:
+    config = record.config
+    first, second = load_scale(config.scale.name).answer_tokens
+    out.unlink(missing_ok=True)  # from other code or data; it would be resumed
+    loaded = load(checkpoint, resolve_dtype(config.dtype), resolve_device(config.scale.device))
+    return predict_science_qa(
+        loaded, checkpoint, config.data_path, out, max_new_tokens=first, answer_tokens=second, **options
+    )
+
+
+def _digits(problems: list[Problem], answers: dict[str, str]) -> str:
+    return "".join(str(int(right)) for right in science_qa.right_answers(problems, answers))
+
+
+def science_curve(record: RunRecord, limit: int) -> dict[str, Any]:
+    """Answer the first test problems with each snapshot of a run and with its checkpoint.
+
+    Returns:
+        `steps`, and `right`: for each of them a text with a digit 1 or 0 for each problem.
+
+    Raises:
+        DataError: the run has kept no snapshot.
+    """
+
+    def compute() -> dict[str, Any]:
+        problems = load_problems(record.config.data_path, "test")[:limit]
+        folders = sorted((record.path / "snapshots").glob("*"), key=lambda folder: int(folder.name))
+        if not folders:
+            raise DataError(f"{display_path(record.path)}: no snapshots; train it with train.snapshots of 2 or more")
+        places = {int(folder.name): folder for folder in folders} | {record.summary["steps"]: record.checkpoint}
+        right = []
+        for step, folder in places.items():
+            out = record.path / "snapshots" / f"answers_{step}.jsonl"
+            right.append(_digits(problems, _science_answers(record, folder, out, limit=limit)))
+            out.unlink()
+        return {"steps": list(places), "right": right}
+
+    return cached_result(record, f"science_qa_curve_{limit}", compute)
+
+
+def bench_scores(record: RunRecord, bench: str, limit: int | None = None) -> dict[str, Any]:
+    """Return the offline judge's scores of each answer to a bench, `candidate` and `reference`, and the `value` in %.
+
+    A failed review has 0 for both and so counts for neither.
+    """
+    from companion.miniature.offline_chat import respond
+    from companion.teacher.client import OfflineClient
+
+    result = bench_result(record, OfflineClient(respond), bench, limit)
+    pairs = [row["tuple"] or (0, 0) for row in result["reviews"]]
+    return {
+        "reference": [pair[0] for pair in pairs],
+        "candidate": [pair[1] for pair in pairs],
+        "value": result["all"],
+    }
 
 
 def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limit: int | None = None) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_template_is_one_registered_record(root: Path) -> None:
 
 
 def test_ablation_is_one_file(root: Path) -> None:
-    from companion.ablations import ablations
+    from companion.protocol import declared_ablations
 
     file = root / "configs" / "experiments" / "ablations" / "half_rate.yaml"
     file.write_text(
@@ -78,7 +78,7 @@ def test_ablation_is_one_file(root: Path) -> None:
         "train: {learning_rate: 0.00001}\nablation: {name: rate, labels: [full, half]}\n"
         "sources: {train.learning_rate: a test}\n"
     )
-    assert ablations()["rate"].other == ("half", "half_rate")
+    assert [arm.experiment for arm in declared_ablations()["rate"].arms.values()][1] == "half_rate"
     (root / "data" / "sqa").mkdir()
     (root / "data" / "sqa" / "images").symlink_to(root / "data" / "images")
     for split in ("train", "val"):

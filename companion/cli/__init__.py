@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from companion.cli import bench, data, evaluate, experiments, lab, miniature, plan, weights
+from companion.cli import ablations, bench, data, evaluate, experiments, lab, miniature, plan, weights
 from companion.cli.arguments import Parser
 from llava_core import __version__
 from llava_core.runtime import ROOT, CompanionError
@@ -26,7 +26,7 @@ def _parser(words: Sequence[str] = ()) -> Parser:
     parser = Parser(text, "llava reproduce", prog="llava")
     parser.add_argument("--version", action="version", version=f"llava-core {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for file in (experiments, evaluate, data, plan, weights, lab, miniature):
+    for file in (experiments, ablations, evaluate, data, plan, weights, lab, miniature):
         file.add(commands)
     bench.add(commands, words)
     return parser

@@ -70,6 +70,11 @@ SETS = {
         "benches.write_bench_coco",
         lambda s: {"images": s.bench_coco_images, "train": s.coco_train, "val": s.coco_val},
     ),
+    "bench-coco-all": _Set(
+        "The same three questions about every val scene of mini-coco that allows a reasoning question, for ablations.",
+        "benches.write_bench_coco",
+        lambda s: {"images": s.coco_val, "train": s.coco_train, "val": s.coco_val},
+    ),
     "bench-wild": _Set(
         "Scenes with pairings of color and category that no training image shows, as in LLaVA-Bench (In-the-Wild).",
         "benches.write_bench_wild",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,12 @@ def run_inputs(config: RunConfig) -> dict[str, Any]:
 def code_fingerprint(package: Path = Path(__file__).parents[1]) -> str:
     """Return 12 hex digits over the source files that decide a run's numbers; comments and docstrings do not count."""
     names = {f.relative_to(package).as_posix(): f for d in CODE_FOLDERS for f in (package / d).rglob("*.py")}
-    sources = [names[name].read_text(encoding="utf-8") for name in sorted(names.keys() - NOT_TRAINING)]
-    return fingerprint([_code_lines(source) for source in sources])
+    return source_fingerprint(names[name] for name in sorted(names.keys() - NOT_TRAINING))
+
+
+def source_fingerprint(files: Iterable[Path]) -> str:
+    """Return 12 hex digits over Python files; comments and docstrings do not count."""
+    return fingerprint([_code_lines(file.read_text(encoding="utf-8")) for file in files])
 
 
 def _code_lines(source: str) -> list[str]:

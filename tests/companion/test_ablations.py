@@ -1,29 +1,259 @@
+"""Ablations: shared runs, records, verdicts that follow from them, freshness, learning rates."""
+
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
+from companion import ablation_records as stored
 from companion import ablations as ab
-from llava_core import runtime
+from companion.comparisons import simulated_arms
+from companion.protocol import Protocol, load_protocol
 from llava_core.config import load_experiment
-from llava_core.runtime import ConfigError
+from llava_core.runtime import DataError, read_json, write_json
+
+N = 1000
 
 
-def test_papers_small_differences_are_not_significant() -> None:
-    z = {name: ab.published_difference(name)["z"] for name in ab.ablations()}
-    assert {name for name, value in z.items() if abs(value) >= 1.96} == {"pretraining"}
-    assert z["feature_layer"] == pytest.approx(-1.514, abs=1e-3)  # 3856 against 3815 of 4241
+@pytest.fixture(scope="module")
+def protocol() -> Protocol:
+    return load_protocol()
 
 
-def test_difference_pairs_the_seeds() -> None:
-    result = ab.difference(ab.Arm("a", "x", [90.0, 80.0, 70.0]), ab.Arm("b", "y", [89.0, 79.2, 68.8]))
-    assert result["effect"] == pytest.approx(-1)
-    assert result["interval"][1] < 0  # unpaired, the scatter of 10 points between seeds would hide it
-    row = ab.verdict_check("ablation-7b", {**result, "verdict": "not resolved"})
-    assert (row["verdict"], row["id"]) == ("not resolved", "ablation-7b")
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of stored records."""
+    monkeypatch.setattr(stored, "folder", lambda: tmp_path)
+    return tmp_path
+
+
+def digits(row: np.ndarray) -> str:
+    return "".join(str(int(value)) for value in row)
+
+
+def simulated_record(
+    protocol: Protocol,
+    name: str,
+    effect: float,
+    accuracy: float = 80.0,
+    seeds: int = 5,
+    table: float = 0.5,
+    key: int = 0,
+) -> dict[str, Any]:
+    """A record of an ablation whose arms differ by `effect` points; half of the problems have an image."""
+    plan, rng = protocol.plan(name), np.random.default_rng(key)
+    first, second = simulated_arms(rng, seeds, N, effect, accuracy)
+    arms = {}
+    for label in plan.arms:
+        scores = (first if label == plan.reference else second).scores
+        arms[label] = {"right": [digits(row) for row in scores]}
+        if plan.speed is not None:
+            end = 0.8 if label == plan.reference else 0.55
+            levels = np.linspace(0.4, end, 8)[:, None]
+            curve = rng.random((seeds, 8, plan.speed.questions)) < levels
+            arms[label]["curve"] = {"steps": list(range(10, 90, 10)), "right": [[digits(c) for c in s] for s in curve]}
+    questions = {
+        "n": N, "ids": "x", "cluster": " ".join(map(str, range(N))), "image": "10" * (N // 2), "choices": "2" * N,
+        "lookup_table": " ".join([str(table)] * N),
+    }  # fmt: skip
+    chosen = (plan.seeds or [])[:seeds]
+    return {
+        "ablation": name, "protocol": protocol.protocol_hash(name), "scale": "mini", "fast": False, "seeds": chosen,
+        "base_models": [plan.base_model(seed) for seed in chosen], "questions": questions, "arms": arms,
+        "made_with": {"training_code": "x", "evaluation_code": "x", "base_models": {}, "data": {}},
+    }  # fmt: skip
+
+
+def verdict(protocol: Protocol, record: dict[str, Any]) -> str:
+    return str(next(iter(stored.analyse(record, protocol)["differences"].values()))["verdict"])
+
+
+def test_verdicts_follow_from_record_and_plan(protocol: Protocol, folder: Path) -> None:
+    assert verdict(protocol, simulated_record(protocol, "feature_layer", -10)) == "agrees"
+    assert verdict(protocol, simulated_record(protocol, "feature_layer", 10)) == "disagrees"
+    null = [verdict(protocol, simulated_record(protocol, "feature_layer", 0, key=k)) for k in range(20)]
+    assert sum(found in ("agrees", "disagrees") for found in null) <= 1
+    for effect in (-10, 10):
+        found = [verdict(protocol, simulated_record(protocol, "feature_layer", effect, key=k)) for k in range(20)]
+        assert found == ["agrees" if effect < 0 else "disagrees"] * 20
+
+
+def test_record_below_the_plan_gives_no_verdict(protocol: Protocol, folder: Path) -> None:
+    record = simulated_record(protocol, "feature_layer", -20, seeds=4)
+    assert stored.analyse(record, protocol)["shortfall"] == ["4 of 5 seeds"]
+    assert verdict(protocol, record) == "not resolved"
+    whole = simulated_record(protocol, "feature_layer", -20)
+    assert stored.analyse({**whole, "protocol": "of yesterday"}, protocol)["shortfall"] == ["another plan"]
+    assert verdict(protocol, {**whole, "fast": True}) == "not resolved"
+
+
+def test_arms_below_the_look_up_table_cannot_be_tested(protocol: Protocol, folder: Path) -> None:
+    record = simulated_record(protocol, "feature_layer", -8, accuracy=60, table=0.75)
+    result = stored.analyse(record, protocol)
+    assert result["above_baselines"] == {"layer before the last": False, "last layer": False}
+    assert (result["chance"], result["lookup_table"]) == (50, 75)
+    assert verdict(protocol, record) == "cannot be tested"
+    record = simulated_record(protocol, "feature_layer", -25, accuracy=60)  # one arm below, the other above
+    assert stored.analyse(record, protocol)["above_baselines"] == {"layer before the last": True, "last layer": False}
+    assert verdict(protocol, record) == "agrees"
+
+
+def test_correction_counts_the_stored_records_of_the_family(protocol: Protocol, folder: Path) -> None:
+    record = simulated_record(protocol, "feature_layer", -10)
+    name = "feature_layer: last layer"
+    p = stored.p_values(record, protocol)[name]
+    alone = stored.analyse(record, protocol)["differences"]["last layer"]["p_holm"]
+    assert alone == pytest.approx(min(1, len(protocol.family) * p))
+    other = simulated_record(protocol, "cot_order", -30)
+    stored.write_record(other)
+    smaller = sum(value < p for value in stored.p_values(other, protocol).values())
+    assert smaller > 0
+    with_others = stored.analyse(record, protocol)["differences"]["last layer"]["p_holm"]
+    assert with_others == pytest.approx(min(1, (len(protocol.family) - smaller) * p))
+
+
+def test_subsets_controls_and_units_are_those_of_the_plan(protocol: Protocol, folder: Path) -> None:
+    record = simulated_record(protocol, "pretraining", -10)
+    result = stored.analyse(record, protocol)
+    primary = result["differences"]["without stage 1"]
+    assert (primary["subset"], primary["n"]) == ("image", N // 2)
+    assert (primary["control_subset"]["subset"], primary["control_subset"]["n"]) == ("no image", N // 2)
+    control = result["differences"]["without stage 1, steps matched"]
+    assert (control["verdict"], control["p_holm"]) == ("shown only", None)
+    sizes = stored.analyse(simulated_record(protocol, "model_size", -10), protocol)
+    assert sizes["differences"]["smaller model"]["units"] == 3  # base models, of five seeds
+
+
+def test_learning_speed_has_its_own_verdict(protocol: Protocol, folder: Path) -> None:
+    speed = stored.analyse(simulated_record(protocol, "cot_order", -20), protocol)["speed"]
+    assert speed["verdict"] == "agrees"
+    assert speed["effect"] > 0
+    assert all(step < 80 for step in speed["needed"]["reasons first"])
+    assert all(share < 1 for share in speed["share_of_steps"])
+    assert len(speed["accuracies"]["answer first"][0]) == 8
+    rows = stored.difference_checks(stored.analyse(simulated_record(protocol, "cot_order", -20), protocol))
+    assert [row["id"] for row in rows] == ["ablation-answer-first", "cot-convergence"]
+
+
+def test_shorter_record_does_not_replace_a_longer_one(protocol: Protocol, folder: Path) -> None:
+    assert stored.write_record(simulated_record(protocol, "feature_layer", -3))
+    assert not stored.write_record(simulated_record(protocol, "feature_layer", -3, seeds=2))
+    record = stored.read_record("feature_layer")
+    assert record
+    assert len(record["seeds"]) == 5
+    write_json(folder / "cot_order.json", {"ablation": "cot_order"})
+    with pytest.raises(DataError, match=r"cot_order.json: no record of cot_order; write it again"):
+        stored.read_record("cot_order")
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+Fake = Callable[[ab.Job], dict[str, Any]]
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[ab.Job]:
+    """The jobs that are measured; nothing is trained, and the record's facts need no data."""
+    jobs: list[ab.Job] = []
+
+    def measure(job: ab.Job) -> dict[str, Any]:
+        jobs.append(job)
+        digits = "10" * 24
+        return {
+            "run": f"runs/{len(jobs)}", "seconds": 1.0, "accuracy": {"value": 50.0, "right": digits},
+            "curve": {"steps": [1, 2], "right": [digits, digits]},
+            "validation": {"value": json.loads(job.overrides).get("train.learning_rate", 0)},
+        }  # fmt: skip
+
+    facts = simulated_record(load_protocol(), "feature_layer", 0)["questions"]
+    monkeypatch.setattr(ab, "measure", measure)
+    monkeypatch.setattr(stored, "_science_questions", lambda config, n: {**facts, "n": n})
+    monkeypatch.setattr(stored, "made_with", lambda plan, configs: {})
+    monkeypatch.setattr(stored, "run_inputs", lambda config: {"data": {}})
+    return jobs
+
+
+def test_runs_that_ablations_share_are_trained_once(measured: list[ab.Job], folder: Path) -> None:
+    lines: list[str] = []
+    names = ["feature_layer", "cot_order", "pretraining"]
+    records = ab.ablate(names, seeds=[42, 0], store=True, show=lines.append)
+    assert len(measured) == 2 * 5  # reference, last layer, answer first, no stage 1 with and without more steps
+    assert [job.experiment for job in measured].count("science_qa") == 2
+    reference = measured[0]
+    assert dict(reference.measures).keys() == {"accuracy", "curve"}  # all that one of the three wants of it
+    paths = [records[name]["arms"][load_protocol().plan(name).reference]["runs"] for name in names]
+    assert paths[0] == paths[1] == paths[2]
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(names)
+    assert len(lines) == 2 * (2 + 2 + 3)
+    assert len({job.config.init_id for job in measured if job.experiment == "science_qa"}) == 2  # stage 1 is reseeded
+
+
+def test_fast_run_is_one_seed(measured: list[ab.Job], folder: Path) -> None:
+    record = ab.ablate(["feature_layer"], fast=True)["feature_layer"]
+    assert (record["seeds"], record["fast"], len(measured)) == ([42], True, 2)
+    assert all(job.config.fast for job in measured)
+    assert not list(folder.iterdir())
+
+
+def test_size_starts_from_several_base_models(protocol: Protocol) -> None:
+    plan = protocol.plan("model_size")
+    arm = next(iter(plan.arms.values()))
+    seeds = plan.seeds or []
+    sources = [
+        load_experiment(arm.experiment, "mini", ab.arm_overrides(plan, arm, seed, "mini")).model_source("vicuna-13b")
+        for seed in seeds
+    ]
+    assert [Path(source).name for source in sources] == [f"llm-13b{part}" for part in ("", "-1", "-2", "", "-1")]
+    config = load_experiment(arm.experiment, "mini", ab.arm_overrides(plan, arm, seeds[1], "mini"))
+    upstream = config.upstream()
+    assert upstream is not None
+    assert upstream.scale.models == config.scale.models  # stage 1 has the same base model
+    assert upstream.experiment.train.seed == config.experiment.train.seed == seeds[1]
+
+
+def test_arm_without_stage_1_has_no_seed_of_it(protocol: Protocol) -> None:
+    plan = protocol.plan("pretraining")
+    overrides = [ab.arm_overrides(plan, arm, 3, "mini") for arm in plan.arms.values()]
+    assert [o.get("init.train.seed") for o in overrides] == [3, None, None]
+    assert overrides[2]["train.epochs"] == 3
+
+
+def test_learning_rates_are_chosen_from_one_grid(measured: list[ab.Job], folder: Path, protocol: Protocol) -> None:
+    content = ab.tune(["cot_order"])
+    grid = protocol.learning_rates
+    assert len(measured) == 2 * len(grid)
+    assert {json.loads(job.overrides)["train.seed"] for job in measured} == {protocol.tuning_seed}
+    assert {row["best"] for row in content["arms"].values()} == {max(grid)}  # the fake score is the rate
+    measured.clear()
+    ab.ablate(["cot_order"], seeds=[42])
+    assert {job.config.experiment.train.learning_rate for job in measured} == {max(grid)}
+    path = folder / "learning_rates.json"
+    write_json(path, {**read_json(path), "grid": "another"})
+    assert stored.learning_rates(protocol) == {}
+
+
+def test_freshness_names_what_has_changed(folder: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"training_code": "a", "evaluation_code": "b", "base_models": {"vicuna-7b": "c"}, "data": {"mini-cc3m": "d"}}
+    monkeypatch.setattr(stored, "made_with", lambda plan, configs: now)
+    assert ab.freshness(["feature_layer"])[0] == {
+        "name": "feature_layer",
+        "status": "missing",
+        "reasons": ["no record"],
+    }
+    record = {**simulated_record(protocol, "feature_layer", 0), "made_with": now}
+    stored.write_record(record)
+    assert ab.freshness(["feature_layer"])[0]["status"] == "fresh"
+    other = {**now, "evaluation_code": "x", "base_models": {"vicuna-7b": "y"}}
+    stored.write_record({**record, "protocol": "z", "made_with": other})
+    row = ab.freshness(["feature_layer"])[0]
+    assert row["status"] == "stale"
+    assert row["reasons"] == ["another plan", "evaluation code has changed", "base model vicuna-7b has changed"]
 
 
 @pytest.mark.parametrize(
@@ -31,95 +261,21 @@ def test_difference_pairs_the_seeds() -> None:
     [
         ("feature_layer", {"model.feature_layer"}),
         ("cot_order", {"data.prompt_format"}),
-        ("pretraining", {"starts from stage 1"}),
+        ("pretraining", {"starts from stage 1", "train.epochs"}),
         ("model_size", {"model.language_model"}),
+        ("projector", {"model.projector"}),
+        ("image_position", {"image_position"}),
     ],
 )
-def test_arms_differ_in_one_setting(name, settings) -> None:
-    chosen = ab.ablation(name)
-    rows = ab.arm_settings((chosen.reference, chosen.other), "mini")
+def test_arms_differ_in_one_setting(name: str, settings: set[str], protocol: Protocol) -> None:
+    rows = ab.arm_settings(protocol.plan(name), "mini")
     assert {row["setting"] for row in rows} == settings
 
 
-ADDED = """
-name: half_rate
-base: science_qa
-title: ScienceQA at half the learning rate
-train: {learning_rate: 1.0e-5}
-"""
-
-
-@pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a new ablation in a root with a copy of the project's configs."""
-    shutil.copytree(runtime.ROOT / "configs", tmp_path / "configs")
-    monkeypatch.setattr(runtime, "ROOT", tmp_path)
-    return tmp_path / "configs" / "experiments" / "ablations" / "half_rate.yaml"
-
-
-def test_ablation_is_one_file(path: Path) -> None:
-    path.write_text(ADDED + "ablation: {labels: [full rate, half rate]}")
-    chosen = ab.ablation("half_rate")
-    assert (chosen.reference, chosen.other) == (("full rate", "science_qa"), ("half rate", "half_rate"))
-    rows = ab.arm_settings((chosen.reference, chosen.other), "a100x8")
-    assert [row["setting"] for row in rows] == ["train.learning_rate"]
-    assert load_experiment("half_rate").run_id == load_experiment("half_rate", "mini").run_id
-    path.write_text(ADDED)
-    assert "half_rate" not in ab.ablations()
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ("{name: cot_order}", "half_rate.yaml, ablation: another ablation has the name 'cot_order'"),
-        ("{reference: science_qe}", "ablation: unknown reference experiment 'science_qe'; did you mean 'science_qa'"),
-        ("{claim: ablation-7}", "unknown claim 'ablation-7'; did you mean 'ablation-7b'"),
-        ("{labls: [a, b]}", "half_rate.yaml: unknown key 'labls'; did you mean 'labels'"),
-    ],
-)
-def test_wrong_ablation_section_is_refused(path: Path, section: str, message: str) -> None:
-    path.write_text(f"{ADDED}ablation: {section}")
-    with pytest.raises(ConfigError, match=message):
-        ab.ablations()
-
-
-def test_unknown_ablation_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="feature_layer"):
-        ab.ablate("feature_layers")
-
-
-@pytest.mark.parametrize(("worse", "expected"), [(2, "not resolved"), (160, "agrees")])
-def test_two_close_seeds_are_not_resolved(monkeypatch: pytest.MonkeyPatch, worse: int, expected: str) -> None:
-    better = 1  # questions that only the ablated arm answers; its accuracy falls equally with both seeds
-    first = [1.0] * worse + [0.0] * better + [1.0] * (400 - worse - better)
-    second = [0.0] * worse + [1.0] * better + [1.0] * (400 - worse - better)
-    arms = [ab.Arm("a", "science_qa", [50.0, 52.0]), ab.Arm("b", "x", [50 - worse / 4 + 0.25, 52 - worse / 4 + 0.25])]
-    monkeypatch.setattr(ab, "run_arms", lambda *_: arms)
-    monkeypatch.setattr(ab, "question_scores", lambda arm, _: [first if arm is arms[0] else second] * 2)
-    result = ab.ablate("feature_layer")
-    assert result["interval"][0] == result["interval"][1] == pytest.approx(-(worse - better) / 4)
-    assert result["widest"][0] < result["interval"][0]
-    assert result["verdict"] == expected
-    assert ab.difference_check("x", None, result)["measured"] == result["widest"]
-
-
-@pytest.mark.parametrize(
-    ("means", "output"),
-    [
-        ((38.0, 39.0), "No arm is above a blind guess (50.0 %)"),
-        ((80.0, 45.0), "Not above a blind guess (50.0 %): other."),
-        ((80.0, 70.0), "(2 seeds per arm)"),
-    ],
-)
-def test_explanation_names_arms_at_chance_level(
-    means: tuple[float, float], output: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ab, "load_problems", lambda *_: [SimpleNamespace(choices=["a", "b"])] * 200)
-    record = SimpleNamespace(config=SimpleNamespace(data_path=None))
-    arms = [SimpleNamespace(name=n, mean=m, records=[record]) for n, m in zip(("full", "other"), means, strict=True)]
-    text = ab.explain({"n_seeds": 2, "arms": arms, "verdict": "not resolved"})
-    assert text.startswith("**Not resolved.** Over seeds or over questions")
-    assert output in text
-    assert ab.explain({"n_seeds": 1, "arms": arms, "verdict": "not resolved"}).startswith(
-        "**Not resolved.** There is one"
-    )
+def test_papers_small_differences_are_not_significant(protocol: Protocol) -> None:
+    z = {}
+    for name in ("feature_layer", "cot_order", "pretraining", "model_size"):
+        plan = protocol.plan(name)
+        z[name] = (ab.published_difference(plan, list(plan.arms)[1]) or {})["z"]
+    assert {name for name, value in z.items() if abs(value) >= ab.NORMAL_95} == {"pretraining"}
+    assert z["feature_layer"] == pytest.approx(-1.514, abs=1e-3)  # 3856 against 3815 of 4241

@@ -1,0 +1,417 @@
+"""Records of ablations in results/ablations, and what follows from them: differences, verdicts, freshness.
+
+A record holds for each arm and seed whether each question was answered correctly, so every interval and verdict is
+computed from it and from the plan; none is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from companion import miniature
+from companion.comparisons import Scores, beats, compare, compare_speed, holm
+from companion.data_tools.scienceqa import load_problems
+from companion.evaluation.baselines import lookup_table_scores
+from companion.evaluation.bench_steps import load_bench
+from companion.evaluation.statistics import seeds_interval
+from companion.figures import check
+from companion.paper.claims import claim
+from companion.paper.verdict import Verdict, verdict_of_difference
+from companion.protocol import SPEED, AblationPlan, Protocol, Subset, load_protocol
+from llava_core import runtime
+from llava_core.checkpoints.base_models import base_hash
+from llava_core.config import RunConfig
+from llava_core.runtime import DataError, display_path, environment, fingerprint, read_json, sha256_file, write_json
+from llava_core.train.identity import code_fingerprint, run_inputs, source_fingerprint
+
+SEPARATOR = " "
+NO_RECORD = "no record"
+CODE_ROOT = Path(__file__).resolve().parents[1]
+ANSWERING = (
+    "llava_core/inference.py", "llava_core/models/generation.py", "llava_core/models/kv_cache.py",
+    "companion/data_tools/scienceqa.py", "companion/evaluation/science_qa.py", "companion/evaluation/predict.py",
+)  # fmt: skip
+JUDGING = (
+    "companion/evaluation/llava_bench.py", "companion/evaluation/bench_steps.py", "companion/miniature/offline_chat.py"
+)  # fmt: skip
+"""The code behind the answers and scores of a record, besides that of the training."""
+
+
+def folder() -> Path:
+    return runtime.ROOT / "results" / "ablations"
+
+
+def record_path(name: str) -> Path:
+    return folder() / f"{name}.json"
+
+
+def read_record(name: str) -> dict[str, Any] | None:
+    """Return the stored record of an ablation, or None."""
+    path = record_path(name)
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = read_json(path)
+    missing = {"ablation", "protocol", "seeds", "questions", "arms", "made_with"} - record.keys()
+    if missing or record["ablation"] != name:
+        raise DataError(f"{display_path(path)}: no record of {name}; write it again with `llava ablate {name}`")
+    return record
+
+
+def write_record(record: Mapping[str, Any]) -> bool:
+    """Store a record unless the stored one follows the same plan with more seeds; return whether it was stored."""
+    stored = read_record(record["ablation"])
+    if stored and stored["protocol"] == record["protocol"] and len(stored["seeds"]) > len(record["seeds"]):
+        return False
+    write_json(record_path(record["ablation"]), record)
+    return True
+
+
+def _joined(values: Any) -> str:
+    return SEPARATOR.join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def _numbers(text: str) -> np.ndarray:
+    return np.array(text.split(SEPARATOR), dtype=float)
+
+
+def _bits(text: str) -> np.ndarray:
+    """Right answers, 0 or 1 (questions,), from a text of these digits."""
+    return np.frombuffer(text.encode(), dtype=np.uint8).astype(float) - ord("0")
+
+
+def _science_questions(config: RunConfig, n: int) -> dict[str, Any]:
+    problems = load_problems(config.data_path, "test")[:n]
+    names = [p.id if p.image is None else sha256_file(p.image) for p in problems]
+    number = {name: k for k, name in enumerate(dict.fromkeys(names))}
+    return {
+        "n": n,
+        "ids": fingerprint([p.id for p in problems]),
+        "cluster": _joined(number[name] for name in names),
+        "image": "".join(str(int(p.image is not None)) for p in problems),
+        "choices": "".join(str(len(p.choices)) for p in problems),
+        "lookup_table": _joined(
+            round(score, 4) for score in lookup_table_scores(load_problems(config.data_path, "train"), problems)
+        ),
+    }
+
+
+def _bench_questions(config: RunConfig, bench: str, n: int) -> dict[str, Any]:
+    questions = load_bench(runtime.resolve(config.scale.data[bench])).questions[:n]
+    number = {image: k for k, image in enumerate(dict.fromkeys(q["image"] for q in questions))}
+    return {
+        "n": n,
+        "ids": fingerprint([str(q["question_id"]) for q in questions]),
+        "cluster": _joined(number[q["image"]] for q in questions),
+        "category": _joined(q["category"] for q in questions),
+    }
+
+
+def made_with(plan: AblationPlan, configs: Mapping[str, RunConfig]) -> dict[str, Any]:
+    """Return what decides the results of arms: base models, data, code of training and of evaluation."""
+    known = sorted({name for config in configs.values() for name in config.base_models})
+    first = next(iter(configs.values()))
+    sets = ("mini-cc3m", "mini-coco", "bench-coco-all") if plan.bench else ("mini-cc3m", "mini-scienceqa")
+    code = (*ANSWERING, *JUDGING) if plan.bench else ANSWERING
+    return {
+        "training_code": code_fingerprint(),
+        "evaluation_code": source_fingerprint(CODE_ROOT / name for name in code),
+        "base_models": {name: base_hash(first.model_source(name)) for name in known},
+        "data": {name: [miniature.generator_version(name), asdict(miniature.Sizes())] for name in sets},
+    }
+
+
+def make_record(
+    protocol: Protocol,
+    name: str,
+    seeds: Sequence[int],
+    measured: Mapping[tuple[str, int], Mapping[str, Any]],
+    configs: Mapping[str, RunConfig],
+    fast: bool = False,
+) -> dict[str, Any]:
+    """Return the record of an ablation.
+
+    Args:
+        measured: by arm and seed, as `ablations.measure` returns it.
+        configs: of the first seed of each arm.
+    """
+    plan, arms = protocol.plan(name), dict[str, Any]()
+    first = next(iter(measured.values()))
+    for label, arm in plan.arms.items():
+        own = [measured[label, seed] for seed in seeds]
+        arms[label] = {
+            "experiment": arm.experiment, "set": arm.set,
+            "learning_rate": configs[label].experiment.train.learning_rate,
+            "runs": [result["run"] for result in own], "seconds": [result["seconds"] for result in own],
+        }  # fmt: skip
+        if plan.bench is None:
+            arms[label]["right"] = [result["accuracy"]["right"] for result in own]
+        else:
+            for key in ("candidate", "reference"):
+                arms[label][key] = [_joined(result["bench"][key]) for result in own]
+        if plan.speed is not None:
+            arms[label]["curve"] = {
+                "steps": own[0]["curve"]["steps"], "right": [result["curve"]["right"] for result in own]
+            }  # fmt: skip
+    config = configs[plan.reference]
+    if plan.bench is None:
+        questions = _science_questions(config, len(first["accuracy"]["right"]))
+    else:
+        questions = _bench_questions(config, plan.bench, len(first["bench"]["candidate"]))
+    return {
+        "ablation": name,
+        "protocol": protocol.protocol_hash(name),
+        "scale": config.scale.name,
+        "fast": fast,
+        "seeds": list(seeds),
+        "base_models": [plan.base_model(seed) for seed in seeds],
+        "questions": questions,
+        "arms": arms,
+        "made_with": {
+            **made_with(plan, configs),
+            "training_data": {k: v for c in configs.values() for k, v in run_inputs(c)["data"].items()},
+            "environment": environment(),
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what follows
+
+
+def scores_of(record: Mapping[str, Any], label: str) -> Scores:
+    """Return the scores of an arm (seeds, questions)."""
+    arm = record["arms"][label]
+    if "right" in arm:
+        return Scores.of(np.stack([_bits(text) for text in arm["right"]]))
+    return Scores.of(*(np.stack([_numbers(text) for text in arm[key]]) for key in ("candidate", "reference")))
+
+
+def clusters_of(record: Mapping[str, Any]) -> list[str]:
+    return list(record["questions"]["cluster"].split(SEPARATOR))
+
+
+def chosen_questions(record: Mapping[str, Any], subset: Subset) -> np.ndarray:
+    """Return the indices of the questions of a subset."""
+    n = record["questions"]["n"]
+    if subset == "all":
+        return np.arange(n)
+    with_image = _bits(record["questions"]["image"]) == 1
+    return np.flatnonzero(with_image if subset == "image" else ~with_image)
+
+
+def _comparison(record: Mapping[str, Any], plan: AblationPlan, label: str, subset: Subset) -> Any:
+    chosen = chosen_questions(record, subset)
+    clusters = clusters_of(record)
+    units = record["base_models"] if plan.unit == "base model" else None
+    first, second = (scores_of(record, name).part(chosen) for name in (plan.reference, label))
+    return compare(first, second, [clusters[k] for k in chosen], units)
+
+
+def _speed(record: Mapping[str, Any], plan: AblationPlan) -> tuple[Any, dict[str, Any]]:
+    """Learning speed of the second arm against the reference: the comparison, and the accuracies at the checkpoints."""
+    assert plan.speed is not None
+    labels = list(plan.arms)[:2]
+    arms = [record["arms"][label]["curve"] for label in labels]
+    curves = [np.stack([[_bits(text) for text in run] for run in arm["right"]]) for arm in arms]
+    steps = arms[0]["steps"]
+    clusters = clusters_of(record)[: curves[0].shape[2]]
+    result, reached = compare_speed(steps, curves[0], curves[1], plan.speed.target, clusters)
+    accuracies = {label: (100 * curve.mean(2)).tolist() for label, curve in zip(labels, curves, strict=True)}
+    needed = dict(zip(labels, (reached["first"], reached["second"]), strict=True))
+    # the paper's form of the claim: where the reference reaches what the other arm has at its end
+    last = [run[-1] for run in accuracies[labels[1]]]
+    first_to = [
+        next((step / steps[-1] for step, value in zip(steps, run, strict=True) if value >= end), None)
+        for run, end in zip(accuracies[labels[0]], last, strict=True)
+    ]
+    return result, {
+        "steps": steps, "accuracies": accuracies, "needed": needed, "target": plan.speed.target,
+        "share_of_steps": first_to,
+    }  # fmt: skip
+
+
+def p_values(record: Mapping[str, Any], protocol: Protocol) -> dict[str, float]:
+    """Return the uncorrected p values of a record's comparisons by their names in the family."""
+    plan, name = protocol.plan(record["ablation"]), record["ablation"]
+    found = {
+        f"{name}: {label}": _comparison(record, plan, label, plan.subset).p
+        for label, arm in list(plan.arms.items())[1:]
+        if not arm.control
+    }
+    if plan.speed is not None:
+        found[f"{name}: {SPEED}"] = _speed(record, plan)[0].p
+    return found
+
+
+def shortfall(record: Mapping[str, Any], protocol: Protocol) -> list[str]:
+    """Return in which respects a record is less than the plan asks for; such a record gives no verdict."""
+    plan = protocol.plan(record["ablation"])
+    seeds, questions = plan.seeds or [], plan.questions or 0
+    missing = [seed for seed in seeds if seed not in record["seeds"]]
+    found = [f"{len(seeds) - len(missing)} of {len(seeds)} seeds"] if missing else []
+    if record["questions"]["n"] < questions:
+        found.append(f"{record['questions']['n']} of {questions} questions")
+    if record["protocol"] != protocol.protocol_hash(record["ablation"]):
+        found.append("another plan")
+    if record["fast"]:
+        found.append("shortened runs")
+    return found
+
+
+def analyse(record: Mapping[str, Any], protocol: Protocol | None = None) -> dict[str, Any]:
+    """Return the differences and verdicts that follow from a record and the plan.
+
+    Holm's correction is over the whole family: the other ablations count with their stored records, and with p = 1
+    where there is none.
+
+    Returns:
+        `arms` (rows: arm, values, mean, interval), `differences` (by arm: `Comparison.summary`, p_holm, equivalence_p,
+        verdict, claim, control, and `control_subset` with the same numbers), `speed` (or None), `shortfall`,
+        `testable`, `above_baselines` (by arm), `chance`, `lookup_table`, `seeds`, `n`.
+    """
+    protocol = protocol or load_protocol()
+    name, plan = record["ablation"], protocol.plan(record["ablation"])
+    others = {key: p for other in protocol.ablations if other != name for key, p in _stored_p(other, protocol).items()}
+    corrected = holm(dict.fromkeys(protocol.family, 1.0) | others | p_values(record, protocol))
+    lacking = shortfall(record, protocol)
+    chosen = chosen_questions(record, plan.subset)
+    above, baselines = _above_baselines(record, plan, chosen)
+    testable = plan.bench is not None or any(above.values()) or len(record["seeds"]) == 1
+
+    differences = {}
+    for label, arm in list(plan.arms.items())[1:]:
+        result, key = _comparison(record, plan, label, plan.subset), f"{name}: {label}"
+        direction = claim(arm.claim).direction if arm.claim else None
+        margin = plan.margin or protocol.margin
+        verdict = verdict_of_difference(result, direction, p=corrected.get(key, 1.0), margin=margin, testable=testable)
+        row = {
+            **result.summary(), "subset": plan.subset, "claim": arm.claim, "control": arm.control,
+            "p_holm": corrected.get(key), "equivalence_p": result.equivalence_p(margin),
+            "verdict": Verdict.NOT_RESOLVED if lacking else Verdict.SHOWN_ONLY if arm.control else verdict,
+        }  # fmt: skip
+        if plan.control_subset is not None:
+            row["control_subset"] = {
+                "subset": plan.control_subset, **_comparison(record, plan, label, plan.control_subset).summary()
+            }  # fmt: skip
+        differences[label] = row
+    speed = None
+    if plan.speed is not None:
+        result, facts = _speed(record, plan)
+        key = f"{name}: {SPEED}"
+        verdict = verdict_of_difference(
+            result, plan.speed.direction, p=corrected[key], margin=None, testable=testable
+        )  # fmt: skip
+        speed = {
+            **result.summary(), **facts, "claim": plan.speed.claim, "p_holm": corrected[key],
+            "verdict": Verdict.NOT_RESOLVED if lacking else verdict,
+        }  # fmt: skip
+    return {
+        "arms": [_arm_row(record, label, chosen) for label in plan.arms],
+        "differences": differences,
+        "speed": speed,
+        "shortfall": lacking,
+        "testable": testable,
+        "above_baselines": above,
+        **baselines,
+        "subset": plan.subset,
+        "seeds": record["seeds"],
+        "n": len(chosen),
+    }
+
+
+def _arm_row(record: Mapping[str, Any], label: str, chosen: np.ndarray) -> dict[str, Any]:
+    values = scores_of(record, label).part(chosen).values.tolist()
+    interval = seeds_interval(values)["interval"]
+    return {"arm": label, "values": values, "mean": float(np.mean(values)), "interval": interval}
+
+
+def _above_baselines(
+    record: Mapping[str, Any], plan: AblationPlan, chosen: np.ndarray
+) -> tuple[dict[str, bool], dict[str, float | None]]:
+    """Whether each arm is above chance and above the look-up table; the accuracies of these two."""
+    if plan.bench is not None:
+        return {}, {"chance": None, "lookup_table": None}
+    facts = record["questions"]
+    chance = 1 / np.array([int(digit) for digit in facts["choices"]], dtype=float)[chosen]
+    table = _numbers(facts["lookup_table"])[chosen]
+    clusters = clusters_of(record)
+    names = [clusters[k] for k in chosen]
+    above = {}
+    for label in plan.arms:
+        own = scores_of(record, label).part(chosen)
+        above[label] = beats(own, chance.tolist(), names) and beats(own, table.tolist(), names)
+    return above, {"chance": 100 * float(chance.mean()), "lookup_table": 100 * float(table.mean())}
+
+
+def _stored_p(name: str, protocol: Protocol) -> dict[str, float]:
+    record = read_record(name)
+    return {} if record is None or shortfall(record, protocol) else p_values(record, protocol)
+
+
+def difference_checks(result: Mapping[str, Any], note: str = "") -> list[dict[str, Any]]:
+    """Return the rows of the results table for the claims of an analysed record."""
+    rows = []
+    for row in [*result["differences"].values(), *([result["speed"]] if result["speed"] else [])]:
+        if row["claim"]:
+            known = claim(row["claim"])
+            measured = row["interval"] or row["effect"]
+            own = check(known.text, known.value_text, measured, None, note)
+            rows.append({**own, "verdict": row["verdict"], "id": known.id, "place": known.place})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ freshness
+
+
+def stale_reasons(name: str, protocol: Protocol, configs: Mapping[str, RunConfig]) -> list[str]:
+    """Return why a stored record does not belong to the present plan, code, models and data; empty if it does."""
+    record = read_record(name)
+    if record is None:
+        return [NO_RECORD]
+    reasons = shortfall(record, protocol)
+    then, now = record["made_with"], made_with(protocol.plan(name), configs)
+    for key, words in (("training_code", "training code"), ("evaluation_code", "evaluation code")):
+        if then[key] != now[key]:
+            reasons.append(f"{words} has changed")
+    for key, words in (("base_models", "base model"), ("data", "data set")):
+        changed = [part for part in now[key] if then[key].get(part) != now[key][part]]
+        reasons += [f"{words} {part} has changed" for part in changed]
+    return reasons
+
+
+# ------------------------------------------------------------------------------------------------ learning rates
+
+
+def _rates_path() -> Path:
+    return folder() / "learning_rates.json"
+
+
+def _rates_hash(protocol: Protocol) -> str:
+    return fingerprint([protocol.scale, protocol.learning_rates, protocol.tuning_seed])
+
+
+def write_learning_rates(protocol: Protocol, found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Store the score of each arm at each rate, over those of earlier calls with the same grid; return the file."""
+    path = _rates_path()
+    earlier: dict[str, Any] = read_json(path) if path.is_file() else {}
+    arms = earlier.get("arms", {}) if earlier.get("grid") == _rates_hash(protocol) else {}
+    for arm, scores in found.items():
+        arms[arm] = {"scores": dict(scores), "best": float(max(scores, key=lambda rate: scores[rate]))}
+    content = {"grid": _rates_hash(protocol), "arms": arms}
+    write_json(path, content)
+    return content
+
+
+def learning_rates(protocol: Protocol) -> dict[str, float]:
+    """Return the chosen rate by arm; empty if none was chosen on the plan's grid."""
+    path = _rates_path()
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    if content.get("grid") != _rates_hash(protocol):
+        return {}
+    return {arm: row["best"] for arm, row in content["arms"].items()}
