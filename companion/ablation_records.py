@@ -142,6 +142,8 @@ def make_record(
     plan, arms = protocol.plan(name), dict[str, Any]()
     first = next(iter(measured.values()))
     for label, arm in plan.arms.items():
+        if (label, seeds[0]) not in measured:
+            continue
         own = [measured[label, seed] for seed in seeds]
         arms[label] = {
             "experiment": arm.experiment, "set": arm.set,
@@ -234,13 +236,17 @@ def _speed(record: Mapping[str, Any], plan: AblationPlan) -> tuple[Any, dict[str
     }  # fmt: skip
 
 
+def _others(record: Mapping[str, Any], plan: AblationPlan) -> list[str]:
+    return [label for label in plan.arms if label in record["arms"] and label != plan.reference]
+
+
 def p_values(record: Mapping[str, Any], protocol: Protocol) -> dict[str, float]:
     """Return the uncorrected p values of a record's comparisons by their names in the family."""
     plan, name = protocol.plan(record["ablation"]), record["ablation"]
     found = {
         f"{name}: {label}": _comparison(record, plan, label, plan.subset).p
-        for label, arm in list(plan.arms.items())[1:]
-        if not arm.control
+        for label in _others(record, plan)
+        if not plan.arms[label].control
     }
     if plan.speed is not None:
         found[f"{name}: {SPEED}"] = _speed(record, plan)[0].p
@@ -269,9 +275,9 @@ def analyse(record: Mapping[str, Any], protocol: Protocol | None = None) -> dict
     where there is none.
 
     Returns:
-        `arms` (rows: arm, values, mean, interval), `differences` (by arm: `Comparison.summary`, p_holm, equivalence_p,
-        verdict, claim, control, and `control_subset` with the same numbers), `speed` (or None), `shortfall`,
-        `testable`, `above_baselines` (by arm), `chance`, `lookup_table`, `seeds`, `n`.
+        `reference`, `arms` (rows: arm, values, mean, interval), `differences` (by arm: `Comparison.summary`, p_holm,
+        equivalence_p, verdict, claim, control, and `control_subset` with the same numbers), `speed` (or None),
+        `shortfall`, `testable`, `above_baselines` (by arm), `chance`, `lookup_table`, `seeds`, `n`.
     """
     protocol = protocol or load_protocol()
     name, plan = record["ablation"], protocol.plan(record["ablation"])
@@ -283,8 +289,8 @@ def analyse(record: Mapping[str, Any], protocol: Protocol | None = None) -> dict
     testable = plan.bench is not None or any(above.values()) or len(record["seeds"]) == 1
 
     differences = {}
-    for label, arm in list(plan.arms.items())[1:]:
-        result, key = _comparison(record, plan, label, plan.subset), f"{name}: {label}"
+    for label in _others(record, plan):
+        arm, result, key = plan.arms[label], _comparison(record, plan, label, plan.subset), f"{name}: {label}"
         direction = claim(arm.claim).direction if arm.claim else None
         margin = plan.margin or protocol.margin
         verdict = verdict_of_difference(result, direction, p=corrected.get(key, 1.0), margin=margin, testable=testable)
@@ -302,15 +308,15 @@ def analyse(record: Mapping[str, Any], protocol: Protocol | None = None) -> dict
     if plan.speed is not None:
         result, facts = _speed(record, plan)
         key = f"{name}: {SPEED}"
-        verdict = verdict_of_difference(
-            result, plan.speed.direction, p=corrected[key], margin=None, testable=testable
-        )  # fmt: skip
+        direction = claim(plan.speed.claim).direction if plan.speed.claim else None
+        verdict = verdict_of_difference(result, direction, p=corrected[key], margin=None, testable=testable)
         speed = {
             **result.summary(), **facts, "claim": plan.speed.claim, "p_holm": corrected[key],
             "verdict": Verdict.NOT_RESOLVED if lacking else verdict,
         }  # fmt: skip
     return {
-        "arms": [_arm_row(record, label, chosen) for label in plan.arms],
+        "reference": plan.reference,
+        "arms": [_arm_row(record, label, chosen) for label in record["arms"]],
         "differences": differences,
         "speed": speed,
         "shortfall": lacking,
@@ -341,7 +347,7 @@ def _above_baselines(
     clusters = clusters_of(record)
     names = [clusters[k] for k in chosen]
     above = {}
-    for label in plan.arms:
+    for label in record["arms"]:
         own = scores_of(record, label).part(chosen)
         above[label] = beats(own, chance.tolist(), names) and beats(own, table.tolist(), names)
     return above, {"chance": 100 * float(chance.mean()), "lookup_table": 100 * float(table.mean())}
@@ -352,6 +358,51 @@ def _stored_p(name: str, protocol: Protocol) -> dict[str, float]:
     return {} if record is None or shortfall(record, protocol) else p_values(record, protocol)
 
 
+_MEANING = {
+    Verdict.AGREES: "The difference has the paper's sign and is significant after the correction for the family.",
+    Verdict.DISAGREES: "The difference has the opposite sign of the paper's and is significant.",
+    Verdict.NO_DIFFERENCE: "The difference is smaller than the margin of equivalence; that is tested.",
+    Verdict.NOT_RESOLVED: "Neither a difference nor equivalence is shown.",
+    Verdict.CANNOT_BE_TESTED: "No arm is above a blind guess and above the look-up table.",
+    Verdict.SHOWN_ONLY: "The paper claims nothing about this difference.",
+}
+
+
+def difference_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a table of the differences of an analysed record, in points."""
+    rows = []
+    for label, row in result["differences"].items():
+        for subset, part, verdict in ((row["subset"], row, row["verdict"]), (None, row.get("control_subset"), None)):
+            if part:
+                rows.append({
+                    f"minus {result['reference']}": label, "questions": f"{part['n']} ({subset or part['subset']})",
+                    "effect": part["effect"], "95 % interval": part["interval"], "over seeds": part["over_seeds"],
+                    "over questions": part["over_questions"], "p (Holm)": row["p_holm"] if verdict else None,
+                    "verdict": None if verdict is None else "control" if row["control"] else str(verdict),
+                })  # fmt: skip
+    return rows
+
+
+def explain(result: Mapping[str, Any]) -> str:
+    """Return sentences on the verdicts of an analysed record, for a chapter."""
+    parts = []
+    for label, row in result["differences"].items():
+        if not row["control"]:
+            ends = row["interval"]
+            interval = f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else ""
+            text = (
+                f"**{row['verdict'].capitalize()}**: {label} minus {result['reference']}, {row['effect']:+.1f} points"
+            )
+            parts.append(f"{text}{interval}. {_MEANING[row['verdict']] if not result['shortfall'] else ''}".strip())
+    if result["shortfall"]:
+        parts.append(f"This is less than the plan asks for ({', '.join(result['shortfall'])}), so there is no verdict.")
+    below = [label for label, above in result["above_baselines"].items() if not above]
+    if below and len(result["seeds"]) > 1:
+        chance, table = (f"{result[key]:.1f} %" for key in ("chance", "lookup_table"))
+        parts.append(f"Not above both a blind guess ({chance}) and the look-up table ({table}): {', '.join(below)}.")
+    return " ".join(parts)
+
+
 def difference_checks(result: Mapping[str, Any], note: str = "") -> list[dict[str, Any]]:
     """Return the rows of the results table for the claims of an analysed record."""
     rows = []
@@ -359,6 +410,9 @@ def difference_checks(result: Mapping[str, Any], note: str = "") -> list[dict[st
         if row["claim"]:
             known = claim(row["claim"])
             measured = row["interval"] or row["effect"]
+            if row is result["speed"]:
+                ends = [2**end for end in row["interval"] or (row["effect"], row["effect"])]
+                measured = f"{ends[0]:.2g} to {ends[1]:.2g} times the steps of the reference"
             own = check(known.text, known.value_text, measured, None, note)
             rows.append({**own, "verdict": row["verdict"], "id": known.id, "place": known.place})
     return rows

@@ -39,8 +39,7 @@ class SpeedPlan(StrictModel):
     questions: PositiveInt
     """The first test problems, which each checkpoint answers."""
     claim: str | None = None
-    direction: Literal["below 0", "above 0"] | None = None
-    """Claimed sign of log2(steps of the other arm / steps of the reference)."""
+    """Claim about the sign of log2(steps of the other arm / steps of the reference)."""
 
 
 class AblationPlan(StrictModel):

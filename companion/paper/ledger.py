@@ -59,7 +59,10 @@ def _of_chapter(known: Claim, out: Path) -> Measured:
     if value is None and interval is None:
         return Measured(note=f"chapter {against.chapter} has no such number")
     short = bool(saved.get("fast"))
+    recorded = next((row.get("verdict") for row in saved["checks"] if row.get("id") == known.id), None)
     verdict = verdict_of_interval(None if short else interval, known.direction)
+    if recorded and known.direction and not short:  # by the plan of the ablations, stricter than an interval
+        verdict = Verdict(recorded)
     where = f"{against.chapter.partition('_')[0] if against.chapter else ''}, {saved.get('scale')}"
     return Measured(value, interval, verdict, f"chapter {where}{', a shortened run' if short else ''}")
 
