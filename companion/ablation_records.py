@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from companion import miniature
-from companion.comparisons import Scores, beats, compare, compare_speed, holm
+from companion.comparisons import Scores, beats, compare, compare_speed, holm, single
 from companion.data_tools.scienceqa import load_problems
 from companion.evaluation.baselines import lookup_table_scores
 from companion.evaluation.bench_steps import load_bench
@@ -356,6 +356,49 @@ def _above_baselines(
 def _stored_p(name: str, protocol: Protocol) -> dict[str, float]:
     record = read_record(name)
     return {} if record is None or shortfall(record, protocol) else p_values(record, protocol)
+
+
+def category_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per category of a bench (`all` first) and arm: relative score and difference to the reference.
+
+    Rows: arm, category, n, score, interval, difference, difference_interval; a single seed has the intervals over its
+    questions.
+    """
+    plan = load_protocol().plan(record["ablation"])
+    categories, clusters = np.array(record["questions"]["category"].split(SEPARATOR)), clusters_of(record)
+    rows = []
+    for category in ("all", *dict.fromkeys(categories.tolist())):
+        chosen = np.flatnonzero((categories == category) | (category == "all"))
+        names = [clusters[k] for k in chosen]
+        reference = scores_of(record, plan.reference).part(chosen)
+        for label in record["arms"]:
+            arm = scores_of(record, label).part(chosen)
+            value, change = single(arm, names), compare(reference, arm, names)
+            rows.append({
+                "arm": label, "category": category, "n": len(chosen), "score": value.effect,
+                "interval": value.interval() or value.interval_over("questions"), "difference": change.effect,
+                "difference_interval": change.interval() or change.interval_over("questions"),
+            })  # fmt: skip
+    return rows
+
+
+def overview(protocol: Protocol) -> list[dict[str, Any]]:
+    """Return a row per comparison of the plan with its stored difference, interval and verdict."""
+    rows: list[dict[str, Any]] = []
+    for name in protocol.ablations:
+        record = read_record(name)
+        if record is None:
+            rows.append({"ablation": name, "verdict": "no record"})
+            continue
+        result = analyse(record, protocol)
+        for label, row in result["differences"].items():
+            rows.append({
+                "ablation": name, "difference": f"{label} minus {result['reference']}",
+                "problems": row["subset"], "seeds": len(result["seeds"]), "effect": row["effect"],
+                "95 % interval": row["interval"], "p (Holm)": row["p_holm"],
+                "verdict": "control" if row["control"] else str(row["verdict"]),
+            })  # fmt: skip
+    return rows
 
 
 _MEANING = {

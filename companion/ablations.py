@@ -167,7 +167,7 @@ def ablate(
     Args:
         seeds: default: those of the plan. All arms of a seed come before the next seed.
         fast: one seed and the budget of `--fast`.
-        main_arms: only the reference and the arm of the paper's claim.
+        main_arms: without the arms that the plan marks as controls.
         store: write each record to results/ablations as soon as its last run is measured.
         show: receives a line per finished run.
     """
@@ -180,8 +180,9 @@ def ablate(
         plan = protocol.plan(name)
         chosen[name] = list(seeds if seeds is not None else plan.seeds or protocol.seeds)[: 1 if fast else None]
         for seed in chosen[name]:
-            for label, arm in list(plan.arms.items())[: 2 if main_arms else None]:
-                wanted[name, label, seed] = arm_job(plan, arm, seed, place, fast, rates.get(arm_name(arm)))
+            for label, arm in plan.arms.items():
+                if not (main_arms and arm.control):
+                    wanted[name, label, seed] = arm_job(plan, arm, seed, place, fast, rates.get(arm_name(arm)))
     merged = _merged(list(wanted.values()))
     order = sorted(wanted, key=lambda key: chosen[key[0]].index(key[2]))
     jobs = list(dict.fromkeys(merged[wanted[key]] for key in order))

@@ -190,6 +190,11 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
+def single(arm: Scores, clusters: Sequence[Hashable] | None = None) -> Comparison:
+    """Return the value of one arm with its interval by the same rule."""
+    return compare(Scores(np.zeros_like(arm.scores), arm.weights), arm, clusters)
+
+
 def beats(arm: Scores, baseline: float | Sequence[float], clusters: Sequence[Hashable] | None = None) -> bool:
     """Return whether an arm lies significantly above a baseline: a value in percent, or an expected score per question.
 
