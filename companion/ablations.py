@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -24,7 +24,9 @@ from companion.ablation_records import (
     write_learning_rates,
     write_record,
 )
+from companion.figures import check
 from companion.paper.ledger import published_ablation
+from companion.paper.verdict import Verdict
 from companion.protocol import AblationPlan, ArmPlan, load_protocol
 from companion.results import bench_scores, science_curve, science_result
 from llava_core.config import META, RunConfig, load_experiment, load_scale
@@ -268,6 +270,12 @@ def published_difference(plan: AblationPlan, label: str) -> dict[str, Any] | Non
     """
     known = plan.arms[label].claim
     return published_ablation(known) if known and plan.quantity == "accuracy" else None
+
+
+def difference_check(what: str, published: Any, result: Mapping[str, Any], note: str = "") -> dict[str, Any]:
+    """Return the row of the results table for a difference: `effect`, `interval` or `widest`, and `verdict`."""
+    row = check(what, published, result.get("widest") or result["interval"] or result["effect"], None, note)
+    return {**row, "verdict": Verdict(result["verdict"])}
 
 
 def arm_settings(plan: AblationPlan, scale: str = "mini") -> list[dict[str, Any]]:

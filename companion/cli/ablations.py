@@ -15,8 +15,6 @@ def _ablate(args: argparse.Namespace) -> Result:
     from companion.protocol import load_protocol
 
     protocol = load_protocol()
-    if (args.name is None) == (not args.all):
-        raise ConfigError(f"give the name of an ablation, or --all; known are {', '.join(protocol.ablations)}")
     names = list(protocol.ablations) if args.all else [args.name]
     plans = {name: protocol.plan(name) for name in names}
     if args.check:
@@ -67,8 +65,9 @@ def add(commands: Commands) -> None:
     example = "llava ablate cot_order --seeds 5 --jobs 2"
     stale = lambda result: any(row["status"] != "fresh" for row in result.get("records", []))  # noqa: E731
     new = command(commands, "ablate", text, example, _ablate, _show, stale)
-    new.option("name", "NAME", "an ablation of configs/protocol.yaml", nargs="?")
-    new.switch("--all", "every ablation; runs that several need are trained once")
+    which = new.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", metavar="NAME", nargs="?", help="an ablation of configs/protocol.yaml")
+    which.add_argument("--all", action="store_true", help="every ablation; runs that several need are trained once")
     new.option("--seeds", "K", "the first K seeds of the plan (default: all)", type=int)
     new.number("--jobs", 1, "processes, each with one run")
     new.switch("--tune", "choose the learning rate of each arm on held-out data, from the grid of the plan")

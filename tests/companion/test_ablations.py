@@ -12,6 +12,7 @@ import pytest
 
 from companion import ablation_records as stored
 from companion import ablations as ab
+from companion.cli import main
 from companion.comparisons import simulated_arms
 from companion.protocol import Protocol, load_protocol
 from llava_core.config import load_experiment
@@ -140,6 +141,56 @@ def test_learning_speed_has_its_own_verdict(protocol: Protocol, folder: Path) ->
     assert [row["id"] for row in rows] == ["ablation-answer-first", "cot-convergence"]
 
 
+def bench_record(protocol: Protocol, seeds: int = 5) -> dict[str, Any]:
+    """A record of the data mixes on 40 images with three questions each; `none` has half the score of the others."""
+    plan, rng, n = protocol.plan("instruction_data"), np.random.default_rng(0), 120
+    reference = rng.integers(6, 11, (seeds, n))
+    arms = {}
+    for label in plan.arms:
+        candidate = reference * (0.4 if label == "none" else 0.8) + rng.integers(0, 2, (seeds, n))
+        texts = {key: [" ".join(f"{v:g}" for v in row) for row in scores] for key, scores in
+                 (("candidate", candidate), ("reference", reference))}  # fmt: skip
+        arms[label] = texts
+    facts = {
+        "n": n,
+        "cluster": " ".join(str(k // 3) for k in range(n)),
+        "category": " ".join(["conv", "detail", "complex"] * 40),
+    }
+    chosen = (plan.seeds or [])[:seeds]
+    return {
+        "ablation": "instruction_data", "protocol": protocol.protocol_hash("instruction_data"), "fast": False,
+        "seeds": chosen, "base_models": [0] * seeds, "questions": facts, "arms": arms, "made_with": {},
+    }  # fmt: skip
+
+
+def test_relative_scores_follow_the_same_rule(protocol: Protocol, folder: Path) -> None:
+    record = bench_record(protocol)
+    rows = {(row["category"], row["arm"]): row for row in stored.category_rows(record)}
+    assert {category for category, _ in rows} == {"all", "conv", "detail", "complex"}
+    assert rows["all", "full"]["n"] == 120
+    assert rows["detail", "none"]["n"] == 40
+    assert rows["all", "full"]["difference"] == 0
+    low, high = rows["all", "none"]["difference_interval"]
+    assert -45 < low < rows["all", "none"]["difference"] < high < -35
+    result = stored.analyse(record, protocol)
+    assert result["shortfall"] == ["120 of 600 questions"]
+    assert result["differences"]["none"]["effect"] == pytest.approx(rows["all", "none"]["difference"])
+    assert result["differences"]["conversation, steps matched"]["control"]
+
+
+def test_chapter_texts_name_verdict_interval_and_what_is_missing(protocol: Protocol, folder: Path) -> None:
+    whole = stored.explain(stored.analyse(simulated_record(protocol, "feature_layer", -10), protocol))
+    assert whole.startswith("**Agrees**: last layer minus layer before the last, -")
+    small = stored.explain(stored.analyse(simulated_record(protocol, "feature_layer", -25, 60, seeds=2), protocol))
+    assert "**Not resolved**" in small
+    assert "(2 of 5 seeds), so there is no verdict" in small
+    assert "Not above both a blind guess (50.0 %) and the look-up table (50.0 %): " in small
+    assert {row["verdict"] for row in stored.overview(protocol)} == {"no record"}
+    stored.write_record(simulated_record(protocol, "pretraining", -20))
+    rows = [row for row in stored.overview(protocol) if row["ablation"] == "pretraining"]
+    assert [row["verdict"] for row in rows] == ["agrees", "control"]
+
+
 def test_shorter_record_does_not_replace_a_longer_one(protocol: Protocol, folder: Path) -> None:
     assert stored.write_record(simulated_record(protocol, "feature_layer", -3))
     assert not stored.write_record(simulated_record(protocol, "feature_layer", -3, seeds=2))
@@ -254,6 +305,30 @@ def test_freshness_names_what_has_changed(folder: Path, protocol: Protocol, monk
     row = ab.freshness(["feature_layer"])[0]
     assert row["status"] == "stale"
     assert row["reasons"] == ["another plan", "evaluation code has changed", "base model vicuna-7b has changed"]
+
+
+def test_command_prints_effect_interval_and_verdict(
+    folder: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {}
+
+    def ablate(names: list[str], **options: Any) -> dict[str, Any]:
+        asked.update(options)
+        return {name: simulated_record(protocol, name, -10) for name in names}
+
+    monkeypatch.setattr(ab, "ablate", ablate)
+    assert main(["ablate", "cot_order", "--seeds", "3", "--jobs", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (asked["seeds"], asked["processes"], asked["store"]) == (protocol.seeds[:3], 2, True)
+    assert [arm["arm"] for arm in result["arms"]] == ["reasons first", "answer first"]
+    assert result["verdict"] == "agrees"
+    assert result["interval"][0] < result["effect"] < result["interval"][1]
+    assert main(["ablate", "cot_order"]) == 0
+    assert "agrees" in capsys.readouterr().out
+    assert main(["ablate", "cot_order", "--seeds", "9"]) == 1
+    assert "configs/protocol.yaml has 5 seeds" in capsys.readouterr().err
+    assert main(["ablate", "cot_order", "--check"]) == 1
+    assert "missing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,8 @@ def test_programming_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch
     [
         "",
         "nonsense",
+        "ablate",
+        "ablate cot_order --all",
         "evaluate",
         "evaluate captions",
         "evaluate captions --model a --predictions b",
