@@ -113,16 +113,23 @@ def _bench_questions(config: RunConfig, bench: str, n: int) -> dict[str, Any]:
 
 def made_with(plan: AblationPlan, configs: Mapping[str, RunConfig]) -> dict[str, Any]:
     """Return what decides the results of arms: base models, data, code of training and of evaluation."""
-    known = sorted({name for config in configs.values() for name in config.base_models})
-    first = next(iter(configs.values()))
     sets = ("mini-cc3m", "mini-coco", "bench-coco-all") if plan.bench else ("mini-cc3m", "mini-scienceqa")
     code = (*ANSWERING, *JUDGING) if plan.bench else ANSWERING
     return {
         "training_code": code_fingerprint(),
         "evaluation_code": source_fingerprint(CODE_ROOT / name for name in code),
-        "base_models": {name: base_hash(first.model_source(name)) for name in known},
+        "base_models": {name: base_hash(source) for name, source in _base_sources(plan, configs).items()},
         "data": {name: [miniature.generator_version(name), asdict(miniature.Sizes())] for name in sets},
     }
+
+
+def _base_sources(plan: AblationPlan, configs: Mapping[str, RunConfig]) -> dict[str, str]:
+    """The places of all base models of a plan; those of the miniature that are not there are left out."""
+    sources = {name: config.model_source(name) for config in configs.values() for name in config.base_models}
+    for name, source in list(sources.items()):
+        more = {f"{name}-{k}": f"{source}-{k}" for k in range(1, plan.base_models)}
+        sources |= {key: place for key, place in more.items() if Path(place).is_dir()}
+    return dict(sorted(sources.items()))
 
 
 def make_record(

@@ -59,8 +59,9 @@ def arm_overrides(plan: AblationPlan, arm: ArmPlan, seed: int, scale: str, rate:
     overrides = {**arm.set, "train.seed": seed}
     if load_experiment(arm.experiment, scale, arm.set).experiment.init_from is not None:
         overrides["init.train.seed"] = seed
-    if base := plan.base_model(seed):
-        models = load_scale(scale).models
+    place = load_scale(scale)
+    if (base := plan.base_model(seed)) and place.miniature:  # elsewhere there is one model per size
+        models = place.models
         names = [name for name in models if name.startswith("vicuna")]
         overrides["scale.models"] = {**models, **{name: f"{models[name]}-{base}" for name in names}}
     if rate is not None:
@@ -157,7 +158,7 @@ def ablate(
     names: Sequence[str],
     *,
     scale: str | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] | int | None = None,
     fast: bool = False,
     processes: int = 1,
     main_arms: bool = False,
@@ -167,7 +168,7 @@ def ablate(
     """Train and evaluate the arms of ablations, the runs that they share once; return their records by name.
 
     Args:
-        seeds: default: those of the plan. All arms of a seed come before the next seed.
+        seeds: these, or the first so many of the plan (default: all). All arms of a seed come before the next seed.
         fast: one seed and the budget of `--fast`.
         main_arms: without the arms that the plan marks as controls.
         store: write each record to results/ablations as soon as its last run is measured.
@@ -180,7 +181,8 @@ def ablate(
     chosen: dict[str, list[int]] = {}
     for name in names:
         plan = protocol.plan(name)
-        chosen[name] = list(seeds if seeds is not None else plan.seeds or protocol.seeds)[: 1 if fast else None]
+        planned = (plan.seeds or protocol.seeds)[: seeds if isinstance(seeds, int) else None]
+        chosen[name] = (planned if seeds is None or isinstance(seeds, int) else list(seeds))[: 1 if fast else None]
         for seed in chosen[name]:
             for label, arm in plan.arms.items():
                 if not (main_arms and arm.control):

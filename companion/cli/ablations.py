@@ -21,11 +21,11 @@ def _ablate(args: argparse.Namespace) -> Result:
         return {"records": ablations.freshness(names)}
     if args.tune:
         return dict(ablations.tune(names, args.jobs, ablations.show_on_stderr))
-    seeds = None if args.seeds is None else protocol.seeds[: args.seeds]
-    if seeds is not None and not 0 < args.seeds <= len(protocol.seeds):
-        raise ConfigError(f"--seeds {args.seeds}: configs/protocol.yaml has {len(protocol.seeds)} seeds")
+    fewest = min(len(plan.seeds or []) for plan in plans.values())
+    if args.seeds is not None and not 0 < args.seeds <= fewest:
+        raise ConfigError(f"--seeds {args.seeds}: configs/protocol.yaml has {fewest} seeds")
     records = ablations.ablate(
-        names, seeds=seeds, fast=args.fast, processes=args.jobs, store=not args.fast, show=ablations.show_on_stderr
+        names, seeds=args.seeds, fast=args.fast, processes=args.jobs, store=not args.fast, show=ablations.show_on_stderr
     )
     results = {}
     for name, record in records.items():
