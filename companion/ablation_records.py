@@ -461,8 +461,8 @@ def difference_checks(result: Mapping[str, Any], note: str = "") -> list[dict[st
             known = claim(row["claim"])
             measured = row["interval"] or row["effect"]
             if row is result["speed"]:
-                ends = [2**end for end in row["interval"] or (row["effect"], row["effect"])]
-                measured = f"{ends[0]:.2g} to {ends[1]:.2g} times the steps of the reference"
+                ends = " to ".join(f"{2**end:.2g}" for end in row["interval"] or [row["effect"]])
+                measured = f"{ends} times the steps of the reference"
             own = check(known.text, known.value_text, measured, None, note)
             rows.append({**own, "verdict": row["verdict"], "id": known.id, "place": known.place})
     return rows

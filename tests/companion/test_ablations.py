@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from training_root import make_training_root
 
 from companion import ablation_records as stored
 from companion import ablations as ab
@@ -243,6 +244,20 @@ def test_runs_that_ablations_share_are_trained_once(measured: list[ab.Job], fold
     assert sorted(path.stem for path in folder.iterdir()) == sorted(names)
     assert len(lines) == 2 * (2 + 2 + 3)
     assert len({job.config.init_id for job in measured if job.experiment == "science_qa"}) == 2  # stage 1 is reseeded
+
+
+def test_processes_share_stage_1_and_resume(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_training_root(workspace)
+    monkeypatch.setenv("LLAVA_ROOT", str(workspace))  # read by the processes when they start
+    small = {"train.epochs": 1, "train.global_batch": 8, "train.max_length": 96, "data.limit": 8}
+    overrides = [json.dumps({**small, "train.learning_rate": rate}) for rate in (1e-3, 2e-3)]
+    jobs = [ab.Job("finetune", "mini", text, fast=False) for text in overrides]
+    results = dict(ab.run_jobs(jobs, processes=2))
+    assert set(results) == set(jobs)
+    summaries = {path: path.stat().st_mtime_ns for path in workspace.glob("runs/*/mini/*/summary.json")}
+    assert sorted(path.parts[-4] for path in summaries) == ["finetune", "finetune", "pretrain"]
+    assert dict(ab.run_jobs(jobs)) == results  # finished runs are reused
+    assert {path: path.stat().st_mtime_ns for path in workspace.glob("runs/*/mini/*/summary.json")} == summaries
 
 
 def test_fast_run_is_one_seed(measured: list[ab.Job], folder: Path) -> None:
