@@ -71,11 +71,15 @@ class Checker:
     def check(self, record: Record) -> list[Problem]:
         problems = list(record_problems(record.value))
         if isinstance(record.value, dict):
-            self.with_image += "image" in record.value and record.value["image"] is not None
-            if problems and (layout := other_layout(record.value)):
-                self.layouts[layout] += 1
             problems += [*self._image(record.value), *self._length(record.value), *self._duplicate(record)]
         return [Problem(record.line, record.label, kind, message) for kind, message in problems]
+
+    def count(self, record: Record, problems: list[Problem]) -> None:
+        """Count a checked record for the problems of the file as a whole."""
+        if isinstance(record.value, dict):
+            self.with_image += record.value.get("image") is not None
+            if problems and (layout := other_layout(record.value)):
+                self.layouts[layout] += 1
 
     def _image(self, value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         name = value.get("image")
@@ -160,7 +164,9 @@ def check_file(
             problems.append(item)
         else:
             count += 1
-            problems += checker.check(item)
+            found = checker.check(item)
+            checker.count(item, found)
+            problems += found
     return report(Path(path), count, problems, checker)
 
 

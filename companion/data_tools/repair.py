@@ -254,6 +254,7 @@ def fix_file(
             continue
         count += 1
         repaired, done, remaining = _repaired(item, checker, unit)
+        checker.count(repaired, remaining)
         line, earlier = _encoded(repaired), same_id.setdefault(repaired.label, [])
         if any(lines[k] == line for k in earlier):
             done.append("duplicate: left out")

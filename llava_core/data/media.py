@@ -15,9 +15,9 @@ from typing import Any
 from llava_core.constants import IMAGE_MARKER
 from llava_core.runtime import shortened
 
-_OTHER_SUFFIXES = frozenset((  # of videos and audio
+_OTHER_SUFFIXES = frozenset((  # of videos, audio and volumes
     "mp4", "avi", "mov", "mkv", "webm", "flv", "m4v", "wmv", "mpg", "mpeg",
-    "wav", "mp3", "flac", "ogg", "m4a", "aac", "opus",
+    "wav", "mp3", "flac", "ogg", "m4a", "aac", "opus", "ply", "pcd", "npy", "npz", "dcm", "nii",
 ))  # fmt: skip
 _IMAGE_SUFFIXES = frozenset((
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "ppm", "svg",
@@ -33,6 +33,10 @@ _OTHER_WORD = re.compile(r"(?:video|vid|audio)(?:s|id|ids|url|urls|names?|paths?
 _WHOLE_NAMES = frozenset((
     "media", "medias", "frames", "clips", "speech", "speeches", "sound", "sounds", "visual", "visuals", "attachments",
 ))  # fmt: skip
+_PARTS_OF_NAMES = frozenset(
+    ("media", "frame", "frames", "clip", "speech", "sound", "visual", "movie", "depth", "cloud")
+)
+_LOCATIONS = frozenset(("path", "paths", "file", "files", "url", "urls", "uri"))
 _ABOUT_IT = frozenset((  # `image_caption` states no image
     "type", "kind", "category", "caption", "captions", "description", "prompt", "license", "dataset", "split", "domain",
     "source", "model", "processor", "encoder", "tower", "root", "folder", "dir", "prefix", "token", "tokens", "aspect",
@@ -73,8 +77,9 @@ def unread_fields(fields: Mapping[str, Any], known: Iterable[str], image: Any = 
 def _is_unread(name: str, value: Any, image: Any) -> bool:
     words = [word.lower() for word in _WORD.findall(name)]
     about, whole = frozenset(words), name.lower() in _WHOLE_NAMES
-    is_image = any(map(_IMAGE_WORD.fullmatch, words))
-    is_other = any(map(_OTHER_WORD.fullmatch, words)) or (whole and not _is_other_text(value))
+    is_image = any(map(_IMAGE_WORD.fullmatch, words)) or name.lower() in _IMAGE_SUFFIXES
+    is_other = any(map(_OTHER_WORD.fullmatch, words)) or name.lower() in _OTHER_SUFFIXES
+    is_other |= (whole and not _is_other_text(value)) or bool(about & _PARTS_OF_NAMES and about & _LOCATIONS)
     number = sum(map(is_medium_name, _leaves(value)))
     if image is None:
         return number > 0 or ((is_image or is_other) and not about & _ABOUT_IT)
@@ -142,7 +147,10 @@ def _same_file(name: str, image: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------ markers
 
-_NOUN = "image|img|picture|photo|pic|screenshot|video|vid|audio|speech|sound|voice|media|visual|clip|frame"
+_NOUN = (
+    "image|img|picture|photo|pic|screenshot|video|vid|audio|speech|sound|voice|media|visual|clip|frame|depth|"
+    "point[_ ]?cloud"
+)
 _PART = (
     "here|content|context|placeholder|tokens?|pads?|patch|plh|features?|embeds?|embedding|start|end|begin|bos|eos|"
     "break|newline|soft|sep"
@@ -150,25 +158,26 @@ _PART = (
 _STRONG = re.compile(
     "|".join((
         # <|image_pad|>, <|vision_start|>, <|AUDIO|>, <|media_begin|>, with full-width bars too
-        r"<[|｜][^<>|｜\s]*?(?:image|img|video|vid(?![a-z])|audio|vision|speech|media)[^<>|｜\s]*[|｜]>",
+        r"<[|｜][^<>|｜\s]*?(?:image|img|video|vid(?![a-z])|audio|vision|speech|media|mm_)[^<>|｜\s]*[|｜]>",
         rf"<(?:{_NOUN})s?[\s_:#-]*\d+>",  # <image_1>, <image 1>, <img_00012>
         rf"(?<!\w)</?(?:{_NOUN}|vision|vis)s?[\s_-]?(?:{_PART})[a-z_]*\d*>",  # <ImageHere>, <IMG_CONTEXT>, <vid_patch>
         r"<(?:start|end|begin|bos|eos)_of_(?:image|img|video|audio|speech)>",  # <start_of_image>
-        r"<(?:fake_token_around_image|global-img|(?:low_)?im_(?:start|end|patch|col|row)|ph_image|unk_img)>",
+        r"<(?:fake_token_around_image|global-img|(?:low_)?im_(?:start|end|patch|col|row|content)|ph_image|unk_img)>",
         r"<\w+/(?:image|video|audio|sound|speech)>",  # <vila/image>
         r"<(img|image|video|audio|speech)>[^<>\s]+</\1>",  # <img>a.jpg</img>, <image>./</image>
         r"\[/?(?-i:IMG)(?:_(?-i:[A-Z]+)|[ _]?\d+)?\]",  # [IMG], [IMG_BREAK]
     )),
     re.IGNORECASE,
 )  # fmt: skip
-_TAG = rf"(?<!\w)[<＜〈]\s*/?\s*(?:{_NOUN})s?\s*/?\s*[>＞〉]"
+_TAG = rf"(?<!\w)[<＜〈]\s*/?\s*(?:{_NOUN})s?\s*/?\s*\\?[>＞〉]"
 _WEAK = re.compile(_TAG, re.IGNORECASE)
-_ALONE = re.compile(  # at the start of a text, or on a line of its own
+_ALONE = re.compile(  # at the start of a line, or at the end of a text
     rf"(?:\A|\n)[ \t]*((?:\{{\{{|[\[{{<]<?|__)\s*(?:{_NOUN})s?[ _]?\d*\s*(?:\}}\}}|[\]}}>]>?|__)"
     r"|<(?P<tag>img|image|video|audio)\s[^<>]*=[^<>]*>(?:\s*</(?P=tag)>)?"
-    r"|!\[[^\]\n]*\]\([^()\n]+\)|data:(?:image|video|audio)/[\w.+-]+)",
+    r"|!\[[^\]\n]*\]\([^()\n]+\)|data:(?:image|video|audio)/[\w.+-]+)|(!\[[^\]\n]*\]\([^()\s]+\))\s*\Z",
     re.IGNORECASE,
 )
+_HIDDEN = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")  # characters without width
 _ANSWERS = ("gpt", "assistant", "model", "bot")
 _MARKUP = re.compile(
     r"</(?!(?:image|img|video|audio)>)|```|<[a-z]+\s+[a-z-]+(?:=|>|\s+[a-z-]+[=>])|\b(?:x?html5?|css|svg|xml|jsx|javascript|react|dom)\b",
@@ -197,10 +206,12 @@ def foreign_markers(turns: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, str
         if not isinstance(text, str) or not may_hold_markers(text, text.count(IMAGE_MARKER)):
             continue
         plain = html.unescape(html.unescape(text)) if "&" in text else text
+        plain = plain if plain.isascii() else _HIDDEN.sub("", plain)
         if plain.count(IMAGE_MARKER) > text.count(IMAGE_MARKER):
             yield k, html.escape(IMAGE_MARKER)
         for match in _STRONG.finditer(plain):
-            if f"</{match[0].strip('<>')}>" not in plain:  # an element of XML
+            in_code = plain[: match.start()].endswith("`") and plain.startswith("`", match.end())
+            if not in_code and f"</{match[0].strip('<>')}>" not in plain:  # an element of XML
                 yield k, match[0]
         rest = _STRONG.sub("", plain)
         for match in _WEAK.finditer(rest):
@@ -213,7 +224,8 @@ def foreign_markers(turns: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, str
             if in_question or _stands_alone(rest, match, role):
                 yield k, match[0]
         if role not in _ANSWERS and "```" not in rest and "<" not in _ALONE.sub("", rest).replace(IMAGE_MARKER, ""):
-            yield from ((k, match[1]) for match in _ALONE.finditer(rest) if not _WEAK.fullmatch(match[1]))
+            found = (match[1] or match[match.lastindex or 0] for match in _ALONE.finditer(rest))
+            yield from ((k, marker) for marker in found if not _WEAK.fullmatch(marker))
 
 
 def _quoted(text: str, match: re.Match[str]) -> bool:

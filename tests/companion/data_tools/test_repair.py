@@ -172,6 +172,8 @@ def test_a_single_image_of_another_field_or_marker_is_renamed(tmp_path: Path, im
         )),
     ]  # fmt: skip
     path = tmp_path / "mine.json"
+    path.write_text(json.dumps(records[:1]))
+    assert fix_file(path, tmp_path / "repaired.json", images)["problems"] == []
     path.write_text(json.dumps(records))
     assert len(check_file(path, images)["problems"]) >= len(records)
     assert fix_file(path, tmp_path / "repaired.json", images)["problems"] == []

@@ -14,6 +14,13 @@ from llava_core.data.media import foreign_markers, unread_fields
 from llava_core.runtime import DataError
 
 MARKED = [
+    "\\<image\\>\nWhat?",
+    "<im\u200bage>\nWhat?",
+    "<point_cloud>\nWhat?",
+    "<depth>\nWhat?",
+    "<|mm_pad|>",
+    "<im_content>",
+    "What? ![](a.jpg)",
     "<video>\nWhat?",
     "<image_1> and <image_2>",
     "<Img><ImageHere></Img> What",
@@ -65,6 +72,8 @@ MARKED = [
     "<|img|>x",
 ]
 SPOKEN_OF = [
+    ("What does `<|image_pad|>` stand for?", "It is a token of Qwen2-VL."),
+    ("How deep is it?", "The depth is 3 m. [1]"),
     ("How do I use the <video> tag in HTML?", "Use <video controls> with <source>. Then </video>."),
     ("I have <video src='a.mp4'></video> in my page, how do I center it with CSS?", "Use flex."),
     ("<image>\nWhat?", "It."),
@@ -90,6 +99,10 @@ SPOKEN_OF = [
     ("The Picture of Dorian Gray <3", "x"),
 ]
 UNREAD: list[tuple[dict[str, Any], str | None]] = [
+    ({"speech_path": "a"}, None),
+    ({"mp3": "a"}, None),
+    ({"point_cloud_file": "a"}, None),
+    ({"points": "scene.ply"}, None),
     ({"video": "clip.mp4"}, None),
     ({"images": ["a.jpg"]}, None),
     ({"image_path": "a.jpg"}, None),
