@@ -173,8 +173,8 @@ _TAG = rf"(?<!\w)[<＜〈]\s*/?\s*(?:{_NOUN})s?\s*/?\s*\\?[>＞〉]"
 _WEAK = re.compile(_TAG, re.IGNORECASE)
 _ALONE = re.compile(  # at the start of a line, or at the end of a text
     rf"(?:\A|\n)[ \t]*((?:\{{\{{|[\[{{<]<?|__)\s*(?:{_NOUN})s?[ _]?\d*\s*(?:\}}\}}|[\]}}>]>?|__)"
-    r"|<(?P<tag>img|image|video|audio)\s[^<>]*=[^<>]*>(?:\s*</(?P=tag)>)?"
-    r"|!\[[^\]\n]*\]\([^()\n]+\)|data:(?:image|video|audio)/[\w.+-]+)|(!\[[^\]\n]*\]\([^()\s]+\))\s*\Z",
+    r"|<(?P<tag>img|image|video|audio)\s(?![^<>]*https?:)[^<>]*=[^<>]*>(?:\s*</(?P=tag)>)?"
+    r"|!\[[^\]\n]*\]\((?!https?:)[^()\n]+\)|data:(?:image|video|audio)/[\w.+-]+)|(!\[[^\]\n]*\]\((?!https?:)[^()\s]+\))\s*\Z",
     re.IGNORECASE,
 )
 _HIDDEN = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")  # characters without width

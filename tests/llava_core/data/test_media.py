@@ -72,6 +72,7 @@ MARKED = [
     "<|img|>x",
 ]
 SPOKEN_OF = [
+    ("![build](https://example.org/badge.svg)\nImprove this page.", "It has a badge."),
     ("What does `<|image_pad|>` stand for?", "It is a token of Qwen2-VL."),
     ("How deep is it?", "The depth is 3 m. [1]"),
     ("How do I use the <video> tag in HTML?", "Use <video controls> with <source>. Then </video>."),
