@@ -110,12 +110,34 @@ def relative_difference(
 def times_over(
     more: Sequence[Reviews], less: Sequence[Reviews], images: Mapping[Any, str], samples: int = SAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """Return how many times a system's relative score is that of another, and whether that is "several times".
+    """Return how many times a system's relative score is that of another, as `times_over_scores`, from reviews.
 
     Args:
         more: reviews of the system with the higher score, per seed; like `less`, by the same judge.
-        less: reviews of the other system: as many seeds, or one run that every seed is compared with.
-        images: question id -> image; questions about one image are resampled together.
+        images: question id -> image.
+
+    Raises:
+        DataError: also for a question without an image, or fewer than two questions that are scored everywhere.
+    """
+    tables = [[question_scores(reviews).scores for reviews in runs] for runs in (more, less)]
+    keys = [key for key in tables[0][0] if all(key in table for runs in tables for table in runs)]
+    image_of = {str(key): image for key, image in images.items()}
+    if len(keys) < 2 or (absent := [key for key in keys if key not in image_of]):
+        what = f"question {absent[0]} has no image" if len(keys) > 1 else f"{len(keys)} questions are scored everywhere"
+        raise DataError(f"{what}; give reviews and images of the same questions")
+    first, second = (np.array([[table[key] for key in keys] for table in runs]) for runs in tables)
+    return times_over_scores(first, second, [image_of[key] for key in keys], samples, seed)
+
+
+def times_over_scores(
+    more: np.ndarray, less: np.ndarray, images: Sequence[str], samples: int = SAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Return how many times a system's relative score is that of another, and whether that is "several times".
+
+    Args:
+        more: (seeds, questions, 2), the judge's scores of reference and candidate.
+        less: the same of the other system: as many seeds, or one run that every seed is compared with.
+        images: of each question; questions about one image are resampled together.
 
     Returns:
         n (questions), n_images, n_seeds, times (mean relative score of `more` over that of `less`), interval (the
@@ -123,31 +145,23 @@ def times_over(
         verdict on "several times": whether the interval lies above `SEVERAL`.
 
     Raises:
-        DataError: numbers of seeds that cannot be paired, a question without an image, fewer than two questions.
+        DataError: numbers of seeds that cannot be paired, or a relative score of 0.
     """
     if len(less) not in (1, len(more)):
-        raise DataError(f"{len(more)} and {len(less)} seeds cannot be paired; give one or equal numbers of reviews")
-    tables = [[question_scores(reviews).scores for reviews in runs] for runs in (more, less)]
-    keys = [key for key in tables[0][0] if all(key in table for runs in tables for table in runs)]
-    image_of = {str(key): image for key, image in images.items()}
-    if len(keys) < 2 or (absent := [key for key in keys if key not in image_of]):
-        what = f"question {absent[0]} has no image" if len(keys) > 1 else f"{len(keys)} questions are scored everywhere"
-        raise DataError(f"{what}; give reviews and images of the same questions")
-    names, image_index = np.unique([image_of[key] for key in keys], return_inverse=True)
+        raise DataError(f"{len(more)} and {len(less)} seeds cannot be paired; give one or equal numbers of runs")
+    names, image_index = np.unique(list(images), return_inverse=True)
     counts = item_counts(len(names), samples, seed)[:, image_index]  # (1 + samples, questions)
-    values = [
-        [relative_score(counts, np.array([table[key] for key in keys])) for table in runs] for runs in tables
-    ]  # system, seed -> (1 + samples,)
-    result = estimate(ratio(np.mean(values[0], 0), np.mean(values[1], 0)))
-    if result["value"] is None:
-        raise DataError("the lower relative score is 0; a ratio to it is not defined")
+    values = [np.array([relative_score(counts, run) for run in runs]) for runs in (more, less)]  # (seeds, 1 + samples)
+    result = estimate(ratio(values[0].mean(0), values[1].mean(0)))
+    if not all(table[:, 0].min() > 0 for table in values):
+        raise DataError("a relative score is 0; a ratio of it is not defined")
     interval = result["interval"]
     if len(more) > 1:
-        pairs = zip(values[0], values[1] * (len(more) // len(less)), strict=True)
-        over_seeds = np.exp(seeds_interval([float(np.log(a[0] / b[0])) for a, b in pairs])["interval"])
+        of_seeds = np.log(values[0][:, 0] / values[1][:, 0])  # one run of `less` is compared with every seed
+        over_seeds = np.exp(seeds_interval(of_seeds.tolist())["interval"])
         interval = [min(interval[0], float(over_seeds[0])), max(interval[1], float(over_seeds[1]))]
     return {
-        "n": len(keys), "n_images": len(names), "n_seeds": len(more), "times": result["value"], "interval": interval,
+        "n": len(images), "n_images": len(names), "n_seeds": len(more), "times": result["value"], "interval": interval,
         "verdict": verdict_of_interval([end - SEVERAL for end in interval], "above 0"),
     }  # fmt: skip
 
