@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def chat_client(args: argparse.Namespace, tape: Path) -> Any:
     if args.client in PAID_CLIENTS:
         waiting = "poll" if args.client == "batch" else "concurrency"
         live = given(args, "base_url", "budget_usd", "price", "timeout", waiting)
-    return client_from_name(args.client, responder=respond, cassette=tape, **live)
+    responder = partial(respond, error=getattr(args, "teacher_error", 0.0))
+    return client_from_name(args.client, responder=responder, cassette=tape, **live)
 
 
 def group(into: Commands, name: str, text: str, example: str) -> Commands:

@@ -177,6 +177,8 @@ def _add_generate(commands: Commands) -> None:
     new.server("record, batch")
     new.timeout()
     new.option("--poll", "SECONDS", "longest interval between two polls of a batch", type=positive, default=60.0)
+    text = "share of the scene's facts that the offline teacher states wrongly, 0 to 1 (default: 0)"
+    new.option("--teacher-error", "RATE", text, type=float, default=0.0)
     new.option("--instructions", "LIST", "prompts for descriptions: detail, brief or a file", default="detail")
     new.seed()
     new.path("--out", "DIR", "folder of the records", required=True)

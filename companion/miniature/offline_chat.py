@@ -50,6 +50,8 @@ def respond(
     if options := _options(user):
         return answer_multiple_choice(user, options)
     context = read_context(user)
+    if not 0 <= error <= 1:
+        raise DataError(f"the teacher's error rate is {error:g}; give a share from 0 to 1")
     if error and context.captions:
         context = _misread(context, error, random.Random(f"error-{seed}-{prompt}"))
     if context.captions and "conversation" in system:

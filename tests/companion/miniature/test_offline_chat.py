@@ -204,6 +204,8 @@ def test_errors_about_photographs_are_refused() -> None:
     assert respond(chat)
     with pytest.raises(DataError, match=r"miniature only, not about 'A man rides a horse\.'"):
         respond(chat, error=0.1)
+    with pytest.raises(DataError, match="error rate is 10; give a share"):
+        respond(build_messages("detail", written(captions_of(SCENES[0]))), error=10)
 
 
 # ------------------------------------------------------------------------------------------------ multiple choice
