@@ -174,8 +174,9 @@ def report(path: Path, count: int, problems: list[Problem], checker: Checker) ->
     """The result of `check_file`, with the problems of the file as a whole."""
     if not count and not problems:
         problems = [Problem(1, None, "no_records", NO_RECORDS)]
-    if checker.layouts and 2 * sum(checker.layouts.values()) > count:
-        layout, number = checker.layouts.most_common(1)[0]
+    number = checker.layouts.total()
+    if 2 * number > count:
+        layout = checker.layouts.most_common(1)[0][0]
         message = (
             f"{number:,} of {count:,} records have another layout ({layout}); `llava data convert {display_path(path)} "
             "--to mine.json` reads messages, query and response, instruction and output, texts"

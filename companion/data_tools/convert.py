@@ -187,10 +187,9 @@ def _record(
     value |= {"type": fields["type"]} if "type" in fields else {}
     value["conversations"] = turns
     if names := list(unread_fields(rest, (), image)):
-        raise RowError(
-            f"{first_of(names)} names a medium that the record would not have; name the column of the images, e.g. "
-            f"--columns image={shortened(names[0], 40)}, or leave the row out"
-        )
+        column = next((name for name in names if names_images(name)), None)
+        fix = f"name the column of the files of images, e.g. --columns image={column}, or " if column else ""
+        raise RowError(f"{first_of(names)} names a medium that the record would not have; {fix}leave the row out")
     record = Record(None, number - 1, value)
     problems = checker.check(record)
     checker.reported.clear()  # each row reports its damaged image
@@ -322,7 +321,9 @@ def _read_csv(source: Path, options: _Options) -> _Source:
         )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise DataError(f"{display_path(source)}, line 1: two columns are called '{twice[0]}'; rename one")
+        raise DataError(
+            f"{display_path(source)}, line 1: two columns are called '{shortened(twice[0], 40)}'; rename one"
+        )
     chosen = _choose_columns(options.columns, header, source)
 
     def rows() -> Iterator[_Row]:

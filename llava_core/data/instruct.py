@@ -128,7 +128,10 @@ def _read_list(text: str) -> Iterator[Record | Problem]:
     """The elements of a JSON list, each with its line; reading ends at the first syntax error."""
     at = _after_space(text, 0)
     if not text.startswith("[", at):
-        message = "a list of records was expected; put them between [ and ], or name a file of one per line .jsonl"
+        message = (
+            "a list of records was expected; put them between [ and ], name a file of one per line .jsonl, or write "
+            "the list that an object holds into a file of its own"
+        )
         yield Problem(1, None, "wrong_type" if text.startswith("{", at) else "not_json", message)
         return
     decode, position, line, counted = json.JSONDecoder().raw_decode, 0, 1, 0

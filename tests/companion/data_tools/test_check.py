@@ -128,7 +128,10 @@ def test_records_after_broken_json_are_checked(tmp_path: Path) -> None:
 def test_another_layout_is_one_line_first_and_names_the_command(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     layouts: dict[str, list[Any]] = {
-        "no conversations, but query, response": [{"query": "Why?", "response": "So."}] * 3,
+        "3 of 3 records have another layout (no conversations, but query, response)": [
+            *[{"query": "Why?", "response": "So."}] * 2,
+            {"query": "Why?", "response": "So.", "history": []},
+        ],
         "no conversations, but messages, images": [{"messages": [], "images": ["a.jpg"]}] * 2 + [record("a", None)],
         "turns of role, content": [{"id": "a", "conversations": [{"role": "user", "content": "Why?"}]}],
     }

@@ -249,7 +249,10 @@ LONG = "iVBORw0KGgo" * 9000
     ("row", "message"),
     [
         ({"messages": [USER, ASSISTANT], "images": ["a.jpg", "b.jpg"]}, "2 images; a record has one"),
-        ({"query": "Why?", "response": "So.", "videos": ["clip.mp4"]}, "videos names a medium"),
+        (
+            {"query": "Why?", "response": "So.", "videos": ["clip.mp4"]},
+            "videos names a medium that the record would not have; leave the row out",
+        ),
         ({"question": "Why?", "answer": "So.", "image_id": 458752}, "image_id names a medium"),
         ({"question": "Why?", "answer": "So.", "metadata": {"video": "clip"}}, r"metadata\.video names a medium"),
         ({"question": "<video>Why?", "answer": "So."}, "<video> in turn 0 is a marker"),
