@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ _SIGNATURES = {
     b"II*\0": ".tif",
     b"MM\0*": ".tif",
 }
+_OWN_NAME = re.compile(r"(?:image|img|picture|photo)_?(?:path|name|file|file_?name)", re.IGNORECASE)
 _LISTED = 5  # problems in an error message
 
 
@@ -186,7 +188,10 @@ def _record(
     value |= {} if image is None else {"image": image}
     value |= {"type": fields["type"]} if "type" in fields else {}
     value["conversations"] = turns
-    if names := list(unread_fields(rest, (), image)):
+    # the name of a file from which a table stores the bytes is no other image
+    stored = image is not None and not isinstance(fields.get("image"), str)
+    others = {name: left for name, left in rest.items() if not (stored and _OWN_NAME.fullmatch(name))}
+    if names := list(unread_fields(others, (), image)):
         column = next((name for name in names if names_images(name)), None)
         fix = f"name the column of the files of images, e.g. --columns image={column}, or " if column else ""
         raise RowError(f"{first_of(names)} names a medium that the record would not have; {fix}leave the row out")

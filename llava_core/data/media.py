@@ -140,9 +140,11 @@ def _other_images(words: list[str], value: Any, image: Any) -> bool:
 
 
 def _same_file(name: str, image: Any) -> bool:
-    """Whether two names may be of the same file: equal base names, or an address."""
-    base = os.path.basename(name.replace("\\", "/"))
-    return bool(_URL.match(name)) or (isinstance(image, str) and base == os.path.basename(image.replace("\\", "/")))
+    """Whether two names may be of the same file: one base name ends in the other, or one is an address."""
+    if _URL.match(name):
+        return True
+    one, other = (os.path.splitext(os.path.basename(str(n).replace("\\", "/")))[0] for n in (name, image))
+    return one == other or one.endswith(f"_{other}") or other.endswith(f"_{one}")  # COCO_val2014_0042 is 0042
 
 
 # ------------------------------------------------------------------------------------------------------------ markers

@@ -305,11 +305,14 @@ def test_mixed_tables_have_records_with_and_without_image(tmp_path: Path) -> Non
         ("images", [stored], None),
         ("image", stored["bytes"], None),
     ):
-        rows = [{"id": "1", column: first, "conversations": ASKED}, {"id": "2", column: second, "conversations": asked}]
+        rows: list[dict[str, Any]] = [
+            {"id": "1", column: first, "image_path": "train/1.png", "image_id": 1, "conversations": ASKED},
+            {"id": "2", column: second, "image_path": None, "image_id": None, "conversations": asked},
+        ]
         path, out = tmp_path / "mixed.parquet", tmp_path / "out" / "mine.json"
         pq.write_table(pa.Table.from_pylist(rows), path)
         report = convert_data(path, out)
-        assert report["notes"] == ["1 of 2 records have no image"]
+        assert report["notes"][-1] == "1 of 2 records have no image"
         records = checked(out, out.parent / "images")
         assert [("image" in record, record["conversations"]) for record in records] == [(True, ASKED), (False, asked)]
         pq.write_table(pa.Table.from_pylist([rows[0], {**rows[1], "conversations": ASKED}]), path)

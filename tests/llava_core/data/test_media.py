@@ -100,6 +100,7 @@ SPOKEN_OF = [
     ("The Picture of Dorian Gray <3", "x"),
 ]
 UNREAD: list[tuple[dict[str, Any], str | None]] = [
+    ({"image_path": "11.jpg"}, "1.jpg"),
     ({"speech_path": "a"}, None),
     ({"mp3": "a"}, None),
     ({"point_cloud_file": "a"}, None),
@@ -143,6 +144,7 @@ UNREAD: list[tuple[dict[str, Any], str | None]] = [
     ({"imgs": ["a"]}, None),
 ]
 HARMLESS: list[tuple[dict[str, Any], str | None]] = [
+    ({"image_file": "COCO_train2014_000000033471.jpg"}, "coco/000000033471.png"),
     ({"model": "gpt4", "source": "coco", "width": 640, "height": 480}, "a.jpg"),
     ({"model": "", "source": "sharegpt"}, None),
     ({"images": []}, None),
