@@ -7,7 +7,7 @@ import argparse
 from companion.cli.arguments import Commands, Result, command, names, some_of
 from llava_core.runtime import ROOT
 
-BASE_MODELS = ("llm-7b", "llm-13b", "clip")
+BASE_MODELS = ("llm-7b", "llm-13b", "llm-7b-1", "llm-13b-1", "llm-7b-2", "llm-13b-2", "clip")
 
 
 def _miniature(args: argparse.Namespace) -> Result:

@@ -26,9 +26,9 @@ class Sizes:
     cc3m_lines: int = 4000
     coco_train: int = 1600
     coco_val: int = 300
-    science_train: int = 1200
-    science_val: int = 200
-    science_test: int = 400
+    science_train: int = 4000
+    science_val: int = 400
+    science_test: int = 1000
     bench_coco_images: int = 30
     bench_wild_images: int = 24
 

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from companion.miniature import language, world
 from companion.miniature.contrastive import IMAGE_SIZE, caption_ids, normalise
 from companion.miniature.pretraining_text import GRID, context_text, dialogue, patch_groups
+from companion.miniature.school_texts import REASON_FIRST, SUMS, draw_problem, look_up, problem_turn, with_letter
 from companion.miniature.training import pad
 from llava_core.checkpoints.base_models import load_language_model
 from llava_core.checkpoints.configs import quiet_transformers
 from llava_core.constants import IGNORE_INDEX
-from llava_core.data.label_mask import encode
+from llava_core.data.label_mask import Segment, encode
 
 HELD_OUT_SEED = 999_331
 
@@ -30,15 +31,15 @@ def held_out_scenes(count: int) -> list[world.Scene]:
 
 
 @torch.inference_mode()
-def exact_answers(model: Any, tokenizer: Any, dialogues: list[tuple[str, str]], batch: int = 64) -> list[bool]:
-    """Whether greedy decoding gives the answer of each (question, answer) exactly, terminator included.
+def exact_answers(model: Any, tokenizer: Any, documents: Sequence[Sequence[Segment]], batch: int = 64) -> list[bool]:
+    """Whether greedy decoding gives the supervised text of each document exactly, terminator included.
 
     One forward pass suffices: greedy text equals the answer if and only if every answer token is the argmax after the
     right tokens before it.
     """
     right: list[bool] = []
-    for k in range(0, len(dialogues), batch):
-        rows = [encode(dialogue([pair]), tokenizer, 0) for pair in dialogues[k : k + batch]]
+    for k in range(0, len(documents), batch):
+        rows = [encode(document, tokenizer, 0) for document in documents[k : k + batch]]
         ids = pad((e.input_ids for e in rows), tokenizer.pad_token_id)
         labels = pad((e.labels for e in rows), IGNORE_INDEX)
         guess = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1)
@@ -46,10 +47,12 @@ def exact_answers(model: Any, tokenizer: Any, dialogues: list[tuple[str, str]], 
     return right
 
 
-def language_model_checks(folder: Path, scenes: int = 150) -> dict[str, Any]:
-    """Accuracy of exact answers of a language model on held-out questions, with and without the scene as text.
+def language_model_checks(folder: Path, scenes: int = 400) -> dict[str, Any]:
+    """Accuracy of exact answers of a language model on held-out questions and problems.
 
-    `told` and `blind`: with and without the text; `blind_prior`: of the best constant answer per kind of question.
+    `told` and `blind`: questions about scenes with and without the scene as text, `told_by_kind` by kind of question;
+    `blind_prior`: of the best constant answer per kind. `letter`: the letter of val problems after the right reason;
+    `sums`: every sum, product and quotient; `look_up`: an entry of a list; `n`: how many of each.
     """
     model, tokenizer = load_language_model(str(folder), torch.float32)
     model.eval()
@@ -58,19 +61,26 @@ def language_model_checks(folder: Path, scenes: int = 150) -> dict[str, Any]:
     for scene in held_out_scenes(scenes):
         drawn = language.questions(language.facts_of_scene(scene), rng)[:4]
         questions += [(context_text(scene, rng), q) for q in drawn]
-    informed = exact_answers(model, tokenizer, [(f"{context}\n{q.question}", q.answer) for context, q in questions])
-    blind = exact_answers(model, tokenizer, [(q.question, q.answer) for _, q in questions])
+    problems = [draw_problem(rng, "val")[0] for _ in range(scenes)]
+    asked = {
+        "told": [dialogue([(f"{context}\n{q.question}", q.answer)]) for context, q in questions],
+        "blind": [dialogue([(q.question, q.answer)]) for _, q in questions],
+        "letter": [with_letter(problem_turn(p, REASON_FIRST), p.letter) for p in problems],
+        "sums": [dialogue([(f"What is {fact.split(' is ')[0]}?", language.sentence(fact))]) for fact in SUMS],
+        "look_up": [dialogue([look_up(rng)]) for _ in range(scenes)],
+    }
+    right = {name: exact_answers(model, tokenizer, documents) for name, documents in asked.items()}
     by_kind: dict[str, list[bool]] = {}
     answers: dict[str, list[str]] = {}
-    for (_, q), ok in zip(questions, informed, strict=True):
+    for (_, q), ok in zip(questions, right["told"], strict=True):
         by_kind.setdefault(q.kind, []).append(ok)
         answers.setdefault(q.kind, []).append(q.answer)
-    prior = sum(max(map(a.count, set(a))) for a in answers.values()) / len(questions)
     return {
-        "n": len(questions), "told": sum(informed) / len(informed), "blind": sum(blind) / len(blind),
-        "blind_prior": prior,
+        "n": {name: len(oks) for name, oks in right.items()},
+        **{name: sum(oks) / len(oks) for name, oks in right.items()},
+        "blind_prior": sum(max(map(a.count, set(a))) for a in answers.values()) / len(questions),
         "told_by_kind": {kind: sum(oks) / len(oks) for kind, oks in sorted(by_kind.items())},
-    }  # fmt: skip
+    }
 
 
 def _linear_probe(x: torch.Tensor, y: torch.Tensor, train: int, classes: int) -> float:

@@ -1,14 +1,16 @@
 """Base language models, trained from scratch: a text-only Llama in two sizes in place of Vicuna.
 
-The pretraining text has captions, dialogues about scenes (as sentences or as grids of word sums) and science facts.
+The pretraining text has captions, dialogues about scenes (as sentences or as grids of word sums) and school texts. The
+first steps read letters of options only: the binding of a letter to its option is learned at the beginning or not.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from companion.miniature import language, world
 from companion.miniature.pretraining_text import document
+from companion.miniature.school_texts import letter_document
 from companion.miniature.training import fit, pad, train_tokenizer
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.label_mask import Segment, encode
@@ -40,9 +43,10 @@ class LanguageModelSize:
 
 
 SIZES = {
-    "llm-7b": LanguageModelSize(128, 5, 4, 352, steps=1500),
-    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=1500),
+    "llm-7b": LanguageModelSize(128, 5, 4, 352, steps=3000),
+    "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=3000),
 }
+LETTER_STEPS = 0.1  # share of the steps that read letters of options only
 
 
 def document_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:
@@ -54,8 +58,16 @@ def document_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:
         yield from (text, text.lower(), "".join(f" {words}" for words in patches))
 
 
+def reading(rng: random.Random, letters: int) -> Iterator[tuple[list[Segment], list[str]]]:
+    """The documents of a training in order: `letters` documents of letters only, then all kinds."""
+    for _ in range(letters):
+        yield letter_document(rng), []
+    while True:
+        yield document(rng)
+
+
 def _text_batches(
-    tokenizer: Any, batch: int, make: Callable[[], tuple[list[Segment], list[str]]], seed: int
+    tokenizer: Any, batch: int, documents: Iterator[tuple[list[Segment], list[str]]], seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Batches (ids, labels, words) of documents of similar length, padded on the right, so that no mask is needed.
 
@@ -70,8 +82,8 @@ def _text_batches(
         return known[patch]
 
     while True:
-        documents = (make() for _ in range(batch * 16))
-        pool = sorted(((encode(s, tokenizer, len(p)), p) for s, p in documents), key=lambda e: len(e[0].input_ids))
+        drawn = islice(documents, batch * 16)
+        pool = sorted(((encode(s, tokenizer, len(p)), p) for s, p in drawn), key=lambda e: len(e[0].input_ids))
         rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
         order.shuffle(rows)
         for row in rows:
@@ -209,12 +221,14 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
     def loss_of(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
         ids, labels, words = batch
         embeds = embed_with_patches(model.get_input_embeddings(), ids, words)
-        logits = model(inputs_embeds=embeds[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+        hidden = model.model(inputs_embeds=embeds[:, :-1], use_cache=False).last_hidden_state
+        supervised = labels[:, 1:] != IGNORE_INDEX
+        return F.cross_entropy(model.lm_head(hidden[supervised]), labels[:, 1:][supervised])
 
     begin = time.time()
-    documents = _text_batches(tokenizer, size.batch, lambda: document(rng), seed)
-    loss = fit(model, documents, loss_of, steps, name, size.rates)
+    letters = int(LETTER_STEPS * steps) * size.batch
+    batches = _text_batches(tokenizer, size.batch, reading(rng, letters), seed)
+    loss = fit(model, batches, loss_of, steps, name, size.rates)
     model.to(torch.bfloat16).save_pretrained(out)
     return {
         "shape": {k: v for k, v in asdict(size).items() if k in ("hidden", "layers", "heads", "intermediate")},

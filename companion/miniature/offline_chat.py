@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from companion.miniature import everyday, language, scienceqa
+from companion.miniature import everyday, language, school_texts
 from companion.miniature.language import QA, Facts, number_word
 from companion.miniature.rule_scorer import THOROUGH, Criteria, right_answer, score_answers, section
 from companion.miniature.scene_text import Context, read_context
@@ -186,12 +186,12 @@ def _tokens(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+", text.lower())) - set(small.split())
 
 
-_FACTS = sorted({_tokens(fact) for facts in scienceqa.FACTS.values() for fact in facts}, key=sorted)
+_FACTS = sorted({_tokens(fact) for facts in school_texts.FACTS.values() for fact in facts}, key=sorted)
 
 
 def _known(stem: str, options: dict[str, str]) -> str | None:
     """The choice that one fact of the miniature, or two with a common word, connect with the question."""
-    asked = _tokens(stem)
+    asked = _tokens(stem) - frozenset[str]().union(*map(_tokens, options.values()))  # a stem may name its choices
 
     def strength(choice: str) -> float:
         words = _tokens(choice)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 
 from companion.data_tools.expansion import BRIEF_INSTRUCTIONS
-from companion.miniature import language, scienceqa, world
+from companion.miniature import language, school_texts, world
 from companion.miniature.cc3m import web_caption
 from companion.teacher.prompts import DETAIL_QUESTIONS
 from llava_core.constants import IMAGE_MARKER
@@ -15,12 +15,6 @@ from llava_core.data.conversation import TEMPLATES
 from llava_core.data.label_mask import Segment
 
 GRID = 7  # patches of the vision tower, per row and per column
-OPTIONS: dict[str, Sequence[str]] = {
-    "color": list(world.COLORS),
-    "count": language.NUMBERS[1:4],
-    "position": list(language.POSITION_PHRASE.values()),
-    "background": [answer.rstrip(".").lower() for answer in language.PLACE_ANSWER.values()],
-}
 
 
 def dense_caption(groups: Sequence[world.Group], place: str, rng: random.Random) -> str:
@@ -70,16 +64,15 @@ def dialogue(turns: list[tuple[str, str | None]], supervise_all: bool = False) -
     return [Segment("".join(s.text for s in segments), True)] if supervise_all else segments
 
 
-def multiple_choice(context: str, facts: language.Facts, rng: random.Random) -> tuple[str, str]:
-    """A question with lettered options in ScienceQA's prompt format, and a reply with the reason before its letter."""
-    qa = rng.choice([q for q in language.questions(facts, rng) if q.kind in OPTIONS])
-    right = qa.answer.rstrip(".").lower()
-    wrong = [o for o in OPTIONS[qa.kind] if o != right]
-    choices = [right, *rng.sample(wrong, rng.randint(1, min(3, len(wrong))))]
-    rng.shuffle(choices)
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=False))
-    reply = f"SOLUTION: {language.sentence(right)}\n###\nANSWER: {'ABCD'[choices.index(right)]}."
-    return f"{qa.question}\nContext: {context}\nOptions: {options}", reply
+def told_problem(rng: random.Random) -> tuple[list[Segment], list[str]]:
+    """A problem of the train split whose image is told, in either order of reason and answer in equal parts."""
+    problem, scene = school_texts.draw_problem(rng)
+    while scene and not scene.groups:  # a map's places are not told by the texts of a scene
+        problem, scene = school_texts.draw_problem(rng)
+    patches = patch_words(scene) if scene and rng.random() < 0.5 else []
+    context = (IMAGE_MARKER if patches else context_text(scene, rng)) if scene else ""
+    prompt_format = rng.choice((school_texts.REASON_FIRST, school_texts.ANSWER_FIRST))
+    return dialogue([school_texts.problem_turn(problem, prompt_format, context)]), patches
 
 
 def _caption(scene: world.Scene, rng: random.Random) -> str:
@@ -93,25 +86,38 @@ def document(rng: random.Random) -> tuple[list[Segment], list[str]]:
     form of a projector's output.
     """
     kind = rng.random()
-    if kind < 0.12:
-        return [Segment(scienceqa.science_text(rng), True, eos=True)], []
-    scene = world.sample_scene(rng.randrange(1 << 30), 7)
+    if kind < 0.10:
+        return school_texts.letter_document(rng), []
+    if kind < 0.30:
+        return told_problem(rng)
+    if kind < 0.44:
+        return dialogue(school_texts.exercise(rng)), []
+    if kind < 0.50:
+        return [Segment(school_texts.science_text(rng), True, eos=True)], []
+    return _scene_document(rng)
+
+
+def _scene_document(rng: random.Random) -> tuple[list[Segment], list[str]]:
+    """Captions, descriptions and dialogues about a scene."""
+    scene, kind = world.sample_scene(rng.randrange(1 << 30), 7), rng.random()
     facts = language.facts_of_scene(scene)
-    if kind < 0.16:
+    if kind < 0.05:
         return [Segment(_caption(scene, rng), True, eos=True)], []
-    if kind < 0.19:  # questions without context: the model learns the prior instead of one fixed guess
+    if kind < 0.09:  # questions without context: the model learns the prior instead of one fixed guess
         return dialogue([(q.question, q.answer) for q in language.questions(facts, rng)[:2]], supervise_all=True), []
     patches = patch_words(scene) if rng.random() < 0.5 else []
     context = IMAGE_MARKER if patches else context_text(scene, rng)
-    if kind < 0.43:
-        if kind < 0.25:
+    if kind < 0.28:
+        if kind < 0.16:
             pair = rng.choice(DETAIL_QUESTIONS), language.describe(facts)
-        elif kind < 0.35:
-            pair = rng.choice(BRIEF_INSTRUCTIONS), _caption(scene, rng)
         else:
-            return dialogue([multiple_choice(context, facts, rng)]), patches
+            pair = rng.choice(BRIEF_INSTRUCTIONS), _caption(scene, rng)
         return dialogue([("\n".join(rng.sample((context, pair[0]), 2)), pair[1])]), patches
-    qa = language.questions(facts, rng)[: rng.randint(1, 5)]
+    asked = language.questions(facts, rng)
+    if rng.random() < 0.5:  # the hardest kind, and at most one of a scene
+        asked.sort(key=lambda q: q.kind != "relation")
+    qa = asked[: rng.randint(1, 5)]
+    rng.shuffle(qa)
     if rng.random() < 0.3 and (reason := language.reasoning(facts, rng)):
         qa.insert(rng.randrange(len(qa)), reason)
     pairs: list[tuple[str, str | None]] = [(q.question, q.answer) for q in qa]

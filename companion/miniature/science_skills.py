@@ -1,7 +1,8 @@
 """Skills of mini-scienceqa: generators of problems whose solution takes at least two steps.
 
 A skill draws the right choice first and then the rest of the problem, so that neither the wording of the question nor
-that of a choice reveals the answer: the image, a fact or the hint is needed.
+that of a choice reveals the answer: the image, a fact or the hint is needed. A solution states its steps in the order
+in which they can be computed: what is seen or looked up, then the fact or the equation, then the answer.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, pairwise, product
+from itertools import chain, combinations, product
 from typing import Any
 
 from companion.miniature import world
 from companion.miniature.display_list import load_table
-from companion.miniature.language import number_word, plural, sentence, with_article
+from companion.miniature.language import listing, number_word, plural, sentence, with_article
 from companion.miniature.world import ASPECT, CATEGORIES, COLORS, POSITIONS, Group, Item, Scene, held_out_pair
 
 _TABLE: dict[str, Any] = load_table("science_skills")
@@ -25,7 +26,9 @@ MOVES: dict[str, list[str]] = _TABLE["moves"]
 LEGS: dict[str, int] = _TABLE["legs"]
 PLACES: dict[str, list[str]] = _TABLE["places"]
 COMPASS: dict[str, str] = _TABLE["compass"]
+OPPOSITE: dict[str, str] = _TABLE["opposite"]
 SITES: list[str] = _TABLE["sites"]
+BINS: list[str] = _TABLE["bins"]
 USED: list[str] = _TABLE["used"]
 RANKS: list[str] = _TABLE["ranks"]
 STATES: list[str] = _TABLE["states"]
@@ -109,12 +112,6 @@ def _group_members(rng: random.Random, n: int, but: str = "") -> list[str]:
     return nouns
 
 
-def _order_clues(rng: random.Random, names: Sequence[str], before: str, after: str) -> str:
-    """The order of names as statements about neighbors, in random order and direction."""
-    pairs = [(f"{a} {before} {b}", f"{b} {after} {a}") for a, b in pairwise(names)]
-    return _text(*(rng.choice(both) for both in rng.sample(pairs, len(pairs))))
-
-
 def _colors(rng: random.Random, nouns: Sequence[str], first: str | None = None) -> list[str]:
     """Different colors for the categories; `first` is that of the first one, drawn when None."""
     while True:
@@ -143,11 +140,12 @@ def _scene(rng: random.Random, background: str, items: Sequence[Item], groups: S
 def _scene_with(
     rng: random.Random, nouns: Sequence[str], background: str | None = None, color: str | None = None
 ) -> tuple[Scene, str]:
-    """A scene of single objects, and a reference to the first: by its color (drawn when None) or its position."""
+    """A scene of single objects, and a reference to the first by its color (drawn when None), its position or both."""
     zones, colors = rng.sample(POSITIONS, len(nouns)), _colors(rng, nouns, color)
     scene = _compose(rng, [Group(t, c, 1, z) for t, c, z in zip(nouns, colors, zones, strict=True)], background)
     where = "in the middle" if zones[0] == "middle" else f"on the {zones[0]}"
-    return scene, rng.choice([f"the {colors[0]} thing", f"the thing {where}"])
+    named = f"the {colors[0]} thing"
+    return scene, rng.choice([named, f"the thing {where}", f"{named} {where}"])
 
 
 def _ask_image(
@@ -163,13 +161,8 @@ def _ask_image(
     return Draft(question.format(it), answer, _without(answers, answer), steps, scene=scene)
 
 
-def _ask_end(rng: random.Random, order: list[str], names: str, more: str, less: str, asked: dict[int, str]) -> Draft:
-    """Ask for one end of an order that the hint states; `asked` has the words for either end."""
-    k = rng.choice(list(asked))
-    hint = _order_clues(rng, [names.format(name) for name in order], more, less)
-    steps = _text(f"{order[0]} {more} {order[1]} and {order[1]} {more} {order[2]}", f"{order[k]} is {asked[k]}")
-    # the middle one is no choice: the hint names it twice, so counting would rule it out
-    return Draft(f"Which one is {asked[k]}?", order[k], [order[2 - k]], steps, hint)
+def _compare(a: int, b: int) -> str:
+    return f"{number_word(a)} is {'more' if a > b else 'less'} than {number_word(b)}"
 
 
 @_skill
@@ -199,24 +192,28 @@ def _legs_in_a_picture(rng: random.Random) -> Draft:
     for animal, count in product(LEGS, (1, 2, 3)):
         cases.setdefault(LEGS[animal] * count, []).append((animal, count))
     total = rng.choice(list(cases))
+    color = rng.choice([c for c in COLORS if all(c in PALETTE[animal] for animal in LEGS)])
     animal, count = rng.choice(cases[total])
     other = rng.choice(_without(CATEGORIES, *GROUPS["animal"]))
-    colors, zones = _colors(rng, (animal, other)), rng.sample(("left", "right"), 2)
+    colors, zones = _colors(rng, (animal, other), color), rng.sample(("left", "right"), 2)
     scene = _compose(rng, [Group(animal, colors[0], count, zones[0]), Group(other, colors[1], 1, zones[1])])
-    seen, legs = f"there {'is' if count == 1 else 'are'} {_count(count, animal)}", LEGS[animal]
+    seen, legs = f"there {'is' if count == 1 else 'are'} {number_word(count)} {color}", LEGS[animal]
+    seen = f"{seen} {animal if count == 1 else plural(animal)}"
     steps = _text(seen, f"{article(animal)} has {number_word(legs)} legs", equation(count, "times", legs))
     wrong = [number_word(n) for n in cases if n != total]
-    return Draft("How many legs do all animals here have?", number_word(total), wrong, steps, scene=scene)
+    return Draft(f"How many legs do all {color} animals here have?", number_word(total), wrong, steps, scene=scene)
 
 
 @_skill
 def _climate_in_a_picture(rng: random.Random) -> Draft:
     place = rng.choice(list(PLACES))
     name, weather, item = PLACES[place]
-    scene, _ = _scene_with(rng, rng.sample(_without(CATEGORIES, "lamp", "boat"), rng.choice((1, 2))), place)
+    nouns = rng.sample(_without(CATEGORIES, "lamp", "boat"), rng.choice((1, 2)))
+    color = rng.choice(PALETTE[nouns[0]])
+    scene, _ = _scene_with(rng, nouns, place, color)
     steps = _text(f"the picture shows {name}", f"{name} is {weather}", f"when it is {weather}, people take {item}")
     wrong = [taken for _, _, taken in PLACES.values() if taken != item]
-    return Draft("What should people take to this place?", item, wrong, steps, scene=scene)
+    return Draft(f"What should people near the {color} {nouns[0]} take?", item, wrong, steps, scene=scene)
 
 
 @_skill
@@ -244,10 +241,10 @@ def _sorting_by_a_rule(rng: random.Random) -> Draft:
     other = rng.choice([c for c in _without(CATEGORIES, noun) if colors[1] in PALETTE[c]])
     zones = rng.sample(POSITIONS, 2)
     scene = _compose(rng, [Group(noun, colors[0], 1, zones[0]), Group(other, colors[1], 1, zones[1])])
-    boxes = [f"box {number_word(k)}" for k in rng.sample((1, 2, 3), 3)]
-    rules = [f"{color} goes in {box}" for color, box in zip(colors, boxes, strict=True)]
+    bins = rng.sample(BINS, 3)
+    rules = [f"{color} goes in {name}" for color, name in zip(colors, bins, strict=True)]
     steps = _text(f"the {noun} is {colors[0]}", rules[0])
-    return Draft(f"Where does the {noun} go?", boxes[0], boxes[1:], steps, _text(*rng.sample(rules, 3)), scene)
+    return Draft(f"Where does the {noun} go?", bins[0], bins[1:], steps, _text(*rng.sample(rules, 3)), scene)
 
 
 @_skill
@@ -258,7 +255,7 @@ def _distance_in_a_picture(rng: random.Random) -> Draft:
     clues = [f"{article(noun)} goes {_count(speed, 'mile')}" for noun, speed in zip(nouns, speeds, strict=True)]
     hint = _text("in one hour " + ", ".join(rng.sample(clues, 3)))
     miles = [f"{number_word(speed * hours)} miles" for speed in speeds]
-    steps = _text(f"{it} is {article(nouns[0])}", f"{equation(speeds[0], 'times', hours)} miles")
+    steps = _text(f"{it} is {article(nouns[0])}", clues[0], f"{equation(speeds[0], 'times', hours)} miles")
     return Draft(f"How far does {it} go in {number_word(hours)} hours?", miles[0], miles[1:], steps, hint, scene)
 
 
@@ -267,9 +264,11 @@ def _prices_in_a_picture(rng: random.Random) -> Draft:
     nouns, prices = rng.sample(list(CATEGORIES), 3), rng.sample(range(2, 7), 3)
     clues = [f"{article(noun)} costs {number_word(price)}" for noun, price in zip(nouns, prices, strict=True)]
     sums = [f"{number_word(a + b)} coins" for a, b in combinations(prices, 2)]
-    sold = f"the picture shows {article(nouns[0])} and {article(nouns[1])}"
-    steps = _text(sold, f"{equation(prices[0], 'plus', prices[1])} coins")
     hint, (scene, _) = _text(", ".join(rng.sample(clues, 3)) + " coins"), _scene_with(rng, nouns[:2])
+    # the things are named from left to right, so that the picture decides the order of the steps
+    left, right = sorted((0, 1), key=lambda k: POSITIONS.index(str(scene.groups[k].position)))
+    sold = f"the picture shows {article(nouns[left])} and {article(nouns[right])}"
+    steps = _text(sold, clues[left], clues[right], f"{equation(prices[left], 'plus', prices[right])} coins")
     return Draft("What do the things here cost together?", sums[0], sums[1:], steps, hint, scene)
 
 
@@ -277,8 +276,9 @@ def _prices_in_a_picture(rng: random.Random) -> Draft:
 def _history_in_a_picture(rng: random.Random) -> Draft:
     order, k = rng.sample(USED, 3), rng.randrange(3)
     scene, it = _scene_with(rng, [order[k], rng.choice(_without(order, order[k]))])
-    hint = _order_clues(rng, [f"the {name}" for name in order], "came before", "came after")
-    steps = _text(f"{it} is {article(order[k])}", f"the order is {', '.join(order)}", f"the {order[k]} was {RANKS[k]}")
+    clues = [f"the {name} came {rank}" for name, rank in zip(order, RANKS, strict=True)]
+    steps = _text(f"{it} is {article(order[k])}", clues[k])
+    hint = _text(*rng.sample(clues, 3))
     return Draft(f"When did {it} come to the town?", RANKS[k], _without(RANKS, RANKS[k]), steps, hint, scene)
 
 
@@ -299,16 +299,27 @@ def _caption_of_a_picture(rng: random.Random) -> Draft:
 
 @_skill
 def _most_and_least(rng: random.Random) -> Draft:
-    more, less, most, least, noun = rng.choice(MEASURES)
-    ends = {0: f"the {most}", 2: f"the {least}"}
-    return _ask_end(rng, rng.sample(list(COLORS), 3), f"the {{}} {noun}", f"is {more} than", f"is {less} than", ends)
+    unit, noun, most, least = rng.choice(MEASURES)
+    colors, values = rng.sample(list(COLORS), 3), sorted(rng.sample(range(1, 13), 3))
+    clues = [f"{color} {number_word(n)}" for color, n in zip(colors, values, strict=True)]
+    k, end = rng.choice(((2, most), (0, least)))
+    others = " and ".join(number_word(n) for n in values if n != values[k])
+    first = f"{number_word(values[k])} is {'more' if k else 'less'} than {others}"
+    steps = _text(first, f"{colors[k]} is {number_word(values[k])}", f"{colors[k]} is the {end}")
+    hint = _text(f"{plural(unit)}: {', '.join(rng.sample(clues, 3))}")
+    return Draft(f"Which {noun} is the {end}?", colors[k], _without(colors, colors[k]), steps, hint)
 
 
 @_skill
 def _directions_from_a_text(rng: random.Random) -> Draft:
-    way, back = rng.choice((("north", "south"), ("east", "west")))
-    ends = {0: f"farthest {way}", 2: f"farthest {back}"}
-    return _ask_end(rng, rng.sample(SITES, 3), "the {}", f"is {way} of", f"is {back} of", ends)
+    way, places = rng.choice(list(OPPOSITE)), rng.sample(SITES, 4)
+    pairs = (places[0], way, places[1]), (places[2], OPPOSITE[way], places[3])  # the hint names both choices
+    clues = [f"the {one} is {which} of the {other}" for one, which, other in pairs]
+    turned = rng.random() < 0.5
+    asked, right = (places[1::-1], OPPOSITE[way]) if turned else (places[:2], way)
+    steps = [clues[0], f"the opposite of {way} is {right}"] if turned else [clues[0], f"the {places[0]} is {right}"]
+    question = f"Which way is the {asked[0]} from the {asked[1]}?"
+    return Draft(question, right, [OPPOSITE[right]], _text(*steps), _text(*rng.sample(clues, 2)))
 
 
 @_skill
@@ -316,11 +327,13 @@ def _states_of_matter(rng: random.Random) -> Draft:
     now, k = rng.randint(4, 8), rng.randrange(3)  # the same range for each state
     below, above = range(1, now), range(now + 1, 13)
     degrees = (rng.sample(above, 2), [rng.choice(below), rng.choice(above)], rng.sample(below, 2))[k]
-    n, (melt, boil) = number_word(now), (number_word(d) for d in sorted(degrees))
-    color = rng.choice(list(COLORS))
-    hint = _text(f"the {color} matter melts at {melt} and boils at {boil} degrees", f"now it is at {n} degrees")
-    steps = (f"{n} is less than {melt}", f"{n} is more than {melt} and less than {boil}", f"{n} is more than {boil}")
-    return Draft("What is it now?", STATES[k], _without(STATES, STATES[k]), _text(steps[k], f"it is {STATES[k]}"), hint)
+    melt, boil = sorted(degrees)
+    name = rng.choice(list(COLORS)).capitalize()
+    hint = _text(
+        f"{name} matter melts at {number_word(melt)} and boils at {number_word(boil)}", f"now it is {number_word(now)}"
+    )
+    steps = _text(_compare(now, melt), *([_compare(now, boil)] if now > melt else []), f"it is {STATES[k]}")
+    return Draft("What is it now?", STATES[k], _without(STATES, STATES[k]), steps, hint)
 
 
 @_skill
@@ -336,47 +349,57 @@ def _speed_from_a_text(rng: random.Random) -> Draft:
     rng.shuffle(clues)
     hint = _text(*(f"the {c} car goes {_count(d, 'mile')} in {_count(t, 'hour')}" for c, d, t in clues))
     more, right, wrong = rng.choice((("faster", fast, slow), ("slower", slow, fast)))
-    steps = _text(*(equation(d, "divided by", t) for _, d, t in clues), f"{right} is {more}")
+    order = _compare(*((d // t) for _, d, t in sorted(clues, key=lambda clue: clue[0] != right)))
+    steps = _text(*(f"{c}: {equation(d, 'divided by', t)}" for c, d, t in clues), order, f"{right} is {more}")
     return Draft(f"Which car is {more}?", right, [wrong], steps, hint)
 
 
 @_skill
 def _groups_and_needs(rng: random.Random) -> Draft:
     group = rng.choice(list(GROUPS))
-    one, other = rng.sample(GROUPS[group], 2)
-    wrong = _group_members(rng, 3, but=group)
+    one, right = rng.sample(GROUPS[group], 2)
+    wrong = _group_members(rng, rng.randint(1, 3), but=group)
+    named = listing(rng.sample([right, *wrong], len(wrong) + 1))
     if rng.random() < 0.5:
-        steps, need = _text(is_a(other), f"{article(group)} needs {NEEDS[group]}"), NEEDS[group]
-        return Draft(f"Which one needs {need}?", other, wrong, steps)
-    return Draft(f"Which one is in the same group as {article(one)}?", other, wrong, _text(is_a(one), is_a(other)))
+        steps = _text(f"{article(group)} needs {NEEDS[group]}", is_a(right))
+        return Draft(f"Which of {named} needs {NEEDS[group]}?", right, wrong, steps, least=len(wrong))
+    question = f"Which of {named} is in the group of {article(one)}?"
+    return Draft(question, right, wrong, _text(is_a(one), is_a(right)), least=len(wrong))
 
 
 @_skill
 def _alphabetical_order(rng: random.Random) -> Draft:
-    n, words = rng.choice((2, 3)), [""]
-    while len({word[:1] for word in words}) < n:
-        words = sorted(rng.sample(WORDS, n))
-    # the second of three words is asked for as well: otherwise the ends of the alphabet would be right too often
-    k, rank = rng.choice(((0, "first"), (n - 1, "last"), *([(1, "second")] if n == 3 else [])))
-    steps = _text(", ".join(f"{word} starts with {word[0]}" for word in words), f"{words[k]} is {rank}")
-    wrong = _without(words, words[k])
-    return Draft(f"Which word comes {rank} in the alphabet?", words[k], wrong, steps, least=n - 1)
+    words = rng.sample(WORDS, 2)
+    while words[0][0] == words[1][0]:
+        words = rng.sample(WORDS, 2)
+    low, high = sorted(words)
+    right, wrong, rank = rng.choice(((low, high, "first"), (high, low, "last")))
+    steps = _text(
+        *(f"{word} starts with {word[0]}" for word in words), f"{low[0]} comes before {high[0]}", f"{right} is {rank}"
+    )
+    return Draft(f"Which comes {rank} in the alphabet, {words[0]} or {words[1]}?", right, [wrong], steps)
 
 
 @_skill
 def _plurals(rng: random.Random) -> Draft:
-    words = {ending: rng.choice(row) for ending, row in ENDINGS.items()}
-    ending, word = rng.choice(list(words.items()))
-    steps = _text(f"{word} ends in {last_letters(word)}", f"words that end in {last_letters(word)} take {ending}")
-    return Draft(f"Which word takes {ending} in its plural?", word, _without(words.values(), word), steps)
+    endings = list(product(ENDINGS, repeat=2))
+    right = rng.choice(endings)
+    one, other = (rng.choice(ENDINGS[end]) for end in right)
+    while one == other:
+        other = rng.choice(ENDINGS[right[1]])
+    steps = _text(*(f"{w} ends in {last_letters(w)}" for w in (one, other)), f"they take {listing(right)}")
+    wrong = [listing(pair) for pair in endings if pair != right]
+    return Draft(f"Which endings do {one} and {other} take in their plurals?", listing(right), wrong, steps)
 
 
 @_skill
 def _rhymes(rng: random.Random) -> Draft:
-    end, *ends = rng.sample(list(RHYMES), 4)
-    one, other = rng.sample(RHYMES[end], 2)
-    steps = _text(f"{one} ends in {end}", f"{other} ends in {end}")
-    return Draft(f"Which word rhymes with {one}?", other, [rng.choice(RHYMES[e]) for e in ends], steps)
+    end, *ends = rng.sample(list(RHYMES), rng.randint(2, 4))
+    one, right = rng.sample(RHYMES[end], 2)
+    wrong = [rng.choice(RHYMES[e]) for e in ends]
+    named = listing(rng.sample([right, *wrong], len(wrong) + 1))
+    steps = _text(f"{one} ends in {end}", f"{right} ends in {end}")
+    return Draft(f"Which of {named} rhymes with {one}?", right, wrong, steps, least=len(wrong))
 
 
 @_skill

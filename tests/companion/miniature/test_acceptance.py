@@ -40,7 +40,8 @@ class Parrot:
 def test_exact_answers_counts_answer_tokens_only(tmp_path: Path, batch: int) -> None:
     tokenizer = tiny.tokenizer(tmp_path)
     dialogues = [("what color is the car", "blue and red"), ("the dog", "red"), ("what", "a helpful human")]
-    assert acceptance.exact_answers(Parrot(tokenizer, dialogues, {}), tokenizer, dialogues, batch) == [True] * 3
+    documents = [pretraining_text.dialogue([pair]) for pair in dialogues]
+    assert acceptance.exact_answers(Parrot(tokenizer, dialogues, {}), tokenizer, documents, batch) == [True] * 3
     spoiled = {"the dog": -1, "what": 5}  # the terminator of one answer; one word of the other's prompt
-    result = acceptance.exact_answers(Parrot(tokenizer, dialogues, spoiled), tokenizer, dialogues, batch)
+    result = acceptance.exact_answers(Parrot(tokenizer, dialogues, spoiled), tokenizer, documents, batch)
     assert result == [True, False, True]

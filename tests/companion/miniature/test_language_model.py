@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from companion.miniature import language_model, pretraining_text, training
+from companion.miniature import language_model, training
 from llava_core.checkpoints.base_models import base_hash, load_language_model
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.runtime import CheckpointError
@@ -86,9 +87,16 @@ def test_language_model_depends_only_on_the_seed(small: None, tmp_path: Path) ->
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_reading_begins_with_letters_only() -> None:
+    documents = islice(language_model.reading(random.Random(0), 30), 90)
+    supervised = ["".join(s.text for s in segments if s.supervised) for segments, _ in documents]
+    assert all(re.fullmatch(" [A-D]", text) for text in supervised[:30])
+    assert sum(len(text) > 2 for text in supervised[30:]) > 40
+
+
 def test_text_batches_are_padded_on_the_right(tmp_path: Path) -> None:
     tokenizer, rng = tiny.tokenizer(tmp_path), random.Random(0)
-    batches = language_model._text_batches(tokenizer, 3, lambda: pretraining_text.document(rng), 0)
+    batches = language_model._text_batches(tokenizer, 3, language_model.reading(rng, 0), 0)
     for ids, labels, words in islice(batches, 16):
         assert ids.shape == labels.shape
         assert ids.shape[0] == 3
