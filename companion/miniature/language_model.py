@@ -1,7 +1,7 @@
 """Base language models, trained from scratch: a text-only Llama in two sizes in place of Vicuna.
 
-The pretraining text has captions, dialogues about scenes (as sentences or as grids of word sums) and school texts. The
-first steps read letters of options only: the binding of a letter to its option is learned at the beginning or not.
+The pretraining text has captions, dialogues about scenes (as sentences or as grids of word sums) and school texts. Half
+of the first batches read letters of options only: the binding of a letter to its option is learned early or not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from companion.miniature.pretraining_text import document
 from companion.miniature.school_texts import letter_document
 from companion.miniature.training import fit, pad, train_tokenizer
 from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from llava_core.data.label_mask import Segment, encode
+from llava_core.data.label_mask import encode
 from llava_core.runtime import seed_everything
 
 VOCABULARY = 1024
@@ -46,32 +46,27 @@ SIZES = {
     "llm-7b": LanguageModelSize(128, 5, 4, 352, steps=3000),
     "llm-13b": LanguageModelSize(160, 5, 5, 432, steps=3000),
 }
-LETTER_STEPS = 0.1  # share of the steps that read letters of options only
+LETTER_STEPS = 320  # steps, at the beginning, of which half read letters of options only
+POOL = 16  # batches that are drawn together and sorted by length
 
 
-def document_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:
+def document_texts(texts: int = 6000, seed: int = 0) -> Iterator[str]:
     """Training texts of the tokenizer: documents as they are and in lower case."""
     rng = random.Random(f"tokenizer-{seed}")
-    for _ in range(count):
+    for _ in range(texts):
         segments, patches = document(rng)
         text = "".join(s.text for s in segments)
         yield from (text, text.lower(), "".join(f" {words}" for words in patches))
 
 
-def reading(rng: random.Random, letters: int) -> Iterator[tuple[list[Segment], list[str]]]:
-    """The documents of a training in order: `letters` documents of letters only, then all kinds."""
-    for _ in range(letters):
-        yield letter_document(rng), []
-    while True:
-        yield document(rng)
-
-
 def _text_batches(
-    tokenizer: Any, batch: int, documents: Iterator[tuple[list[Segment], list[str]]], seed: int
+    tokenizer: Any, batch: int, rng: random.Random, seed: int, letter_steps: int = LETTER_STEPS
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Batches (ids, labels, words) of documents of similar length, padded on the right, so that no mask is needed.
 
     ids and labels are (batch, T); words is (patches, 4): the word ids of each patch in batch order, padded with -1.
+    Whole batches are of letters only, half of them in the first `letter_steps` steps and one of eight later: among
+    other texts one supervised token of thirty would be too faint to learn from.
     """
     order = random.Random(f"order-{seed}")
     known: dict[str, list[int]] = {}
@@ -81,10 +76,13 @@ def _text_batches(
             known[patch] = (tokenizer(f" {patch}", add_special_tokens=False)["input_ids"][-4:] + [-1] * 4)[:4]
         return known[patch]
 
-    while True:
-        drawn = islice(documents, batch * 16)
-        pool = sorted(((encode(s, tokenizer, len(p)), p) for s, p in drawn), key=lambda e: len(e[0].input_ids))
-        rows = [pool[i : i + batch] for i in range(0, len(pool), batch)]
+    for step in count(0, POOL):
+        letters = POOL // 2 if step < letter_steps else POOL // 8
+        rows = []
+        for n, make in ((letters, lambda: (letter_document(rng), [])), (POOL - letters, lambda: document(rng))):
+            drawn = (make() for _ in range(batch * n))
+            pool = sorted(((encode(s, tokenizer, len(p)), p) for s, p in drawn), key=lambda e: len(e[0].input_ids))
+            rows += [pool[i : i + batch] for i in range(0, len(pool), batch)]
         order.shuffle(rows)
         for row in rows:
             ids = pad((e.input_ids for e, _ in row), tokenizer.pad_token_id)
@@ -226,9 +224,7 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
         return F.cross_entropy(model.lm_head(hidden[supervised]), labels[:, 1:][supervised])
 
     begin = time.time()
-    letters = int(LETTER_STEPS * steps) * size.batch
-    batches = _text_batches(tokenizer, size.batch, reading(rng, letters), seed)
-    loss = fit(model, batches, loss_of, steps, name, size.rates)
+    loss = fit(model, _text_batches(tokenizer, size.batch, rng, seed), loss_of, steps, name, size.rates)
     model.to(torch.bfloat16).save_pretrained(out)
     return {
         "shape": {k: v for k, v in asdict(size).items() if k in ("hidden", "layers", "heads", "intermediate")},

@@ -86,13 +86,11 @@ def document(rng: random.Random) -> tuple[list[Segment], list[str]]:
     form of a projector's output.
     """
     kind = rng.random()
-    if kind < 0.10:
-        return school_texts.letter_document(rng), []
-    if kind < 0.30:
+    if kind < 0.22:
         return told_problem(rng)
-    if kind < 0.44:
+    if kind < 0.36:
         return dialogue(school_texts.exercise(rng)), []
-    if kind < 0.50:
+    if kind < 0.42:
         return [Segment(school_texts.science_text(rng), True, eos=True)], []
     return _scene_document(rng)
 

@@ -2,7 +2,7 @@
 
 A skill draws the right choice first and then the rest of the problem, so that neither the wording of the question nor
 that of a choice reveals the answer: the image, a fact or the hint is needed. A solution states its steps in the order
-in which they can be computed: what is seen or looked up, then the fact or the equation, then the answer.
+in which they can be computed: what is seen or looked up, the fact or the equation, and the right choice last.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def _caption_of_a_picture(rng: random.Random) -> Draft:
     k = rng.randrange(3)
     said = [*true[:k], (miscolor, other, elsewhere)[k], *true[k + 1 :]]
     hint, fact = (f"{article(c)} {t} is on the {z}" for c, t, z in (said, true))
-    steps = _text(f"in the picture {fact}", f"{said[k]} should be {true[k]}")
+    steps = _text(f"in the picture {fact}", f"the wrong word is {said[k]}")
     scene = _compose(rng, [Group(noun, color, 1, zone)])
     return Draft("Which word is wrong?", said[k], _without(said, said[k]), steps, _text(hint), scene)
 
@@ -305,7 +305,7 @@ def _most_and_least(rng: random.Random) -> Draft:
     k, end = rng.choice(((2, most), (0, least)))
     others = " and ".join(number_word(n) for n in values if n != values[k])
     first = f"{number_word(values[k])} is {'more' if k else 'less'} than {others}"
-    steps = _text(first, f"{colors[k]} is {number_word(values[k])}", f"{colors[k]} is the {end}")
+    steps = _text(first, f"{colors[k]} is {number_word(values[k])}", f"the {end} is {colors[k]}")
     hint = _text(f"{plural(unit)}: {', '.join(rng.sample(clues, 3))}")
     return Draft(f"Which {noun} is the {end}?", colors[k], _without(colors, colors[k]), steps, hint)
 
@@ -350,7 +350,7 @@ def _speed_from_a_text(rng: random.Random) -> Draft:
     hint = _text(*(f"the {c} car goes {_count(d, 'mile')} in {_count(t, 'hour')}" for c, d, t in clues))
     more, right, wrong = rng.choice((("faster", fast, slow), ("slower", slow, fast)))
     order = _compare(*((d // t) for _, d, t in sorted(clues, key=lambda clue: clue[0] != right)))
-    steps = _text(*(f"{c}: {equation(d, 'divided by', t)}" for c, d, t in clues), order, f"{right} is {more}")
+    steps = _text(*(f"{c}: {equation(d, 'divided by', t)}" for c, d, t in clues), order, f"the {more} is {right}")
     return Draft(f"Which car is {more}?", right, [wrong], steps, hint)
 
 
@@ -375,21 +375,22 @@ def _alphabetical_order(rng: random.Random) -> Draft:
     low, high = sorted(words)
     right, wrong, rank = rng.choice(((low, high, "first"), (high, low, "last")))
     steps = _text(
-        *(f"{word} starts with {word[0]}" for word in words), f"{low[0]} comes before {high[0]}", f"{right} is {rank}"
+        *(f"{word} starts with {word[0]}" for word in words),
+        f"{low[0]} comes before {high[0]}",
+        f"the {rank} is {right}",
     )
     return Draft(f"Which comes {rank} in the alphabet, {words[0]} or {words[1]}?", right, [wrong], steps)
 
 
 @_skill
 def _plurals(rng: random.Random) -> Draft:
-    endings = list(product(ENDINGS, repeat=2))
-    right = rng.choice(endings)
-    one, other = (rng.choice(ENDINGS[end]) for end in right)
-    while one == other:
-        other = rng.choice(ENDINGS[right[1]])
-    steps = _text(*(f"{w} ends in {last_letters(w)}" for w in (one, other)), f"they take {listing(right)}")
-    wrong = [listing(pair) for pair in endings if pair != right]
-    return Draft(f"Which endings do {one} and {other} take in their plurals?", listing(right), wrong, steps)
+    told, right = (rng.choice(list(ENDINGS)) for _ in range(2))
+    one, word = rng.choice(ENDINGS[told]), rng.choice(ENDINGS[right])
+    while one == word:
+        one = rng.choice(ENDINGS[told])
+    steps = _text(f"{word} ends in {last_letters(word)}", f"words that end in {last_letters(word)} take {right}")
+    question = f"If {one} takes {told} in its plural, what does {word} take?"
+    return Draft(question, right, _without(ENDINGS, right), steps)
 
 
 @_skill
@@ -398,7 +399,7 @@ def _rhymes(rng: random.Random) -> Draft:
     one, right = rng.sample(RHYMES[end], 2)
     wrong = [rng.choice(RHYMES[e]) for e in ends]
     named = listing(rng.sample([right, *wrong], len(wrong) + 1))
-    steps = _text(f"{one} ends in {end}", f"{right} ends in {end}")
+    steps = _text(f"{one} ends in {end}", f"so does {right}")
     return Draft(f"Which of {named} rhymes with {one}?", right, wrong, steps, least=len(wrong))
 
 

@@ -214,7 +214,7 @@ def find_plural(p: Problem) -> str:
     def ending(word: str) -> str:
         return "ies" if word.endswith("y") else "es" if re.search(r"(s|x|sh|ch)$", word) else "s"
 
-    return " and ".join(ending(word) for word in re.findall(r"do (\w+) and (\w+) take", p["question"])[0])
+    return ending(re.findall(r"what does (\w+) take", p["question"])[0])
 
 
 def find_rhyme(p: Problem) -> str:
