@@ -52,7 +52,8 @@ def language_model_checks(folder: Path, scenes: int = 400) -> dict[str, Any]:
 
     `told` and `blind`: questions about scenes with and without the scene as text, `told_by_kind` by kind of question;
     `blind_prior`: of the best constant answer per kind. `letter`: the letter of val problems after the right reason;
-    `sums`: every sum, product and quotient; `look_up`: an entry of a list; `n`: how many of each.
+    `sums`: every sum, product and quotient; `look_up`: an entry of a list by its
+    key, as hints are used; `look_up_by_value`: by its value; `n`: how many of each.
     """
     model, tokenizer = load_language_model(str(folder), torch.float32)
     model.eval()
@@ -67,7 +68,8 @@ def language_model_checks(folder: Path, scenes: int = 400) -> dict[str, Any]:
         "blind": [dialogue([(q.question, q.answer)]) for _, q in questions],
         "letter": [with_letter(problem_turn(p, REASON_FIRST), p.letter) for p in problems],
         "sums": [dialogue([(f"What is {fact.split(' is ')[0]}?", language.sentence(fact))]) for fact in SUMS],
-        "look_up": [dialogue([look_up(rng)]) for _ in range(scenes)],
+        "look_up": [dialogue([look_up(rng, by_value=False)]) for _ in range(scenes)],
+        "look_up_by_value": [dialogue([look_up(rng, by_value=True)]) for _ in range(scenes)],
     }
     right = {name: exact_answers(model, tokenizer, documents) for name, documents in asked.items()}
     by_kind: dict[str, list[bool]] = {}

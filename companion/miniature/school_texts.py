@@ -110,8 +110,8 @@ def _comparison(rng: random.Random) -> Exercise:
     return f"Which is {word}, {asked}?", sentence(f"{number_word(found)} is {word} than {others}")
 
 
-def look_up(rng: random.Random) -> Exercise:
-    """A list of two or three entries, one of which is asked for by its key or by its value."""
+def look_up(rng: random.Random, by_value: bool | None = None) -> Exercise:
+    """A list of two or three entries, one of which is asked for by its key or by its value (drawn when None)."""
     start, end, keys, values = rng.choice(_LISTS)
     n = rng.randint(2, 3)
     starts = [start.format(key) for key in rng.sample(keys, n)]
@@ -119,7 +119,9 @@ def look_up(rng: random.Random) -> Exercise:
     rows = [f"{a} {b}" for a, b in zip(starts, ends, strict=True)]
     told = rng.choice((" ".join(map(sentence, rows)), sentence(", ".join(rows))))
     k = rng.randrange(n)
-    question = f"Go on: {starts[k]}" if rng.random() < 0.7 else f"Which one: {ends[k]}?"
+    if by_value is None:
+        by_value = rng.random() >= 0.7
+    question = f"Which one: {ends[k]}?" if by_value else f"Go on: {starts[k]}"
     return f"{told}\n{question}", sentence(rows[k])
 
 
