@@ -119,7 +119,7 @@ def science_curve(record: RunRecord, limit: int) -> dict[str, Any]:
 
 
 def bench_scores(record: RunRecord, bench: str, limit: int | None = None) -> dict[str, Any]:
-    """Return the offline judge's scores of each answer to a bench, `candidate` and `reference`, and the `value` in %.
+    """Return the rule scorer's scores of each answer to a bench, `candidate` and `reference`, and the `value` in %.
 
     A failed review has 0 for both and so counts for neither.
     """

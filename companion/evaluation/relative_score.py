@@ -1,4 +1,4 @@
-"""Relative scores of LLaVA-Bench with bootstrap intervals over questions: of one system, of two, of several seeds."""
+"""Relative scores of LLaVA-Bench with bootstrap intervals: of one system, their difference, and their ratio."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from companion.evaluation.llava_bench import CATEGORY_PREFIX, Reviews, review_rows, review_scores, score_reviews
-from companion.evaluation.statistics import SAMPLES, estimate, item_counts, percentile_interval, ratio, seeds_interval
+from companion.evaluation.statistics import SAMPLES, estimate, item_counts, ratio, seeds_interval
 from companion.paper.verdict import verdict_of_interval
 from llava_core.runtime import DataError
 
@@ -65,30 +65,60 @@ def relative_score(counts: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return 100 * ratio(counts @ scores[:, 1], counts @ scores[:, 0])
 
 
-def relative_scores(reviews: Sequence[Mapping[str, Any]], samples: int = SAMPLES) -> dict[str, dict[str, Any]]:
+def image_counts(
+    keys: Sequence[str], images: Mapping[Any, str] | None, samples: int = SAMPLES, seed: int = 0
+) -> np.ndarray:
+    """Return `item_counts` of questions (1 + samples, n), those about one image resampled together.
+
+    Args:
+        keys: question ids.
+        images: question id -> image; None: every question by itself.
+
+    Raises:
+        DataError: a question has no image.
+    """
+    if images is None:
+        return item_counts(len(keys), samples, seed)
+    image_of = {str(key): image for key, image in images.items()}
+    if absent := [key for key in keys if key not in image_of]:
+        raise DataError(f"question {absent[0]} has no image; give reviews and images of the same questions")
+    names, image_index = np.unique([image_of[key] for key in keys], return_inverse=True)
+    return item_counts(len(names), samples, seed)[:, image_index]
+
+
+def relative_scores(
+    reviews: Sequence[Mapping[str, Any]], images: Mapping[Any, str] | None = None, samples: int = SAMPLES
+) -> dict[str, dict[str, Any]]:
     """Return category -> `{n, failed, value, interval}` in %, of the rows of `llava_bench.judge`; also for `all`.
 
-    The value is 100 x mean candidate / mean reference without failed reviews, the interval a bootstrap over reviews.
+    The value is 100 x mean candidate / mean reference without failed reviews, the interval a bootstrap over images
+    (question id -> image), or without them over reviews.
     """
-    summary = score_reviews(reviews)
-    rng, result = np.random.default_rng(0), {}
+    summary, result = score_reviews(reviews), {}
     for name, value in {"all": summary["all"], **summary["categories"]}.items():
         rows = [r for r in reviews if name in ("all", str(r["category"]).removeprefix(CATEGORY_PREFIX))]
-        pairs = np.array([r["tuple"] for r in rows if r["tuple"]], dtype=float).reshape(-1, 2)
-        sums = pairs[rng.integers(len(pairs), size=(samples, len(pairs)))].sum(1)  # (samples, 2)
-        interval = percentile_interval(100 * sums[:, 1] / sums[:, 0])
+        scored = [r for r in rows if r["tuple"]]
+        pairs = np.array([r["tuple"] for r in scored], dtype=float).reshape(-1, 2)
+        counts = image_counts([str(r["question_id"]) for r in scored], images, samples)
+        interval = estimate(relative_score(counts, pairs))["interval"]
         result[name] = {"n": len(pairs), "failed": len(rows) - len(pairs), "value": value, "interval": interval}
     return result
 
 
 def relative_difference(
-    first: Reviews, second: Reviews, paired: bool = True, samples: int = SAMPLES, seed: int = 0
+    first: Reviews,
+    second: Reviews,
+    paired: bool = True,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    images: Sequence[Mapping[Any, str] | None] = (None, None),
 ) -> dict[str, Any]:
     """Return the relative score of a second set of reviews minus that of a first, in points.
 
     Args:
         first: JSONL path or rows of reviews, like `second`, by the same judge.
         paired: both answered the same questions, which are resampled together; else each set by itself.
+        images: of either set, as for `image_counts`.
 
     Returns:
         n (questions of each), first and second (relative scores in %), difference, interval.
@@ -100,7 +130,7 @@ def relative_difference(
     keys = [common_questions(*tables)] * 2 if paired else [common_questions(table, table) for table in tables]
     values = []
     for k, (table, own) in enumerate(zip(tables, keys, strict=True)):
-        counts = item_counts(len(own), samples, seed if paired else seed + k)
+        counts = image_counts(own, images[k], samples, seed if paired else seed + k)
         values.append(relative_score(counts, np.array([table[key] for key in own])))
     change, (one, other) = estimate(values[1] - values[0]), (estimate(value)["value"] for value in values)
     return {"n": [len(own) for own in keys], "first": one, "second": other, "difference": change["value"],
@@ -122,9 +152,10 @@ def times_over(
     tables = [[question_scores(reviews).scores for reviews in runs] for runs in (more, less)]
     keys = [key for key in tables[0][0] if all(key in table for runs in tables for table in runs)]
     image_of = {str(key): image for key, image in images.items()}
-    if len(keys) < 2 or (absent := [key for key in keys if key not in image_of]):
-        what = f"question {absent[0]} has no image" if len(keys) > 1 else f"{len(keys)} questions are scored everywhere"
-        raise DataError(f"{what}; give reviews and images of the same questions")
+    if len(keys) < 2:
+        raise DataError(f"{len(keys)} questions are scored everywhere; give reviews of the same questions")
+    if absent := [key for key in keys if key not in image_of]:
+        raise DataError(f"question {absent[0]} has no image; give reviews and images of the same questions")
     first, second = (np.array([[table[key] for key in keys] for table in runs]) for runs in tables)
     return times_over_scores(first, second, [image_of[key] for key in keys], samples, seed)
 
@@ -149,8 +180,8 @@ def times_over_scores(
     """
     if len(less) not in (1, len(more)):
         raise DataError(f"{len(more)} and {len(less)} seeds cannot be paired; give one or equal numbers of runs")
-    names, image_index = np.unique(list(images), return_inverse=True)
-    counts = item_counts(len(names), samples, seed)[:, image_index]  # (1 + samples, questions)
+    questions = [str(k) for k in range(len(images))]
+    counts = image_counts(questions, dict(zip(questions, images, strict=True)), samples, seed)
     values = [np.array([relative_score(counts, run) for run in runs]) for runs in (more, less)]  # (seeds, 1 + samples)
     result = estimate(ratio(values[0].mean(0), values[1].mean(0)))
     if not all(table[:, 0].min() > 0 for table in values):
@@ -161,53 +192,10 @@ def times_over_scores(
         over_seeds = np.exp(seeds_interval(of_seeds.tolist())["interval"])
         interval = [min(interval[0], float(over_seeds[0])), max(interval[1], float(over_seeds[1]))]
     return {
-        "n": len(images), "n_images": len(names), "n_seeds": len(more), "times": result["value"], "interval": interval,
+        "n": len(images),
+        "n_images": len(set(images)),
+        "n_seeds": len(more),
+        "times": result["value"],
+        "interval": interval,
         "verdict": verdict_of_interval([end - SEVERAL for end in interval], "above 0"),
-    }  # fmt: skip
-
-
-def compare_systems(
-    reviews: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], samples: int = SAMPLES
-) -> list[dict[str, Any]]:
-    """Return a row per category and system: relative score and its difference to the first system's, with intervals.
-
-    A score is the mean over seeds of 100 x sum of the candidate's scores / sum of the reference's. Questions and seeds
-    are resampled, the same ones for all systems, so differences are paired. A failed review counts for neither side.
-
-    Args:
-        reviews: system -> per seed the judge's reviews of the same questions.
-    """
-    rng, rows = np.random.default_rng(0), []
-    first = next(iter(reviews.values()))[0]
-    keys = [str(r["question_id"]) for r in first]
-    categories = np.array([str(r["category"]).removeprefix(CATEGORY_PREFIX) for r in first])
-    tables = {}
-    for system, runs in reviews.items():
-        scores = [{str(r["question_id"]): r["tuple"] for r in run} for run in runs]
-        tables[system] = np.array([[own[key] or (0, 0) for key in keys] for own in scores])  # (seeds, questions, 2)
-    for category in ("all", "conv", "detail", "complex"):
-        own = np.flatnonzero((categories == category) | (category == "all"))
-        if not len(own):
-            continue
-        drawn = own[rng.integers(len(own), size=(samples, len(own)))]
-        seeds = {n: rng.multinomial(n, [1 / n] * n, size=samples).T / n for n in {len(t) for t in tables.values()}}
-        base: np.ndarray | None = None
-        for system, table in tables.items():
-            value = _mean_over_seeds(table[:, own[None]], np.full((len(table), 1), 1 / len(table)))
-            resampled = _mean_over_seeds(table[:, drawn], seeds[len(table)])
-            values = np.concatenate([value, resampled])
-            base = values if base is None else base
-            delta = values - base
-            rows.append({
-                "system": system, "category": category, "n": len(own), "score": float(value[0]),
-                "interval": percentile_interval(resampled), "difference": float(delta[0]),
-                "difference_interval": percentile_interval(delta[1:]),
-            })  # fmt: skip
-    return rows
-
-
-def _mean_over_seeds(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Relative score in % (draws,) from scores (seeds, draws, questions, 2) and weights (seeds, draws)."""
-    sums = table.sum(2, dtype=float)
-    mean: np.ndarray = (100 * weights * sums[..., 1] / np.maximum(sums[..., 0], 1e-9)).sum(0)
-    return mean
+    }

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from companion.evaluation.relative_score import compare_systems, times_over
+from companion.evaluation.relative_score import relative_difference, relative_scores, times_over
 from llava_core.runtime import DataError
 
 
@@ -11,40 +11,33 @@ def _reviews(scores):
     return [{"question_id": k, "category": kinds[k % 3], "tuple": [8.0, s]} for k, s in enumerate(scores)]
 
 
-def test_systems_are_compared_on_the_same_questions() -> None:
-    full = [[2.0, 4.0, 8.0, 6.0, 7.0, 3.0], [4.0, 4.0, 8.0, 6.0, 7.0, 1.0]]
-    reviews = {"full": [_reviews(run) for run in full], "less": [_reviews([s - 1 for s in run]) for run in full]}
-    rows = {(r["system"], r["category"]): r for r in compare_systems(reviews)}
-    assert rows["full", "all"]["score"] == pytest.approx(62.5)
-    less = rows["less", "all"]
-    assert less["difference"] == pytest.approx(-12.5)
-    # the difference is the same on every question, so its interval has no width; the scores themselves vary
-    assert less["difference_interval"] == pytest.approx([-12.5, -12.5])
-    assert less["interval"][1] - less["interval"][0] > 5
-    assert rows["full", "conv"]["n"] == 2
+def _images(n, per_image=3):
+    return {k: f"{k // per_image}.jpg" for k in range(n)}
 
 
-def test_seeds_of_a_system_are_resampled_too() -> None:
-    less = [_reviews([6.0] * 6), _reviews([2.0] * 6)]  # no question differs from another, the seeds do
-    reviews = {"full": [_reviews([8.0] * 6)] * 2, "less": less, "none": [_reviews([4.0] * 6)]}
-    result = {r["system"]: r for r in compare_systems(reviews)}
-    assert result["less"]["difference"] == pytest.approx(-50)
-    assert result["less"]["difference_interval"] == pytest.approx([-75, -25])
-    assert result["none"]["difference_interval"] == pytest.approx([-50, -50])
-
-
-def test_failed_review_counts_for_neither_side() -> None:
-    rows = _reviews([8.0] * 6)
+def test_scores_by_category_leave_out_failures() -> None:
+    rows = _reviews([2.0, 4.0, 8.0, 6.0, 7.0, 3.0])
     rows[0] = {**rows[0], "tuple": None}
-    result = compare_systems({"full": [rows]})
-    assert result[0]["score"] == pytest.approx(100)
+    result = relative_scores(rows)
+    assert result["all"]["value"] == pytest.approx(100 * 28 / 40)
+    assert (result["all"]["n"], result["all"]["failed"], result["conv"]["n"]) == (5, 1, 1)
+    assert result["conv"]["interval"] == pytest.approx([75, 75])  # one question
+    assert result["all"]["interval"][0] < result["all"]["value"] < result["all"]["interval"][1]
+
+
+def test_intervals_are_clustered_by_image() -> None:
+    first, second = _reviews([2.0] * 24), _reviews([9.0] * 12 + [3.0] * 12)
+    single, grouped = _images(24, per_image=1), _images(24, per_image=6)
+    widths = []
+    for images in (None, single, grouped):
+        low, high = relative_scores(second, images)["all"]["interval"]
+        below, above = relative_difference(first, second, images=(images, images))["interval"]
+        widths.append((high - low, above - below))
+    assert widths[0] == pytest.approx(widths[1])
+    assert all(apart < together / 1.5 for apart, together in zip(widths[1], widths[2], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ several times
-
-
-def _images(n, per_image=3):
-    return {k: f"{k // per_image}.jpg" for k in range(n)}
 
 
 @pytest.mark.parametrize(
