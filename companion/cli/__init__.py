@@ -62,7 +62,7 @@ def _message(error: CompanionError | OSError) -> str:
     """The error in a sentence; the system's own names no fix where a file or a folder is not ours to read or write."""
     if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return str(error)
-    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ROOT
+    path = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else ROOT
     if path.is_file() and not os.access(path, os.R_OK):
         return f"{path}: may not be read; change its permissions (chmod u+r)"
     folder = next((parent for parent in path.parents if parent.is_dir()), path)

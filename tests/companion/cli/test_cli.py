@@ -423,7 +423,7 @@ def test_a_folder_that_may_not_be_written_is_named(
     assert ".tmp" not in error
 
 
-def test_a_file_that_may_not_be_read_is_named(
+def test_a_file_that_may_not_be_read_or_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.json"
@@ -436,6 +436,11 @@ def test_a_file_that_may_not_be_read_is_named(
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
     assert cli.main(["data", "check", str(path)]) == 1
     assert f"error: {path}: may not be read; change its permissions" in capsys.readouterr().err
+    path.unlink()
+    path = Path("a.json")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "check", "a.json"]) == 1
+    assert f"error: {tmp_path}: may not be written (Permission denied)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["--help", "inspect nowhere --json", "demo"])
