@@ -6,6 +6,7 @@ Source: the data formats of OpenAI, Qwen2-VL, LLaMA-Factory, ms-swift, Alpaca an
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ _PAIRS = (  # (question, answer) of a turn that holds both
     ("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("question", "answer"), ("query", "response"),
     ("instruction", "output"), ("input", "output"), ("prompt", "response"), ("q", "a"),
 )  # fmt: skip
+_ROLES = frozenset(("human", "user", "gpt", "assistant", "bot", "model", "system"))
 _CHOICES = re.compile(r"choices?|options?|endings|multiple_choices|[ab]|(?:option|choice)_?[a0-9]", re.IGNORECASE)
 
 
@@ -57,6 +59,8 @@ def answer_of(fields: Mapping[str, Any], rest: Mapping[str, Any]) -> str:
             f"a question with choices ({first_of(choices)}); write them into the question, and the answer as text (of "
             "ScienceQA: `llava data scienceqa`)"
         )
+    if isinstance(answer, float):
+        answer = None if not math.isfinite(answer) else int(answer) if answer.is_integer() else answer
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         return str(answer)
     if answer is not None and not isinstance(answer, str):
@@ -108,6 +112,8 @@ def _role(turn: Mapping[str, Any]) -> Any:
 
 def _turns_of_item(item: Any, images: list[Any]) -> list[Any]:
     if isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(text, str) for text in item):
+        if item[0].strip().lower() in _ROLES:  # [["user", "Why?"], ["assistant", "So."]]
+            return [{"from": item[0], "value": item[1]}]
         return [{"from": "human", "value": item[0]}, {"from": "gpt", "value": item[1]}]
     if not isinstance(item, dict):
         return [item]

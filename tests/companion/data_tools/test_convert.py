@@ -201,6 +201,7 @@ def image_parts(**image: Any) -> list[dict[str, Any]]:
         {"texts": [{"user": "Why?", "assistant": "So.", "source": "vqa"}], "images": ["good.jpg"]},
         {"conversation": [{"input": "Why?", "output": "So."}], "image": ["good.jpg"]},
         {"conversations": [["Why?", "So."]], "image_path": "good.jpg"},
+        {"conversations": [["user", "Why?"], ["assistant", "So."]], "image_path": "good.jpg"},
         {"conversations": ASKED, "image": {"path": "good.jpg", "bytes": None}},
         {"conversations": [{"from": "user", "value": "<image_1>\nWhy?"}, ASKED[1]], "image": "good.jpg"},
         {"question": "Why?", "answer": "So.", "image": "good.jpg", "width": 64, "model": "gpt"},
@@ -223,7 +224,7 @@ def test_history_input_and_numbers_keep_their_text(tmp_path: Path, images: Path)
     rows = [
         {"query": "And now?", "response": "Red.", "history": [["What?", "A bus."]], "images": ["good.jpg"]},
         {"instruction": "Translate.", "input": "Hund", "output": "dog"},
-        {"question": "How many?", "answer": 3, "image": "good.png", "hint": "Count.", "source": "mine"},
+        {"question": "How many?", "answer": 3.0, "image": "good.png", "hint": "Count.", "source": "mine"},
         {"query": "Why?", "response": "So.", "images": []},
     ]
     path.write_text(json.dumps(rows))
@@ -267,6 +268,7 @@ LONG = "iVBORw0KGgo" * 9000
         ({"messages": [USER, ASSISTANT], "image": "https://example.org/a.jpg"}, "download it"),
         ({"question": "Why?", "answer": 2, "choices": ["a", "b"], "image": "good.jpg"}, "question with choices"),
         ({"question": "Why?", "answer": "B", "A": "a", "B": "b", "image": "good.jpg"}, "question with choices"),
+        ({"question": "Why?", "answer": float("nan"), "image": "good.jpg"}, "no answer"),
         ({"question": "Why?", "answer": ["a", "b"], "image": "good.jpg"}, "the answer is no text but list"),
         ({"question": "<image>\nWhy?", "answer": "So.", "image": None}, "1 x <image> in a record with no image"),
         ({"texts": ["A cat.", "A dog."], "image": "good.jpg"}, "turn 0 is an object"),
