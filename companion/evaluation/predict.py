@@ -91,6 +91,34 @@ def science_answers(loaded: Loaded, problems: Sequence[Problem], **options: Any)
     return {problem.id: answers[problem.id] for problem in problems}
 
 
+def letters_after(
+    loaded: Loaded, problems: Sequence[Problem], first_passes: Mapping[str, str], **options: Any
+) -> dict[str, str]:
+    """Run the second pass only, after given texts in place of the first one's; complete answers by id.
+
+    Args:
+        first_passes: by problem id, as the first pass would end: without the `###`.
+        options: as for `science_answers`.
+
+    Raises:
+        DataError: the checkpoint's prompt format has no second pass.
+    """
+    bridge = answer_prompt(name := _prompt_format(loaded), options.get("released", False))
+    if bridge is None:
+        raise DataError(f"prompt format {name} asks for no letter in a second pass; take a checkpoint of QCM-LEPA")
+    rows = _rows(loaded, problems, options)
+    tokens, batch = options.get("answer_tokens", ANSWER_TOKENS), options.get("batch", 64)
+    return _second_pass(loaded, rows, first_passes, bridge, max_new_tokens=tokens, batch=batch, desc=None)
+
+
+def _second_pass(
+    loaded: Loaded, rows: Sequence[Mapping[str, Any]], texts: Mapping[str, str], bridge: str, **generation: Any
+) -> dict[str, str]:
+    prefixes = {str(row["question_id"]): texts[str(row["question_id"])] + bridge for row in rows}
+    letters = answer_questions(loaded, rows, answer_prefixes=prefixes, **generation)
+    return {key: f"{texts[key]}\n The answer is {letter.strip()}" for key, letter in letters.items()}
+
+
 def predict_science_qa(
     loaded: Loaded,
     checkpoint: str | Path,
@@ -157,7 +185,5 @@ def _batches(
         common: dict[str, Any] = {"batch": batch, "temperature": temperature, "desc": None}
         answers = answer_questions(loaded, part, max_new_tokens=max_new_tokens, reserve=reserve, **common)
         if bridge is not None:
-            prefixes = {key: text + bridge for key, text in answers.items()}
-            letters = answer_questions(loaded, part, max_new_tokens=answer_tokens, answer_prefixes=prefixes, **common)
-            answers = {key: f"{text}\n The answer is {letters[key].strip()}" for key, text in answers.items()}
+            answers = _second_pass(loaded, part, answers, bridge, max_new_tokens=answer_tokens, **common)
         yield answers
