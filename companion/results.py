@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from PIL import Image
 
 from companion.data_tools.scienceqa import Problem, load_problems
 from companion.evaluation import llava_bench, science_qa
 from companion.evaluation.bench_steps import load_bench
-from companion.evaluation.grounding import factual_accuracy, shuffle_images, text_prior
+from companion.evaluation.grounding import edited_accuracy, factual_accuracy, shuffle_images, text_prior
 from companion.evaluation.predict import predict_science_qa
 from llava_core.checkpoints.load import Loaded, load
 from llava_core.config import RunConfig, load_scale
@@ -164,24 +167,52 @@ def factual_folder(config: RunConfig) -> Path:
 
 
 def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
-    """Answer factual questions about held-out images, with the right image and with another one.
+    """Answer factual questions about held-out images: with the right image, another one, a blank and an edited one.
 
     The `limit` of a run's first call decides, since its result is stored with the run.
 
     Returns:
-        `right`, `shuffled` (images exchanged) and `prior` (the best answers without an image), each as
-        `factual_accuracy` returns it, and the `answers` with the right image.
+        `right`, `shuffled` (images exchanged), `blank` (uniform gray) and `prior` (the best answers without an image),
+        each as `factual_accuracy` returns it; `edited`: color questions about the miniature's val scenes, with the
+        image as it is and with another color of the group, each as `edited_accuracy` returns it; and the `answers`
+        with the right image.
     """
 
     def compute() -> dict[str, Any]:
         folder, loaded = factual_folder(record.config), load_run(record)
-        rows = read_jsonl(folder / "questions_val.jsonl")[:limit]
-        answers, mixed = (
-            answer_questions(loaded, asked, folder / "val2014", max_new_tokens=16, desc=desc)
-            for asked, desc in ((rows, "right image"), (shuffle_images(rows, SHUFFLE_SEED), "another image"))
-        )
+        rows, images = read_jsonl(folder / "questions_val.jsonl")[:limit], folder / "val2014"
+        with TemporaryDirectory() as blank:
+            Image.new("RGB", (224, 224), (128, 128, 128)).save(Path(blank) / "blank.png")
+            cases = {
+                "right": (rows, images),
+                "shuffled": (shuffle_images(rows, SHUFFLE_SEED), images),
+                "blank": ([{**row, "image": "blank.png"} for row in rows], Path(blank)),
+            }
+            answers = {
+                name: answer_questions(loaded, asked, place, max_new_tokens=16, desc=f"{name} image")
+                for name, (asked, place) in cases.items()
+            }
         prior = text_prior(read_jsonl(folder / "questions_train.jsonl"), rows)
-        right, shuffled = factual_accuracy(rows, answers), factual_accuracy(rows, mixed)
-        return {"right": right, "shuffled": shuffled, "prior": prior, "answers": answers}
+        scores = {name: factual_accuracy(rows, said) for name, said in answers.items()}
+        edited = _edited_result(loaded, limit)
+        return {**scores, "prior": prior, "edited": edited, "answers": answers["right"]}
 
     return cached_result(record, "grounding", compute)
+
+
+def _edited_result(loaded: Loaded, limit: int | None) -> dict[str, Any]:
+    from companion import miniature
+    from companion.miniature.edited_scenes import color_edits, draw_edits, edited_rows
+
+    folder = miniature.ensure(only=["mini-coco"]) / "mini-coco"  # scenes are known for the miniature only
+    edits = color_edits(folder, limit)
+    rows = edited_rows(edits)
+    before, after = [edit.answer for edit in edits], [edit.edited_answer for edit in edits]
+    result: dict[str, Any] = {}
+    with TemporaryDirectory() as drawn:
+        draw_edits(edits, Path(drawn))
+        for name, place in (("as it is", folder / "val2014"), ("edited", Path(drawn))):
+            answers = answer_questions(loaded, rows, place, max_new_tokens=16, desc=f"color questions, {name}")
+            said = [answers[str(row["question_id"])] for row in rows]
+            result[name] = edited_accuracy(before, after, said)
+    return result

@@ -1,7 +1,7 @@
-"""Image grounding: exact-match accuracy of short answers with the right image, another image and no image.
+"""Image grounding: exact-match accuracy of short answers with the right image, another, an edited, a blank, and none.
 
 A row of questions is {question_id, image, text, answer, kind}. A model that ignores the image reaches `text_prior`; the
-accuracy of a model that uses it falls to about that value with `shuffle_images`.
+accuracy of a model that uses it falls to about that value with `shuffle_images` or a blank image.
 """
 
 from __future__ import annotations
@@ -102,3 +102,19 @@ def shuffle_images(questions: Sequence[Row], seed: int) -> list[dict[str, Any]]:
     random.Random(seed).shuffle(images)
     other = dict(zip(images, images[1:] + images[:1], strict=True))  # one cycle has no fixed point
     return [dict(row) | {"image": other[row["image"]]} for row in questions]
+
+
+def edited_accuracy(before: Sequence[str], after: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
+    """Count the answers about edited images: a model that uses the image follows the edit.
+
+    Args:
+        before, after: the exact answers for the image as it was and as it is now.
+
+    Returns:
+        `follow`, `keep` (the answer for the image as it was) and `other`, each as `proportion` returns it.
+    """
+    kinds: Counter[str] = Counter()
+    for old, new, answer in zip(before, after, answers, strict=True):
+        said = normalize(answer)
+        kinds["follow" if said == normalize(new) else "keep" if said == normalize(old) else "other"] += 1
+    return {kind: proportion(kinds[kind], len(answers)) for kind in ("follow", "keep", "other")}

@@ -1,15 +1,18 @@
-"""Results of a run are cached until code or data change."""
+"""Results of a run are cached until code or data change; grounding by right, exchanged, blank and edited images."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from companion import results
+from companion import miniature, results
 from llava_core.config import load_experiment
+from llava_core.data.images import load_image
 from llava_core.record import RunRecord
-from llava_core.runtime import write_json
+from llava_core.runtime import read_jsonl, write_json
 
 
 def test_result_is_cached_until_code_or_data_change(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +29,35 @@ def test_result_is_cached_until_code_or_data_change(workspace: Path, monkeypatch
         monkeypatch.setattr(results, "sha256_file", lambda path, version=version: f"{version}-{path}")
         assert results.cached_result(record, "x", compute)["value"] == expected
     assert results.cached_result(record, "y", compute)["value"] == 5  # another name is another result
+
+
+def test_grounding_tells_a_model_that_looks_from_one_that_does_not(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands in for the model: it knows the file names of the scenes, and the mean color of an image."""
+    folder = miniature.ensure(only=["mini-coco"], sizes=miniature.Sizes(12, 60, 30, 8, 8, 8, 2, 6)) / "mini-coco"
+    monkeypatch.setattr(miniature, "ensure", lambda only: folder.parent)
+    answered = {row["text"] + row["image"]: row["answer"] for row in read_jsonl(folder / "questions_val.jsonl")}
+    means: dict[str, Any] = {}
+
+    def mean(path: Path) -> np.ndarray:
+        return np.asarray(load_image(path)).mean((0, 1))
+
+    def looks(loaded: Any, rows: Any, images: Path, **_: Any) -> dict[str, str]:
+        result = {}
+        for row in rows:
+            seen, name = mean(images / row["image"]), row["image"]
+            same = next((k for k in answered if k.startswith(row["text"]) and k.endswith(name)), "")
+            means.setdefault(name, seen)
+            changed = not np.allclose(means[name], seen, atol=0.02)
+            result[str(row["question_id"])] = "changed" if changed else answered.get(same, "blank")
+        return result
+
+    monkeypatch.setattr(results, "load_run", lambda record: None)
+    monkeypatch.setattr(results, "answer_questions", looks)
+    result = results.grounding_result(RunRecord.open(load_experiment("finetune", "mini")))
+    assert result["right"]["accuracy"] == 100
+    assert result["shuffled"]["accuracy"] < 60
+    assert result["blank"]["accuracy"] == 0
+    assert result["edited"]["edited"]["other"]["correct"] == 30, "each edited image differs from its original"
+    assert result["edited"]["as it is"]["keep"]["n"] == 30

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from companion.evaluation.grounding import factual_accuracy, hallucination, normalize, shuffle_images, text_prior
+from companion.evaluation.grounding import (
+    edited_accuracy,
+    factual_accuracy,
+    hallucination,
+    normalize,
+    shuffle_images,
+    text_prior,
+)
 from llava_core.runtime import DataError
 
 
@@ -95,3 +102,12 @@ def test_hallucination_counts_objects_that_are_not_there() -> None:
     assert hallucination({3: []}, present)["objects"]["share"] is None
     with pytest.raises(DataError, match="image 4 has a description"):
         hallucination({4: ["car"]}, present)
+
+
+def test_edited_images_are_followed_or_not() -> None:
+    before, after = ["Red.", "Blue.", "White.", "Red."], ["Blue.", "Red.", "Black.", "White."]
+    answers = ["blue", "Blue.", "Green.", "White."]
+    counts = {kind: row["correct"] for kind, row in edited_accuracy(before, after, answers).items()}
+    assert counts == {"follow": 2, "keep": 1, "other": 1}
+    with pytest.raises(ValueError, match="shorter"):
+        edited_accuracy(before, after, answers[:3])
