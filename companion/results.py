@@ -11,9 +11,10 @@ from PIL import Image
 
 from companion.data_tools.scienceqa import Problem, load_problems
 from companion.evaluation import llava_bench, science_qa
+from companion.evaluation.anatomy import anatomy
 from companion.evaluation.bench_steps import load_bench
 from companion.evaluation.grounding import edited_accuracy, factual_accuracy, shuffle_images, text_prior
-from companion.evaluation.predict import predict_science_qa
+from companion.evaluation.predict import predict_science_qa, science_answers
 from llava_core.checkpoints.load import Loaded, load
 from llava_core.config import RunConfig, load_scale
 from llava_core.inference import answer_questions
@@ -95,6 +96,13 @@ def _digits(problems: list[Problem], answers: dict[str, str]) -> str:
     return "".join(str(int(right)) for right in science_qa.right_answers(problems, answers))
 
 
+def _checkpoints(record: RunRecord) -> dict[int, Path]:
+    """The snapshots of a run and its checkpoint by step, in order."""
+    folders = [folder for folder in (record.path / "snapshots").glob("*") if folder.is_dir()]
+    snapshots = {int(folder.name): folder for folder in folders}
+    return {step: snapshots[step] for step in sorted(snapshots)} | {record.summary["steps"]: record.checkpoint}
+
+
 def science_curve(record: RunRecord, limit: int) -> dict[str, Any]:
     """Answer the first test problems with each snapshot of a run and with its checkpoint.
 
@@ -107,11 +115,9 @@ def science_curve(record: RunRecord, limit: int) -> dict[str, Any]:
 
     def compute() -> dict[str, Any]:
         problems = load_problems(record.config.data_path, "test")[:limit]
-        folders = sorted((record.path / "snapshots").glob("*"), key=lambda folder: int(folder.name))
-        if not folders:
+        places, right = _checkpoints(record), []
+        if len(places) == 1:
             raise DataError(f"{display_path(record.path)}: no snapshots; train it with train.snapshots of 2 or more")
-        places = {int(folder.name): folder for folder in folders} | {record.summary["steps"]: record.checkpoint}
-        right = []
         for step, folder in places.items():
             out = record.path / "snapshots" / f"answers_{step}.jsonl"
             right.append(_digits(problems, _science_answers(record, folder, out, limit=limit)))
@@ -136,6 +142,26 @@ def bench_scores(record: RunRecord, bench: str, limit: int | None = None) -> dic
         "candidate": [pair[1] for pair in pairs],
         "value": result["all"],
     }
+
+
+def anatomy_curve(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
+    """Score the steps of the reasons for validation problems, at each snapshot of a run and at its end.
+
+    Returns:
+        `steps`, and `anatomy`: for each of them the dict of `anatomy.anatomy`. A run without `train.snapshots` has one.
+    """
+
+    def compute() -> dict[str, Any]:
+        config, problems = record.config, load_problems(record.config.data_path, "val")[:limit]
+        first, second = load_scale(config.scale.name).answer_tokens
+        places, found = _checkpoints(record), []
+        for folder in places.values():
+            loaded = load(folder, resolve_dtype(config.dtype), resolve_device(config.scale.device))
+            answers = science_answers(loaded, problems, max_new_tokens=first, answer_tokens=second)
+            found.append(anatomy(problems, answers))
+        return {"steps": list(places), "anatomy": found}
+
+    return cached_result(record, "anatomy", compute)
 
 
 def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limit: int | None = None) -> dict[str, Any]:

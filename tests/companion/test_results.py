@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from companion import miniature, results
+from companion.evaluation.reasons import first_pass
 from llava_core.config import load_experiment
 from llava_core.data.images import load_image
 from llava_core.record import RunRecord
@@ -61,3 +62,27 @@ def test_grounding_tells_a_model_that_looks_from_one_that_does_not(
     assert result["blank"]["accuracy"] == 0
     assert result["edited"]["edited"]["other"]["correct"] == 30, "each edited image differs from its original"
     assert result["edited"]["as it is"]["keep"]["n"] == 30
+
+
+def test_anatomy_is_measured_at_each_snapshot(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the model: the reasons of the first snapshot are empty, later ones are right."""
+    sizes = miniature.Sizes(12, 8, 4, 40, 40, 8, 2, 6)
+    miniature.ensure(workspace / "data" / "mini", only=["mini-scienceqa"], sizes=sizes)
+    record = RunRecord.open(load_experiment("science_qa", "mini"))
+    for step in ("10", "2"):
+        (record.path / "snapshots" / step).mkdir(parents=True)
+    write_json(record.path / "summary.json", {"steps": 12})
+    monkeypatch.setattr(results, "load", lambda folder, *_: folder)
+
+    def answers(folder: Path, problems: list[Any], **options: Any) -> dict[str, str]:
+        assert options == {"max_new_tokens": 96, "answer_tokens": 6}
+        text = "" if folder.name == "2" else None
+        return {p.id: f"{first_pass(p) if text is None else text}\n The answer is {p.letter}." for p in problems}
+
+    monkeypatch.setattr(results, "science_answers", answers)
+    curve = results.anatomy_curve(record, 30)
+    assert curve["steps"] == [2, 10, 12]
+    first, *later = curve["anatomy"]
+    assert {row["correct"] for row in first.values()} == {0}
+    assert all(row["correct"] == row["n"] for rows in later for row in rows.values())
+    assert first["see"]["n"] == later[0]["see"]["n"] > 0
