@@ -27,6 +27,7 @@ BENCHMARKS = {
     "captions": ("benchmarks.captions", "caption scores against pycocoevalcap"),
     "filter": ("benchmarks.filter", "the CC3M filter at the paper's size"),
     "generate": ("benchmarks.generate", "greedy generation against transformers"),
+    "letter-binding": ("benchmarks.letter_binding", "letters of options learned from two initialisations"),
     "loss": ("benchmarks.loss", "loss and gradients in chunks against all logits at once"),
     "memory": ("benchmarks.memory", "planned memory of a training run against the measured peak"),
     "teacher-error": ("benchmarks.teacher_error", "hallucination of the model against errors of the teacher"),

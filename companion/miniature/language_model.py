@@ -186,16 +186,11 @@ def lookup_init(model: Any, tokenizer: Any, seed: int = 0) -> None:
         carry(layers[3], head, half_s, half_s, 1.2, rotate=False)
 
 
-def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
-    """Train one text-only Llama of `SIZES` and save it in bf16; returns the settings for the manifest."""
+def new_language_model(size: LanguageModelSize, tokenizer: Any) -> Any:
+    """A Llama of a size with random weights, for the vocabulary of a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = SIZES[name]
-    steps = steps or size.steps
-    seed_everything(seed)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(out, document_texts(), VOCABULARY)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=size.hidden,
@@ -212,19 +207,31 @@ def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None 
             rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         )
     )
+
+
+def mean_loss(model: Any, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy over the supervised tokens of a batch of texts."""
+    ids, labels, words = batch
+    embeds = embed_with_patches(model.get_input_embeddings(), ids, words)
+    hidden = model.model(inputs_embeds=embeds[:, :-1], use_cache=False).last_hidden_state
+    supervised = labels[:, 1:] != IGNORE_INDEX
+    return F.cross_entropy(model.lm_head(hidden[supervised]), labels[:, 1:][supervised])
+
+
+def train_language_model(name: str, out: Path, seed: int = 0, steps: int | None = None) -> dict[str, Any]:
+    """Train one text-only Llama of `SIZES` and save it in bf16; returns the settings for the manifest."""
+    size = SIZES[name]
+    steps = steps or size.steps
+    seed_everything(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(out, document_texts(), VOCABULARY)
+    model = new_language_model(size, tokenizer)
     lookup_init(model, tokenizer, seed)
     model.train()
     rng = random.Random(f"text-{seed}")
-
-    def loss_of(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        ids, labels, words = batch
-        embeds = embed_with_patches(model.get_input_embeddings(), ids, words)
-        hidden = model.model(inputs_embeds=embeds[:, :-1], use_cache=False).last_hidden_state
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        return F.cross_entropy(model.lm_head(hidden[supervised]), labels[:, 1:][supervised])
-
     begin = time.time()
-    loss = fit(model, _text_batches(tokenizer, size.batch, rng, seed), loss_of, steps, name, size.rates)
+    batches = _text_batches(tokenizer, size.batch, rng, seed)
+    loss = fit(model, batches, lambda batch: mean_loss(model, batch), steps, name, size.rates)
     model.to(torch.bfloat16).save_pretrained(out)
     return {
         "shape": {k: v for k, v in asdict(size).items() if k in ("hidden", "layers", "heads", "intermediate")},
