@@ -1,7 +1,7 @@
 """Letter binding emerges: the letter phase of a base language model from two initialisations.
 
-The model reads only documents in which the letter of an option is the one supervised token, which the base models read
-in half of their first batches (`companion.miniature.language_model`). The learning-rate schedule is that of a short run.
+The model reads only documents in which the letter of an option is the one supervised token; half of the first batches
+of the base models are of these (`companion.miniature.language_model`). The schedule is that of a short run.
 """
 
 from __future__ import annotations

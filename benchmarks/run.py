@@ -30,6 +30,7 @@ BENCHMARKS = {
     "letter-binding": ("benchmarks.letter_binding", "letters of options learned from two initialisations"),
     "loss": ("benchmarks.loss", "loss and gradients in chunks against all logits at once"),
     "memory": ("benchmarks.memory", "planned memory of a training run against the measured peak"),
+    "single-runs": ("benchmarks.single_runs", "an ablation with many seeds: what one run per arm would have said"),
     "teacher-error": ("benchmarks.teacher_error", "hallucination of the model against errors of the teacher"),
     "train-step": ("benchmarks.train_step", "an optimizer step against transformers' own model in a padded loop"),
 }
