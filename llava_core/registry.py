@@ -9,14 +9,18 @@ from typing import Generic, TypeVar
 from llava_core.runtime import ConfigError
 
 T = TypeVar("T")
+MOST_LISTED = 40
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the message for a name that does not exist: the nearest one, and all known ones."""
+    """Return the message for a name that does not exist: the nearest one, and all known ones, of many the nearest."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     guess = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown {kind} '{name}'{guess} (known: {', '.join(names) or 'none'})"
+    if len(names) <= MOST_LISTED:
+        return f"unknown {kind} '{name}'{guess} (known: {', '.join(names) or 'none'})"
+    nearest = difflib.get_close_matches(str(name), names, n=5, cutoff=0)
+    return f"unknown {kind} '{name}'{guess} (of {len(names)} known, the nearest: {', '.join(nearest)})"
 
 
 class Registry(Generic[T]):

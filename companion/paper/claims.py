@@ -19,11 +19,12 @@ from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, display_path
 
 LEDGER = Path(__file__).with_name("claims.yaml")
-Evidence = Literal["recomputed", "measured", "measured_gpu", "not_attempted", "impossible"]
+Evidence = Literal["recomputed", "measured", "measured_gpu", "configured", "not_attempted", "impossible"]
 EVIDENCE: dict[str, str] = {
     "recomputed": "recomputed from released outputs, or from the paper's own other numbers",
     "measured": "measured on the miniature: its direction can be compared, its absolute value cannot",
     "measured_gpu": "measured on a GPU; the bundle of evidence is in the repository",
+    "configured": "a setting of the authors, compared with the experiment that has it; no result",
     "not_attempted": "not attempted, with the reason",
     "impossible": "impossible for anyone outside, with the reason",
 }
@@ -96,7 +97,7 @@ class Claim(StrictModel):
     value: float
     unit: str
     digits: int | None = None  # decimals as printed
-    relation: Literal["equals", "about", "more than"] = "equals"
+    relation: Literal["equals", "about", "more than", "at most"] = "equals"
     n: int | None = None  # questions behind it
     correct: int | None = None  # right answers, where it is a share of `n`
     spread: float | None = None  # the paper's sample standard deviation over `runs`
@@ -117,10 +118,12 @@ class Claim(StrictModel):
             "recomputed": self.against.test or self.computed,
             "measured": self.against.chapter,
             "measured_gpu": self.against.bundle,
+            "configured": self.against.experiment and self.against.field,
             "not_attempted": self.why,
             "impossible": self.why,
         }
         missing = {"recomputed": "a test or `computed`", "measured": "a chapter", "measured_gpu": "a bundle"}
+        missing["configured"] = "an experiment and its field"
         if not needs[self.evidence]:
             raise ValueError(f"evidence '{self.evidence}' needs {missing.get(self.evidence, '`why`')}")
         if self.why and self.evidence not in ("not_attempted", "impossible"):
@@ -247,7 +250,7 @@ def all_claims() -> dict[str, Claim]:
 def claim(name: str) -> Claim:
     """One claim; a ConfigError names the nearest id."""
     if name not in all_claims():
-        raise ConfigError(unknown("claim", name, all_claims()))
+        raise ConfigError(f"{unknown('claim', name, all_claims())}; `llava claims` lists them")
     return all_claims()[name]
 
 

@@ -22,8 +22,10 @@ from llava_core.config import published_experiment
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, read_json
 
-FIELDS = {"id", "place", "text", "value", "unit", "n", "evidence", "why", "source", "flag"}
-RELEASED = ("test_sqa_llava_13b_v0.json", "llava_test_CQM-A.json")  # answers, questions; chapter 31 says where they go
+INTERNAL = {"against", "computed", "tolerance", "cell", "digits"}  # fields of a claim that say how it is compared
+RELEASED = "test_sqa_llava_13b_v0.json"  # the authors' answers
+QUESTIONS = ("problems.json", "llava_test_CQM-A.json")  # the first has subjects and grades, so all columns of Table 7
+HOW = f"set LLAVA_REFERENCE to a folder with {RELEASED} and {QUESTIONS[1]} or ScienceQA's {QUESTIONS[0]}"
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,16 @@ def _of_chapter(known: Claim, out: Path) -> Measured:
 
 
 def released_result(folder: str | Path | None = None) -> dict[str, Any] | None:
-    """Score the authors' answers to ScienceQA, `RELEASED` in `folder` (default: `LLAVA_REFERENCE`); None without."""
+    """Score the authors' answers to ScienceQA, `RELEASED` in `folder` (default: `LLAVA_REFERENCE`); None without.
+
+    Only questions of ScienceQA's own problems.json have subjects and grades.
+    """
     place = folder or os.environ.get("LLAVA_REFERENCE")
-    files = [next(Path(place).rglob(name), None) for name in RELEASED] if place else []
-    if not files or None in files:
+    if not place:
         return None
-    return evaluate_files(*(path for path in files if path))
+    answers, *questions = (next(Path(place).rglob(name), None) for name in (RELEASED, *QUESTIONS))
+    asked = next(filter(None, questions), None)
+    return evaluate_files(answers, asked) if answers and asked else None
 
 
 def _recomputed(known: Claim, released: Mapping[str, Any] | None) -> Measured:
@@ -83,9 +89,11 @@ def _recomputed(known: Claim, released: Mapping[str, Any] | None) -> Measured:
         return Measured(value, None, verdict_of(known.id not in inconsistent()), f"from {others}")
     test = known.against.test
     if released is None:
-        return Measured(note=f"the released files are missing; {test}")
+        return Measured(note=f"the released files are missing; {HOW}; {test}")
     name = known.against.where["subset"]
-    row = released if name == "all" else released["subsets"][name]
+    row = released if name == "all" else released["subsets"].get(name)
+    if row is None:
+        return Measured(note=f"needs subjects and grades; {HOW.replace(QUESTIONS[1] + ' or ', '')}; {test}")
     near = abs(row["accuracy"] - known.value) <= (known.tolerance.within(known.n) or 0) + 0.005
     return Measured(row["accuracy"], row["interval"], verdict_of(near), f"released answers; {test}")
 
@@ -152,7 +160,7 @@ def claim_rows(
     for known in chosen:
         if kind is None or known.evidence == kind:
             here = measured(known, folder, released, bundles)
-            row = known.model_dump(include=FIELDS)
+            row = known.model_dump(exclude=INTERNAL)
             row |= {"published": known.value_text, "measured": here.value, "interval": here.interval}
             rows.append(row | {"verdict": here.verdict, "note": here.note, "bundles": here.elsewhere})
     return rows
