@@ -33,7 +33,8 @@ def _judge(args: argparse.Namespace) -> Result:
     from companion.evaluation.bench_steps import load_bench, write_reviews
 
     bench, client = load_bench(args.bench, args.limit), chat_client(args, _cassette_path(args))
-    return write_reviews(bench, args.answers, client, args.out, args.reference, args.judge, args.swap, args.max_tokens)
+    chosen = given(args, "reference", "swap", "max_tokens", "rule")
+    return write_reviews(bench, args.answers, client, args.out, model=args.judge, **chosen)
 
 
 def _controls(args: argparse.Namespace) -> Result:
@@ -124,6 +125,7 @@ def add(commands: Commands) -> None:
     new.path("--answers", "FILE", "of a checkpoint", required=True)
     new.path("--reference", "FILE", "reference answers, instead of the bench's own")
     new.path("--out", "FILE", "reviews, with their own cassette; for a repeat give another name", required=True)
+    new.path("--rule", "FILE", "the judge's rules by category, as LLaVA's rule.json (default: this project's)")
     new.switch("--swap", "judge each pair in both orders")
     _asking(new, 1024)
 

@@ -129,7 +129,7 @@ def write_training_files(
     The records name their images relative to the folder `images`. Returns the number of records per file name;
     raises ConfigError for an unknown format, DataError as `load_problems`.
 
-    Source: scripts/convert_sqa_to_llava.py of haotian-liu/LLaVA at 8959d5c (its image names start at `images/<split>`).
+    Source: scripts/convert_sqa_to_llava.py of haotian-liu/LLaVA at 82bc69e (its image names start at `images/<split>`).
     """
     folder, formats = Path(folder), list(formats)
     for prompt_format in formats:
@@ -166,7 +166,8 @@ def format_problem(problem: Problem, prompt_format: str, released: bool = False)
     reasons may begin with a space. `CQM-A` without `released` is the format of LLaVA-1.5's evaluation file (image
     first, a lettered line per choice); in all others the image follows the question.
 
-    Source: scripts/convert_sqa_to_llava.py of haotian-liu/LLaVA at 8959d5c; CQM-A: llava_test_CQM-A.json of LLaVA-1.5.
+    Source: scripts/convert_sqa_to_llava_base_prompt.py of haotian-liu/LLaVA at 82bc69e; CQM-A: llava_test_CQM-A.json
+    of LLaVA-1.5.
     """
     order, reply = _parts(prompt_format)
     if prompt_format == LETTERED and not released:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.evaluation.llava_bench import JUDGE_MAX_TOKENS, JUDGE_MODEL, judge
+from companion.evaluation.llava_bench import CATEGORY_PREFIX, JUDGE_MAX_TOKENS, JUDGE_MODEL, judge
 from companion.evaluation.prompts import PROMPTS
 from companion.evaluation.reporting import review_report
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import MAX_TOKENS, BudgetError, ChatReply, ChatRequest, Message
 from companion.teacher.parse import answer_text
 from companion.teacher.prompts import context_text
-from llava_core.runtime import DataError, display_path, read_jsonl, write_jsonl
+from llava_core.runtime import DataError, display_path, read_json, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient
@@ -37,6 +37,7 @@ class Bench:
     questions: list[dict[str, Any]]
     context: dict[str, str]
     reference: list[dict[str, Any]] | None
+    boxes: bool = False  # whether the descriptions have boxes, as those of LLaVA-Bench (COCO)
 
     def rows(self, images: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
         """Return the questions with the names of their image files, and the folder of these (default: the bench's)."""
@@ -62,11 +63,11 @@ def load_bench(folder: str | Path, limit: int | None = None) -> Bench:
         names = " and ".join(" or ".join(FILES[name]) for name in ("questions", "context") if paths[name] is None)
         raise DataError(f"{display_path(folder)}: no {names}; give the folder of LLaVA-Bench's official files")
     questions = _rows(paths["questions"], {"image": str, "text": str, "category": str}, unique=True)
-    context = {}
-    for number, row in enumerate(_rows(paths["context"], {"image": str}), start=1):
+    context, described = {}, _rows(paths["context"], {"image": str})
+    for number, row in enumerate(described, start=1):
         context[row["image"]] = _description(row, f"{display_path(paths['context'])}, record {number}")
     reference = _rows(paths["reference"], {"text": str}, unique=True) if paths["reference"] else None
-    return Bench(folder, questions[:limit], context, reference)
+    return Bench(folder, questions[:limit], context, reference, boxes=any("instances" in row for row in described))
 
 
 def _one_of(folder: Path, what: str) -> Path | None:
@@ -147,6 +148,31 @@ def reference_messages(question: str, context: str) -> list[Message]:
     return [{"role": "system", "content": PROMPTS["reference_system"]}, {"role": "user", "content": user}]
 
 
+def read_rules(path: str | Path, bench: Bench) -> dict[str, str]:
+    """Read the judge's rule for each category of a bench's questions from the released rule.json.
+
+    Descriptions with boxes take the rule `conv`, those of captions alone `llava_bench_conv`, and so on.
+
+    Raises:
+        DataError: another format, or no rule for a category.
+    """
+    content, rules = read_json(path), {}
+    for category in dict.fromkeys(row["category"] for row in bench.questions):
+        name = category.removeprefix(CATEGORY_PREFIX)
+        name = name if bench.boxes else f"{CATEGORY_PREFIX}{name}"
+        rule = content.get(name) if isinstance(content, dict) else None
+        text = rule.get("prompt") if isinstance(rule, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"{display_path(path)}: no rule '{name}' with a text in `prompt`; give LLaVA's "
+                "llava/eval/table/rule.json"
+            )
+        if rule.get("role", "Assistant") != "Assistant":
+            raise DataError(f"{display_path(path)}, rule '{name}': its role is {rule['role']!r:.100}, not 'Assistant'")
+        rules[category] = text
+    return rules
+
+
 def write_reviews(
     bench: Bench,
     answers: str | Path,
@@ -156,8 +182,11 @@ def write_reviews(
     model: str = JUDGE_MODEL,
     swap: bool = False,
     max_tokens: int = JUDGE_MAX_TOKENS,
+    rule: str | Path | None = None,
 ) -> dict[str, Any]:
     """Review the answers of a file against reference answers, by default the bench's; `swap`: in both orders.
+
+    `rule`: a file of the judge's rules by category (`read_rules`), instead of this project's.
 
     A repeat, as in the paper, needs another `out` and another cassette: a cassette answers the same request with the
     same review.
@@ -174,6 +203,7 @@ def write_reviews(
         raise DataError(f"{display_path(bench.folder)}: no reference answers; fix: llava evaluate bench reference")
     candidate = _rows(Path(answers), {"text": str}, unique=True)
     chosen: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "swap": swap}
+    chosen["rules"] = read_rules(rule, bench) if rule else None
     reviews, tally = judge(bench.questions, bench.context, given, candidate, client, **chosen)
     if not reviews:
         raise BudgetError(f"{display_path(out)}: no review: {tally['stopped']}")

@@ -57,6 +57,7 @@ def judge(
     temperature: float = JUDGE_TEMPERATURE,
     max_tokens: int = JUDGE_MAX_TOKENS,
     swap: bool = False,
+    rules: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Review every candidate answer against the reference answer.
 
@@ -66,6 +67,7 @@ def judge(
         questions: rows with question_id, image, text and category.
         context: image -> its description: captions, for COCO also boxes.
         swap: ask a second time with the candidate first, against position bias.
+        rules: category -> the text that tells the judge what to do (default: ours for all).
 
     Returns:
         Review rows as released (question_id, answer1_id of the reference, answer2_id of the candidate, category,
@@ -89,7 +91,8 @@ def judge(
         named = {"question_id": row["question_id"], "answer1_id": first_id, "answer2_id": second_id}
         for order in ORDERS[: 1 + swap]:
             pair = (first, second) if order == ORDERS[0] else (second, first)
-            messages = judge_messages(row["text"], context[row["image"]], *pair)
+            rule = PROMPTS["judge_rule"] if rules is None else rules[row["category"]]
+            messages = judge_messages(row["text"], context[row["image"]], *pair, rule)
             request = ChatRequest(messages, model, temperature, max_tokens)
             jobs.append((named | {"category": row["category"], "order": order}, request))
     asked, tally = ask_all(client, [request for _, request in jobs], _check_scores, "judge")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from companion.evaluation.bench_controls import text_only_answers
-from companion.evaluation.bench_steps import FILES, Bench, load_bench, write_reference, write_reviews
+from companion.evaluation.bench_steps import FILES, Bench, load_bench, read_rules, write_reference, write_reviews
 from companion.evaluation.llava_bench import score_reviews
 from companion.evaluation.predict import predict_questions
 from companion.evaluation.predictions import checkpoint_id, read_predictions
@@ -252,3 +252,59 @@ def test_no_review_within_the_budget_is_an_error(folder: Path, tmp_path: Path) -
     client.left = 0
     with pytest.raises(BudgetError, match=r"r\.jsonl: no review: budget of 1 USD"):
         write_reviews(load_bench(folder), folder / "answers_gpt4.jsonl", client, tmp_path / "r.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------ the released rules
+
+RULES = {
+    "conv": {"role": "Assistant", "prompt": "Judge with boxes."},
+    "llava_bench_conv": {"role": "Assistant", "prompt": "Judge without boxes."},
+}
+
+
+class Listening:
+    """A judge that keeps what it is asked."""
+
+    concurrency = 1
+
+    def __init__(self) -> None:
+        self.calls: list[ChatRequest] = []
+
+    def complete(self, request: ChatRequest) -> ChatReply:
+        self.calls.append(request)
+        return ChatReply("8 7\nthe first is better", "judge", 1, 1)
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+def test_judge_follows_the_released_rules(boxes: bool, folder: Path) -> None:
+    if boxes:
+        described = [{"image": f"{k}.png", "captions": ["A car."], "instances": []} for k in range(2)]
+        write_jsonl(folder / "context.jsonl", described)
+    (folder / "rule.json").write_text(json.dumps(RULES))
+    answers = [{"question_id": k, "text": "Red."} for k in range(5)]
+    for name in ("answers_gpt4.jsonl", "a.jsonl"):
+        write_jsonl(folder / name, answers)
+    for rule, end in (
+        (folder / "rule.json", f"Judge with{'' if boxes else 'out'} boxes."),
+        (None, "explain both scores."),
+    ):
+        client = Listening()
+        write_reviews(load_bench(folder), folder / "a.jsonl", client, folder / "r.jsonl", rule=rule)  # type: ignore[arg-type]
+        prompts = [request.messages[1]["content"] for request in client.calls]
+        assert len(prompts) == 5
+        assert all(prompt.endswith(end) for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"conv": RULES["conv"]}, r"rule\.json: no rule 'llava_bench_conv'"),
+        ([], "no rule 'llava_bench_conv'"),
+        ({"llava_bench_conv": "Judge."}, "with a text in `prompt`"),
+        ({"llava_bench_conv": {"role": "Model", "prompt": "Judge."}}, "its role is 'Model'"),
+    ],
+)
+def test_unusable_rules_are_refused(rules: Any, message: str, folder: Path) -> None:
+    (folder / "rule.json").write_text(json.dumps(rules))
+    with pytest.raises(DataError, match=message):
+        read_rules(folder / "rule.json", load_bench(folder))

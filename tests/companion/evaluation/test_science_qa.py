@@ -26,6 +26,7 @@ from companion.evaluation.science_qa import (
     parse_answer,
     score,
 )
+from companion.paper.claims import claim
 from llava_core.runtime import DataError
 
 PROBLEMS: dict[str, Any] = {
@@ -109,6 +110,27 @@ def test_two_different_letters_are_a_failure(text: str, other: str) -> None:
         for second in {*"ABCDE"} - {letter}:
             assert answer_letter(f"{t}\nThe answer is {second}.") is None
             assert answer_letter(f"{second}. {t}") in (None, second)  # an opening "X. " may hide what opened before it
+
+
+def test_subject_and_grade_columns(reference: Path) -> None:
+    """The published columns need ScienceQA's whole problems.json; without it, of the problems that are there."""
+    folder = reference / "scienceqa"
+    released = folder / "test_sqa_llava_13b_v0.json"
+    outputs = json.loads(released.read_text())["outputs"]
+    problems = json.loads((folder / "problems_test_part.json").read_text())
+    result = evaluate_files(released, folder / "problems_test_part.json", subset=True)["subsets"]
+    columns: dict[str, tuple[str, ...]] = {"NAT": ("natural science",), "SOC": ("social science",)}
+    columns |= {"LAN": ("language science",), "G1-6": tuple(f"grade{k}" for k in range(1, 7))}
+    columns |= {"G7-12": tuple(f"grade{k}" for k in range(7, 13))}
+    for name, members in columns.items():
+        own = [key for key, p in problems.items() if p["subject"] in members or p["grade"] in members]
+        right = [f"The answer is {'ABCDE'[problems[key]['answer']]}." in outputs[key] for key in own]
+        assert (result[name]["n"], result[name]["correct"]) == (len(own), sum(right))
+    if (folder / "problems.json").is_file():
+        whole = evaluate_files(released, folder / "problems.json")["subsets"]
+        for name in columns:
+            known = claim(f"sqa-{name.lower()}")
+            assert abs(whole[name]["correct"] - (known.correct or 0)) <= 1
 
 
 def test_released_file(reference: Path) -> None:

@@ -50,7 +50,8 @@ def test_tables_are_complete(place: str) -> None:
 
 
 def test_table_5_cells_have_a_deviation_over_three_runs() -> None:
-    cells = [c for c in all_claims().values() if c.place.startswith("Table 5")]
+    cells = [c for c in all_claims().values() if c.place == "Table 5"]
+    assert len(cells) == TABLES["Table 5"]
     assert all(c.spread and c.runs == 3 for c in cells)
     assert claim("bench-wild-all").number == "67.3 ± 2.0"
 
@@ -145,6 +146,10 @@ def test_chapters_name_claims_that_exist() -> None:
 def test_unknown_claim_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'sqa-accuracy'"):
         claim("sqa-acuracy")
+    for name in ("sqa", "zzz", "stage-1-batch"):
+        with pytest.raises(ConfigError, match="`llava claims` lists them") as raised:
+            claim(name)
+        assert len(str(raised.value)) < 300  # not all of them
 
 
 @pytest.mark.parametrize(
@@ -162,6 +167,11 @@ def test_unknown_claim_names_the_nearest() -> None:
         ("against: {chapter: 10_cc3m_filtering}", "against: {}", "evidence 'measured' needs a chapter"),
         ("evidence: recomputed\n    relation", "evidence: impossible\n    relation", "needs `why`"),
         ("instruct-images:", "instruct-total:", "claim 'instruct-total' occurs twice"),
+        (
+            "against: {field: train.warmup_ratio}",
+            "against: {}",
+            "evidence 'configured' needs an experiment and its field",
+        ),
         ("sqa-img: *released", "sqa-image: *released", "'sqa-image', which is no cell"),
         ("{sum: [instruct", "{share: [a, b], sum: [instruct", "exactly one of"),
     ],
@@ -169,6 +179,44 @@ def test_unknown_claim_names_the_nearest() -> None:
 def test_wrong_entry_is_named_with_its_record(old: str, new: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         changed(tmp_path, old, new)
+
+
+PLACES = {
+    "checkpoint-size": ("App. D", "25 GB"),
+    "supplement-limit": ("App. D", "5 GB"),
+    "llm-larger": ("App. A", "65 billion parameters"),
+    "instruct-images": ("§5.1", "about 80 thousand images"),
+    "instruct-records": ("released file", "157,712 records"),
+    "science-qa-learning-rate": ("released command", "2e-05 learning rate"),
+    "science-qa-batch": ("released command", "32 samples"),
+    "prompt-captions": ("Table 13", "5 sentences"),
+    "bench-wild-runs": ("Table 5, caption", "3 runs"),
+    "bench-wild-judge-runs": ("Table 5, caption", "3 runs"),
+    "stage1-hours": ("App. C", "at most 4 hours on 8 x A100"),
+    "stage2-hours": ("App. C", "at most 10 hours on 8 x A100"),
+    "science-qa-hours": ("App. C", "at most 4 hours on 8 x A100"),
+    "whole-cost": ("follows from App. C", "at most 144 A100-hours"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_place_and_value_are_the_papers(name: str) -> None:
+    assert (claim(name).place, claim(name).value_text) == PLACES[name]
+
+
+def test_sources_of_the_experiment_agree_with_the_ledger() -> None:
+    for field in ("train.learning_rate", "train.global_batch"):
+        assert "paper gives none" in (load_experiment("science_qa", "a100x8").experiment.source_of(field) or "")
+    assert "App. C" in (load_experiment("finetune", "a100x8").experiment.source_of("train.learning_rate") or "")
+
+
+def test_number_of_captions_is_that_of_the_released_prompt(reference: Path) -> None:
+    text = (reference / "coco/prompts/conversation/system_message.txt").read_text()
+    assert "five sentences" in text
+
+
+def test_order_of_the_longest_training_is_left_open() -> None:
+    assert "does not say with which order" in claim("cot-longer").text
 
 
 def test_wrong_sum_is_detected(tmp_path: Path) -> None:

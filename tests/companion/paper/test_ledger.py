@@ -77,13 +77,55 @@ def test_seeds_are_averaged(tmp_path: Path) -> None:
 def test_released_answers_are_scored(reference: Path, tmp_path: Path) -> None:
     released = ledger.released_result(reference)
     ids = [c.id for c in all_claims().values() if c.against.test]
-    assert set(ids) == {"sqa-accuracy", "sqa-txt", "sqa-img", "sqa-no"}
+    columns = {"nat", "soc", "lan", "g1-6", "g7-12"}
+    assert set(ids) == {"sqa-accuracy", "sqa-txt", "sqa-img", "sqa-no", *(f"sqa-{name}" for name in columns)}
+    for name in columns:  # the questions of LLaVA-1.5 have no subjects and no grades
+        here = ledger.measured(claim(f"sqa-{name}"), tmp_path, released)
+        assert (here.value, here.verdict) == (None, "not resolved")
+        assert "ScienceQA's problems.json" in here.note
+    ids = [i for i in ids if i.removeprefix("sqa-") not in columns]
     result = {i: ledger.measured(claim(i), tmp_path, released) for i in ids}
     assert {f.verdict for f in result.values()} == {"agrees"}
     assert result["sqa-no"].value == pytest.approx(100 * 1300 / 1435)
     worse = {**(released or {}), "accuracy": 90.0}
     assert ledger.measured(claim("sqa-accuracy"), tmp_path, worse).verdict == "disagrees"
     assert ledger.released_result(tmp_path) is None
+
+
+def test_problems_give_the_columns_of_subjects_and_grades(reference: Path, tmp_path: Path) -> None:
+    for name, folder in (("test_sqa_llava_13b_v0.json", "outputs"), ("problems_test_part.json", None)):
+        content = json.loads((reference / "scienceqa" / name).read_text())
+        problems = json.loads((reference / "scienceqa" / "problems_test_part.json").read_text())
+        if folder:
+            content = {"outputs": {key: content[folder][key] for key in problems}}
+        (tmp_path / ("problems.json" if folder is None else name)).write_text(json.dumps(content))
+    (tmp_path / "llava_test_CQM-A.json").write_text("[]")  # problems.json comes first
+    here = ledger.measured(claim("sqa-soc"), tmp_path, ledger.released_result(tmp_path))
+    assert here.value is not None
+
+
+@pytest.mark.parametrize("without", ["neither", "questions"])
+def test_missing_released_files_say_where_they_go(without: str, tmp_path: Path) -> None:
+    if without == "questions":
+        (tmp_path / "test_sqa_llava_13b_v0.json").write_text("{}")
+    here = ledger.measured(claim("sqa-img"), tmp_path, ledger.released_result(tmp_path))
+    assert "set LLAVA_REFERENCE to a folder with test_sqa_llava_13b_v0.json and llava_test_CQM-A.json" in here.note
+
+
+def test_what_was_not_attempted_never_agrees(tmp_path: Path) -> None:
+    rows = ledger.claim_rows(out=tmp_path)
+    assert {row["verdict"] for row in rows if row["evidence"] == "not_attempted"} == {"shown only"}
+    compared = [row for row in rows if row["evidence"] == "configured"]
+    assert {row["verdict"] for row in compared} == {"agrees"}
+    assert len(compared) >= 12
+
+
+def test_rows_qualify_their_numbers(tmp_path: Path) -> None:
+    row, hours = ledger.claim_rows(["bench-wild-all", "stage1-hours"], out=tmp_path)
+    assert (row["spread"], row["runs"], row["relation"], row["also"]) == (2.0, 3, "equals", "§5.1")
+    assert (hours["relation"], hours["spread"], hours["runs"]) == ("at most", None, None)
+    counted, change = ledger.claim_rows(["sqa-accuracy", "ablation-7b"], out=tmp_path)
+    assert (counted["correct"], counted["n"], change["direction"]) == (3856, 4241, "below 0")
 
 
 def test_settings_and_sums_are_compared(tmp_path: Path) -> None:
