@@ -156,19 +156,21 @@ def read_rules(path: str | Path, bench: Bench) -> dict[str, str]:
     Raises:
         DataError: another format, or no rule for a category.
     """
-    content, rules = read_json(path), {}
+    content: Any = read_json(path)
+    rules: dict[str, str] = {}
     for category in dict.fromkeys(row["category"] for row in bench.questions):
         name = category.removeprefix(CATEGORY_PREFIX)
         name = name if bench.boxes else f"{CATEGORY_PREFIX}{name}"
-        rule = content.get(name) if isinstance(content, dict) else None
-        text = rule.get("prompt") if isinstance(rule, dict) else None
+        given = content.get(name) if isinstance(content, dict) else None
+        rule = given if isinstance(given, dict) else {}
+        text, role = rule.get("prompt"), rule.get("role", "Assistant")
         if not isinstance(text, str) or not text.strip():
             raise DataError(
                 f"{display_path(path)}: no rule '{name}' with a text in `prompt`; give LLaVA's "
                 "llava/eval/table/rule.json"
             )
-        if rule.get("role", "Assistant") != "Assistant":
-            raise DataError(f"{display_path(path)}, rule '{name}': its role is {rule['role']!r:.100}, not 'Assistant'")
+        if role != "Assistant":
+            raise DataError(f"{display_path(path)}, rule '{name}': its role is {str(role)[:40]!r}, not 'Assistant'")
         rules[category] = text
     return rules
 
