@@ -172,7 +172,7 @@ def ablate(
         fast: one seed and the budget of `--fast`.
         main_arms: without the arms that the plan marks as controls.
         store: write each record to results/ablations as soon as its last run is measured.
-        show: receives a line per finished run.
+        show: receives a line per finished run and ablation: the values by arm so far.
     """
     protocol = load_protocol()
     place = scale or protocol.scale
@@ -195,11 +195,12 @@ def ablate(
     began = time.monotonic()
     for job, result in run_jobs(jobs, processes):
         results[job] = result
-        for key, own in wanted.items():
-            if merged[own] == job and show:
-                show(_progress_line(len(results), len(jobs), time.monotonic() - began, key, result))
+        clock = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - began))
         for name in names:
             keys = [key for key in wanted if key[0] == name]
+            if show and any(merged[wanted[key]] == job for key in keys):
+                done = {key: results[merged[wanted[key]]] for key in keys if merged[wanted[key]] in results}
+                show(f"[{len(results)}/{len(jobs)}] {clock} {_table_row(name, done)}")
             if name not in records and all(merged[wanted[key]] in results for key in keys):
                 measured = {key[1:]: results[merged[wanted[key]]] for key in keys}
                 configs = {label: merged[wanted[name, label, chosen[name][0]]].config for _, label, _ in keys}
@@ -209,11 +210,13 @@ def ablate(
     return {name: records[name] for name in names}
 
 
-def _progress_line(done: int, jobs: int, seconds: float, key: tuple[str, str, int], result: dict[str, Any]) -> str:
-    name, label, seed = key
-    value = next((f"{result[what]['value']:6.1f} %" for what in ("accuracy", "bench") if what in result), "")
-    clock = time.strftime("%H:%M:%S", time.gmtime(seconds))
-    return f"[{done}/{jobs}] {clock}  {name:18} {label:36} seed {seed:<4} {value}"
+def _table_row(name: str, done: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> str:
+    """The values of the finished runs of an ablation, by arm, in percent."""
+    values: dict[str, list[str]] = {}
+    for (_, label, _), result in done.items():
+        value = next((result[what]["value"] for what in ("accuracy", "bench") if what in result), float("nan"))
+        values.setdefault(label, []).append(f"{value:.1f}")
+    return f"{name:16} " + " | ".join(f"{label} {' '.join(found)}" for label, found in values.items())
 
 
 def tune(names: Sequence[str], processes: int = 1, show: Callable[[str], None] | None = None) -> dict[str, Any]:

@@ -75,9 +75,9 @@ class AblationPlan(StrictModel):
         return next(iter(self.arms))
 
     def base_model(self, seed: int) -> int:
-        """Return the number of the base models that a seed starts from."""
+        """Return the number of the base models that a seed starts from; 0 for a seed that is not in the plan."""
         seeds = self.seeds or []
-        return (seeds.index(seed) if seed in seeds else seed) % self.base_models
+        return seeds.index(seed) % self.base_models if seed in seeds else 0
 
 
 class Protocol(StrictModel):

@@ -243,6 +243,7 @@ def test_runs_that_ablations_share_are_trained_once(measured: list[ab.Job], fold
     assert paths[0] == paths[1] == paths[2]
     assert sorted(path.stem for path in folder.iterdir()) == sorted(names)
     assert len(lines) == 2 * (2 + 2 + 3)
+    assert "pretraining      with stage 1 50.0 50.0 | without stage 1 50.0 50.0 | without" in lines[-1]
     assert len({job.config.init_id for job in measured if job.experiment == "science_qa"}) == 2  # stage 1 is reseeded
 
 
