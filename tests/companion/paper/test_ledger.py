@@ -39,6 +39,14 @@ def test_direction_verdict_needs_interval_and_full_run(
     assert ("shortened" in result.note) is fast
 
 
+def test_recorded_verdict_of_a_plan_is_stricter_than_an_interval(tmp_path: Path) -> None:
+    check = {"id": "ablation-7b", "measured": [-3.0, -1.0], "verdict": "cannot be tested"}
+    save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [check])
+    assert ledger.measured(claim("ablation-7b"), tmp_path).verdict == "cannot be tested"
+    save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [check], fast=True)
+    assert ledger.measured(claim("ablation-7b"), tmp_path).verdict == "not resolved"
+
+
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
     save(tmp_path, "43_ablation_model_size", {"effect": -2.0}, [{"id": "ablation-7b", "measured": -2.0}])
     assert ledger.measured(claim("ablation-7b"), tmp_path).verdict == "not resolved"
