@@ -1,6 +1,6 @@
 """Confidence intervals, significance tests and bootstrap draws.
 
-Tests and intervals are scipy's. The draws of `item_counts` and `seeds_and_items` are NumPy's: published numbers of the
+Tests and intervals are scipy's. The draws of `item_counts` are NumPy's: published numbers of the
 miniature depend on them, and `scipy.stats.bootstrap` draws other resamples from the same seed.
 """
 
@@ -57,27 +57,6 @@ def paired_bootstrap(
         rng=np.random.default_rng(seed),
     )
     return {"n": len(difference), "difference": mean, "interval": [float(end) for end in result.confidence_interval]}
-
-
-def seeds_and_items(
-    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], *, samples: int = 10_000, seed: int = 0
-) -> dict[str, Any]:
-    """Return `{n_seeds, n, difference, interval}` of scores (seeds, items): mean of `second - first`, bootstrap.
-
-    Each resample draws seeds and, independently, items. Few seeds show little of the variance between runs, so the
-    interval of two seeds is still too narrow; compare it with `seeds_interval`.
-    """
-    one, other = (np.atleast_2d(np.asarray(scores, dtype=float)) for scores in (first, second))
-    if one.shape != other.shape or one.shape[1] < 2:
-        raise ValueError(f"scores of {one.shape} and {other.shape} seeds and items: give equal shapes, >= 2 items")
-    table, rng = other - one, np.random.default_rng(seed)
-    n_seeds, n = table.shape
-    means = []
-    for part in np.array_split(np.arange(samples), max(1, samples * n // 2_000_000)):
-        seeds, items = (rng.multinomial(k, np.full(k, 1 / k), size=len(part)) / k for k in (n_seeds, n))
-        means.append(((seeds @ table) * items).sum(1))
-    interval = percentile_interval(np.concatenate(means))
-    return {"n_seeds": n_seeds, "n": n, "difference": float(table.mean()), "interval": interval}
 
 
 def item_counts(n: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:

@@ -48,7 +48,7 @@ def test_hash_is_of_the_content_and_of_one_ablation(root: Path) -> None:
     before = {name: load_protocol().protocol_hash(name) for name in load_protocol().ablations}
     edit(root, "tuning_seed: 100 ", "tuning_seed: 100   # a comment\n#")
     assert {name: load_protocol().protocol_hash(name) for name in before} == before
-    edit(root, "{target: 50.0,", "{target: 55.0,")
+    edit(root, "speed: {target: ", "speed: {target: 1")
     after = {name: load_protocol().protocol_hash(name) for name in before}
     assert [name for name in before if after[name] != before[name]] == ["cot_order"]
     edit(root, "margin: 2.5 ", "margin: 3.5 ")

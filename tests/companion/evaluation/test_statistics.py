@@ -9,7 +9,6 @@ from companion.evaluation.statistics import (
     mcnemar,
     paired_bootstrap,
     proportion,
-    seeds_and_items,
     seeds_interval,
     unpaired_difference,
     welch,
@@ -88,31 +87,3 @@ def test_welch_of_summaries_equals_welch_of_runs() -> None:
     assert result["difference"] == pytest.approx(np.mean(second) - np.mean(first))
     with pytest.raises(ValueError, match="1 and 3 runs"):
         welch(1, 1, 1, 2, 1, 3)
-
-
-def test_seeds_and_items_covers_both_levels() -> None:
-    rng = np.random.default_rng(0)
-    n_seeds, n = 8, 400
-    seed_effects, item_effects = rng.normal(scale=0.2, size=(n_seeds, 1)), rng.normal(scale=1.0, size=(1, n))
-    difference = 0.5 + seed_effects + item_effects
-    first = rng.normal(size=(n_seeds, n))
-    result = seeds_and_items(first.tolist(), (first + difference).tolist(), samples=4000)
-    low, high = result["interval"]
-    assert (result["n_seeds"], result["n"]) == (n_seeds, n)
-    assert result["difference"] == pytest.approx(difference.mean())
-    variance = seed_effects.var() / n_seeds + item_effects.var() / n
-    assert high - low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
-    # either level alone is narrower
-    items_only = paired_bootstrap(first.mean(0).tolist(), (first + difference).mean(0).tolist(), samples=4000)
-    assert items_only["interval"][1] - items_only["interval"][0] < 0.9 * (high - low)
-
-
-def test_one_seed_equals_the_paired_bootstrap() -> None:
-    rng = np.random.default_rng(1)
-    first, second = rng.integers(0, 2, size=(2, 300)).astype(float).tolist()
-    single, paired = seeds_and_items([first], [second]), paired_bootstrap(first, second)
-    assert single["difference"] == pytest.approx(paired["difference"])
-    assert single["interval"] == pytest.approx(paired["interval"], abs=0.01)
-    assert seeds_and_items([first], [second]) == single
-    with pytest.raises(ValueError, match="seeds and items"):
-        seeds_and_items([first], [second, second])
