@@ -71,16 +71,19 @@ def _show_judges(result: Result) -> str:
 
 
 def _score(args: argparse.Namespace) -> Result:
-    from companion.evaluation.llava_bench import summarize_repeats
-    from companion.evaluation.reporting import review_report
+    from companion.evaluation.reporting import repeats, review_report
 
-    results = [review_report(path, released=args.released) for path in args.reviews]
-    return results[0] if len(results) == 1 else {"repeats": summarize_repeats(results), "files": results}
+    if len(args.reviews) > 1:
+        return repeats(args.reviews, released=args.released)
+    return review_report(args.reviews[0], released=args.released)
 
 
 def _show_score(result: Result) -> str:
+    from companion.evaluation.llava_bench import format_repeats
     from companion.evaluation.reporting import format_rules
 
+    if "repeats" in result:
+        return format_repeats(result)
     rules = result.pop("reporting", None)
     return "\n".join([table(result), *([format_rules(rules)] if rules else [])])
 

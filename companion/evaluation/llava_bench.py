@@ -29,6 +29,8 @@ Reviews = str | Path | Iterable[Mapping[str, Any]]  # a JSONL file or rows
 CATEGORIES = ("complex", "conv", "detail")
 CATEGORY_PREFIX = "llava_bench_"
 ORDERS = ("reference_first", "candidate_first")
+LOWEST, HIGHEST = 1.0, 10.0  # the judge's scale
+FAILED = -1.0, -1.0  # the released script's scores of a review that it cannot read
 JUDGE_MODEL, JUDGE_TEMPERATURE, JUDGE_MAX_TOKENS = "gpt-4-0314", 0.2, 1024
 
 
@@ -155,9 +157,13 @@ def parse_scores(review: str) -> tuple[float, float] | None:
         scores += [float(number) for number in _NUMBER.findall(bare)]
         if len(scores) >= 2:
             break
-    if len(scores) != 2 or max(scores) > 10 or labels not in ([], ["1", "2"]):
+    if len(scores) != 2 or not all(map(_on_scale, scores)) or labels not in ([], ["1", "2"]):
         return None
     return scores[0], scores[1]
+
+
+def _on_scale(score: float) -> bool:
+    return LOWEST <= score <= HIGHEST
 
 
 def _released_scores(review: str) -> tuple[float, float]:
@@ -166,8 +172,8 @@ def _released_scores(review: str) -> tuple[float, float]:
     try:
         first, second = (float(part) for part in parts)
     except ValueError:
-        return -1.0, -1.0
-    return (first, second) if math.isfinite(first) and math.isfinite(second) else (-1.0, -1.0)
+        return FAILED
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else FAILED
 
 
 def review_scores(row: Mapping[str, Any], released: bool = False) -> tuple[float, float] | None:
@@ -178,13 +184,17 @@ def review_scores(row: Mapping[str, Any], released: bool = False) -> tuple[float
         return scores[::-1] if scores and row.get("order") == ORDERS[1] else scores
     # a row without text has its scores in the order of reference and candidate
     complete = isinstance(stored, list | tuple) and len(stored) == 2 and all(type(s) in (int, float) for s in stored)
-    if complete and all(0 <= score <= 10 for score in stored):
+    if complete and all(map(_on_scale, stored)):
         return float(stored[0]), float(stored[1])
-    return (-1.0, -1.0) if released else None
+    return FAILED if released else None
 
 
 def review_rows(reviews: Reviews) -> tuple[str, list[Mapping[str, Any]]]:
-    """Return the name of the reviews for error messages, and their rows."""
+    """Return the name of the reviews for error messages, and their rows.
+
+    Raises:
+        DataError: no review, another format, or two reviews of a question in the same order of the answers.
+    """
     where = display_path(reviews) if isinstance(reviews, str | Path) else "reviews"
     rows = read_jsonl(reviews) if isinstance(reviews, str | Path) else list(reviews)
     if not rows:
@@ -192,6 +202,16 @@ def review_rows(reviews: Reviews) -> tuple[str, list[Mapping[str, Any]]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or not {"content", "tuple", "score"} & row.keys():
             raise DataError(f"{where}, line {number}: not a review; it needs the judge's text in `content`")
+    seen: dict[tuple[str, bool], int] = {}
+    for number, row in enumerate(rows, start=1):
+        if "question_id" not in row:
+            continue
+        earlier = seen.setdefault((str(row["question_id"]), row.get("order") == ORDERS[1]), number)
+        if earlier != number:
+            raise DataError(
+                f"{where}, line {number}: question {str(row['question_id'])[:80]} has a review in line {earlier} "
+                "already; remove one, and give each repeat a file of its own"
+            )
     return where, rows
 
 
@@ -199,7 +219,7 @@ def score_reviews(reviews: Reviews, *, released: bool = False) -> dict[str, Any]
     """Score reviews: 100 x mean candidate / mean reference, means rounded to three decimals.
 
     The judge's text `content` counts, `tuple` only without a text. `released`: average failed reviews as -1 and -1, as
-    the released script does, instead of leaving them out.
+    the released script does, instead of leaving them out; `failed` then counts those that this script cannot read.
 
     Returns:
         n (reviews in the means), failed with failed_ids, all, categories (relative scores in %, None without a score),
@@ -214,14 +234,15 @@ def score_reviews(reviews: Reviews, *, released: bool = False) -> dict[str, Any]
     for number, row in enumerate(rows, start=1):
         names = ["all", *([str(row["category"]).removeprefix(CATEGORY_PREFIX)] if "category" in row else [])]
         scores = review_scores(row, released)
+        unread = scores is None or scores == FAILED
         if scores is not None:
             orders[ORDERS[row.get("order") == ORDERS[1]]].append(scores)
         for name in names:
             groups.setdefault(name, [])
             failed.setdefault(name, [])
-            if scores is None:
+            if unread:
                 failed[name].append(row.get("question_id", number))
-            else:
+            if scores is not None:
                 groups[name].append(scores)
     relative = {name: _relative(scores) for name, scores in groups.items()}
     reference, candidate = _means(groups["all"]) or (None, None)
@@ -250,6 +271,52 @@ def _means(scores: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
 def _relative(scores: Sequence[tuple[float, float]]) -> float | None:
     means = _means(scores)
     return 100 * means[1] / means[0] if means and means[0] else None
+
+
+def repeats_report(results: Mapping[str, Mapping[str, Any]], questions: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return `{repeats, files}` of repeated `score_reviews` of one bench.
+
+    Args:
+        results: file -> its scores.
+        questions: file -> the ids of its questions.
+
+    Raises:
+        DataError: two files have different questions, so that they are no repeats.
+    """
+    (first, own), *others = ((file, set(ids)) for file, ids in questions.items())
+    for file, ids in others:
+        if different := sorted(own ^ ids):
+            raise DataError(
+                f"{file} reviews {len(ids)} questions and {first} {len(own)}; {len(different)} are in one of the "
+                f"two only ({', '.join(key[:40] for key in different[:3])}): give repeats of the same bench, or score each alone"
+            )
+    return {
+        "repeats": summarize_repeats(list(results.values())),
+        "files": [{"file": k, **r} for k, r in results.items()],
+    }
+
+
+def format_repeats(result: Mapping[str, Any]) -> str:
+    """Return the scores of several files as a text table: relative scores in %, mean and sample standard deviation."""
+    rows = {row["file"]: {"all": row["all"], **row["categories"]} for row in result["files"]}
+    names = ["all", *sorted({name for row in rows.values() for name in row} - {"all"})]
+    width = max(len("95 % interval"), *map(len, rows))
+
+    def line(label: str, values: Mapping[str, Any], digits: int, more: str = "") -> str:
+        cells = ("-" if values.get(name) is None else f"{values[name]:.{digits}f}" for name in names)
+        return f"{label:{width}}" + "".join(f"{cell:>10}" for cell in cells) + more
+
+    lines = [f"{'':{width}}" + "".join(f"{name:>10}" for name in names) + "   reviews, failed"]
+    lines += [line(r["file"], rows[r["file"]], 1, f"   {r['n']}, {r['failed']}") for r in result["files"]]
+    repeats = result["repeats"]
+    lines += [
+        line(label, {n: r[key] for n, r in repeats.items()}, 2)
+        for label, key in (("mean", "mean"), ("deviation", "std"))
+    ]
+    for end, label in enumerate(("95 % interval from", "to")):
+        ends = {name: row["interval"][end] for name, row in repeats.items() if row["interval"]}
+        lines.append(line(label, ends, 2))
+    return "\n".join([*lines, *(f"- {note}" for note in result.get("notes", []))])
 
 
 def summarize_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

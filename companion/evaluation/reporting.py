@@ -18,13 +18,21 @@ from typing import Any
 import numpy as np
 
 from companion.evaluation.captions import compare, evaluate_files, read_files, score
-from companion.evaluation.llava_bench import Reviews, review_rows, review_scores, score_reviews
+from companion.evaluation.llava_bench import (
+    FAILED,
+    HIGHEST,
+    LOWEST,
+    Reviews,
+    repeats_report,
+    review_rows,
+    review_scores,
+    score_reviews,
+)
 from companion.evaluation.statistics import SAMPLES, estimate, item_counts, proportion, ratio, wilson
-from llava_core.runtime import DataError
+from llava_core.runtime import DataError, fingerprint
 
 WRONG, EXCLUDED, LUCK, RELEASED = "as wrong", "excluded", "at expected luck", "as released"
 RULES = (WRONG, EXCLUDED, LUCK)
-LOWEST, HIGHEST = 1.0, 10.0  # scores of LLaVA-Bench's judge
 
 
 def accuracy_rules(correct: int, n: int, luck: Sequence[float]) -> list[dict[str, Any]]:
@@ -67,7 +75,7 @@ def relative_score_rules(reviews: Reviews, samples: int = SAMPLES) -> list[dict[
         WRONG: [pair or (mean, LOWEST) for pair in read],
         EXCLUDED: pairs,
         LUCK: [pair or (middle, middle) for pair in read],
-        RELEASED: [review_scores(row, released=True) or (-1.0, -1.0) for row in rows],
+        RELEASED: [review_scores(row, released=True) or FAILED for row in rows],
     }
     result = []
     for rule, scores in completed.items():
@@ -106,6 +114,26 @@ def caption_rules(references: Mapping[Any, Sequence[str]], captions: Mapping[Any
 def review_report(reviews: Reviews, *, released: bool = False) -> dict[str, Any]:
     """Return `llava_bench.score_reviews` with `reporting`, the rows of `relative_score_rules`."""
     return {**score_reviews(reviews, released=released), "reporting": relative_score_rules(reviews)}
+
+
+def repeats(paths: Sequence[str | Path], *, released: bool = False) -> dict[str, Any]:
+    """Return `llava_bench.repeats_report` of several files, with `notes` on files that are the same."""
+    results: dict[str, Any] = {}
+    questions: dict[str, list[str]] = {}
+    contents: dict[str, str] = {}
+    notes = []
+    for path in paths:
+        name, rows = review_rows(path)
+        if name in results:
+            raise DataError(f"{name}: given twice; a repeat is another review of the same questions")
+        results[name] = review_report(rows, released=released)
+        questions[name] = [str(row.get("question_id", number)) for number, row in enumerate(rows, start=1)]
+        content = fingerprint(
+            [[str(row.get(key)) for key in ("question_id", "order", "content", "tuple")] for row in rows]
+        )
+        if (same := contents.setdefault(content, name)) != name:
+            notes.append(f"{name} has the same reviews as {same}: it is a copy, and no repeat.")
+    return repeats_report(results, questions) | {"notes": notes}
 
 
 def caption_report(references: str | Path, predictions: str | Path) -> dict[str, Any]:
