@@ -35,7 +35,8 @@ def _show_score(result: Result) -> str:
 def _compare(args: argparse.Namespace) -> Result:
     from companion.evaluation.science_qa import compare_files
 
-    return compare_files(args.first, args.second, args.questions, era=args.era, split=args.split)
+    chosen = given(args, "era", "split", "subset", "released")
+    return compare_files(args.first, args.second, args.questions, **chosen)
 
 
 def _show_comparison(result: Result) -> str:
@@ -82,6 +83,8 @@ def _extraction(parser: Parser) -> None:
     text = "answer-extraction rule (default: ours, which never guesses)"
     parser.choice("--era", ["ours", "v0", "1.0", "1.5"], "ours", text)
     parser.option("--split", "NAME", "of problems.json (default: test)", default="test")
+    parser.switch("--subset", "only the given questions, even if the file has more answers")
+    parser.switch("--released", "the choices that a released file stores, its random draws included, not its texts")
 
 
 def _add_predict(commands: Commands) -> None:
@@ -109,10 +112,8 @@ def _add_science_qa(into: Commands) -> None:
     new = command(into, "science-qa", "score answers to ScienceQA", example, _score, _show_score)
     new.path("--predictions", "FILE", "the answers", required=True)
     _extraction(new)
-    new.switch("--subset", "score only the given questions, even if the file has more answers")
     new.option("--prompt-format", "NAME", "refuse answers with a prompt format other than this one, e.g. QCM-LEPA")
     new.path("--checkpoint", "DIR", "refuse answers of another model")
-    new.switch("--released", "score the choices that a released file stores, its random draws included")
 
     example = "llava evaluate compare answers.jsonl other.jsonl --questions problems.json"
     text = "compare two files of answers to the same questions of ScienceQA"

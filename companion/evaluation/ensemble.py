@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from companion.data_tools.scienceqa import Problem, format_problem
 from companion.evaluation.prompts import PROMPTS
 from companion.evaluation.science_qa import DEFAULT_ERA, Answer, Failure, as_questions, parse_answer, tally
-from companion.evaluation.statistics import mcnemar, paired_bootstrap
+from companion.evaluation.statistics import mcnemar, p_text, paired_bootstrap
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import PRICES, BudgetError, ChatReply, ChatRequest
 from companion.teacher.plan import estimate
@@ -187,7 +187,7 @@ def format_report(result: Mapping[str, Any]) -> str:
         line = f"{name:12}{row['correct']:7}{row['n']:7}{row['accuracy']:8.2f}{row['unparsed'] + row['invalid']:11}"
         if against := row.get("against_llava"):
             low, high = against["interval"]
-            line += f"   {against['difference']:+.2f}, {low:+.2f} to {high:+.2f}, {against['p']:.3g}"
+            line += f"   {against['difference']:+.2f}, {low:+.2f} to {high:+.2f}, {p_text(against['p'])}"
         lines.append(line)
     sent = sum(bill["requests"] for bill in result["bills"].values())
     replayed = sum(bill["replayed"] for bill in result["bills"].values())

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from companion.evaluation.llava_bench import Reviews
-from companion.evaluation.relative_score import common_questions, question_scores, relative_score
+from companion.evaluation.llava_bench import Reviews, relative_score
+from companion.evaluation.relative_score import common_questions, question_scores
 from companion.evaluation.statistics import SAMPLES, correlation, estimate, item_counts, ratio
 from llava_core.runtime import DataError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.evaluation.prompts import PROMPTS
-from companion.evaluation.statistics import seeds_interval
+from companion.evaluation.statistics import ratio, seeds_interval
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import ChatRequest
 from companion.teacher.parse import NotWhole, ReplyError
@@ -21,6 +21,8 @@ from companion.teacher.reasoning import without_reasoning
 from llava_core.runtime import DataError, display_path, fingerprint, read_jsonl
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from companion.teacher.chat import ChatClient, ChatReply
 
 Answers = Mapping[Any, str] | Iterable[Mapping[str, Any]]
@@ -273,6 +275,15 @@ def _relative(scores: Sequence[tuple[float, float]]) -> float | None:
     return 100 * means[1] / means[0] if means and means[0] else None
 
 
+def relative_score(counts: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Relative score in % (resamples,) from counts (resamples, n) and scores (n, 2) of reference and candidate.
+
+    Means are rounded to three decimals, as in `score_reviews`, so that the first row of `item_counts` has its score.
+    """
+    means = (counts @ scores / counts.sum(1, keepdims=True)).round(3)
+    return 100 * ratio(means[:, 1], means[:, 0])
+
+
 def repeats_report(results: Mapping[str, Mapping[str, Any]], questions: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Return `{repeats, files}` of repeated `score_reviews` of one bench.
 
@@ -288,7 +299,8 @@ def repeats_report(results: Mapping[str, Mapping[str, Any]], questions: Mapping[
         if different := sorted(own ^ ids):
             raise DataError(
                 f"{file} reviews {len(ids)} questions and {first} {len(own)}; {len(different)} are in one of the "
-                f"two only ({', '.join(key[:40] for key in different[:3])}): give repeats of the same bench, or score each alone"
+                f"two only ({', '.join(key[:40] for key in different[:3])}): give repeats of the same bench, or score "
+                "each alone"
             )
     return {
         "repeats": summarize_repeats(list(results.values())),

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from companion.evaluation.llava_bench import CATEGORY_PREFIX, Reviews, review_rows, review_scores, score_reviews
+from companion.evaluation.llava_bench import (
+    CATEGORY_PREFIX,
+    Reviews,
+    relative_score,
+    review_rows,
+    review_scores,
+    score_reviews,
+)
 from companion.evaluation.statistics import SAMPLES, estimate, item_counts, ratio, seeds_interval
 from companion.paper.verdict import verdict_of_interval
 from llava_core.runtime import DataError
@@ -58,11 +65,6 @@ def common_questions(first: Mapping[str, Any], second: Mapping[str, Any]) -> lis
     if len(keys) < 2:
         raise DataError(f"{len(keys)} questions have scores in both sets of reviews; at least two are needed")
     return keys
-
-
-def relative_score(counts: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Relative score in % (resamples,) from counts (resamples, n) and scores (n, 2) of reference and candidate."""
-    return 100 * ratio(counts @ scores[:, 1], counts @ scores[:, 0])
 
 
 def image_counts(

@@ -23,12 +23,13 @@ from companion.evaluation.llava_bench import (
     HIGHEST,
     LOWEST,
     Reviews,
+    relative_score,
     repeats_report,
     review_rows,
     review_scores,
     score_reviews,
 )
-from companion.evaluation.statistics import SAMPLES, estimate, item_counts, proportion, ratio, wilson
+from companion.evaluation.statistics import SAMPLES, estimate, item_counts, proportion, wilson
 from llava_core.runtime import DataError, fingerprint
 
 WRONG, EXCLUDED, LUCK, RELEASED = "as wrong", "excluded", "at expected luck", "as released"
@@ -81,9 +82,7 @@ def relative_score_rules(reviews: Reviews, samples: int = SAMPLES) -> list[dict[
     for rule, scores in completed.items():
         found: dict[str, Any] = {"value": None, "interval": None}
         if scores:
-            reference, candidate = np.array(scores).T
-            counts = item_counts(len(scores), samples)
-            found = estimate(100 * ratio(counts @ candidate, counts @ reference))
+            found = estimate(relative_score(item_counts(len(scores), samples), np.array(scores)))
         row = {"rule": rule, "failed": failed, "n": len(scores), "score": found["value"]}
         result.append(row | {"interval": found["interval"]})
     return result

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from companion.data_tools.scienceqa import SUBJECTS, SUBSETS
-from companion.evaluation.predictions import check_settings, differences, read_predictions
+from companion.evaluation.predictions import Predictions, check_settings, differences, read_predictions
 from companion.evaluation.reporting import LUCK, accuracy_rules, format_rules
-from companion.evaluation.statistics import mcnemar, paired_bootstrap, proportion
+from companion.evaluation.statistics import mcnemar, p_text, paired_bootstrap, proportion
 from llava_core.runtime import DataError, display_path, read_json
 
 PAPER_ACCURACY = 90.92  # Source: paper Table 7, LLaVA, average; 3856 of 4241
 
-ERAS = ("ours", "v0", "1.0", "1.5")  # extraction rules: this project's strict one, those of three released scorers
+FORMS = {  # of answers by extraction rule: this project's strict one, those of three released scorers
+    "ours": "`The answer is B.`, `B` and `B. text`",
+    "v0": "`The answer is B.`",
+    "1.0": "`The answer is B.`",
+    "1.5": "`B`, `B. text` and `The answer is B.`",
+}
+ERAS = tuple(FORMS)
 DEFAULT_ERA = "ours"
 
 # The last dot is a wildcard in the released code too: "The answer is B" at the end of a text does not match, and from
@@ -26,6 +33,12 @@ _RELEASED_SENTENCE = re.compile(r"The answer is ([A-Z]).")
 _SENTENCE = re.compile(r"The answer is ([A-Z])(?!\w).")
 _RELEASED_OPENING = re.compile(r"([A-E])(?:\Z|\. )")
 _OPENING = re.compile(r"\s*([A-E])(?:(?P<answer>\s*\Z|\. )|\.?\s*\n)")
+# Other forms that name a choice; they are reported, and not scored.
+_OTHER_FORMS = re.compile(
+    r"\b(?i:answer|option|choice)\W+(?:is\W+)?\(?([A-E])\b|\(([A-E])\)|^\W*([A-E])\b\W*$|^\W*([A-E])[.):]\s",
+    re.MULTILINE,
+)
+SURPRISING = 3.0  # standard deviations from the expected number of lucky draws
 
 
 class Failure(Enum):
@@ -82,7 +95,7 @@ def answer_letter(text: str, era: str = DEFAULT_ERA) -> str | None:
 
 
 def parse_answer(text: str, n_choices: int, era: str = DEFAULT_ERA) -> Answer:
-    """Return the index of the named choice, UNPARSED (not exactly one letter) or INVALID (no such choice).
+    """Return the index of the named choice, UNPARSED (not in a form that the rule reads) or INVALID (no such choice).
 
     Eras "v0" and "1.0" need exactly one sentence `The answer is X.`; "1.5" first takes a text that is `X` or begins
     with `X. `; "ours" accepts the same forms unless they name different letters.
@@ -241,8 +254,7 @@ def _notes(
         ]
         notes.append(f"{result['invalid']} invalid, counted as wrong: {_some(named)}.")
     if result["unparsed"]:
-        ids = _some(result["unparsed_ids"])
-        notes.append(f"{result['unparsed']} unparsed (not exactly one letter), counted as wrong: {ids}.")
+        notes.append(_unparsed_note([questions[key] for key in result["unparsed_ids"]], texts, era))
     if result["missing"]:
         notes.append(f"{result['missing']} missing (no prediction), counted as wrong: {_some(result['missing_ids'])}.")
     if result["missing"] and texts:
@@ -255,6 +267,30 @@ def _notes(
             f"average {drawn:.2f} %."
         )
     return notes
+
+
+def _unparsed_note(failed: Sequence[Question], texts: Mapping[str, str], era: str) -> str:
+    note = (
+        f"{len(failed)} unparsed (not in a known form: the rule '{era}' reads {FORMS[era]}), counted as wrong: "
+        f"{_some([q.id for q in failed])}; e.g. question {failed[0].id}: {_excerpt(texts[failed[0].id])}."
+    )
+    reads = {e: sum(isinstance(parse_answer(texts[q.id], q.n_choices, e), int) for q in failed) for e in ERAS}
+    best = max(reads, key=lambda e: reads[e])
+    if reads[best]:
+        return f"{note} The rule '{best}' (--era {best}) reads a choice in {reads[best]} of them."
+    named = sum(_loose_choice(texts[q.id]) is not None for q in failed)
+    return f"{note} {named} of them name one letter in another form." if named else note
+
+
+def _loose_choice(text: str) -> int | None:
+    """The choice that a text names in any usual form; None for none or several."""
+    letters = {letter for found in _OTHER_FORMS.findall(text) for letter in found if letter}
+    return ord(letters.pop()) - ord("A") if len(letters) == 1 else None
+
+
+def _excerpt(text: str, most: int = 80) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}")
 
 
 def _some(items: list[str], most: int = 5) -> str:
@@ -282,7 +318,7 @@ def evaluate_files(
 
     Returns:
         `score`'s dict; `made_with`, the settings of the answers or None; `header`, acc, correct and count of a released
-        file; the notes also compare texts and stored choices.
+        file, and `map`, its stored choices compared with its texts, question by question (see `_compare_with_map`).
 
     Raises:
         DataError: a file cannot be read, the two do not belong together, or the settings are refused.
@@ -304,18 +340,15 @@ def evaluate_files(
     result |= {"made_with": file.settings, "header": {k: v for k, v in file.released.items() if k != "results"}}
     stored = file.released.get("results")
     if released:
-        if not isinstance(stored, dict):
-            raise DataError(
-                f"{display_path(predictions)}: stores no choices (`results`), only texts; leave --released away"
-            )
-        texts = {q.id: parse_answer(answers[q.id], q.n_choices, era) for q in asked if q.id in answers}
-        result |= tally(asked, {q.id: _stored(q, stored, texts[q.id]) for q in asked if q.id in texts})
+        stored = _result_map(predictions, file)
+        result |= tally(asked, _choices(asked, answers, era, stored))
         result["notes"] = [
             "The choices are those that the file stores, its random draws included, not its texts; its header says "
             f"{result['header'].get('correct')} of {result['header'].get('count')}."
         ]
-    elif isinstance(stored, dict):
-        result["notes"] += _compare_with_map(asked, answers, stored, result)
+    if isinstance(stored, dict):
+        result["map"], notes = _compare_with_map([q for q in asked if q.id in answers], answers, stored, era)
+        result["notes"] += notes
     if file.settings is None:
         result["notes"].append(
             "The file does not name the prompt format, template and checkpoint of its answers (a foreign format); they "
@@ -337,22 +370,87 @@ def _stored(question: Question, stored: Mapping[str, Any], text: Answer) -> Answ
     return text if isinstance(text, Failure) else UNPARSED
 
 
+def _result_map(path: str | Path, file: Predictions) -> dict[str, Any]:
+    """The choices that a released result file stores (`results`: question id -> index, -1 for a failure)."""
+    stored = file.released.get("results")
+    if not isinstance(stored, dict):
+        raise DataError(f"{display_path(path)}: stores no choices (`results`), only texts; leave --released away")
+    for key, value in stored.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < -1:
+            raise DataError(
+                f"{display_path(path)}, results, question {key}: {str(value)[:40]!r} is neither a choice's index "
+                "nor -1; leave --released away"
+            )
+    return stored
+
+
 def _compare_with_map(
-    questions: list[Question], answers: Mapping[str, str], stored: Mapping[str, Any], result: Mapping[str, Any]
-) -> list[str]:
-    """Explain where the choices that a released file stores differ from those in its texts."""
-    failed = {*result["unparsed_ids"], *result["invalid_ids"]}
-    stored_right = sum(q.id in answers and stored.get(q.id) == q.answer for q in questions)
-    if stored_right == result["correct"]:
-        return []
-    drawn = [q.id for q in questions if q.id in failed and stored.get(q.id) == q.answer]
-    accuracy = 100 * stored_right / len(questions)
-    note = f"The file's own result map has {stored_right} right ({accuracy:.2f} %), its texts {result['correct']}"
-    if stored_right - result["correct"] == len(drawn):
-        note += f": the map holds a random draw, by luck right, where the text gave no choice (question {_some(drawn)})"
-    if round(accuracy, 2) == PAPER_ACCURACY and len(questions) == 4241:
-        note += f". The paper's {PAPER_ACCURACY} % is this same file with that draw counted as an answer"
-    return [note + "."]
+    questions: Sequence[Question], answers: Mapping[str, str], stored: Mapping[str, Any], era: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare the choices that a released file stores with those in its texts, question by question.
+
+    Returns:
+        right (stored choices), differ_ids (another choice than the text's), drawn_ids (a choice where the text gives
+        none), drawn_right, with expected_right and deviation of uniform draws; and notes on what differs.
+    """
+    texts = _choices(questions, answers, era)
+    differ = [q for q in questions if not isinstance(texts[q.id], Failure) and stored.get(q.id) != texts[q.id]]
+    drawn = [q for q in questions if isinstance(texts[q.id], Failure) and stored.get(q.id) in range(q.n_choices)]
+    right, lucky = ([q.id for q in part if stored.get(q.id) == q.answer] for part in (questions, drawn))
+    expected = math.fsum(1 / q.n_choices for q in drawn)
+    deviation = math.sqrt(math.fsum((1 - 1 / q.n_choices) / q.n_choices for q in drawn))
+    result = {
+        "right": len(right),
+        "differ_ids": [q.id for q in differ],
+        "drawn_ids": [q.id for q in drawn],
+        "drawn_right": len(lucky),
+        "expected_right": expected,
+        "deviation": deviation,
+    }
+    if not differ and not drawn:
+        return result, []
+    accuracy = 100 * len(right) / len(questions)
+    own = sum(texts[q.id] == q.answer for q in questions)
+    notes = [f"The file's own result map has {len(right)} right ({accuracy:.2f} %), its texts {own}."]
+    if differ:
+        notes.append(
+            f"The map holds another choice than the text in {len(differ)} questions: {_some(result['differ_ids'])}."
+        )
+    unlike = [*differ, *drawn]
+    reads = {e: sum(parse_answer(answers[q.id], q.n_choices, e) == stored.get(q.id) for q in unlike) for e in ERAS}
+    best = max(reads, key=lambda e: reads[e])
+    named = sum(_loose_choice(answers[q.id]) == stored[q.id] for q in drawn)
+    chance = (
+        f"{len(lucky)} of them are right, random draws would get {expected:.1f} right, give or take {deviation:.1f}"
+    )
+    if 2 * reads[best] > len(unlike):
+        notes.append(
+            f"The rule '{best}' reads the map's choice in {reads[best]} of these {len(unlike)} texts: the map was "
+            f"written with another rule than '{era}'; score the file with --era {best}."
+        )
+    elif drawn and (2 * named > len(drawn) or abs(len(lucky) - expected) > SURPRISING * deviation):
+        notes.append(
+            f"The map holds a choice in {len(drawn)} questions whose texts the rule '{era}' cannot read; {chance}: the "
+            f"map was written with another rule, and none of {', '.join(ERAS)} is it; such a text is "
+            f"{_excerpt(answers[drawn[0].id])}. Write the answers as `The answer is B.` to score them."
+        )
+    elif drawn:
+        which = f" (question {_some(lucky)})" if lucky else ""
+        notes.append(
+            f"The map holds a random draw in {len(drawn)} questions whose text gives no choice; {chance}: "
+            f"{len(lucky)} by luck right{which}."
+        )
+        if (round(accuracy, 2), len(questions), result["drawn_ids"], differ) == (PAPER_ACCURACY, 4241, ["3247"], []):
+            notes.append(f"The paper's {PAPER_ACCURACY} % is this same file with that draw counted as an answer.")
+    return result, notes
+
+
+def _choices(
+    questions: Iterable[Question], answers: Mapping[str, str], era: str, stored: Mapping[str, Any] | None = None
+) -> dict[str, Answer]:
+    """Question id -> choice of its text, or the one that a result file stores."""
+    texts = {q.id: (q, parse_answer(answers[q.id], q.n_choices, era)) for q in questions if q.id in answers}
+    return {key: text if stored is None else _stored(q, stored, text) for key, (q, text) in texts.items()}
 
 
 def compare_files(
@@ -362,17 +460,22 @@ def compare_files(
     *,
     era: str = DEFAULT_ERA,
     split: str = "test",
+    subset: bool = False,
+    released: bool = False,
 ) -> dict[str, Any]:
     """Compare two files of answers to the same questions; arguments as for `evaluate_files`.
 
     Returns:
-        n; first and second (`proportion`s); difference (second minus first, in points) and its interval (paired
-        bootstrap over the questions); only_first, only_second and p (McNemar's exact test); notes.
+        n; first and second (`proportion`s with unparsed and invalid); difference (second minus first, in points) and
+        its interval (paired bootstrap over the questions); only_first, only_second and p (McNemar's exact test); notes.
 
     Raises:
         DataError: the two answer different questions, or as in `evaluate_files`.
     """
     paths, files = (first, second), [read_predictions(path) for path in (first, second)]
+    asked = {q.id: q for q in read_questions(questions, split)}
+    if subset:
+        files = [replace(f, answers={k: text for k, text in f.answers.items() if k in asked}) for f in files]
     for one, other in ((0, 1), (1, 0)):
         unmatched = [key for key in files[one].answers if key not in files[other].answers]
         if unmatched:
@@ -380,18 +483,29 @@ def compare_files(
                 f"{display_path(paths[one])} answers {len(unmatched)} questions that {display_path(paths[other])} "
                 f"does not ({_some(unmatched)}); compare answers to the same questions"
             )
-    asked = {q.id: q for q in read_questions(questions, split)}
     unknown = [key for key in files[0].answers if key not in asked]
     if unknown:
         raise DataError(
-            f"{display_path(first)}: {len(unknown)} questions are not in {display_path(questions)} ({_some(unknown)})"
+            f"{display_path(first)}: {len(unknown)} questions are not in {display_path(questions)} ({_some(unknown)}); "
+            "give the questions that were asked, or compare a part on purpose (subset=True, --subset)"
         )
     answered = [asked[key] for key in sorted(files[0].answers)]
     if len(answered) < 2:
-        raise DataError(f"{display_path(first)}: one answer cannot be compared; give two or more")
-    right = [right_answers(answered, file.answers, era) for file in files]
+        raise DataError(f"{display_path(first)}: {len(answered)} answers cannot be compared; give two or more")
+    maps = [_result_map(path, file) if released else None for path, file in zip(paths, files, strict=True)]
+    choices = [_choices(answered, file.answers, era, stored) for file, stored in zip(files, maps, strict=True)]
+    right = [[own[q.id] == q.answer for q in answered] for own in choices]
     change, test = paired_bootstrap(*right), mcnemar(*right)
     notes = [] if len(asked) == len(answered) else [f"{len(answered)} of {len(asked)} questions are answered."]
+    failed = [[q for q in answered if own[q.id] is UNPARSED] for own in choices]
+    for path, file, unparsed in zip(paths, files, failed, strict=True):
+        if unparsed and not released:
+            notes.append(f"{display_path(path)}: {_unparsed_note(unparsed, file.answers, era)}")
+    invalid = [sum(choice is INVALID for choice in own.values()) for own in choices]
+    scores = [
+        proportion(sum(own), len(answered)) | {"unparsed": len(unparsed), "invalid": n}
+        for own, unparsed, n in zip(right, failed, invalid, strict=True)
+    ]
     settings = [file.settings for file in files]
     unnamed = [display_path(path) for path, own in zip(paths, settings, strict=True) if own is None]
     notes += [f"{path} does not name the settings of its answers." for path in unnamed]
@@ -399,8 +513,8 @@ def compare_files(
         notes += [f"Different settings: {line}." for line in differences(settings[0] or {}, settings[1] or {})]
     return {
         "n": len(answered),
-        "first": proportion(sum(right[0]), len(answered)),
-        "second": proportion(sum(right[1]), len(answered)),
+        "first": scores[0],
+        "second": scores[1],
         "difference": 100 * change["difference"],
         "interval": [100 * end for end in change["interval"]],
         "only_first": test["only_first"],
@@ -413,13 +527,14 @@ def compare_files(
 def format_comparison(result: Mapping[str, Any]) -> str:
     """Return a comparison as text."""
     rows = [
-        f"{name:8}{row['accuracy']:8.2f} %   95 % interval {row['interval'][0]:.2f} to {row['interval'][1]:.2f}"
+        f"{name:8}{row['accuracy']:8.2f} %   95 % interval {row['interval'][0]:.2f} to {row['interval'][1]:.2f}, "
+        f"unparsed {row['unparsed']}, invalid {row['invalid']}"
         for name, row in ((name, result[name]) for name in ("first", "second"))
     ]
     low, high = result["interval"]
     rows.append(f"second minus first: {result['difference']:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
     discordant = f"right in the first only {result['only_first']}, in the second only {result['only_second']}"
-    rows.append(f"of {result['n']} questions {discordant}; McNemar's exact p = {result['p']:.3g}")
+    rows.append(f"of {result['n']} questions {discordant}; McNemar's exact {p_text(result['p'])}")
     return "\n".join(rows + [f"- {note}" for note in result["notes"]])
 
 

@@ -102,6 +102,11 @@ def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> dict[s
     return {"n": len(pairs), "only_first": only_first, "only_second": only_second, "p": p}
 
 
+def p_text(p: float) -> str:
+    """Return `p = 0.012`, or `p < 1e-300` where a float cannot hold it."""
+    return f"p = {p:.3g}" if p >= 1e-300 else "p < 1e-300"
+
+
 def seeds_interval(values: Sequence[float]) -> dict[str, Any]:
     """Return `{n, mean, std, interval}` of repeated runs: sample standard deviation, Student's t interval of the mean.
 

@@ -7,7 +7,7 @@ import random
 import re
 import statistics
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from companion.cli import main
+from companion.evaluation.judges import agreement
 from companion.evaluation.llava_bench import judge, parse_scores, score_reviews, summarize_repeats
+from companion.evaluation.reporting import relative_score_rules, repeats
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest, ServerError
 from llava_core.runtime import DataError
@@ -65,7 +68,7 @@ def test_parse_scores(review: str, scores: Any) -> None:
 @given(st.text(alphabet=st.one_of(st.sampled_from("0123456789 .,/-:\n()Assistant*"), st.characters()), max_size=60))
 def test_parsed_scores_stay_on_the_scale(review: str) -> None:
     scores = parse_scores(review)
-    assert scores is None or all(0 <= score <= 10 for score in scores)
+    assert scores is None or all(1 <= score <= 10 for score in scores)
 
 
 def test_published_reviews(reference: Path) -> None:
@@ -92,7 +95,6 @@ def test_ratio_of_means_not_mean_of_ratios() -> None:
     assert result["all"] == result["categories"]["conv"] == pytest.approx(100 * 7 / 12, abs=0.01)
     assert result["all"] != pytest.approx(75)
     assert result["mean_of_ratios"] == 75  # offered under its own name only
-    assert score_reviews([{"content": "0 2"}])["mean_of_ratios"] is None
     assert (result["reference"], result["candidate"]) == (60, 35)
 
 
@@ -102,7 +104,7 @@ def test_failed_reviews_leave_the_mean_and_are_counted() -> None:
     result = score_reviews(rows)
     assert (result["n"], result["failed"], result["failed_ids"], result["all"]) == (7, 3, [7, 8, 9], 50)
     released = score_reviews(rows, released=True)
-    assert (released["n"], released["failed"]) == (10, 0)
+    assert (released["n"], released["failed"], released["failed_ids"]) == (10, 3, [7, 8, 9])
     assert released["all"] == pytest.approx(100 * 25 / 53)
     empty = score_reviews(rows[7:])
     assert (empty["n"], empty["all"], empty["reference"]) == (0, None, None)
@@ -251,19 +253,80 @@ def test_any_rows_are_scored_or_refused(rows: list[dict[str, Any]], released: bo
         result = score_reviews(rows, released=released)
     except DataError:
         return
-    assert result["n"] + result["failed"] == len(rows)
+    assert result["n"] + (0 if released else result["failed"]) == len(rows)
     json.dumps(result, allow_nan=False)
     if not released and result["n"]:
-        assert 0 <= result["candidate"] <= 100
+        assert 10 <= result["candidate"] <= 100
 
 
-@pytest.mark.parametrize("stored", ["89", [8, "9"], [8, float("nan")], [True, 9], [8, 9, 7], [-1, -1], 89, None])
+@pytest.mark.parametrize(
+    "stored", ["89", [8, "9"], [8, float("nan")], [True, 9], [8, 9, 7], [-1, -1], [0, 9], [8, 0.5], 89, None]
+)
 def test_invalid_stored_scores_are_refused(stored: Any) -> None:
     assert score_reviews([{"tuple": stored}])["failed"] == 1
 
 
 def test_parser_reads_no_number_from_other_text() -> None:
     assert score_reviews([{"content": "nan inf"}, {"content": "8 4"}], released=True)["reference"] == 35
+
+
+@pytest.mark.parametrize("review", ["I cannot judge.\n8 6", "8/10 6/10", "Scores: 8 and 6", "", "8  6"])
+def test_failures_of_the_released_rule_are_counted(review: str) -> None:
+    rows = [{"question_id": 1, "content": review}, {"question_id": 2, "content": "8 4"}]
+    result = score_reviews(rows, released=True)
+    assert (result["n"], result["failed"], result["failed_ids"], result["reference"]) == (2, 1, [1], 35)
+    assert score_reviews(rows)["failed"] == (not review)
+
+
+@pytest.mark.parametrize("review", ["0 9", "9 0", "0.5 9", "Scores: 0 and 9", "0/10 9/10", "11 9"])
+def test_scores_off_the_scale_are_no_review(review: str) -> None:
+    assert parse_scores(review) is None
+    assert parse_scores("1 9.5") == (1, 9.5)
+
+
+def test_question_counts_once(tmp_path: Path) -> None:
+    rows = [{"question_id": k, "content": "8 4"} for k in (1, 2)]
+    with pytest.raises(DataError, match=r"line 3: question 1 has a review in line 1 already"):
+        score_reviews([*rows, {"question_id": "1", "content": "8 8"}])
+    swapped = [row | {"order": order} for row in rows for order in ("reference_first", "candidate_first")]
+    assert score_reviews(swapped)["n"] == 4
+    with pytest.raises(DataError, match="line 5: question 2 has a review in line 4 already"):
+        score_reviews([*swapped, swapped[-1]])
+
+
+def review_file(path: Path, questions: Iterable[int], content: str = "8 4") -> Path:
+    rows = [{"question_id": k, "content": content, "category": "conv"} for k in questions]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_repeats_have_the_same_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c = (
+        review_file(tmp_path / name, ids) for name, ids in (("a", range(4)), ("b", range(6)), ("c", range(2, 6)))
+    )
+    for other, different in ((b, 2), (c, 4)):
+        with pytest.raises(DataError, match=f"{different} are in one of the two only"):
+            repeats([a, other])
+    with pytest.raises(DataError, match="given twice"):
+        repeats([a, a])
+    assert main(["evaluate", "llava-bench", "--reviews", str(a), str(b)]) == 1
+    capsys.readouterr()
+    again = review_file(tmp_path / "again", range(4), "9 7")
+    assert main(["evaluate", "llava-bench", "--reviews", str(a), str(again)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"mean +63\.89 +63\.89", text)
+    assert not re.search(r"\d\.\d{5}", text)
+    assert "no repeat" not in text
+    assert "it is a copy, and no repeat" in repeats([a, review_file(tmp_path / "copy", range(4))])["notes"][0]
+
+
+def test_every_command_gives_the_same_score(reference: Path) -> None:
+    files = [reference / f"llava_bench_wild/reviews/llava-v1.5-13b-eval{i}.jsonl" for i in (1, 2)]
+    scores = [score_reviews(file)["all"] for file in files]
+    both = agreement(*files, samples=10)["relative_score"]
+    assert [both["first"]["value"], both["second"]["value"]] == pytest.approx(scores, abs=1e-9)
+    rules = {row["rule"]: row["score"] for row in relative_score_rules(files[0], samples=10)}
+    assert rules["excluded"] == rules["as released"] == pytest.approx(scores[0], abs=1e-9)
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from companion.cli import main
 from companion.evaluation import science_qa
 from companion.evaluation.ensemble import complement, evaluate, judged
 from companion.evaluation.science_qa import (
@@ -295,6 +296,108 @@ def test_later_result_files_store_failures_as_minus_one(tmp_path: Path) -> None:
         evaluate_files(tmp_path / "rows.jsonl", tmp_path / "q.json")
 
 
+def result_file(path: Path, texts: dict[str, str], stored: dict[str, Any]) -> Path:
+    path.write_text(json.dumps({"outputs": texts, "results": stored}))
+    return path
+
+
+MANY = {str(k): {"choices": ["x", "y", "z", "w"], "answer": k % 4} for k in range(80)}
+
+
+def notes_on(tmp_path: Path, texts: dict[str, str], stored: dict[str, Any], era: str = "ours") -> tuple[Any, str]:
+    """The comparison of a result file's map with its texts, and the notes."""
+    (tmp_path / "many.json").write_text(json.dumps(MANY))
+    file = result_file(tmp_path / "file.json", texts, stored)
+    result = evaluate_files(file, tmp_path / "many.json", era=era)
+    return result["map"], " ".join(result["notes"])
+
+
+@pytest.mark.parametrize(
+    ("form", "era", "suggested"),
+    [("{}", "v0", "--era ours"), ("{}. text", "v0", "--era ours"), ("The answer is {}elgium.", "ours", "--era v0")],
+)
+def test_map_of_another_rule_is_no_luck(form: str, era: str, suggested: str, tmp_path: Path) -> None:
+    texts = {key: form.format("ABCD"[p["answer"]]) for key, p in MANY.items()}
+    compared, notes = notes_on(tmp_path, texts, {key: p["answer"] for key, p in MANY.items()}, era)
+    assert (compared["right"], len(compared["drawn_ids"]), compared["expected_right"]) == (80, 80, 20)
+    assert suggested in notes
+    assert "luck" not in notes.replace("random draws would", "")
+
+
+@pytest.mark.parametrize("form", ["Final answer: {}", "({})", "Answer {}", "{}\nbecause", "{}:"])
+@pytest.mark.parametrize("n", [3, 80])
+def test_map_of_an_unknown_rule_is_no_luck(form: str, n: int, tmp_path: Path) -> None:
+    texts = {key: form.format("ABCD"[p["answer"]]) for key, p in list(MANY.items())[:n]}
+    _, notes = notes_on(tmp_path, texts, {key: MANY[key]["answer"] for key in texts})
+    assert "written with another rule, and none of ours, v0, 1.0, 1.5 is it" in notes
+    assert "by luck" not in notes
+
+
+def test_random_draws_are_compared_with_their_expectation(tmp_path: Path) -> None:
+    texts = dict.fromkeys(MANY, "I cannot tell.")
+    compared, notes = notes_on(tmp_path, texts, dict.fromkeys(MANY, 2))
+    assert (compared["drawn_right"], compared["expected_right"]) == (20, 20)
+    assert compared["deviation"] == pytest.approx((80 * 0.25 * 0.75) ** 0.5)
+    assert "20 by luck right" in notes
+    far = {key: p["answer"] if int(key) < 40 else 0 for key, p in MANY.items()}
+    assert "by luck" not in notes_on(tmp_path, texts, far)[1]
+    assert "20.0 right, give or take 3.9" in notes_on(tmp_path, texts, far)[1]
+    none = notes_on(tmp_path, texts, dict.fromkeys(MANY, -1))
+    assert none[0]["drawn_ids"] == []
+    assert "result map" not in none[1]
+
+
+def test_swapped_entries_of_a_map_are_told(reference: Path, tmp_path: Path) -> None:
+    folder = reference / "scienceqa"
+    content = json.loads((folder / "test_sqa_llava_13b_v0.json").read_text())
+    clean = evaluate_files(folder / "test_sqa_llava_13b_v0.json", folder / "llava_test_CQM-A.json")["map"]
+    assert (clean["right"], clean["differ_ids"], clean["drawn_ids"]) == (3856, [], ["3247"])
+    questions = science_qa.read_questions(folder / "llava_test_CQM-A.json")
+    right = [q for q in questions if content["results"][q.id] == q.answer and q.id != "3247"]
+    wrong = [q for q in questions if content["results"][q.id] != q.answer]
+    for q in right[:21]:
+        content["results"][q.id] = (q.answer + 1) % q.n_choices
+    for q in wrong[:21]:
+        content["results"][q.id] = q.answer
+    (tmp_path / "swapped.json").write_text(json.dumps(content))
+    for released in (False, True):
+        result = evaluate_files(tmp_path / "swapped.json", folder / "llava_test_CQM-A.json", released=released)
+        assert (result["map"]["right"], len(result["map"]["differ_ids"])) == (3856, 42)
+        assert "another choice than the text in 42 questions" in " ".join(result["notes"])
+        assert "paper's 90.92" not in " ".join(result["notes"])
+
+
+@pytest.mark.parametrize("value", ["A", 1.0, None, True, -2])
+def test_map_without_indices_is_refused(value: Any, tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps(PROBLEMS))
+    file = result_file(tmp_path / "a.json", dict.fromkeys(TEST, "A"), {"1": value})
+    with pytest.raises(DataError, match=r"question 1: .* is neither a choice's index nor -1"):
+        evaluate_files(file, tmp_path / "q.json", released=True)
+    assert evaluate_files(file, tmp_path / "q.json")["map"]["differ_ids"]
+
+
+@pytest.mark.parametrize(
+    "text", ["B.", "(B)", "The answer is B", "Final answer: B", "B\nbecause", "Option B", "**B**", "answer: (B) y"]
+)
+def test_note_on_unparsed_answers_is_true(text: str) -> None:
+    result = score(TEST, {"1": text, "2": "A", "3": "A"})
+    assert (result["unparsed"], result["correct"]) == (1, 2)
+    note = next(note for note in result["notes"] if "unparsed" in note)
+    assert "not in a known form: the rule 'ours' reads `The answer is B.`, `B` and `B. text`" in note
+    assert f"question 1: {' '.join(text.split())!r}" in note
+    assert "1 of them name one letter in another form" in note
+    assert "exactly one" not in note
+
+
+def test_note_on_unparsed_answers_suggests_a_rule() -> None:
+    note = " ".join(score(TEST, {"1": "B", "2": "A", "3": "The answer is a dog"}, era="v0")["notes"])
+    assert "The rule 'ours' (--era ours) reads a choice in 2 of them" in note
+    (note,) = (n for n in score(TEST, {"1": "The answer is a dog", "2": "A", "3": "A"})["notes"] if "unparsed (" in n)
+    assert note.endswith("'The answer is a dog'.")
+    long = " ".join(score(TEST, {"1": "x" * 5000, "2": "A", "3": "A"})["notes"])
+    assert len(long) < 600
+
+
 def answer_file(path: Path, answers: dict[str, str]) -> Path:
     path.write_text(json.dumps({"outputs": answers}))
     return path
@@ -317,6 +420,38 @@ def test_two_files_are_compared_question_by_question(tmp_path: Path) -> None:
         compare_files(less, good, tmp_path / "q.json")
     part = answer_file(tmp_path / "part.json", {str(k): "B" for k in range(39)})
     assert compare_files(less, part, tmp_path / "q.json")["notes"][0] == "39 of 40 questions are answered."
+
+
+def test_comparison_tells_unparsed_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = tmp_path / "q.json"
+    questions.write_text(json.dumps({str(k): PROBLEMS["2"] for k in range(2000)}))
+    good = answer_file(tmp_path / "good.json", {str(k): "A" for k in range(2000)})
+    other = answer_file(tmp_path / "other.json", {str(k): "Final answer: A" if k else "E" for k in range(2000)})
+    result = compare_files(good, other, questions)
+    assert (result["first"]["unparsed"], result["second"]["unparsed"], result["second"]["invalid"]) == (0, 1999, 1)
+    text = format_comparison(result)
+    assert "unparsed 1999, invalid 1" in text
+    assert "p < 1e-300" in text
+    assert "e.g. question 1: 'Final answer: A'" in text
+    short = {str(k): PROBLEMS["2"] for k in range(10)}
+    questions.write_text(json.dumps(short))
+    with pytest.raises(DataError, match=r"1990 questions are not in .*--subset"):
+        compare_files(good, other, questions)
+    words = ["evaluate", "compare", str(good), str(other), "--questions", str(questions), "--json"]
+    assert main([*words, "--subset"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 10
+
+
+def test_comparison_of_stored_choices(tmp_path: Path) -> None:
+    questions = tmp_path / "q.json"
+    questions.write_text(json.dumps({str(k): PROBLEMS["2"] for k in range(4)}))
+    texts = {str(k): "no idea" for k in range(4)}
+    files = [result_file(tmp_path / f"{n}.json", texts, {str(k): int(k >= n) for k in range(4)}) for n in (1, 3)]
+    result = compare_files(*files, questions, released=True)
+    assert (result["first"]["correct"], result["second"]["correct"], result["second"]["unparsed"]) == (1, 3, 0)
+    assert compare_files(*files, questions)["second"]["correct"] == 0
+    with pytest.raises(DataError, match="stores no choices"):
+        compare_files(files[0], answer_file(tmp_path / "texts.json", texts), questions, released=True)
 
 
 def test_ensemble_rules() -> None:
