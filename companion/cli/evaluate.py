@@ -51,15 +51,28 @@ def _ensemble(args: argparse.Namespace) -> Result:
     from companion.evaluation.predictions import read_predictions
 
     problems = load_problems(args.data, args.split, check_images=False)[: args.limit]
+    answers = read_predictions(args.predictions).answers
+    if args.gpt4 is not None:
+        return ensemble.run_files(problems, answers, args.gpt4, args.requery)
+    if args.requery is not None:
+        raise CompanionError("--requery has the answers to a second query; give those to the first with --gpt4 FILE")
     train = load_problems(args.data, "train", check_images=False)
     shots = [p for p in train if p.id in args.shots] if args.shots else ensemble.pick_shots(train)
     if args.shots and len(shots) < len(args.shots):
         raise DataError(
             f"--shots {','.join(args.shots)}: not all are problems of the train split of {display_path(args.data)}"
         )
-    answers, tape = read_predictions(args.predictions).answers, args.predictions.with_suffix(".cassette.sqlite")
+    tape = args.predictions.with_suffix(".cassette.sqlite")
     client, chosen = chat_client(args, args.cassette or tape), given(args, "model", "max_tokens")
     result = ensemble.run(problems, answers, client, shots=shots, **chosen)
+    unread = {*result["systems"]["gpt4"]["unparsed_ids"], *result["systems"]["gpt4"]["invalid_ids"]}
+    seen = [p.id for p in problems if not p.image] or [p.id for p in problems]
+    if args.client == "offline" and 2 * len(unread & set(seen)) > len(seen):
+        raise DataError(
+            f"{display_path(args.data)}: the client 'offline' cannot answer these problems: it knows the facts of the "
+            f"miniature, and declined {len(unread & set(seen))} of {len(seen)} without an image; give GPT-4's answers "
+            "(--gpt4 FILE), or query a model (--client record)"
+        )
     return {key: value for key, value in result.items() if key != "texts"}  # they are in the cassette
 
 
@@ -70,7 +83,7 @@ def _show_ensemble(result: Result) -> str:
 
 
 def _unanswered(result: Result) -> bool:
-    return bool(result["bills"]["gpt4"]["unanswered"] == result["n"])
+    return "bills" in result and bool(result["bills"]["gpt4"]["unanswered"] == result["n"])
 
 
 def _problems(parser: Parser) -> None:
@@ -128,6 +141,8 @@ def _add_science_qa(into: Commands) -> None:
     new.path("--predictions", "FILE", "LLaVA's answers", required=True)
     new.path("--data", "DIR", "ScienceQA", required=True)
     _problems(new)
+    new.path("--gpt4", "FILE", "GPT-4's answers, as the released scripts read them; no request is sent")
+    new.path("--requery", "FILE", "with --gpt4: its answers to the second query, where the two differ")
     new.option("--shots", "ID,ID", "solved examples (default: two of train, drawn)", type=names)
     new.teacher("PREDICTIONS with the ending .cassette.sqlite")
 
@@ -143,12 +158,16 @@ def _captions(args: argparse.Namespace) -> Result:
         folder = miniature.ensure(only=["mini-coco"]) / "mini-coco"
         references, images = folder / "annotations" / "captions_val2014.json", images or folder / "val2014"
     if args.model is None:
-        return caption_report(references, predictions)
+        return caption_report(references, predictions, args.limit)
     if images is None or args.out is None:
         raise CompanionError("a model needs --out FILE for its captions and, with --references, --images DIR")
     chosen = given(args, "request", "limit")
     written = write_captions(loaded(args), args.model, references, images, args.out, **chosen)
-    return {**caption_report(references, args.out), "file": written["file"], "conditions": written["conditions"]}
+    return {
+        **caption_report(references, args.out, args.limit),
+        "file": written["file"],
+        "conditions": written["conditions"],
+    }
 
 
 def _show_captions(result: Result) -> str:
@@ -167,7 +186,7 @@ def _add_captions(into: Commands) -> None:
     either = new.add_mutually_exclusive_group(required=True)
     either.add_argument("--predictions", type=Path, metavar="FILE", help="captions in COCO's result format")
     new.checkpoint(either)
-    new.limit()
+    new.limit(" images of the references")
     new.bases()
     new.assumptions()
     new.images(" for --model")

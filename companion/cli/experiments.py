@@ -29,6 +29,7 @@ def _claims(args: argparse.Namespace) -> Result:
 
 def _show_claims(result: Result) -> str:
     from companion.figures import cell_text
+    from companion.paper.ledger import HOW
 
     lines = []
     for row in result["claims"]:
@@ -36,6 +37,8 @@ def _show_claims(result: Result) -> str:
         lines.append(f"{row['id']:34} {row['published']:28} {row['evidence']:14} {here:30} {row['verdict']}".rstrip())
         lines += [f"{'':34} flag: {row['flag']}"] if row["flag"] else []
         lines += [f"{'':34} bundle: {line}" for line in row["bundles"]]
+    if unread := [row for row in result["claims"] if "LLAVA_REFERENCE" in row["note"]]:
+        lines.append(f"{len(unread)} claims are recomputed from released files that are not here: {HOW}")
     return "\n".join(lines)
 
 

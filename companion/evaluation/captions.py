@@ -224,8 +224,12 @@ def compare(
     return {name: estimate(value) for name, value in zip(("bleu4", "cider"), values, strict=True)}
 
 
-def read_files(references: str | Path, predictions: str | Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+def read_files(
+    references: str | Path, predictions: str | Path, limit: int | None = None
+) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return references and captions by image id, of COCO's `captions_*.json` and a COCO result file.
+
+    `limit`: only of the first images in the order of `images`, or without that list of the annotations.
 
     Raises:
         DataError: another format, two captions of an image, or a caption of an image without references.
@@ -255,7 +259,14 @@ def read_files(references: str | Path, predictions: str | Path) -> tuple[dict[st
                 f"{display_path(references)}; give the caption file of the same images"
             )
         captions[identifier] = caption
-    return dict(refs), captions
+    if limit is None:
+        return dict(refs), captions
+    listed = [str(row["id"]) for row in annotated.get("images") or [] if isinstance(row, dict) and "id" in row]
+    chosen = dict.fromkeys((listed or list(refs))[:limit])
+    captions = {key: caption for key, caption in captions.items() if key in chosen}
+    if not captions:
+        raise DataError(f"{display_path(predictions)}: none of the first {limit} images has a caption")
+    return {key: refs[key] for key in chosen if key in refs}, captions
 
 
 def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.data_tools.scienceqa import Problem, format_problem
+from companion.evaluation.predictions import read_predictions
 from companion.evaluation.prompts import PROMPTS
 from companion.evaluation.science_qa import DEFAULT_ERA, Answer, Failure, as_questions, parse_answer, tally
 from companion.evaluation.statistics import mcnemar, p_text, paired_bootstrap
@@ -20,7 +22,7 @@ from companion.teacher.asking import ask_all
 from companion.teacher.chat import PRICES, BudgetError, ChatReply, ChatRequest
 from companion.teacher.plan import estimate
 from llava_core.constants import IMAGE_MARKER
-from llava_core.runtime import DataError
+from llava_core.runtime import DataError, display_path
 
 if TYPE_CHECKING:
     from companion.teacher.chat import ChatClient, Message
@@ -128,6 +130,52 @@ def run(
     }
 
 
+def run_files(
+    problems: Sequence[Problem],
+    llava: Mapping[str, str],
+    gpt4: str | Path,
+    requery: str | Path | None = None,
+    *,
+    era: str = DEFAULT_ERA,
+) -> dict[str, Any]:
+    """Score the ensemble from files of GPT-4's answers and of its answers to the second query; no request is sent.
+
+    The files have a format of `read_predictions`, as the released scripts read them. A problem without a second answer
+    keeps LLaVA's.
+
+    Returns:
+        systems, n, asked_again (problems with a second answer) and notes on what the files lack.
+
+    Raises:
+        DataError: a file has another format or answers none of the problems.
+    """
+    files = {"llava": dict(llava), "gpt4": read_predictions(gpt4).answers}
+    if requery is not None:
+        files["requery"] = read_predictions(requery).answers
+    known = {p.id: len(p.choices) for p in problems}
+    notes = []
+    for name, path in (("gpt4", gpt4), ("requery", requery)):
+        if path is not None and not known.keys() & files[name].keys():
+            raise DataError(f"{display_path(path)}: answers none of the {len(known)} problems; give the same split")
+    for name, what in (("llava", "LLaVA"), ("gpt4", "GPT-4")):
+        if absent := [key for key in known if key not in files[name]]:
+            notes.append(
+                f"{what} has no answer to {len(absent)} problems (first: {absent[0]}); they count as unparsed."
+            )
+    for name, what in (("llava", "LLaVA's"), ("gpt4", "GPT-4's"), ("requery", "GPT-4's second")):
+        texts = {key: text for key, text in files.get(name, {}).items() if key in known}
+        failed = [k for k, text in texts.items() if isinstance(parse_answer(text, known[k], era), Failure)]
+        if failed:
+            notes.append(f"{len(failed)} of {what} {len(texts)} answers name no choice (first: {failed[0]}).")
+    again = known.keys() & files.get("requery", {}).keys()
+    return {
+        "systems": evaluate(problems, files["llava"], files["gpt4"], files.get("requery"), era=era),
+        "n": len(problems),
+        "asked_again": len(again),
+        "notes": notes,
+    }
+
+
 def complement(llava: Answer, gpt4: Answer) -> Answer:
     """Return GPT-4's answer, or LLaVA's where GPT-4 gave no valid choice.
 
@@ -189,6 +237,9 @@ def format_report(result: Mapping[str, Any]) -> str:
             low, high = against["interval"]
             line += f"   {against['difference']:+.2f}, {low:+.2f} to {high:+.2f}, {p_text(against['p'])}"
         lines.append(line)
+    if "bills" not in result:
+        lines.append(f"{result['asked_again']} of {result['n']} questions have a second answer of GPT-4")
+        return "\n".join([*lines, *(f"- {note}" for note in result["notes"])])
     sent = sum(bill["requests"] for bill in result["bills"].values())
     replayed = sum(bill["replayed"] for bill in result["bills"].values())
     unanswered = sum(bill["unanswered"] for bill in result["bills"].values())

@@ -275,12 +275,13 @@ def _relative(scores: Sequence[tuple[float, float]]) -> float | None:
     return 100 * means[1] / means[0] if means and means[0] else None
 
 
-def relative_score(counts: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def relative_score(counts: np.ndarray, scores: np.ndarray, rounded: bool = True) -> np.ndarray:
     """Relative score in % (resamples,) from counts (resamples, n) and scores (n, 2) of reference and candidate.
 
-    Means are rounded to three decimals, as in `score_reviews`, so that the first row of `item_counts` has its score.
+    Means are `rounded` to three decimals, as in `score_reviews`, so that the first row of `item_counts` has its score.
     """
-    means = (counts @ scores / counts.sum(1, keepdims=True)).round(3)
+    means = counts @ scores / counts.sum(1, keepdims=True)
+    means = means.round(3) if rounded else means
     return 100 * ratio(means[:, 1], means[:, 0])
 
 

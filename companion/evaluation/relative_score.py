@@ -184,7 +184,9 @@ def times_over_scores(
         raise DataError(f"{len(more)} and {len(less)} seeds cannot be paired; give one or equal numbers of runs")
     questions = [str(k) for k in range(len(images))]
     counts = image_counts(questions, dict(zip(questions, images, strict=True)), samples, seed)
-    values = [np.array([relative_score(counts, run) for run in runs]) for runs in (more, less)]  # (seeds, 1 + samples)
+    values = [
+        np.array([relative_score(counts, run, rounded=False) for run in runs]) for runs in (more, less)
+    ]  # (seeds, 1 + samples)
     result = estimate(ratio(values[0].mean(0), values[1].mean(0)))
     if not all(table[:, 0].min() > 0 for table in values):
         raise DataError("a relative score is 0; a ratio of it is not defined")

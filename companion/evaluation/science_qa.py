@@ -399,7 +399,7 @@ def _compare_with_map(
     right, lucky = ([q.id for q in part if stored.get(q.id) == q.answer] for part in (questions, drawn))
     expected = math.fsum(1 / q.n_choices for q in drawn)
     deviation = math.sqrt(math.fsum((1 - 1 / q.n_choices) / q.n_choices for q in drawn))
-    result = {
+    result: dict[str, Any] = {
         "right": len(right),
         "differ_ids": [q.id for q in differ],
         "drawn_ids": [q.id for q in drawn],
@@ -414,7 +414,7 @@ def _compare_with_map(
     notes = [f"The file's own result map has {len(right)} right ({accuracy:.2f} %), its texts {own}."]
     if differ:
         notes.append(
-            f"The map holds another choice than the text in {len(differ)} questions: {_some(result['differ_ids'])}."
+            f"The map holds another choice than the text in {len(differ)} questions: {_some([q.id for q in differ])}."
         )
     unlike = [*differ, *drawn]
     reads = {e: sum(parse_answer(answers[q.id], q.n_choices, e) == stored.get(q.id) for q in unlike) for e in ERAS}
@@ -440,7 +440,7 @@ def _compare_with_map(
             f"The map holds a random draw in {len(drawn)} questions whose text gives no choice; {chance}: "
             f"{len(lucky)} by luck right{which}."
         )
-        if (round(accuracy, 2), len(questions), result["drawn_ids"], differ) == (PAPER_ACCURACY, 4241, ["3247"], []):
+        if (round(accuracy, 2), len(questions), [q.id for q in unlike]) == (PAPER_ACCURACY, 4241, ["3247"]):
             notes.append(f"The paper's {PAPER_ACCURACY} % is this same file with that draw counted as an answer.")
     return result, notes
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from companion.book import generated, pages
+from companion.cli import _parser
 from companion.paper.claims import all_claims, claim
 from companion.paper.discrepancies import all_discrepancies
-from llava_core.runtime import ConfigError
+from llava_core.runtime import ROOT, ConfigError
 
 
 def test_every_claim_is_a_row_of_the_overview(tmp_path: Path) -> None:
@@ -95,3 +96,21 @@ def test_every_kind_of_evidence_has_a_color() -> None:
     for kind in ("recomputed", "measured", "measured_gpu", "impossible"):
         assert f".chip.{kind} {{" in css
     assert "takes eight A100" in pages.chip(claim("stage1-hours"))  # the reason for the missing evidence
+
+
+def test_page_has_every_evaluation_command() -> None:
+    page = (ROOT / "book" / "score_your_own_files.md").read_text()
+    evaluate = next(a for a in _parser()._actions if a.choices).choices["evaluate"]  # type: ignore[index]
+    commands = next(action for action in evaluate._actions if action.choices).choices
+    for name, parser in commands.items():
+        steps = next((action.choices for action in parser._actions if action.metavar == "COMMAND"), None)
+        for command in [f"evaluate {name} {step}" for step in steps] if steps else [f"evaluate {name}"]:
+            assert f"llava {command} " in page
+        if not steps:
+            assert f"`{name}`" in page
+    examples = re.findall(r"^llava (evaluate .+)$", page, re.M)
+    assert len(examples) >= 12
+    for example in examples:
+        _parser().parse_args(example.split())  # exits for an option that does not exist
+    for block in re.findall(r"```json\n(.*?)```", page, re.S):
+        json.loads(block)

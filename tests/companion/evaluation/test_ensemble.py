@@ -142,3 +142,76 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "judge" in capsys.readouterr().out
     assert cli.main([*words, "--shots", "8,1"]) == 1
     assert "not all are problems of the train split" in capsys.readouterr().err
+
+
+def data_folder(tmp_path: Path, problems: list[Problem]) -> list[str]:
+    """Write the problems as ScienceQA's files, and LLaVA's answers; return the command."""
+    fields = ("question", "choices", "answer", "subject")
+    raw = {p.id: {name: getattr(p, name) for name in fields} | {"grade": "grade1", "split": "test"} for p in problems}
+    for p in problems:
+        raw[p.id]["image"] = p.image and p.image.name
+    raw |= {p.id: {name: getattr(p, name) for name in fields} | {"grade": "grade1", "split": "train"} for p in SHOTS}
+    (tmp_path / "problems.json").write_text(json.dumps(raw))
+    splits = {"test": [p.id for p in problems], "train": [p.id for p in SHOTS]}
+    (tmp_path / "pid_splits.json").write_text(json.dumps(splits))
+    (tmp_path / "llava.json").write_text(json.dumps({"outputs": {p.id: LLAVA.get(p.id, "A") for p in problems}}))
+    command = [
+        "evaluate",
+        "science-qa-ensemble",
+        "--predictions",
+        str(tmp_path / "llava.json"),
+        "--data",
+        str(tmp_path),
+    ]
+    return [*command, "--shots", "8,9"]
+
+
+def test_answers_of_gpt4_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = data_folder(tmp_path, PROBLEMS)
+    (tmp_path / "gpt4.json").write_text(json.dumps({"outputs": FIRST}))
+    rows = [{"question_id": key, "text": text} for key, text in AGAIN.items()]
+    (tmp_path / "again.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--gpt4", str(tmp_path / "gpt4.json"), "--requery", str(tmp_path / "again.jsonl")]
+    assert cli.main([*words, *files, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    asked = ensemble.run(PROBLEMS, LLAVA, Scripted())
+    assert {k: v["correct"] for k, v in result["systems"].items()} == {
+        k: v["correct"] for k, v in asked["systems"].items()
+    }
+    assert result["asked_again"] == asked["asked_again"] == 3
+    assert cli.main([*words, *files[:2]]) == 0
+    text = capsys.readouterr().out
+    assert "judge" not in text
+    assert "1 of GPT-4's 4 answers name no choice (first: 2)" in text
+    assert cli.main([*words, *files[2:]]) == 1
+    assert "give those to the first with --gpt4 FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [({"77": "The answer is A."}, "gpt4.json: answers none of the 4 problems"), ({}, "holds no prediction")],
+)
+def test_files_of_other_questions_are_refused(
+    outputs: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = data_folder(tmp_path, PROBLEMS)
+    (tmp_path / "gpt4.json").write_text(json.dumps({"outputs": outputs}))
+    assert cli.main([*words, "--gpt4", str(tmp_path / "gpt4.json")]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_absent_answers_of_gpt4_are_told(tmp_path: Path) -> None:
+    (tmp_path / "gpt4.json").write_text(json.dumps({"outputs": {"1": "The answer is A."}}))
+    result = ensemble.run_files(PROBLEMS, LLAVA, tmp_path / "gpt4.json")
+    assert "GPT-4 has no answer to 3 problems (first: 2); they count as unparsed." in result["notes"]
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_offline_client_says_that_it_cannot_answer(
+    images: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = data_folder(tmp_path, [problem(str(k), image=images) for k in range(1, 5)])
+    assert cli.main([*words, "--client", "offline"]) == 1
+    error = capsys.readouterr().err
+    assert "the client 'offline' cannot answer these problems" in error
+    assert "--gpt4 FILE" in error

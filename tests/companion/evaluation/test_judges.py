@@ -100,7 +100,7 @@ def test_failed_and_missing_questions_are_left_out() -> None:
     assert result["same_answers"] is None
     assert "reviews without scores: 1 and 0" in format_agreement(result)
     zero = agreement(reviews([(0, 4), (9, 5), (7, 7)]), second)
-    assert (zero["n"], zero["ratio"]["n"]) == (3, 2)
+    assert (zero["n"], zero["ratio"]["n"], zero["failed"]) == (2, 2, [1, 0])  # 0 is not on the judge's scale
     with pytest.raises(DataError, match="1 questions have scores in both"):
         agreement(first[:1], second)
     with pytest.raises(DataError, match="line 1: no question_id"):
@@ -123,7 +123,7 @@ def test_judges_are_compared_on_the_same_answers_only() -> None:
         agreement(first, second)
     assert relative_difference(first, second)["difference"] == 0
     with pytest.raises(DataError, match="question 0 has reviews of two answers"):
-        question_scores([first[0], second[1] | {"question_id": 0}])
+        question_scores([first[0], second[1] | {"question_id": 0, "order": "candidate_first"}])
 
 
 def test_difference_of_systems_is_paired_or_not() -> None:

@@ -80,5 +80,5 @@ def test_times_over_names_what_does_not_fit() -> None:
         times_over([rows], [rows], _images(5))
     with pytest.raises(DataError, match="3 and 2 seeds"):
         times_over([rows] * 3, [rows] * 2, _images(6))
-    with pytest.raises(DataError, match="not defined"):
+    with pytest.raises(DataError, match="0 questions are scored"):  # no score is below 1
         times_over([rows], [_reviews([0.0] * 6)], _images(6))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from companion.cli import main
 from companion.evaluation.captions import score
 from companion.evaluation.llava_bench import score_reviews
 from companion.evaluation.reporting import (
@@ -115,3 +117,22 @@ def test_caption_files_are_reported_only_with_failures(tmp_path: Path) -> None:
     lines = format_rules(report["reporting"], 100).split("\n")
     assert lines[0] == "1 failed answers, counted"
     assert f"{100 * report['reporting'][0]['cider']:.2f}" in lines[1]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_limit_scores_the_first_images(listed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image_id": key, "caption": text} for key, texts in REFERENCES.items() for text in texts]
+    content: dict[str, Any] = {"annotations": rows}
+    if listed:
+        content["images"] = [{"id": key} for key in reversed(REFERENCES)]
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    captions = [{"image_id": key, "caption": texts[0]} for key, texts in REFERENCES.items()]
+    (tmp_path / "all.json").write_text(json.dumps(captions))
+    words = ["evaluate", "captions", "--references", str(tmp_path / "captions.json")]
+    words += ["--predictions", str(tmp_path / "all.json"), "--limit", "2", "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    chosen = list(REFERENCES)[-2:] if listed else list(REFERENCES)[:2]
+    alone = score({key: REFERENCES[key] for key in chosen}, {key: REFERENCES[key][0] for key in chosen})
+    assert (result["n"], result["missing"]) == (2, 0)
+    assert result["cider"] == pytest.approx(alone["cider"])

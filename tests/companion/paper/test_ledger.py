@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +166,23 @@ def test_command_line_prints_them(capsys: pytest.CaptureFixture[str], tmp_path: 
     }  # fmt: skip
     assert main(["claims", "--kind", "impossible"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    monkeypatch.delenv("LLAVA_REFERENCE", raising=False)
+    assert main(["claims", "sqa-img", "sqa-soc"]) == 0
+    assert (
+        "2 claims are recomputed from released files that are not here: set LLAVA_REFERENCE" in capsys.readouterr().out
+    )
     assert len(lines) == sum(c.evidence == "impossible" for c in all_claims().values())
     assert main(["claims", "ablation-7"]) == 1
     assert "did you mean 'ablation-7b'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="did you mean 'measured'"):
         ledger.claim_rows(kind="mesured")
+
+
+def test_reader_of_the_list_may_stop() -> None:
+    code = "from companion.cli import main; import sys; sys.exit(main(['claims', '--json']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()  # as `| head` after its lines
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
