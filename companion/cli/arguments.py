@@ -49,6 +49,12 @@ def positive(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': give a whole number above 0")
+    return int(text)
+
+
 def _price(text: str) -> tuple[float, float]:
     prompt, reply = (float(part) for part in text.split(","))
     return prompt, reply
@@ -87,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         self.path("--images", "DIR", f"folder of the images{more}")
 
     def limit(self, what: str = "") -> None:
-        self.option("--limit", "N", f"only the first N{what}", type=int)
+        self.option("--limit", "N", f"only the first N{what}", type=_count)
 
     def scale(self) -> None:
         self.add_argument(
@@ -193,7 +199,14 @@ def table(result: Result) -> str:
     def text(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:.4g}"
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        return value if isinstance(value, str) else json.dumps(short(value), ensure_ascii=False, default=str)
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [short(part) for part in value]
+        return float(f"{value:.4g}") if isinstance(value, float) else value
 
     return "\n".join(f"{key:16} {text(value)}" for key, value in result.items())
 

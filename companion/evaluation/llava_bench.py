@@ -285,23 +285,30 @@ def relative_score(counts: np.ndarray, scores: np.ndarray, rounded: bool = True)
     return 100 * ratio(means[:, 1], means[:, 0])
 
 
-def repeats_report(results: Mapping[str, Mapping[str, Any]], questions: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def repeats_report(
+    results: Mapping[str, Mapping[str, Any]], questions: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
     """Return `{repeats, files}` of repeated `score_reviews` of one bench.
 
     Args:
         results: file -> its scores.
-        questions: file -> the ids of its questions.
+        questions: file -> the ids of its questions and their categories.
 
     Raises:
-        DataError: two files have different questions, so that they are no repeats.
+        DataError: two files have different questions or categories, so that they are no repeats.
     """
-    (first, own), *others = ((file, set(ids)) for file, ids in questions.items())
+    (first, own), *others = questions.items()
     for file, ids in others:
-        if different := sorted(own ^ ids):
+        if different := sorted(own.keys() ^ ids.keys()):
             raise DataError(
                 f"{file} reviews {len(ids)} questions and {first} {len(own)}; {len(different)} are in one of the "
                 f"two only ({', '.join(key[:40] for key in different[:3])}): give repeats of the same bench, or score "
                 "each alone"
+            )
+        if other := [key for key in ids if ids[key] != own[key]]:
+            raise DataError(
+                f"{file}: question {other[0]} is '{ids[other[0]]}', in {first} '{own[other[0]]}' ({len(other)} "
+                "such): give repeats of the same bench, or score each alone"
             )
     return {
         "repeats": summarize_repeats(list(results.values())),

@@ -414,15 +414,14 @@ def _compare_with_map(
     notes = [f"The file's own result map has {len(right)} right ({accuracy:.2f} %), its texts {own}."]
     if differ:
         notes.append(
-            f"The map holds another choice than the text in {len(differ)} questions: {_some([q.id for q in differ])}."
+            f"The map holds another choice than the text, or none, in {len(differ)} questions: "
+            f"{_some([q.id for q in differ])}."
         )
     unlike = [*differ, *drawn]
     reads = {e: sum(parse_answer(answers[q.id], q.n_choices, e) == stored.get(q.id) for q in unlike) for e in ERAS}
     best = max(reads, key=lambda e: reads[e])
     named = sum(_loose_choice(answers[q.id]) == stored[q.id] for q in drawn)
-    chance = (
-        f"{len(lucky)} of them are right, random draws would get {expected:.1f} right, give or take {deviation:.1f}"
-    )
+    chance = f"random draws would get {expected:.1f} right, give or take {deviation:.1f}"
     if 2 * reads[best] > len(unlike):
         notes.append(
             f"The rule '{best}' reads the map's choice in {reads[best]} of these {len(unlike)} texts: the map was "
@@ -430,15 +429,16 @@ def _compare_with_map(
         )
     elif drawn and (2 * named > len(drawn) or abs(len(lucky) - expected) > SURPRISING * deviation):
         notes.append(
-            f"The map holds a choice in {len(drawn)} questions whose texts the rule '{era}' cannot read; {chance}: the "
-            f"map was written with another rule, and none of {', '.join(ERAS)} is it; such a text is "
-            f"{_excerpt(answers[drawn[0].id])}. Write the answers as `The answer is B.` to score them."
+            f"The map holds a choice in {len(drawn)} questions whose texts the rule '{era}' cannot read, "
+            f"{len(lucky)} of them right; {chance}: the map was written with another rule, and none of "
+            f"{', '.join(ERAS)} is it; such a text is {_excerpt(answers[drawn[0].id])}. Write the answers as "
+            "`The answer is B.` to score them."
         )
     elif drawn:
         which = f" (question {_some(lucky)})" if lucky else ""
         notes.append(
-            f"The map holds a random draw in {len(drawn)} questions whose text gives no choice; {chance}: "
-            f"{len(lucky)} by luck right{which}."
+            f"Where the text gives no choice ({len(drawn)}), the map holds a random draw: {len(lucky)} by luck right"
+            f"{which}; {chance}."
         )
         if (round(accuracy, 2), len(questions), [q.id for q in unlike]) == (PAPER_ACCURACY, 4241, ["3247"]):
             notes.append(f"The paper's {PAPER_ACCURACY} % is this same file with that draw counted as an answer.")

@@ -21,6 +21,7 @@ import pytest
 from benchmarks import run
 from companion import cli
 from companion.cli import lab, weights
+from companion.cli.arguments import table
 from llava_core.runtime import ROOT, DataError
 
 
@@ -453,3 +454,18 @@ def test_closed_pipe_is_quiet(words: str) -> None:
     command.stdout.close()  # as `head -1` does
     _, errors = command.communicate()
     assert (command.returncode, errors) == (0 if words == "--help" else 141, "")  # argparse ignores the error
+
+
+def test_tables_have_four_digits() -> None:
+    text = table({"score": 72.83216512345, "categories": {"conv": 74.66115322765909, "all": [1 / 3, {"n": 60}]}})
+    assert text.splitlines() == [
+        "score            72.83",
+        'categories       {"conv": 74.66, "all": [0.3333, {"n": 60}]}',
+    ]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "1.5"])
+def test_limit_is_a_count(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "captions", "--predictions", "a.json", "--limit", limit])
+    assert "give a whole number above 0" in capsys.readouterr().err

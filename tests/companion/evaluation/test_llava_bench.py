@@ -275,7 +275,9 @@ def test_failures_of_the_released_rule_are_counted(review: str) -> None:
     rows = [{"question_id": 1, "content": review}, {"question_id": 2, "content": "8 4"}]
     result = score_reviews(rows, released=True)
     assert (result["n"], result["failed"], result["failed_ids"], result["reference"]) == (2, 1, [1], 35)
-    assert score_reviews(rows)["failed"] == (not review)
+    rules = {row["rule"]: row for row in relative_score_rules(rows, samples=10)}
+    assert rules["as released"]["failed"] == 1
+    assert rules["excluded"]["failed"] == score_reviews(rows)["failed"] == (not review)
 
 
 @pytest.mark.parametrize("review", ["0 9", "9 0", "0.5 9", "Scores: 0 and 9", "0/10 9/10", "11 9"])
@@ -309,6 +311,10 @@ def test_repeats_have_the_same_questions(tmp_path: Path, capsys: pytest.CaptureF
             repeats([a, other])
     with pytest.raises(DataError, match="given twice"):
         repeats([a, a])
+    other = tmp_path / "categories"
+    other.write_text(a.read_text().replace('"conv"', '"detail"', 1))
+    with pytest.raises(DataError, match=r"question 0 is 'detail', in .*a 'conv'"):
+        repeats([a, other])
     assert main(["evaluate", "llava-bench", "--reviews", str(a), str(b)]) == 1
     capsys.readouterr()
     again = review_file(tmp_path / "again", range(4), "9 7")
