@@ -269,9 +269,9 @@ def read_files(
     return {key: refs[key] for key in chosen if key in refs}, captions
 
 
-def evaluate_files(references: str | Path, predictions: str | Path) -> dict[str, Any]:
+def evaluate_files(references: str | Path, predictions: str | Path, limit: int | None = None) -> dict[str, Any]:
     """Score a COCO result file (rows of image_id, caption; one per image) against COCO's `captions_*.json`."""
-    return score_with_bounds(*read_files(references, predictions))
+    return score_with_bounds(*read_files(references, predictions, limit))
 
 
 def write_captions(

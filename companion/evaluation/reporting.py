@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from companion.evaluation.captions import compare, read_files, score, score_with_bounds
+from companion.evaluation.captions import compare, evaluate_files, read_files, score
 from companion.evaluation.llava_bench import (
     CATEGORY_PREFIX,
     FAILED,
@@ -141,13 +141,10 @@ def repeats(paths: Sequence[str | Path], *, released: bool = False) -> dict[str,
 
 
 def caption_report(references: str | Path, predictions: str | Path, limit: int | None = None) -> dict[str, Any]:
-    """Return the captions' scores with `reporting`, the rows of `caption_rules`; None if no caption is missing.
-
-    `limit`: only the first images of the references are scored.
-    """
-    files = read_files(references, predictions, limit)
-    result = score_with_bounds(*files)
-    return {**result, "reporting": caption_rules(*files) if result["missing"] else None}
+    """Return `captions.evaluate_files` with `reporting`, the rows of `caption_rules`; None if no caption is missing."""
+    result = evaluate_files(references, predictions, limit)
+    rules = caption_rules(*read_files(references, predictions, limit)) if result["missing"] else None
+    return {**result, "reporting": rules}
 
 
 def format_rules(rows: Sequence[Mapping[str, Any]], scale: float = 1.0) -> str:
