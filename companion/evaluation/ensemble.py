@@ -2,7 +2,8 @@
 
 GPT-4 answers without the image, after two solved examples; where the two differ, it is shown both answers. The paper
 published neither prompts nor examples nor the GPT-4 snapshot; this project chose wording and examples.
-Source: paper Section 5.2, Tables 7 and 10; llava/eval/eval_science_qa_gpt4{,_requery}.py@8959d5c.
+Source: paper Section 5.2, Tables 7 and 10; llava/eval/eval_science_qa_gpt4.py@8959d5c,
+llava/eval/eval_science_qa_gpt4_requery.py@main.
 """
 
 from __future__ import annotations
