@@ -50,7 +50,8 @@ def _ensemble(args: argparse.Namespace) -> Result:
     from companion.evaluation import ensemble
     from companion.evaluation.predictions import read_predictions
 
-    problems = load_problems(args.data, args.split, check_images=False)[: args.limit]
+    everything = load_problems(args.data, args.split, check_images=False)
+    problems = everything[: args.limit]
     answers = read_predictions(args.predictions).answers
     if args.gpt4 is not None:
         return ensemble.run_files(problems, answers, args.gpt4, args.requery)
@@ -64,15 +65,15 @@ def _ensemble(args: argparse.Namespace) -> Result:
         )
     tape = args.predictions.with_suffix(".cassette.sqlite")
     client, chosen = chat_client(args, args.cassette or tape), given(args, "model", "max_tokens")
+    if args.client == "offline":
+        known, asked = ensemble.answerable(client, everything, shots)
+        if 20 * known < asked:
+            raise DataError(
+                f"{display_path(args.data)}: the client 'offline' cannot answer these problems: it knows the facts of "
+                f"the miniature, and named a choice in {known} of {asked}; give GPT-4's answers (--gpt4 FILE), or "
+                "query a model (--client record)"
+            )
     result = ensemble.run(problems, answers, client, shots=shots, **chosen)
-    unread = {*result["systems"]["gpt4"]["unparsed_ids"], *result["systems"]["gpt4"]["invalid_ids"]}
-    seen = [p.id for p in problems if not p.image] or [p.id for p in problems]
-    if args.client == "offline" and 2 * len(unread & set(seen)) > len(seen):
-        raise DataError(
-            f"{display_path(args.data)}: the client 'offline' cannot answer these problems: it knows the facts of the "
-            f"miniature, and declined {len(unread & set(seen))} of {len(seen)} without an image; give GPT-4's answers "
-            "(--gpt4 FILE), or query a model (--client record)"
-        )
     return {key: value for key, value in result.items() if key != "texts"}  # they are in the cassette
 
 

@@ -131,6 +131,17 @@ def run(
     }
 
 
+def answerable(
+    client: ChatClient, problems: Sequence[Problem], shots: Sequence[Problem] = (), most: int = 200
+) -> tuple[int, int]:
+    """Ask some problems, without an image if there are such; return how many replies name a choice, and of how many."""
+    asked = ([p for p in problems if not p.image] or list(problems))[:most]
+    requests = [ChatRequest(solver_messages(p, shots), MODEL, TEMPERATURE, REPLY_TOKENS) for p in asked]
+    texts = [client.complete(request).text for request in requests]
+    named = [isinstance(parse_answer(t, len(p.choices)), int) for p, t in zip(asked, texts, strict=True)]
+    return sum(named), len(asked)
+
+
 def run_files(
     problems: Sequence[Problem],
     llava: Mapping[str, str],

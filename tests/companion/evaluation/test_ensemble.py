@@ -215,3 +215,11 @@ def test_offline_client_says_that_it_cannot_answer(
     error = capsys.readouterr().err
     assert "the client 'offline' cannot answer these problems" in error
     assert "--gpt4 FILE" in error
+
+
+def test_offline_client_answers_problems_of_the_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked, choices = "Which word takes es in its plural?", ["brush", "dog"]
+    known = Problem("5", asked, choices, 0, "", None, "", "", "language science", 1, "test")
+    words = data_folder(tmp_path, [*PROBLEMS, known])  # the first two are not about the miniature
+    assert cli.main([*words, "--limit", "2"]) == 0
+    assert "gpt4" in capsys.readouterr().out
