@@ -24,9 +24,14 @@ SWEEP = Path(__file__).with_name("scienceqa_sweep.csv")
 LANGUAGE_MODELS = {f"{size}-{seed}".removesuffix("-0"): (size, seed) for seed in range(3) for size in SIZES}
 
 
+def present(models: Path = MODELS) -> list[str]:
+    """The names of the language models that a folder has."""
+    return [name for name in LANGUAGE_MODELS if (models / name).is_dir()]
+
+
 def measure_acceptance(models: Path = MODELS, only: Sequence[str] | None = None) -> dict[str, Any]:
     """The acceptance checks of the base models of a folder (the tower's always); `passed` has the outcome of each."""
-    chosen = [name for name in LANGUAGE_MODELS if only is None or name in only]
+    chosen = [name for name in present(models) if only is None or name in only]
     text = {name: language_model_checks(models / name) for name in chosen}
     vision = vision_tower_checks(models / "clip")
     passed = {
