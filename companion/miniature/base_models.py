@@ -1,8 +1,8 @@
 """Base models of the scale `mini`, trained from scratch: language models of two sizes, three seeds each, and a tower.
 
 They replace Vicuna 7B / 13B and CLIP ViT-L/14 in the same file formats. `llava base-models` retrains them; those of the
-repository were trained with the defaults of `language_model` and `contrastive`. The names of seeds 1 and 2 end in the
-seed: one model per size cannot tell size from luck.
+repository, of which `present` has the names, were trained with the defaults of `language_model` and `contrastive`. The
+names of seeds 1 and 2 end in the seed: one model per size cannot tell size from luck.
 """
 
 from __future__ import annotations

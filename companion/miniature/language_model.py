@@ -1,7 +1,7 @@
 """Base language models, trained from scratch: a text-only Llama in two sizes in place of Vicuna.
 
 The pretraining text has captions, dialogues about scenes (as sentences or as grids of word sums) and school texts. Half
-of the first batches read letters of options only: the binding of a letter to its option is learned early or not.
+of the first batches read letters of options only, so that the binding of a letter to its option is learned early.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from companion.cli import miniature
 from companion.miniature import acceptance, base_models, contrastive, language_model, training, world
 from llava_core.checkpoints.base_models import load_vision_tower
 from llava_core.constants import IMAGE_TOKEN_ID
@@ -132,3 +133,7 @@ def test_interrupted_retraining_keeps_the_old_model(tmp_path: Path, monkeypatch:
     base_models.train_base_models(tmp_path, only=["clip"])
     assert (tmp_path / "clip" / "model.safetensors").read_text() == "new"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["clip", "gates.json"]
+
+
+def test_command_line_names_every_base_model() -> None:  # a copy there, so that `llava --help` needs no torch
+    assert set(miniature.BASE_MODELS) == {*base_models.LANGUAGE_MODELS, "clip"}
