@@ -7,6 +7,7 @@ NB ?=
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2
+FUZZ_ARGS ?=
 PORT ?= 8000
 
 EXTRAS := notebooks,book,train,phrases,live,dev
@@ -27,7 +28,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test interop reproduce nb book figures serve lab bench ci lock clean
+.PHONY: help setup check format test fuzz interop reproduce nb book figures serve lab bench ci lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +64,9 @@ format: setup ## put style right where a tool can
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: setup ## damaged and hostile inputs for ten minutes (FUZZ_ARGS='--seconds 3600 --seed 7 --only checkpoints')
+	$(BIN)/python -m tests.fuzz --seconds 600 $(FUZZ_ARGS)
 
 # versions of transformers, each with the first version of tokenizers that it does not take
 INTEROP := 4.31:0.14 4.37:0.16 4.51:0.22 4.57:0.23
