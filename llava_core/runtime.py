@@ -96,21 +96,47 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+_UMASK = os.umask(0)  # read once: two threads that read it at a time would leave it at 0
+os.umask(_UMASK)
+
+
 def set_default_mode(path: str | Path) -> None:
     """Give a file the permissions that `open` gives; `mkstemp` and safetensors make private files."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    os.chmod(path, 0o666 & ~_UMASK)
 
 
 @contextlib.contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock on a file, at most until the process ends; BlockingIOError if taken and not `wait`."""
+    """Hold an exclusive lock on a file, at most until the process ends; BlockingIOError if taken and not `wait`.
+
+    The file is created where it is missing; its content stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "a") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on a folder, as `file_lock`; FileNotFoundError if it was renamed or removed meanwhile."""
+    if os.name == "nt":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:  # NFS locks files only
+            pass
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise FileNotFoundError(folder)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 _OTHER_CONTENT = {  # first bytes -> what the file is, and what to do

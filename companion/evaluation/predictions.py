@@ -6,6 +6,7 @@ metadata. The released ones have no `metadata`; here it has all settings of the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_core.runtime import DataError, display_path, fingerprint, read_json, read_jsonl, sha256_file, user_path
+from llava_core.runtime import (
+    DataError,
+    display_path,
+    file_lock,
+    fingerprint,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    user_path,
+)
 
 _LINE_START = b'{"question_id": '  # of files that this module writes
 _FORMATS = "{outputs: {id: text}} or JSONL of question_id and text"
@@ -133,11 +143,30 @@ def write_predictions(
 
     Raises:
         DataError: the file has answers to other questions, with other settings or without settings; it is not changed.
+            Or another process writes answers to it.
     """
     out = Path(out)
     asked = {str(row["question_id"]): row for row in rows}
     if len(asked) != len(rows):
         raise DataError(f"{display_path(out)}: two questions have the same question_id")
+    if out.suffix != ".jsonl":
+        raise DataError(f"{display_path(out)}: answers are written as JSONL; name a file that ends in .jsonl")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(out, wait=False))
+        except BlockingIOError:
+            raise DataError(
+                f"{display_path(out)}: another process writes answers to it; wait for it or name another file"
+            ) from None
+        return _write_missing(out, asked, settings, answer)
+
+
+def _write_missing(
+    out: Path,
+    asked: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    answer: Callable[[Sequence[Mapping[str, Any]]], Iterable[Mapping[str, str]]],
+) -> dict[str, str]:
     known = _resume(out, asked, settings)
     model = settings.get("run_id") or settings["checkpoint"]
     for texts in answer([row for key, row in asked.items() if key not in known]):
@@ -154,10 +183,6 @@ def write_predictions(
 
 def _resume(out: Path, asked: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the answers of an interrupted run; refuse a file of any other run."""
-    if out.suffix != ".jsonl":
-        raise DataError(f"{display_path(out)}: answers are written as JSONL; name a file that ends in .jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.touch()
     content = out.read_bytes()
     end = content.rfind(b"\n") + 1
     last = content[end:]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_core.runtime import CheckpointError, DataError, display_path, read_json, sha256_file
+from llava_core.runtime import CheckpointError, DataError, display_path, folder_lock, read_json, sha256_file
 
 _LFS = b"version https://git-lfs"
 _MAX_TEXT_BYTES = 200_000_000  # far more than any tokenizer.json or index of shards has
@@ -90,21 +90,37 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` on success; without `overwrite`, `target` must be new or empty."""
+    """Yield a temporary folder that becomes `target` on success; without `overwrite`, `target` must be new or empty.
+
+    One process writes at a time: another one waits for it with `overwrite`, and without gets a CheckpointError.
+    """
     target = Path(os.path.abspath(target))  # "." has no name of its own
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise error_at(target, "exists already; fix: choose another place, or remove it first")
     temporary = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            shutil.rmtree(target) if overwrite else target.rmdir()
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with contextlib.ExitStack() as stack:
+        try:
+            _lock_new_folder(stack, temporary, wait=overwrite)
+        except BlockingIOError:
+            raise error_at(target, "another process is writing it; fix: wait for it, or choose another place") from None
+        try:
+            if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise error_at(target, "exists already; fix: choose another place, or remove it first")
+            for left in temporary.iterdir():  # by a killed process
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield temporary
+            if target.exists():
+                shutil.rmtree(target) if overwrite else target.rmdir()
+            temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _lock_new_folder(stack: contextlib.ExitStack, folder: Path, wait: bool) -> None:
+    """Create a folder and lock it; another process may rename or remove it in between."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return stack.enter_context(folder_lock(folder, wait))
 
 
 def verify_files(folder: Path) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,38 @@ def test_file_is_resumed_after_a_kill_at_any_byte(tmp_path: Path) -> None:
     write(path, {})
     with pytest.raises(DataError, match="holds no prediction"):
         read_predictions(path)
+
+
+PROGRAM = """
+import sys
+from companion.evaluation.predictions import write_predictions
+from llava_core.runtime import DataError
+rows = [{"question_id": str(k), "text": f"Is it {k}?"} for k in range(3)]
+def answer(left):
+    print("answering", flush=True)
+    for row in left:
+        sys.stdin.readline()
+        yield {row["question_id"]: "A"}
+try:
+    print(len(write_predictions(sys.argv[1], rows, {"checkpoint": "manifest:1"}, answer)))
+except DataError as error:
+    print(error)
+"""
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    words, out = [sys.executable, "-c", PROGRAM, str(tmp_path / "new" / "a.jsonl")], []
+    for number in range(3):
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if number == 0:
+            first, begun = process, process.stdout and process.stdout.readline()
+        else:
+            out.append(process.communicate(timeout=60)[0])
+    assert begun == "answering\n"
+    for text in out:
+        assert text.endswith("a.jsonl: another process writes answers to it; wait for it or name another file\n")
+    assert first.communicate("\n\n\n", timeout=60)[0] == "3\n"
+    assert len(read_predictions(tmp_path / "new" / "a.jsonl").answers) == 3
 
 
 def test_file_without_settings_is_not_resumed(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from checkpoint_fixtures import (  # noqa: F401 - fixtures
@@ -55,8 +58,6 @@ def test_files_that_may_not_be_read_are_named(original, name, mode) -> None:
 
 
 def test_a_file_that_cannot_be_opened_is_named(original, monkeypatch) -> None:
-    from pathlib import Path
-
     def denied(self: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -96,3 +97,55 @@ def test_errors_print_names_of_others_safely(name, original) -> None:
     long = str(error_at(original, f"{name * 10**6} is unknown; fix: download it again"))
     assert len(long) < 2000
     assert long.endswith("fix: download it again")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from llava_core.checkpoints.files import atomic_folder
+from llava_core.runtime import CheckpointError
+target, name, overwrite = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "overwrite"
+try:
+    with atomic_folder(target, overwrite) as folder:
+        (folder / "first").write_text(name)
+        print("writing", flush=True)
+        sys.stdin.read()
+        (folder / "last").write_text(name)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def writer(target: Path, name: str, how: str) -> subprocess.Popen[str]:
+    """A process that writes two files into a folder, the last one when its stdin is closed."""
+    words = [sys.executable, "-c", WRITER, str(target), name, how]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("how", ["new", "overwrite"])
+def test_two_processes_do_not_write_one_folder(tmp_path: Path, how: str) -> None:
+    target = tmp_path / "target"
+    with writer(target, "a", how) as first:
+        assert first.stdout.readline() == "writing\n"
+        with writer(target, "b", how) as second:
+            if how == "new":
+                assert "target: another process is writing it; fix: wait for it" in second.communicate(timeout=20)[0]
+            first.communicate()
+            assert {file.read_text() for file in target.iterdir()} == {"a"}
+            if how == "overwrite":
+                assert second.communicate(timeout=20)[0] == "writing\n"
+    assert {file.name: file.read_text() for file in target.iterdir()} == dict.fromkeys(
+        ("first", "last"), "a" if how == "new" else "b"
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["target"]
+
+
+def test_folder_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with writer(target, "a", "new") as killed:
+        assert killed.stdout.readline() == "writing\n"
+        killed.kill()
+    with writer(target, "b", "new") as second:
+        second.communicate()
+    assert {file.read_text() for file in target.iterdir()} == {"b"}
+    assert [file.name for file in tmp_path.iterdir()] == ["target"]

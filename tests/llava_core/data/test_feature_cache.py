@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,3 +125,34 @@ def test_features_of_a_removed_image_stay_usable(tmp_path: Path) -> None:
     assert torch.equal(cache.get(paths[:1]), expected)
     with pytest.raises(DataError, match=r"1\.png: there is no such image; fix: "):
         cache.missing(paths)
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+import torch
+from llava_core.data.feature_cache import FeatureCache
+folder, images = Path(sys.argv[1]), sorted(Path(sys.argv[2]).iterdir())
+print("ready", flush=True)
+sys.stdin.read()
+for k in range(20):
+    cache = FeatureCache(folder / str(k), {"tower": "a"}, (2, 3, 4), torch.float32)
+    cache.fill(images, lambda paths: torch.ones(len(paths), 2, 3, 4))
+    assert float(cache.get(images).mean()) == 1
+"""
+
+
+def test_processes_may_open_and_fill_a_new_cache_at_once(tmp_path: Path) -> None:
+    images(tmp_path / "images", 3)
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path / "kept"), str(tmp_path / "images")]
+    processes = [
+        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+    errors = [process.stderr.read() for process in processes if process.stderr is not None]
+    assert [process.wait(60) for process in processes] == [0, 0, 0], errors
