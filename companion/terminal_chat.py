@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava_core.chat import Assistant, Conversation
 from llava_core.data.images import ImageProcessor, load_image
-from llava_core.runtime import CompanionError
+from llava_core.runtime import CompanionError, printable
 
 
 def visible_region(image: Image.Image, processor: ImageProcessor) -> str:
@@ -62,7 +62,7 @@ def chat_in_terminal(assistant: Assistant, image: str | Path) -> None:
 def _open_image(assistant: Assistant, path: str | Path) -> Conversation:
     image = load_image(path)
     conversation = assistant.chat(image)
-    sys.stdout.write(f"{Path(path).name}: {visible_region(image, assistant.loaded.processor)}\n")
+    sys.stdout.write(f"{printable(Path(path).name)}: {visible_region(image, assistant.loaded.processor)}\n")
     if sys.stdout.isatty() and conversation.image is not None:
         sys.stdout.write(preview(conversation.image) + "\n")
     return conversation
@@ -72,7 +72,7 @@ def _print_answer(conversation: Conversation, question: str) -> None:
     sys.stdout.write("LLaVA: ")
     written = 0
     for text in conversation.stream(question):
-        sys.stdout.write(text[written:])
+        sys.stdout.write(printable(text[written:], keep="\n").replace("\n", "\n       "))
         sys.stdout.flush()
         written = len(text)
     sys.stdout.write("\n" if conversation.finish != "length" else " ...\n")

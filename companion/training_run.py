@@ -15,7 +15,16 @@ from typing import Literal
 
 from llava_core.config import RunConfig
 from llava_core.record import RunRecord
-from llava_core.runtime import CompanionError, ConfigError, DataError, display_path, fcntl, user_path, write_json
+from llava_core.runtime import (
+    CompanionError,
+    ConfigError,
+    DataError,
+    display_path,
+    fcntl,
+    printable_stderr,
+    user_path,
+    write_json,
+)
 from llava_core.train.launch import launch, open_record
 from llava_core.train.processes import (
     check_ranks,
@@ -97,7 +106,7 @@ class TrainingRun:
         if host != socket.gethostname():
             raise CompanionError(f"{display_path(self.record.path)}: runs on {host}; fix: cancel it there")
         # what a process leaves that cannot save yet; one that can writes its own
-        left = {"exit_code": Interrupted.exit_code, "message": f"{display_path(self.record.path)}: cancelled"}
+        left = {"exit_code": Interrupted.exit_code, "message": [f"{display_path(self.record.path)}: cancelled"]}
         write_json(error_file(self.record, "launch"), left)
         os.kill(int(pid), signal.SIGTERM)
 
@@ -154,10 +163,11 @@ def main() -> None:
     parser.add_argument("--no-resume", action="store_true")
     arguments = parser.parse_args()
     record = RunRecord(arguments.record)
-    try:
-        launch(RunConfig.read(record.path / LAUNCHED), not arguments.no_resume)
-    except BaseException as error:
-        end_with_error(record, "launch", error)
+    with printable_stderr():
+        try:
+            launch(RunConfig.read(record.path / LAUNCHED), not arguments.no_resume)
+        except BaseException as error:
+            end_with_error(record, "launch", error)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 try:
     import fcntl
@@ -32,10 +35,68 @@ ROOT = Path(os.environ.get("LLAVA_ROOT") or Path(__file__).resolve().parents[1])
 REPORTED_PACKAGES = ("llava-core", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "peft")
 
 
+# C0, DEL and C1, bidirectional controls, line and paragraph separators, the byte order mark, surrogates
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+_CURSOR_UP = re.compile(r"(?:\x1b\[A)+")  # between two progress bars
+
+
+def printable(text: object, keep: str = "") -> str:
+    r"""Return text for a terminal or a log, with control characters as `\n` or `\u001b`.
+
+    Names and texts of others could otherwise move the cursor, hide a text, or write a line that looks like ours.
+    `keep` holds the control characters of the layout.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else json.dumps(match[0])[1:-1], str(text))
+
+
+@contextlib.contextmanager
+def printable_stderr() -> Iterator[None]:
+    """Make what this process writes to stderr printable: also log records, warnings, progress bars of libraries."""
+    factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+    logging.setLogRecordFactory(_PrintableRecord)
+    warnings.formatwarning = _format_warning
+    try:
+        with contextlib.redirect_stderr(cast(Any, _PrintableStream(sys.stderr))):
+            yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = format_warning
+
+
+def _format_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> str:
+    return f"{category.__name__}: {printable(message)}\n"
+
+
+class _PrintableRecord(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802 - the name of `logging`
+        return printable(super().getMessage(), keep="\n").replace("\n", "\n  ")
+
+
+class _PrintableStream:
+    """A text stream that escapes control characters; lines, tabs and progress bars stay."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if text.startswith("\r"):  # a progress bar
+            self._stream.write("\r" + printable(text[1:]))
+        else:
+            self._stream.write(text if _CURSOR_UP.fullmatch(text) else printable(text, keep="\n\t"))
+        return len(text)
+
+
 class CompanionError(Exception):
-    """An error whose message names the file, the record and the fix."""
+    """An error whose message names the file, the record and the fix; each argument is a line of it."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "\n  ".join(map(printable, self.args))
 
 
 class ConfigError(CompanionError):
@@ -344,4 +405,4 @@ def progress(work: Iterable[Any] | int, desc: str, **options: Any) -> tqdm[Any]:
     from tqdm import tqdm
 
     source = {"total": work} if isinstance(work, int) else {"iterable": work}
-    return tqdm(**source, desc=desc, file=sys.stderr, dynamic_ncols=True, mininterval=0.5, **options)
+    return tqdm(**source, desc=printable(desc), file=sys.stderr, dynamic_ncols=True, mininterval=0.5, **options)

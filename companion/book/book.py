@@ -135,8 +135,6 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
     if done.returncode != 0 or not first.exists():
         text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
         lines = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|Error:", line)]
-        raise CompanionError(
-            "\n".join([f"the book could not be built; the full log is {display_path(log)}", *lines[:10]])
-        )
+        raise CompanionError(f"the book could not be built; the full log is {display_path(log)}", *lines[:10])
     write_json(stamp, built_from)
     return first

@@ -31,7 +31,7 @@ from companion.book.notebooks import (
     with_needs,
 )
 from llava_core.config import load_scale
-from llava_core.runtime import ROOT, CompanionError, display_path, file_lock, read_json, write_json
+from llava_core.runtime import ROOT, CompanionError, display_path, file_lock, printable, read_json, write_json
 
 OUT = ROOT / "book" / "notebooks"
 HEARTBEAT_S = 60  # between two lines of progress where the output is not a terminal
@@ -57,7 +57,7 @@ class _Progress:
         self.done = 0
 
     def line(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text, keep="\n"), file=sys.stderr)
         sys.stderr.flush()
 
     def ended(self, chapter: Chapter) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from companion.book.notebooks import source_of, state_path
-from llava_core.runtime import ROOT, DataError, display_path, read_json, sha256_file, write_json
+from llava_core.runtime import ROOT, DataError, display_path, printable, read_json, sha256_file, write_json
 
 
 def _end_with(parent: int) -> None:
@@ -42,7 +42,8 @@ def _failure(name: str, copy: Path, error: BaseException) -> str:
         return f"{name}: {error}"
     cell = errors[-1][0] if errors else begun[-1]  # a kernel that died leaves no error in its cell
     line = next((text for text in source_of(cell).splitlines() if text.strip()), "")
-    return f"{name}, cell [{cell['execution_count'] or code.index(cell) + 1}] `{textwrap.shorten(line, 80)}`: {what}"
+    place = f"cell [{cell['execution_count'] or code.index(cell) + 1}] `{textwrap.shorten(line, 80)}`"
+    return "\n  ".join(map(printable, f"{name}, {place}: {what}".splitlines()))
 
 
 def _execute(source: str, copy: str, parameters: Mapping[str, Any]) -> None:

@@ -14,11 +14,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from companion.cli import ablations, bench, data, evaluate, experiments, lab, miniature, plan, weights
 from companion.cli.arguments import Parser
 from llava_core import __version__
-from llava_core.runtime import ROOT, CompanionError
+from llava_core.runtime import ROOT, CompanionError, printable, printable_stderr
 
 
 def _parser(words: Sequence[str] = ()) -> Parser:
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 1 when the work failed (wrong usage raises argparse's SystemExit(2))."""
     try:
         try:
-            return _run(argv)
+            with printable_stderr():
+                return _run(argv)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -58,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # as of a process that SIGPIPE ends
 
 
-def _message(error: CompanionError | OSError) -> str:
+def _message(error: OSError) -> str:
     """The error in a sentence; the system's own names no fix where a file or a folder is not ours to read or write."""
-    if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return str(error)
     path = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else ROOT
     if path.is_file() and not os.access(path, os.R_OK):
@@ -69,6 +71,15 @@ def _message(error: CompanionError | OSError) -> str:
     inside = path.is_relative_to(ROOT) and "copy the project to a folder of yours and run it there"
     fix = inside or "give another place for the output"
     return f"{folder}: may not be written ({error.strerror or 'no permission'}); {fix}, or change its permissions"
+
+
+def _printable(value: Any) -> Any:
+    """A result whose texts have no line breaks, so that each line of its table is ours; a `script` is ours."""
+    if isinstance(value, dict):
+        return {_printable(key): part if key == "script" else _printable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_printable(part) for part in value]
+    return printable(value) if isinstance(value, str | Path) else value
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -80,7 +91,10 @@ def _run(argv: Sequence[str] | None) -> int:
             return 0
         with _stdout_to_stderr():
             result = args.run(args)
-        text = json.dumps(result, ensure_ascii=False, allow_nan=False, default=str) if args.json else args.show(result)
+        if args.json:
+            text = json.dumps(result, ensure_ascii=False, allow_nan=False, default=str)
+        else:
+            text = args.show(_printable(result))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("llava_core", "companion"):
             raise
@@ -89,7 +103,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except (CompanionError, OSError) as error:
         if args.interactive and isinstance(error, BrokenPipeError):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, CompanionError) else printable(_message(error))}", file=sys.stderr)
         if "WORLD_SIZE" in os.environ:  # one rank of several: exit handlers of a process group wait for the others
             sys.stderr.flush()
             os._exit(getattr(error, "exit_code", 1))
@@ -97,5 +111,5 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 1
-    print(text)
+    print(printable(text, keep="\n\t"))
     return int(args.failed(result))

@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from llava_core.runtime import printable
 
 Result = dict[str, Any]
 Commands = Any  # what argparse's `add_subparsers` gives
@@ -69,6 +71,9 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **more,
         )
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
     def option(self, name: str, metavar: str, text: str, **more: Any) -> None:
         self.add_argument(name, metavar=metavar, help=text, **more)

@@ -126,12 +126,10 @@ def convert_data(
         except RowError as error:
             skipped.append({"place": row.place, "message": str(error)})
     if skipped and not skip:
-        some = "".join(f"\n  {fault['place']}: {fault['message']}" for fault in skipped[:_LISTED])
-        more = f"\n  and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else ""
-        raise DataError(
-            f"{display_path(source)}: {len(skipped)} problem(s){some}{more}\n"
-            "  put them right, or leave these out with --skip; no records were written"
-        )
+        lines = [f"{fault['place']}: {fault['message']}" for fault in skipped[:_LISTED]]
+        lines += [f"and {len(skipped) - _LISTED} more"] if len(skipped) > _LISTED else []
+        lines.append("put them right, or leave these out with --skip; no records were written")
+        raise DataError(f"{display_path(source)}: {len(skipped)} problem(s)", *lines)
     if not records:
         raise DataError(f"{display_path(source)}: it has no records; check that it is the right source")
     write = {".json": write_json, ".jsonl": write_jsonl, ".parquet": write_parquet}[out.suffix]

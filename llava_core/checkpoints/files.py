@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_core.runtime import CheckpointError, DataError, display_path, folder_lock, read_json, sha256_file
+from llava_core.runtime import (
+    CheckpointError,
+    DataError,
+    display_path,
+    folder_lock,
+    printable,
+    read_json,
+    sha256_file,
+)
 
 _LFS = b"version https://git-lfs"
 _MAX_TEXT_BYTES = 200_000_000  # far more than any tokenizer.json or index of shards has
@@ -19,7 +27,7 @@ _LONGEST = 800  # characters of an error
 
 def error_at(path: str | Path, problem: str) -> CheckpointError:
     """Return the error of a file or folder; `problem` also says how to fix it, names and values in it are others'."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{display_path(path)}: {problem}")
+    text = printable(f"{display_path(path)}: {problem}")
     return CheckpointError(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}")
 
 

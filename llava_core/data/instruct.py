@@ -405,11 +405,11 @@ def load_instruct(
     if skipped is not None and samples and not unreadable:
         skipped += problems
     elif problems:
-        some = "".join(f"\n  {problem}" for problem in problems[:5])
         command = f"llava data check {display_path(path)}" + (
             f" --images {display_path(folder.path)}" if folder is not None else ""
         )
-        raise DataError(f"{display_path(path)}: {len(problems)} problem(s){some}\n  `{command}` lists all of them")
+        lines = [*map(str, problems[:5]), f"`{command}` lists all of them"]
+        raise DataError(f"{display_path(path)}: {len(problems)} problem(s)", *lines)
     if subset:
         samples = [samples[k] for k in _select_kinds([sample.kind for sample in samples], subset, seed, path)]
     return samples

@@ -92,9 +92,8 @@ def checked_samples(config: RunConfig, loaded: Loaded) -> tuple[TrainingSet, Tra
         data.samples = [data.samples[k] for k in good]
         data.dropped = {new: outcomes[k].dropped for new, k in enumerate(good) if outcomes[k].dropped}
     if bad and config.experiment.data.on_bad_sample == "stop":
-        some = "".join(f"\n  {text}" for text in bad[:SHOWN])
-        fix = "correct them, or leave them out with data.on_bad_sample=skip"
-        raise DataError(f"{len(bad)} of {total} samples cannot be trained on:{some}\nfix: {fix}")
+        fix = "fix: correct them, or leave them out with data.on_bad_sample=skip"
+        raise DataError(f"{len(bad)} of {total} samples cannot be trained on:", *bad[:SHOWN], fix)
     skipped += bad
     if skipped and rank() == 0:
         sys.stderr.write(f"data.on_bad_sample: {len(skipped)} samples are left out, the first is {skipped[0]}\n")

@@ -140,13 +140,15 @@ def error_file(record: RunRecord, name: str) -> Path:
 def end_with_error(record: RunRecord, name: str, error: BaseException) -> None:
     """Show an error, leave it for the launcher, and end this process."""
     known = isinstance(error, CompanionError)
-    message = str(error) if known else "".join(traceback.format_exception(error)[-4:]).strip()
+    lines = error.args if known else "".join(traceback.format_exception(error)[-4:]).strip().splitlines()
     code = getattr(error, "exit_code", 1)
     if name == "launch" or not known:  # the message of a rank is shown by its launcher
-        sys.stderr.write(f"error: {message}\n" if known else traceback.format_exc())
+        sys.stderr.write(f"error: {error}\n" if known else traceback.format_exc())
         sys.stderr.flush()
     with contextlib.suppress(OSError):  # a full disk
-        runtime.write_json(error_file(record, name), {"exit_code": code, "message": message})
+        runtime.write_json(
+            error_file(record, name), {"exit_code": code, "message": [runtime.printable(line) for line in lines]}
+        )
     os._exit(code)  # the exit handlers of a process group wait for ranks that may be gone
 
 
@@ -155,7 +157,7 @@ def error_of(record: RunRecord, name: str) -> CompanionError | None:
     if not (file := error_file(record, name)).exists():
         return None
     left = runtime.read_json(file)
-    return (Interrupted if left["exit_code"] == Interrupted.exit_code else CompanionError)(left["message"])
+    return (Interrupted if left["exit_code"] == Interrupted.exit_code else CompanionError)(*left["message"])
 
 
 def free_port() -> int:
@@ -232,10 +234,11 @@ def _check(record: RunRecord, codes: Sequence[int | None], stopping: bool) -> No
     files = {k: error_file(record, f"rank{k}") for k in failed}
     # a killed rank leaves no file; the others then fail for its sake
     first = min(failed, key=lambda k: files[k].stat().st_mtime_ns if files[k].exists() else 0)
-    reason = str(error_of(record, f"rank{first}") or "")
-    if not reason:
+    error = error_of(record, f"rank{first}")
+    lines = error.args if error else ()
+    if not lines:
         log = record.path / "logs" / f"rank{first}.log"
         tail = log.read_text(errors="replace").splitlines()[-12:] if first else []
         end = f"exit code {failed[first]}" if failed[first] > 0 else f"signal {-failed[first]} (9: out of memory?)"
-        reason = "\n".join([f"ended by {end}", *tail])
-    raise CompanionError(f"{name}: rank {first} of {len(codes)}: {reason}")
+        lines = (f"ended by {end}", *tail)
+    raise CompanionError(f"{name}: rank {first} of {len(codes)}: {lines[0]}", *lines[1:])

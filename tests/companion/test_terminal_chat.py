@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import builtins
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from chat_fixtures import images, loaded, prompts  # noqa: F401 - fixtures
 from PIL import Image
 
-from companion.terminal_chat import chat_in_terminal, preview, visible_region
-from llava_core.chat import Assistant
+from companion.terminal_chat import _print_answer, chat_in_terminal, preview, visible_region
+from llava_core.chat import Assistant, Conversation
 from llava_core.checkpoints.load import Loaded
 from llava_core.data.images import ImageProcessor
 
@@ -28,6 +30,14 @@ def test_terminal_chat_continues_after_errors(
     assert output[4] == "LLaVA: red car"
     assert len(prompts) == 2
     assert "\x1b" not in "".join(output)  # no colors where no terminal shows them
+
+
+def test_answer_cannot_move_the_cursor_or_forge_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = "a dog\nerror: b\nYou: c\x1b[2J\u202e"
+    conversation = SimpleNamespace(stream=lambda _: (answer[:n] for n in range(len(answer) + 1)), finish="stop")
+    _print_answer(cast(Conversation, conversation), "q")
+    output = capsys.readouterr().out
+    assert output == "LLaVA: a dog\n       error: b\n       You: c\\u001b[2J\\u202e\n"
 
 
 @pytest.mark.parametrize(

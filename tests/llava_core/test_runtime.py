@@ -1,15 +1,55 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from llava_core import runtime
 from llava_core.runtime import ConfigError, DataError
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b]0;title\x07", "\\u001b]0;title\\u0007"),
+        ("a\nerror: b\r\x85\u2028c", "a\\nerror: b\\r\\u0085\\u2028c"),
+        ("\x9b2J\x7f", "\\u009b2J\\u007f"),
+        ("evil\u202egpj.exe \u2066x", "evil\\u202egpj.exe \\u2066x"),
+        ("\ud83d half", "\\ud83d half"),
+        ("Zürich 日本 🧑‍🚀 “q”\u00a0%", "Zürich 日本 🧑‍🚀 “q”\u00a0%"),
+    ],
+)
+def test_control_characters_are_shown_escaped(text: str, shown: str) -> None:
+    assert runtime.printable(text) == shown
+    assert str(DataError(text, "fix: b")) == f"{shown}\n  fix: b"
+
+
+def test_stderr_escapes_all_but_lines_and_progress_bars() -> None:
+    with contextlib.redirect_stderr(buffer := io.StringIO()), runtime.printable_stderr():
+        sys.stderr.write("a\tb\x1b[31m\rc\n")
+        log = logging.getLogger("somebody")
+        log.addHandler(handler := logging.StreamHandler())
+        log.warning("a %s", "b\nerror: c\x9b")
+        log.removeHandler(handler)
+        sys.stderr.write(warnings.formatwarning("a\nerror: b", UserWarning, "x.py", 3))
+    text = buffer.getvalue()
+    assert text == "a\tb\\u001b[31m\\rc\na b\n  error: c\\u009b\nUserWarning: a\\nerror: b\n"
+    with contextlib.redirect_stderr(buffer := io.StringIO()), runtime.printable_stderr():
+        for _ in tqdm(range(2), desc="x\x1b[2J\nerror: y", file=sys.stderr, ascii=True):
+            for _ in tqdm(range(2), desc="inner", file=sys.stderr, position=1, ascii=True):
+                pass
+    assert "\rx\\u001b[2J\\nerror: y:" in buffer.getvalue()
+    assert "\n\rinner" in buffer.getvalue()
+    assert "\x1b" not in buffer.getvalue().replace("\x1b[A", "")
 
 
 def test_atomic_write_replaces_the_file_without_leftovers(tmp_path: Path) -> None:

@@ -273,6 +273,8 @@ CALL = ["evaluate", "llava-bench", "--reviews", "reviews.jsonl"]
             "error: the package 'openai' is not installed",
         ),
         (KeyboardInterrupt(), "error: interrupted\n"),
+        (DataError("a\nerror: b\x1b[2J"), "error: a\\nerror: b\\u001b[2J\n"),
+        (PermissionError(13, "\x9b2J", "/x\nerror: y/z"), "error: /: may not be written (\\u009b2J); "),
     ],
 )
 def test_failed_work_is_one_line_and_exit_1(
@@ -284,6 +286,29 @@ def test_failed_work_is_one_line_and_exit_1(
     assert out == ""
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+def test_texts_of_others_have_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "a\nerror: b\x1b[2J\x9b\u202e\ud800"
+    shown = "a\\nerror: b\\u001b[2J\\u009b\\u202e\\ud800"
+
+    def work(*_: object, **__: object) -> dict[str, Any]:
+        sys.stderr.write(f"{hostile}\n")
+        return {"name": hostile, hostile: [hostile, Path(hostile)], "n": 1}
+
+    answer_with(work, monkeypatch)
+    for words, lines in (([], 3), (["--json"], 1)):
+        assert cli.main([*CALL, *words]) == 0
+        out, err = capsys.readouterr()
+        assert out.count("\n") == lines
+        assert shown in out.replace("\\\\", "\\")
+        assert not set("\x1b\x9b\u202e\ud800") & set(out + err)
+    assert json.loads(out)["name"] == hostile
+    with pytest.raises(SystemExit):
+        cli.main(["miniature", hostile])
+    assert f"unrecognized arguments: {shown}" in capsys.readouterr().err
 
 
 def test_programming_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
