@@ -117,7 +117,7 @@ def test_ranks_finish_the_record(worker: Callable[[str], list[str]]) -> None:
     [
         ("raise DataError('a.json: bad; fix: b')", "rank 1 of 2: a.json: bad; fix: b"),
         ("1 / 0", "rank 1 of 2:.*(?s:.)*ZeroDivisionError"),
-        ("print('last words', flush=True); os.kill(os.getpid(), 9)", r"rank 1 of 2: ended by signal 9.*\nlast words"),
+        ("print('last words', flush=True); os.kill(os.getpid(), 9)", r"rank 1 of 2: ended by signal 9.*\n  last words"),
         ("os._exit(3)", "rank 1 of 2: ended by exit code 3"),
     ],
     ids=["known error", "traceback", "killed", "exit code"],
