@@ -19,7 +19,7 @@ from companion.data_tools.scienceqa import load_problems
 from companion.evaluation.baselines import lookup_table_scores
 from companion.evaluation.bench_steps import load_bench
 from companion.evaluation.statistics import seeds_interval
-from companion.figures import check
+from companion.figures import check, markdown_safe
 from companion.paper.claims import claim
 from companion.paper.verdict import Verdict, verdict_of_difference
 from companion.protocol import SPEED, AblationPlan, Protocol, Subset, load_protocol
@@ -434,22 +434,25 @@ def difference_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def explain(result: Mapping[str, Any]) -> str:
-    """Return sentences on the verdicts of an analysed record, for a chapter."""
+    """Return sentences on the verdicts of an analysed record, for a chapter, as Markdown."""
     parts = []
     for label, row in result["differences"].items():
         if not row["control"]:
             ends = row["interval"]
             interval = f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else ""
             text = (
-                f"**{row['verdict'].capitalize()}**: {label} minus {result['reference']}, {row['effect']:+.1f} points"
+                f"**{row['verdict'].capitalize()}**: {markdown_safe(label)} minus "
+                f"{markdown_safe(result['reference'])}, {row['effect']:+.1f} points"
             )
             parts.append(f"{text}{interval}. {_MEANING[row['verdict']] if not result['shortfall'] else ''}".strip())
     if result["shortfall"]:
-        parts.append(f"This is less than the plan asks for ({', '.join(result['shortfall'])}), so there is no verdict.")
+        shortfall = markdown_safe(", ".join(result["shortfall"]))
+        parts.append(f"This is less than the plan asks for ({shortfall}), so there is no verdict.")
     below = [label for label, above in result["above_baselines"].items() if not above]
     if below and len(result["seeds"]) > 1:
         chance, table = (f"{result[key]:.1f} %" for key in ("chance", "lookup_table"))
-        parts.append(f"Not above both a blind guess ({chance}) and the look-up table ({table}): {', '.join(below)}.")
+        names = markdown_safe(", ".join(below))
+        parts.append(f"Not above both a blind guess ({chance}) and the look-up table ({table}): {names}.")
     return " ".join(parts)
 
 

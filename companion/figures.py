@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from companion.paper.verdict import verdict_of
 from llava_core.config import META, RunConfig
 from llava_core.config_files import value_of
 from llava_core.constants import IGNORE_INDEX
-from llava_core.runtime import ROOT, DataError, atomic_write, write_json
+from llava_core.runtime import ROOT, DataError, atomic_write, printable, write_json
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 STYLE = Path(__file__).with_suffix(".mplstyle")
 COLORS = ("#0067A5", "#C75B00", "#00806A", "#A6438C", "#8A6D00", "#3B8FC4", "#555555")  # as in the style file
 BLUE, ORANGE, CARD, INK, MUTED = COLORS[0], COLORS[1], "#FBFAF7", "#1F1F1F", "#6B6B66"
+NO_MATH = "mathjax_ignore tex2jax_ignore"  # classes: MathJax reads no formula in texts of data
 CURATED = (
     "00_overview_architecture",
     "10_cc3m_filtering_concepts",
@@ -172,6 +174,32 @@ def use_style() -> None:
         set_matplotlib_formats("svg")
 
 
+# what Markdown, HTML, MyST or MathJax read as markup; at the start of a block also marks of lists, headings and code
+_MARKUP = re.compile(
+    r"""[&<>"`*~^$\\{}|@\[\]]|/(?=/)|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])"""
+    r"""|^(?:[:%]|[-+#=](?=[-+#=]*(?:\s|$))|\d(?=\d*[.)](?:\s|$))|\((?=.*\)=))""",
+    re.IGNORECASE,
+)
+
+
+def markdown_safe(text: object) -> str:
+    """Return text of data, of a model or of a server as inline Markdown or HTML that has no markup of its own.
+
+    The result is one line and has no braces, so no `{{ ... }}` of a page either.
+    """
+
+    def entity(match: re.Match[str]) -> str:
+        code = f"&#{ord(match[0])};"
+        return f"<span>{code}</span>" if match[0] in "$\\" else code  # a delimiter of math must be in the text's node
+
+    return _MARKUP.sub(entity, printable(" ".join(str(text).split())))
+
+
+def html_safe(text: object) -> str:
+    """Return text of data as HTML without markup of its own; its line breaks stay."""
+    return html.escape(printable(text, keep="\n\t"))
+
+
 def cell_text(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
@@ -194,8 +222,9 @@ def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") ->
     frame = frame[list(columns)].reset_index(drop=True)
     numeric = frame.map(lambda value: isinstance(value, int | float))
     classes = numeric.map({True: "number", False: "text"}.get)
-    style = frame.style.format(cell_text, escape="html").hide(axis="index").set_td_classes(classes)
-    return style.set_caption(html.escape(caption)).set_table_attributes('class="companion"')
+    style = frame.style.format(lambda value: html_safe(cell_text(value))).hide(axis="index").set_td_classes(classes)
+    style = style.format_index(html_safe, axis="columns").set_caption(html_safe(caption))
+    return style.set_table_attributes(f'class="companion {NO_MATH}"')
 
 
 FILE_FIELDS = {"file", "validation_file", "held_out", "on_bad_sample", "written_by"}
@@ -248,13 +277,13 @@ def cards(images: Sequence[Image | None], lines: Sequence[Iterable[tuple[str, st
             picture = f'<img alt="" width="{width}" src="{source}" style="border-radius: 6px; flex: none">'
         texts = "".join(
             '<div style="margin: 0 0 .4em; white-space: pre-wrap; overflow-wrap: anywhere">'
-            f"<b>{html.escape(speaker)}</b>&ensp;{html.escape(text)}</div>"
+            f"<b>{html_safe(speaker)}</b>&ensp;{html_safe(text)}</div>"
             for speaker, text in said
         )
         layout = "display: flex; gap: .9em; flex: 1 1 26em; align-items: flex-start"
         parts.append(f'<div style="{layout}">{picture}<div style="font-size: .92em">{texts}</div></div>')
     layout = "display: flex; flex-wrap: wrap; gap: 1.2em; margin: .6em 0 1.2em"
-    return HTML(f'<div class="companion-cards" style="{layout}">{"".join(parts)}</div>')
+    return HTML(f'<div class="companion-cards {NO_MATH}" style="{layout}">{"".join(parts)}</div>')
 
 
 def supervised_text_html(tokens: Sequence[str], labels: Sequence[int], image_token: str = "<image>") -> HTML:
@@ -270,9 +299,9 @@ def supervised_text_html(tokens: Sequence[str], labels: Sequence[int], image_tok
     for (is_image, supervised), group in itertools.groupby(zip(kind, tokens, strict=True), key=lambda pair: pair[0]):
         texts = [token for _, token in group]
         name, style = ("supervised", marked) if supervised else ("context", box if is_image else "opacity: .72;")
-        text = f"image × {len(texts)}" if is_image else html.escape("".join(texts)).replace("\n", "↵\n")
+        text = f"image × {len(texts)}" if is_image else html_safe("".join(texts)).replace("\n", "↵\n")
         spans.append(f'<span class="{name}" style="{style}">{text}</span>')
     count = sum(supervised for _, supervised in kind)
     legend = f'<span style="{marked}">marked</span>: {count} of {len(labels)} positions carry loss'
     body = "font-family: monospace; white-space: pre-wrap; line-height: 1.75"
-    return HTML(f'<div><div style="{body}">{"".join(spans)}</div><small>{legend}</small></div>')
+    return HTML(f'<div class="{NO_MATH}"><div style="{body}">{"".join(spans)}</div><small>{legend}</small></div>')

@@ -70,6 +70,8 @@ def broken_rules(notebook: dict[str, Any]) -> list[str]:
             broken.append(f"{place}: has outputs or a count; `make format` removes them")
         if any(line.lstrip().startswith("!") for line in lines):
             broken.append(f"{place}: runs a shell command")
+        for text in unsafe_markdown(tree_of(cell)):
+            broken.append(f"{place}: Markdown may have markup of data; use figures.markdown_safe: {text[:60]}")
         for node in ast.walk(tree_of(cell)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 broken.append(f"{place}: defines {node.name}; definitions belong into the package")
@@ -89,6 +91,64 @@ def broken_rules(notebook: dict[str, Any]) -> list[str]:
     if not {"needs", "claims"} <= companion.keys():
         broken.append("the metadata must hold `companion: {needs, claims}`")
     return broken
+
+
+# Calls whose result has no markup of data: `markdown_safe` itself, and functions that apply it to every text.
+ESCAPING = {"markdown_safe", "card_text", "explain", "len"}
+TEXT_METHODS = {"join", "format", "partition", "replace"}
+
+
+def is_safe(node: ast.AST | None, names: dict[str, list[ast.expr]]) -> bool:
+    """Whether a text has only our markup: constants, numbers with a format such as `:.1f`, and escaped texts.
+
+    `names`: the values that the names of the cell are assigned.
+    """
+    match node:
+        case ast.Constant():
+            return True
+        case ast.FormattedValue(format_spec=ast.JoinedStr(values=[ast.Constant(value=str(spec))])) if (
+            spec[-1] in "dfge%,"
+        ):
+            return True  # such a format refuses a text
+        case ast.FormattedValue(value=value) | ast.Subscript(value=value) | ast.DictComp(value=value):
+            return is_safe(value, names)
+        case ast.ListComp(elt=value) | ast.GeneratorExp(elt=value):
+            return is_safe(value, names)
+        case ast.JoinedStr(values=parts) | ast.List(elts=parts) | ast.Tuple(elts=parts):
+            return all(is_safe(part, names) for part in parts)
+        case ast.BinOp(left=one, op=ast.Add(), right=other) | ast.IfExp(body=one, orelse=other):
+            return is_safe(one, names) and is_safe(other, names)
+        case ast.Name(id=name):
+            others = {key: values for key, values in names.items() if key != name}
+            return name in names and all(is_safe(value, others) for value in names[name])
+        case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)) if name in ESCAPING:
+            return True
+        case ast.Call(func=ast.Attribute(value=text, attr=name), args=args, keywords=keywords) if name in TEXT_METHODS:
+            return all(is_safe(part, names) for part in [text, *args, *(word.value for word in keywords)])
+    return False
+
+
+def unsafe_markdown(tree: ast.AST) -> list[str]:
+    """The calls of `Markdown` whose text may have markup of data."""
+    names: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
+                pairs = list(zip(targets, values, strict=False))
+            case ast.Assign(targets=targets, value=value):
+                pairs = [(target, value) for target in targets]
+            case ast.AugAssign(target=target, value=value):
+                pairs = [(target, value)]
+            case _:
+                continue
+        for target, value in pairs:
+            if isinstance(target, ast.Name):
+                names.setdefault(target.id, []).append(value)
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func)[-8:] == "Markdown"
+    ]
+    texts = [text for call in calls for text in [*call.args, *(word.value for word in call.keywords)]]
+    return [ast.unparse(text) for text in texts if not is_safe(text, names)]
 
 
 def needs_of(notebooks: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -169,6 +229,11 @@ def sample_notebook() -> dict[str, Any]:
         (2, "import sys\nsys.path.append('.')", "sys.path"),
         (2, "open('/home/me/x')", "absolute path"),
         (2, "open('https://example.org')", "network"),
+        (2, 'Markdown(f"**{question}**")', "markup of data"),
+        (2, "display(Markdown(text))", "markup of data"),
+        (2, 't = f"{n:d}"\nt += row["id"]\nIPython.display.Markdown(t)', "markup of data"),
+        (2, 'Markdown(data="; ".join(names))', "markup of data"),
+        (2, 'Markdown("{a}".format(a=reply.text))', "markup of data"),
         (3, 'save_numbers("00_sample", {})', "assert"),
         (3, "assert x", "save_numbers"),
     ],
@@ -180,6 +245,21 @@ def test_notebook_rules_detect_each_violation(cell: int, source: str, rule: str)
     result = broken_rules(notebook)
     assert len(result) == 1
     assert rule in result[0]
+
+
+def test_escaped_texts_and_numbers_are_safe() -> None:
+    cell = """
+text = f"{share:.0%} of {len(rows)}: {', '.join(f'*{figures.markdown_safe(r)}*' for r in rows)}"
+text += " (one seed)" if one else f" [{low:.1f}, {high:,}]"
+display(Markdown(text), Markdown("{a}".format(**{k: markdown_safe(v) for k, v in known.items()})))
+"""
+    assert unsafe_markdown(ast.parse(cell)) == []
+
+
+@pytest.mark.parametrize("package", ["benchmarks", "companion", "llava_core"])
+def test_packages_show_no_markup_of_data(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        assert unsafe_markdown(ast.parse(path.read_text(encoding="utf-8"))) == [], path
 
 
 def test_notebook_rules_detect_outputs_and_missing_metadata() -> None:

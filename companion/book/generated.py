@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from companion.figures import cell_text
+from companion.figures import cell_text, html_safe, markdown_safe
 from companion.paper import ledger
 from companion.paper.claims import EVIDENCE, SOURCES, Claim, all_claims, computed_value
 from companion.paper.discrepancies import Arm, all_discrepancies
@@ -17,8 +16,13 @@ from llava_core.config import load_scale
 from llava_core.runtime import read_json
 
 
+def _text(text: object) -> str:
+    """Text inside of a block of HTML, which a blank line would end; it has no `{{ ... }}` of a page."""
+    return html_safe(" ".join(str(text).split())).replace("{", "&#123;")
+
+
 def _table(heads: Sequence[str], rows: Sequence[str], kind: str = "") -> list[str]:
-    titles = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
+    titles = "".join(f"<th>{_text(head)}</th>" for head in heads)
     return [f'<table class="companion {kind}"><thead><tr>{titles}</tr></thead><tbody>', *rows, "</tbody></table>", ""]
 
 
@@ -27,12 +31,16 @@ def _row(cells: Sequence[str], key: str = "") -> str:
     return f"<tr{anchor}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
+def _code(text: object) -> str:
+    return f"<code>{markdown_safe(text)}</code>"
+
+
 def _verdict(verdict: Verdict) -> str:
     return f'<span class="verdict {verdict.css_class}">{verdict}</span>'
 
 
 def _plain_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return _table(list(rows[0]), [_row([html.escape(cell_text(cell)) for cell in row.values()]) for row in rows])
+    return _table(list(rows[0]), [_row([_text(cell_text(cell)) for cell in row.values()]) for row in rows])
 
 
 def _label(kind: str) -> str:
@@ -48,16 +56,16 @@ def _claim_row(known: Claim, here: ledger.Measured) -> str:
     if known.flag:
         value = computed_value(known.id)
         computed = "" if value is None else f" (computed: {value:.4g})"
-        small.append(f"<b>flag: {html.escape(known.flag)}{computed}</b>")
+        small.append(f"<b>flag: {_text(known.flag)}{computed}</b>")
     values = [cell_text(part) for part in (here.value, here.interval) if part is not None]
     text = f"{values[0]} [{values[1]}]" if len(values) == 2 else "".join(values)
-    note = html.escape(here.note if known.why is None else known.why)
+    note = _text(here.note if known.why is None else known.why)
     has_tolerance = known.tolerance.value is not None or known.tolerance.answers
     tolerance = f"; tolerance: {known.tolerance.why}" if has_tolerance else ""
-    claim_cell = f"{html.escape(known.text)}<small>{'; '.join(filter(None, small))}</small>"
-    here_cell = f"{html.escape(text)}<small>{note}{tolerance}</small>"
-    here_cell += "".join(f"<small>bundle: {html.escape(line)}</small>" for line in here.elsewhere)
-    cells = [claim_cell, html.escape(known.value_text), _label(known.evidence), here_cell, _verdict(here.verdict)]
+    claim_cell = f"{_text(known.text)}<small>{'; '.join(filter(None, small))}</small>"
+    here_cell = f"{_text(text)}<small>{note}{tolerance}</small>"
+    here_cell += "".join(f"<small>bundle: {_text(line)}</small>" for line in here.elsewhere)
+    cells = [claim_cell, _text(known.value_text), _label(known.evidence), here_cell, _verdict(here.verdict)]
     return _row(cells, known.id)
 
 
@@ -69,11 +77,11 @@ def _grid(claims: Sequence[Claim], measured: Mapping[str, ledger.Measured]) -> l
         return []
     rows = []
     for name in names:
-        row = f"<td>{html.escape(name)}</td>"
+        row = f"<td>{_text(name)}</td>"
         for column in columns:
             known = cells[name, column]
             value = measured[known.id].value
-            small = "" if value is None else f"<small>{cell_text(value)}</small>"
+            small = "" if value is None else f"<small>{_text(cell_text(value))}</small>"
             row += f'<td class="{known.evidence}"><a href="#{known.id}">{known.number}</a>{small}</td>'
         rows.append(f"<tr>{row}</tr>")
     return _table(["", *(column.upper() for column in columns)], rows, "grid")
@@ -89,40 +97,42 @@ def _title(copy: Path) -> str:
 def _check_row(check: Mapping[str, Any]) -> str:
     verdict = Verdict(check["verdict"])
     small = ". ".join(str(check[key]) for key in ("place", "note") if check.get(key))
-    note = f"<small>{html.escape(small)}</small>" if small else ""
-    cells = [html.escape(str(check["claim"])) + note]
-    cells += [html.escape(cell_text(check[key])) for key in ("published", "measured")]
+    note = f"<small>{_text(small)}</small>" if small else ""
+    cells = [_text(check["claim"]) + note]
+    cells += [_text(cell_text(check[key])) for key in ("published", "measured")]
     return _row([*cells, _verdict(verdict)])
 
 
 def _bundle_row(row: Mapping[str, Any]) -> str:
     run = f"{row['experiment']} at {row['scale']}, {row['hardware']}, {row['date']}, {row['run']}"
-    cells = [html.escape(str(row["bundle"])), html.escape(run)]
+    cells = [_text(row["bundle"]), _text(run)]
     if "failed" in row:
-        return _row([*cells, f"not shown: it fails the checks {html.escape(', '.join(row['failed']))}", "", "", ""])
-    values = [html.escape(cell_text(row[key])) for key in ("id", "value", "measured")]
+        return _row([*cells, f"not shown: it fails the checks {_text(', '.join(row['failed']))}", "", "", ""])
+    values = [_text(cell_text(row[key])) for key in ("id", "value", "measured")]
     return _row([*cells, *values, _verdict(Verdict(row["verdict"]))])
 
 
 def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
     """Return the page of measured and published numbers and of the scale's departures from the paper."""
     config = load_scale(scale)
-    lines = ["# Results at a glance", "", f"Measured at the scale `{scale}`: {config.title}.", ""]
+    title = f"Measured at the scale {_code(scale)}: {markdown_safe(config.title)}."
+    lines = ["# Results at a glance", "", title, ""]
     without = []
     for name in present:
-        numbers, link = read_json(out / f"{name}.json"), f"[{_title(out / f'{name}.ipynb')}]({name}.ipynb)"
+        numbers, title = read_json(out / f"{name}.json"), markdown_safe(_title(out / f"{name}.ipynb"))
+        link = f"[{title}]({name}.ipynb)"
         if not numbers.get("checks"):
             without.append(link)
             continue
         lines += [f"## {link}", ""]
         if numbers.get("scale") not in (None, scale) or numbers.get("fast"):
             run = "a shortened run" if numbers.get("fast") else "a run"
-            lines += [f"*From {run} at the scale `{numbers.get('scale')}`.*", ""]
+            lines += [f"*From {run} at the scale {_code(numbers.get('scale'))}.*", ""]
         heads = ["Claim", "Published", "Measured", "Verdict"]
         lines += _table(heads, [_check_row(check) for check in numbers["checks"]], "results")
         if runs := numbers.get("runs"):
             more = f" and {len(runs) - 6} more" if len(runs) > 6 else ""
-            lines += [f"Runs: {', '.join(f'`{run}`' for run in runs[:6])}{more}.", ""]
+            lines += [f"Runs: {', '.join(map(_code, runs[:6]))}{more}.", ""]
     if bundles := ledger.bundle_rows():
         lines += [
             "## Runs at other scales",
@@ -136,21 +146,21 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
     if without:
         lines += [f"These chapters measure no claim: {', '.join(without)}.", ""]
     if config.stand_ins:
-        lines += [f"## Stand-ins for the paper's data and models at `{scale}`", ""]
+        lines += [f"## Stand-ins for the paper's data and models at {_code(scale)}", ""]
         lines += ["| in the paper | here |", "|---|---|"]
-        lines += [f"| `{name}` | {why} |" for name, why in config.stand_ins.items()] + [""]
+        lines += [f"| {_code(name)} | {markdown_safe(why)} |" for name, why in config.stand_ins.items()] + [""]
     if config.departs:
-        lines += [f"## Where `{scale}` departs from the paper", ""]
+        lines += [f"## Where {_code(scale)} departs from the paper", ""]
         lines += ["All other values are the paper's; `configs/` gives their sources.", ""]
         lines += ["| experiment | field | value here | why |", "|---|---|---|---|"]
         for experiment, departs in config.departs.items():
-            which = "all" if experiment == "*" else f"`{experiment}`"
+            which = "all" if experiment == "*" else _code(experiment)
             for key, value in departs.set.items():
-                lines.append(f"| {which} | `{key}` | {value} | {departs.why} |".replace("\n", " "))
+                lines.append(f"| {which} | {_code(key)} | {markdown_safe(value)} | {markdown_safe(departs.why)} |")
         lines.append("")
     if missing:
         lines += ["## Not in this book yet", "", "These chapters have not run:", ""]
-        lines += [f"- `{name}`" for name in missing] + [""]
+        lines += [f"- {_code(name)}" for name in missing] + [""]
     return "\n".join(lines)
 
 
@@ -176,7 +186,7 @@ def claims_page(out: Path) -> str:
         *_table(["Evidence", "Claims", "What it means"], kinds),
         f"Of {len(claims)} claims, {len(flagged)} are flagged:",
         "",
-        *(f'- <a href="#{c.id}">{c.place}: {html.escape(c.text)}</a>, {c.value_text}: {c.flag}' for c in flagged),
+        *(f'- <a href="#{c.id}">{c.place}: {_text(c.text)}</a>, {c.value_text}: {c.flag}' for c in flagged),
         "",
         "## How significant are the paper's own differences?",
         "",

@@ -4,7 +4,7 @@ It changes the text that Sphinx reads, not the files. A page may contain
 
     {{ claim:ID }}                                           a claim's number
     {{ config:EXPERIMENT:FIELD }}                            an experiment's value
-    {{ constant:MODULE:NAME }}                               a constant of the package
+    {{ constant:MODULE:NAME }}                               a number or text of one of our modules
     {{ record:FILE.csv:COLUMN=VALUE,...:COLUMN:FORMAT }}     the number of the last row that matches
 """
 
@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from companion.book.notebooks import PACKAGES
+from companion.figures import markdown_safe
 from companion.paper.claims import EVIDENCE, Claim, all_claims, claim
 from llava_core.config import load_experiment
 from llava_core.config_files import value_of
@@ -52,20 +54,32 @@ def _claim_value(name: str) -> str:
 
 
 def _config_value(experiment: str, field: str) -> str:
-    return f"{value_of(load_experiment(experiment, 'a100x8').experiment, field)}"
+    return _plain(value_of(load_experiment(experiment, "a100x8").experiment, field), field)
 
 
 def _constant(module: str, name: str) -> str:
-    return f"{getattr(importlib.import_module(module), name)}"
+    if module.partition(".")[0] not in PACKAGES or not name.isupper():
+        raise ConfigError(f"'{module}:{name}' is not a constant of {', '.join(PACKAGES)}")
+    return _plain(getattr(importlib.import_module(module), name), name)
+
+
+def _plain(value: Any, name: str) -> str:
+    if not isinstance(value, str | int | float | list | tuple | None):
+        raise ConfigError(f"'{name}' is a {type(value).__name__}, not a number or a text")
+    return f"{value}"
 
 
 def _record_value(file: str, where: str, column: str, number_format: str = "") -> str:
     wanted = dict(part.partition("=")[::2] for part in where.split(","))
-    with open(ROOT / file, encoding="utf-8", newline="") as lines:
+    path = (ROOT / file).resolve()
+    if not path.is_relative_to(ROOT.resolve()) or path.suffix != ".csv" or not path.is_file():
+        raise DataError(f"{file}: not a .csv file below the project's folder")
+    with open(path, encoding="utf-8", newline="") as lines:
         rows = [row for row in csv.DictReader(lines) if all(row.get(k) == v for k, v in wanted.items())]
     if not rows or not rows[-1].get(column):
         raise DataError(f"{file}: no row with {where} has a value of '{column}'; measure it, or correct the page")
-    return format(float(rows[-1][column]), number_format) if number_format else rows[-1][column]
+    value = rows[-1][column]
+    return format(float(value), number_format) if number_format else markdown_safe(value)
 
 
 VALUES: dict[str, Callable[..., str]] = {

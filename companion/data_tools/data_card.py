@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from companion.data_tools.audit import Fault, find_faults, kind_rows, questions_of
 from companion.data_tools.coco import load_annotations
 from companion.data_tools.verbs import Verbs, root_verbs
+from companion.figures import markdown_safe
 from llava_core.data.instruct import Sample, load_instruct
 from llava_core.runtime import (
     ConfigError,
     DataError,
     atomic_write,
     display_path,
+    printable,
     read_json,
     read_jsonl,
     sha256_file,
@@ -149,12 +152,25 @@ def _teacher(rows: Sequence[Mapping[str, Any]], failures: int) -> dict[str, Any]
 def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|").replace("\n", " ")
+    return f"{value:,}" if isinstance(value, int) else markdown_safe(value)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *([_number(v) for v in row.values()] for row in rows)]
-    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
+    return _lines([[*rows[0]], *([_number(v) for v in row.values()] for row in rows)])
+
+
+def _properties(rows: Mapping[str, str]) -> list[str]:
+    """A table of names and texts in Markdown."""
+    return _lines([["", " "], *([name, text] for name, text in rows.items())])
+
+
+def _lines(cells: list[list[str]]) -> list[str]:
+    cells.insert(1, ["---"] * len(cells[0]))
+    return [f"| {' | '.join(row)} |" for row in cells] + [""]
+
+
+def _code(text: str) -> str:
+    return f"<code>{markdown_safe(text)}</code>"
 
 
 def card_text(audit: Mapping[str, Any]) -> str:
@@ -162,14 +178,14 @@ def card_text(audit: Mapping[str, Any]) -> str:
     source, teacher, faults = audit["source"], audit["teacher"], audit["faults"]
     dates = teacher and teacher["dates"]
     properties = {
-        "what": source["about"],
+        "what": markdown_safe(source["about"]),
         "size": f"{audit['records']:,} records, {audit['turns']:,} turns, {audit['images']:,} images",
-        "images": source["images"],
-        "license": source["license"],
-        "file": f"`{audit['file']}`, SHA-256 `{audit['sha256'][:16]}`",
-        "date": " to ".join(dict.fromkeys(date[:10] for date in dates)) if dates else "not recorded",
+        "images": markdown_safe(source["images"]),
+        "license": markdown_safe(source["license"]),
+        "file": f"{_code(audit['file'])}, SHA-256 `{audit['sha256'][:16]}`",
+        "date": markdown_safe(" to ".join(dict.fromkeys(date[:10] for date in dates))) if dates else "not recorded",
     }
-    lines = ["# Data card", "", *_table([{"": key, " ": text} for key, text in properties.items()])]
+    lines = ["# Data card", "", *_properties(properties)]
     lines += ["## What is in it", "", *_table(audit["kinds"])]
     if audit["tokens"]:
         lines += ["Tokens per record:", "", *_table([{"kind": k, **row} for k, row in audit["tokens"].items()])]
@@ -178,19 +194,20 @@ def card_text(audit: Mapping[str, Any]) -> str:
     columns = ("fault", "found", "of", "unit", "percent")
     lines += _table([{key: fault[key] for key in columns} for fault in faults])
     for fault in (fault for fault in faults if fault["found"]):
-        kinds = ", ".join(f"{kind} {n['found']:,} of {n['of']:,}" for kind, n in fault["by_kind"].items())
+        kinds = ", ".join(f"{markdown_safe(k)} {n['found']:,} of {n['of']:,}" for k, n in fault["by_kind"].items())
         first = fault["examples"][0]
-        lines.append(f"- **{fault['fault']}**: {kinds}. Such as {first['kind']} `{first['record']}`.")
+        example = f"{markdown_safe(first['kind'])} {_code(first['record'])}"
+        lines.append(f"- **{markdown_safe(fault['fault'])}**: {kinds}. Such as {example}.")
     if not any(fault["found"] for fault in faults):
         lines.append("None of these was found.")
     if audit["annotations"] is None:
         lines.append("- Objects that nothing supports were not looked for: no annotations were given.")
     lines += ["", "## What is asked", "", *_verb_table(audit), ""]
     lines += [_LIMITS_FILE.read_text("utf-8").rstrip(), "", "## Reproduction", ""]
-    command = f"llava data audit {audit['file']}"
-    command += f" --annotations {audit['annotations']}" if audit["annotations"] else ""
+    words = ["llava", "data", "audit", audit["file"]]
+    words += ["--annotations", audit["annotations"]] if audit["annotations"] else []
     provenance = "Prompts' versions and requests' keys are in `provenance.jsonl`, next to the records. " * bool(teacher)
-    return "\n".join([*lines, f"{provenance}This card:", "", "```bash", command, "```", ""])
+    return "\n".join([*lines, f"{provenance}This card:", "", "```bash", printable(shlex.join(words)), "```", ""])
 
 
 def _teacher_table(teacher: Mapping[str, Any] | None) -> list[str]:
@@ -198,23 +215,23 @@ def _teacher_table(teacher: Mapping[str, Any] | None) -> list[str]:
         return ["There is no log of requests next to the file.", ""]
     models = ", ".join(f"{model} ({n:,} replies)" for model, n in teacher["models"].items())
     properties = {
-        "teacher": models,
-        "asked for": ", ".join(teacher["asked_for"]),
-        "through": ", ".join(teacher["clients"]),
-        "refused replies": teacher["refused_replies"],
+        "teacher": markdown_safe(models),
+        "asked for": markdown_safe(", ".join(teacher["asked_for"])),
+        "through": markdown_safe(", ".join(teacher["clients"])),
+        "refused replies": f"{teacher['refused_replies']:,}",
         "tokens": f"{teacher['prompt_tokens']:,} of prompts, {teacher['completion_tokens']:,} of replies",
         "price": "; ".join(f"{a:g} and {b:g}" for a, b in teacher["usd_per_million_tokens"])
         + " USD per million tokens of prompt and reply",
         "paid": f"{teacher['cost_usd']:,.2f} USD",
-        "temperature": ", ".join(teacher["temperature"]),
-        "prompts": "; ".join(f"{kind} `{', '.join(keys)}`" for kind, keys in teacher["prompts"].items()),
+        "temperature": markdown_safe(", ".join(teacher["temperature"])),
+        "prompts": "; ".join(f"{markdown_safe(k)} {_code(', '.join(own))}" for k, own in teacher["prompts"].items()),
     }
-    return _table([{"": key, " ": value} for key, value in properties.items()])
+    return _properties(properties)
 
 
 def _verb_table(audit: Mapping[str, Any]) -> list[str]:
     if audit["verbs"] is None:
-        return [f"Root verbs were not looked for. {audit.get('verbs_missing', '')}".strip()]
+        return [f"Root verbs were not looked for. {markdown_safe(audit.get('verbs_missing', ''))}".strip()]
     rows = []
     for kind, own in audit["verbs"].items():
         common = ", ".join(f"{verb} {noun} ({n:,})" for verb, noun, n in own["pairs"][:5])

@@ -75,6 +75,20 @@ def test_values_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert pages.with_values("{% x %} {y}", "p") == "{% x %} {y}"
 
 
+def test_record_of_a_page_is_below_the_root_and_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root := tmp_path / "root").mkdir()
+    monkeypatch.setattr(pages, "ROOT", root)
+    (tmp_path / "x.csv").write_text("a,b\n1,{{ constant:os:environ }} <b>\n")
+    (root / "link.csv").symlink_to(tmp_path / "x.csv")
+    for name in ("link.csv", "../x.csv", str(tmp_path / "x.csv")):
+        with pytest.raises(ConfigError, match="below the project's folder"):
+            pages.with_values(f"{{{{ record:{name}:a=1:b }}}}", "p")
+    (root / "own.csv").write_text((tmp_path / "x.csv").read_text())
+    text = pages.with_values("{{ record:own.csv:a=1:b }}", "p")
+    assert "{" not in text
+    assert pages.with_values(text, "p") == text  # second-hand
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -83,6 +97,15 @@ def test_values_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("{{ constant:llava_core.constants:NONE }}", "NONE"),
         ("{{ record:benchmarks/results/filter.csv:case=nothing:ours }}", "no row with case=nothing"),
         ("{{ record:nowhere.csv:a=b:c }}", "nowhere.csv"),
+        ("{{ constant:os:environ }}", "'os:environ' is not a constant of llava_core"),
+        ("{{ constant:companion_evil.x:NAME }}", "is not a constant of"),
+        ("{{ constant:companion.figures:os }}", "is not a constant of"),
+        ("{{ constant:companion.figures:__file__ }}", "is not a constant of"),
+        ("{{ constant:llava_core.runtime:ROOT }}", "'ROOT' is a PosixPath, not a number or a text"),
+        ("{{ config:pretrain:__init__.__globals__ }}", "is a dict, not a number or a text"),
+        ("{{ record:../../../../etc/passwd:a=b:c }}", "not a .csv file below the project's folder"),
+        ("{{ record:/etc/passwd:a=b:c }}", "not a .csv file below the project's folder"),
+        ("{{ record:pyproject.toml:a=b:c }}", "not a .csv file below the project's folder"),
         ("{{ config:pretrain }}", "missing 1 required"),
     ],
 )

@@ -62,11 +62,11 @@ def test_card_has_the_measurements_and_no_date(tmp_path: Path, monkeypatch: pyte
         "30 and 60 USD per million tokens",
         "0.75 USD",
         "300 of prompts, 60 of replies",
-        "detail `beef`",
+        "detail <code>beef</code>",
         "| detail | 2 | 2 | 1 | 3 | 5 | 1 | 1 |",
         "| a text with a word on captions | 2 | 4 | texts | 50 |",
         "| an answer names an object that no caption and no box has | 1 | 2 | answers | 50 |",
-        "Such as detail `b`.",
+        "Such as detail <code>b</code>.",
         "llava data audit chat.json --annotations boxes.jsonl",
     ):
         assert part in text, part
