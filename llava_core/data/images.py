@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -19,8 +20,20 @@ from llava_core.registry import unknown
 from llava_core.runtime import DataError, display_path
 
 MAX_PIXELS = 89_478_485
-"""Larger images are refused by their header. At this number Pillow warns of a decompression bomb; decoded it takes 341
-MiB."""
+"""Larger images are refused by their header. At this number Pillow warns of a decompression bomb. Decoded it takes 341
+MiB, and while a decoder works at most 1.5 GiB (WebP; JPEG 0.9, PNG 0.7); JPEG 2000 may have half as many pixels."""
+
+MAX_BYTES = 2**28 + 2**20
+"""Larger files are refused unread: the pixels of the largest image, uncompressed, and its metadata."""
+
+MAX_SCANS = 100
+"""Most scans of a JPEG; a large one has fewer, so that scans times pixels are at most `25 * MAX_PIXELS` (2 s)."""
+
+MAX_DECODED_VALUES = 2**23
+"""Most values of a PPM that Pillow decodes in Python, at about 1 us each: one written as text or of odd brightness."""
+
+MAX_SECONDS = 5.0
+"""CPU time after which a file of many small parts, such as chunks of 0 bytes, is not read on."""
 
 MAX_ASPECT = 200
 """Maximum aspect ratio, as in Qwen2-VL: resized by its short side, a 30,000 x 1 image would take 6 GB."""
@@ -37,6 +50,7 @@ _OTHER_CONTENT = {
     b"version https://git-lfs": ("a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
 }
 _WHITE = (255, 255, 255, 255)
+_STRIP = 2**22  # pixels that are converted at once
 _PILLOW_LIMIT = threading.Lock()
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
@@ -63,9 +77,10 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
 
     Raises:
         ImageError: the file is missing, has none of `FORMATS`, is cut off or damaged, exceeds `MAX_PIXELS` or
-            `MAX_ASPECT`, or its values have no defined brightness.
+            `MAX_ASPECT`, would take too much memory or time, or its values have no defined brightness.
     """
     with _opened(source, name) as (image, name):
+        _check_work(image, name)
         return _rgb(_upright(image), name)
 
 
@@ -73,6 +88,7 @@ def check_image(source: ImageSource, name: str | None = None, decode: bool = Tru
     """Raise what `load_image` would raise; without `decode` only existence and header are checked."""
     with _opened(source, name) as (image, name):
         if decode:
+            _check_work(image, name)
             image.draft("RGB", (1, 1))  # reads a JPEG to its end without computing all pixels
             _rgb(_upright(image), name)
 
@@ -88,11 +104,14 @@ def _opened(source: ImageSource, name: str | None) -> Iterator[tuple[Image.Image
             reason = "is a folder or a device, not a file" if path.exists() else "there is no such image"
             raise _error(name, reason, "check the image folder of the data set", missing=True)
         with _binary(source) as file:
+            if file.seek(0, os.SEEK_END) > MAX_BYTES:
+                raise _error(name, f"the file has more than {MAX_BYTES:,} bytes", "make it smaller")
+            file.seek(0)
             head = file.read(512)
             if not head:
                 raise _error(name, "the file is empty")
             try:
-                image = _identified(file)
+                image = _identified(_Reader(file, name))
             except UnidentifiedImageError:
                 start = head.lstrip().lower()
                 found = (other for prefix, other in _OTHER_CONTENT.items() if start.startswith(prefix))
@@ -115,10 +134,23 @@ def _opened(source: ImageSource, name: str | None) -> Iterator[tuple[Image.Image
 def _binary(source: ImageSource) -> BinaryIO:
     if isinstance(source, str | os.PathLike):
         return Path(source).open("rb")
-    return BytesIO(source if isinstance(source, bytes | bytearray | memoryview) else source.read())
+    return BytesIO(source if isinstance(source, bytes | bytearray | memoryview) else source.read(MAX_BYTES + 1))
 
 
-def _identified(file: BinaryIO) -> Image.Image:
+class _Reader:
+    """What Pillow reads a file through; after `MAX_SECONDS` it refuses to read on."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file, self.name, self.end = file, name, time.thread_time() + MAX_SECONDS
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if time.thread_time() > self.end:
+            raise _error(self.name, f"takes more than {MAX_SECONDS:g} s to decode", "write it again")
+        return self.file.read(size)
+
+
+def _identified(file: Any) -> Image.Image:
     """`Image.open` with our limit of pixels, whatever limit this process set for Pillow."""
     Image.init()  # registers all formats
     formats = [name for name in FORMATS if name in Image.OPEN]  # older Pillows have no AVIF
@@ -139,6 +171,32 @@ def _check_shape(image: Image.Image, name: str) -> None:
         raise _error(name, reason, "cut out the part that matters or remove it")
 
 
+def _check_work(image: Image.Image, name: str) -> None:
+    """Refuse what would take long to decode although its header is small."""
+    pixels, fix = image.width * image.height, "write it again as PNG or JPEG"
+    if image.format in ("JPEG", "MPO"):
+        scans = _content(image).count(b"\xff\xda")  # inside of a scan 0xff is followed by 0 or a restart marker
+        if scans > MAX_SCANS or scans * pixels > 25 * MAX_PIXELS:
+            raise _error(name, f"a JPEG of {scans:,} scans", fix)
+    elif image.format == "PPM" and image.tile[0][0] != "raw":  # type: ignore[attr-defined]
+        values = pixels * len(image.getbands())
+        if values > MAX_DECODED_VALUES:
+            raise _error(name, f"a PPM of {values:,} values as text or of odd brightness", fix)
+        if _content(image).count(b"#") > 1000:  # Pillow copies a block for each comment
+            raise _error(name, "a PPM of more than 1,000 comments", fix)
+    elif image.format == "JPEG2000" and pixels > MAX_PIXELS // 2:  # its decoder takes 24 bytes per pixel
+        raise _error(name, f"has more than {MAX_PIXELS // 2:,} pixels", "make it smaller, or " + fix)
+    elif image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if math.prod(tags.get(tag, 1) for tag in (322, 323)) > MAX_PIXELS:  # width and height of a tile
+            raise _error(name, f"has tiles of more than {MAX_PIXELS:,} pixels", fix)
+
+
+def _content(image: Any) -> bytes:
+    image.fp.seek(0)
+    return bytes(image.fp.read())
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Decode the image and apply its EXIF orientation, if it is readable."""
     image.load()
@@ -149,16 +207,28 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     """8-bit RGB as `load_image` documents it."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # Pillow would clip at 255; of 16-bit colors it keeps the high byte, too
+    # Pillow would clip at 255; of 16-bit colors it keeps the high byte, too
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not is_16_bit:
+        raise _error(name, f"{image.mode} values do not say how bright white is", "convert it to 8 bits per channel")
+    if not is_16_bit and not image.has_transparency_data:
+        return image.convert("RGB")
+    rows = max(1, _STRIP // image.width)
+    if rows >= image.height:
+        return _strip_as_rgb(image, is_16_bit)
+    result = Image.new("RGB", image.size)  # strip by strip: each step would take as much memory as the image
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        result.paste(_strip_as_rgb(strip, is_16_bit), (0, top))
+    return result
+
+
+def _strip_as_rgb(image: Image.Image, is_16_bit: bool) -> Image.Image:
+    if is_16_bit:
         grey = np.asarray(image, dtype=np.int32) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise _error(name, f"{image.mode} values do not say how bright white is", "convert it to 8 bits per channel")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
-    return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -346,6 +346,80 @@ def test_header_check_does_not_decode(tmp_path: Path) -> None:
             check_image(REFUSED[name][0], decode=False)
 
 
+def segment(marker: int, body: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+
+
+def jpeg_of_scans(side: int, scans: int) -> bytes:
+    """A progressive grey JPEG: one scan of the means, then scans whose end-of-band runs skip all blocks."""
+    blocks = (side // 8) ** 2
+    codes = segment(0xC4, b"\0\1" + bytes(16)) + segment(0xC4, b"\x10\1" + bytes(15) + b"\xe0")
+    frame = segment(0xDB, b"\0" + b"\1" * 64) + segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0")
+    means = segment(0xDA, b"\1\1" + bytes(4)) + bytes(-(-blocks // 8))
+    skipping = segment(0xDA, b"\1\1\0\1\x3f\1") + bytes(-(-blocks // 2**14) * 2)
+    return b"\xff\xd8" + frame + codes + means + skipping * (scans - 1) + b"\xff\xd9"
+
+
+def sparse(content: bytes, path: Path) -> Path:
+    with path.open("wb") as file:
+        file.write(content)
+        file.truncate(20 * 2**30)
+    return path
+
+
+def tiff(**tags: int) -> bytes:
+    """A grey TIFF of 16 x 16 pixels, compressed by deflate, with tags `t<number>`."""
+    entries = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1} | {int(tag[1:]): value for tag, value in tags.items()}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, entries[tag]) for tag in sorted(entries))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + rows + bytes(4)
+
+
+PNG_OF_CHUNKS = png(9, 9, 8, 0)[:33] + (bytes(4) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))) * 200_000
+JPEG_2000 = encoded(noise(16, 16), "JPEG2000")  # with the width and height of its box and of its codestream changed
+JPEG_2000 = JPEG_2000.replace(struct.pack(">II", 16, 16), struct.pack(">II", 7000, 7000))
+SLOW = {
+    "scans": (lambda path: jpeg_of_scans(64, 101), "a JPEG of 101 scans"),
+    "scans-of-large": (lambda path: jpeg_of_scans(9456, 27), "a JPEG of 27 scans"),
+    "text": (lambda path: b"P3 2000 2000 255\n" + b"1 2 3\n" * 9, "12,000,000 values as text"),
+    "text-bits": (lambda path: b"P1 3000 3000\n01", "9,000,000 values as text"),
+    "brightness": (lambda path: b"P6 2000 2000 100\n" + bytes(99), "12,000,000 values"),
+    "comments": (lambda path: b"P2 9 9 255\n" + b"#\n" * 1001 + b"1 " * 81, "more than 1,000 comments"),
+    "sparse.webp": (lambda path: sparse(encoded(noise(9, 9), "WEBP"), path), "more than 269,484,032 bytes"),
+    "sparse.avif": (lambda path: sparse(encoded(noise(9, 9), "PNG"), path), "more than 269,484,032 bytes"),
+    "tile": (lambda path: tiff(t322=40_000, t323=40_000, t324=0, t325=9), "tiles of more than"),
+    "large.jp2": (lambda path: JPEG_2000, "more than 44,739,242 pixels"),
+    "chunks": (lambda path: PNG_OF_CHUNKS, "takes more than 0.01 s"),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_files_that_take_long_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, reason = SLOW[name]
+    source = make(tmp_path / name)
+    if name == "chunks":
+        monkeypatch.setattr("llava_core.data.images.MAX_SECONDS", 0.01)
+    for check in (load_image, check_image):
+        with pytest.raises(ImageError, match=f"{name}: .*{reason}.*; fix: "):
+            check(source, name)
+
+
+def test_files_below_the_limits_are_read() -> None:
+    for data in (jpeg_of_scans(64, 100), jpeg_of_scans(2048, 90), encoded(noise(64, 64), "JPEG", progressive=True)):
+        check_image(data)
+        load_image(data)
+    assert load_image(b"P2 3 1 255 # a comment\n0 7 255").getpixel((1, 0)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16"])
+def test_strips_have_the_pixels_of_the_whole_image(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = noise(40, 30, 1)
+    wide = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    data = encoded(wide if mode == "I;16" else Image.merge(mode, [image] * len(mode)), "PNG")
+    whole = np.asarray(load_image(data))
+    monkeypatch.setattr("llava_core.data.images._STRIP", 40 * 7)
+    assert np.array_equal(load_image(data), whole)
+
+
 # ------------------------------------------------------------------------------------------------ settings
 
 
