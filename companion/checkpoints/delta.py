@@ -21,9 +21,16 @@ from llava_core.checkpoints.files import atomic_folder, contained_file, error_at
 from llava_core.checkpoints.formats.names import export_name
 from llava_core.checkpoints.formats.original import DELTA, RULES, is_delta, mm_config
 from llava_core.checkpoints.open import detect_format, open_checkpoint
-from llava_core.checkpoints.tensors import SHARD_BYTES, LazyTensor, has_weights, open_folder, write_tensors
+from llava_core.checkpoints.tensors import (
+    SHARD_BYTES,
+    LazyTensor,
+    check_finite,
+    has_weights,
+    open_folder,
+    write_tensors,
+)
 from llava_core.checkpoints.tokenizer import copy_tokenizer
-from llava_core.runtime import CheckpointError, display_path, write_json
+from llava_core.runtime import display_path, write_json
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _COMPUTED = "rotary_emb.inv_freq"
@@ -37,7 +44,9 @@ def _plan(checkpoint: dict[str, LazyTensor], base: dict[str, LazyTensor], where:
             stored.append(name)
         elif tensor.shape == base[name].shape:
             added += 1
-        elif name in _VOCABULARY and tensor.shape[1:] == base[name].shape[1:] and tensor.shape[0] > base[name].shape[0]:
+        elif name in _VOCABULARY and len(tensor.shape) == 2 and tensor.shape[1:] == base[name].shape[1:] and (
+            tensor.shape > base[name].shape
+        ):  # fmt: skip
             blocks[name] = base[name].shape[0]
         else:
             fix = "--base with the model (size and vocabulary) that the delta belongs to"
@@ -65,15 +74,13 @@ def _open_base(folder: Path) -> dict[str, LazyTensor]:
     return {export_name(name, RULES): t for name, t in tensors.items() if name.startswith("language_model.")}
 
 
-def _shift(value: torch.Tensor, name: str, base: LazyTensor | None, sign: int) -> torch.Tensor:
+def _shift(value: torch.Tensor, name: str, base: LazyTensor | None, sign: int, source: Path) -> torch.Tensor:
     """Add the base to a tensor (+1) or subtract it (-1), in fp32; of a longer tensor only the leading rows change."""
     value = value.clone()
     if base is not None:
         block = value if base.shape == tuple(value.shape) else value[: base.shape[0]]
         block.copy_(block.float() + sign * base.read().float())
-    if not torch.isfinite(value).all():
-        raise CheckpointError(f"{name} is not finite after the base was {'added' if sign > 0 else 'subtracted'}")
-    return value
+    return check_finite(value, f"{name}, {'added to' if sign > 0 else 'without'} the base,", source)
 
 
 def make(base: str, target: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry_run: bool = False) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_ru
     if dry_run:
         return report
     shifted = {
-        name: tensor.map(partial(_shift, name=name, base=base_tensors.get(name), sign=sign))
+        name: tensor.map(partial(_shift, name=name, base=base_tensors.get(name), sign=sign, source=source))
         for name, tensor in tensors.items()
     }
     with atomic_folder(out) as folder:

@@ -44,7 +44,9 @@ def original_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return `config.json` of the original code for a checkpoint; it also contains our description."""
     description = checkpoint.description
     language_model, usage = description.language_model, description.usage
-    model_type = language_model["model_type"]
+    model_type = language_model.get("model_type")
+    if model_type is None:  # of a projector by itself
+        raise error_at(checkpoint.path, "has no configuration of its language model; fix: --base with that model")
     if model_type not in _ARCHITECTURES:
         raise error_at(checkpoint.path, f"the original code has no {model_type}; fix: --to hf")
     original_type, architecture = _ARCHITECTURES[model_type]

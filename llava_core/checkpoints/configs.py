@@ -31,7 +31,11 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # fields that change the computati
     "dim_model_base": (None,),
     "num_local_experts": (None, 0), "num_experts": (None, 0), "n_routed_experts": (None, 0), "num_channels": (None, 3),
 }  # fmt: skip
-_UNUSED_FIELDS = {"transformers_version", "id2label", "label2id", "architectures", "dtype", "output_attentions"}
+_UNUSED_FIELDS = {
+    "transformers_version", "id2label", "label2id", "num_labels", "architectures", "dtype", "torch_dtype",
+    "output_attentions",
+}  # fmt: skip
+_MOST = 2**53  # any other number
 
 
 @contextmanager
@@ -62,7 +66,7 @@ def tower_config(config: dict[str, Any], where: str | Path = "vision tower") -> 
         raise error_at(where, f"a vision tower of model_type {model_type!r}; fix: take a LLaVA with a CLIP tower")
     full = _complete(CLIPVisionConfig, {k: v for k, v in fields.items() if k != "model_type"}, where)
     for name in ("image_size", "patch_size"):
-        if type(full[name]) is not int:
+        if type(full[name]) is not int or full["patch_size"] > full["image_size"]:
             raise error_at(where, f"{name} is {full[name]!r}, not a number of pixels; fix: download it again")
     return full
 
@@ -78,14 +82,22 @@ def language_config(config: dict[str, Any], where: str | Path) -> dict[str, Any]
     window, positions = config.get("sliding_window"), config.get("max_position_embeddings", 2048)
     if model_type == "llama" and isinstance(window, int) and isinstance(positions, int) and window < positions:
         raise error_at(where, f"sliding_window is {window}, which a model of type llama ignores; fix: correct one")
-    return _complete(CONFIG_MAPPING[model_type], config, where)
+    full = _complete(CONFIG_MAPPING[model_type], config, where)
+    heads, groups, kinds = full["num_attention_heads"], full.get("num_key_value_heads"), full.get("layer_types") or ()
+    if groups and heads % groups:
+        raise error_at(where, f"num_key_value_heads is {groups}, no divisor of {heads}; fix: download it again")
+    if (full.get("head_dim") or full["hidden_size"] // heads) % 2:
+        raise error_at(where, "head_dim is odd, so that positions cannot be encoded; fix: download it again")
+    if not {*kinds} <= {"full_attention", "sliding_attention"}:
+        raise error_at(where, f"layer_types are {kinds!r}, which are not implemented; fix: take a model without them")
+    return full
 
 
 def _complete(config_class: Any, fields: dict[str, Any], where: str | Path) -> dict[str, Any]:
     from transformers.activations import ACT2FN
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    known = {k: v for k, v in fields.items() if not k.startswith(("mm_", "_", "auto_map"))}
+    known = {k: v for k, v in fields.items() if not k.startswith(("mm_", "_", "auto_map")) and k not in _UNUSED_FIELDS}
     rope = [known[name] for name in ("rope_parameters", "rope_scaling") if isinstance(known.get(name), dict)]
     for stated in (known, *rope):
         _check_fields(stated, where)
@@ -116,6 +128,9 @@ def _check_fields(fields: Mapping[str, Any], where: str | Path) -> None:
         kinds = (int,) if isinstance(most, int) else (int, float)
         if value is not None and (type(value) not in kinds or not least <= value <= most):
             raise error_at(where, f"{name} is {value!r}, not {least} to {most}; fix: download it again")
+    for name, value in fields.items():
+        if isinstance(value, int | float) and not abs(value) <= _MOST:
+            raise error_at(where, f"{name} is {value!r}, more than any size; fix: download it again")
     for name, values in _IMPLEMENTED.items():
         if fields.get(name) not in values:
             raise error_at(where, f"{name} is {fields[name]!r}, which is not implemented; fix: take a model without it")

@@ -14,14 +14,17 @@ from llava_core.checkpoints.configs import language_config, part_shapes, tower_c
 from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.tensors import LazyTensor
 from llava_core.checkpoints.tokenizer import copy_tokenizer, open_tokenizer
+from llava_core.constants import IMAGE_MARKER
 from llava_core.data.conversation import TEMPLATES, ImagePosition
 from llava_core.data.images import ImageProcessor
-from llava_core.runtime import CheckpointError, DataError, display_path, write_json
+from llava_core.models.projector import PROJECTORS
+from llava_core.runtime import CheckpointError, ConfigError, DataError, display_path, write_json
 
 DESCRIPTION_KEY = "llava_core"  # field of other formats' configuration files that holds our description
 IMAGE_DELIMITERS = ["<im_start>", "<im_end>"]
 USAGE_OF_V1 = {"template": "v1", "image_position": "first", "image_delimiters": None}  # LLaVA 1.0 to 1.5
 MODEL_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+_MOST_CHARACTERS = 100_000  # of a system message or a chat template
 USAGE_FIELDS = ("template", "system", "image_position", "image_delimiters", "prompt_format", "feature_layer")
 """How a checkpoint is to be used. Its files may not say it, so a caller may set these."""
 
@@ -169,18 +172,29 @@ class Checkpoint:
         return sum(int(torch.Size(tensor.shape).numel()) for tensor in self.tensors.values())
 
     def open_tokenizer(self, **options: Any) -> Any:
-        """Open the tokenizer, with `added_tokens`; `options` as in the function of this name."""
+        """Open the tokenizer, with `added_tokens`; `options` as in the function of this name.
+
+        Raises:
+            CheckpointError: as in the function, or for a token without a row of the word embeddings.
+        """
         if self.tokenizer is None:
             raise error_at(self.path, "no tokenizer (tokenizer.json or tokenizer.model); fix: copy it from the base")
         tokenizer = open_tokenizer(self.tokenizer, **options)
         tokenizer.add_tokens(list(self.added_tokens), special_tokens=True)
+        rows = self.description.language_model.get("vocab_size")
+        # v0's released tokenizer has the padding token after the last row, transformers' processors also the marker
+        never_embedded = (tokenizer.pad_token, IMAGE_MARKER)
+        tokens = 1 + max((k for token, k in tokenizer.get_vocab().items() if token not in never_embedded), default=-1)
+        if rows is not None and tokens > rows:
+            problem = f"its tokenizer knows {tokens} tokens, the word embeddings have {rows} rows"
+            raise error_at(self.path, f"{problem}; fix: use the tokenizer of these weights")
         return tokenizer
 
     def copy_tokenizer(self, folder: Path) -> None:
-        """Copy the tokenizer's files into a folder; they are changed only if there are `added_tokens`."""
+        """Copy the tokenizer's files, checked, into a folder; they are changed only if there are `added_tokens`."""
+        tokenizer = self.open_tokenizer() if self.tokenizer is not None else None
         copy_tokenizer(self.tokenizer, folder)
-        if self.added_tokens:
-            tokenizer = self.open_tokenizer()
+        if self.added_tokens and tokenizer is not None:
             tokenizer.save_pretrained(folder)
             write_json(folder / "added_tokens.json", tokenizer.get_added_vocab())  # for the slow tokenizers of 2023
 
@@ -241,13 +255,13 @@ def expected_shapes(description: Description, parts: Iterable[str] = MODEL_PARTS
 def check(checkpoint: Checkpoint) -> None:
     """Check that exactly the expected tensors are present, in the expected shapes."""
     where = checkpoint.path
+    check_usage(checkpoint)
     try:
         expected = expected_shapes(checkpoint.description, checkpoint.parts)
     except CheckpointError as error:
         raise error_at(where, f"{error}") from error
     if not checkpoint.tensors:
         raise error_at(where, "has no weights; fix: copy or download it again")
-    check_usage(checkpoint)
     for name, shape in expected.items():
         if name not in checkpoint.tensors:
             n = len(expected.keys() - checkpoint.tensors.keys())
@@ -282,8 +296,14 @@ def check_usage(checkpoint: Checkpoint) -> None:
     for name, (kind, valid) in rules.items():
         if name in usage and not valid(usage[name]):
             raise error_at(where, f"{name} is {usage[name]!r}, not {kind}")
-    if usage.get("template") is not None:
-        TEMPLATES.get(str(usage["template"]))
+        if isinstance(text := usage.get(name), str) and len(text) > _MOST_CHARACTERS:
+            raise error_at(where, f"{name} has {len(text):,} characters; fix: write at most {_MOST_CHARACTERS:,}")
+    try:
+        PROJECTORS.get(description.projector)
+        if usage.get("template") is not None:
+            TEMPLATES.get(str(usage["template"]))
+    except ConfigError as error:
+        raise error_at(where, f"{error}; fix: correct its configuration") from error
     layer = description.feature_layer
     if type(layer) is not int:
         raise error_at(where, f"feature_layer is {layer!r}, not the number of a layer")

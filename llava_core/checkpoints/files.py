@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,13 @@ from llava_core.runtime import (
     printable,
     read_json,
     sha256_file,
+    shortened,
 )
 
 _LFS = b"version https://git-lfs"
-_MAX_TEXT_BYTES = 200_000_000  # far more than any tokenizer.json or index of shards has
+_MOST_BYTES = {"tokenizer.json": 40_000_000, "vocab.json": 40_000_000, "merges.txt": 40_000_000}
+_MOST_BYTES_OF_TEXT = 10_000_000  # of any other text; far more than an index of shards has
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LONGEST = 800  # characters of an error
 
 
@@ -49,8 +55,12 @@ def contained_file(folder: Path, name: str) -> Path:
         raise error_at(path, "is a link out of its folder; refused; fix: copy the file into it")
     if not real.is_file():  # a folder, or a pipe that blocks the reader
         raise error_at(path, "not a regular file; fix: put the file itself there")
-    if real.suffix in (".json", ".model", ".txt", ".jinja") and real.stat().st_size > _MAX_TEXT_BYTES:
-        raise error_at(path, f"larger than {_MAX_TEXT_BYTES:,} bytes; fix: download it again")
+    status, most = real.stat(), _MOST_BYTES.get(name, _MOST_BYTES_OF_TEXT)
+    if path.suffix in (".json", ".model", ".txt", ".jinja") and status.st_size > most:
+        raise error_at(path, f"larger than {most:,} bytes; fix: download it again")
+    stored = 512 * getattr(status, "st_blocks", 0)  # 0 where the file system does not tell
+    if 0 < stored < status.st_size / 10 and status.st_size > _MOST_BYTES_OF_TEXT:
+        raise error_at(path, f"only {stored:,} of its {status.st_size:,} bytes are there; fix: download it again")
     try:
         with real.open("rb") as file:
             is_pointer = file.read(len(_LFS)) == _LFS
@@ -68,13 +78,13 @@ def has_file(folder: Path, name: str) -> bool:
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of a checkpoint folder, without NaN, infinity or repeated keys; else a CheckpointError."""
+    path = contained_file(folder, name)
     try:
-        value = read_json(
-            contained_file(folder, name),
-            parse_float=_finite,
-            parse_constant=_finite,
-            object_pairs_hook=_without_repeats,
-        )
+        value = read_json(path, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_without_repeats)
+        if _SURROGATE.search(path.read_bytes()):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise error_at(path, "holds half a character (a lone surrogate); fix: download it again") from None
     except (DataError, OSError) as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(value, dict):
@@ -91,8 +101,8 @@ def _finite(text: str) -> float:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"{shortened(next(key for key, n in counts.items() if n > 1))!r} is there twice")
     return fields
 
 
@@ -118,8 +128,10 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             if target.exists():
                 shutil.rmtree(target) if overwrite else target.rmdir()
             temporary.rename(target)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, CheckpointError):  # of a file in it, which the user knows by the target's name
+                raise CheckpointError(str(error).replace(temporary.name, target.name)) from error
             raise
 
 
@@ -137,9 +149,11 @@ def verify_files(folder: Path) -> dict[str, str]:
         raise CheckpointError(
             f"{display_path(folder)}: no base model here; fix: `git checkout -- models`, or `llava base-models`"
         )
-    files: dict[str, str] = read_json(folder / "manifest.json")["files"]
+    files: dict[str, str] = read_config(folder, "manifest.json").get("files", {})
+    if not isinstance(files, dict):
+        raise error_at(folder / "manifest.json", "files is no object of hashes; fix: copy the base model again")
     for name, digest in files.items():
-        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+        if not (folder / name).is_file() or sha256_file(contained_file(folder, name)) != digest:
             raise CheckpointError(
                 f"{display_path(folder / name)}: missing, or its SHA-256 is not the manifest's; fix: `git checkout -- "
                 "models` "

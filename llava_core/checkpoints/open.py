@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.checkpoints.base_models import base_hash, model_folder
-from llava_core.checkpoints.describe import Checkpoint, Options, check_usage
+from llava_core.checkpoints.describe import Checkpoint, Options, check, check_usage
 from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf, lora, mmpretrain, native, original, projector
 from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model
@@ -21,6 +21,7 @@ FORMATS: tuple[CheckpointFormat, ...] = (
 )  # fmt: skip
 """All formats, in the order in which they are tried. A new one is a module in `formats` and an entry here."""
 
+_MOST_BASES = 8  # of which each is the base of the one before
 _OPENING: ContextVar[tuple[Path, ...]] = ContextVar("opening", default=())  # base models that are being opened
 
 
@@ -79,14 +80,17 @@ def open_checkpoint(
 def _open_base(source: str, options: Options) -> Checkpoint:
     """Open a base model: a LLaVA checkpoint or a plain language model."""
     folder, above = model_folder(source), _OPENING.get()
-    if folder.resolve() in above:
+    if folder.resolve() in above or len(above) > _MOST_BASES:
         raise error_at(folder, "is a base model of itself; fix: --base DIR")
     token = _OPENING.set((*above, folder.resolve()))
     try:
         if detect_format(folder) is not None:
             base = open_checkpoint(folder, Options(vision_tower=options.vision_tower), name_tower=True)
-            return base.require("language_model")
-        return open_language_model(source)
+            base = base.require("language_model")
+        else:
+            base = open_language_model(source)
+        check(base)
+        return base
     finally:
         _OPENING.reset(token)
 

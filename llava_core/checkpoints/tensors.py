@@ -1,23 +1,18 @@
-"""Weights files as untrusted input: tensors are read one at a time and written shard by shard.
-
-`.bin`, `.pth` and `.pt` are read by PyTorch's `weights_only` unpickler: tensors and plain containers, no code.
-"""
+"""Weights files as untrusted input: tensors are read one at a time and written shard by shard."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llava_core.checkpoints.files import contained_file, error_at, has_file, read_config
+from llava_core.checkpoints.pickles import load_pickle
 from llava_core.runtime import set_default_mode, sha256_file, write_json
 
 SHARD_BYTES = 5_000_000_000
@@ -27,14 +22,13 @@ _NOT_MODELS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _QUANTISED = (  # ends of names of packed weights and their scales
     ".qweight", ".qzeros", ".g_idx", ".scales", ".absmax", ".quant_map", ".SCB", ".weight_scale", ".weight_packed",
 )  # fmt: skip
-_DAMAGED = (  # what torch.load raises for damaged files
-    RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, BadZipFile
-)  # fmt: skip
 _STEMS = ("model.safetensors", "pytorch_model.bin", "model.bin")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_MOST_TENSORS = 20_000  # of a file; the language models that are read have up to 12 per layer
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class LazyTensor:
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:
-    """Open one weights file; of safetensors only the header is read."""
+    """Open one weights file; of safetensors only the header is read. Reading NaN or infinity is a CheckpointError."""
     path = contained_file(path.parent, path.name)
     if path.suffix not in _SUFFIXES:
         raise error_at(path, f"not a weights file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
@@ -71,14 +65,34 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     for name, tensor in tensors.items():
         if name.endswith(_QUANTISED):
             raise error_at(path, f"{name} belongs to quantised weights; fix: take the model in 16 or 32 bits")
-        if not tensor.dtype.is_floating_point and not name.endswith("position_ids"):
+        if not name.isprintable():
+            raise error_at(path, f"{name} is no name of a tensor; fix: download it again")
+        if 0 in tensor.shape:
+            raise error_at(path, f"{name} is {tensor.shape}, without a number; fix: get the complete file")
+        if tensor.dtype in _FLOATS:
+            tensors[name] = tensor.map(partial(check_finite, name=name, path=path))
+        elif not name.endswith("position_ids"):
             raise error_at(path, f"{name} has type {tensor.dtype}; fix: take the model in 16 or 32 bits floating-point")
     return tensors
+
+
+def check_finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
+    """Return a tensor of `path` as it is; a CheckpointError if it holds NaN or infinity."""
+    ends = torch.stack(tensor.aminmax())  # NaN if one of its numbers is; several times faster than isfinite
+    if not ends.isfinite().all():
+        raise error_at(path, f"{name} holds NaN or infinity; fix: download it again, or take an earlier checkpoint")
+    return tensor
+
+
+def _check_number(tensors: int, path: Path) -> None:
+    if tensors > _MOST_TENSORS:
+        raise error_at(path, f"{tensors:,} tensors, more than {_MOST_TENSORS:,}; fix: download it again")
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
         file = safe_open(path, "pt")
+        _check_number(len(file.keys()), path)
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise error_at(path, f"damaged or cut off ({error}); fix: copy or download it again") from error
@@ -95,6 +109,7 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     content = load_pickle(path)
     if isinstance(content.get("state_dict"), Mapping):  # mmengine's checkpoints
         content = dict(content["state_dict"])
+    _check_number(len(content), path)
     for name, value in content.items():
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
         if not isinstance(name, str) or not plain or value.is_quantized:
@@ -102,28 +117,6 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         if value.nbytes > value.untyped_storage().nbytes():  # a view that repeats its values would fill the memory
             raise error_at(path, f"{name} is {tuple(value.shape)}, larger than its storage; fix: download it again")
     return {name: LazyTensor.of(tensor) for name, tensor in content.items()}
-
-
-def load_pickle(path: Path) -> dict[str, Any]:
-    """Read the dict in a `.bin`, `.pth` or `.pt` file by memory map; no code in it is executed."""
-    path = contained_file(path.parent, path.name)
-    try:
-        if is_zipfile(path):
-            with ZipFile(path) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                    raise error_at(path, "compressed, which PyTorch's files are not; fix: download it again")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before PyTorch 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise error_at(path, "holds more than tensors; nothing of it was executed; fix: get safetensors") from None
-    except _DAMAGED as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise error_at(path, f"damaged or cut off ({reason}); fix: download it again") from error
-    if not isinstance(content, Mapping):
-        raise error_at(path, f"holds {type(content).__name__}, not a dict of tensors")
-    return dict(content)
 
 
 def has_weights(folder: Path) -> bool:

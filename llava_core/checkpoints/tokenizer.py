@@ -7,7 +7,9 @@ dummy prefix to a text that begins with a space.
 
 from __future__ import annotations
 
+import math
 import shutil
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,11 @@ _PROBES = (
     "Hi", " Hello", "detail.  Provide", "a\n\nb\tc", "     x", "def f(x):\n    return x ** 2", "日本語 中文",
     "👍🏽 é ﬁ", "1234.5%", '"it\'s"', "https://a.b/c_d?e=1", "trailing  ",
 )  # fmt: skip
+_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_ADDED_TOKENS = ("added_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+_STEPS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
+_MOST_ADDED, _MOST_STEPS, _MOST_GROWTH, _LONGEST_PIECE = 10_000, 2_000, 10_000, 256
+_AGAIN = "download it again"
 _MARK = "▁"  # SentencePiece's space
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -39,18 +46,61 @@ def open_tokenizer(folder: Path, **options: Any) -> Any:
         CheckpointError: files missing or damaged, or ids that differ from those of the folder's SentencePiece model.
     """
     try:
+        _check_files(folder)
         with quiet_transformers():
             tokenizer = _open(folder, options)
         difference = _difference_to_sentencepiece(tokenizer, folder)
-    except CompanionError:
+    except (CompanionError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # tokenizers and sentencepiece raise bare Exceptions for damaged files
+    except (
+        BaseException
+    ) as error:  # for damaged files: sentencepiece's are bare Exceptions, panics of tokenizers no such
         reason = " ".join(str(error).split())[:160]
         raise error_at(folder, f"the tokenizer cannot be read ({reason})") from error
     if difference is not None:
         fix = "remove tokenizer.json, so that tokenizer.model counts" if has_file(folder, "tokenizer.json") else ""
         raise error_at(folder, f"{difference}; fix: {fix or 'add the tokenizer.json of this model'}")
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Check the tokenizer's files before they are opened: a few bytes of them can ask for any time and memory."""
+    for name in TOKENIZER_FILES:
+        if has_file(folder, name):
+            contained_file(folder, name)
+    files = {name: read_config(folder, name) for name in _JSON_FILES if has_file(folder, name)}
+    added = [(name, fields.get(key)) for name, fields in files.items() for key in _ADDED_TOKENS]
+    for name, tokens in [*added, ("added_tokens.json", files.get("added_tokens.json"))]:
+        if isinstance(tokens, dict | list) and len(tokens) > _MOST_ADDED:
+            raise error_at(folder / name, f"adds {len(tokens):,} tokens, more than {_MOST_ADDED:,}; fix: {_AGAIN}")
+    if "fast_tokenizer_files" in files.get("tokenizer_config.json", {}):  # transformers would read another one
+        raise error_at(folder / "tokenizer_config.json", "names other tokenizers; fix: remove 'fast_tokenizer_files'")
+    steps = {part: files.get("tokenizer.json", {}).get(part) for part in _STEPS}
+    if _number_of_values(steps) > _MOST_STEPS or max(_growth(steps[part]) for part in _STEPS[:3]) > _MOST_GROWTH:
+        raise error_at(folder / "tokenizer.json", f"its steps may lengthen a text without a bound; fix: {_AGAIN}")
+
+
+def _number_of_values(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_number_of_values, inner))
+
+
+def _growth(step: Any) -> float:
+    """Return how many times as long a text may be after a step of a tokenizer, at most."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    if inner := [value for value in step.values() if isinstance(value, list)]:
+        return _growth(inner)
+    if isinstance(charsmap := step.get("precompiled_charsmap"), str):
+        return _longest_replacement(b64decode(charsmap))
+    return max(2, 1 + len(str(step.get("content", step.get("prepend", "")))))
+
+
+def _longest_replacement(charsmap: bytes) -> int:
+    """Return the bytes of the longest text that a SentencePiece map of characters puts in the place of one."""
+    return max(map(len, charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")))
 
 
 def _open(folder: Path, options: dict[str, Any]) -> Any:
@@ -76,6 +126,7 @@ def _from_sentencepiece(folder: Path, options: dict[str, Any]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     pieces = SentencePieceProcessor(model_file=str(contained_file(folder, "tokenizer.model")))
+    spec = _normalizer_spec(pieces)
     config = read_config(folder, "tokenizer_config.json") if has_file(folder, "tokenizer_config.json") else {}
     special = _special_tokens(folder, config, pieces)
     legacy = config.get("legacy") in (None, True)  # transformers before 4.32 does not write it
@@ -83,7 +134,6 @@ def _from_sentencepiece(folder: Path, options: dict[str, Any]) -> Any:
     unknown = pieces.id_to_piece(pieces.unk_id())
     model = models.BPE(vocabulary, _merges(pieces, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = Tokenizer(model)
-    spec = _normalizer_spec(pieces)
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:  # LLaMA keeps them
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -120,6 +170,9 @@ def _normalizer_spec(pieces: Any) -> Any:
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     model.ParseFromString(pieces.serialized_model_proto())
+    longest = max(len(piece.piece) for piece in model.pieces)
+    if longest > _LONGEST_PIECE or _longest_replacement(model.normalizer_spec.precompiled_charsmap) > _MOST_GROWTH:
+        raise ValueError("a piece or a replaced character of its tokenizer.model is longer than any text")
     return model.normalizer_spec
 
 
@@ -185,6 +238,7 @@ def _difference_to_sentencepiece(tokenizer: Any, folder: Path) -> str | None:
         if has_file(folder, "tokenizer.json"):  # a tokenizer.model of another kind, as Llama 3's
             return None
         raise
+    _normalizer_spec(pieces)
     for text in _PROBES:
         ids, expected = tokenizer(text, add_special_tokens=False)["input_ids"], pieces.encode(text)
         if ids != expected:

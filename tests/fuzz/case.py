@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from companion.cli import main
+from llava_core.runtime import printable
 
 SECONDS, BYTES = 10, 2 << 30
 """What reading one input may take."""
@@ -117,7 +118,7 @@ def _fault(code: int, seconds: float, text: str, path: Path, words: list[str]) -
         return f"ends by {signal.Signals(-code).name}"
     if "Traceback" in text or code == _CRASH:
         return f"a traceback:\n{text[-1500:]}"
-    if not all(c.isprintable() or c in "\n\r\t" for c in text):
+    if printable(text, keep="\n\r\t") != text:
         return f"prints control characters: {text[-300:]!r}"
     errors = [line for line in text.splitlines() if re.match(r"(llava.*: )?error: ", line)]
     if code == 0:

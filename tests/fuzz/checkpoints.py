@@ -296,7 +296,7 @@ def _damage_pickle(file: Path, draw: random.Random) -> str:
     )
     mark = file.parent.with_name("executed")
     name, old = "model.norm.weight", kind in ("old code", "nested")
-    tensors: dict[Any, Any] = {name: torch.zeros(2)}
+    tensors: dict[Any, Any] = {name: torch.ones(2)}
     if kind in ("code", "old code"):
         tensors[name] = _Code(mark)
     elif kind == "stride 0":

@@ -90,7 +90,9 @@ def one_layer(tensors: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyT
     """Return tensors with the projector's two linear layers, which transformers' LLaVA always has, as one layer."""
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTOR)}
     w1, b1, w2, b2 = (tensors.get(f"{PROJECTOR}{name}") for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
-    if w1 is None or b1 is None or w2 is None or b2 is None or b1.shape != b2.shape or w2.shape != 2 * b1.shape:
+    if w1 is None or b1 is None or w2 is None or b2 is None or not (
+        len(b1.shape) == 1 and b1.shape == b2.shape == w1.shape[:-1] and w2.shape == 2 * b1.shape
+    ):  # fmt: skip
         what = "multi_modal_projector.linear_1 or linear_2 is missing or of another width"
         raise error_at(where, f"{what}; fix: get the complete file")
     second, shift = w2.read(), b2.read()

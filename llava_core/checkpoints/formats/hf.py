@@ -76,11 +76,12 @@ def read(path: Path, options: Options) -> Checkpoint:
     if stored is None:
         description, tokenizer = _description(path, config, notes), tokenizer_folder(path)
     else:
-        if not isinstance(stored, dict) or type(stored.get("vocabulary")) is not int:
+        vocabulary, rows = (stored.get(n) if isinstance(stored, dict) else None for n in ("vocabulary", "rows"))
+        if type(vocabulary) is not int or type(rows) is not int or not 0 < vocabulary <= rows:
             raise error_at(where, f"{DESCRIPTION_KEY} is not what this project writes; fix: remove it")
         description = Description.from_dict(stored.get("description", {}), where)
         check_unchanged(description, config, where, {"vision_feature_layer": description.feature_layer})
-        check_unchanged(description, config["text_config"], where, {"vocab_size": stored.get("rows")})
+        check_unchanged(description, config["text_config"], where, {"vocab_size": rows})
         asked = read_chat_template(path)
         if asked is not None and "chat_template" in stored:
             found = {"chat_template": fingerprint(asked)}
@@ -96,15 +97,15 @@ def read(path: Path, options: Options) -> Checkpoint:
         for name in ("weight", "bias"):
             checkpoint.names[f"{PROJECTOR}{name}"] = checkpoint.names.pop(f"{PROJECTOR}0.{name}")
     if stored is not None:
-        _drop_padding_rows(checkpoint, stored["vocabulary"])
+        _drop_padding_rows(checkpoint, vocabulary, rows)
     return checkpoint
 
 
-def _drop_padding_rows(checkpoint: Checkpoint, rows: int) -> None:
+def _drop_padding_rows(checkpoint: Checkpoint, vocabulary: int, rows: int) -> None:
     for name in EMBEDDINGS:
-        if name in checkpoint.tensors:
-            table = checkpoint.tensors[name]
-            checkpoint.tensors[name] = table.map(lambda t: t[:rows].clone(), (rows, *table.shape[1:]))
+        table = checkpoint.tensors.get(name)
+        if table is not None and table.shape[:1] == (rows,):  # another shape is an error of `check`
+            checkpoint.tensors[name] = table.map(lambda t: t[:vocabulary].clone(), (vocabulary, *table.shape[1:]))
 
 
 def _description(path: Path, config: dict[str, Any], notes: list[str]) -> Description:

@@ -28,7 +28,7 @@ from llava_core.checkpoints.formats.common import (
 )
 from llava_core.checkpoints.formats.names import export_name, rename_tensors
 from llava_core.checkpoints.formats.original import mm_config, read_description
-from llava_core.checkpoints.tensors import LazyTensor, open_file, write_file
+from llava_core.checkpoints.tensors import LazyTensor, check_finite, open_file, write_file
 from llava_core.checkpoints.tokenizer import tokenizer_folder
 from llava_core.runtime import resolve_dtype, sha256_file, user_path, write_json
 
@@ -161,7 +161,8 @@ def merge(checkpoint: Checkpoint) -> Checkpoint:
             shapes = f"{(b.shape[0], a.shape[1])}, in its base {tensors[name].shape}"
             fix = _MERGE if name in EMBEDDINGS else "fix: --base with the model that it was trained on"
             raise error_at(adapter.path, f"{name} is {shapes}; {fix}")
-        tensors[name] = tensors[name].map(partial(_merge, a=a, b=b, scale=scale, nf4=nf4))
+        merged = tensors[name].map(partial(_merge, a=a, b=b, scale=scale, nf4=nf4))
+        tensors[name] = merged.map(partial(check_finite, name=f"{name}, merged,", path=adapter.path))
     if f"{PROJECTOR}2.weight" in tensors and checkpoint.description.projector == "linear":
         tensors = one_layer(tensors, adapter.path)
     base = "its base" if nf4 is None else "its base, rounded to NF4 as in training"
@@ -176,8 +177,8 @@ def _scale(settings: dict[str, Any], where: Path) -> float:
         if not plain:
             raise error_at(where, f"{name} is {value!r}; only plain LoRA can be merged here; {_MERGE}")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise error_at(where, f"r {rank!r} and lora_alpha {alpha!r} give no scale")
+    if type(rank) is not int or not 1 <= rank <= 2**16 or type(alpha) not in (int, float) or not abs(alpha) <= 1e6:
+        raise error_at(where, f"r {rank!r} and lora_alpha {alpha!r} give no scale; fix: copy the adapter again")
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

@@ -26,7 +26,8 @@ from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import original
 from llava_core.checkpoints.formats.common import CheckpointFormat, new_checkpoint
 from llava_core.checkpoints.formats.names import import_name
-from llava_core.checkpoints.tensors import PICKLE_SUFFIXES, LazyTensor, load_pickle, lone_weights_file, open_file
+from llava_core.checkpoints.pickles import load_pickle
+from llava_core.checkpoints.tensors import PICKLE_SUFFIXES, LazyTensor, lone_weights_file, open_file
 from llava_core.checkpoints.tokenizer import tokenizer_folder
 
 _PREFIX = "model.lang_encoder."
@@ -87,7 +88,7 @@ def _with_clip_names(tensors: Mapping[str, LazyTensor], file: Path) -> dict[str,
         name = theirs.removeprefix(_TOWER)
         if name == theirs:
             renamed[theirs] = tensor
-        elif ".attn.qkv." in name and tensor.shape:
+        elif ".attn.qkv." in name and tensor.shape and tensor.shape[0] % 3 == 0:
             for k, letter in enumerate("qkv"):
                 part = name.replace(".attn.qkv.", f".self_attn.{letter}_proj.")
                 shape = (tensor.shape[0] // 3, *tensor.shape[1:])
@@ -98,7 +99,10 @@ def _with_clip_names(tensors: Mapping[str, LazyTensor], file: Path) -> dict[str,
                 new = re.sub(pattern, replacement, new)
             if new == name:
                 raise error_at(file, f"{theirs} is no part of a CLIP vision tower; fix: use the tower of LLaVA")
-            shape = tensor.shape[{"cls_token": 2, "pos_embed": 1}.get(name, 0) :]  # without axes of length 1
+            axes = {"cls_token": 2, "pos_embed": 1}.get(name, 0)  # of length 1
+            if tensor.shape[:axes] != (1,) * axes:
+                raise error_at(file, f"{theirs} is {tensor.shape}; fix: get the complete file")
+            shape = tensor.shape[axes:]
             renamed[clip + new] = tensor.map(partial(torch.reshape, shape=shape), shape)
     if norm := renamed.get(f"{clip}pre_layrnorm.weight"):
         for end, value in (("weight", 1.0), ("bias", 0.0)):

@@ -33,18 +33,18 @@ def detect(path: Path) -> bool:
 def read(path: Path, options: Options) -> Checkpoint:
     """Open a directory, with every weights file checked against the manifest's SHA-256."""
     manifest = _read_manifest(path)
+    tensors = open_folder(path)  # before a file is read whole: its header fits its size
+    adapter = lora.open_adapter(path) if lora.detect(path) else None
     weights = {*(file.name for file in weight_files(path)), lora.WEIGHTS, lora.CONFIG}
     for name, digest in manifest["files"].items():
         if name not in weights:
             raise error_at(path, f"its manifest lists {name}, no weights; fix: copy the checkpoint again")
         if sha256_file(contained_file(path, name)) != digest:
             raise error_at(path / name, "damaged (SHA-256 is not the manifest's); fix: copy it again or train again")
-    adapter = lora.open_adapter(path) if lora.detect(path) else None
     files = [*weight_files(path), *([adapter.path, path / lora.CONFIG] if adapter is not None else [])]
     unlisted = [file.name for file in files if file.name not in manifest["files"]]
     if unlisted:
         raise error_at(path / unlisted[0], "the manifest does not list it; fix: copy the checkpoint again")
-    tensors = open_folder(path)
     if (manifest["kind"] == "adapter") != (adapter is not None):
         raise error_at(path, "manifest and files disagree about an adapter; fix: copy the checkpoint again")
     contradicted = {name.split(".")[0] for name in tensors} ^ set(map(str, manifest["parts"]))
@@ -72,7 +72,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise error_at(where, f"format version {manifest.get('format_version')}, this code reads {FORMAT_VERSION}")
     for name, kind in _FIELD_TYPES.items():
-        if not isinstance(manifest.get(name), kind):
+        if type(manifest.get(name)) is not kind:
             raise error_at(where, f"{name} is missing or no {kind.__name__}; fix: copy the checkpoint again")
     return manifest
 
@@ -80,6 +80,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def write(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
     """Write weights, tokenizer, configurations and `manifest.json` into an existing folder."""
     description = checkpoint.description
+    if description.image is None:
+        problem = f"its vision tower {description.tower_source} is not here, and so are its image settings"
+        raise error_at(checkpoint.path, f"{problem}; fix: --vision-tower DIR")
     files = write_tensors(folder, checkpoint.tensors, shard_bytes)
     if checkpoint.adapter is not None:
         files |= lora.write_adapter(checkpoint.adapter, folder, lora.IN_LANGUAGE_MODEL)

@@ -99,7 +99,7 @@ def _with_word_embeddings(checkpoint: Checkpoint, words: dict[str, LazyTensor], 
     """Put trained word embeddings into the model: all rows, or the two of the image delimiters."""
     key = EMBEDDINGS[0]
     for theirs, rows in words.items():
-        table = checkpoint.tensors[key]
+        table = checkpoint.tensors[key]  # of a checked base
         if table.shape == rows.shape:
             checkpoint.tensors[key] = rows
             checkpoint.names[key] = theirs

@@ -85,7 +85,7 @@ def test_ambiguous_json_is_refused(tmp_path, text, message) -> None:
 def test_a_huge_configuration_is_not_read(tmp_path) -> None:
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(10**9)
-    with pytest.raises(CheckpointError, match=r"config\.json: larger than 200,000,000 bytes"):
+    with pytest.raises(CheckpointError, match=r"config\.json: larger than 10,000,000 bytes"):
         read_config(tmp_path, "config.json")
 
 
