@@ -86,8 +86,6 @@ def language_config(config: dict[str, Any], where: str | Path) -> dict[str, Any]
     heads, groups, kinds = full["num_attention_heads"], full.get("num_key_value_heads"), full.get("layer_types") or ()
     if groups and heads % groups:
         raise error_at(where, f"num_key_value_heads is {groups}, no divisor of {heads}; fix: download it again")
-    if (full.get("head_dim") or full["hidden_size"] // heads) % 2:
-        raise error_at(where, "head_dim is odd, so that positions cannot be encoded; fix: download it again")
     if not {*kinds} <= {"full_attention", "sliding_attention"}:
         raise error_at(where, f"layer_types are {kinds!r}, which are not implemented; fix: take a model without them")
     return full

@@ -78,7 +78,7 @@ def _check_operations(pickled: io.BytesIO) -> None:
     """
     stack: list[str] = []
     marks: list[int] = []
-    memo: dict[int, str] = {}
+    memo: dict[Any, str] = {}
     for operation, argument, _ in pickletools.genops(pickled):
         name = operation.name
         if name in _GETS:

@@ -76,7 +76,8 @@ def read(path: Path, options: Options) -> Checkpoint:
     if stored is None:
         description, tokenizer = _description(path, config, notes), tokenizer_folder(path)
     else:
-        vocabulary, rows = (stored.get(n) if isinstance(stored, dict) else None for n in ("vocabulary", "rows"))
+        fields: dict[str, Any] = stored if isinstance(stored, dict) else {}
+        vocabulary, rows = (fields.get(name) for name in ("vocabulary", "rows"))
         if type(vocabulary) is not int or type(rows) is not int or not 0 < vocabulary <= rows:
             raise error_at(where, f"{DESCRIPTION_KEY} is not what this project writes; fix: remove it")
         description = Description.from_dict(stored.get("description", {}), where)
@@ -97,7 +98,7 @@ def read(path: Path, options: Options) -> Checkpoint:
         for name in ("weight", "bias"):
             checkpoint.names[f"{PROJECTOR}{name}"] = checkpoint.names.pop(f"{PROJECTOR}0.{name}")
     if stored is not None:
-        _drop_padding_rows(checkpoint, vocabulary, rows)
+        _drop_padding_rows(checkpoint, stored["vocabulary"], stored["rows"])
     return checkpoint
 
 

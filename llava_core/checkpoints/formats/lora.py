@@ -176,8 +176,10 @@ def _scale(settings: dict[str, Any], where: Path) -> float:
         plain = value in _SUPPORTED[name] if name in _SUPPORTED else name in _IRRELEVANT or not value
         if not plain:
             raise error_at(where, f"{name} is {value!r}; only plain LoRA can be merged here; {_MERGE}")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= 2**16 or type(alpha) not in (int, float) or not abs(alpha) <= 1e6:
+    rank: Any = settings.get("r")
+    alpha: Any = settings.get("lora_alpha")
+    sound = isinstance(rank, int) and 1 <= rank <= 2**16 and isinstance(alpha, int | float) and abs(alpha) <= 1e6
+    if not sound or isinstance(rank, bool) or isinstance(alpha, bool):
         raise error_at(where, f"r {rank!r} and lora_alpha {alpha!r} give no scale; fix: copy the adapter again")
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 

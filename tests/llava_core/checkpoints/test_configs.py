@@ -110,3 +110,33 @@ def test_what_is_allowed_is_computed_as_in_transformers(model_type, fields) -> N
         if not fields.get("attention_bias"):
             plain.load_state_dict(theirs.state_dict())
             assert not torch.allclose(plain(ids).logits, ours(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_key_value_heads": 5}, "num_key_value_heads is 5, no divisor of 32"),
+        ({"tie_word_embeddings": False, "eos_token_id": 10**20}, "eos_token_id is 1000000000000000000"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 1e300}}, "factor is 1e\\+300"),
+        ({"layer_types": ["linear_attention"] * 32}, "layer_types are"),
+        ({"vocab_size": 10**20}, "vocab_size is 100000000000000000000"),
+    ],
+)
+def test_numbers_that_fail_later_are_refused_before(fields, message) -> None:
+    base = LLAMA | ({"model_type": "qwen2"} if "layer_types" in fields else {})
+    with pytest.raises(CheckpointError, match=f"config.json: {message}.*; fix: "):
+        language_config(base | fields, "config.json")
+
+
+@pytest.mark.parametrize("name", ["num_labels", "n_layer", "n_layers", "num_layers", "n_embd"])
+def test_numbers_under_other_names_build_nothing(name) -> None:
+    begin = time.monotonic()
+    for value in (10**9, "many"):
+        assert language_config(LLAMA | {name: value}, "config.json")["num_hidden_layers"] == 32
+        assert tower_config({"num_hidden_layers": 3, name: value})["num_hidden_layers"] == 3
+    assert time.monotonic() - begin < 5
+
+
+def test_patches_larger_than_the_image_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="image_size is 14, not a number of pixels"):
+        tower_config({"image_size": 14, "patch_size": 32})

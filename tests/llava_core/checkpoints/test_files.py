@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,8 @@ from checkpoint_fixtures import (  # noqa: F401 - fixtures
 )
 
 from companion.checkpoints.inspection import inspect
-from llava_core.checkpoints.files import contained_file, error_at, read_config
+from llava_core.checkpoints.base_models import base_hash
+from llava_core.checkpoints.files import atomic_folder, contained_file, error_at, read_config
 from llava_core.checkpoints.tokenizer import TOKENIZER_FILES
 from llava_core.runtime import CheckpointError
 
@@ -74,7 +76,9 @@ def test_a_file_that_cannot_be_opened_is_named(original, monkeypatch) -> None:
         ('{"rms_norm_eps": 1e999}', "1e999 is not a finite number"),
         ('{"hidden_size": 1, "hidden_size": 2}', "'hidden_size' is there twice"),
         ('{"a": {"b": 1, "b": 2}}', "'b' is there twice"),
+        (f"{{{', '.join(f'{chr(34)}{k}{chr(34)}: 1' for k in (*range(10**5), 99_999))}}}", "'99999' is there twice"),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_ambiguous_json_is_refused(tmp_path, text, message) -> None:
     (tmp_path / "config.json").write_text(text)
@@ -149,3 +153,41 @@ def test_folder_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
         second.communicate()
     assert {file.read_text() for file in target.iterdir()} == {"b"}
     assert [file.name for file in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"a": {"\\uDFFF b": 1}}', '{"a": ["\\ude00\\ud83d"]}'])
+def test_half_a_character_is_refused(tmp_path, text) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: holds half a character .*; fix: "):
+        read_config(tmp_path, "config.json")
+    (tmp_path / "config.json").write_text('{"a": "\\ud83d\\ude00 \\\\ud800"}')
+    assert read_config(tmp_path, "config.json") == {"a": "\U0001f600 \\ud800"}
+
+
+def test_a_file_that_is_almost_empty_is_not_read(tmp_path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"x" * 10_000)
+    os.truncate(file, 200 << 30)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: only [\d,]+ of its 214,748,364,800 bytes are there; fix: "
+    ):
+        contained_file(tmp_path, "model.safetensors")
+
+
+@pytest.mark.parametrize("files", [["config.json"], "config.json", {"../a": "0" * 64}])
+def test_files_of_a_base_model_that_are_no_hashes_are_refused(tmp_path, files) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (tmp_path / "a").touch()
+    (base / "manifest.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(CheckpointError, match=r"base.*; (refused; )?fix: "):
+        base_hash(str(base))
+
+
+def test_errors_in_a_new_folder_name_the_target(tmp_path) -> None:
+    def write_nothing() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            read_config(folder, "config.json")
+
+    with pytest.raises(CheckpointError, match=r"/out/config\.json: missing; fix: "):
+        write_nothing()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
@@ -13,16 +14,19 @@ from checkpoint_fixtures import (  # noqa: F401 - fixtures
     original,
     root,
 )
+from safetensors.torch import save_file
 
 from companion.checkpoints.convert import convert
 from companion.checkpoints.writers import WRITERS
+from llava_core import runtime
 from llava_core.checkpoints.load import build, save_checkpoint
 from llava_core.checkpoints.tensors import lone_weights_file, open_file
 from llava_core.runtime import CheckpointError
 
 
 @pytest.fixture(params=[0o027])
-def umask(request):
+def umask(request, monkeypatch):
+    monkeypatch.setattr(runtime, "_UMASK", request.param)  # which is read once
     previous = os.umask(request.param)
     yield request.param
     os.umask(previous)
@@ -62,8 +66,47 @@ def test_compressed_pickles_are_refused(tmp_path) -> None:
         open_file(tmp_path / "b.bin")
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn])
 def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype) -> None:
     torch.save({"embeddings.position_ids": torch.arange(3), "a": torch.zeros(2, dtype=dtype)}, tmp_path / "a.bin")
     with pytest.raises(CheckpointError, match=rf"a has type {dtype}; fix: "):
         open_file(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("file", ["a.bin", "a.safetensors"])
+def test_values_that_are_not_finite_are_refused_when_read(file, dtype, value, tmp_path) -> None:
+    largest = torch.full((3, 50), torch.finfo(dtype).max, dtype=dtype)  # whose sum is infinite
+    broken = largest.clone()
+    broken[1, 7] = value
+    write = torch.save if file.endswith("bin") else save_file
+    write({"good": largest, "broken": broken}, tmp_path / file)
+    tensors = open_file(tmp_path / file)
+    assert torch.equal(tensors["good"].read(), largest)
+    with pytest.raises(CheckpointError, match=rf"{file}: broken holds NaN or infinity; fix: "):
+        tensors["broken"].read()
+
+
+@pytest.mark.parametrize("shape", [(0,), (30_000, 0), (0, 4)])
+def test_tensors_without_numbers_are_refused(shape, tmp_path) -> None:
+    torch.save({"a": torch.zeros(shape)}, tmp_path / "a.bin")
+    save_file({"a": torch.zeros(shape)}, tmp_path / "a.safetensors")
+    for file in ("a.bin", "a.safetensors"):
+        with pytest.raises(CheckpointError, match=rf"{file}: a is .*, without a number; fix: "):
+            open_file(tmp_path / file)
+
+
+@pytest.mark.parametrize("name", ["a\ud800", "a\x1b[2J.rotary_emb.inv_freq"])
+def test_names_that_cannot_be_printed_are_refused(name, tmp_path) -> None:
+    torch.save({name: torch.ones(2)}, tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=r"a\.bin: a\\.* is no name of a tensor; fix: "):
+        open_file(tmp_path / "a.bin")
+
+
+def test_more_tensors_than_any_model_has_are_refused(tmp_path) -> None:
+    begin = time.monotonic()
+    save_file({f"a.{k}": torch.ones(1) for k in range(50_000)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: 50,000 tensors, more than 20,000; fix: "):
+        open_file(tmp_path / "a.safetensors")
+    assert time.monotonic() - begin < 10

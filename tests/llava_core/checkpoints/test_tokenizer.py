@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+import tiny
+from sentencepiece import sentencepiece_model_pb2
 from sentencepiece_models import llama_model, small_model
 
 from llava_core.checkpoints.tokenizer import open_tokenizer
@@ -156,3 +159,57 @@ def test_tokenizer_json_alone_keeps_its_bos(model_file, tmp_path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"):
         (tmp_path / "json" / name).unlink(missing_ok=True)
     assert open_tokenizer(tmp_path / "json").bos_token == "<s>"
+
+
+@pytest.mark.parametrize(
+    ("piece", "charsmap"),
+    [("a" * 10**5, b""), ("a", (4).to_bytes(4, "little") + bytes(4) + b"b" * 10**6 + b"\0")],
+)
+def test_sentencepiece_models_that_lengthen_a_text_are_refused(piece, charsmap, tmp_path) -> None:
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(small_model(tmp_path / "tokenizer.model").read_bytes())
+    model.pieces.add(piece=piece, score=-1e9)
+    model.normalizer_spec.precompiled_charsmap = charsmap
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
+        open_tokenizer(tmp_path)
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("number", [0, 9_000])
+def test_steps_and_tokens_of_released_tokenizers_are_read(number, tmp_path) -> None:
+    """The steps of ALBERT's normalizer, DeepSeek's pre-tokenizer, and LLaMA 3's post-processor and decoder."""
+    split = {"type": "Split", "pattern": {"Regex": r"\\p{N}{1,3}"}, "behavior": "Isolated", "invert": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    replace = {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}
+    steps = [replace, replace, *({"type": kind} for kind in ("NFKD", "StripAccents", "Lowercase"))]
+    steps.append(replace | {"pattern": {"Regex": " {2,}"}, "content": " "})
+    one, two = [{"SpecialToken": {"id": "<s>", "type_id": 0}}], [{"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*one, *two, *one, {"Sequence": {"id": "B", "type_id": 1}}]
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    template = {"type": "TemplateProcessing", "single": one + two, "pair": pair, "special_tokens": special}
+    decoders = ["ByteFallback", "Fuse"]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    tiny.tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    value = json.loads(file.read_text()) | {
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, split, split, split, bytes_]},
+        "post_processor": {"type": "Sequence", "processors": [bytes_, template]},
+        "decoder": {"type": "Sequence", "decoders": [replace, *({"type": d} for d in decoders), strip]},
+    }
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    value["added_tokens"] += [{"id": 320 + k, "content": f"<word {k}>", **token} for k in range(number)]
+    file.write_text(json.dumps(value))
+    begin = time.monotonic()
+    assert open_tokenizer(tmp_path)("red")["input_ids"][0] == 1
+    assert time.monotonic() - begin < 10
+
+
+def test_the_tokenizer_of_another_version_is_not_opened(tmp_path) -> None:
+    tiny.tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"fast_tokenizer_files": ["tokenizer.4.json"]}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: names other tokenizers; fix: "):
+        open_tokenizer(tmp_path)
