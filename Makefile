@@ -40,11 +40,24 @@ help: ## show this list
 	@echo "  PYTEST_ARGS='-k name'   what test passes on to pytest (now: $(PYTEST_ARGS))"
 	@echo "  PIP_ARGS=...            what setup passes on to pip"
 
+# a folder is written to, or removed, only if it is new, empty, or a virtual environment that does not hold this project
+define CHECK_VENV
+refuse() { echo "error: VENV=$(VENV): $$1; name another folder, e.g. make setup VENV=.venv" >&2; exit 2; }; \
+case "$(VENV)" in "") refuse "no folder";; -*|*[[:space:]]*) refuse "a name that starts with - or has a space";; esac; \
+if test -e "$(VENV)" || test -L "$(VENV)"; then \
+	test -d "$(VENV)" || refuse "not a folder"; \
+	test -f "$(VENV)/pyvenv.cfg" || test -z "$$(ls -A "$(VENV)")" || refuse "not a virtual environment (no pyvenv.cfg)"; \
+	case "$$(pwd -P)/" in "$$(cd "$(VENV)" && pwd -P)"/*) refuse "this project is in it";; esac; \
+fi
+endef
+
 setup: $(STAMP) ## make .venv and install everything, pinned; quick when nothing changed
 
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed and was not found; install it or say which: make setup PYTHON=/path/to/python3" >&2; exit 1; }
-	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || \
+	@$(CHECK_VENV)
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		{ rm -rf -- "$(VENV)"; $(PYTHON) -m venv "$(VENV)"; } || \
 		{ echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV): some minutes the first time" >&2
 	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' $(PIP_ARGS)
@@ -99,7 +112,9 @@ lab: setup ## open the notebooks in JupyterLab
 bench: setup ## run every benchmark and append its rows to benchmarks/results/*.csv
 	$(BIN)/python -m benchmarks.run --all
 
+ci: VENV := .venv-ci
 ci: ## all of the above in a fresh environment, as continuous integration does
+	@$(CHECK_VENV)
 	rm -rf .venv-ci
 	$(MAKE) setup VENV=.venv-ci
 	$(MAKE) check VENV=.venv-ci
@@ -110,4 +125,5 @@ lock: setup ## write constraints.txt and environment.yml from pyproject.toml and
 	$(BIN)/python tools/lock.py
 
 clean: ## remove build products, except .venv
-	rm -rf .venv-ci build dist *.egg-info book/_build book/notebooks data/mini data/features runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	test ! -f .venv-ci/pyvenv.cfg || rm -rf .venv-ci
+	rm -rf build dist *.egg-info book/_build book/notebooks data/mini data/features runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -85,6 +86,64 @@ def test_make_lab_starts_as_root(tmp_path: Path, user: str, root: bool) -> None:
     commands = subprocess.run(["make", "-n", "lab"], cwd=ROOT, env=path, capture_output=True, text=True, check=True)
     (line,) = [line for line in commands.stdout.splitlines() if "jupyter lab" in line]
     assert ("--allow-root" in line) is root
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("venv", "reason"),
+    [
+        ("photos", "no pyvenv.cfg"),
+        ("photos/", "no pyvenv.cfg"),
+        ("./x/../photos", "no pyvenv.cfg"),
+        ("link", "no pyvenv.cfg"),
+        ("/", "no pyvenv.cfg"),
+        ("", "no folder"),
+        (".", "this project is in it"),
+        ("..", "this project is in it"),
+        ("photos/a.jpg", "not a folder"),
+        ("nowhere", "not a folder"),
+        ("photos x", "has a space"),
+        ("-rf", "starts with -"),
+    ],
+)
+def test_setup_removes_only_virtual_environments(tmp_path: Path, venv: str, reason: str) -> None:
+    project = tmp_path / "project"
+    for folder in ("photos", "x"):
+        (project / folder).mkdir(parents=True)
+    (project / "link").symlink_to("photos")
+    (project / "nowhere").symlink_to("gone")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, project)
+    for name in ("photos/a.jpg", "pyvenv.cfg", "../pyvenv.cfg"):
+        (project / name).touch()
+    before = sorted(tmp_path.rglob("*"))
+    command = ["make", "setup", f"VENV={venv}", f"PYTHON={sys.executable}"]
+    answer = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith(f"error: VENV={venv}: ")
+    assert reason in answer.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("venv", ["new", "empty", "broken", "link"])
+def test_setup_replaces_a_broken_virtual_environment(tmp_path: Path, venv: str) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("empty", "broken"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to("broken")
+    (tmp_path / "broken" / "pyvenv.cfg").touch()
+    python = tmp_path / "python"  # makes a folder whose Python can do nothing
+    python.write_text(
+        '#!/bin/sh\nmkdir -p "$3/bin" && touch "$3/made" && ln -s "$(command -v false)" "$3/bin/python"\n'
+    )
+    python.chmod(0o755)
+    command = ["make", "setup", f"VENV={venv}", f"PYTHON={python}"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+    assert (tmp_path / venv / "made").exists()
+    assert not (tmp_path / venv / "pyvenv.cfg").exists()
+    assert (tmp_path / "broken" / "pyvenv.cfg").exists() is (venv != "broken")
 
 
 def test_no_other_file_pins_versions() -> None:
