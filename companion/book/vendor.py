@@ -24,8 +24,8 @@ TIMEOUT_S = 120
 FETCH = {
     "npm": "npm pack {spec} --pack-destination {folder} --loglevel=error --prefer-offline --fetch-retries=1 "
     "--fetch-retry-mintimeout=1000 --fetch-retry-maxtimeout=2000 --fetch-timeout=20000",
-    "pip": f"{sys.executable} -m pip download {{spec}} --dest {{folder}} --no-deps --quiet --retries=1 --timeout=20 "
-    "--disable-pip-version-check",
+    "pip": f"{sys.executable} -m pip download {{spec}} --dest {{folder}} --no-deps --only-binary=:all: --quiet "
+    "--retries=1 --timeout=20 --disable-pip-version-check",
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -36,15 +38,23 @@ def no_downloads() -> Iterator[None]:
         _DOWNLOADS.reset(token)
 
 
+@cache
+def _note_request(hub_id: str) -> None:
+    """Say once that the hub is asked for a model, which a checkpoint of others may have named."""
+    sys.stderr.write(f"note: {hub_id} is not a folder here, so the hub is asked for it\n")
+
+
 def model_folder(source: str | Path) -> Path:
     """Return the folder of a model: the source itself, or the local copy of a hub id."""
     folder = user_path(source)
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     local = not _DOWNLOADS.get()
+    if not (local or constants.HF_HUB_OFFLINE) and _HUB_ID.fullmatch(str(source)):
+        _note_request(str(source))
     try:
         patterns = ["*.json", "*.model", "*.jinja", "merges.txt", "*.safetensors"]
         copy = Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=local))

@@ -121,3 +121,14 @@ def test_every_part_is_pinned_by_version_and_checksum() -> None:
             assert part["proof"] in package["files"].values()
             assert len(package["sha256"]) == 64
             assert package["spec"].rpartition("@" if package["tool"] == "npm" else "==")[2][0].isdigit()
+
+
+def test_licenses_are_copied_with_the_scripts() -> None:
+    for part in vendor.load_parts().values():
+        for package in part["packages"]:
+            assert any("LICENSE" in target for target in package["files"].values()), package["spec"]
+    assert vendor.load_parts()["MathJax 3.2.2"]["proof"] == "mathjax/LICENSE"  # older copies are fetched again
+
+
+def test_wheels_are_fetched_without_building() -> None:
+    assert "--only-binary=:all:" in vendor.FETCH["pip"].split()

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from companion.checkpoints.convert import convert
 from companion.checkpoints.inspection import inspect
 from llava_core.checkpoints import load as loading
-from llava_core.checkpoints.base_models import base_hash, no_downloads
+from llava_core.checkpoints.base_models import base_hash, model_folder, no_downloads
 from llava_core.checkpoints.describe import Options
 from llava_core.checkpoints.load import build, load, load_into, save_checkpoint
 from llava_core.checkpoints.open import open_checkpoint
@@ -176,3 +176,22 @@ def test_a_hub_id_is_downloaded_where_that_is_allowed(original, root, suffix, tm
         with pytest.raises(CheckpointError, match="no such file or folder"):
             load(path)
         assert not local
+
+
+def test_hub_is_asked_with_a_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import huggingface_hub
+
+    def snapshot(source: str, **_: object) -> str:
+        raise LocalEntryNotFoundError(source)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for source in ("someone/tower", "someone/tower", "another/tower", "/nowhere/tower"):
+        with pytest.raises(CheckpointError, match="not in the cache"):
+            model_folder(source)
+    with no_downloads(), pytest.raises(CheckpointError, match="not in the cache"):
+        model_folder("third/tower")
+    names = ("someone/tower", "another/tower")
+    assert capsys.readouterr().err == "".join(
+        f"note: {name} is not a folder here, so the hub is asked for it\n" for name in names
+    )
