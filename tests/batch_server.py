@@ -37,12 +37,15 @@ class State:
         choice: fields of every reply's choice, instead of the usual ones.
         refuses: parameters with which a line is refused, as of `chat_server`.
         error: status and body of every line's answer.
+        lines: what is written instead of an executed line, by the last word of its request; ID stands for its id, and
+            LEVELS for 200,000 brackets.
+        answers: what is sent instead of an answer, by the kind of call (`upload`, `create`, `list`, `poll`).
     """
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.folder = folder
         known = {"missing": False, "refuse": "", "most": 10**9, "looks": 1, "ends": [], "faults": {}, "malformed": []}
-        known |= {"stall": "", "lost": 0, "choice": {}, "refuses": [], "error": None}
+        known |= {"stall": "", "lost": 0, "choice": {}, "refuses": [], "error": None, "lines": {}, "answers": {}}
         assert set(options) <= set(known)
         self.options = known | options
         self.files: dict[str, bytes] = {}
@@ -95,6 +98,7 @@ class State:
 
     def execute(self, batch: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         done, failed = [], []
+        texts = {line["custom_id"]: line["body"]["messages"][-1]["content"] for line in lines}
         for number, line in enumerate(lines):
             words = line["body"]["messages"][-1]["content"].split()
             fault = self.options["faults"].get(words[-1])
@@ -114,7 +118,13 @@ class State:
         for name, rows in (("output_file_id", done), ("error_file_id", failed)):
             if rows:
                 batch[name] = f"file-{name}-{batch['id']}"
-                self.files[batch[name]] = b"".join(json.dumps(row).encode() + b"\n" for row in reversed(rows))
+                self.files[batch[name]] = b"".join(self.line(row, texts) + b"\n" for row in reversed(rows))
+
+    def line(self, row: dict[str, Any], texts: dict[str, str]) -> bytes:
+        text: str | None = self.options["lines"].get(texts[row["custom_id"]].split()[-1])
+        if text is None:
+            return json.dumps(row).encode()
+        return text.replace("ID", row["custom_id"]).replace("LEVELS", "[" * 200_000).encode()
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         text = body["messages"][-1]["content"]
@@ -132,8 +142,10 @@ def handler(state: State) -> type[BaseHTTPRequestHandler]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-        def send(self, status: int, body: Any, stalled: bool = False) -> None:
+        def send(self, status: int, body: Any, stalled: bool = False, kind: str = "") -> None:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            if kind in state.options["answers"]:
+                content = state.options["answers"][kind].encode()
             if stalled:
                 time.sleep(30)
             self.send_response(status)
@@ -153,7 +165,7 @@ def handler(state: State) -> type[BaseHTTPRequestHandler]:
                     name = f"file-{len(state.files)}"
                     state.files[name] = part.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n")
                     stalled = state.stalls("upload")
-                self.send(200, {"id": name, "object": "file", "purpose": "batch"}, stalled)
+                self.send(200, {"id": name, "object": "file", "purpose": "batch"}, stalled, "upload")
             else:
                 with state.lock:
                     stalled = state.stalls("create")
@@ -164,7 +176,7 @@ def handler(state: State) -> type[BaseHTTPRequestHandler]:
                     if state.options["lost"] > 0:
                         state.options["lost"] -= 1
                         status, batch = 500, {"error": {"message": "lost", "code": None}}
-                self.send(status, batch, stalled)
+                self.send(status, batch, stalled, "create")
 
         def do_DELETE(self) -> None:
             with state.lock:
@@ -176,19 +188,18 @@ def handler(state: State) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             parts = self.path.partition("?")[0].split("/")[2:]  # after /v1
             with state.lock:
-                if parts[-1] == "content":
-                    stalled = state.stalls("content")
+                kind = "content" if parts[-1] == "content" else "list" if len(parts) == 1 else "poll"
+                stalled = state.stalls(kind)
+                if kind == "content":
                     status, body = 200, state.files[parts[1]]
-                elif len(parts) == 1:
-                    stalled = state.stalls("list")
+                elif kind == "list":
                     status, body = 200, {"object": "list", "data": [*state.batches.values()][::-1], "has_more": False}
                 else:
-                    stalled = state.stalls("poll")
                     batch = state.batches[parts[1]]
                     batch["looks"] += 1
                     ended = batch["looks"] > state.options["looks"]
                     status, body = 200, batch | {"status": batch["end"] if ended else "in_progress"}
-            self.send(status, body, stalled)
+            self.send(status, body, stalled, kind)
 
     return Handler
 

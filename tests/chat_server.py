@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import random
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
+
+from llava_core.runtime import read_jsonl
 
 FAULTS = ("429", "429 seconds", "429 date", "500", "stalled", "truncated", "invalid", "closed")
 STATUS = {"429": 429, "429 seconds": 429, "429 date": 429, "500": 500, "401": 401, "400": 400}
@@ -51,6 +55,10 @@ class Server:
         choice: fields of every reply's choice, instead of the usual ones.
         refuses: parameters with which a request is refused as OpenAI's newer models do.
         error: status and error of every answer.
+        raw: every answer as it is sent: status (200), headers (lines), body (an object or text, in which KEY stands for
+            the authorisation that was sent), repeat (a text and how often it follows), spaces (so many, compressed,
+            before the body), drip (seconds between further bytes, without an end; so many `bytes` at a time) of the
+            `part` head or body.
     """
 
     def __init__(
@@ -66,10 +74,12 @@ class Server:
         choice: dict[str, Any] | None = None,
         refuses: tuple[str, ...] = (),
         error: tuple[int, Any] | None = None,
+        raw: dict[str, Any] | None = None,
     ) -> None:
         self.log, self.faulty, self.faults, self.malformed = log, faulty, tuple(faults), malformed
         self.seconds, self.stall, self.rename_after, self.usage = seconds, stall, rename_after, usage
         self.choice, self.refuses, self.error = choice or {}, refuses, error
+        self.raw = raw
         self.sent: list[list[str]] = []
         self.attempts: Counter[str] = Counter()
         self.billed = self.under_way = self.most_under_way = 0
@@ -91,6 +101,8 @@ class Server:
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
+            if self.raw is not None:
+                return await self._send_raw(writer, head, self.raw)
             return await self._answer(request, writer)
         finally:
             self.under_way -= 1
@@ -141,6 +153,27 @@ class Server:
         await writer.drain()
         return True
 
+    async def _send_raw(self, writer: asyncio.StreamWriter, head: str, raw: dict[str, Any]) -> bool:
+        key = next((line[15:] for line in head.split("\r\n") if line.lower().startswith("authorization:")), "")
+        body = raw.get("body", "")
+        text, count = raw.get("repeat", ("", 0))
+        body = body if isinstance(body, str) else json.dumps(body)
+        content = (body.replace("KEY", key) + text * count).encode("latin-1")
+        lines = [f"HTTP/1.1 {raw.get('status', 200)} X", *raw.get("headers", [])]
+        if "spaces" in raw:
+            content = gzip.compress(b" " * raw["spaces"] + content)
+            lines.append("Content-Encoding: gzip")
+        if "drip" not in raw:
+            lines.append(f"Content-Length: {len(content)}")
+        end = "" if raw.get("part") == "head" else "\r\n"
+        writer.write("\r\n".join([*lines, end]).replace("KEY", key).encode() + content)
+        await writer.drain()
+        while "drip" in raw:
+            writer.write(b"X-More: 1\r\n" if raw.get("part") == "head" else raw.get("bytes", 1) * b" ")
+            await writer.drain()
+            await asyncio.sleep(raw["drip"])
+        return True
+
     async def _send(
         self, writer: asyncio.StreamWriter, status: int, body: bytes, more: str = "", declared: int | None = None
     ) -> bool:
@@ -149,6 +182,37 @@ class Server:
         writer.write(head.encode() + body)
         await writer.drain()
         return True
+
+
+class Running:
+    """The server as a process."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
+        assert process.stdout is not None
+        self.url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+
+    def billed(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.log) if self.log.exists() else []
+
+    def stop(self) -> dict[str, Any]:
+        output: dict[str, Any] = json.loads(self.process.communicate()[0])
+        return output
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **options: Any) -> Iterator[Running]:
+    """Run a server with these arguments of `Server`; its log is in the folder."""
+    words = [sys.executable, __file__, str(folder / "billed.jsonl"), json.dumps(options)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Running(process, folder / "billed.jsonl")
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 async def main(log: Path, options: dict[str, Any]) -> None:

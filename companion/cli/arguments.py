@@ -148,7 +148,7 @@ class Parser(argparse.ArgumentParser):
         self.number("--max-tokens", default, "longest reply, a model's reasoning included")
 
     def timeout(self) -> None:
-        self.option("--timeout", "SECONDS", "without data from the server", type=float, default=120.0)
+        self.option("--timeout", "SECONDS", "without data from the server", type=positive, default=120.0)
 
     def seed(self) -> None:
         self.add_argument("--seed", type=int, default=0, help="for random draws per record")

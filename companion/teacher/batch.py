@@ -7,7 +7,10 @@ requests and its name, which the server stores as metadata: after `kill -9` the 
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
+import re
 import sys
 import threading
 import time
@@ -30,15 +33,20 @@ from companion.teacher.chat import (
     cost_usd,
     price_of,
 )
-from companion.teacher.live import one_line, open_sdk
+from companion.teacher.connection import UnusableAnswerError, one_line, open_sdk
 from companion.teacher.protocol import (
     INVALID_REQUEST,
+    TOO_DEEP,
     Dialect,
+    NoCompletionError,
     RetryableError,
+    error_text,
     left_out,
+    parse_json,
     read_reply,
     retryable,
     same_for_all,
+    unreadable_reply,
 )
 from llava_core.runtime import display_path, progress
 
@@ -48,6 +56,10 @@ TRIES = 3  # batches per request
 CREATIONS = 5  # unconfirmed creations in a row, after which the client gives up
 RETRIES = 2  # of one call of the server
 POLL_RETRIES = 100  # of reading a batch's status: about a quarter of an hour without a connection
+LONGEST_HOURS = 2 * WINDOW_HOURS  # of waiting for a batch
+MOST_LISTED = 10_000  # batches of the server's list, the newest first
+_CUSTOM_ID = re.compile(rb'"custom_id"\s*:\s*"([0-9a-f]{64})"')
+_WRONG_FIELDS = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)  # of an answer
 ENDED = ("completed", "failed", "expired", "cancelled")
 ENQUEUED_LIMIT = "token_limit_exceeded"  # the account may not have so many tokens enqueued
 NO_ENDPOINT = "the server has no batch endpoint (status {}); use the client 'record', which asks one by one"
@@ -154,8 +166,8 @@ class BatchClient:
         name = uuid.uuid4().hex
         with self._errors("uploading a batch", endpoint=True):
             content = b"".join(self._line(request) for request in chosen)
-            file = self._sdk.files.create(file=(f"{name}.jsonl", content), purpose="batch")
-        batch = OpenBatch(name, str(file.id), None, chosen)
+            file = str(self._sdk.files.create(file=(f"{name}.jsonl", content), purpose="batch").id)
+        batch = OpenBatch(name, file, None, chosen)
         self._tape.begin_batch(batch)  # from here on a process that follows a killed one looks for the batch
         return self._create(batch)
 
@@ -172,7 +184,7 @@ class BatchClient:
             if chosen and (full or request.model != missing[0].model):  # the endpoint takes one model per file
                 break
             left -= self._most(request)
-            if left < 0:
+            if not left >= 0:  # nor if the budget is NaN
                 break
             chosen[request.key] = request
         if missing and not chosen:
@@ -197,15 +209,17 @@ class BatchClient:
                 self._tape.end_batch(batch, "refused")
                 with self._errors("creating a batch", endpoint=True):
                     raise
-            time.sleep(self.poll / 60)
-            return batch
+        except (*_WRONG_FIELDS, UnusableAnswerError):
+            pass
+        time.sleep(self.poll / 60)
+        return batch
 
     def _find(self, batch: OpenBatch) -> str | None:
         """The id of an unconfirmed batch in the server's list; after None the server cannot create it any more."""
         for last in (False, True):
             with self._errors("listing the batches", endpoint=True):
-                for known in self._sdk.batches.list(limit=100):
-                    if (known.metadata or {}).get("llava_batch") == batch.name:
+                for known in itertools.islice(self._sdk.batches.list(limit=100), MOST_LISTED):
+                    if _metadata(known).get("llava_batch") == batch.name:
                         return self._note(batch, known.id)
             if not last:
                 # a creation that the server has not handled yet fails without its file
@@ -214,7 +228,9 @@ class BatchClient:
                 time.sleep(self.poll / 60)
         return None
 
-    def _note(self, batch: OpenBatch, batch_id: str) -> str:
+    def _note(self, batch: OpenBatch, batch_id: Any) -> str:
+        if not isinstance(batch_id, str) or not batch_id.isprintable():
+            raise ServerError(f"the server gives the batch the id {one_line(batch_id)}, which is no name; {RESTART}")
         self._tape.note_batch(replace(batch, id=batch_id))
         most = sum(self._most(request) for request in batch.requests)
         text = f"batch {batch_id}: {len(batch.requests)} requests, at most {most:.2f} USD, within {WINDOW_HOURS} hours"
@@ -222,29 +238,35 @@ class BatchClient:
         return batch_id
 
     def _wait(self, batch_id: str, bar: Any) -> Any:
-        wait, before = self.poll / 60, bar.n
-        while True:
+        wait, before, end = self.poll / 60, bar.n, time.monotonic() + LONGEST_HOURS * 3600
+        while time.monotonic() < end:
             with self._errors(f"batch {batch_id}"):
                 batch = self._sdk.with_options(max_retries=POLL_RETRIES).batches.retrieve(batch_id)
-            counts = batch.request_counts
-            done, failed = (counts.completed, counts.failed) if counts else (0, 0)
-            bar.n = before + done
-            bar.set_postfix_str(f"{batch.status}, {done} answered, {failed} failed", refresh=True)
+                counts = batch.request_counts
+                done, failed = (int(counts.completed), int(counts.failed)) if counts else (0, 0)
+                bar.n = before + done
+                bar.set_postfix_str(f"{one_line(batch.status)}, {done} answered, {failed} failed", refresh=True)
             if batch.status in ENDED:
                 return batch
             time.sleep(wait)
             wait = min(1.5 * wait, self.poll)
+        raise ServerError(f"batch {batch_id} has not ended in {LONGEST_HOURS} hours; {RESTART}")
 
     @contextlib.contextmanager
     def _errors(self, what: str, endpoint: bool = False) -> Iterator[None]:
+        what = one_line(what)
         try:
             yield
         except self._openai.APIStatusError as error:
             if endpoint and error.status_code in (404, 405, 501):
                 raise ServerError(NO_ENDPOINT.format(error.status_code)) from error
             raise ServerError(f"{what}: status {error.status_code}: {one_line(error)}") from error
-        except self._openai.OpenAIError as error:
+        except (self._openai.OpenAIError, UnusableAnswerError) as error:
             raise ServerError(f"{what}: {one_line(error)}; {RESTART}") from error
+        except _WRONG_FIELDS as error:
+            raise ServerError(
+                f"{what}: the answer is not one of OpenAI's API ({one_line(error)}); {RESTART}"
+            ) from error
 
     def _collect(self, batch: OpenBatch, ended: Any, tries: Counter[str]) -> None:
         """Record the results of a batch; requests without one stay missing, in at most `TRIES` batches.
@@ -253,7 +275,7 @@ class BatchClient:
         """
         if ended.status == "failed":
             return self._failed(batch, ended)
-        sent, kind = self._dialect.body(batch.requests[0]), (ended.metadata or {}).get("kind", "batch")
+        sent, kind = self._dialect.body(batch.requests[0]), one_line(_metadata(ended).get("kind", "batch"))
         useless: ChatError | None = None
         waiting = {request.key: request for request in batch.requests}
         replies: list[tuple[ChatRequest, ChatReply]] = []
@@ -264,7 +286,7 @@ class BatchClient:
                 continue
             status, refused = _refusal(line)
             if self._dialect.learn(request.model, sent, status, refused):
-                failures.append((request, f"status {status}: {json.dumps(refused)}", 0.0, False))
+                failures.append((request, f"status {status}: {one_line(error_text(refused))}", 0.0, False))
                 continue
             try:
                 reply = _read_line(line, request, self._price(request))
@@ -279,7 +301,7 @@ class BatchClient:
         for request in waiting.values():
             # a completed batch may have billed requests that its files do not list
             doubtful = self._most(request) if ended.status == "completed" else 0.0
-            why = f"batch {ended.id} ended as {ended.status} without it"
+            why = f"batch {one_line(ended.id)} ended as {ended.status} without it"
             failures.append(self._try_again(request, why, doubtful, tries))
         self._tape.end_batch(batch, ended.status, replies, failures)
         self._new |= {request.key for request, _ in replies}
@@ -289,20 +311,21 @@ class BatchClient:
 
     def _failed(self, batch: OpenBatch, ended: Any) -> None:
         self._tape.end_batch(batch, ended.status)
-        errors = (ended.errors.data if ended.errors else None) or []
-        if any(error.code == ENQUEUED_LIMIT for error in errors) and len(batch.requests) > 1:
+        names = ("message", "param", "code", "line")
+        with self._errors(f"batch {ended.id}"):
+            data = list(ended.errors.data or ()) if ended.errors else []
+            errors = [{name: getattr(error, name, None) for name in names} for error in data]
+        if any(error["code"] == ENQUEUED_LIMIT for error in errors) and len(batch.requests) > 1:
             self.most_requests = len(batch.requests) // 2
             note = f"the account may not have so many tokens enqueued; next: {self.most_requests} requests"
-            print(f"note: batch {ended.id}: {note}", file=sys.stderr)
+            print(f"note: batch {one_line(ended.id)}: {note}", file=sys.stderr)
             return
         sent = self._dialect.body(batch.requests[0])
-        refused = [{"message": e.message, "param": e.param, "code": e.code} for e in errors]
-        if any(self._dialect.learn(batch.requests[0].model, sent, INVALID_REQUEST[0], error) for error in refused):
+        if any(self._dialect.learn(batch.requests[0].model, sent, INVALID_REQUEST[0], error) for error in errors):
             return
-        why = "; ".join(f"{f'line {e.line}: ' if e.line else ''}{e.message} ({e.code})" for e in errors[:3])
-        raise ServerError(
-            f"batch {ended.id}: the server refused its file and billed nothing: {why or 'it gave no reason'}"
-        )
+        lines = [(f"line {e['line']}: " if e["line"] else "") + f"{e['message']} ({e['code']})" for e in errors[:3]]
+        why = one_line("; ".join(lines) or "it gave no reason")
+        raise ServerError(f"batch {one_line(ended.id)}: the server refused its file and billed nothing: {why}")
 
     def _try_again(self, request: ChatRequest, why: str, doubtful: float, tries: Counter[str]) -> Failure:
         tries[request.key] += 1
@@ -316,12 +339,23 @@ class BatchClient:
         for file in filter(None, (ended.output_file_id, ended.error_file_id)):
             with self._errors(f"batch {ended.id}: reading its file {file}"):
                 content = self._sdk.files.content(file).content
-            for number, line in enumerate(content.splitlines(), start=1):
+            for number, line in enumerate(io.BytesIO(content), start=1):
                 try:
-                    yield dict(json.loads(line))
+                    row = parse_json(line) if line.strip() else None
                 except ValueError as error:  # it may be a paid reply: another request could be paid twice
-                    where = f"{display_path(self._tape.path)}: batch {ended.id}, file {file}, line {number}"
+                    where = (
+                        f"{display_path(self._tape.path)}: {one_line(f'batch {ended.id}, file {file}')}, line {number}"
+                    )
                     raise ServerError(f"{where}: no JSON object; {RESTART}") from error
+                except RecursionError:
+                    name = _CUSTOM_ID.search(line)
+                    row = {"custom_id": name and name[1].decode(), "response": {"status_code": 200}, "unreadable": True}
+                if isinstance(row, dict):
+                    yield row
+
+
+def _metadata(batch: Any) -> dict[str, Any]:
+    return batch.metadata if isinstance(getattr(batch, "metadata", None), dict) else {}
 
 
 def _refusal(line: dict[str, Any]) -> tuple[int | None, Any]:
@@ -329,16 +363,22 @@ def _refusal(line: dict[str, Any]) -> tuple[int | None, Any]:
     response = line.get("response")
     if not isinstance(response, dict):
         return None, line.get("error")
-    body = response.get("body")
-    return response.get("status_code"), line.get("error") or (isinstance(body, dict) and body.get("error")) or body
+    body, status = response.get("body"), response.get("status_code")
+    error = line.get("error") or (isinstance(body, dict) and body.get("error")) or body
+    return status if isinstance(status, int) else None, error
 
 
 def _read_line(line: dict[str, Any], request: ChatRequest, price: Price) -> ChatReply:
+    if line.get("unreadable"):
+        return unreadable_reply(request, price, TOO_DEEP)
     status, error = _refusal(line)
     if status == 200:
-        return read_reply(json.dumps(line["response"].get("body")).encode(), request, price)
+        try:
+            return read_reply(line["response"].get("body"), request, price)
+        except NoCompletionError as wrong:
+            return unreadable_reply(request, price, str(wrong))
     fields = error if isinstance(error, dict) else {"message": error}
-    why = f"{f'status {status}' if status else fields.get('code')}: {fields.get('message') or json.dumps(error)}"
+    why = f"{f'status {status}' if status else fields.get('code')}: {fields.get('message') or error_text(error)}"
     if status is None or retryable(status):
-        raise RetryableError(why)
-    raise ChatError(f"model '{request.model}': {why}")
+        raise RetryableError(one_line(why))
+    raise ChatError(f"model '{request.model}': {one_line(why)}")

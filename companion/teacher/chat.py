@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,8 @@ class ChatRequest:
             "temperature": float(self.temperature),
             "max_tokens": int(self.max_tokens),
         }
-        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return valid_unicode(text)
 
     @cached_property
     def key(self) -> str:
@@ -70,7 +72,7 @@ class ChatRequest:
 
     def most_tokens(self) -> tuple[int, int]:
         """Return upper bounds of prompt and reply tokens: a token is at least one byte of UTF-8."""
-        return sum(len(m["content"].encode()) + 16 for m in self.messages) + 16, self.max_tokens
+        return sum(len(m["content"].encode(errors="replace")) + 16 for m in self.messages) + 16, self.max_tokens
 
     def expected_tokens(self) -> tuple[int, int]:
         """Return estimated prompt and reply tokens, from the usual length of an English token."""
@@ -120,13 +122,20 @@ class ChatClient(Protocol):
 
 
 def price_of(model: str, prices: Mapping[str, Price] = PRICES, price: Price | None = None) -> Price:
-    """Return `price` or the listed one, USD per million tokens; ConfigError if there is neither."""
+    """Return `price` or the listed one, USD per million tokens; ConfigError if there is neither, or no such number."""
     listed = price or prices.get(model)
     if listed is None:
         raise ConfigError(
             f"{unknown('price of model', model, prices)}; give --price PROMPT,REPLY, the USD per million tokens"
         )
+    if not all(0 <= usd < math.inf for usd in listed):
+        raise ConfigError(f"price {listed}: give two finite numbers of at least 0, the USD per million tokens")
     return listed
+
+
+def valid_unicode(text: str) -> str:
+    """Return a text with a question mark for each half of a character, which no file in UTF-8 can hold."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def cost_usd(tokens: tuple[int, int], price: Price) -> float:

@@ -18,11 +18,19 @@ from companion.teacher.chat import (
     cost_usd,
     price_of,
 )
-from companion.teacher.protocol import Dialect, RetryableError, left_out, read_reply, retryable, same_for_all
-from llava_core.runtime import ConfigError
+from companion.teacher.connection import UnusableAnswerError, one_line, open_sdk
+from companion.teacher.protocol import (
+    Dialect,
+    NoCompletionError,
+    RetryableError,
+    left_out,
+    read_reply,
+    retryable,
+    same_for_all,
+    unreadable_reply,
+)
 
 CONCURRENCY = 8
-NO_SDK = "a live teacher needs the package openai: pip install 'llava-core[live]'"
 
 
 class _NotSent(BaseException):
@@ -31,23 +39,6 @@ class _NotSent(BaseException):
     def __init__(self, error: ChatError) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-def open_sdk(
-    base_url: str | None, api_key: str | None, timeout: float, max_retries: int, **hooks: list[Any]
-) -> tuple[Any, Any]:
-    """Return the openai package and its client; ConfigError without the package or a key."""
-    try:
-        import openai
-    except ModuleNotFoundError as error:
-        raise ConfigError(NO_SDK) from error
-    settings: dict[str, Any] = {"timeout": timeout, "max_retries": max_retries}
-    if hooks:
-        settings["http_client"] = openai.DefaultHttpxClient(event_hooks=hooks)
-    try:
-        return openai, openai.OpenAI(base_url=base_url, api_key=api_key, **settings)
-    except openai.OpenAIError as error:
-        raise ConfigError(f"the openai SDK: {one_line(error)}") from error
 
 
 @dataclass
@@ -65,8 +56,9 @@ class LiveClient:
     """Client of a server with the chat-completions protocol; every reply is paid.
 
     The openai SDK repeats attempts that failed with status 408, 409, 429 or 5xx, with a timeout or with a broken
-    connection, after the server's `Retry-After` or with exponential backoff. A body that is no chat completion is
-    requested again, too. An attempt that the server may have billed counts with the most that it can cost.
+    connection, after the server's `Retry-After` of at most two minutes or with exponential backoff. A body that is no
+    JSON is requested again, too. An attempt that the server may have billed counts with the most that it can cost. An
+    answer that is no chat completion or too large is recorded with this cost and without text.
 
     The first request of a model is answered before others are sent: a parameter that the server does not take is
     learned once (`protocol.Dialect`), and a refusal that holds for all requests is met once.
@@ -75,7 +67,8 @@ class LiveClient:
         base_url: another compatible server; OpenAI's when None.
         api_key: taken from the environment (`OPENAI_API_KEY`) when None.
         price: USD per million tokens of prompt and reply, for a model that `PRICES` does not list.
-        timeout: seconds without a byte from the server, after which an attempt has failed.
+        timeout: seconds without a byte from the server, after which an attempt has failed; also after three times as
+            long in all.
         budget_usd: send nothing that could exceed it, with all that the cassette holds; None for no limit.
         cassette: records replies and attempts; a temporary one when None.
 
@@ -94,8 +87,8 @@ class LiveClient:
         concurrency: int = CONCURRENCY,
         cassette: Cassette | None = None,
     ) -> None:
-        hooks: dict[str, list[Any]] = {"request": [self._before_attempt], "response": [self._after_answer]}
-        self._openai, self._sdk = open_sdk(base_url, api_key, timeout, retries, **hooks)
+        hooks = self._before_attempt, self._after_answer
+        self._openai, self._sdk = open_sdk(base_url, api_key, timeout, retries, *hooks)
         self.price, self.timeout, self.retries, self.concurrency = price, timeout, retries, concurrency
         self.budget_usd, self.cassette = budget_usd, Cassette(None) if cassette is None else cassette
         self._stopped, self._changed, self._under_way = threading.Event(), threading.Condition(), 0
@@ -147,6 +140,8 @@ class LiveClient:
         while call.attempts <= self.retries:
             try:
                 return replace(read_reply(self._create(call), call.request, price), kind=call.kind)
+            except (NoCompletionError, UnusableAnswerError) as error:
+                return replace(unreadable_reply(call.request, price, str(error)), kind=call.kind)
             except RetryableError as error:
                 why = str(error)
         raise self._no_reply(call, why)
@@ -212,7 +207,3 @@ class LiveClient:
             with self._changed:
                 self._under_way -= 1
                 self._changed.notify_all()
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import threading
@@ -11,7 +10,8 @@ from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from companion.teacher.chat import ChatReply, ChatRequest, Price, ServerError, cost_usd
+from companion.teacher.chat import ChatReply, ChatRequest, Price, ServerError, cost_usd, valid_unicode
+from companion.teacher.connection import one_line
 from companion.teacher.reasoning import without_reasoning
 
 FATAL_STATUS = (401, 402, 403, 404, 405, 410)  # every other request would get the same answer
@@ -44,10 +44,16 @@ FINISHED = (
 CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")
 NOT_REPORTED = "not reported"  # by a server without `finish_reason`
 ONLY_REASONING = "reasoning without a reply"
+TOO_DEEP = "JSON of too many levels"
+MOST_TOKENS = 10**7  # of a request and of a reply, above the context of every model
 
 
 class RetryableError(Exception):
     """An attempt failed for a reason that may not hold for the next one."""
+
+
+class NoCompletionError(RetryableError):
+    """A body with status 200 is JSON, but neither a chat completion nor an error: it may be paid."""
 
 
 class Dialect:
@@ -87,7 +93,7 @@ def _refused_parameter(sent: Collection[str], status: int | None, error: Any) ->
     """The parameter that the error names, unless only its size is wrong."""
     if status not in INVALID_REQUEST:
         return None
-    text = _text(error)
+    text = error_text(error)
     named = [name for name in SETTINGS if name in sent and name in text]
     first = min(named, key=text.find, default=None)
     if isinstance(error, Mapping) and error.get("param") in named:
@@ -95,8 +101,8 @@ def _refused_parameter(sent: Collection[str], status: int | None, error: Any) ->
     return first if _UNKNOWN.search(text) or not _LIMIT.search(text) else None
 
 
-def _text(error: Any) -> str:
-    """An error as text, without the request that some servers repeat in it."""
+def error_text(error: Any) -> str:
+    """Return an error as text, without the request that some servers repeat in it."""
 
     def without_input(part: Any) -> Any:
         if isinstance(part, list):
@@ -105,17 +111,20 @@ def _text(error: Any) -> str:
             return {name: without_input(value) for name, value in part.items() if name != "input"}
         return part
 
-    return json.dumps(without_input(error), default=str)
+    try:
+        return json.dumps(without_input(error), default=str)
+    except RecursionError:
+        return TOO_DEEP
 
 
 def same_for_all(status: int | None, error: Any) -> bool:
     """Whether a refusal holds for every request: wrong key, unknown model, exhausted quota, unsupported parameter."""
     code, param = (error.get("code"), error.get("param")) if isinstance(error, Mapping) else (None, None)
-    if status in FATAL_STATUS or code == "insufficient_quota":
+    if status in FATAL_STATUS or code == "insufficient_quota" or 300 <= (status or 0) < 400:
         return True
     if status not in INVALID_REQUEST:
         return False
-    text = _text(error)
+    text = error_text(error)
     setting = param in SETTINGS and "context" not in text  # a prompt may leave less room in the model's context
     unsupported = _refused_parameter(SETTINGS, status, error) is not None
     return param == "model" or setting or unsupported or bool(_FOR_ALL.search(text))
@@ -126,48 +135,82 @@ def retryable(status: int) -> bool:
     return status in (408, 409, 429) or status >= 500
 
 
-def read_reply(body: bytes, request: ChatRequest, price: Price) -> ChatReply:
-    """Return the reply in the body of a response with status 200.
-
-    The text is without reasoning. `finish_reason` says why it is not a whole reply: the server's reason, `refusal`,
-    `ONLY_REASONING`, or a part of the content that is no text.
+def parse_json(text: str | bytes) -> Any:
+    """Return JSON as a server writes it: with line breaks in texts, bytes that are no UTF-8, numbers of any length.
 
     Raises:
-        RetryableError: it is no chat completion.
+        ValueError: it is no JSON.
+        RecursionError: it has more levels than Python's parser reads.
+    """
+    text = text if isinstance(text, str) else text.decode("utf-8-sig", errors="replace")
+    # Python converts integers of at most 4300 digits
+    return json.loads(text, strict=False, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
+
+
+def read_reply(body: Any, request: ChatRequest, price: Price) -> ChatReply:
+    """Return the reply in the body of a response with status 200, as bytes or parsed.
+
+    The text is without reasoning. `finish_reason` says why it is not a whole reply: the server's reason, `refusal`,
+    `ONLY_REASONING`, a part of the content that is no text, or that the body cannot be read.
+
+    Raises:
+        RetryableError: it is no chat completion; a NoCompletionError if the server may have billed it.
         ServerError: it is an error that every other request would get.
     """
+    start = body[:300] if isinstance(body, bytes) else error_text(body)[:300]
     try:
-        answer: Any = json.loads(body)
+        answer = parse_json(body) if isinstance(body, bytes) else body
         if isinstance(answer, dict) and answer.get("error") and not answer.get("choices"):
             refused = answer["error"]
             status = refused.get("code") if isinstance(refused, dict) else None
             if same_for_all(status if isinstance(status, int) else INVALID_REQUEST[0], refused):
-                raise ServerError(f"model '{request.model}': {json.dumps(refused)}")
+                raise ServerError(f"model '{request.model}': {one_line(error_text(refused))}")
+            raise RetryableError(f"not a chat completion: {start!r}")
         choice = answer["choices"][0]
         message, reason = choice.get("message"), choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise RetryableError(f"not a chat completion: {body[:300]!r} ({type(error).__name__})") from error
-    if not isinstance(message, dict):
-        message = {"content": choice.get("text")}
+        if not isinstance(message, dict):
+            message = {"content": choice.get("text")}
+        return _reply(message, reason, answer, request, price)
+    except RecursionError:
+        return unreadable_reply(request, price, TOO_DEEP)
+    except ValueError as error:
+        raise RetryableError(f"not a chat completion: {start!r} ({error})") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise NoCompletionError(f"not a chat completion: {start!r} ({type(error).__name__})") from error
+
+
+def unreadable_reply(request: ChatRequest, price: Price, why: str) -> ChatReply:
+    """Return a reply without text, at the highest cost that it can have: it is paid, so it is not asked for again."""
+    tokens, date = request.most_tokens(), datetime.now(UTC).isoformat(timespec="seconds")
+    return ChatReply("", request.model, *tokens, cost_usd(tokens, price), f"unreadable: {why}", *price, date)
+
+
+def _reply(
+    message: Mapping[str, Any], reason: Any, answer: Mapping[str, Any], request: ChatRequest, price: Price
+) -> ChatReply:
     text, reasoning, wrong = _content(message.get("content"))
     reasoning += "".join(str(message.get(name) or "") for name in ("reasoning_content", "reasoning", "thinking"))
-    prompt, completion = _tokens(answer.get("usage"))
+    usage = answer.get("usage")
     if not reason:
+        completion = _count(usage, 0, "completion_tokens", "output_tokens")
         reason = "length" if completion >= request.max_tokens else NOT_REPORTED
-    tokens = prompt or request.expected_tokens()[0], completion or round(len(text + reasoning) / 4) + 1
-    if not text.isascii() and (unicode := text.encode(errors="replace").decode()) != text:
+    tokens = (
+        _count(usage, request.expected_tokens()[0], "prompt_tokens", "input_tokens"),
+        _count(usage, round(len(text + reasoning) / 4) + 1, "completion_tokens", "output_tokens"),
+    )
+    if (unicode := valid_unicode(text)) != text:
         text, wrong = unicode, "half of a character"
     if isinstance(message.get("refusal"), str) and message["refusal"]:
-        text, wrong = text or message["refusal"], "refusal"
+        text, wrong = text or valid_unicode(message["refusal"]), "refusal"
     without = without_reasoning(text)
     if without is None or (reasoning and not text.strip()):
         wrong = wrong or ONLY_REASONING
     if wrong and is_finished(str(reason)):
         reason = wrong
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    model = str(answer.get("model") or request.model)
+    model = one_line(answer.get("model") or request.model)
     text = text if without is None else without
-    return ChatReply(text, model, *tokens, cost_usd(tokens, price), str(reason), *price, date)
+    return ChatReply(text, model, *tokens, cost_usd(tokens, price), one_line(reason), *price, date)
 
 
 def is_finished(reason: str) -> bool:
@@ -197,11 +240,11 @@ def _content(content: Any) -> tuple[str, str, str]:
     return "".join(texts), "".join(reasoning), wrong
 
 
-def _tokens(usage: Any) -> tuple[int, int]:
-    """Tokens of prompt and completion; 0 where the server does not count them."""
-
-    def count(*names: str) -> int:
-        values: list[Any] = [usage.get(name) for name in names] if isinstance(usage, Mapping) else []
-        return next((int(v) for v in values if type(v) in (int, float) and math.isfinite(v) and v > 0), 0)
-
-    return count("prompt_tokens", "input_tokens"), count("completion_tokens", "output_tokens")
+def _count(usage: Any, estimate: int, *names: str) -> int:
+    """Tokens as the server counts them; our estimate where it reports no possible number or less than half of it."""
+    values: list[Any] = [usage.get(name) for name in names] if isinstance(usage, Mapping) else []
+    for value in values:
+        whole = type(value) is int or (type(value) is float and value.is_integer())
+        if whole and max(1, estimate / 2) <= value <= MOST_TOKENS:
+            return int(value)
+    return estimate

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_NAME = r"(?:[\w:.-]*(?:think|thought|reason|reflect|scratch_?pad|monologue|deliberat|analys)[\w:.-]*|cot)"
+# repetitions are bounded: a long text without an end must not be searched from each of its letters
+_NAME = r"(?:[\w:.-]{0,30}(?:think|thought|reason|reflect|scratch_?pad|monologue|deliberat|analys)[\w:.-]{0,30}|cot)"
 _LT, _GT = "(?:<|&lt;)", "(?:>|&gt;)"
 _TAG = re.compile(
     # DeepSeek-R1, QwQ and others; Sky-T1 and Cohere; Magistral; Kimi-VL; Gemma; Granite; Ollama's terminal
@@ -16,11 +17,14 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _BLOCK = re.compile(
-    rf"\A\s*(?:<details[^<>]*reasoning[^<>]*>(?:.*?</details>|.*)|```{_NAME}\s(?:.*?```|.*)|{_LT}{_NAME}\s*/{_GT})",
+    r"\A\s*(?:<details[^<>]{0,200}reasoning[^<>]{0,200}>(?:.*?</details>|.*)"
+    rf"|```{_NAME}\s(?:.*?```|.*)|{_LT}{_NAME}\s*/{_GT})",
     re.IGNORECASE | re.DOTALL,
 )
 LABEL = re.compile(r"\W*(?:my )?(?:thoughts?|thinking|reasoning|analysis)(?: process)?\W*:", re.IGNORECASE)
-_ANSWER_LABEL = re.compile(r"\n\W*(?:(?:my|the|final) )+(?:answer|response|reply|text)\W*:", re.IGNORECASE)
+_ANSWER_LABEL = re.compile(
+    r"\n\W{0,20}(?:(?:my|the|final) ){1,3}(?:answer|response|reply|text)\W{0,20}:", re.IGNORECASE
+)
 _CHANNEL, _END_OF_MESSAGE = "<|channel|>", re.compile(r"<\|(?:end|return|call)\|>")  # gpt-oss
 _FINAL = re.compile(r"<\|channel\|>\s*final\s*(?:<\|constrain\|>\s*\w+\s*)?(?:<\|message\|>)?", re.IGNORECASE)
 _BARE_CHANNEL, _BARE_FINAL = re.compile(r"\s*analysis(?=[A-Z\"'])"), "assistantfinal"  # the same without special tokens

@@ -204,6 +204,50 @@ def test_budget_bounds_every_batch(tmp_path: Path) -> None:
         assert own.cost_usd == pytest.approx(0.002)
 
 
+# ------------------------------------------------------------------------------------------------ hostile answers
+
+CHOICES = '"choices": [{"finish_reason": "stop", "message": {"content": "A man."}}]'
+BODIES = {
+    "usage beyond 64 bits": f'{{{CHOICES}, "usage": {{"prompt_tokens": {2**70}}}}}',
+    "negative usage": f'{{{CHOICES}, "usage": {{"prompt_tokens": -9, "completion_tokens": -Infinity}}}}',
+    "half of a character": f'{{{CHOICES}, "model": "\\ud83d"}}',
+    "levels": "LEVELS",
+    "other types": '{"choices": 7, "usage": "no"}',
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_paid_line_is_recorded_once_whatever_it_is(tmp_path: Path, name: str) -> None:
+    requests = ask("a car", "a bus", "two vans", max_tokens=50)
+    line = f'{{"custom_id": "ID", "response": {{"status_code": 200, "body": {BODIES[name]}}}}}'
+    with serving(tmp_path, lines={"bus": line, "vans": line}) as server:
+        for _ in range(2):
+            replies = [reply for reply in batch_client(tmp_path, server).prefetch(requests) if reply]
+            assert [reply.text for reply in replies[1:]] == 2 * ["A man." if "A man." in line else ""]
+        assert set(server.billed().values()) == {1}
+    price = PRICES["gpt-4-0314"][0] / 2, PRICES["gpt-4-0314"][1] / 2
+    assert all(reply.cost_usd >= cost_usd((requests[1].expected_tokens()[0], 2), price) for reply in replies)
+
+
+def test_lines_without_a_request_are_left_out(tmp_path: Path) -> None:
+    with serving(tmp_path, lines={"bus": "[7]", "van": '{"custom_id": ["ID"]}', "cab": ""}) as server:
+        replies = batch_client(tmp_path, server).prefetch(ask("a car", "a bus", "a van", "a cab"))
+        assert [reply is not None for reply in replies] == [True, False, False, False]
+        assert server.events()["create"] == 3
+
+
+@pytest.mark.parametrize("kind", ["upload", "poll", "list"])
+@pytest.mark.parametrize(
+    "answer", ['"no"', "[7]", "null", '{"id": [], "data": 7, "status": 1, "request_counts": "x"}', "{", "[" * 2000]
+)
+def test_answers_of_other_types_are_errors_of_the_server(tmp_path: Path, kind: str, answer: str) -> None:
+    with serving(tmp_path, answers={kind: answer} | ({"create": answer} if kind == "list" else {})) as server:
+        with pytest.raises(ServerError) as caught:
+            batch_client(tmp_path, server).prefetch(ask("a car"))
+        assert str(caught.value).isprintable()
+        assert server.billed().total() <= 1
+
+
 # ------------------------------------------------------------------------------------------------ generation
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cassette_processes import annotated_images, locked_cassette, start_recording, write_annotations
+from chat_server import Running, serving
 
 from companion import cli
 from companion.teacher.cassette import Cassette
@@ -31,38 +29,6 @@ pytest.importorskip("openai", reason="the live teacher speaks through the openai
 
 PRICE = PRICES["gpt-4-0314"]
 QUICK: dict[str, Any] = {"api_key": "none", "timeout": 5.0}
-
-
-class Running:
-    """The server as a process."""
-
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self.process, self.log = process, log
-        assert process.stdout is not None
-        self.url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
-
-    def billed(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.log) if self.log.exists() else []
-
-    def stop(self) -> dict[str, Any]:
-        output: dict[str, Any] = json.loads(self.process.communicate()[0])
-        return output
-
-
-@contextlib.contextmanager
-def serving(folder: Path, **options: Any) -> Iterator[Running]:
-    program = [sys.executable, str(Path(__file__).parents[2] / "chat_server.py"), str(folder / "billed.jsonl")]
-    process = subprocess.Popen(
-        [*program, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        yield Running(process, folder / "billed.jsonl")
-    finally:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
 
 
 def ask(text: str = "one", **settings: Any) -> ChatRequest:
