@@ -22,8 +22,9 @@ from companion.data_tools.expansion import expand, load_instructions
 from companion.data_tools.layouts import KNOWN_COLUMNS, RowError, answer_of, history_of, question_of, turns_of
 from companion.data_tools.repair import repair_record, write_parquet
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.instruct import FORMATS, Problem, Record, begins_json, import_pyarrow, read_records, rows_of
+from llava_core.data.instruct import FORMATS, Problem, Record, read_records
 from llava_core.data.media import first_of, names_images, unread_fields
+from llava_core.data.tables import read_table
 from llava_core.registry import unknown
 from llava_core.runtime import (
     DataError,
@@ -372,7 +373,6 @@ def _csv_lines(source: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_datasets(source: Path, options: _Options) -> _Source:
     """A folder of `save_to_disk`: arrow streams that `state.json` lists."""
     source = _split_folder(source, options.split)
-    arrow, ipc = import_pyarrow(), import_pyarrow("ipc")
     state = read_json(source / "state.json")
     try:
         files = [source / entry["filename"] for entry in state["_data_files"]]
@@ -385,20 +385,13 @@ def _read_datasets(source: Path, options: _Options) -> _Source:
         raise DataError(
             f"{display_path(source)}: the rows are chosen by an index; call flatten_indices() and save it again"
         )
+    if not files:
+        raise DataError(f"{display_path(source)}: the data set has no rows")
     for file in files:
         if file.parent != source or not file.is_file():
             raise DataError(f"{display_path(file)}: named in state.json but missing; copy the complete folder again")
 
-    def batches() -> Iterator[tuple[Path, Any]]:
-        for file in files:
-            try:
-                with arrow.memory_map(str(file)) as mapped, ipc.open_stream(mapped) as stream:
-                    for batch in stream:
-                        yield file, batch
-            except (OSError, arrow.ArrowException) as error:
-                raise DataError(f"{display_path(file)}: damaged ({error}); copy or save the data set again") from error
-
-    return _read_batches(source, options, batches)
+    return _read_tables(files, source, options)
 
 
 def _split_folder(source: Path, split: str | None) -> Path:
@@ -420,48 +413,25 @@ def _split_folder(source: Path, split: str | None) -> Path:
 def _read_parquet(source: Path, options: _Options) -> _Source:
     if options.split:
         raise DataError(f"{display_path(source)}: a parquet file has no splits; leave --split out")
-    arrow, parquet = import_pyarrow(), import_pyarrow("parquet")
-
-    def batches() -> Iterator[tuple[Path, Any]]:
-        try:
-            with parquet.ParquetFile(source) as file:
-                for batch in file.iter_batches(batch_size=256):
-                    yield source, batch
-        except (OSError, arrow.ArrowException) as error:
-            what = (
-                "JSON text; name it .json or .jsonl" if begins_json(source) else f"or damaged ({error}); get it again"
-            )
-            raise DataError(f"{display_path(source)}: no parquet, {what}") from error
-
-    return _read_batches(source, options, batches)
+    return _read_tables([source], source, options)
 
 
-def _read_batches(source: Path, options: _Options, batches: Callable[[], Iterator[tuple[Path, Any]]]) -> _Source:
-    first = next(batches(), None)
-    if first is None:
-        raise DataError(f"{display_path(source)}: the data set has no rows")
-    chosen = _choose_columns(options.columns, first[1].schema.names, source)
-    kind = first[1].schema.field(chosen["image"]).type if "image" in chosen else None
-    types = import_pyarrow("types")
-    if kind is not None and (types.is_list(kind) or types.is_large_list(kind)):
-        kind = kind.value_type
-    holds_bytes = kind is not None and (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+def _read_tables(files: list[Path], source: Path, options: _Options) -> _Source:
+    columns, table = read_table(files)
+    chosen = _choose_columns(options.columns, list(columns), source)
+    holds_bytes = columns.get(chosen.get("image", ""), False)
     default = options.out.parent / "images" if holds_bytes else source if source.is_dir() else source.parent
     folder = options.images or default
     if holds_bytes:
         folder.mkdir(parents=True, exist_ok=True)
 
     def rows() -> Iterator[_Row]:
-        number = 0
-        for file, batch in batches():
-            for start in range(0, batch.num_rows, 64):  # the bytes of few images at once
-                for values in rows_of(batch.slice(start, 64)):
-                    number += 1
-                    place = f"{file.name}, row {number}"
-                    if values is None:
-                        yield _Row(place, {}, error="text that is not UTF-8; save the data set again")
-                    else:
-                        yield _row(place, values, chosen)
+        for number, (file, values) in enumerate(table, start=1):
+            place = f"{file.name}, row {number}"
+            if values is None:
+                yield _Row(place, {}, error="text that is not UTF-8; save the data set again")
+            else:
+                yield _row(place, dict.fromkeys(columns) | values, chosen)
 
     return _Source(rows(), folder)
 

@@ -22,11 +22,11 @@ from llava_core.data.instruct import (
     ROLES,
     Problem,
     Record,
-    import_pyarrow,
     leaves_folder,
     read_records,
 )
 from llava_core.data.media import foreign_markers, is_medium_name, is_other_file, names_images, unread_fields
+from llava_core.data.tables import import_pyarrow
 from llava_core.runtime import DataError, atomic_write, display_path
 
 REPAIRS = {

@@ -7,7 +7,6 @@ The turns alternate human / gpt. A record with an image has one ``<image>``, in 
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from typing import Any
 
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.media import first_of, foreign_markers, is_other_file, may_hold_markers, unread_fields
+from llava_core.data.tables import TableError, read_table
 from llava_core.registry import unknown
 from llava_core.runtime import DataError, display_path, jsonl_fault, other_content, shortened
 
@@ -163,48 +163,15 @@ def _not_json(line: int, position: int, error: Exception) -> Problem:
 
 
 def _read_parquet(path: Path) -> Iterator[Record | Problem]:
-    parquet, number = import_pyarrow("parquet"), 0
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in rows_of(batch):
-                    number += 1
-                    if row is None:
-                        yield Problem(number, f"#{number - 1}", "invalid_utf8", "text that is not UTF-8; correct it")
-                    else:  # an absent field is a null in a table
-                        yield Record(number, number - 1, {k: v for k, v in row.items() if v is not None})
-    except (OSError, ValueError, import_pyarrow().ArrowException) as error:
-        what = "JSON text; name it .json or .jsonl" if begins_json(path) else f"or damaged ({error}); write it again"
-        yield Problem(None, None, "not_parquet", f"no parquet, {what}")
-
-
-def begins_json(path: Path) -> bool:
-    """Whether a file's first character is that of a JSON list or object."""
-    with path.open("rb") as file:
-        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
-
-
-def import_pyarrow(module: str = "lib") -> Any:
-    """Import `pyarrow.<module>`; a DataError if it is not installed."""
-    try:
-        return importlib.import_module(f"pyarrow.{module}")
-    except ModuleNotFoundError:
-        raise DataError(
-            "parquet and arrow files are read by pyarrow, which is not installed; "
-            "fix: pip install 'llava-core[notebooks]'"
-        ) from None
-
-
-def rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """The rows of an arrow record batch; None for a row with text that is not UTF-8, which arrow stores unchecked."""
-    try:
-        rows = batch.to_pylist()
-    except UnicodeDecodeError:
-        if batch.num_rows == 1:
-            rows = [None]
-        else:
-            rows = [row for k in range(batch.num_rows) for row in rows_of(batch.slice(k, 1))]
-    yield from rows
+        _, rows = read_table([path])
+        for number, (_, row) in enumerate(rows):
+            if row is None:
+                yield Problem(number + 1, f"#{number}", "invalid_utf8", "text that is not UTF-8; correct it")
+            else:  # an absent field is a null in a table
+                yield Record(number + 1, number, row)
+    except TableError as error:
+        yield Problem(None, None, "not_parquet", error.reason)
 
 
 def record_problems(record: Any) -> Iterator[tuple[str, str]]:
