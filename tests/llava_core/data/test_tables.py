@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import pytest
 from companion.data_tools.check import check_file
 from companion.data_tools.convert import convert_data
 from llava_core.data.tables import TableError, read_table
-from llava_core.runtime import CompanionError
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
@@ -52,10 +52,8 @@ def test_flipped_bytes_are_refused_or_read(tmp_path: Path) -> None:
             content[draw.randrange(len(content))] = draw.choice((0, 127, 255))
         path = tmp_path / f"flipped.{suffix}"
         path.write_bytes(content)
-        try:
-            list(read_table([path])[1])
-        except CompanionError as error:
-            assert f"flipped.{suffix}" in str(error)
+        with suppress(TableError):  # any other error fails
+            assert all(row is None or isinstance(row, dict) for _, row in read_table([path])[1])
 
 
 BOMBS = {
