@@ -26,6 +26,7 @@ from llava_core.runtime import (
     DataError,
     atomic_write,
     display_path,
+    file_lock,
     fingerprint,
     progress,
     read_json,
@@ -240,14 +241,21 @@ def extract_file(
     """
     key = shard_key(source, extractor, size)
     folder = cache / fingerprint(key)
-    folder.mkdir(parents=True, exist_ok=True)
-    done = folder / "done.json"
-    paths = sorted(folder.glob("0*.json"))
-    if done.exists() and len(paths) == read_json(done)["shards"]:
-        return Phrases(extractor, paths)
+    with file_lock(folder / "lock"):  # another process may extract the same file
+        paths, done = sorted(folder.glob("0*.json")), folder / "done.json"
+        if not done.exists() or len(paths) != read_json(done)["shards"]:
+            facts = _extract_missing(captions, extractor, folder, processes, size)
+            write_json(done, {**key, **facts})
+        return Phrases(extractor, sorted(folder.glob("0*.json")))
+
+
+def _extract_missing(
+    captions: Callable[[], Iterable[str]], extractor: Extractor, folder: Path, processes: int | None, size: int
+) -> dict[str, int]:
+    """Write the shards that a folder lacks; return the numbers of captions and of shards."""
     for leftover in folder.glob(".*.tmp"):  # of a killed writer
         leftover.unlink(missing_ok=True)
-    total, existing = 0, {path.name for path in paths}
+    total, existing = 0, {path.name for path in folder.glob("0*.json")}
     bar = progress(0, f"{extractor.what} ({extractor.name})", unit=" texts")
 
     def missing() -> Iterator[tuple[tuple[str, ...], Path, Extractor]]:
@@ -263,5 +271,4 @@ def extract_file(
     with bar:
         for count in parallel_map(_write_shard, missing(), processes):
             bar.update(count)
-    write_json(done, {**key, "captions": total, "shards": -(-total // size)})
-    return Phrases(extractor, sorted(folder.glob("0*.json")))
+    return {"captions": total, "shards": -(-total // size)}

@@ -7,7 +7,6 @@ names of seeds 1 and 2 end in the seed: one model per size cannot tell size from
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from companion.miniature.acceptance import language_model_checks, vision_tower_c
 from companion.miniature.contrastive import train_clip
 from companion.miniature.language_model import SIZES, train_language_model
 from companion.miniature.training import write_manifest
+from llava_core.checkpoints.files import atomic_folder
 from llava_core.runtime import ROOT, write_json
 
 MODELS = ROOT / "models" / "mini"
@@ -56,17 +56,10 @@ def measure_acceptance(models: Path = MODELS, only: Sequence[str] | None = None)
 def train_base_models(out: Path = MODELS, only: list[str] | None = None) -> dict[str, Any]:
     """Retrain the base models (all when `only` is None) into folders of `out`; returns the acceptance checks."""
     for name in only or [*LANGUAGE_MODELS, "clip"]:
-        # an interrupted training leaves the old model in place
-        part, old = out / f".{name}.part", out / f".{name}.old"
-        for folder in (part, old):
-            shutil.rmtree(folder, ignore_errors=True)
         size, seed = LANGUAGE_MODELS.get(name, (name, 0))
-        settings = train_clip(part, seed) if name == "clip" else train_language_model(size, part, seed)
-        write_manifest(part, settings)
-        if (out / name).exists():
-            (out / name).rename(old)
-        part.rename(out / name)
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic_folder(out / name, overwrite=True) as folder:  # an interrupted training leaves the old model
+            settings = train_clip(folder, seed) if name == "clip" else train_language_model(size, folder, seed)
+            write_manifest(folder, settings)
     checks = measure_acceptance(out)
     write_json(out / "gates.json", checks)
     return checks

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from llava_core.runtime import ConfigError, shortened
+from llava_core.runtime import ConfigError, printable, shortened
 
 NO_SDK = "a live teacher needs the package openai: pip install 'llava-core[live]'"
 REPLY_BYTES = 4 * 2**20  # of an answer, decompressed
@@ -39,7 +39,7 @@ class UnusableAnswerError(BaseException):
 def one_line(error: object) -> str:
     """Return an error, which may have a server's text in it, as one printable line of bounded length."""
     text = " ".join(str(error)[: 4 * _LONGEST].split()) or type(error).__name__
-    return shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), _LONGEST)
+    return shortened(printable(text), _LONGEST)
 
 
 def open_sdk(

@@ -26,7 +26,7 @@ from companion.data_tools.phrases import (
     extractor_named,
     rule_phrases,
 )
-from llava_core.runtime import ConfigError, DataError
+from llava_core.runtime import ConfigError, DataError, read_json
 
 RULES = extractor_named("rules")
 CAPTIONS = [f"a dog near the café {k % 7} and {'a cat' if k % 3 else 'it'}" for k in range(60)]
@@ -216,6 +216,14 @@ def test_killed_run_resumes_and_leaves_no_process(source: Path, tmp_path: Path) 
     phrase_set = extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=5)
     assert same(phrase_set, extract(CAPTIONS, RULES))
     assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
+
+
+def test_two_processes_extract_one_file(source: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", SLOWLY, str(source), str(tmp_path / "cache")]
+    runs = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(run.communicate(timeout=120)[1][-500:], run.returncode)[1] for run in runs] == [0, 0]
+    (done,) = (tmp_path / "cache").glob("*/done.json")
+    assert read_json(done)["captions"] == len(CAPTIONS)
 
 
 def _alive(pid: str) -> bool:
