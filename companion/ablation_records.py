@@ -63,12 +63,43 @@ def read_record(name: str) -> dict[str, Any] | None:
 
 
 def write_record(record: Mapping[str, Any]) -> bool:
-    """Store a record unless the stored one follows the same plan with more seeds; return whether it was stored."""
+    """Store a record unless the stored one follows the same plan with more seeds; return whether it was stored.
+
+    A stored record that stays takes over the present code if the new one has the same answers, base models and data: a
+    change of the code that changes no number needs one seed again, not all.
+    """
     stored = read_record(record["ablation"])
     if stored and stored["protocol"] == record["protocol"] and len(stored["seeds"]) > len(record["seeds"]):
+        if confirms(record, stored):
+            code = {key: record["made_with"][key] for key in ("training_code", "evaluation_code")}
+            confirmed = {"seeds": record["seeds"], "environment": record["made_with"]["environment"]}
+            write_json(
+                record_path(record["ablation"]),
+                {**stored, "made_with": {**stored["made_with"], **code, "confirmed": confirmed}},
+            )
         return False
     write_json(record_path(record["ablation"]), record)
     return True
+
+
+ANSWERS = ("right", "candidate", "reference")
+
+
+def confirms(record: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Return whether a record repeats seeds of a stored one: same models, data, arms, and the same answers."""
+    seeds = [stored["seeds"].index(seed) for seed in record["seeds"] if seed in stored["seeds"]]
+    same = ("base_models", "data", "training_data")
+    if len(seeds) < len(record["seeds"]) or record["fast"] or record["questions"] != stored["questions"]:
+        return False
+    if record["arms"].keys() != stored["arms"].keys() or any(
+        record["made_with"].get(key) != stored["made_with"].get(key) for key in same
+    ):
+        return False
+    return all(
+        arm.get(key) == ([stored["arms"][label][key][k] for k in seeds] if key in stored["arms"][label] else None)
+        for label, arm in record["arms"].items()
+        for key in ANSWERS
+    )
 
 
 def _joined(values: Any) -> str:

@@ -69,8 +69,14 @@ def arm_overrides(plan: AblationPlan, arm: ArmPlan, seed: int, scale: str, rate:
     return overrides
 
 
+def tuned_arm(arm: ArmPlan) -> ArmPlan:
+    """Return the arm whose learning rate an arm takes: one that only trains for longer takes that of the shorter."""
+    return ArmPlan(experiment=arm.experiment, set={k: v for k, v in arm.set.items() if k != "train.epochs"})
+
+
 def arm_name(arm: ArmPlan) -> str:
     """Return the name of an arm among the learning rates: its experiment and its own fields."""
+    arm = tuned_arm(arm)
     return ", ".join([arm.experiment, *(f"{key}={value}" for key, value in sorted(arm.set.items()))])
 
 
@@ -233,10 +239,11 @@ def tune(names: Sequence[str], processes: int = 1, show: Callable[[str], None] |
             if load_experiment(arm.experiment, protocol.scale).experiment.stage == 1:
                 continue
             for rate in protocol.learning_rates:
-                overrides = arm_overrides(plan, arm, protocol.tuning_seed, protocol.scale, rate)
-                text = json.dumps(overrides, sort_keys=True)
+                overrides = arm_overrides(plan, tuned_arm(arm), protocol.tuning_seed, protocol.scale, rate)
+                text = json.dumps({**overrides, "train.snapshots": 0}, sort_keys=True)
                 job = Job(arm.experiment, protocol.scale, text, False, (("validation", None),))
-                wanted.setdefault(job, []).append((arm_name(arm), rate))
+                names = wanted.setdefault(job, [])
+                names += [(arm_name(arm), rate)] if (arm_name(arm), rate) not in names else []
     for job, result in run_jobs(list(wanted), processes):
         for arm_key, rate in wanted[job]:
             found.setdefault(arm_key, {})[f"{rate:g}"] = result["validation"]["value"]

@@ -323,6 +323,31 @@ def test_freshness_names_what_has_changed(folder: Path, protocol: Protocol, monk
     assert row["reasons"] == ["another plan", "evaluation code has changed", "base model vicuna-7b has changed"]
 
 
+def test_a_repeated_seed_with_the_same_answers_confirms_a_record_for_new_code(folder: Path, protocol: Protocol) -> None:
+    now = {"training_code": "a", "evaluation_code": "b", "base_models": {}, "data": {}, "environment": {"torch": "1"}}
+    later = {**now, "training_code": "x", "environment": {"torch": "2"}}
+    record = {**simulated_record(protocol, "feature_layer", -3), "made_with": now}
+    one = {
+        **record, "seeds": record["seeds"][1:2], "made_with": later,
+        "arms": {label: {**arm, "right": arm["right"][1:2]} for label, arm in record["arms"].items()},
+    }  # fmt: skip
+    label = next(iter(one["arms"]))
+    flipped = ("1" if one["arms"][label]["right"][0][0] == "0" else "0") + one["arms"][label]["right"][0][1:]
+    differing = {**one, "arms": {**one["arms"], label: {**one["arms"][label], "right": [flipped]}}}
+    stored.write_record(record)
+    for other in (differing, {**one, "made_with": {**later, "data": {"mini-cc3m": 2}}}, {**one, "fast": True}):
+        assert not stored.write_record(other)
+        assert stored.read_record("feature_layer") == record
+    assert not stored.write_record(one)
+    assert stored.read_record("feature_layer") == {
+        **record,
+        "made_with": {
+            **now, "training_code": "x",
+            "confirmed": {"seeds": record["seeds"][1:2], "environment": {"torch": "2"}},
+        },
+    }  # fmt: skip
+
+
 def test_command_prints_effect_interval_and_verdict(
     folder: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
