@@ -30,6 +30,11 @@ from llava_core.runtime import (
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("llava_core", "companion", "benchmarks")
+STORED = {
+    "companion/ablation_records.py": "results/ablations/*.json",
+    "companion/single_runs.py": "benchmarks/results/single_runs.csv",
+}
+"""The stored results that a module reads; chapters that use it run again when one is new."""
 
 
 @dataclass
@@ -184,6 +189,10 @@ def _parts(chapter: Chapter, shared: Mapping[str, str], before: Mapping[str, Cha
     for name, value in chapter.given.items():
         if isinstance(value, str) and len(value) < 1024 and (path := ROOT / value).is_file():
             parts[f"the file of parameter '{name}'"] = sha256_file(path)[:12]
+    read = {name for cell in code for name in re.findall(r"benchmarks/results/\w+\.csv", source_of(cell))}
+    read |= {pattern for module, pattern in STORED.items() if module in parts}
+    for path in sorted({path for pattern in read for path in ROOT.glob(pattern)}):
+        parts[display_path(path)] = sha256_file(path)[:12]
     return parts
 
 

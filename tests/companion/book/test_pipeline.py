@@ -90,6 +90,18 @@ def test_notebooks_run_in_order_and_skip_with_a_reason(
     assert list(statuses(pipeline.reproduce(**folders, dry_run=True, only="10"))) == ["20_first", "10_second"]
 
 
+def test_stored_results_that_a_notebook_reads_are_dependencies(
+    folders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "STORED", {"companion/single_runs.py": "benchmarks/results/attention.csv"})
+    write(folders["notebooks_dir"], "01_reads", "from companion.single_runs import RECORD")
+    write(folders["notebooks_dir"], "02_reads", "path = 'benchmarks/results/loss.csv'")
+    pipeline.reproduce(**folders)
+    stored_parts = [parts.read_state(folders["out_dir"], name)["parts"] for name in ("01_reads", "02_reads")]
+    stored = [{name for name in own if name.startswith("benchmarks/results")} for own in stored_parts]
+    assert stored == [{"benchmarks/results/attention.csv"}, {"benchmarks/results/loss.csv"}]
+
+
 def test_broken_cell_stops_dependents_until_the_next_call(
     folders: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
