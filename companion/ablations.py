@@ -56,10 +56,10 @@ class Job:
 
 def arm_overrides(plan: AblationPlan, arm: ArmPlan, seed: int, scale: str, rate: float | None = None) -> dict[str, Any]:
     """Return the overrides of an arm's run: its own fields, the seed of both stages, base models, learning rate."""
-    overrides = {**arm.set, "train.seed": seed}
+    place = load_scale(scale)
+    overrides = {**(plan.budget if place.miniature else {}), **arm.set, "train.seed": seed}
     if load_experiment(arm.experiment, scale, arm.set).experiment.init_from is not None:
         overrides["init.train.seed"] = seed
-    place = load_scale(scale)
     if (base := plan.base_model(seed)) and place.miniature:  # elsewhere there is one model per size
         models = place.models
         names = [name for name in models if name.startswith("vicuna")]
@@ -69,14 +69,8 @@ def arm_overrides(plan: AblationPlan, arm: ArmPlan, seed: int, scale: str, rate:
     return overrides
 
 
-def tuned_arm(arm: ArmPlan) -> ArmPlan:
-    """Return the arm whose learning rate an arm takes: one that only trains for longer takes that of the shorter."""
-    return ArmPlan(experiment=arm.experiment, set={k: v for k, v in arm.set.items() if k != "train.epochs"})
-
-
 def arm_name(arm: ArmPlan) -> str:
     """Return the name of an arm among the learning rates: its experiment and its own fields."""
-    arm = tuned_arm(arm)
     return ", ".join([arm.experiment, *(f"{key}={value}" for key, value in sorted(arm.set.items()))])
 
 
@@ -192,7 +186,9 @@ def ablate(
         for seed in chosen[name]:
             for label, arm in plan.arms.items():
                 if not (main_arms and arm.control):
-                    wanted[name, label, seed] = arm_job(plan, arm, seed, place, fast, rates.get(arm_name(arm)))
+                    wanted[name, label, seed] = arm_job(
+                        plan, arm, seed, place, fast, rates.get(arm_name(plan.tuned_arm(arm)))
+                    )
     merged = _merged(list(wanted.values()))
     order = sorted(wanted, key=lambda key: chosen[key[0]].index(key[2]))
     jobs = list(dict.fromkeys(merged[wanted[key]] for key in order))
@@ -236,10 +232,10 @@ def tune(names: Sequence[str], processes: int = 1, show: Callable[[str], None] |
     for name in names:
         plan = protocol.plan(name)
         for arm in plan.arms.values():
-            if load_experiment(arm.experiment, protocol.scale).experiment.stage == 1:
+            if arm.rate_of or load_experiment(arm.experiment, protocol.scale).experiment.stage == 1:
                 continue
             for rate in protocol.learning_rates:
-                overrides = arm_overrides(plan, tuned_arm(arm), protocol.tuning_seed, protocol.scale, rate)
+                overrides = arm_overrides(plan, arm, protocol.tuning_seed, protocol.scale, rate)
                 text = json.dumps({**overrides, "train.snapshots": 0}, sort_keys=True)
                 job = Job(arm.experiment, protocol.scale, text, False, (("validation", None),))
                 names = wanted.setdefault(job, [])

@@ -29,6 +29,8 @@ class ArmPlan(StrictModel):
     """Claim of the paper about this arm minus the reference."""
     control: bool = False
     """Outside the family of Holm's correction; explains another arm and gets no verdict."""
+    rate_of: str | None = None
+    """Label of the arm whose learning rate this one takes; else it is tuned by itself."""
 
 
 class SpeedPlan(StrictModel):
@@ -63,6 +65,8 @@ class AblationPlan(StrictModel):
     questions: PositiveInt | None = None
     margin: PositiveFloat | None = None
     smallest_effect: PositiveFloat | None = None
+    budget: dict[str, Any] = Field(default_factory=dict)
+    """Filled in from the plan's."""
 
     @model_validator(mode="after")
     def _bench_for_a_relative_score(self) -> AblationPlan:
@@ -73,6 +77,10 @@ class AblationPlan(StrictModel):
     @property
     def reference(self) -> str:
         return next(iter(self.arms))
+
+    def tuned_arm(self, arm: ArmPlan) -> ArmPlan:
+        """Return the arm whose learning rate an arm takes."""
+        return self.arms[arm.rate_of] if arm.rate_of else arm
 
     def base_model(self, seed: int) -> int:
         """Return the number of the base models that a seed starts from; 0 for a seed that is not in the plan."""
@@ -87,6 +95,8 @@ class Protocol(StrictModel):
     margin: PositiveFloat
     smallest_effect: PositiveFloat
     exclusions: list[str]
+    budget: dict[str, Any] = Field(default_factory=dict)
+    """Values by dotted field of the arms that are compared by accuracy, at the plan's scale, before their own `set`."""
     learning_rates: list[PositiveFloat] = Field(min_length=1)
     tuning_seed: int
     ablations: dict[str, AblationPlan]
@@ -107,7 +117,9 @@ class Protocol(StrictModel):
 
     def protocol_hash(self, name: str) -> str:
         """12 hex digits over all that the plan says about an ablation; comments do not count."""
-        common = self.model_dump(mode="json", include={"scale", "exclusions", "learning_rates", "tuning_seed"})
+        common = self.model_dump(
+            mode="json", include={"scale", "exclusions", "budget", "learning_rates", "tuning_seed"}
+        )
         return fingerprint({**common, "seeds": self.seeds, "ablation": self.plan(name).model_dump(mode="json")})
 
 
@@ -162,12 +174,15 @@ def load_protocol() -> Protocol:
             raise ConfigError(f"{where}: needs `arms`, at least two, or an experiment with the `ablation` name {name}")
         for label, arm in arms.items():
             _check_arm(arm, f"{where}.{label}", content.scale)
+            if arm.rate_of and arm.rate_of not in arms:
+                raise ConfigError(f"{where}.{label}: {unknown('arm for rate_of', arm.rate_of, arms)}")
         if plan.speed and plan.speed.claim and plan.speed.claim not in all_claims():
             raise ConfigError(f"{where}.speed: {unknown('claim', plan.speed.claim, all_claims())}")
         plans[name] = plan.model_copy(update={
             "arms": arms, "more_arms": {}, "seeds": plan.seeds or content.seeds,
             "questions": plan.questions or content.questions, "margin": plan.margin or content.margin,
             "smallest_effect": plan.smallest_effect or content.smallest_effect,
+            "budget": content.budget if plan.bench is None else {},
         })  # fmt: skip
     return content.model_copy(update={"ablations": plans})
 
