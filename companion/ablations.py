@@ -54,10 +54,15 @@ class Job:
         return load_experiment(self.experiment, self.scale, json.loads(self.overrides), self.fast)
 
 
+def arm_set(plan: AblationPlan, arm: ArmPlan, scale: str) -> dict[str, Any]:
+    """Return the fields that an arm changes; the plan's budget is for the miniature only."""
+    return {**(plan.budget if load_scale(scale).miniature else {}), **arm.set}
+
+
 def arm_overrides(plan: AblationPlan, arm: ArmPlan, seed: int, scale: str, rate: float | None = None) -> dict[str, Any]:
     """Return the overrides of an arm's run: its own fields, the seed of both stages, base models, learning rate."""
     place = load_scale(scale)
-    overrides = {**(plan.budget if place.miniature else {}), **arm.set, "train.seed": seed}
+    overrides = {**arm_set(plan, arm, scale), "train.seed": seed}
     if load_experiment(arm.experiment, scale, arm.set).experiment.init_from is not None:
         overrides["init.train.seed"] = seed
     if (base := plan.base_model(seed)) and place.miniature:  # elsewhere there is one model per size
@@ -238,8 +243,9 @@ def tune(names: Sequence[str], processes: int = 1, show: Callable[[str], None] |
                 overrides = arm_overrides(plan, arm, protocol.tuning_seed, protocol.scale, rate)
                 text = json.dumps({**overrides, "train.snapshots": 0}, sort_keys=True)
                 job = Job(arm.experiment, protocol.scale, text, False, (("validation", None),))
-                names = wanted.setdefault(job, [])
-                names += [(arm_name(arm), rate)] if (arm_name(arm), rate) not in names else []
+                asking = wanted.setdefault(job, [])
+                if (arm_name(arm), rate) not in asking:
+                    asking.append((arm_name(arm), rate))
     for job, result in run_jobs(list(wanted), processes):
         for arm_key, rate in wanted[job]:
             found.setdefault(arm_key, {})[f"{rate:g}"] = result["validation"]["value"]
@@ -288,7 +294,7 @@ def difference_check(what: str, published: Any, result: Mapping[str, Any], note:
 
 def arm_settings(plan: AblationPlan, scale: str = "mini") -> list[dict[str, Any]]:
     """Return the settings that differ between the arms' runs, or between the runs that these start from."""
-    runs = {name: load_experiment(arm.experiment, scale, arm.set) for name, arm in plan.arms.items()}
+    runs = {name: load_experiment(arm.experiment, scale, arm_set(plan, arm, scale)) for name, arm in plan.arms.items()}
     rows = []
     starts = {name: first for name, run in runs.items() if (first := run.upstream()) is not None}
     for stage, configs in (("this run", runs), ("the run it starts from", starts)):

@@ -288,7 +288,8 @@ def test_arm_without_stage_1_has_no_seed_of_it(protocol: Protocol) -> None:
     plan = protocol.plan("pretraining")
     overrides = [ab.arm_overrides(plan, arm, 3, "mini") for arm in plan.arms.values()]
     assert [o.get("init.train.seed") for o in overrides] == [3, None, None]
-    assert overrides[2]["train.epochs"] == 3
+    assert [o["train.epochs"] for o in overrides] == [1, 1, 2]
+    assert "train.epochs" not in ab.arm_overrides(plan, plan.arms["with stage 1"], 3, "gpu")  # the paper's there
 
 
 def test_learning_rates_are_chosen_from_one_grid(measured: list[ab.Job], folder: Path, protocol: Protocol) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from companion.cli import miniature
 from companion.miniature import acceptance, base_models, contrastive, language_model, training, world
 from llava_core.checkpoints.base_models import load_vision_tower
 from llava_core.constants import IMAGE_TOKEN_ID
+from llava_core.runtime import read_json
 
 
 def test_clip_text_model_pools_at_the_end_token(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_interrupted_retraining_keeps_the_old_model(tmp_path: Path, monkeypatch:
     (tmp_path / "clip" / "model.safetensors").write_text("old")
 
     def broken(out: Path, seed: int) -> None:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(base_models, "train_clip", broken)
@@ -124,7 +126,7 @@ def test_interrupted_retraining_keeps_the_old_model(tmp_path: Path, monkeypatch:
     assert (tmp_path / "clip" / "model.safetensors").read_text() == "old"
 
     def full(out: Path, seed: int) -> dict[str, int]:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         (out / "model.safetensors").write_text("new")
         return {"steps": 1}
 
@@ -133,6 +135,34 @@ def test_interrupted_retraining_keeps_the_old_model(tmp_path: Path, monkeypatch:
     base_models.train_base_models(tmp_path, only=["clip"])
     assert (tmp_path / "clip" / "model.safetensors").read_text() == "new"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["clip", "gates.json"]
+
+
+def test_a_seed_that_misses_a_check_is_trained_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[int, int]] = []
+
+    def train(size: str, out: Path, seed: int, steps: int) -> dict[str, int]:
+        trained.append((seed, steps))
+        out.mkdir(exist_ok=True)
+        return {"steps": steps}
+
+    def checks(folder: Path) -> dict[str, Any]:
+        seed, steps = trained[-1]
+        look_up = 0.48 if seed == 1 and steps == 3000 else 0.96
+        names = ("told", "letter", "sums")
+        return {
+            **dict.fromkeys(names, 1.0),
+            "look_up": look_up,
+            "blind": 0,
+            "blind_prior": 0,
+            "told_by_kind": {"a": 0.9},
+        }
+
+    monkeypatch.setattr(base_models, "train_language_model", train)
+    monkeypatch.setattr(base_models, "language_model_checks", checks)
+    monkeypatch.setattr(base_models, "measure_acceptance", lambda out: {"passed": {}})
+    base_models.train_base_models(tmp_path, only=["llm-13b", "llm-13b-1"])
+    assert trained == [(0, 3000), (1, 3000), (1, 4500)]
+    assert read_json(tmp_path / "llm-13b-1" / "manifest.json")["training"] == {"steps": 4500}
 
 
 def test_command_line_names_every_base_model() -> None:  # a copy there, so that `llava --help` needs no torch
