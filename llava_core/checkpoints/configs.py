@@ -33,9 +33,9 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {  # fields that change the computati
 }  # fmt: skip
 _UNUSED_FIELDS = {
     "transformers_version", "id2label", "label2id", "num_labels", "architectures", "dtype", "torch_dtype",
-    "output_attentions",
+    "output_attentions", "output_hidden_states", "return_dict",
 }  # fmt: skip
-_MOST = 2**53  # any other number
+_MOST, _MOST_CHARACTERS = 2**53, 100_000  # of any other number, and of all fields
 
 
 @contextmanager
@@ -114,7 +114,10 @@ def _complete(config_class: Any, fields: dict[str, Any], where: str | Path) -> d
     ):  # fmt: skip
         if not isinstance(value, str) or value not in implemented:
             raise error_at(where, f"{name} is {value!r}; fix: give one of {', '.join(sorted(implemented))}")
-    plain = json.loads(json.dumps(full, default=str))
+    text = json.dumps(full, default=str)
+    if len(text) > _MOST_CHARACTERS:
+        raise error_at(where, f"its configuration has {len(text):,} characters; fix: download it again")
+    plain = json.loads(text)
     defaults = config_class().to_dict()
     names = {name for name in plain if name in defaults and not name.startswith("_")} | {"model_type"}
     return {name: plain[name] for name in sorted(names - _UNUSED_FIELDS)}

@@ -211,7 +211,11 @@ class Checkpoint:
         source, where = self.description.tower_source, self.path
         if source is None:
             raise error_at(where, "contains and names no vision tower; fix: --vision-tower DIR")
-        config, image = tower_settings(source)
+        try:
+            config, image = tower_settings(source)
+            tensors, names = open_vision_tower(source)
+        except CheckpointError as error:
+            raise error_at(where, f"its vision tower cannot be read: {error}") from error
         if config["hidden_size"] != self.description.d_vision:
             problem = (
                 f"its projector does not take the width {config['hidden_size']} of the tower {display_path(source)}"
@@ -219,7 +223,6 @@ class Checkpoint:
             raise error_at(where, f"{problem}; fix: --vision-tower DIR")
         settings = self.description.image or image.to_dict()
         description = replace(self.description, vision_tower=config, tower_source=None, image=settings)
-        tensors, names = open_vision_tower(source)
         named = description.with_tower_name(source)
         return replace(self, description=named, tensors=tensors | self.tensors, names=names | self.names)
 
@@ -300,7 +303,7 @@ def check_usage(checkpoint: Checkpoint) -> None:
             raise error_at(where, f"{name} has {len(text):,} characters; fix: write at most {_MOST_CHARACTERS:,}")
     try:
         PROJECTORS.get(description.projector)
-        if usage.get("template") is not None:
+        if "template" in usage:
             TEMPLATES.get(str(usage["template"]))
     except ConfigError as error:
         raise error_at(where, f"{error}; fix: correct its configuration") from error

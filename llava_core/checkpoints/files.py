@@ -25,7 +25,10 @@ from llava_core.runtime import (
 )
 
 _LFS = b"version https://git-lfs"
-_MOST_BYTES = {"tokenizer.json": 40_000_000, "vocab.json": 40_000_000, "merges.txt": 40_000_000}
+_MOST_BYTES = {
+    "tokenizer.json": 40_000_000, "vocab.json": 40_000_000, "merges.txt": 40_000_000, "config.json": 1_000_000,
+    "manifest.json": 1_000_000, "adapter_config.json": 1_000_000,
+}  # fmt: skip
 _MOST_BYTES_OF_TEXT = 10_000_000  # of any other text; far more than an index of shards has
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LONGEST = 800  # characters of an error

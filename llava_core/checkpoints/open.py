@@ -14,7 +14,7 @@ from llava_core.checkpoints.files import error_at
 from llava_core.checkpoints.formats import hf, lora, mmpretrain, native, original, projector
 from llava_core.checkpoints.formats.common import CheckpointFormat, open_language_model
 from llava_core.checkpoints.refusals import refuse
-from llava_core.runtime import display_path
+from llava_core.runtime import CheckpointError, display_path
 
 FORMATS: tuple[CheckpointFormat, ...] = (
     native.FORMAT, lora.FORMAT, hf.FORMAT, original.FORMAT, mmpretrain.FORMAT, projector.FORMAT
@@ -112,7 +112,10 @@ def with_bases(checkpoint: Checkpoint, options: Options) -> Checkpoint:
         elif expected != actual:
             raise error_at(where, f"made with another {text} than {display_path(source)}; fix: restore that one")
         if part == "language_model":
-            base = _open_base(source, Options())
+            try:
+                base = _open_base(source, Options())
+            except CheckpointError as error:
+                raise error_at(where, f"its language model cannot be read: {error}") from error
             half = {name: tensor for name, tensor in base.tensors.items() if name.startswith("language_model.")}
             tensors, names = checkpoint.tensors | half, base.names | checkpoint.names
             checkpoint = replace(checkpoint, tensors=tensors, names=names, uses_base=True)

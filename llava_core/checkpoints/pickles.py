@@ -18,7 +18,8 @@ import torch
 
 from llava_core.checkpoints.files import contained_file, error_at
 
-_MOST_BYTES = 16_000_000  # of the pickle itself, without the numbers of the tensors: some 100,000 tensors
+_MOST_BYTES = 4_000_000  # of the pickle itself, without the numbers of the tensors: some 20,000 tensors
+_MOST_MEMBERS = 50_000
 _LONGEST_KEY = 1000
 _DAMAGED = (  # what torch.load raises for damaged files
     RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, BadZipFile,
@@ -63,6 +64,8 @@ def _check_content(path: Path) -> None:
         entries = archive.infolist()
         if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
             raise error_at(path, "compressed, which PyTorch's files are not; fix: download it again")
+        if len(entries) > _MOST_MEMBERS:
+            raise error_at(path, f"{len(entries):,} members, more than {_MOST_MEMBERS:,}; fix: download it again")
         for entry in entries:
             if entry.filename.endswith(".pkl"):
                 if entry.file_size > _MOST_BYTES:

@@ -28,7 +28,8 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_MOST_TENSORS = 20_000  # of a file; the language models that are read have up to 12 per layer
+_MOST_TENSORS = 20_000  # the language models that are read have up to 12 per layer
+_MOST_HEADER_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ def _check_number(tensors: int, path: Path) -> None:
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    with path.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+    if _MOST_HEADER_BYTES < header_bytes <= path.stat().st_size:
+        raise error_at(path, f"a header of {header_bytes:,} bytes; fix: download it again")
     try:
         file = safe_open(path, "pt")
         _check_number(len(file.keys()), path)
@@ -160,6 +165,7 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
             if name in tensors:
                 raise error_at(folder, f"{name} is in {file_of[name]} and in {file}")
             tensors[name], file_of[name] = tensor, file
+    _check_number(len(tensors), folder)
     for name, shard in index.items():
         if file_of.pop(name, None) != shard:
             raise error_at(folder / shard, f"{name} should be in it and is not; fix: download this shard again")

@@ -49,6 +49,7 @@ def open_tokenizer(folder: Path, **options: Any) -> Any:
         _check_files(folder)
         with quiet_transformers():
             tokenizer = _open(folder, options)
+            tokenizer.decode(tokenizer(_PROBES[0])["input_ids"])
         difference = _difference_to_sentencepiece(tokenizer, folder)
     except (CompanionError, KeyboardInterrupt, SystemExit):
         raise
@@ -75,7 +76,11 @@ def _check_files(folder: Path) -> None:
             raise error_at(folder / name, f"adds {len(tokens):,} tokens, more than {_MOST_ADDED:,}; fix: {_AGAIN}")
     if "fast_tokenizer_files" in files.get("tokenizer_config.json", {}):  # transformers would read another one
         raise error_at(folder / "tokenizer_config.json", "names other tokenizers; fix: remove 'fast_tokenizer_files'")
-    steps = {part: files.get("tokenizer.json", {}).get(part) for part in _STEPS}
+    whole = files.get("tokenizer.json", {})
+    model = whole.get("model")
+    if isinstance(model, dict) and model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
+        raise error_at(folder / "tokenizer.json", "its BPE has a continuing_subword_prefix; fix: take one without it")
+    steps = {part: whole.get(part) for part in _STEPS}
     if _number_of_values(steps) > _MOST_STEPS or max(_growth(steps[part]) for part in _STEPS[:3]) > _MOST_GROWTH:
         raise error_at(folder / "tokenizer.json", f"its steps may lengthen a text without a bound; fix: {_AGAIN}")
 

@@ -96,12 +96,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "tokenizer elsewhere": ("original", link_out("tokenizer.json"), "tokenizer.json: is a link out of its folder"),
     "its settings elsewhere": ("hf", link_out("tokenizer_config.json"), "tokenizer_config.json: is a link out of"),
-    "long system message": ("llava", lambda f: change_json(f / "manifest.json", system="x" * 10**6), "1,000,000 char"),
+    "long system message": ("llava", lambda f: change_json(f / "manifest.json", system="x" * 200_000), "200,000 char"),
     "longer message": ("llava", lambda f: change_json(f / "manifest.json", system="x" * 10**8), "json: larger than"),
     "list of files": ("llava", lambda f: change_json(f / "manifest.json", files=["a"]), "manifest.json: files is"),
     "boolean width": ("llava", lambda f: change_json(f / "manifest.json", d_vision=True), "d_vision is missing or no"),
     "projector": ("llava", lambda f: change_json(f / "manifest.json", projector="mlp9"), "unknown projector 'mlp9'"),
     "template": ("llava", lambda f: change_json(f / "manifest.json", template="v9"), "conversation template 'v9'"),
+    "no template": ("llava", lambda f: change_json(f / "manifest.json", template=None), "conversation template 'None'"),
+    "no tower": (
+        "llava", lambda f: change_json(f / "manifest.json", base={"vision_tower": "a/b"}), "its vision tower cannot"
+    ),
     "many rows": (
         "export", lambda f: change_json(f / "config.json", llava_core=json.loads((f / "config.json").read_text())[
             "llava_core"] | {"vocabulary": 10**20}), "config.json: llava_core is not what this project writes",

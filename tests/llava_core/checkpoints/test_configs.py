@@ -119,6 +119,7 @@ def test_what_is_allowed_is_computed_as_in_transformers(model_type, fields) -> N
         ({"tie_word_embeddings": False, "eos_token_id": 10**20}, "eos_token_id is 1000000000000000000"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 1e300}}, "factor is 1e\\+300"),
         ({"layer_types": ["linear_attention"] * 32}, "layer_types are"),
+        ({"rope_parameters": {"rope_type": "default", "a": ["x"] * 10**5}}, "its configuration has [0-9,]+ characters"),
         ({"vocab_size": 10**20}, "vocab_size is 100000000000000000000"),
     ],
 )
@@ -126,6 +127,12 @@ def test_numbers_that_fail_later_are_refused_before(fields, message) -> None:
     base = LLAMA | ({"model_type": "qwen2"} if "layer_types" in fields else {})
     with pytest.raises(CheckpointError, match=f"config.json: {message}.*; fix: "):
         language_config(base | fields, "config.json")
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "return_dict", "dtype"])
+@pytest.mark.parametrize("value", ["x", 0, [], None])
+def test_switches_of_a_forward_pass_are_not_taken(name, value) -> None:
+    assert name not in language_config(LLAMA | {name: value}, "config.json")
 
 
 @pytest.mark.parametrize("name", ["num_labels", "n_layer", "n_layers", "num_layers", "n_embd"])

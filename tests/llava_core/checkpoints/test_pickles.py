@@ -76,6 +76,16 @@ def test_one_compressed_member_is_refused(tmp_path) -> None:
 
 
 def test_a_large_pickle_is_not_read(tmp_path) -> None:
-    file = write_pickle(tmp_path / "a.bin", b"}X\x00\x00\x00\x02" + b"x" * 2**25 + b"K\x01s", old=False)
-    with pytest.raises(CheckpointError, match=r"a\.bin: a pickle of 33,554,\d+ bytes; fix: "):
+    file = write_pickle(tmp_path / "a.bin", b"}X\x00\x00\x00\x01" + b"x" * 2**24 + b"K\x01s", old=False)
+    with pytest.raises(CheckpointError, match=r"a\.bin: a pickle of 16,777,\d+ bytes; fix: "):
         open_file(file)
+
+
+@pytest.mark.parametrize(("old", "message"), [(False, "members, more than 50,000"), (True, "cut off")])
+def test_more_tensors_than_any_model_has_are_refused_unread(old, message, tmp_path) -> None:
+    content = {f"model.layers.{k}": torch.ones(1) for k in range(10**5)}
+    torch.save(content, tmp_path / "a.bin", _use_new_zipfile_serialization=not old)
+    begin = time.process_time()
+    with pytest.raises(CheckpointError, match=rf"a\.bin: .*({message}).*; fix: "):
+        open_file(tmp_path / "a.bin")
+    assert time.process_time() - begin < 5

@@ -207,6 +207,28 @@ def test_steps_and_tokens_of_released_tokenizers_are_read(number, tmp_path) -> N
     assert time.monotonic() - begin < 10
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("model_max_length", "x"), ("padding_side", "above"), ("model_max_length", [])]
+)
+def test_settings_that_fail_at_the_first_text_are_refused(name, value, tmp_path) -> None:
+    tiny.tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
+        open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["##", "x" * 200])
+def test_a_model_that_would_end_in_a_panic_is_not_opened(prefix, tmp_path, capfd) -> None:
+    tiny.tokenizer(tmp_path)
+    value = json.loads((tmp_path / "tokenizer.json").read_text())
+    value["model"]["continuing_subword_prefix"] = prefix
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: its BPE has a continuing_subword_prefix; fix: "):
+        open_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
 def test_the_tokenizer_of_another_version_is_not_opened(tmp_path) -> None:
     tiny.tokenizer(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
