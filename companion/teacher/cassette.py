@@ -35,6 +35,7 @@ _TABLES = (
 _SPEND = "SELECT TOTAL(cost_usd) FROM replies WHERE cost_usd BETWEEN 0 AND 9e999"
 _DOUBTFUL = "SELECT TOTAL(doubtful_usd) FROM failures WHERE doubtful_usd BETWEEN 0 AND 9e999"
 NO_REPLY = "sent, and no reply arrived"
+MOST_BYTES = 2**26  # of a row: far more than the longest answer of a server
 LOCK_TIMEOUT = 5.0  # seconds to wait for another process that writes the cassette
 
 
@@ -69,6 +70,9 @@ class Cassette:
             address += "&immutable=1"  # reading a write-ahead log creates two files, which this folder forbids
         try:
             self._file = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
+            self._file.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_BYTES)
+            if self._file.execute("SELECT 1 FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone():
+                raise sqlite3.DatabaseError("it has a view or a trigger, which no cassette has")
             if not read_only:
                 self._file.execute("PRAGMA journal_mode=WAL")
                 self._file.execute("PRAGMA synchronous=FULL")

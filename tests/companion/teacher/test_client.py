@@ -142,6 +142,27 @@ def test_file_that_is_no_cassette_is_refused(tmp_path: Path, content: bytes) -> 
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "ALTER TABLE replies RENAME TO old; CREATE VIEW replies AS WITH RECURSIVE r(key) AS (VALUES (1) UNION ALL "
+        "SELECT key FROM r) SELECT * FROM r, old",
+        "CREATE TRIGGER t AFTER INSERT ON failures BEGIN DELETE FROM failures; END",
+        "UPDATE replies SET text = zeroblob(900000000)",
+        "PRAGMA writable_schema = ON; UPDATE sqlite_master SET rootpage = 9",
+    ],
+)
+def test_hostile_cassettes_are_refused(tmp_path: Path, hostile: str) -> None:
+    tape = Cassette(tmp_path / "tape.sqlite")
+    tape.put(REQUEST, ChatReply("one", "m", 1, 1))
+    tape.close()
+    with sqlite3.connect(tmp_path / "tape.sqlite") as file:
+        file.executescript(hostile)
+    for read_only in (True, False):
+        with pytest.raises(DataError, match=r"tape\.sqlite: "):
+            Cassette(tmp_path / "tape.sqlite", read_only).get(REQUEST)
+
+
 def test_clients_by_name(tmp_path: Path) -> None:
     tape = tmp_path / "tape.sqlite"
     Cassette(tape)
