@@ -126,7 +126,9 @@ def hashes(constraints: dict[str, str]) -> str:
     sources = files_of([pin for pin in pins if pin.partition("==")[0] not in digests], ["--no-binary=:all:"])
     for name, (_, digest) in sources.items():
         digests[name], places[name] = {digest}, defaultdict(list, {"": []})
-    markers = {canonicalize_name(r.name): str(r.marker) for r in map(Requirement, declared()) if r.marker}
+    markers: dict[str, str] = {
+        canonicalize_name(r.name): str(r.marker) for r in map(Requirement, declared()) if r.marker
+    }
     lines = []
     for pin in pins:
         name = pin.partition("==")[0]
