@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,6 +22,9 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+MAX_BYTES = 10**6
+"""Of a YAML file; PyYAML reads that much in about 3 s."""
+
 M = TypeVar("M", bound=StrictModel)
 
 
@@ -28,22 +32,41 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a key written twice is an error, not a silent choice of the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is written twice", node.start_mark)
+            if isinstance(key, Hashable):  # for another key PyYAML raises an error
+                seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text; a ValueError says what is wrong, and in which line if that is known."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}not valid YAML ({error.problem})") from error
+    except Exception as error:  # PyYAML raises RecursionError, KeyError, AttributeError and others
+        raise ValueError(f"not valid YAML ({' '.join(str(error).split())[:200] or type(error).__name__})") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file with a mapping at its top level; anything else is a ConfigError."""
+    if not path.is_file():
+        what = "a folder, a pipe or a device; name a file" if path.exists() else "no such file"
+        raise ConfigError(f"{display_path(path)}: {what}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{display_path(path)}: more than {MAX_BYTES:,} bytes; is it the right file?")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{display_path(path)}: no such file") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{display_path(path)}{line}: not valid YAML ({error.problem})") from error
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{display_path(path)}: not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:
+        place = ", " if str(error).startswith("line ") else ": "
+        raise ConfigError(f"{display_path(path)}{place}{error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{display_path(path)}: expected `key: value` lines")
     return content
@@ -119,9 +142,14 @@ def validated(model: type[M], content: Mapping[str, Any], where: str, origin: Ma
         if first["type"] == "extra_forbidden":
             key, known = _key_and_known(model, first["loc"])
             raise ConfigError(f"{where}: {unknown('key', key, known)}") from None
-        given = "" if first["type"] == "missing" else f" (it is {first['input']!r})"
+        given = "" if first["type"] == "missing" else f" (it is {_shown(first['input'])})"
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {field}: {message}{given}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, without the inside of nested ones: references of YAML make small texts large."""
+    return repr(value)[:200] if not isinstance(value, list | dict) else reprlib.repr(value)
 
 
 def _key_and_known(model: type[BaseModel], place: tuple[int | str, ...]) -> tuple[str, Mapping[str, Any]]:

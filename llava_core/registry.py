@@ -45,7 +45,7 @@ class Registry(Generic[T]):
         """Return the part called `name`, or raise a ConfigError that names the nearest and lists all."""
         try:
             return self._parts[name]
-        except KeyError:
+        except (KeyError, TypeError):  # a TypeError of a list or a mapping
             raise ConfigError(unknown(self.kind, name, self._parts)) from None
 
     def names(self) -> list[str]:

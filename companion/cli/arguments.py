@@ -30,14 +30,14 @@ def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    import yaml
+    from llava_core.config_files import parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise argparse.ArgumentTypeError(f"'{text}': write KEY=VALUE, e.g. train.learning_rate=0.001")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+        return key.strip(), parse_yaml(value)
+    except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}': the value is not valid YAML") from None
 
 

@@ -35,7 +35,7 @@ def _show_problems(result: Result) -> str:
         else p["message"]
         for p in result["problems"]
     ]
-    total = f"{result['records']} records, {len(lines)} problems"
+    total = f"{result['records']} records, {result['errors'] + result.get('warnings', 0)} problems"
     if "fixed" in result:
         total += f" left, {len(fixed)} records repaired, {result['written']} written to {result['out']}"
     return "\n".join([*fixed, *lines, total])

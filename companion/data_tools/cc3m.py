@@ -22,15 +22,14 @@ from numpy.typing import NDArray
 from companion.data_tools.expansion import load_instructions
 from companion.data_tools.filter_settings import FilterSettings
 from companion.data_tools.image_availability import ImageAvailability, image_availability
-from companion.data_tools.phrases import ARTICLES, PRONOUNS, Phrases, extract, extract_file, extractor_named
+from companion.data_tools.phrases import ARTICLES, MAX_TEXT, PRONOUNS, Phrases, extract, extract_file, extractor_named
 from companion.data_tools.repair import write_parquet
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.media import is_medium_name
 from llava_core.runtime import DataError, atomic_write, display_path, other_content, progress, shortened, write_json
 
 BLOCK = 256  # phrases per block of the search for the next phrase; about the square root of their number
-_ADDRESS = re.compile(r"\s*[\"']?\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
-_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # CSV writes a quotation mark of the text twice
+_ADDRESS = re.compile(r"\s*(?:[\"']\s*)?(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 _NUMBER = re.compile(r"\s*[-+]?[\d.]+(?:e[-+]?\d+)?\s*", re.IGNORECASE)
 Integers = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
@@ -79,6 +78,8 @@ def _line_fault(cells: list[str], number: int) -> str | None:
     if len(cells) not in (2, 3) or not all(map(str.strip, cells)):
         return f"{len(cells)} tab-separated cells{'' if all(cells) else ', some empty'}"
     caption, url, *image = cells
+    if len(caption) > MAX_TEXT:
+        return f"a caption of {len(caption):,} characters, more than {MAX_TEXT:,}"
     if not _ADDRESS.match(url):
         if _ADDRESS.match(caption):
             return "the columns are url, caption, as in CC12M; write the caption first"
@@ -88,13 +89,19 @@ def _line_fault(cells: list[str], number: int) -> str | None:
         return f"the second column is no URL but '{shortened(url, 50)}'"
     if _ADDRESS.match(caption):
         return "two URLs and no caption"
-    if url[0] in "\"'" or (caption[0] == '"' and _QUOTED.fullmatch(caption)):
+    if url[0] in "\"'" or _is_quoted(caption):
         return "the cells are quoted as in CSV; write the table without quotation marks"
     if image and is_medium_name(caption):
         return "the first column names an image file and is no caption"
     if image and (_ADDRESS.match(image[0]) or _NUMBER.fullmatch(image[0])):
         return f"the third column is no image file but '{shortened(image[0], 50)}'"
     return None
+
+
+def _is_quoted(text: str) -> bool:
+    """Whether a text is quoted as in CSV, which writes a quotation mark of the text twice."""
+    inner = text[1:-1]
+    return text[0] == text[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
 def normalize(phrase: str, settings: FilterSettings) -> str:

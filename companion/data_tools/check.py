@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,9 @@ WARNINGS = frozenset({"duplicate_id", "no_images"})
 
 MAX_WORDS = 1300
 """2048 tokens less 256 of the image and about 50 of the template, at 1.35 tokens per English word."""
+
+MAX_LISTED = 1000
+"""Problems of one kind that are listed; more are counted."""
 
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # scripts without spaces: a character counts as a word
 _MAX_WORD_LENGTH = 20  # characters; a "word" of 2,000 characters (base64, a URL) counts as 100
@@ -155,25 +158,47 @@ def check_file(
 
     Returns:
         `records` (how many could be parsed), `errors`, `warnings` (counts), `counted` (the unit of `line`: `line`, or
-        `row` of parquet), and `problems`, a list of `{line, record, kind, message}` in the order of the lines.
+        `row` of parquet), and `problems`, a list of `{line, record, kind, message}` in the order of the lines, at most
+        `MAX_LISTED` of a kind.
     """
-    problems: list[Problem] = []
+    problems = Problems()
     checker, count = Checker(images, decode, max_words), 0
     for item in read_records(Path(path)):
         if isinstance(item, Problem):
-            problems.append(item)
+            problems.add([item])
         else:
             count += 1
             found = checker.check(item)
             checker.count(item, found)
-            problems += found
+            problems.add(found)
     return report(Path(path), count, problems, checker)
 
 
-def report(path: Path, count: int, problems: list[Problem], checker: Checker) -> dict[str, Any]:
+class Problems:
+    """The problems of a file; after `MAX_LISTED` of one kind the others are only counted."""
+
+    def __init__(self) -> None:
+        self.listed: list[Problem] = []
+        self.counts: Counter[str] = Counter()
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        for problem in problems:
+            self.counts[problem.kind] += 1
+            if self.counts[problem.kind] <= MAX_LISTED:
+                self.listed.append(problem)
+
+    def in_order(self) -> Iterator[Problem]:
+        """The listed problems by their lines, then how many of a kind are not listed."""
+        yield from sorted(self.listed, key=lambda problem: problem.line or 0)
+        for kind, number in self.counts.items():
+            if number > MAX_LISTED:
+                yield Problem(None, None, kind, f"{number - MAX_LISTED:,} more problems of the kind {kind}, not listed")
+
+
+def report(path: Path, count: int, problems: Problems, checker: Checker) -> dict[str, Any]:
     """The result of `check_file`, with the problems of the file as a whole."""
-    if not count and not problems:
-        problems = [Problem(1, None, "no_records", NO_RECORDS)]
+    if not count and not problems.counts:
+        problems.add([Problem(1, None, "no_records", NO_RECORDS)])
     number = checker.layouts.total()
     if 2 * number > count:
         layout = checker.layouts.most_common(1)[0][0]
@@ -181,19 +206,18 @@ def report(path: Path, count: int, problems: list[Problem], checker: Checker) ->
             f"{number:,} of {count:,} records have another layout ({layout}); `llava data convert {display_path(path)} "
             "--to mine.json` reads messages, query and response, instruction and output, texts"
         )
-        problems = [Problem(None, None, "other_layout", message), *problems]
+        problems.add([Problem(None, None, "other_layout", message)])
     if checker.folder is not None and count and not checker.with_image:
         message = (
             f"--images {display_path(checker.folder.path)} was given, and none of the {count:,} records has an image; "
             "leave it out for text-only data, or name the images in the field 'image'"
         )
-        problems = [Problem(None, None, "no_images", message), *problems]
-    problems = sorted(problems, key=lambda problem: problem.line or 0)
-    errors = sum(map(is_error, problems))
+        problems.add([Problem(None, None, "no_images", message)])
+    errors = sum(number for kind, number in problems.counts.items() if kind not in WARNINGS)
     return {
         "records": count,
         "errors": errors,
-        "warnings": len(problems) - errors,
+        "warnings": problems.counts.total() - errors,
         "counted": "row" if path.suffix == ".parquet" else "line",
-        "problems": [asdict(problem) for problem in problems],
+        "problems": [asdict(problem) for problem in problems.in_order()],
     }

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_core.data.instruct import leaves_folder
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, display_path, read_json, read_jsonl
+from llava_core.runtime import DataError, display_path, read_json, read_jsonl, shortened
 
 Box = tuple[float, float, float, float]
 
@@ -94,8 +95,14 @@ def _from_coco(captions_file: Path, instances_file: Path, crowd: bool) -> list[A
     for entry in captions["annotations"]:
         _require(entry, {"image_id": int, "caption": str}, f"{display_path(captions_file)}, annotation {_id(entry)}")
         texts.setdefault(entry["image_id"], []).append(entry["caption"])
-    names = {category["id"]: category["name"] for category in instances["categories"]}
-    sizes = {entry["id"]: entry for entry in instances["images"]}
+    names: dict[int, str] = {}
+    for entry in instances["categories"]:
+        _require(entry, {"id": int, "name": str}, f"{display_path(instances_file)}, category {_id(entry)}")
+        names[entry["id"]] = entry["name"]
+    sizes: dict[int, dict[str, Any]] = {}
+    for entry in instances["images"]:
+        _require(entry, {"id": int}, f"{display_path(instances_file)}, image {_id(entry)}")
+        sizes[entry["id"]] = entry
     boxes: dict[int, list[tuple[str, Box]]] = {}
     for entry in instances["annotations"]:
         place = f"{display_path(instances_file)}, annotation {_id(entry)}"
@@ -109,6 +116,7 @@ def _from_coco(captions_file: Path, instances_file: Path, crowd: bool) -> list[A
     result = []
     for entry in captions["images"]:
         _require(entry, {"id": int, "file_name": str}, f"{where} {_id(entry)}")
+        _check_name(entry["file_name"], f"{where} {_id(entry)}")
         if entry["id"] in texts:
             image_id = entry["id"]
             result.append(
@@ -125,24 +133,34 @@ def _tables(path: Path, *keys: str) -> dict[str, list[Any]]:
     return dict(content)
 
 
-def _id(entry: Any) -> Any:
-    return entry.get("id", "without an id") if isinstance(entry, dict) else repr(entry)
+def _id(entry: Any) -> str:
+    return shortened(entry.get("id", "without an id") if isinstance(entry, dict) else repr(entry))
+
+
+def _check_name(name: str, place: str) -> None:
+    if leaves_folder(name):
+        raise DataError(f"{place}: the file {shortened(name)} leaves the folder of images; give a path relative to it")
 
 
 def _require(entry: Any, fields: dict[str, type], place: str) -> None:
     for field, kind in fields.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+        value = entry.get(field) if isinstance(entry, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and abs(value) > 2**63):
             raise DataError(
                 f"{place}: {field} is missing or no {kind.__name__}; correct the entry or take the official file"
             )
 
 
+def _is_box(box: list[Any]) -> bool:
+    return len(box) == 4 and all(isinstance(x, int | float) and abs(x) < 1e9 for x in box)  # NaN is not below it
+
+
 def _corners(box: list[Any], image: dict[str, Any], place: str) -> Box:
     """COCO's [left, top, width, height] in pixels as corners from 0 to 1."""
     _require(image, {"width": int, "height": int}, f"{place}, image {_id(image)}")
-    if len(box) != 4 or not all(isinstance(x, int | float) for x in box) or min(image["width"], image["height"]) < 1:
+    if not _is_box(box) or min(image["width"], image["height"]) < 1:
         raise DataError(
-            f"{place}: bbox {box} is not [left, top, width, height] in an image of positive size; correct it"
+            f"{place}: bbox {shortened(box)} is not [left, top, width, height] in an image of positive size; correct it"
         )
     left, top, width, height = box
     across, down = image["width"], image["height"]
@@ -156,14 +174,16 @@ def _from_record(record: Any, place: str) -> AnnotatedImage:
     _require(record, {"id": str, "image": str, "captions": list, "instances": list}, place)
     if not record["captions"] or not all(isinstance(caption, str) for caption in record["captions"]):
         raise DataError(f"{place}: captions is not a list of at least one string; correct it")
+    _check_name(record["image"], place)
     boxes: list[tuple[str, Box]] = []
     for instance in record["instances"]:
         _require(instance, {"category": str, "bbox": list}, place)
         box = instance["bbox"]
-        good = len(box) == 4 and all(isinstance(x, int | float) and 0 <= x <= 1 for x in box)
+        good = _is_box(box) and all(0 <= x <= 1 for x in box)
         if not good or box[0] > box[2] or box[1] > box[3]:
             raise DataError(
-                f"{place}: bbox {box} is not [x1, y1, x2, y2] with 0 <= x1 <= x2 <= 1; divide by the image's size"
+                f"{place}: bbox {shortened(box)} is not [x1, y1, x2, y2] with 0 <= x1 <= x2 <= 1; divide by "
+                "the image's size"
             )
         boxes.append((instance["category"], (box[0], box[1], box[2], box[3])))
     return AnnotatedImage(record["id"], record["image"], list(record["captions"]), boxes)

@@ -12,7 +12,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from companion.data_tools.expansion import expand, load_instructions
 from companion.data_tools.layouts import KNOWN_COLUMNS, RowError, answer_of, history_of, question_of, turns_of
 from companion.data_tools.repair import repair_record, write_parquet
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.instruct import FORMATS, Problem, Record, read_records
+from llava_core.data.instruct import FORMATS, Problem, Record, file_fault, leaves_folder, read_records
 from llava_core.data.media import first_of, names_images, unread_fields
 from llava_core.data.tables import read_table
 from llava_core.registry import unknown
@@ -47,6 +47,8 @@ _SIGNATURES = {
     b"MM\0*": ".tif",
 }
 _OWN_NAME = re.compile(r"(?:image|img|picture|photo)_?(?:path|name|file|file_?name)", re.IGNORECASE)
+MAX_TEXT_BYTES = 10**6
+"""Of the text of an image in a folder of images and texts."""
 _LISTED = 5  # problems in an error message
 
 
@@ -225,8 +227,8 @@ def _question_and_answer(
     return turns
 
 
-def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: Path) -> dict[str, str]:
-    shown = [shortened(name, 40) for name in present]
+def _choose_columns(columns: Mapping[str, str], present: Collection[str], source: Path) -> dict[str, str]:
+    shown, present = [shortened(name, 40) for name in present], dict.fromkeys(present)  # which is fast to search
     for name, column in columns.items():
         if column not in present:
             raise DataError(f"{display_path(source)}: {unknown('column', column, shown)}; it was named for '{name}'")
@@ -240,7 +242,7 @@ def _choose_columns(columns: Mapping[str, str], present: Sequence[str], source: 
     return chosen
 
 
-def _known_columns(columns: Mapping[str, str], present: Sequence[str]) -> dict[str, str]:
+def _known_columns(columns: Mapping[str, str], present: Collection[str]) -> dict[str, str]:
     chosen = {name: column for name, column in columns.items() if column in present}
     for name, known in KNOWN_COLUMNS.items():
         free = [column for column in known if column in present and column not in chosen.values()]
@@ -274,7 +276,7 @@ def _read_json(source: Path, options: _Options) -> _Source:
             elif not isinstance(item.value, dict):
                 yield _Row(f"line {item.line}", {}, error=f"no object but {type(item.value).__name__}; remove it")
             else:
-                yield _row(f"line {item.line}", item.value, _known_columns(options.columns, list(item.value)))
+                yield _row(f"line {item.line}", item.value, _known_columns(options.columns, item.value))
 
     return _Source(rows(), options.images or source.parent)
 
@@ -302,12 +304,19 @@ def _read_folder(source: Path, options: _Options) -> _Source:
                 what = f"several images, {', '.join(p.name for p in matches)}" if matches else "no image of this name"
                 yield _Row(display_path(text), {}, error=f"{what}; one text belongs to one image")
                 continue
+            image = matches[0].relative_to(root).as_posix()
+            files = ((source, text), (root, matches[0]))
+            fault = next(filter(None, (file_fault(place, str(f.relative_to(place))) for place, f in files)), None)
+            if fault is None and text.is_file() and text.stat().st_size > MAX_TEXT_BYTES:
+                fault = f"has more than {MAX_TEXT_BYTES:,} bytes; shorten the text"
+            if fault is not None:
+                yield _Row(display_path(text), {}, error=f"the text or its image {fault}")
+                continue
             try:
                 answer = text.read_bytes().decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
                 yield _Row(display_path(text), {}, error=f"not UTF-8 text (byte {error.start}); save the file as UTF-8")
                 continue
-            image = matches[0].relative_to(root).as_posix()
             yield _Row(display_path(text), {"id": name, "image": image, "answer": answer})
 
     return _Source(rows(), root)
@@ -323,7 +332,7 @@ def _read_csv(source: Path, options: _Options) -> _Source:
         raise DataError(
             f"{display_path(source)}, line 1: separated by semicolons; save it with commas, or as .tsv with tabs"
         )
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted(name for name, number in Counter(header).items() if number > 1)
     if twice:
         raise DataError(
             f"{display_path(source)}, line 1: two columns are called '{shortened(twice[0], 40)}'; rename one"
@@ -375,20 +384,23 @@ def _read_datasets(source: Path, options: _Options) -> _Source:
     source = _split_folder(source, options.split)
     state = read_json(source / "state.json")
     try:
-        files = [source / entry["filename"] for entry in state["_data_files"]]
-    except (KeyError, TypeError) as error:
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        files, indices = [source / name for name in names], state.get("_indices_data_files")
+    except (AttributeError, KeyError, TypeError) as error:
         message = (
             f"{display_path(source / 'state.json')}: names no data files; save the data set again with save_to_disk"
         )
         raise DataError(message) from error
-    if state.get("_indices_data_files"):
+    if indices:
         raise DataError(
             f"{display_path(source)}: the rows are chosen by an index; call flatten_indices() and save it again"
         )
     if not files:
         raise DataError(f"{display_path(source)}: the data set has no rows")
-    for file in files:
-        if file.parent != source or not file.is_file():
+    for name, file in zip(names, files, strict=True):
+        if fault := file_fault(source, name):
+            raise DataError(f"{display_path(source / 'state.json')}: its file {shortened(name)} {fault}")
+        if not file.is_file():
             raise DataError(f"{display_path(file)}: named in state.json but missing; copy the complete folder again")
 
     return _read_tables(files, source, options)
@@ -399,7 +411,11 @@ def _split_folder(source: Path, split: str | None) -> Path:
         if split:
             raise DataError(f"{display_path(source)}: it has no splits; leave --split out")
         return source
-    known = read_json(source / "dataset_dict.json").get("splits", [])
+    content = read_json(source / "dataset_dict.json")
+    known = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(known, list) or not known or any(not isinstance(n, str) or leaves_folder(n) for n in known):
+        message = "has no list of names `splits`; save the data set again with save_to_disk"
+        raise DataError(f"{display_path(source / 'dataset_dict.json')}: {message}")
     split = known[0] if split is None and len(known) == 1 else split
     if split is None:
         raise DataError(f"{display_path(source)}: it has the splits {', '.join(known)}; choose one with --split")

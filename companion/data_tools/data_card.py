@@ -22,6 +22,7 @@ from llava_core.runtime import (
     read_json,
     read_jsonl,
     sha256_file,
+    shortened,
     write_json,
 )
 
@@ -82,6 +83,12 @@ def summary(
     """
     log = path.parent / "provenance.jsonl"
     rows = [row for row in read_jsonl(log) if isinstance(row, dict) and "request" in row] if log.is_file() else []
+    for number, row in enumerate(rows, start=1):
+        if (field := _wrong_number(row)) is not None:
+            raise DataError(
+                f"{display_path(log)}, request {number}: {field} is {shortened(row[field])}, and no request has that; "
+                "correct it, or remove the file"
+            )
     failures = path.parent / "failures.jsonl"
     return {
         "maker": MAKER,
@@ -102,6 +109,16 @@ def summary(
             kind: {**own.counts, "pairs": [[*pair, n] for pair, n in own.pairs.items()]} for kind, own in verbs.items()
         },
     }
+
+
+def _wrong_number(row: Mapping[str, Any]) -> str | None:
+    """The field of a log's row that has no finite numbers from 0 on; prices are two of them."""
+    for field, size in (("prompt_tokens", 1), ("completion_tokens", 1), ("cost_usd", 1), ("price", 2)):
+        value = row.get(field)
+        numbers = value if size == 2 and isinstance(value, list) else [value]
+        if value and (len(numbers) != size or not all(isinstance(n, int | float) and 0 <= n < 1e15 for n in numbers)):
+            return field
+    return None
 
 
 def _portable(path: Path) -> str:

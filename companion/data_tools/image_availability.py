@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from companion.data_tools.parallel import parallel_map
-from llava_core.data.instruct import image_fault, leaves_folder
+from llava_core.data.instruct import file_fault, image_fault
 from llava_core.runtime import DataError, atomic_write, display_path, fingerprint, progress, read_json
 
 SHARD = 2000  # images: some seconds of decoding
@@ -86,10 +86,8 @@ def _check_shard(
     for name, (stamp, fault) in zip(names, known, strict=True):
         now = _stamp(images, name)
         if now != stamp or now == _ABSENT:
-            if leaves_folder(name):
-                fault = ("missing_image", "the name leaves the folder of images")
-            else:
-                fault = image_fault(images / name, decode)
+            outside = file_fault(images, name)
+            fault = image_fault(images / name, decode) if outside is None else ("missing_image", outside)
         checked.append((now, fault))
     if cached is not None:
         atomic_write(cached, json.dumps(checked))

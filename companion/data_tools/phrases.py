@@ -35,6 +35,7 @@ from llava_core.runtime import (
 )
 
 SHARD = 10_000  # captions: some seconds of spaCy
+MAX_TEXT = 100_000  # characters that spaCy parses of a text; it refuses 1,000,000, and takes 1 GB for them
 FORMAT = 2  # of a shard file; part of the cache key
 
 _WORDS_FILE = Path(__file__).with_name("phrases.yaml")
@@ -129,7 +130,7 @@ class Extractor:
         if self.package is None:
             return lambda captions: map(rule_phrases, captions)
         parser = importlib.import_module(self.package).load(exclude=self.unused)
-        return lambda captions: map(self.read, parser.pipe(captions, batch_size=256))
+        return lambda texts: map(self.read, parser.pipe((text[:MAX_TEXT] for text in texts), batch_size=256))
 
 
 def extractor_named(name: str = "auto") -> Extractor:

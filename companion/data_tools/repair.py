@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from companion.data_tools.check import MAX_WORDS, Checker, report
+from companion.data_tools.check import MAX_WORDS, Checker, Problems, report
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.instruct import (
     FIELDS,
@@ -45,14 +45,12 @@ REPAIRS = {
 }
 _FIELDS = {"messages": "conversations", "role": "from", "content": "value"}
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "bot": "gpt", "model": "gpt"}
-_MARKER = re.escape(IMAGE_MARKER)
 _OTHER_MARKER = re.compile(  # of one image, e.g. <Image>, <image_1>, <|image|>, <ImageHere>, [IMG]
     r"(?:[<＜〈\[{]|\{\{|__|<\|)\s*(?:image|img|start_of_image)[ _]?(?:here|placeholder|[01])?\s*"
     r"(?:[>＞〉\]}]|\}\}|__|/>|\|>)",
     re.IGNORECASE,
 )
 _ESCAPED_MARKER = re.compile(r"&(?:amp;)*(?:lt|#60|#x3c);image&(?:amp;)*(?:gt|#62|#x3e);", re.IGNORECASE)
-_AT_AN_END = re.compile(rf"\A\s*{_MARKER}\s*|\s*{_MARKER}\s*\Z")
 
 
 def repair_record(record: Record, checker: Checker, unit: str = "line") -> tuple[Any, list[str]]:
@@ -206,7 +204,7 @@ def _repair_marker(turns: list[dict[str, Any]], first: int, done: list[str]) -> 
     counts = [text.count(IMAGE_MARKER) for text in texts]
     if sum(counts) == counts[first] == 1 or counts[first] > 1:  # correct; or a question about several images
         return
-    cleaned = [text if k == first else _AT_AN_END.sub("", text) for k, text in enumerate(texts)]
+    cleaned = [text if k == first else _without_marker_at_an_end(text) for k, text in enumerate(texts)]
     if any(IMAGE_MARKER in text or not text.strip() for k, text in enumerate(cleaned) if k != first):
         return  # the marker is inside a sentence, or the only text
     if not counts[first]:
@@ -217,6 +215,16 @@ def _repair_marker(turns: list[dict[str, Any]], first: int, done: list[str]) -> 
         turn["value"] = text
     done.append("marker: added" if not sum(counts) else "marker: kept" if counts[first] else "marker: moved")
     done[-1] += f" in turn {first}" + (", removed elsewhere" if counts[first] else "")
+
+
+def _without_marker_at_an_end(text: str) -> str:
+    for strip, starts, cut in (
+        (str.lstrip, str.startswith, str.removeprefix),
+        (str.rstrip, str.endswith, str.removesuffix),
+    ):
+        if starts(strip(text), IMAGE_MARKER):
+            text = strip(cut(strip(text), IMAGE_MARKER))
+    return text
 
 
 def fix_file(
@@ -242,27 +250,27 @@ def fix_file(
     if out.exists() and path.exists() and out.samefile(path):
         raise DataError(f"{display_path(out)}: the copy would replace the file; give --fix another name")
     checker, unit = Checker(images, decode, max_words), "row" if path.suffix == ".parquet" else "line"
-    problems: list[Problem] = []
+    problems = Problems()
     fixed: list[dict[str, Any]] = []
     values: list[Any] = []
     lines: list[bytes] = []
-    same_id: dict[str, list[int]] = {}  # indices into `lines`
+    written: set[bytes] = set()
     count = 0
     for item in read_records(path):
         if isinstance(item, Problem):
-            problems.append(item)
+            problems.add([item])
             continue
         count += 1
         repaired, done, remaining = _repaired(item, checker, unit)
         checker.count(repaired, remaining)
-        line, earlier = _encoded(repaired), same_id.setdefault(repaired.label, [])
-        if any(lines[k] == line for k in earlier):
+        line = _encoded(repaired)
+        if line in written:
             done.append("duplicate: left out")
         else:
-            earlier.append(len(lines))
+            written.add(line)
             lines.append(line)
             values.append(repaired.value)
-            problems += remaining
+            problems.add(remaining)
         if done:
             fixed.append({"line": item.line, "record": repaired.label, "done": done})
     if out.suffix == ".parquet":

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.instruct import Sample
+from llava_core.data.instruct import Sample, file_fault
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, DataError, display_path, read_json, write_json
+from llava_core.runtime import ConfigError, DataError, display_path, read_json, shortened, write_json
 
 LETTERS = "ABCDE"
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -69,8 +69,15 @@ def load_problems(folder: str | Path, split: str = "train", check_images: bool =
     """
     folder = Path(folder)
     splits, problems = read_json(folder / "pid_splits.json"), read_json(folder / "problems.json")
+    for file, content in (("pid_splits.json", splits), ("problems.json", problems)):
+        if not isinstance(content, dict):
+            raise DataError(f"{display_path(folder / file)}: no object with names; take the official file")
     if split not in splits:
         raise DataError(f"{display_path(folder / 'pid_splits.json')}: {unknown('split', split, splits)}")
+    if not isinstance(splits[split], list) or not all(isinstance(name, str) for name in splits[split]):
+        raise DataError(
+            f"{display_path(folder / 'pid_splits.json')}: {split} is no list of ids; take the official file"
+        )
     absent = [name for name in splits[split] if name not in problems]
     if absent:
         raise DataError(
@@ -103,21 +110,27 @@ def _parse(name: str, raw: Any, folder: Path) -> Problem:
     size = len(raw["choices"])
     if not 0 <= raw["answer"] < size <= len(LETTERS):
         raise DataError(f"{place}: answer {raw['answer']} of {size} choices (at most {len(LETTERS)}); correct it")
-    image = raw.get("image")
+    texts = {field: raw.get(field) or "" for field in ("hint", "image", "lecture", "solution", "skill")}
+    for field, text in [*texts.items(), *(("choices", choice) for choice in raw["choices"])]:
+        if not isinstance(text, str):
+            raise DataError(f"{place}: {field} has {shortened(text)} instead of a text; take the official file")
+    file = str(Path(raw["split"], name, texts["image"]))  # an absolute part replaces those before it
+    if texts["image"] and (fault := file_fault(folder / "images", file)):
+        raise DataError(f"{place}: the image {shortened(file)} {fault}")
     return Problem(
         id=name,
         question=raw["question"],
         choices=raw["choices"],
         answer=raw["answer"],
-        hint=raw.get("hint") or "",
+        hint=texts["hint"],
         # minitrain and its like are lists of problems that lie in the folder of their own split
-        image=folder / "images" / raw["split"] / name / image if image else None,
-        lecture=raw.get("lecture") or "",
-        solution=raw.get("solution") or "",
+        image=folder / "images" / file if texts["image"] else None,
+        lecture=texts["lecture"],
+        solution=texts["solution"],
         subject=raw["subject"],
         grade=int(grade),
         split=raw["split"],
-        skill=raw.get("skill") or "",
+        skill=texts["skill"],
     )
 
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_core.runtime import DataError, display_path, read_json, read_jsonl, write_json
+from llava_core.data.instruct import file_fault
+from llava_core.runtime import DataError, display_path, read_json, read_jsonl, shortened, write_json
 
 if TYPE_CHECKING:
     from llava_core.checkpoints.load import Loaded
@@ -310,6 +311,8 @@ def write_captions(
         where = f"{display_path(references)}, image {number}"
         if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("file_name"), str):
             raise DataError(f"{where}: needs `id` and `file_name`, has {str(row)[:80]}")
+        if fault := file_fault(images, row["file_name"]):
+            raise DataError(f"{where}: {shortened(row['file_name'])} {fault}")
         if not (images / row["file_name"]).is_file():
             raise DataError(
                 f"{where}: {display_path(images / row['file_name'])} does not exist; name the folder of the images"

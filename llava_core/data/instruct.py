@@ -23,7 +23,16 @@ from llava_core.constants import IMAGE_MARKER
 from llava_core.data.media import first_of, foreign_markers, is_other_file, may_hold_markers, unread_fields
 from llava_core.data.tables import TableError, read_table
 from llava_core.registry import unknown
-from llava_core.runtime import DataError, display_path, jsonl_fault, other_content, shortened
+from llava_core.runtime import (
+    MAX_DEPTH,
+    DataError,
+    check_depth,
+    display_path,
+    jsonl_fault,
+    other_content,
+    parse_json,
+    shortened,
+)
 
 ROLES = ("human", "gpt")
 FIELDS = frozenset(("id", "image", "type", "conversations"))
@@ -109,7 +118,7 @@ def read_records(path: Path) -> Iterator[Record | Problem]:
     for line, row in enumerate(text.split("\n"), start=1):  # not splitlines(): strings may hold U+2028
         if row.strip():
             try:
-                yield Record(line, position, json.loads(row.lstrip("\ufeff")))
+                yield Record(line, position, parse_json(row.lstrip("\ufeff")))
             except (ValueError, RecursionError) as error:
                 yield _not_json(line, position, error)
             position += 1
@@ -139,7 +148,10 @@ def _read_list(text: str) -> Iterator[Record | Problem]:
     try:
         while position or not text.startswith("]", at):
             line, counted = line + text.count("\n", counted, at), at
+            start = at
             value, at = decode(text, at)
+            if text.count("[", start, at) + text.count("{", start, at) > MAX_DEPTH:
+                check_depth(value)
             yield Record(line, position, value)
             position, at = position + 1, _after_space(text, at)
             if not text.startswith(",", at):
@@ -293,8 +305,29 @@ def _is_unicode(text: Any) -> bool:
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether the name of an image points outside its folder; symbolic links inside are allowed."""
+    """Whether the name of a file points outside its folder; see `file_fault` for links."""
     return os.path.isabs(name) or (os.pardir in name and os.path.normpath(name).split(os.sep)[0] == os.pardir)
+
+
+def file_fault(folder: Path, name: str) -> str | None:
+    """Why `folder / name` must not be read; None for a regular file, and for one that is not there.
+
+    A file may be a link inside the folder, or into the blobs of the hub's cache, and lie in a linked folder.
+    """
+    if leaves_folder(name):
+        return "leaves the folder of the data; give a path relative to that folder"
+    try:
+        path = folder / name
+        if path.is_symlink():
+            home, real = folder.resolve(), path.resolve()
+            homes = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
+            if not any(map(real.is_relative_to, homes)):
+                return "is a link out of the folder of the data; copy the file into it"
+        if path.exists() and not path.is_file():  # reading a pipe would block, and a device has no end
+            return "is a folder, a pipe or a device; put the file itself there"
+    except (OSError, RuntimeError, ValueError):  # a name too long, a link to itself, a NUL
+        pass
+    return None
 
 
 class ImageFolder:
@@ -306,7 +339,7 @@ class ImageFolder:
             raise DataError(
                 f"{display_path(self.path)}: no such folder; give the folder that the records' images lie in"
             )
-        self._fault = lru_cache(maxsize=None)(lambda name: image_fault(self.path / name, decode))
+        self._fault = lru_cache(maxsize=None)(lambda name: _file_or_image_fault(self.path, name, decode))
 
     def problem(self, name: str) -> tuple[str, str] | None:
         """(kind, message) if the image cannot be used, else None."""
@@ -315,6 +348,12 @@ class ImageFolder:
         shown = display_path(self.path / shortened(name))
         reason = fault[1].replace(name, shortened(name))
         return fault[0], f"image {shown}: {reason}; restore the file or remove the record"
+
+
+def _file_or_image_fault(folder: Path, name: str, decode: bool) -> tuple[str, str] | None:
+    if (reason := file_fault(folder, name)) is not None:
+        return "outside_folder" if (folder / name).is_symlink() else "missing_image", reason
+    return image_fault(folder / name, decode)
 
 
 def image_fault(path: Path, decode: bool = True) -> tuple[str, str] | None:

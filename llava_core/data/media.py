@@ -10,6 +10,7 @@ import html
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from llava_core.constants import IMAGE_MARKER
@@ -160,7 +161,7 @@ _PART = (
 _STRONG = re.compile(
     "|".join((
         # <|image_pad|>, <|vision_start|>, <|AUDIO|>, <|media_begin|>, with full-width bars too
-        r"<[|｜][^<>|｜\s]*?(?:image|img|video|vid(?![a-z])|audio|vision|speech|media|mm_)[^<>|｜\s]*[|｜]>",
+        r"<[|｜][^<>|｜\s]{0,99}?(?:image|img|video|vid(?![a-z])|audio|vision|speech|media|mm_)[^<>|｜\s]{0,99}[|｜]>",
         rf"<(?:{_NOUN})s?[\s_:#-]*\d+>",  # <image_1>, <image 1>, <img_00012>
         rf"(?<!\w)</?(?:{_NOUN}|vision|vis)s?[\s_-]?(?:{_PART})[a-z_]*\d*>",  # <ImageHere>, <IMG_CONTEXT>, <vid_patch>
         r"<(?:start|end|begin|bos|eos)_of_(?:image|img|video|audio|speech)>",  # <start_of_image>
@@ -171,15 +172,17 @@ _STRONG = re.compile(
     )),
     re.IGNORECASE,
 )  # fmt: skip
-_TAG = rf"(?<!\w)[<＜〈]\s*/?\s*(?:{_NOUN})s?\s*/?\s*\\?[>＞〉]"
+_TAG = rf"(?<!\w)[<＜〈]\s*(?:/\s*)?(?:{_NOUN})s?\s*(?:/\s*)?\\?[>＞〉]"
 _WEAK = re.compile(_TAG, re.IGNORECASE)
 _ALONE = re.compile(  # at the start of a line, or at the end of a text
     rf"(?:\A|\n)[ \t]*((?:\{{\{{|[\[{{<]<?|__)\s*(?:{_NOUN})s?[ _]?\d*\s*(?:\}}\}}|[\]}}>]>?|__)"
-    r"|<(?P<tag>img|image|video|audio)\s(?![^<>]*https?:)[^<>]*=[^<>]*>(?:\s*</(?P=tag)>)?"
-    r"|!\[[^\]\n]*\]\((?!https?:)[^()\n]+\)|data:(?:image|video|audio)/[\w.+-]+)|(!\[[^\]\n]*\]\((?!https?:)[^()\s]+\))\s*\Z",
+    r"|<(?P<tag>img|image|video|audio)\s(?![^<>]*https?:)[^<>=]*=[^<>]*>(?:\s*</(?P=tag)>)?"
+    r"|!\[[^\[\]\n]*\]\((?!https?:)[^()\n]+\)|data:(?:image|video|audio)/[\w.+-]+)|(!\[[^\[\]\n]*\]\((?!https?:)[^()\s]+\))\s*\Z",
     re.IGNORECASE,
 )
 _HIDDEN = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")  # characters without width
+_CLOSING = re.compile(r"</([^<>]*)>")
+MAX_TAGS = 100  # in a text; each is looked at with the text around it
 _ANSWERS = ("gpt", "assistant", "model", "bot")
 _MARKUP = re.compile(
     r"</(?!(?:image|img|video|audio)>)|```|<[a-z]+\s+[a-z-]+(?:=|>|\s+[a-z-]+[=>])|\b(?:x?html5?|css|svg|xml|jsx|javascript|react|dom)\b",
@@ -211,12 +214,13 @@ def foreign_markers(turns: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, str
         plain = plain if plain.isascii() else _HIDDEN.sub("", plain)
         if plain.count(IMAGE_MARKER) > text.count(IMAGE_MARKER):
             yield k, html.escape(IMAGE_MARKER)
-        for match in _STRONG.finditer(plain):
-            in_code = plain[: match.start()].endswith("`") and plain.startswith("`", match.end())
-            if not in_code and f"</{match[0].strip('<>')}>" not in plain:  # an element of XML
+        closed = set(_CLOSING.findall(plain))
+        for match in islice(_STRONG.finditer(plain), MAX_TAGS):
+            in_code = plain.endswith("`", 0, match.start()) and plain.startswith("`", match.end())
+            if not in_code and match[0].strip("<>") not in closed:  # an element of XML
                 yield k, match[0]
         rest = _STRONG.sub("", plain)
-        for match in _WEAK.finditer(rest):
+        for match in islice(_WEAK.finditer(rest), MAX_TAGS):
             if match[0] == IMAGE_MARKER:
                 continue
             if about_markup is None:

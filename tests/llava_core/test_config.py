@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from llava_core import config
 from llava_core.config import ExperimentConfig, RunConfig, load_experiment, load_scale
-from llava_core.config_files import flatten
+from llava_core.config_files import StrictModel, flatten, read_yaml, validated
 from llava_core.runtime import ConfigError
 
 EXPERIMENTS, SCALES = sorted(config.experiments()), sorted(config.scales())
@@ -330,3 +333,42 @@ def test_pure_bf16_needs_an_engine_without_fp32_weights() -> None:
     with pytest.raises(ConfigError, match="DeepSpeed keeps fp32 weights"):
         load_experiment("finetune", "a100x8", pure)
     assert load_experiment("finetune", "a100x8", pure | {"scale.parallel.kind": "fsdp2"}).dtype == "bfloat16"
+
+
+BAD_YAML = {
+    "deep": "[" * 5000, "deep mapping": "{a: " * 5000, "deep list": "- " * 100_000, "control": "a: \x01",
+    "bytes": b"\xff\xfe\x00", "date": "a: 2024-13-45", "int": "a: !!int x", "bool": "a: !!bool x",
+    "time": "a: !!timestamp x", "digits": "a: " + "9" * 5000, "code": "a: !!python/object/apply:os.getpid []",
+    "key": "? [1]\n: 2", "twice": "a: 1\na: 2", "set": "a: !!set [1]", "large": "# " + "x" * 2_000_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_YAML)
+def test_every_error_of_yaml_is_one_line(name: str, tmp_path: Path) -> None:
+    content, path = BAD_YAML[name], tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=r"\A.*mine\.yaml.*(YAML|UTF-8|bytes).*\Z"):
+        read_yaml(path)
+
+
+def test_yaml_of_many_keys_and_of_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").write_text("".join(f"key{k}: 1\n" for k in range(30_000)))
+    begin = time.process_time()
+    assert len(read_yaml(tmp_path / "keys.yaml")) == 30_000
+    assert time.process_time() - begin < 8
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: a folder, a pipe or a device"):
+        read_yaml(tmp_path / "pipe.yaml")
+
+
+def test_a_nested_value_is_shown_short() -> None:
+    bomb: Any = "x"
+    for _ in range(40):
+        bomb = [bomb, bomb]
+
+    class Model(StrictModel):
+        number: int
+
+    with pytest.raises(ConfigError, match=r"mine\.yaml: number: .*\(it is ") as caught:
+        validated(Model, {"number": bomb}, "mine.yaml")
+    assert len(str(caught.value)) < 2000

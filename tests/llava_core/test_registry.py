@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from llava_core.registry import Registry
@@ -29,3 +31,9 @@ def test_duplicate_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="twice"):
         parts.register("circle")(2)
     assert parts.get("circle") == 1
+
+
+@pytest.mark.parametrize("name", [{"a": 1}, [1]])
+def test_a_name_of_another_type_is_unknown(name: Any) -> None:
+    with pytest.raises(ConfigError, match="unknown template"):
+        Registry[int]("template").get(name)
