@@ -72,8 +72,13 @@ def open_sdk(
             seconds, most = timeout * TOTAL_TIME * (10 if is_file else 1), FILE_BYTES if is_file else REPLY_BYTES
             end, send = time.monotonic() + seconds, super().send
             options |= {"stream": True, "follow_redirects": False}
+
+            def ask() -> tuple[Any, bytes]:
+                response = send(request, **options)
+                return response, read_answer(response, most, end)
+
             try:
-                response, body = _within(seconds, lambda: read_body(send(request, **options), most, end))
+                response, body = _within(seconds, ask)
             except TimeoutError:
                 message = f"no whole answer in {seconds:g} s"
                 raise openai.APIConnectionError(message=message, request=request) from None
@@ -82,8 +87,7 @@ def open_sdk(
                     raise
                 raise type(error)(text.decode()) from None  # it repeated what was sent or received
             headers = {"content-type": "application/json", **retry_headers(response)}
-            content = hide(redirect_error(response) or body)
-            answer = type(response)(response.status_code, headers=headers, content=content, request=request)
+            answer = type(response)(response.status_code, headers=headers, content=hide(body), request=request)
             after(answer)
             return answer
 
@@ -114,35 +118,44 @@ def _within(seconds: float, work: Callable[[], Result]) -> Result:
     return future.result(seconds)
 
 
-def read_body(response: Any, most: int, end: float) -> tuple[Any, bytes]:
-    """Return a streamed response and its body of at most `most` bytes, decompressed; TimeoutError after `end`."""
-    encoding = response.headers.get("content-encoding", "").strip().lower() or "identity"
-    decoder = None if encoding == "identity" else zlib.decompressobj(zlib.MAX_WBITS | 32)
-    body, received = bytearray(), 0
+def read_answer(response: Any, most: int, end: float) -> bytes:
+    """Return the body of a streamed response, or an error that stands for a redirect or for the body of a refusal.
+
+    Raises:
+        UnusableAnswerError: a body with status 200 is larger than `most` bytes or cannot be decompressed.
+        TimeoutError: it goes on after `end`, a time of `time.monotonic`.
+    """
     try:
-        if encoding not in ENCODINGS:
-            raise UnusableAnswerError(f"the answer has the encoding {one_line(encoding)}, which was not asked for")
-        for part in response.iter_raw():
-            received += len(part)
-            body += decoder.decompress(part, most + 1 - len(body)) if decoder else part
-            if max(received, len(body)) > most:
-                raise UnusableAnswerError(f"the answer is larger than {most / 2**20:g} MiB")
-            if time.monotonic() > end:
-                raise TimeoutError
-    except zlib.error as error:
-        raise UnusableAnswerError(f"the answer is not valid {encoding} ({error})") from None
+        if not 300 <= response.status_code < 400:
+            return _read(response, most, end)
+        target = one_line(response.headers.get("location") or "no address")
+        message = f"the server redirects to {target}, which is not followed; give its address as the base URL to ask it"
+    except UnusableAnswerError as error:
+        if response.status_code < 300:
+            raise
+        message = str(error)
     finally:
         response.close()
-    return response, bytes(body).replace(b"\0", b"")  # UTF-16, which no JSON API speaks, would hide a secret
-
-
-def redirect_error(response: Any) -> bytes | None:
-    """Return the body that replaces a redirect's: an error that names the target."""
-    if not 300 <= response.status_code < 400:
-        return None
-    target = one_line(response.headers.get("location") or "no address")
-    message = f"the server redirects to {target}, which is not followed; give its address as the base URL to ask it"
     return json.dumps({"error": {"message": message}}).encode()
+
+
+def _read(response: Any, most: int, end: float) -> bytes:
+    encoding = response.headers.get("content-encoding", "").strip().lower() or "identity"
+    if encoding not in ENCODINGS:
+        raise UnusableAnswerError(f"the answer has the encoding {one_line(encoding)}, which was not asked for")
+    decoder = None if encoding == "identity" else zlib.decompressobj(zlib.MAX_WBITS | 32)
+    body, received = bytearray(), 0
+    for part in response.iter_raw():
+        received += len(part)
+        try:
+            body += decoder.decompress(part, most + 1 - len(body)) if decoder else part
+        except zlib.error as error:
+            raise UnusableAnswerError(f"the answer is not valid {encoding} ({error})") from None
+        if max(received, len(body)) > most:
+            raise UnusableAnswerError(f"the answer is larger than {most / 2**20:g} MiB")
+        if time.monotonic() > end:
+            raise TimeoutError
+    return bytes(body).replace(b"\0", b"")  # UTF-16, which no JSON API speaks, would hide a secret
 
 
 class RetryHeaders:

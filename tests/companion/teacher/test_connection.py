@@ -207,6 +207,22 @@ def test_unusable_body_is_recorded_without_text(tmp_path: Path, raw: dict[str, A
         assert len(server.stop()["times"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        ({"status": 400, "drip": 0.0, "bytes": 2**16}, "the answer is larger than 4 MiB"),
+        ({"status": 400, "headers": ["Content-Encoding: br"]}, "the answer has the encoding br"),
+        ({"status": 307, "drip": 0.1, "headers": ["Location: /a"]}, "the server redirects to /a"),
+    ],
+)
+def test_unusable_body_of_a_refusal_costs_nothing(tmp_path: Path, raw: dict[str, Any], why: str) -> None:
+    with serving(tmp_path, raw=raw) as server:
+        with pytest.raises(ChatError, match=f"status {raw['status']}: .*{why}"):
+            recording(tmp_path, server.url).complete(REQUEST)
+        tape = Cassette(tmp_path / "tape.sqlite")
+        assert (len(tape), tape.doubtful()) == (0, 0)
+
+
 def test_small_compressed_body_is_read(tmp_path: Path) -> None:
     with serving(tmp_path, raw={"spaces": 1000, "body": completion()}) as server:
         assert recording(tmp_path, server.url).complete(REQUEST).text == "A man stands next to a car."
