@@ -170,16 +170,25 @@ def set_default_mode(path: str | Path) -> None:
     os.chmod(path, 0o666 & ~_UMASK)
 
 
+def _lock(descriptor: int, wait: bool) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:  # NFS does not lock folders, some clusters' file systems lock nothing
+        pass
+
+
 @contextlib.contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on a file, at most until the process ends; BlockingIOError if taken and not `wait`.
 
-    The file is created where it is missing; its content stays.
+    The file is created where it is missing; its content stays. A file system without locks does as if it were free.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _lock(file.fileno(), wait)
         yield
 
 
@@ -191,12 +200,7 @@ def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError:  # NFS locks files only
-            pass
+        _lock(descriptor, wait)
         if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
             raise FileNotFoundError(folder)
         yield

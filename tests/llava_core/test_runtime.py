@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -213,3 +214,12 @@ def test_root_can_be_set_by_variable(tmp_path: Path) -> None:
     assert answer.stdout.strip() == str(tmp_path.resolve() / "configs")
     assert runtime.display_path(runtime.ROOT / "a" / "b") == str(Path("a", "b"))
     assert runtime.display_path("/elsewhere/b") == "/elsewhere/b"
+
+
+def test_file_system_without_locks_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("llava_core.runtime.fcntl.flock", refuse)
+    with runtime.file_lock(tmp_path / "a", wait=False), runtime.folder_lock(tmp_path, wait=False):
+        assert (tmp_path / "a").exists()
