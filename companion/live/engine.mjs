@@ -519,14 +519,13 @@ export class Conversation {
   }
 
   /**
-   * Occlusion: the log-probability of each token of an answer, with the image as it is and with each patch in grey.
+   * Occlusion: the log-probability of the tokens of a turn's answer, with the image and with each patch in grey.
    * A generator of `{patch, changes}`; changes[k] is how much greying the patch lowers token k (nats).
    */
-  *occlusion(question, tokens) {
-    const turns = this.turns.findIndex((turn) => turn.question === question);
+  *occlusion(turn, tokens) {
     const kept = this.turns;
-    this.turns = turns < 0 ? kept : kept.slice(0, turns);
-    const ids = [...this.promptIds(question), ...tokens];
+    this.turns = kept.slice(0, turn);
+    const ids = [...this.promptIds(kept[turn].question), ...tokens];
     this.turns = kept;
     const score = (pixels) => {
       const embedded = this.model.embed(ids, this.model.encodeImage(pixels)), keep = tokens.length + 1;

@@ -36,6 +36,6 @@ if (questions.length) {
   const { image, turns } = questions[0];
   conversation.setImage(picture(image));
   const tokens = [...conversation.ask(turns[0], { maxNewTokens })].map((step) => step.token);
-  occlusion = { tokens, rows: [...conversation.occlusion(turns[0], tokens)] };
+  occlusion = { tokens, rows: [...conversation.occlusion(0, tokens)] };
 }
 process.stdout.write(JSON.stringify({ answers, encoded, resized, occlusion }));
