@@ -143,13 +143,13 @@ def shortened(value: object, most: int = 100) -> str:
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
-    """Write a file so that a reader, or a killed writer, never leaves half of it."""
+    """Write a file so that a reader, or a killed writer, never leaves half of it; halves of characters as JSON does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         set_default_mode(temporary)
@@ -344,7 +344,7 @@ def sha256_file(path: str | Path) -> str:
 def fingerprint(value: Any) -> str:
     """Return 12 hex digits that depend on a JSON-like value and not on the order of its keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    return hashlib.sha256(canonical.encode(errors="backslashreplace")).hexdigest()[:12]
 
 
 def seed_everything(seed: int) -> None:

@@ -170,7 +170,7 @@ def _write_missing(
     known = _resume(out, asked, settings)
     model = settings.get("run_id") or settings["checkpoint"]
     for texts in answer([row for key, row in asked.items() if key not in known]):
-        with open(out, "a", encoding="utf-8") as file:
+        with open(out, "a", encoding="utf-8", errors="backslashreplace") as file:
             for key, text in texts.items():
                 row = {"question_id": asked[key]["question_id"], "prompt": asked[key]["text"], "text": text}
                 row |= {"answer_id": fingerprint([*row.values(), settings]), "model_id": model, "metadata": settings}

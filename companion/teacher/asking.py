@@ -15,6 +15,7 @@ from companion.teacher.protocol import NOT_REPORTED
 from llava_core.runtime import progress
 
 MAX_UNANSWERED = 20  # consecutive requests without a reply, after which the server counts as unreachable
+MOST_CHARACTERS_PER_TOKEN = 20  # a longer reply than this was not limited to `max_tokens`; it is not sent back whole
 Check = Callable[[ChatReply], Any]
 """Returns the content of a whole reply, whose text is without reasoning, or raises `ReplyError`."""
 Retry = Callable[[ChatRequest, ChatReply, ReplyError], ChatRequest]
@@ -73,7 +74,8 @@ class Asked:
 
 def follow_up(request: ChatRequest, reply: ChatReply, reason: str) -> ChatRequest:
     """Return the request that continues a chat: the reply, then the reason why another one is needed."""
-    quoted = [{"role": "assistant", "content": reply.text}] if reply.text.strip() else []
+    text = reply.text[: MOST_CHARACTERS_PER_TOKEN * request.max_tokens]
+    quoted = [{"role": "assistant", "content": text}] if text.strip() else []
     return replace(request, messages=[*request.messages, *quoted, {"role": "user", "content": reason}])
 
 

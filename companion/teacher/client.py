@@ -16,7 +16,7 @@ from typing import Any
 
 from companion.teacher.batch import BatchClient
 from companion.teacher.cassette import Cassette, WriterLock, lock_cassette
-from companion.teacher.chat import ChatClient, ChatError, ChatReply, ChatRequest, Message
+from companion.teacher.chat import ChatClient, ChatError, ChatReply, ChatRequest, Message, valid_unicode
 from companion.teacher.live import LiveClient
 from llava_core.registry import unknown
 from llava_core.runtime import ConfigError, DataError, display_path
@@ -32,7 +32,7 @@ class OfflineClient:
         self.responder = responder
 
     def complete(self, request: ChatRequest) -> ChatReply:
-        text = self.responder(list(request.messages))
+        text = valid_unicode(self.responder(list(request.messages)))
         words = sum(len(m["content"].split()) for m in request.messages)
         return ChatReply(text, "offline", words, len(text.split()), kind="offline")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from companion.teacher.asking import Asked, ask_each, follow_up, tally
-from companion.teacher.chat import MAX_TOKENS, TEMPERATURE, ChatClient, ChatReply, ChatRequest
+from companion.teacher.chat import MAX_TOKENS, TEMPERATURE, ChatClient, ChatReply, ChatRequest, valid_unicode
 from companion.teacher.parse import ReplyError, parse_detail, parse_dialogue, parse_reasoning
 from companion.teacher.prompts import (
     DETAIL_QUESTIONS,
@@ -191,7 +191,7 @@ def write(
 
 def _rng(seed: int, image: Annotation, kind: str) -> random.Random:
     # by id and kind, not by position: a record stays the same when other images are added or left out
-    return random.Random(f"{seed}-{image.id}-{kind}")
+    return random.Random(valid_unicode(f"{seed}-{image.id}-{kind}"))
 
 
 def _source(request: ChatRequest, reply: ChatReply, prompt: Prompt, seed: int) -> dict[str, Any]:
@@ -259,14 +259,21 @@ def _write_parquet(path: Path, records: list[dict[str, Any]]) -> list[Path]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        print(f"note: no {path.name}: the package pyarrow is not installed", file=sys.stderr)
-        path.unlink(missing_ok=True)  # of an earlier call
-        return []
+        return _no_parquet(path, "the package pyarrow is not installed")
     text = pa.string()
     source = [(name, text) for name in ("request", "model", "date", "client", "prompt")]
     columns = [(name, text) for name in ("id", "image", "type")]
     columns += [("conversations", pa.list_(pa.struct([("from", text), ("value", text)])))]
     columns += [("provenance", pa.struct([*source, ("seed", pa.int64())]))]
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(columns)), buffer, compression="zstd")
+    try:
+        pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(columns)), buffer, compression="zstd")
+    except UnicodeEncodeError:
+        return _no_parquet(path, "a text has half of a character")
     return [atomic_write(path, buffer.getvalue())]
+
+
+def _no_parquet(path: Path, why: str) -> list[Path]:
+    print(f"note: no {path.name}: {why}", file=sys.stderr)
+    path.unlink(missing_ok=True)  # of an earlier call
+    return []

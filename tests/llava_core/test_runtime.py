@@ -223,3 +223,10 @@ def test_file_system_without_locks_is_usable(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("llava_core.runtime.fcntl.flock", refuse)
     with runtime.file_lock(tmp_path / "a", wait=False), runtime.folder_lock(tmp_path, wait=False):
         assert (tmp_path / "a").exists()
+
+
+def test_half_of_a_character_is_written_as_json_has_it(tmp_path: Path) -> None:
+    value = {"a": "car \ud83d", "b": "Z\u00fcrich"}
+    assert runtime.read_json(runtime.write_json(tmp_path / "a.json", value)) == value
+    assert runtime.read_jsonl(runtime.write_jsonl(tmp_path / "a.jsonl", [value])) == [value]
+    assert runtime.fingerprint(value) != runtime.fingerprint({**value, "a": "car"})

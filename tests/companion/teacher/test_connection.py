@@ -13,6 +13,7 @@ import pytest
 from cassette_processes import annotated_images
 from chat_server import serving
 
+from companion.teacher.asking import follow_up
 from companion.teacher.cassette import Cassette
 from companion.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest, ServerError, cost_usd
 from companion.teacher.client import ReplayClient, client_from_name
@@ -111,6 +112,13 @@ def test_damaged_rows_of_a_cassette_add_nothing_to_the_budget(tmp_path: Path, co
             tape.begin(other, 0.6, budget)
     with pytest.raises(DataError, match=rf"tape.sqlite: the reply to request {REQUEST.key} has the {column}"):
         tape.get(REQUEST)
+
+
+def test_reply_beyond_its_limit_is_not_sent_back_whole() -> None:
+    for text in ("short", "x" * 4 * 2**20):
+        second = follow_up(REQUEST, ChatReply(text, "m", 1, 1), "again")
+        assert second.messages[1]["content"] == text[:1000]
+        assert second.most_tokens()[0] < 1200
 
 
 @pytest.mark.parametrize("price", [(-1.0, 60.0), (float("nan"), 1.0), (float("inf"), 1.0)])

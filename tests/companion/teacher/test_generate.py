@@ -192,6 +192,17 @@ def test_files_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("detail_*")) == ["detail_2.json", "detail_23k.json"]
 
 
+@pytest.mark.parametrize("name", ["1", "\udc80"])
+def test_halves_of_characters_end_no_run(tmp_path: Path, name: str) -> None:
+    image = Image(name, f"{name}.jpg", ["A car \ud83d stands on a road."])
+    client = RecordClient(OfflineClient(respond), tmp_path / "tape.sqlite")
+    assert generate([image], ["detail"], client, tmp_path / "out")["records"] == 1
+    [record] = read_json(tmp_path / "out" / "llava_instruct.json")
+    assert record["id"] == name
+    assert (tmp_path / "out" / "llava_instruct.parquet").exists() == (name == "1")
+    generate([image], ["detail"], ReplayClient(tmp_path / "tape.sqlite"), tmp_path / "again")
+
+
 def test_unknown_kind_is_an_error_before_any_request(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'details'; did you mean 'detail'"):
         generate(IMAGES, ["conversation", "details"], OfflineClient(lambda m: pytest.fail("asked")), tmp_path)
