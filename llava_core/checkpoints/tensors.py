@@ -99,7 +99,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         file = safe_open(path, "pt")
         _check_number(len(file.keys()), path)
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # the last one where a limit forbids to map the file
         raise error_at(path, f"damaged or cut off ({error}); fix: copy or download it again") from error
     tensors: dict[str, LazyTensor] = {}
     for name, header in slices.items():

@@ -27,6 +27,7 @@ _PROBES = (
 )  # fmt: skip
 _JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _ADDED_TOKENS = ("added_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+_TOKEN_FIELDS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special", "__type"}
 _STEPS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
 _MOST_ADDED, _MOST_STEPS, _MOST_GROWTH, _LONGEST_PIECE = 10_000, 2_000, 10_000, 256
 _AGAIN = "download it again"
@@ -71,9 +72,13 @@ def _check_files(folder: Path) -> None:
             contained_file(folder, name)
     files = {name: read_config(folder, name) for name in _JSON_FILES if has_file(folder, name)}
     added = [(name, fields.get(key)) for name, fields in files.items() for key in _ADDED_TOKENS]
-    for name, tokens in [*added, ("added_tokens.json", files.get("added_tokens.json"))]:
-        if isinstance(tokens, dict | list) and len(tokens) > _MOST_ADDED:
-            raise error_at(folder / name, f"adds {len(tokens):,} tokens, more than {_MOST_ADDED:,}; fix: {_AGAIN}")
+    for name, tokens in [*added, *((name, fields) for name, fields in files.items() if name != "tokenizer.json")]:
+        listed = list(tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ())
+        if len(listed) > _MOST_ADDED:
+            raise error_at(folder / name, f"adds {len(listed):,} tokens, more than {_MOST_ADDED:,}; fix: {_AGAIN}")
+        for token in listed:
+            if isinstance(token, dict) and "content" in token and not token.keys() <= _TOKEN_FIELDS:
+                raise error_at(folder / name, f"a token has fields beyond {sorted(_TOKEN_FIELDS)}; fix: {_AGAIN}")
     if "fast_tokenizer_files" in files.get("tokenizer_config.json", {}):  # transformers would read another one
         raise error_at(folder / "tokenizer_config.json", "names other tokenizers; fix: remove 'fast_tokenizer_files'")
     whole = files.get("tokenizer.json", {})

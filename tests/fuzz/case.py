@@ -95,9 +95,9 @@ def _child(words: list[str], output: Path) -> None:
         os.dup2(streams, 1)
         os.dup2(streams, 2)
         sys.stdin, sys.stdout, sys.stderr = (os.fdopen(k, mode) for k, mode in ((0, "r"), (1, "w"), (2, "w")))
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
         most = pages * resource.getpagesize() + BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # without files that are mapped to be read
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         code = main(words)
     except SystemExit as error:  # of argparse

@@ -15,6 +15,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import foreign
 import sentencepiece_models
 import torch
+from hostile_pickles import OPERATIONS, write_pickle
 from PIL import Image
 
 from llava_core.checkpoints.load import save_checkpoint
@@ -229,6 +230,8 @@ def _damage_tensors(file: Path, draw: random.Random) -> str:
     tensors = content.get("state_dict", content)
     name = draw.choice(sorted(tensors))
     tensor = tensors[name]
+    if not isinstance(tensor, torch.Tensor) or not tensor.numel() or not tensor.ndim:
+        return "nothing"
     changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "NaN": lambda t: t.masked_fill(torch.rand(t.shape) < 0.1, float("nan")),
         "one infinity": lambda t: torch.cat([t.flatten()[1:], torch.tensor([float("inf")])]).view(t.shape),
@@ -236,7 +239,7 @@ def _damage_tensors(file: Path, draw: random.Random) -> str:
         "complex": lambda t: t.to(torch.complex64),
         "float8": lambda t: t.to(torch.float8_e4m3fn), "half": lambda t: t.half(), "double": lambda t: t.double(),
         "scalar": lambda t: t.flatten()[0].clone(), "one axis": lambda t: t.flatten().clone(),
-        "more axes": lambda t: t[None, None].clone(), "transposed": lambda t: t.T.contiguous(),
+        "more axes": lambda t: t[None, None].clone(), "transposed": lambda t: t.movedim(0, -1).contiguous(),
         "zero rows": lambda t: t[:0].clone(), "zero columns": lambda t: torch.zeros(30000, 0),
         "more rows": lambda t: torch.cat([t, t]), "fewer rows": lambda t: t[:-1].clone(),
     }  # fmt: skip
@@ -291,9 +294,10 @@ class _Code:
 
 def _damage_pickle(file: Path, draw: random.Random) -> str:
     """Replace a pickle by one that runs code, or takes time or memory."""
-    kind = draw.choice(
-        ("code", "old code", "stride 0", "nested key", "compressed", "long key", "many", "shared", "nested")
-    )
+    kind = draw.choice(("code", "old code", "stride 0", "compressed", "many", "shared", "nested", *OPERATIONS))
+    if kind in OPERATIONS:
+        write_pickle(file, OPERATIONS[kind], old=draw.random() < 0.5)
+        return kind
     mark = file.parent.with_name("executed")
     name, old = "model.norm.weight", kind in ("old code", "nested")
     tensors: dict[Any, Any] = {name: torch.ones(2)}
@@ -301,13 +305,6 @@ def _damage_pickle(file: Path, draw: random.Random) -> str:
         tensors[name] = _Code(mark)
     elif kind == "stride 0":
         tensors[name] = torch.zeros(1).expand(30_000, 30_000)
-    elif kind == "nested key":
-        key: Any = ()
-        for _ in range(60):
-            key = (key, key)
-        tensors[key] = torch.zeros(2)
-    elif kind == "long key":
-        tensors["x" * 10**7] = torch.zeros(2)
     elif kind == "many":
         tensors |= {f"model.{k}": torch.zeros(1) for k in range(2 * 10**4)}
     elif kind == "shared":

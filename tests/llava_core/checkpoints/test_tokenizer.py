@@ -194,7 +194,7 @@ def test_steps_and_tokens_of_released_tokenizers_are_read(number, tmp_path) -> N
     tiny.tokenizer(tmp_path)
     file = tmp_path / "tokenizer.json"
     value = json.loads(file.read_text()) | {
-        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "normalizer": {"type": "Sequence", "normalizers": steps} if number else replace,  # the second as Gemma's
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, split, split, split, bytes_]},
         "post_processor": {"type": "Sequence", "processors": [bytes_, template]},
         "decoder": {"type": "Sequence", "decoders": [replace, *({"type": d} for d in decoders), strip]},
@@ -216,6 +216,20 @@ def test_settings_that_fail_at_the_first_text_are_refused(name, value, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {name: value}))
     with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
         open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_tokens_with_other_fields_are_refused(file, tmp_path, capfd) -> None:
+    """The library prints the name of such a field as it is."""
+    tiny.tokenizer(tmp_path)
+    path = tmp_path / file
+    value = json.loads(path.read_text()) if path.exists() else {}
+    token = {"content": "<s>", "single_word": False, "\x1b[31mred": 1}
+    value |= {"added_tokens": [token | {"id": 1}]} if file == "tokenizer.json" else {"bos_token": token}
+    path.write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match=f"{file}: a token has fields beyond .*; fix: "):
+        open_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("prefix", ["##", "x" * 200])
