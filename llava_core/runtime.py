@@ -90,10 +90,6 @@ class _PrintableStream:
         return len(text)
 
 
-MAX_DEPTH = 100
-"""Of lists and objects in JSON."""
-
-
 class CompanionError(Exception):
     """An error whose message names the file, the record and the fix; each argument is a line of it."""
 
@@ -138,7 +134,10 @@ def display_path(path: str | Path) -> str:
 
 def shortened(value: object, most: int = 100) -> str:
     """Return a value as text of at most `most` characters for a message; a longer one ends in an ellipsis."""
-    text = str(value)
+    try:
+        text = str(value)
+    except RecursionError:  # lists in lists in lists
+        text = type(value).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -293,28 +292,10 @@ def read_jsonl(path: str | Path) -> list[Any]:
     return values
 
 
-def check_depth(value: Any) -> None:
-    """Raise RecursionError for lists and objects nested deeper than `MAX_DEPTH`, which code cannot walk through."""
-    level = [value] if isinstance(value, list | dict) else []
-    for _ in range(MAX_DEPTH):
-        parts = (outer.values() if isinstance(outer, dict) else outer for outer in level)
-        level = [part for inner in parts for part in inner if isinstance(part, list | dict)]
-    if level:
-        raise RecursionError(f"nested more than {MAX_DEPTH} deep")
-
-
-def parse_json(text: str, **hooks: Any) -> Any:
-    """`json.loads`, with `check_depth`."""
-    value = json.loads(text, **hooks)
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        check_depth(value)
-    return value
-
-
 def _parse(text: str, path: str | Path, line: int | None = None, **hooks: Any) -> Any:
     """Parse JSON; `line` is the line of the file if the text is one of its lines."""
     try:
-        return parse_json(text, **hooks)
+        return json.loads(text, **hooks)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, lists in lists in lists
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         line = line or getattr(error, "lineno", None)

@@ -19,6 +19,7 @@ from llava_core.data.instruct import (
     leaves_folder,
     read_records,
     record_problems,
+    too_deep,
 )
 from llava_core.data.media import first_of
 from llava_core.runtime import display_path, shortened
@@ -168,9 +169,13 @@ def check_file(
             problems.add([item])
         else:
             count += 1
-            found = checker.check(item)
+            try:
+                found = checker.check(item)
+            except RecursionError:
+                found = [too_deep(item)]
             checker.count(item, found)
-            problems.add(found)
+            if found:
+                problems.add(found)
     return report(Path(path), count, problems, checker)
 
 

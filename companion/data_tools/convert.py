@@ -126,8 +126,9 @@ def convert_data(
     for number, row in enumerate(opened.rows, start=1):
         try:
             records.append(_record(row, number, checker, wordings, seed, unread))
-        except RowError as error:
-            skipped.append({"place": row.place, "message": str(error)})
+        except (RowError, RecursionError) as error:
+            message = "nested too deep; write it again" if isinstance(error, RecursionError) else str(error)
+            skipped.append({"place": row.place, "message": message})
     if skipped and not skip:
         lines = [f"{fault['place']}: {fault['message']}" for fault in skipped[:_LISTED]]
         lines += [f"and {len(skipped) - _LISTED} more"] if len(skipped) > _LISTED else []

@@ -5,6 +5,7 @@ Source: the data formats of OpenAI, Qwen2-VL, LLaMA-Factory, ms-swift, Alpaca an
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.media import first_of
-from llava_core.runtime import parse_json, shortened
+from llava_core.runtime import shortened
 
 KNOWN_COLUMNS = {
     "id": ("id", "image_id", "question_id"),
@@ -89,7 +90,7 @@ def turns_of(value: Any) -> tuple[Any, list[Any], int]:
     """
     if isinstance(value, str):
         try:
-            value = parse_json(value)
+            value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RowError(f"the turns are no JSON ({error})") from None
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):

@@ -24,6 +24,7 @@ from llava_core.data.instruct import (
     Record,
     leaves_folder,
     read_records,
+    too_deep,
 )
 from llava_core.data.media import foreign_markers, is_medium_name, is_other_file, names_images, unread_fields
 from llava_core.data.tables import import_pyarrow
@@ -261,9 +262,13 @@ def fix_file(
             problems.add([item])
             continue
         count += 1
-        repaired, done, remaining = _repaired(item, checker, unit)
+        try:
+            repaired, done, remaining = _repaired(item, checker, unit)
+            line = _encoded(repaired)
+        except RecursionError:
+            problems.add([too_deep(item)])
+            continue
         checker.count(repaired, remaining)
-        line = _encoded(repaired)
         if line in written:
             done.append("duplicate: left out")
         else:

@@ -24,13 +24,10 @@ from llava_core.data.media import first_of, foreign_markers, is_other_file, may_
 from llava_core.data.tables import TableError, read_table
 from llava_core.registry import unknown
 from llava_core.runtime import (
-    MAX_DEPTH,
     DataError,
-    check_depth,
     display_path,
     jsonl_fault,
     other_content,
-    parse_json,
     shortened,
 )
 
@@ -118,7 +115,7 @@ def read_records(path: Path) -> Iterator[Record | Problem]:
     for line, row in enumerate(text.split("\n"), start=1):  # not splitlines(): strings may hold U+2028
         if row.strip():
             try:
-                yield Record(line, position, parse_json(row.lstrip("\ufeff")))
+                yield Record(line, position, json.loads(row.lstrip("\ufeff")))
             except (ValueError, RecursionError) as error:
                 yield _not_json(line, position, error)
             position += 1
@@ -148,10 +145,7 @@ def _read_list(text: str) -> Iterator[Record | Problem]:
     try:
         while position or not text.startswith("]", at):
             line, counted = line + text.count("\n", counted, at), at
-            start = at
             value, at = decode(text, at)
-            if text.count("[", start, at) + text.count("{", start, at) > MAX_DEPTH:
-                check_depth(value)
             yield Record(line, position, value)
             position, at = position + 1, _after_space(text, at)
             if not text.startswith(",", at):
@@ -172,6 +166,11 @@ def _after_space(text: str, at: int) -> int:
 def _not_json(line: int, position: int, error: Exception) -> Problem:
     reason = error.msg if isinstance(error, json.JSONDecodeError) else error
     return Problem(line, f"#{position}", "not_json", f"no JSON ({reason}); write the record again or remove it")
+
+
+def too_deep(record: Record) -> Problem:
+    """The problem of a record in which a RecursionError came up: lists and objects lie in each other too deep."""
+    return Problem(record.line, f"#{record.position}", "not_json", "nested too deep; write it again or remove it")
 
 
 def _read_parquet(path: Path) -> Iterator[Record | Problem]:
@@ -400,7 +399,11 @@ def load_instruct(
                 problems.append(item)
                 unreadable |= path.suffix == ".json" or item.line is None  # the records after it are lost
                 continue
-            found = list(record_problems(item.value))
+            try:
+                found = list(record_problems(item.value))
+            except RecursionError:
+                problems.append(too_deep(item))
+                continue
             if not found and folder is not None and open_images and item.value.get("image"):
                 found += [fault] if (fault := folder.problem(item.value["image"])) else []
             problems += [Problem(item.line, item.label, kind, message) for kind, message in found]

@@ -214,7 +214,7 @@ def foreign_markers(turns: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, str
         plain = plain if plain.isascii() else _HIDDEN.sub("", plain)
         if plain.count(IMAGE_MARKER) > text.count(IMAGE_MARKER):
             yield k, html.escape(IMAGE_MARKER)
-        closed = set(_CLOSING.findall(plain))
+        closed = set(_CLOSING.findall(plain)) if "</" in plain else ()
         for match in islice(_STRONG.finditer(plain), MAX_TAGS):
             in_code = plain.endswith("`", 0, match.start()) and plain.startswith("`", match.end())
             if not in_code and match[0].strip("<>") not in closed:  # an element of XML

@@ -78,7 +78,7 @@ def _messages(files: Sequence[Path]) -> Iterator[tuple[int, Any]]:
         with child.stdout as stream:
             while True:
                 try:
-                    kind, at, value = marshal.load(stream)
+                    kind, at, value = marshal.loads(stream.read(int.from_bytes(stream.read(8))))
                 except (EOFError, ValueError, TypeError):  # the child was ended
                     code = child.wait()
                     why = "it takes too long" if code == -signal.SIGPROF else f"it ends its reader, {code}"
@@ -102,6 +102,12 @@ def begins_json(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------- the child process
 
 
+def _message(kind: str, at: int, value: Any) -> bytes:
+    """Size and content; `marshal.load` of a stream is slow, because it reads value by value."""
+    content = marshal.dumps((kind, at, value))
+    return len(content).to_bytes(8) + content
+
+
 def _send(files: Sequence[Path], stream: BinaryIO) -> None:
     for k, file in enumerate(files):
         left = max(MOST_BYTES, MOST_RATIO * file.stat().st_size)
@@ -110,20 +116,20 @@ def _send(files: Sequence[Path], stream: BinaryIO) -> None:
             for number, batch in enumerate(_batches(file)):
                 if not number and not k:
                     columns = {field.name: _holds_bytes(field.type) for field in batch.schema}
-                    marshal.dump(("rows", k, columns), stream)
+                    stream.write(_message("rows", k, columns))
                 batch.validate()
-                content = marshal.dumps(("rows", k, [_plain(row) for row in _rows(batch)]))
+                content = _message("rows", k, [_plain(row) for row in _rows(batch)])
                 left -= len(content) + ROW_BYTES * batch.num_rows
                 if left < 0:
                     what = f"its rows take more than {MOST_BYTES:,} bytes and {MOST_RATIO} times the file"
-                    marshal.dump(("error", k, f"{what}; write a smaller table"), stream)
+                    stream.write(_message("error", k, f"{what}; write a smaller table"))
                     return
                 _limit_time(0)  # writing waits for the reader
                 stream.write(content)
                 _limit_time(SECONDS)
         except MemoryError:
             message = f"damaged, or {ROWS} rows take more than {MEMORY:,} bytes; get it again, or write a smaller table"
-            marshal.dump(("error", k, message), stream)
+            stream.write(_message("error", k, message))
             return
         except Exception as error:  # pyarrow raises SystemError, OverflowError and many kinds of its own
             what = "JSON text; name it .json or .jsonl"
@@ -133,9 +139,9 @@ def _send(files: Sequence[Path], stream: BinaryIO) -> None:
                 else f"or damaged ({' '.join(str(error).split())[:200]}); get or write it again"
             )
             name = "parquet" if file.suffix == ".parquet" else "arrow stream"
-            marshal.dump(("error", k, f"no {name}, {what}"), stream)
+            stream.write(_message("error", k, f"no {name}, {what}"))
             return
-    marshal.dump(("end", 0, None), stream)
+    stream.write(_message("end", 0, None))
 
 
 def _batches(file: Path) -> Iterator[Any]:

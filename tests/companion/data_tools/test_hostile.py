@@ -175,14 +175,14 @@ def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
 
-@pytest.mark.parametrize("depth", [101, 900, 100_000])
+@pytest.mark.parametrize("depth", [900, 100_000])
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
 def test_values_nested_too_deep(suffix: str, depth: int, tmp_path: Path) -> None:
     path, text = tmp_path / f"a.{suffix}", json.dumps(record(image=None))[:-1] + f', "meta": {nested(depth)}}}'
     path.write_text({"json": f"[{text}]", "jsonl": text, "csv": f'id,conversations\n1,"{nested(depth)}"\n'}[suffix])
     if suffix != "csv":
         assert [problem["kind"] for problem in check_file(path)["problems"]] == ["not_json"]
-    with pytest.raises(DataError, match=rf"a\.{suffix}[\s\S]*(nested more than 100|recursion)"):
+    with pytest.raises(DataError, match=rf"a\.{suffix}[\s\S]*(nested too deep|recursion)"):
         convert_data(path, tmp_path / "mine.json")
 
 
