@@ -13,8 +13,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 from markdown_it import MarkdownIt
+from nbconvert import HTMLExporter
 from PIL import Image
 
 from companion import figures
@@ -165,6 +167,17 @@ def test_browser_runs_no_script_of_data(tmp_path: Path) -> None:
         dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
         return dom.partition("<title>")[2].partition("<")[0]
 
+    def notebook(*outputs: dict[str, str]) -> str:
+        cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data) for data in outputs])
+        return HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))[0]
+
     texts = [text for text in HOSTILE if "\x1b" not in text]
-    assert title("".join(texts)) == "hit"
-    assert title("".join(output(tmp_path, text) for output in OUTPUTS[:-1] for text in texts)) == "none"
+    assert title("".join(texts)) == title(notebook(*({"text/html": text} for text in texts))) == "hit"
+    pages_of_data = "".join(output(tmp_path, text) for output in OUTPUTS[:-1] for text in texts)
+    assert title(pages_of_data) == "none"
+    safe = [figures.markdown_safe(text) for text in texts]
+    shown = [
+        {"text/markdown": f"{text}\n\n**{text}** <code>{text}</code>\n\n| a |\n|---|\n| {text} |"} for text in safe
+    ]
+    shown += [{"text/html": output(tmp_path, text)} for output in (table, cards, tokens) for text in texts]
+    assert title(notebook(*shown)) == "none"
