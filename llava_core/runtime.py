@@ -153,9 +153,11 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
             os.fsync(file.fileno())
         set_default_mode(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # of a write, as on a full disk
+            error.filename = str(path)
         raise
     return path
 

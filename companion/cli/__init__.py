@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _message(error: OSError) -> str:
     """The error in a sentence; the system's own names no fix where a file or a folder is not ours to read or write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: not written: {error.strerror}; free the disk, or give another place"
     if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
         return str(error)
     path = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else ROOT

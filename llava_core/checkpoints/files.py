@@ -135,6 +135,9 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, CheckpointError):  # of a file in it, which the user knows by the target's name
                 raise CheckpointError(str(error).replace(temporary.name, target.name)) from error
+            if (full := re.search("No space left|[Qq]uota exceeded", str(error))) and isinstance(error, Exception):
+                # also of safetensors and tokenizers, which have errors of their own
+                raise error_at(target, f"not written: {full[0]} on the disk; fix: choose another place") from error
             raise
 
 

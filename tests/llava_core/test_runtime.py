@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
+from companion.cli import main
 from llava_core import runtime
 from llava_core.runtime import ConfigError, DataError
 
@@ -230,3 +231,18 @@ def test_half_of_a_character_is_written_as_json_has_it(tmp_path: Path) -> None:
     assert runtime.read_json(runtime.write_json(tmp_path / "a.json", value)) == value
     assert runtime.read_jsonl(runtime.write_jsonl(tmp_path / "a.jsonl", [value])) == [value]
     assert runtime.fingerprint(value) != runtime.fingerprint({**value, "a": "car"})
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_is_named_and_leaves_no_half_file(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 3}')
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert main(["data", "check", str(tmp_path / "a.jsonl"), "--fix", str(tmp_path / "b.json")]) == 1
+    assert f"error: {tmp_path / 'b.json'}: not written: {os.strerror(code)}; free" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -191,3 +191,12 @@ def test_errors_in_a_new_folder_name_the_target(tmp_path) -> None:
 
     with pytest.raises(CheckpointError, match=r"/out/config\.json: missing; fix: "):
         write_nothing()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), Exception("I/O error: No space left on device (os error 28)")]
+)
+def test_full_disk_is_named_and_leaves_no_folder(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="mine: not written: No space left"), atomic_folder(tmp_path / "mine"):
+        raise error
+    assert not list(tmp_path.iterdir())
