@@ -156,7 +156,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # of a write, as on a full disk
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a write, as on a full disk
             error.filename = str(path)
         raise
     return path
@@ -234,15 +234,28 @@ def other_content(content: bytes) -> str | None:
     return "UTF-16 text or binary data; save it as UTF-8" if b"\0" in content[:4] else None
 
 
+def unread_content(path: str | Path) -> str | None:
+    """Return why a file is not to be read whole as text, and what to do: other content, or mostly holes; else None."""
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        if what := other_content(file.read(64)):
+            return what
+    stored = 512 * getattr(status, "st_blocks", 0)  # 0 where the file system does not tell
+    if 0 < stored < status.st_size / 10 and status.st_size > 2**26:
+        return f"only {stored:,} of its {status.st_size:,} bytes are there; copy or download it again"
+    return None
+
+
 def _read_text(path: str | Path) -> str:
     is_stream = str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/"))  # what a shell makes of <(COMMAND)
     if Path(path).exists() and not Path(path).is_file() and not is_stream:
         raise DataError(f"{display_path(path)}: a folder, a pipe or a device; name a file")
     try:
-        content = Path(path).read_bytes()
+        what = None if is_stream else unread_content(path)
+        content = b"" if what else Path(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise DataError(f"{display_path(path)}: no such file; check the path or run the step that writes it") from error
-    if what := other_content(content):
+    if what := what or other_content(content):
         raise DataError(f"{display_path(path)}: {what}")
     try:
         return content.decode("utf-8-sig")

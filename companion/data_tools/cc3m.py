@@ -26,7 +26,7 @@ from companion.data_tools.phrases import ARTICLES, MAX_TEXT, PRONOUNS, Phrases, 
 from companion.data_tools.repair import write_parquet
 from llava_core.constants import IMAGE_MARKER
 from llava_core.data.media import is_medium_name
-from llava_core.runtime import DataError, atomic_write, display_path, other_content, progress, shortened, write_json
+from llava_core.runtime import DataError, atomic_write, display_path, progress, shortened, unread_content, write_json
 
 BLOCK = 256  # phrases per block of the search for the next phrase; about the square root of their number
 _ADDRESS = re.compile(r"\s*(?:[\"']\s*)?(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
@@ -55,10 +55,10 @@ def read_captions(path: str | Path) -> Iterator[Row]:
     (CC12M: url, caption), quotation marks. Raises DataError for it, and if the file is missing.
     """
     try:
+        if what := unread_content(path):
+            raise DataError(f"{display_path(path)}: {what}")
         with open(path, "rb") as file:
-            for number, line in enumerate(file):
-                if number == 0 and (what := other_content(line)):
-                    raise DataError(f"{display_path(path)}: {what}")
+            for number, line in enumerate(iter(lambda: file.readline(2**24), b"")):
                 try:
                     cells = line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n").split("\t")
                     if fault := _line_fault(cells, number):

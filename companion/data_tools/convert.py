@@ -30,9 +30,9 @@ from llava_core.runtime import (
     DataError,
     atomic_write,
     display_path,
-    other_content,
     read_json,
     shortened,
+    unread_content,
     write_json,
     write_jsonl,
 )
@@ -354,9 +354,9 @@ def _read_csv(source: Path, options: _Options) -> _Source:
 
 def _csv_lines(source: Path) -> Iterator[tuple[int, list[str]]]:
     """The line on which each row of a CSV starts, and its cells; empty lines are skipped."""
-    content = source.read_bytes()
-    if what := other_content(content):
+    if what := unread_content(source):
         raise DataError(f"{display_path(source)}: {what}")
+    content = source.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

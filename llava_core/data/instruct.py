@@ -27,8 +27,8 @@ from llava_core.runtime import (
     DataError,
     display_path,
     jsonl_fault,
-    other_content,
     shortened,
+    unread_content,
 )
 
 ROLES = ("human", "gpt")
@@ -100,10 +100,10 @@ def read_records(path: Path) -> Iterator[Record | Problem]:
         yield from _read_parquet(path)
         return
     # a byte that is not UTF-8 becomes a lone surrogate, which `record_problems` reports with its record
-    content = path.read_bytes()
-    if what := other_content(content):
+    if what := unread_content(path):
         yield Problem(None, None, "not_json", what)
         return
+    content = path.read_bytes()
     text = content.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
     if path.suffix == ".json":
         yield from _read_list(text)

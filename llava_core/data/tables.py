@@ -199,7 +199,9 @@ def main() -> None:
     with suppress(ImportError):  # Windows has no such limits
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import_pyarrow().set_cpu_count(1)
     with stream, suppress(BrokenPipeError):

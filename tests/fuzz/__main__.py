@@ -12,10 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import checkpoints
+from . import checkpoints, data
 from .case import Target, run_case
 
-TARGETS: dict[str, Target] = {"checkpoints": checkpoints.TARGET}
+TARGETS: dict[str, Target] = {"checkpoints": checkpoints.TARGET, "data": data.TARGET}
 """Kinds of inputs. A new one is a module with a `Target` and an entry here."""
 
 

@@ -90,9 +90,9 @@ def mutate(path: Path, draw: random.Random) -> str:
     file = draw.choice([file for file in files if file.suffix != ".md"] or [path])
     if file == path:  # nothing is left that could be damaged
         return "nothing"
-    kinds: list[Callable[[Path, random.Random], str]] = [_damage_file, _damage_bytes]
+    kinds: list[Callable[[Path, random.Random], str]] = [damage_file, damage_bytes]
     if file.suffix == ".json":
-        kinds = [_damage_json] * 8 + kinds
+        kinds = [damage_json] * 8 + kinds
     if file.name == "tokenizer.json":
         kinds += [_damage_tokenizer] * 8
     if file.suffix in _WEIGHTS:
@@ -100,7 +100,7 @@ def mutate(path: Path, draw: random.Random) -> str:
     return f"{file.relative_to(path)}: {draw.choice(kinds)(file, draw)}"
 
 
-def _damage_file(file: Path, draw: random.Random) -> str:
+def damage_file(file: Path, draw: random.Random) -> str:
     kind = draw.choice(("removed", "empty", "folder", "pipe", "link out", "link to itself", "3 GB of zeros", "pointer"))
     content = file.read_bytes()
     file.unlink()
@@ -124,7 +124,7 @@ def _damage_file(file: Path, draw: random.Random) -> str:
     return kind
 
 
-def _damage_bytes(file: Path, draw: random.Random) -> str:
+def damage_bytes(file: Path, draw: random.Random) -> str:
     content = bytearray(file.read_bytes())
     if draw.random() < 0.3:
         length = draw.randrange(len(content) + 1)
@@ -155,7 +155,7 @@ def _hostile(draw: random.Random) -> Any:
     return draw.choice(draw.choice((_NUMBERS, _NUMBERS, _TEXTS, _OTHERS)))
 
 
-def _damage_json(file: Path, draw: random.Random) -> str:
+def damage_json(file: Path, draw: random.Random) -> str:
     try:
         value = json.loads(file.read_text())
     except ValueError:

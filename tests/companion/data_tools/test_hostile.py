@@ -83,6 +83,18 @@ def test_a_text_without_end_is_refused(tmp_path: Path) -> None:
         convert_data(tmp_path, tmp_path / "mine.json")
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv"])
+@pytest.mark.parametrize("head", [b"", b"[" + b" " * 5000])
+def test_files_of_holes_are_not_read(head: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(20 * 2**30)
+    reason = "bytes are there" if head else "UTF-16 text or binary data"
+    with pytest.raises(DataError, match=rf"a\.{suffix}.*{reason}"):
+        list(read_captions(path)) if suffix == "tsv" else convert_data(path, tmp_path / "mine.json")
+
+
 @pytest.mark.parametrize("state", [["/etc/passwd"], ["../a.arrow"], [3], [], "name", None])
 def test_data_sets_on_disk_name_files_of_their_folder(state: Any, tmp_path: Path) -> None:
     files = [{"filename": name} for name in state] if isinstance(state, list) else state
