@@ -306,8 +306,7 @@ def _read_folder(source: Path, options: _Options) -> _Source:
                 yield _Row(display_path(text), {}, error=f"{what}; one text belongs to one image")
                 continue
             image = matches[0].relative_to(root).as_posix()
-            files = ((source, text), (root, matches[0]))
-            fault = next(filter(None, (file_fault(place, str(f.relative_to(place))) for place, f in files)), None)
+            fault = file_fault(source, str(text.relative_to(source))) or file_fault(root, image, image=True)
             if fault is None and text.is_file() and text.stat().st_size > MAX_TEXT_BYTES:
                 fault = f"has more than {MAX_TEXT_BYTES:,} bytes; shorten the text"
             if fault is not None:

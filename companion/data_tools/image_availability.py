@@ -86,7 +86,7 @@ def _check_shard(
     for name, (stamp, fault) in zip(names, known, strict=True):
         now = _stamp(images, name)
         if now != stamp or now == _ABSENT:
-            outside = file_fault(images, name)
+            outside = file_fault(images, name, image=True)
             fault = image_fault(images / name, decode) if outside is None else ("missing_image", outside)
         checked.append((now, fault))
     if cached is not None:

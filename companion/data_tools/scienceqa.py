@@ -115,7 +115,7 @@ def _parse(name: str, raw: Any, folder: Path) -> Problem:
         if not isinstance(text, str):
             raise DataError(f"{place}: {field} has {shortened(text)} instead of a text; take the official file")
     file = str(Path(raw["split"], name, texts["image"]))  # an absolute part replaces those before it
-    if texts["image"] and (fault := file_fault(folder / "images", file)):
+    if texts["image"] and (fault := file_fault(folder / "images", file, image=True)):
         raise DataError(f"{place}: the image {shortened(file)} {fault}")
     return Problem(
         id=name,

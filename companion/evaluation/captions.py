@@ -311,7 +311,7 @@ def write_captions(
         where = f"{display_path(references)}, image {number}"
         if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("file_name"), str):
             raise DataError(f"{where}: needs `id` and `file_name`, has {str(row)[:80]}")
-        if fault := file_fault(images, row["file_name"]):
+        if fault := file_fault(images, row["file_name"], image=True):
             raise DataError(f"{where}: {shortened(row['file_name'])} {fault}")
         if not (images / row["file_name"]).is_file():
             raise DataError(

@@ -308,16 +308,17 @@ def leaves_folder(name: str) -> bool:
     return os.path.isabs(name) or (os.pardir in name and os.path.normpath(name).split(os.sep)[0] == os.pardir)
 
 
-def file_fault(folder: Path, name: str) -> str | None:
+def file_fault(folder: Path, name: str, image: bool = False) -> str | None:
     """Why `folder / name` must not be read; None for a regular file, and for one that is not there.
 
-    A file may be a link inside the folder, or into the blobs of the hub's cache, and lie in a linked folder.
+    A file may be a link inside the folder, or into the blobs of the hub's cache, and lie in a linked folder. An image
+    may be a link to anywhere, since whatever is no image is refused when it is opened.
     """
     if leaves_folder(name):
         return "leaves the folder of the data; give a path relative to that folder"
     try:
         path = folder / name
-        if path.is_symlink():
+        if path.is_symlink() and not image:
             home, real = folder.resolve(), path.resolve()
             homes = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
             if not any(map(real.is_relative_to, homes)):
@@ -350,8 +351,8 @@ class ImageFolder:
 
 
 def _file_or_image_fault(folder: Path, name: str, decode: bool) -> tuple[str, str] | None:
-    if (reason := file_fault(folder, name)) is not None:
-        return "outside_folder" if (folder / name).is_symlink() else "missing_image", reason
+    if (reason := file_fault(folder, name, image=True)) is not None:
+        return "missing_image", reason
     return image_fault(folder / name, decode)
 
 

@@ -40,8 +40,9 @@ NO_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".png"])
-@pytest.mark.parametrize("name", NO_FILES)
+@pytest.mark.parametrize(
+    ("name", "suffix"), [*((name, ".txt") for name in NO_FILES), ("pipe", ".png"), ("device", ".png")]
+)
 def test_folders_are_read_without_what_lies_outside(name: str, suffix: str, tmp_path: Path) -> None:
     make, reason = NO_FILES[name]
     (tmp_path / "other.txt").write_text("a secret")
@@ -52,14 +53,25 @@ def test_folders_are_read_without_what_lies_outside(name: str, suffix: str, tmp_
         (folder / f"{stem}.txt").write_text("A cat.")
     (folder / f"a{suffix}").unlink()
     make(folder / f"a{suffix}")
-    with pytest.raises(DataError, match=rf"a\.txt: .*{reason}"):
+    with pytest.raises(DataError, match=rf"a\.txt: .*({reason}|a pipe or a device)"):
         convert_data(folder, tmp_path / "mine.json")
     report = convert_data(folder, tmp_path / "mine.json", skip=True)
     assert (report["records"], len(report["skipped"])) == (1, 1)
     if suffix == ".png":
-        kind, message = ImageFolder(folder).problem("a.png") or ("", "")
-        assert reason in message
-        assert kind == ("missing_image" if name == "pipe" else "outside_folder")
+        assert (ImageFolder(folder).problem("a.png") or ("", ""))[0] == "missing_image"
+
+
+def test_images_may_be_links_to_other_places_and_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    Image.new("RGB", (8, 8)).save(elsewhere / "kept.png")
+    (folder / "a.png").symlink_to(elsewhere / "kept.png")
+    (folder / "a.txt").write_text("A cat.")
+    (folder / "b.png").symlink_to("/etc/hostname")
+    assert convert_data(folder, tmp_path / "mine.json", skip=True)["records"] == 1
+    assert ImageFolder(folder).problem("a.png") is None
+    assert (ImageFolder(folder).problem("b.png") or ("", ""))[0] == "unreadable_image"
 
 
 def test_links_inside_a_folder_and_into_the_hubs_blobs_are_files(tmp_path: Path) -> None:
