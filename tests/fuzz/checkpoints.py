@@ -18,7 +18,9 @@ import torch
 from hostile_pickles import OPERATIONS, write_pickle
 from PIL import Image
 
+from companion.checkpoints import delta
 from llava_core.checkpoints.load import save_checkpoint
+from llava_core.checkpoints.tensors import open_file
 
 from .case import Target
 
@@ -65,7 +67,9 @@ def prepare(folder: Path) -> list[Path]:
     torch.save(foreign.projector_tensors(loaded.model), folder / "lora" / "non_lora_trainables.bin")
     config = json.loads((original / "config.json").read_text())
     (folder / "lora" / "config.json").write_text(json.dumps(config))
-    return [folder / name for name in ("original", "sentencepiece", "llava", "hf", "mmpretrain", "projector", "lora")]
+    delta.make(str(language_model), original, folder / "delta")
+    names = ("original", "sentencepiece", "llava", "hf", "mmpretrain", "projector", "lora", "delta")
+    return [folder / name for name in names]
 
 
 def commands(path: Path, out: Path) -> list[list[str]]:
@@ -75,6 +79,8 @@ def commands(path: Path, out: Path) -> list[list[str]]:
         "mmpretrain": ["--base", str(bases / "language_model"), "--vision-tower", str(bases / "clip")],
         "projector": ["--base", str(bases / "language_model"), "--vision-tower", str(bases / "clip")],
     }.get(path.name, [])
+    if path.name == "delta":
+        return [["delta", "apply", str(path), "--base", str(bases / "language_model"), "--out", str(out)]]
     to = "llava" if path.name == "hf" else "hf"
     image = str(bases / "image.png")
     return [
@@ -224,6 +230,7 @@ def _damage_tensors(file: Path, draw: random.Random) -> str:
     from safetensors.torch import load_file, save_file
 
     try:
+        open_file(file)  # an earlier damage may take torch.load for ever
         content = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
     except Exception:  # an earlier damage
         return "nothing"
