@@ -538,8 +538,10 @@ def write_learning_rates(protocol: Protocol, found: Mapping[str, Mapping[str, fl
     earlier: dict[str, Any] = read_json(path) if path.is_file() else {}
     arms = earlier.get("arms", {}) if earlier.get("grid") == _rates_hash(protocol) else {}
     for arm, scores in found.items():
-        arms[arm] = {"scores": dict(scores), "best": float(max(scores, key=lambda rate: scores[rate]))}
-    content = {"grid": _rates_hash(protocol), "arms": arms}
+        ordered = dict(sorted(scores.items(), key=lambda pair: float(pair[0])))
+        # of equal scores the smallest rate: the runs finish in any order
+        arms[arm] = {"scores": ordered, "best": float(max(ordered, key=lambda rate: ordered[rate]))}
+    content = {"grid": _rates_hash(protocol), "arms": dict(sorted(arms.items()))}
     write_json(path, content)
     return content
 

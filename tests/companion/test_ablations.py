@@ -306,6 +306,14 @@ def test_learning_rates_are_chosen_from_one_grid(measured: list[ab.Job], folder:
     assert stored.learning_rates(protocol) == {}
 
 
+def test_of_equal_scores_the_smallest_rate_is_chosen(folder: Path, protocol: Protocol) -> None:
+    found = {"b": {"0.002": 80.0, "0.0005": 82.5, "0.001": 82.5}, "a": {"0.001": 82.5, "0.0005": 82.5}}
+    content = stored.write_learning_rates(protocol, found)
+    assert list(content["arms"]) == ["a", "b"]
+    assert [row["best"] for row in content["arms"].values()] == [0.0005, 0.0005]
+    assert list(content["arms"]["b"]["scores"]) == ["0.0005", "0.001", "0.002"]
+
+
 def test_freshness_names_what_has_changed(folder: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
     now = {"training_code": "a", "evaluation_code": "b", "base_models": {"vicuna-7b": "c"}, "data": {"mini-cc3m": "d"}}
     monkeypatch.setattr(stored, "made_with", lambda plan, configs: now)
