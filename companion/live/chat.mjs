@@ -9,7 +9,7 @@ const STYLE = `
 .llava-live { display: grid; grid-template-columns: minmax(0, ${SHOWN + 2}px) minmax(0, 1fr); gap: 1.2em; font-size: .95em }
 .llava-live * { box-sizing: border-box } .llava-live [hidden] { display: none !important }
 .llava-live canvas { display: block; width: 100%; max-width: ${SHOWN}px; border-radius: 6px; touch-action: none }
-.llava-live .row { display: flex; flex-wrap: wrap; gap: .4em; margin: .5em 0; align-items: center }
+.llava-live .live-row { display: flex; flex-wrap: wrap; gap: .4em; margin: .5em 0; align-items: center }
 .llava-live button, .llava-live select, .llava-live input[type=text], .llava-live input[type=number] {
   font: inherit; color: inherit; background: color-mix(in srgb, currentColor 7%, transparent); padding: .3em .65em;
   border: 1px solid color-mix(in srgb, currentColor 45%, transparent); border-radius: 5px; max-width: 100% }
@@ -19,9 +19,9 @@ const STYLE = `
 .llava-live .question { flex: 1 1 14em } .llava-live .thumbs button { padding: 2px } .llava-live .thumbs img { display: block }
 .llava-live .log { max-height: 26em; overflow-y: auto; overflow-wrap: anywhere; margin: .5em 0 }
 .llava-live .log p { margin: .35em 0 } .llava-live .word { padding: 0 .12em; margin: 0 .06em; border: 0; border-radius: 3px }
-.llava-live small { display: block; min-height: 1.4em } .llava-live .error { color: #c62828; font-weight: 600 }
+.llava-live small { display: block; min-height: 1.4em } .llava-live .live-error { color: #c62828; font-weight: 600 }
 .llava-live .maps { display: grid; grid-template-columns: 1fr 1fr; gap: .5em } .llava-live .maps small { min-height: 0 }
-html[data-theme=dark] .llava-live .error { color: #ff8a80 }
+html[data-theme=dark] .llava-live .live-error { color: #ff8a80 }
 @media (max-width: 700px) { .llava-live { grid-template-columns: minmax(0, 1fr) } }
 `;
 
@@ -104,7 +104,7 @@ export function render({ model, el }) {
   const second = make("canvas", { width: SHOWN, height: SHOWN, role: "img", "aria-label": "Occlusion of the word" });
   const maps = make("div", { class: "maps", hidden: true });
   const crop = make("small"), status = make("small", { role: "status" });
-  const error = make("div", { class: "error", role: "alert" });
+  const error = make("div", { class: "live-error", role: "alert" });
   const log = make("div", { class: "log", "aria-live": "polite" });
   const question = make("input", { type: "text", class: "question", maxLength: 400, "aria-label": "Question", value: state.questions[0],
     on: { keydown: (event) => event.key === "Enter" && ask() } });
@@ -321,7 +321,7 @@ export function render({ model, el }) {
     const thing = make("select", { "aria-label": "Thing" }, ...options(categories));
     const color = make("select", { "aria-label": "Color" }, ...options(Object.keys(sprites[categories[0]].colors)));
     const size = make("select", { "aria-label": "Size" }, ...options(["large", "small"]));
-    const list = make("div", { class: "row" });
+    const list = make("div", { class: "live-row" });
     const listed = () => list.replaceChildren(...scene.things.map((item, k) =>
       button(`✕ ${item.color} ${item.category}`, () => {
         scene.things.splice(k, 1);
@@ -340,8 +340,8 @@ export function render({ model, el }) {
       listed();
     };
     compose.append(
-      make("div", { class: "row" }, "Place", place),
-      make("div", { class: "row" }, size, color, thing, button("Add", () => {
+      make("div", { class: "live-row" }, "Place", place),
+      make("div", { class: "live-row" }, size, color, thing, button("Add", () => {
         add(thing.value, color.value, size.value, [0.5, 0.25, 0.75][scene.things.length % 3]);
         redraw();
       })),
@@ -384,7 +384,7 @@ export function render({ model, el }) {
 
   const file = make("input", { type: "file", accept: "image/*", hidden: true, "aria-label": "Your image",
     on: { change: () => openFile(file.files[0]) } });
-  const thumbs = make("div", { class: "row thumbs" }, ...state.gallery.map(({ name, src }) =>
+  const thumbs = make("div", { class: "live-row thumbs" }, ...state.gallery.map(({ name, src }) =>
     make("button", { type: "button", title: name, "aria-label": `Image ${name}`, on: { click: guarded(async () => {
       const read = await loadPicture(src);
       show(canvasOf(read, read.naturalWidth, read.naturalHeight), name);
@@ -398,16 +398,16 @@ export function render({ model, el }) {
   }), { "aria-pressed": "false", hidden: !state.scene });
   maps.append(second, make("small", { textContent: "What greying each patch takes from the word" }));
   const left = make("div", {}, picture, crop, thumbs,
-    make("div", { class: "row" }, button("Your image", () => file.click()), file, composeButton), compose);
+    make("div", { class: "live-row" }, button("Your image", () => file.click()), file, composeButton), compose);
   const right = make("div", {}, error,
-    make("div", { class: "row" }, question, askButton, stopButton),
-    make("div", { class: "row" }, ...state.questions.map((text) => button(text, () => {
+    make("div", { class: "live-row" }, question, askButton, stopButton),
+    make("div", { class: "live-row" }, ...state.questions.map((text) => button(text, () => {
       question.value = text;
       ask();
     }))),
     log, status,
-    make("div", { class: "row" }, occlusionButton, button("Clear", clear), button("Save as JSON", saveJson), button("Save as PNG", savePng)),
-    make("div", { class: "row" }, make("label", {}, "Temperature ", temperature), make("label", {}, "Tokens ", length)),
+    make("div", { class: "live-row" }, occlusionButton, button("Clear", clear), button("Save as JSON", saveJson), button("Save as PNG", savePng)),
+    make("div", { class: "live-row" }, make("label", {}, "Temperature ", temperature), make("label", {}, "Tokens ", length)),
     maps, make("small", { textContent: state.checkpoint }));
   el.classList.add("llava-live");
   el.replaceChildren(make("style", { textContent: STYLE }), left, right);
