@@ -529,7 +529,7 @@ def _rates_path() -> Path:
 
 
 def _rates_hash(protocol: Protocol) -> str:
-    return fingerprint([protocol.scale, protocol.learning_rates, protocol.tuning_seed])
+    return fingerprint([protocol.scale, protocol.learning_rates, protocol.tuning_seed, protocol.budget])
 
 
 def write_learning_rates(protocol: Protocol, found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
