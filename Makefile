@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n 2
 FUZZ_ARGS ?=
 PORT ?= 8000
 
-EXTRAS := notebooks,book,train,phrases,live,dev
+EXTRAS := notebooks,book,train,phrases,live,guard,dev
 BIN := $(VENV)/bin
 # what is installed is known by what it was installed from, so neither a checkout nor a clock makes it stale
 STAMP := $(VENV)/.ready-$(firstword $(shell cat pyproject.toml constraints.txt hashes.txt | cksum))
