@@ -36,7 +36,7 @@ help: ## show this list
 	@echo
 	@echo "  SCALE=mini|gpu|a100x8   hardware and data of reproduce and nb (now: $(SCALE))"
 	@echo "  FAST=1                  reproduce and nb with the shortest runs that still show every step"
-	@echo "  NB=20_feature_alignment the notebook of nb; NB=20 is enough"
+	@echo "  NB=20_feature_alignment the notebook of nb and lab; NB=20 is enough"
 	@echo "  PORT=8000               where serve listens, on this machine only"
 	@echo "  PYTEST_ARGS='-k name'   what test passes on to pytest (now: $(PYTEST_ARGS))"
 	@echo "  PIP_ARGS=...            what setup passes on to pip"
@@ -52,6 +52,18 @@ if test -e "$(VENV)" || test -L "$(VENV)"; then \
 fi
 endef
 
+# `git diff` and `git merge` compare notebooks cell by cell (.gitattributes names the drivers), in this clone alone; a
+# setting that works, of the user or of an earlier call, is kept, and none names an environment that `make ci` removes
+define SET_UP_NBDIME
+driver() { old=$$(git config "$$1") && eval "set -- $$old" && command -v "$$1" >/dev/null; }; \
+if prefix=$$(git rev-parse --show-prefix 2>/dev/null) && test -z "$$prefix"; then \
+	driver diff.jupyternotebook.command || \
+		git config --local diff.jupyternotebook.command "'$$(cd $(BIN) && pwd)/git-nbdiffdriver' diff"; \
+	driver merge.jupyternotebook.driver || \
+		git config --local merge.jupyternotebook.driver "'$$(cd $(BIN) && pwd)/git-nbmergedriver' merge %O %A %B %L %P"; \
+fi
+endef
+
 setup: $(STAMP) ## make .venv and install everything, pinned; quick when nothing changed
 
 $(STAMP):
@@ -64,6 +76,7 @@ $(STAMP):
 	@# the files with a hash first; then torch, whose build is the machine's choice, and this project
 	@DS_BUILD_OPS=0 $(INSTALL) --no-deps --require-hashes -r hashes.txt $(PIP_ARGS)
 	@DS_BUILD_OPS=0 $(INSTALL) -c constraints.txt -e '.[$(EXTRAS)]' $(PIP_ARGS)
+	@$(if $(filter .venv-ci,$(VENV)),true,$(SET_UP_NBDIME))
 	@$(BIN)/python -m companion.book.vendor || echo "note: the book will load its scripts from the network" >&2
 	@touch $@
 
@@ -109,8 +122,12 @@ serve: setup ## show the built book in a browser, on this machine only (PORT=)
 	@test -d book/_build/html || { echo "error: no book yet; run make reproduce first" >&2; exit 1; }
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory book/_build/html $(PORT)
 
-lab: setup ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+# JUPYTER_PATH is searched first: the kernel python3 is this environment's, whatever the user has installed beside it
+OPENED = $(firstword $(foreach name,$(or $(NB:.ipynb=),00),$(wildcard $(foreach stem,$(name) $(name)_* 0$(name)_*,notebooks/$(stem).ipynb))))
+lab: export JUPYTER_PATH := $(abspath $(VENV))/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
+lab: setup ## open the overview, or the notebook NB=, in JupyterLab
+	@test -n "$(OPENED)" || { echo "error: no notebook $(NB) in notebooks/" >&2; exit 2; }
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(OPENED)
 
 bench: setup ## run every benchmark and append its rows to benchmarks/results/*.csv
 	$(BIN)/python -m benchmarks.run --all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -130,6 +131,106 @@ def test_make_lab_starts_as_root(tmp_path: Path, user: str, root: bool) -> None:
     commands = subprocess.run(["make", "-n", "lab"], cwd=ROOT, env=path, capture_output=True, text=True, check=True)
     (line,) = [line for line in commands.stdout.splitlines() if "jupyter lab" in line]
     assert ("--allow-root" in line) is root
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("chosen", "opened"),
+    [
+        ("", "notebooks/00_overview.ipynb"),
+        ("1", "notebooks/01_miniature_world.ipynb"),
+        ("20", "notebooks/20_feature_alignment.ipynb"),
+        ("20_feature_alignment.ipynb", "notebooks/20_feature_alignment.ipynb"),
+    ],
+)
+def test_make_lab_opens_a_notebook_with_the_kernel_of_the_environment(tmp_path: Path, chosen: str, opened: str) -> None:
+    for folder in ("venv", "others"):  # each has a kernel of the name that the notebooks ask for
+        kernel = tmp_path / folder / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
+        kernel.parent.mkdir(parents=True)
+        kernel.write_text(json.dumps({"argv": [folder], "display_name": "Python 3", "language": "python"}))
+    jupyter = tmp_path / "venv" / "bin" / "jupyter"
+    jupyter.parent.mkdir()
+    jupyter.write_text(f'#!/bin/sh\necho "$@" >&2\nexec "{sys.executable}" -m jupyter kernelspec list --json\n')
+    jupyter.chmod(0o755)
+    environment = {**os.environ, "JUPYTER_PATH": str(tmp_path / "others" / "share" / "jupyter")}
+    command = ["make", "-o", "setup", "lab", f"VENV={tmp_path / 'venv'}", f"NB={chosen}"]
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stderr.splitlines()[0].split()[-1] == opened
+    kernels = json.loads(answer.stdout[answer.stdout.index("{\n") :])["kernelspecs"]
+    assert kernels["python3"]["spec"]["argv"] == ["venv"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_lab_refuses_an_unknown_notebook() -> None:
+    answer = subprocess.run(["make", "-o", "setup", "lab", "NB=99"], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 2
+    assert "no notebook 99" in answer.stderr
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository with this Makefile, and an environment with nbdime's commands in which all goes well."""
+    if shutil.which("make") is None or shutil.which("git") is None:
+        pytest.skip("make or git is not installed")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "global"))
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    project = tmp_path / "a clone"
+    (project / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "hashes.txt", ".gitattributes"):
+        shutil.copy(ROOT / name, project)
+    (project / ".venv" / "pyvenv.cfg").touch()
+    for name in ("python", "git-nbdiffdriver", "git-nbmergedriver"):
+        path = project / ".venv" / "bin" / name
+        path.write_text('#!/bin/sh\necho "by cell: $1"\n')
+        path.chmod(0o755)
+    (project / "a.ipynb").write_text("{}")
+    git(project, "init", "--quiet")
+    git(project, "add", "a.ipynb")
+    return project
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def set_up(project: Path, venv: str = ".venv") -> str:
+    for stamp in project.glob(f"{venv}/.ready-*"):
+        stamp.unlink()
+    subprocess.run(["make", "setup", f"VENV={venv}"], cwd=project, capture_output=True, text=True, check=True)
+    return git(project, "config", "--local", "--list")
+
+
+def test_setup_compares_notebooks_by_cell_in_this_clone(clone: Path) -> None:
+    (clone / "a.ipynb").write_text('{"nbformat": 4}')
+    assert "by cell" not in git(clone, "diff")
+    settings = set_up(clone)
+    assert git(clone, "diff") == "by cell: diff\n"
+    assert "git-nbmergedriver' merge %O %A %B %L %P" in settings
+    assert set_up(clone) == settings
+    assert not (clone.parent / "global").exists()
+    git(clone, "config", "diff.jupyternotebook.command", "'/gone/bin/git-nbdiffdriver' diff")  # the clone was moved
+    assert set_up(clone) == settings
+
+
+@pytest.mark.parametrize("scope", ["--local", "--global"])
+def test_setup_keeps_settings_of_the_user(clone: Path, scope: str) -> None:
+    before = git(clone, "config", "--local", "--list")
+    git(clone, "config", scope, "diff.jupyternotebook.command", "cat --show-all")
+    settings = set_up(clone)
+    assert git(clone, "config", "diff.jupyternotebook.command") == "cat --show-all\n"
+    assert ("diff.jupyternotebook" in settings) is (scope == "--local")
+    assert settings != before  # the other driver is set
+
+
+def test_setup_changes_no_other_repository(clone: Path) -> None:
+    (clone / ".venv-ci").symlink_to(".venv")
+    before = git(clone, "config", "--local", "--list")
+    assert set_up(clone, ".venv-ci") == before
+    inner = clone / "unpacked"
+    inner.mkdir()
+    for path in [*clone.glob("*.t*"), clone / "Makefile", clone / ".venv"]:
+        (inner / path.name).symlink_to(path)
+    assert set_up(inner) == before
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
