@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from companion.guard import Guard
 from llava_core.chat import Assistant, Conversation
 from llava_core.data.images import ImageProcessor, load_image
 from llava_core.runtime import CompanionError, printable
@@ -37,12 +38,14 @@ def preview(image: Image.Image, columns: int = 40) -> str:
     return "\n".join("".join(map(cell, upper, lower)) + "\x1b[0m" for upper, lower in rows)
 
 
-def chat_in_terminal(assistant: Assistant, image: str | Path) -> None:
+def chat_in_terminal(assistant: Assistant, image: str | Path, guard: Guard | None = None) -> None:
     """Chat until an empty line or the end of input; answers appear token by token.
 
-    A line `/image FILE` starts a dialogue about another image; after an error the chat continues.
+    A line `/image FILE` starts a dialogue about another image; after an error the chat continues. The guard checks each
+    image and each question.
     """
-    conversation = _open_image(assistant, image)
+    guard = guard or Guard()
+    conversation = _open_image(assistant, image, guard)
     while True:
         try:
             question = input("You: ").strip()
@@ -52,15 +55,17 @@ def chat_in_terminal(assistant: Assistant, image: str | Path) -> None:
             return
         try:
             if question.startswith("/image "):
-                conversation = _open_image(assistant, question.removeprefix("/image ").strip())
+                conversation = _open_image(assistant, question.removeprefix("/image ").strip(), guard)
             else:
+                guard.check_text(question)
                 _print_answer(conversation, question)
         except CompanionError as error:
             sys.stdout.write(f"error: {error}\n")
 
 
-def _open_image(assistant: Assistant, path: str | Path) -> Conversation:
+def _open_image(assistant: Assistant, path: str | Path, guard: Guard) -> Conversation:
     image = load_image(path)
+    guard.check_image(image)
     conversation = assistant.chat(image)
     sys.stdout.write(f"{printable(Path(path).name)}: {visible_region(image, assistant.loaded.processor)}\n")
     if sys.stdout.isatty() and conversation.image is not None:
