@@ -270,11 +270,12 @@ def cards(images: Sequence[Image | None], lines: Sequence[Iterable[tuple[str, st
     from IPython.display import HTML
 
     parts = []
-    for image, said in zip(images, lines, strict=True):
+    for number, (image, said) in enumerate(zip(images, lines, strict=True), start=1):
         picture = ""
         if image is not None:
             source = image_uri(image.resize((2 * width, 2 * width * image.height // image.width)))  # for sharp screens
-            picture = f'<img alt="" width="{width}" src="{source}" style="border-radius: 6px; flex: none">'
+            alt = f"image {number} of {len(images)}, which the text beside it is about"
+            picture = f'<img alt="{alt}" width="{width}" src="{source}" style="border-radius: 6px; flex: none">'
         texts = "".join(
             '<div style="margin: 0 0 .4em; white-space: pre-wrap; overflow-wrap: anywhere">'
             f"<b>{html_safe(speaker)}</b>&ensp;{html_safe(text)}</div>"

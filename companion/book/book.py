@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from companion.book import generated, pages
+from companion.book import generated, pages, questions, scales, site
 from llava_core.runtime import (
     CompanionError,
     DataError,
@@ -91,11 +91,16 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
             )
     present = [name for name in names if (out / f"{name}.ipynb").exists() and (out / f"{name}.json").exists()]
     missing = [name for name in names if name not in present]
+    measured = generated.all_measured(out)
     generated_pages = {
         "results": generated.results_page(out, present, missing, scale),
-        pages.CLAIMS: generated.claims_page(out),
+        pages.CLAIMS: generated.claims_page(measured),
         "differences": generated.differences_page(),
+        "ledger_state": generated.ledger_state(measured),
+        "questions": questions.questions_page(out),
+        "scales": scales.scales_page(out, present, scale),
     }
+    generated_pages = {name: text for name, text in generated_pages.items() if text}
     for name, text in generated_pages.items():
         page = out / f"{name}.md"
         if not page.exists() or page.read_text(encoding="utf-8") != text:
@@ -112,6 +117,7 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
         "files": {str(path.relative_to(book)): _content(path) for path in sorted(files)},
         "toc": toc,
         "config": config,
+        "code": [sha256_file(Path(module.__file__ or "")) for module in (pages, site)],
         "tools": [importlib.metadata.version(tool) for tool in ("jupyter-book", "sphinx", "sphinx-book-theme")],
     }
     built_from = {"state": fingerprint(state)}
@@ -136,5 +142,6 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
         text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
         lines = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|Error:", line)]
         raise CompanionError(f"the book could not be built; the full log is {display_path(log)}", *lines[:10])
+    site.add_to_site(book, toc)
     write_json(stamp, built_from)
     return first

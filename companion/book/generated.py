@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def _text(text: object) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[str], kind: str = "") -> list[str]:
     titles = "".join(f"<th>{_text(head)}</th>" for head in heads)
-    return [f'<table class="companion {kind}"><thead><tr>{titles}</tr></thead><tbody>', *rows, "</tbody></table>", ""]
+    head = f'<table class="companion {kind}"><thead><tr>{titles}</tr></thead><tbody>'
+    return ['<div class="wide" tabindex="0">', head, *rows, "</tbody></table></div>", ""]
 
 
 def _row(cells: Sequence[str], key: str = "") -> str:
@@ -164,10 +166,20 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
     return "\n".join(lines)
 
 
-def claims_page(out: Path) -> str:
-    claims, released = list(all_claims().values()), ledger.released_result()
-    bundles = ledger.bundle_rows()
-    measured = {c.id: ledger.measured(c, out, released, bundles) for c in claims}
+def all_measured(out: Path) -> dict[str, ledger.Measured]:
+    released, bundles = ledger.released_result(), ledger.bundle_rows()
+    return {c.id: ledger.measured(c, out, released, bundles) for c in all_claims().values()}
+
+
+def ledger_state(measured: Mapping[str, ledger.Measured]) -> str:
+    """Return the count of each verdict in one line, which the first page includes."""
+    counts = Counter(here.verdict for here in measured.values())
+    states = [f"{_verdict(verdict)} {counts[verdict]}" for verdict in Verdict if counts[verdict]]
+    return f"[Every number of the paper](notebooks/claims), {len(measured)} claims: {', '.join(states)}.\n"
+
+
+def claims_page(measured: Mapping[str, ledger.Measured]) -> str:
+    claims = list(all_claims().values())
     kinds = [
         f"<tr><td>{_label(kind)}</td><td>{sum(c.evidence == kind for c in claims)}</td><td>{text}</td></tr>"
         for kind, text in EVIDENCE.items()

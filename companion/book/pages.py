@@ -1,6 +1,7 @@
-"""A Sphinx extension: claim chips in the chapters and values from records in every page.
+"""A Sphinx extension: what the pages show beyond their files.
 
-It changes the text that Sphinx reads, not the files. A page may contain
+It changes what Sphinx reads, not the files: it adds chips of claims, folds cells of imports, describes images in words
+and fills in values. A page may contain
 
     {{ claim:ID }}                                           a claim's number
     {{ config:EXPERIMENT:FIELD }}                            an experiment's value
@@ -10,16 +11,21 @@ It changes the text that Sphinx reads, not the files. A page may contain
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import html
 import importlib
 import json
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from companion.book.notebooks import PACKAGES
+from docutils import nodes  # type: ignore[import-untyped]
+
+from companion.book.notebooks import PACKAGES, source_of
 from companion.figures import markdown_safe
 from companion.paper.claims import EVIDENCE, Claim, all_claims, claim
 from llava_core.config import load_experiment
@@ -105,15 +111,71 @@ def with_values(text: str, page: str) -> str:
     return re.sub(r"\{\{([^{}\n]+)\}\}", value, text)
 
 
+def with_notebook_values(text: str, page: str) -> str:
+    """Return a notebook whose texts have their values."""
+    content = json.loads(text)
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = with_values(source_of(cell), page)
+    return json.dumps(content, ensure_ascii=False)
+
+
+FOLDED_LINES = 8  # from which a cell of imports is folded
+
+
+def _is_set_up(source: str) -> bool:
+    """Whether most lines of a long cell are imports."""
+    with contextlib.suppress(SyntaxError):
+        imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        lines = sum((node.end_lineno or node.lineno) - node.lineno + 1 for node in imports)
+        return lines >= FOLDED_LINES and lines > len(source.split("\n")) / 2
+    return False
+
+
 def rendered(text: str, page: str, notebook: bool) -> str:
-    """Return the source of a page with values and chips, for Sphinx; the first cell of a notebook may name claims."""
+    """Return the source of a page for Sphinx, with values.
+
+    In a notebook, the first cell also gets chips of claims and a line that says how to run it, and imports are folded.
+    """
     if not notebook:
         return with_values(text, page)
-    content = json.loads(text)
-    for number, cell in enumerate(cell for cell in content["cells"] if cell["cell_type"] == "markdown"):
-        source = with_values("".join(cell["source"]), page)
-        cell["source"] = with_chips(source) if number == 0 else source
+    content = json.loads(with_notebook_values(text, page))
+    first = next((cell for cell in content["cells"] if cell["cell_type"] == "markdown"), None)
+    if first is not None:
+        name = Path(page).stem
+        how = f'<p class="run-it">In JupyterLab: <code>make lab NB={name}</code>. To download: the arrow above.</p>'
+        first["source"] = f"{with_chips(first['source'])}\n\n{how}"
+    for cell in content["cells"]:
+        tags = cell.setdefault("metadata", {}).setdefault("tags", [])
+        folded = any(tag.startswith("hide-") for tag in tags)
+        if cell["cell_type"] == "code" and not folded and _is_set_up(source_of(cell)):
+            tags.append("hide-input")
+            cell["metadata"]["mystnb"] = {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}
     return json.dumps(content, ensure_ascii=False)
+
+
+def image_text(kind: str, content: str) -> str:
+    """Return the words of a plot (title, axes, legend), which matplotlib leaves in its SVG as comments."""
+    words = re.findall(r"<!-- (.+?) -->", content) if kind == "image/svg+xml" else []
+    words = [word for word in dict.fromkeys(words) if re.search(r"[^\W\d_]{2}", word) and "$" not in word]
+    return textwrap.shorten(html.unescape("; ".join(words)), 300, placeholder=" ...")
+
+
+def describe_images(app: Any, doctree: nodes.document) -> None:
+    """Give every image without one an alternative text: the title of its section and the words of the plot."""
+    for image in doctree.findall(nodes.image):
+        if not image.get("alt"):
+            section = next((node for node in _parents(image) if isinstance(node, nodes.section)), None)
+            title = section[0].astext() if section else ""
+            file = Path(app.srcdir) / image["uri"]
+            words = image_text("image/svg+xml", file.read_text("utf-8")) if file.suffix == ".svg" else ""
+            image["alt"] = ": ".join(filter(None, (title, words)))
+
+
+def _parents(node: nodes.Node) -> Iterator[nodes.Node]:
+    while node.parent is not None:
+        node = node.parent
+        yield node
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -122,4 +184,5 @@ def setup(app: Any) -> dict[str, bool]:
         source[0] = rendered(source[0], name, Path(app.env.doc2path(name)).suffix == ".ipynb")
 
     app.connect("source-read", read)
+    app.connect("doctree-read", describe_images)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

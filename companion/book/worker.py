@@ -69,6 +69,7 @@ def _execute(source: str, copy: str, parameters: Mapping[str, Any]) -> None:
 
 def run(spec: Mapping[str, Any]) -> int:
     _end_with(spec["parent"])
+    begun = time.monotonic()
     name, out = spec["name"], Path(spec["out"])
     part, failed = out / ".state" / f"{name}.part.ipynb", out / f"{name}.failed.ipynb"
     final, numbers, state = out / f"{name}.ipynb", out / f"{name}.json", state_path(out, name)
@@ -97,6 +98,7 @@ def run(spec: Mapping[str, Any]) -> int:
         "parts": spec["parts"],
         "outputs": {path.name: sha256_file(path) for path in (final, numbers)},
         "runs": read_json(numbers).get("runs", []),
+        "seconds": round(time.monotonic() - begun, 1),
     }
     write_json(state, result)
     return 0

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import yaml
+from bs4 import BeautifulSoup
 
-from companion.book import book
+from companion.book import book, scales
 from llava_core.runtime import ROOT, CompanionError
 
 NAMES = ["20_alignment", "30_bench"]
 
 
+PLOT = (
+    "<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'>"
+    "<!-- loss of stage 1 --><!-- 0.5 --><!-- $\\mathdefault{1}$ --><!-- steps &amp; more --><path d='M0 0h9'/></svg>"
+)
+TABLE = '<table class="companion"><thead><tr><th>a</th><th>b</th></tr></thead><tr><td>x|y</td><td>2</td></tr></table>'
+
+
 def chapter(out: Path, name: str, text: str, checks: list[dict[str, Any]]) -> None:
-    """Write the files of an executed notebook."""
+    """Write the files of an executed notebook, with a plot, a table, long imports and the parameters of the run."""
     cells: list[dict[str, Any]] = [{"cell_type": "markdown", "id": "a", "metadata": {}, "source": text}]
+    outputs = [
+        {"output_type": "display_data", "metadata": {}, "data": {"text/html": TABLE}},
+        {"output_type": "display_data", "metadata": {}, "data": {"image/svg+xml": PLOT}},
+    ]
+    imports = "\n".join(f"import module{k}" for k in range(9))
+    for k, (source, shown, tags) in enumerate(
+        [("fast = True", [], ["injected-parameters"]), (imports, [], []), ("show()", outputs, [])]
+    ):
+        code = {"cell_type": "code", "id": f"c{k}", "metadata": {"tags": tags}, "execution_count": 1}
+        cells.append({**code, "source": source, "outputs": shown})
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
     out.mkdir(parents=True, exist_ok=True)
     notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
@@ -35,10 +55,15 @@ def chapter(out: Path, name: str, text: str, checks: list[dict[str, Any]]) -> No
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of executed copies in a copy of the book's sources."""
     shutil.copytree(ROOT / "book", tmp_path / "book", ignore=shutil.ignore_patterns("_build", "notebooks", "_vendor"))
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
     shutil.copy(ROOT / "jupyter_book_config.yml", tmp_path)
+    plan = {"scale": "gpu", "experiment": "finetune", "processes": 1, "gpu": "A100-80", "steps": 1234, "hours": 2.0}
+    plan |= {"memory_gib": 30.2, "limit_gib": 79.2, "host_gib": 3.0, "disk_gib": {"states": 5.0}, "hours_least": 1.0}
+    plan |= {"usd": 4.0, "usd_least": 2.0, "assumed": {"hours": "a <b>", "usd": "--price USD"}}
+    monkeypatch.setattr(scales, "plan_rows", lambda *_: [plan])  # tests/companion/test_planner.py has the planner
     return tmp_path / "book" / "notebooks"
 
 
@@ -72,6 +97,14 @@ def test_book_is_built_from_executed_notebooks(out: Path, capsys: pytest.Capture
     assert not (first.parent / "notebooks" / "30_bench.html").exists()
     assert "Ablations" not in chapter_page  # a part without chapters has no heading
 
+    assert chapter_page.count("Imports") == 2  # folded, with its two labels
+    assert 'alt="Alignment: loss of stage 1; steps &amp; more"' in chapter_page
+    assert "1 to 2 hours" not in (planned := (first.parent / "notebooks" / "scales.html").read_text())
+    for text in ("1,234", "30 of 79", "1.0 to 2.0", "a &lt;b&gt;", "make reproduce SCALE=gpu"):
+        assert text in re.sub(r"<span[^>]*>|</span>", "", planned)
+    check_links(first.parent)
+    check_twins(first.parent)
+
     capsys.readouterr()
     book.build_book(out, NAMES, "mini")
     assert capsys.readouterr().err == "the book is up to date\n"
@@ -80,6 +113,45 @@ def test_book_is_built_from_executed_notebooks(out: Path, capsys: pytest.Capture
     with pytest.raises(CompanionError, match=r"could not be built(?s:.*)nothing\.md"):
         book.build_book(out, NAMES, "mini")
     assert not (out.parent / "_build" / "built.json").exists()
+
+
+def check_links(html: Path) -> None:
+    """Every link and every file that a page names is in the site, and so is the place on the page."""
+    pages = {path: BeautifulSoup(path.read_text(), "html.parser") for path in html.rglob("*.html")}
+    pages = {path: page for path, page in pages.items() if "_static" not in path.parts}
+    places = {path: {node["id"] for node in page.select("[id]")} for path, page in pages.items()}
+    broken = []
+    for path, page in pages.items():
+        for node in page.select("a[href], img[src], script[src], link[href]"):
+            target = unquote(str(node.get("href") or node.get("src")))
+            if re.match(r"[a-z]+:|//", target):
+                continue
+            file, _, place = target.partition("#")
+            file = (path.parent / file.partition("?")[0]).resolve() if file else path
+            if not file.exists() or (place and file in places and place not in places[file]):
+                broken.append(f"{path.name}: {target}")
+    absent = re.compile(r": #notebooks/|30_bench")  # chapters that have not run
+    assert [link for link in broken if not absent.search(link)] == []
+    assert len(pages) > 8
+
+
+def check_twins(html: Path) -> None:
+    """The twin of a page has its tables and images, the notebook to download no outputs, and llms.txt every page."""
+    twin = (html / "notebooks" / "20_alignment.html.md").read_text()
+    assert "| a | b |\n| --- | --- |\n| x\\|y | 2 |" in twin
+    image = re.search(r"!\[loss of stage 1; steps & more\]\(\.\./(_images/\w+\.svg)\)", twin)
+    assert image
+    assert (html / image[1]).is_file()
+    assert "base64" not in twin
+    download = json.loads((html / "_sources" / "notebooks" / "20_alignment.ipynb").read_text())
+    code = [cell for cell in download["cells"] if cell["cell_type"] == "code"]
+    assert [cell["outputs"] for cell in code] == [[], []]
+    assert "fast = True" not in json.dumps(download)
+    listed = re.findall(r"\]\((\S+\.html\.md)\)", (html / "llms.txt").read_text())
+    assert {*listed, "intro.html.md"} == {str(p.relative_to(html)) for p in html.rglob("*.html.md")}
+    first = (html / "intro.html.md").read_text()
+    assert "claims.html.md), " in first  # the included line, with its link
+    assert not re.search(r"<p|:::|\{\w+\}|\{\{|<!--", first)
 
 
 def test_contents_list_executed_chapters_without_empty_parts() -> None:
