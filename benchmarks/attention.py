@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from benchmarks.common import Clock, all_in_turns, circumstances, in_own_process, peak_mib, ratios
+from benchmarks.common import Clock, circumstances, in_own_process, peak_mib, ratios, steady_in_turns
 from llava_core.ops import BACKENDS, PackedMask
 from llava_core.runtime import resolve_device
 
@@ -213,6 +213,7 @@ def bench_attention(
 
     Raises:
         AssertionError: two candidates do not compute the same.
+        TooNoisyError: as `steady_in_turns`.
     """
     place = resolve_device(device)
     facts, cases = circumstances(place), []
@@ -224,8 +225,9 @@ def bench_attention(
             _agree(ways)
             for way in ways.values():
                 way.forward_backward()
-            seconds = all_in_turns({name: way.forward_backward for name, way in ways.items()}, rounds, clock)
             peer = next(iter(ways))
+            work = {name: way.forward_backward for name, way in ways.items()}
+            seconds = steady_in_turns(work, peer, rounds, clock)
             for name, values in seconds.items():
                 times = {"low": min(values), "high": max(values), "ms": statistics.median(values)}
                 cases.append(
@@ -242,8 +244,8 @@ def bench_attention(
     best = max(last[1:], key=lambda row: row["ratio"])
     peaks: list[float] = []
     if memory:
-        work = {"shape": shapes[0], "length": length, "rows": rows, "device": device, "scale": scale}
-        peaks = [in_own_process(f"{__name__}:peak", candidate=name, **work) for name in (best["candidate"], "padded")]
+        same = {"shape": shapes[0], "length": length, "rows": rows, "device": device, "scale": scale}
+        peaks = [in_own_process(f"{__name__}:peak", candidate=name, **same) for name in (best["candidate"], "padded")]
     return {
         "ratio": best["ratio"], "ours": best["ms"], "peer": last[0]["ms"], "candidate": best["candidate"],
         "peak_memory_ratio": round(peaks[0] / peaks[1], 3) if peaks else None, "device": facts["device"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -11,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,15 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from llava_core.runtime import DataError, atomic_write, display_path, environment
+from llava_core.runtime import CompanionError, DataError, atomic_write, display_path, environment
 
 Clock = Literal["wall", "cpu"]
+MAX_RANGE = 0.25  # of a ratio: highest minus lowest of the rounds; a wider one is not reported
+PATIENCE = 5  # times the rounds asked for, before a measurement is given up as too noisy
+
+
+class TooNoisyError(CompanionError):
+    """The rounds of a measurement differ too much for a ratio."""
 
 
 def in_turns(
@@ -31,14 +38,17 @@ def in_turns(
 
     Args:
         ours, peer: the timed functions; call each once before.
-        rounds: timed turns; the order alternates.
+        rounds: timed turns, at least; the order alternates.
         clock: "wall", or "cpu": computing time of this process, which other load does not change on one thread.
 
     Returns:
         Median seconds of `ours` and `peer`, and the `ratio` peer / ours as the median over the rounds with its lowest
         and highest: above 1 we are faster.
+
+    Raises:
+        TooNoisyError: as `steady_in_turns`.
     """
-    seconds = all_in_turns({"ours": ours, "peer": peer}, rounds, clock)
+    seconds = steady_in_turns({"ours": ours, "peer": peer}, "peer", rounds, clock)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {**medians, **ratios(seconds["ours"], seconds["peer"])}
 
@@ -46,21 +56,59 @@ def in_turns(
 def all_in_turns(
     functions: Mapping[str, Callable[[], object]], rounds: int, clock: Clock = "wall"
 ) -> dict[str, list[float]]:
-    """Time any number of functions interleaved, as `in_turns`.
+    """Time any number of functions interleaved, as `in_turns`, with as many rounds as asked for.
 
     Returns:
         Name -> seconds of each round.
     """
+    timed = list(itertools.islice(_rounds(functions, clock), rounds))
+    return {name: [seconds[name] for seconds in timed] for name in functions}
+
+
+def steady_in_turns(
+    functions: Mapping[str, Callable[[], object]], peer: str, rounds: int, clock: Clock = "wall"
+) -> dict[str, list[float]]:
+    """Time functions interleaved until the ratios of the last `rounds` rounds have ranges of at most `MAX_RANGE`.
+
+    Returns:
+        Name -> seconds of each of these rounds.
+
+    Raises:
+        TooNoisyError: not within `PATIENCE` times as many rounds; no ratio is reported.
+    """
+    timed: list[dict[str, float]] = []
+    for seconds in itertools.islice(_rounds(functions, clock), PATIENCE * rounds):
+        timed = [*timed[1 - rounds :], seconds] if rounds > 1 else [seconds]
+        last = {name: [seconds[name] for seconds in timed] for name in functions}
+        widths = {name: relative_range(own, last[peer]) for name, own in last.items()}
+        if len(timed) == rounds and max(widths.values()) <= MAX_RANGE:
+            return last
+    widest = max(widths, key=lambda name: widths[name])
+    raise TooNoisyError(
+        f"too noisy: after {PATIENCE * rounds} rounds the ratio of {peer} to {widest} still differs between "
+        f"{rounds} rounds by {100 * widths[widest]:.0f} % of it, and at most {100 * MAX_RANGE:.0f} % are reported",
+        "fix: stop other work on this machine, or measure computing time with `--clock cpu`",
+    )
+
+
+def _rounds(functions: Mapping[str, Callable[[], object]], clock: Clock) -> Iterator[dict[str, float]]:
+    """Seconds of each function, round by round; every second round has the opposite order."""
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for k in range(rounds):
+    for k in itertools.count():
+        seconds = {}
         for name in list(functions)[:: 1 if k % 2 else -1]:
             _finish()
             begin = now()
             functions[name]()
             _finish()
-            seconds[name].append(now() - begin)
-    return seconds
+            seconds[name] = now() - begin
+        yield seconds
+
+
+def relative_range(ours: Sequence[float], peer: Sequence[float]) -> float:
+    """Highest minus lowest ratio of the rounds, divided by their median."""
+    found = ratios(ours, peer)
+    return (found["ratio_high"] - found["ratio_low"]) / found["ratio"]
 
 
 def ratios(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:

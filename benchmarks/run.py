@@ -18,35 +18,92 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from llava_core.runtime import ROOT
+from llava_core.train.identity import source_fingerprint
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RESULTS = Path(__file__).parent / "results"
+TRAINING = ("llava_core/ops", "llava_core/models", "llava_core/data", "llava_core/train")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark: its module with the function `bench_NAME`, what is compared, and files or folders of that code."""
+
+    module: str
+    text: str
+    code: tuple[str, ...]
+
+
 BENCHMARKS = {
-    "attention": ("benchmarks.attention", "attention over packed rows against a padded batch"),
-    "captions": ("benchmarks.captions", "caption scores against pycocoevalcap"),
-    "filter": ("benchmarks.filter", "the CC3M filter at the paper's size"),
-    "generate": ("benchmarks.generate", "greedy generation against transformers"),
-    "letter-binding": ("benchmarks.letter_binding", "letters of options learned from two initialisations"),
-    "loss": ("benchmarks.loss", "loss and gradients in chunks against all logits at once"),
-    "memory": ("benchmarks.memory", "planned memory of a training run against the measured peak"),
-    "single-runs": ("benchmarks.single_runs", "an ablation with many seeds: what one run per arm would have said"),
-    "teacher-error": ("benchmarks.teacher_error", "hallucination of the model against errors of the teacher"),
-    "train-step": ("benchmarks.train_step", "an optimizer step against transformers' own model in a padded loop"),
-}
-"""Name -> module with the function `bench_NAME`, and what is compared."""
+    "attention": Benchmark("attention", "attention over packed rows against a padded batch", ("llava_core/ops",)),
+    "attention-cost": Benchmark(
+        "attention_cost", "what the Triton kernel computes and moves, counted, and a roofline", ("llava_core/ops",)
+    ),
+    "captions": Benchmark("captions", "caption scores against pycocoevalcap", ("companion/evaluation/captions.py",)),
+    "filter": Benchmark(
+        "filter", "the CC3M filter at the paper's size",
+        ("companion/data_tools/cc3m.py", "companion/data_tools/phrases.py"),
+    ),
+    "generate": Benchmark(
+        "generate", "greedy generation against transformers", ("llava_core/models", "llava_core/ops")
+    ),
+    "letter-binding": Benchmark(
+        "letter_binding", "letters of options learned from two initialisations",
+        tuple(f"companion/miniature/{name}.py" for name in ("language_model", "school_texts", "training")),
+    ),
+    "loss": Benchmark("loss", "loss and gradients in chunks against all logits at once", ("llava_core/ops",)),
+    "memory": Benchmark(
+        "memory", "planned memory of a training run against the measured peak",
+        ("companion/training_memory.py", *TRAINING),
+    ),
+    "single-runs": Benchmark(
+        "single_runs", "an ablation with many seeds: what one run per arm would have said", TRAINING
+    ),
+    "teacher-error": Benchmark("teacher_error", "hallucination of the model against errors of the teacher", TRAINING),
+    "train-step": Benchmark(
+        "train_step", "an optimizer step against transformers' own model in a padded loop", TRAINING
+    ),
+}  # fmt: skip
 
 
 def load(name: str) -> Callable[..., dict[str, Any]]:
     """The function of a benchmark."""
     function: Callable[..., dict[str, Any]] = getattr(
-        importlib.import_module(BENCHMARKS[name][0]), f"bench_{name.replace('-', '_')}"
+        importlib.import_module(f"benchmarks.{BENCHMARKS[name].module}"), f"bench_{BENCHMARKS[name].module}"
     )
     return function
 
 
+def code_of(name: str) -> str:
+    """Return 12 hex digits over the code that a benchmark measures and its own module."""
+    own = BENCHMARKS[name]
+    places = [ROOT / place for place in (*own.code, f"benchmarks/{own.module}.py")]
+    files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
+    return source_fingerprint(files)
+
+
+def stored_rows(name: str) -> pd.DataFrame:
+    """Return the rows of benchmarks/results/NAME.csv; `code` says whether they are of the "present" or "older" code."""
+    import pandas as pd
+
+    rows = pd.read_csv(RESULTS / f"{BENCHMARKS[name].module}.csv")
+    rows["code"] = rows["code"].eq(code_of(name)).map({True: "present", False: "older"})
+    return rows
+
+
 def add_options(parser: argparse.ArgumentParser, function: Callable[..., Any]) -> None:
-    """Add an option for each parameter of a function: type and choices by its annotation, help by its docstring."""
+    """Add an option for each parameter of a function: type and choices by its annotation, help by its docstring.
+
+    CPU threads are an option of every benchmark: with as many as the cores, small products wait for each other.
+    """
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     hints = typing.get_type_hints(function)
     texts = dict(re.findall(r"^ +(\w+): (.+)$", inspect.getdoc(function) or "", re.M))
     for name, parameter in inspect.signature(function).parameters.items():
@@ -68,9 +125,14 @@ def add_options(parser: argparse.ArgumentParser, function: Callable[..., Any]) -
         )  # fmt: skip
 
 
-def call(function: Callable[..., dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """Call a benchmark with its parameters from parsed options."""
-    return function(**{name: getattr(args, name) for name in inspect.signature(function).parameters})
+def call(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Call a benchmark with its parameters from parsed options, on `--threads` threads; rows get the column `code`."""
+    import torch
+
+    function, code = load(name), code_of(name)
+    torch.set_num_threads(args.threads)
+    result = function(**{name: getattr(args, name) for name in inspect.signature(function).parameters})
+    return {**result, "cases": [{**row, "code": code} for row in result["cases"]]}
 
 
 def passed(result: dict[str, Any]) -> bool:
@@ -88,12 +150,10 @@ def run(name: str, words: Sequence[str]) -> bool:
     function = load(name)
     parser = argparse.ArgumentParser(prog=f"benchmarks.run {name}", description=inspect.getdoc(function))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{name.replace('-', '_')}.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{BENCHMARKS[name].module}.csv")
     add_options(parser, function)
     args = parser.parse_args(words)
-    torch.set_num_threads(args.threads)
-    result = call(function, args)
+    result = call(name, args)
     hidden = circumstances(torch.device("cpu"))
     print(pd.DataFrame(result["cases"]).drop(columns=hidden, errors="ignore").to_string(index=False))
     print(f"appended to {append_rows(args.out, result['cases'])}")
@@ -106,7 +166,7 @@ def main(words: Sequence[str]) -> int:
         results = [run(name, []) for name in BENCHMARKS]
         return 0 if all(results) else 1
     if not words or words[0] not in BENCHMARKS:
-        print(f"{__doc__}\nbenchmarks:\n" + "\n".join(f"  {n:12} {text}" for n, (_, text) in BENCHMARKS.items()))
+        print(f"{__doc__}\nbenchmarks:\n" + "\n".join(f"  {n:14} {b.text}" for n, b in BENCHMARKS.items()))
         return 0 if list(words) in (["--help"], ["-h"]) else 2
     return 0 if run(words[0], words[1:]) else 1
 

@@ -21,7 +21,16 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import Clock, all_in_turns, circumstances, headline, in_own_process, peak_mib, ratios
+from benchmarks.common import (
+    Clock,
+    all_in_turns,
+    circumstances,
+    headline,
+    in_own_process,
+    peak_mib,
+    ratios,
+    steady_in_turns,
+)
 from companion import miniature
 from companion.padded_batch import collate
 from llava_core.config import TrainConfig, load_experiment
@@ -407,6 +416,9 @@ def bench_train_step(
 
     Returns:
         The headline of the last saving, with `cases`: a row per saving, in the order of `savings`.
+
+    Raises:
+        TooNoisyError: as `steady_in_turns`.
     """
     name = model
     samples = samples or (16 if name == "mini" else 8)
@@ -417,7 +429,7 @@ def bench_train_step(
     sides |= {saving: side.step for saving, side in ours.items()}
     for step in sides.values():
         step()
-    seconds = all_in_turns(sides, rounds, clock)
+    seconds = steady_in_turns(sides, PEER, rounds, clock)
     peak = partial(
         in_own_process, "benchmarks.train_step:peak_of_step", name=name, stage=stage, samples=samples,
         per_image=per_image, dtype=dtype, device=device,

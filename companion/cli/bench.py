@@ -14,15 +14,15 @@ def _without_cases(result: Result) -> str:
 
 
 def _run(args: argparse.Namespace) -> Result:
-    return call(load(args.benchmark), args)
+    return call(args.benchmark, args)
 
 
 def add(commands: Commands, words: Sequence[str]) -> None:
     """Add the commands; only the benchmark that is called is imported, for its options."""
     into = group(commands, "bench", "measure speed against other implementations", "llava bench generate")
-    for name, (_, text) in BENCHMARKS.items():
+    for name, benchmark in BENCHMARKS.items():
         example, failed = f"llava bench {name}", lambda result: not passed(result)
-        new = command(into, name, text, example, _run, _without_cases, failed)
+        new = command(into, name, benchmark.text, example, _run, _without_cases, failed)
         new.set_defaults(benchmark=name)
         if list(words[:2]) == ["bench", name]:
             add_options(new, load(name))

@@ -84,7 +84,7 @@ def test_samples_and_tokens_are_counted(tmp_path: Path) -> None:
 
 def test_each_saving_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "make_case", lambda *_, **__: case(tmp_path, 2))
-    rows = bench.bench_train_step("mini", 2, rounds=2, savings=("packed", ALL), memory=False)["cases"]
+    rows = bench.bench_train_step("mini", 2, rounds=1, savings=("packed", ALL), memory=False)["cases"]
     assert [row["case"] for row in rows] == ["packed", ALL]
     for row in rows:
         assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]

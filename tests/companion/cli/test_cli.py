@@ -117,7 +117,7 @@ def test_benchmark_prints_its_headline(
 
     monkeypatch.setattr(sys.modules[function.__module__], function.__name__, stub)
     assert cli.main(["bench", name, "--rounds", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == answer
+    assert json.loads(capsys.readouterr().out) == {**answer, "cases": [{"a": 1, "code": run.code_of(name)}]}
     assert calls[0]["rounds"] == 2
     assert calls[0]["device"] == "cpu"
     assert cli.main(["bench", name]) == 0
