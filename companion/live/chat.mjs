@@ -1,5 +1,7 @@
 // The chat of the live page: choose, upload or compose an image, ask, and see what each word depends on.
-// `render({ model, el })` has anywidget's signature; model.get("state") is what companion.live.state writes.
+// `render({ model, el })` has anywidget's signature. model.get("state") and model.get("weights") are what
+// companion.live.page returns; the module sets "turns". With `#live-box=QUESTION` in its address a page shows the
+// chat and nothing else, and asks.
 import { open } from "./engine.mjs";
 
 const LARGEST_FILE = 20e6; // bytes
@@ -22,6 +24,7 @@ const STYLE = `
 .llava-live small { display: block; min-height: 1.4em } .llava-live .live-error { color: #c62828; font-weight: 600 }
 .llava-live .maps { display: grid; grid-template-columns: 1fr 1fr; gap: .5em } .llava-live .maps small { min-height: 0 }
 html[data-theme=dark] .llava-live .live-error { color: #ff8a80 }
+.llava-live.live-box { padding: .6em } .live-box .live-more { display: none }
 @media (max-width: 700px) { .llava-live { grid-template-columns: minmax(0, 1fr) } }
 `;
 
@@ -96,8 +99,8 @@ function wordsOf(steps) {
 
 const mean = (rows) => rows[0].map((_, k) => rows.reduce((sum, row) => sum + row[k], 0) / rows.length);
 
-export function render({ model, el }) {
-  const state = model.get("state"), conversation = open(state), scene = { background: null, things: [] };
+function chat({ model, el }) {
+  const state = model.get("state"), conversation = open(state, model.get("weights")), scene = { background: null, things: [] };
   let busy = false, stopping = false, answers = [], source = null;
 
   const picture = make("canvas", { width: SHOWN, height: SHOWN, role: "img", "aria-label": "What the model sees" });
@@ -154,6 +157,13 @@ export function render({ model, el }) {
     occlusionButton.disabled = true;
     if (conversation.seen) drawSeen(picture, conversation.seen);
     status.textContent = "";
+    report();
+  }
+
+  /** Give the dialogue to a kernel, if there is one. */
+  function report() {
+    model.set("turns", conversation.turns.map((turn) => ({ ...turn })));
+    model.save_changes();
   }
 
   const openFile = guarded(async (file) => {
@@ -208,6 +218,7 @@ export function render({ model, el }) {
       if (!answer.words.length) words.textContent = "(no answer)";
       const seconds = (performance.now() - begun - first) / 1000;
       status.textContent = `First word after ${Math.round(first)} ms, then ${(Math.max(steps.length - 1, 0) / Math.max(seconds, 1e-3)).toFixed(0)} tokens per second.`;
+      report();
     } finally {
       setBusy(false);
     }
@@ -406,8 +417,8 @@ export function render({ model, el }) {
       ask();
     }))),
     log, status,
-    make("div", { class: "live-row" }, occlusionButton, button("Clear", clear), button("Save as JSON", saveJson), button("Save as PNG", savePng)),
-    make("div", { class: "live-row" }, make("label", {}, "Temperature ", temperature), make("label", {}, "Tokens ", length)),
+    make("div", { class: "live-row live-more" }, occlusionButton, button("Clear", clear), button("Save as JSON", saveJson), button("Save as PNG", savePng)),
+    make("div", { class: "live-row live-more" }, make("label", {}, "Temperature ", temperature), make("label", {}, "Tokens ", length)),
     maps, make("small", { textContent: state.checkpoint }));
   el.classList.add("llava-live");
   el.replaceChildren(make("style", { textContent: STYLE }), left, right);
@@ -421,5 +432,15 @@ export function render({ model, el }) {
     const read = await loadPicture(state.gallery[0].src);
     show(canvasOf(read, read.naturalWidth, read.naturalHeight), state.gallery[0].name);
   })() : Promise.resolve();
+
+  const asked = new URLSearchParams(location.hash.slice(1)).get("live-box");
+  if (asked !== null) {
+    el.classList.add("live-box");
+    document.body.append(el, make("style", { textContent: "body > :not(.live-box) { display: none !important }" }));
+    question.value = asked || question.value;
+    ready.then(ask);
+  }
   return { conversation, ready };
 }
+
+export default { render: chat };

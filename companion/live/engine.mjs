@@ -24,6 +24,12 @@ export function readSafetensors(buffer) {
   return tensors;
 }
 
+/** The bytes of base64 text, as pages have them, or of a DataView, as a kernel sends them. */
+export function bytesOf(given) {
+  if (typeof given !== "string") return given.buffer.slice(given.byteOffset, given.byteOffset + given.byteLength);
+  return bytesOfBase64(given);
+}
+
 export function bytesOfBase64(text) {
   const binary = atob(text);
   const bytes = new Uint8Array(binary.length);
@@ -547,8 +553,8 @@ export class Conversation {
   }
 }
 
-/** A model, its tokenizer and a conversation from the state that `companion.live.page` writes. */
-export function open(state) {
-  const model = new Llava(state.facts, readSafetensors(bytesOfBase64(state.weights)));
+/** A model, its tokenizer and a conversation from the state and the weights that `companion.live.state` returns. */
+export function open(state, weights) {
+  const model = new Llava(state.facts, readSafetensors(bytesOf(weights)));
   return new Conversation(model, new Tokenizer(state.tokenizer), state.template, state.image);
 }

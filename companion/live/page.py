@@ -1,18 +1,16 @@
-"""The live page: an HTML output with the checkpoint, its images and the module that runs it; nothing is fetched."""
+"""The live page: a checkpoint, its images and the module that runs it, in one output; nothing is fetched."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import random
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from companion.live.host import html_output, joined, widget
 from companion.live.state import live_state
 from companion.miniature.backgrounds import BACKGROUNDS, draw_background
 from companion.miniature.display_list import load_table
@@ -20,9 +18,9 @@ from companion.miniature.sprites import ASPECT, COLORS, ZONE, Sprite
 from llava_core.checkpoints.load import Loaded
 
 if TYPE_CHECKING:
+    from anywidget import AnyWidget
     from IPython.display import HTML
 
-FOLDER = Path(__file__).parent
 SPRITE_HEIGHT = 96  # pixels; the stage has 224
 QUESTIONS = (
     "What do you see?",
@@ -33,11 +31,8 @@ QUESTIONS = (
 
 
 def module() -> str:
-    """Return engine.mjs and chat.mjs as one ES module that exports `render`, as anywidget expects it."""
-    engine, chat = ((FOLDER / name).read_text(encoding="utf-8") for name in ("engine.mjs", "chat.mjs"))
-    return re.sub(r"^export ", "", engine, flags=re.M) + re.sub(
-        r"^import .* from \"\./engine\.mjs\";$", "", chat, flags=re.M
-    )
+    """Return engine.mjs and chat.mjs as one ES module."""
+    return joined("engine.mjs", "chat.mjs")
 
 
 def png_uri(image: Image.Image) -> str:
@@ -60,19 +55,10 @@ def scene_state() -> dict[str, Any]:
     return {"sprites": sprites, "backgrounds": places}
 
 
-def page_state(
+def live_content(
     loaded: Loaded, gallery: Mapping[str, Image.Image], checkpoint: str, questions: Sequence[str] = QUESTIONS
 ) -> dict[str, Any]:
-    """Return what `render` of the module reads; arguments and errors as in `live_html`."""
-    shown = [{"name": name, "src": png_uri(image.convert("RGB"))} for name, image in gallery.items()]
-    more = {"gallery": shown, "questions": list(questions), "checkpoint": checkpoint, "scene": scene_state()}
-    return {**live_state(loaded), **more}
-
-
-def live_html(
-    loaded: Loaded, gallery: Mapping[str, Image.Image], checkpoint: str, questions: Sequence[str] = QUESTIONS
-) -> HTML:
-    """Return an output in which readers chat with a checkpoint, in JupyterLab and in a static page, also from a file.
+    """Return `state` and `weights` that the module reads, for `host.widget` and `host.write_myst`, too.
 
     Args:
         loaded: a checkpoint of the miniature's kind.
@@ -83,16 +69,17 @@ def live_html(
     Raises:
         DataError: the checkpoint is not one that engine.mjs runs.
     """
-    from IPython.display import HTML
+    content = live_state(loaded)
+    shown = [{"name": name, "src": png_uri(image.convert("RGB"))} for name, image in gallery.items()]
+    more = {"gallery": shown, "questions": list(questions), "checkpoint": checkpoint, "scene": scene_state()}
+    return {"state": content["state"] | more, "weights": content["weights"]}
 
-    # "<" inside the JSON would end the element that holds it
-    content = json.dumps(page_state(loaded, gallery, checkpoint, questions)).replace("<", "\\u003c")
-    return HTML(
-        '<div class="llava-live-host"><div>This page runs the model in your browser; it needs JavaScript.</div>'
-        f'<script type="application/json">{content}</script><script type="module">{module()}\n'
-        'for (const host of document.querySelectorAll(".llava-live-host:not([data-ready])")) {\n'
-        '  host.dataset.ready = "";\n'
-        "  const state = JSON.parse(host.querySelector(\"script[type='application/json']\").textContent);\n"
-        "  host.chat = render({ model: { get: () => state }, el: host.firstElementChild });\n"
-        "}</script></div>"
-    )
+
+def live_html(content: Mapping[str, Any]) -> HTML:
+    """Return an output in which readers chat with a checkpoint, in JupyterLab and in static pages, also from a file."""
+    return html_output(module(), content, "<p>This page runs the model in your browser; it needs JavaScript.</p>")
+
+
+def live_widget(content: Mapping[str, Any]) -> AnyWidget:
+    """Return the same chat as an anywidget; its `turns` are the dialogue: `{question, answer}` each."""
+    return widget(module(), content, turns=[])

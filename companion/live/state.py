@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
@@ -25,7 +24,7 @@ LARGEST = 6e6  # parameters; two bytes each, and a third more in base64
 
 
 def live_state(loaded: Loaded) -> dict[str, Any]:
-    """Return the JSON content with which `open` of engine.mjs starts a conversation.
+    """Return `state` (JSON) and `weights` (safetensors) with which `open` of engine.mjs starts a conversation.
 
     The weights are stored in bf16; compare answers with a model that was loaded from the same rounded weights.
 
@@ -57,7 +56,7 @@ def live_state(loaded: Loaded) -> dict[str, Any]:
         raise DataError(f"the live page runs checkpoints of the miniature's kind; this one has {', '.join(wrong)}")
     side = manifest.get("image_position", "data")
     system = manifest.get("system")
-    return {
+    state = {
         "facts": {
             "vision": {
                 "image_size": vision.image_size, "patch_size": vision.patch_size, "hidden": vision.hidden_size,
@@ -82,8 +81,8 @@ def live_state(loaded: Loaded) -> dict[str, Any]:
             "model": {"vocab": tokenizer["model"]["vocab"], "merges": tokenizer["model"]["merges"]},
         },
         "image": {"size": loaded.processor.size, "mean": loaded.processor.mean, "std": loaded.processor.std},
-        "weights": base64.b64encode(save(_tensors(model))).decode(),
     }  # fmt: skip
+    return {"state": state, "weights": save(_tensors(model))}
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ def packed(image: Image.Image) -> dict[str, Any]:
 
 def run(tmp_path: Path, loaded: Loaded, questions: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     asked = {"questions": questions, "texts": [], "resizes": [], "max_new_tokens": 8, **more}
-    (tmp_path / "state.json").write_text(json.dumps(live_state(loaded)))
+    (tmp_path / "state.json").write_text(json.dumps(live_state(loaded), default=lambda b: base64.b64encode(b).decode()))
     (tmp_path / "questions.json").write_text(json.dumps(asked))
     command = [str(NODE), str(RUNNER), str(ENGINE), str(tmp_path / "state.json"), str(tmp_path / "questions.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

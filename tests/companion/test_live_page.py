@@ -1,44 +1,30 @@
-"""The live page in Chromium, from a file: answers, composed scenes, files of readers, and no request to any host."""
+"""The live page in Chromium: answers, composed scenes, files of readers, and no request to another host."""
 
-import html
-import json
-import shutil
-import subprocess
+import functools
+import http.server
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from companion.live.page import live_html, module
+from companion.live.page import live_content, live_html, module
 from companion.miniature.world import draw_scene, sample_scene
 from llava_core.chat import Conversation
 from llava_core.checkpoints.load import Loaded
+from tests.companion.browser import BROWSER, PATIENCE, launched
 from tests.companion.test_live import rounded
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
-HELPERS = """
-const host = document.querySelector(".llava-live-host"), el = host.firstElementChild;
-const wait = async (condition) => { while (!condition()) await new Promise((done) => setTimeout(done, 5)); };
-const named = (text) => [...el.querySelectorAll("button")].find((node) => node.textContent === text);
-const ask = async (text) => {
-  el.querySelector(".question").value = text;
-  named("Ask").click();
-  await wait(() => named("Ask").disabled);
-  await wait(() => !named("Ask").disabled);
-};
-const give = async (file) => {
-  const carrier = new DataTransfer(), input = el.querySelector("input[type=file]");
-  carrier.items.add(file);
-  input.files = carrier.files;
-  input.dispatchEvent(new Event("change"));
-  await new Promise((done) => setTimeout(done, 300));
-  return el.querySelector("[role=alert]").textContent;
-};
-await wait(() => host.chat);
-await host.chat.ready;
-"""
+ALERT = ".llava-live [role=alert]"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -51,111 +37,120 @@ def gallery() -> dict[str, Image.Image]:
     return {f"scene {k}": draw_scene(sample_scene(k, seed=5)) for k in range(2)}
 
 
+@pytest.fixture(scope="module")
+def folder(loaded: Loaded, gallery: dict[str, Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("site")
+    content = live_html(live_content(loaded, gallery, "a checkpoint <b>of the tests</b>")).data
+    (path / "page.html").write_text(f"<!doctype html><meta charset=utf-8>{content}", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=["file", "http"])
+def address(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+    if request.param == "file":
+        yield (folder / "page.html").as_uri()
+        return
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/page.html"
+        server.shutdown()
+
+
 @pytest.fixture
-def drive(loaded: Loaded, gallery: dict[str, Image.Image], tmp_path: Path) -> Any:
-    """Run a script in the page and return what it assigns to `result`."""
-    content = live_html(loaded, gallery, "a checkpoint <b>of the tests</b>").data
+def visit(browser: Any) -> Iterator[Callable[[str], Any]]:
+    """Open an address; requests to other addresses are refused and fail the test."""
+    page, refused = browser.new_page(), []
 
-    def run(script: str) -> Any:
-        page = tmp_path / "page.html"
-        body = f"let result; try {{ {HELPERS} {script} }} catch (problem) {{ result = String(problem) }}"
-        end = f'<script type="module">{body} document.title = JSON.stringify(result);</script>'
-        page.write_text(f"<!doctype html><meta charset=utf-8><title></title>{content}{end}", encoding="utf-8")
-        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=120000"]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--no-first-run", "--dump-dom", page.as_uri()]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
-        return json.loads(html.unescape(dom.partition("<title>")[2].partition("</title>")[0]))
+    page.set_default_timeout(PATIENCE)
 
-    return run
+    def opened(address: str) -> Any:
+        def answer(route: Any) -> None:
+            if route.request.url.partition("#")[0] in (
+                address.partition("#")[0],
+                address.rpartition("/")[0] + "/favicon.ico",
+            ):
+                route.continue_()
+            else:
+                refused.append(route.request.url)
+                route.abort()
+
+        page.route(lambda url: not url.startswith(("data:", "blob:")), answer)
+        page.goto(address)
+        page.wait_for_selector(".llava-live canvas")
+        page.evaluate("document.querySelector('.companion-host').running.ready")
+        return page
+
+    yield opened
+    page.close()
+    assert refused == []
+
+
+def ask(page: Any, question: str) -> str:
+    """Ask in the page; returns the answer."""
+    page.get_by_label("Question").fill(question)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.wait_for_selector("button:text-is('Stop'):disabled")
+    turns = page.evaluate("document.querySelector('.companion-host').running.conversation.turns")
+    assert turns[-1]["question"] == question
+    return str(turns[-1]["answer"])
 
 
 def test_page_answers_as_python_does_and_asks_no_host(
-    drive: Any, loaded: Loaded, gallery: dict[str, Image.Image]
+    address: str, visit: Callable[[str], Any], loaded: Loaded, gallery: dict[str, Image.Image]
 ) -> None:
-    questions = ["What color is the dog?", "What is on the left?"]
-    got = drive(
-        """
-        for (const text of QUESTIONS) await ask(text);
-        const { turns } = host.chat.conversation;
-        el.querySelector(".word")?.dispatchEvent(new Event("mouseenter"));
-        const said = [...el.querySelectorAll(".log p")].map((node) => node.textContent);
-        const attention = el.querySelector("small").textContent;
-        const names = performance.getEntriesByType("resource").map((entry) => entry.name.slice(0, 5));
-        result = { turns, said, attention, names, bold: el.querySelectorAll("small b").length };
-    """.replace("QUESTIONS", json.dumps(questions))
-    )
-    conversation = Conversation(loaded, gallery["scene 0"])
-    answers = [conversation.ask(question) for question in questions]
-    assert [turn["answer"] for turn in got["turns"]] == answers
-    assert got["said"][0] == f"You {questions[0]}"
-    assert got["said"][1].replace(" ", "") == f"LLaVA{answers[0]}".replace(" ", "")
-    assert "mean over layers and heads" in got["attention"]
-    assert set(got["names"]) <= {"data:", "blob:"}
-    assert got["bold"] == 0
+    page, conversation = visit(address), Conversation(loaded, gallery["scene 0"])
+    for number, question in enumerate(("What color is the dog?", "What is on the left?")):
+        answer = conversation.ask(question)
+        assert ask(page, question) == answer
+        said = page.locator(".log p").all_text_contents()[2 * number :]
+        assert said[0] == f"You {question}"
+        assert said[1].replace(" ", "") == f"LLaVA{answer}".replace(" ", "")
+    page.locator(".word").first.hover()
+    assert "mean over layers and heads" in page.locator(".llava-live small").first.text_content()
+    assert page.locator("small b").count() == 0
 
 
-def test_composed_scene_reaches_the_model_and_a_changed_color_changes_it(drive: Any) -> None:
-    got = drive("""
-        const mean = () => [0, 1, 2].map((c) => {
-          const { data } = host.chat.conversation.seen;
-          let sum = 0;
-          for (let k = c; k < data.length; k += 3) sum += data[k];
-          return sum / (data.length / 3);
-        });
-        named("Compose a scene").click();
-        await wait(() => el.textContent.includes("red car") && host.chat.conversation.seen);
-        await new Promise((done) => setTimeout(done, 500));
-        const red = mean();
-        el.querySelector("[aria-label='Remove the red car']").click();
-        await new Promise((done) => setTimeout(done, 500));
-        const empty = mean();
-        el.querySelector("[aria-label=Color]").value = "blue";
-        named("Add").click();
-        await new Promise((done) => setTimeout(done, 500));
-        result = { red, empty, blue: mean() };
-    """)
-    for color, channel in (("red", 0), ("blue", 2)):
-        change = [got[color][c] - got["empty"][c] for c in range(3)]
-        assert max(range(3), key=lambda c: change[c]) == channel, got
-    assert abs(got["red"][0] - got["blue"][0]) > 1, got
+def test_box_of_another_page_asks_by_its_address(folder: Path, visit: Callable[[str], Any]) -> None:
+    page = visit((folder / "page.html").as_uri() + "#live-box=Is%20there%20a%20dog%3F")
+    page.wait_for_selector(".log p >> nth=1")
+    assert page.locator(".log p").first.text_content() == "You Is there a dog?"
+    assert not page.get_by_role("button", name="Save as JSON").is_visible()
 
 
-def test_files_that_are_no_images_are_one_sentence(drive: Any) -> None:
-    got = drive("""
-        const large = await give(new File([new Uint8Array(30e6)], "large.jpg", { type: "image/jpeg" }));
-        const text = await give(new File(["hello"], "notes.txt", { type: "text/plain" }));
-        const name = "<img src=x onerror=\\"document.body.dataset.hit = 1\\">.png";
-        const markup = await give(new File(["x"], name, { type: "image/png" }));
-        const images = el.querySelectorAll("[role=alert] img").length;
-        result = { large, text, markup, images, hit: document.body.dataset.hit ?? null };
-    """)
-    assert got["large"] == "large.jpg has 30 MB; choose an image of at most 20 MB."
-    assert got["text"] == "notes.txt is no image that this browser can read; choose a JPEG, PNG or WebP file."
-    assert got["markup"].startswith("<img src=x onerror=")
-    assert (got["images"], got["hit"]) == (0, None)
+def test_files_that_are_no_images_are_one_sentence(folder: Path, visit: Callable[[str], Any], tmp_path: Path) -> None:
+    page = visit((folder / "page.html").as_uri())
+    name = '<img src=x onerror="document.body.dataset.hit = 1">.png'
+    sentences = {
+        ("large.jpg", b"\0" * 30_000_000): "large.jpg has 30 MB; choose an image of at most 20 MB.",
+        ("notes.txt", b"hello"): "notes.txt is no image that this browser can read; choose a JPEG, PNG or WebP file.",
+        (name, b"x"): f"{name} is no image that this browser can read; choose a JPEG, PNG or WebP file.",
+    }
+    for (file, content), sentence in sentences.items():
+        (tmp_path / file).write_bytes(content)
+        page.locator("input[type=file]").set_input_files(tmp_path / file)
+        page.wait_for_function("text => document.querySelector('[role=alert]').textContent === text", arg=sentence)
+    assert page.locator(f"{ALERT} img").count() == 0
+    assert page.evaluate("document.body.dataset.hit ?? null") is None
 
 
-def test_an_answer_can_be_stopped_and_a_dialogue_cleared(drive: Any) -> None:
-    got = drive("""
-        el.querySelector(".question").value = "Describe this image in detail.";
-        named("Ask").click();
-        await wait(() => el.querySelectorAll(".word").length || !named("Stop").disabled);
-        named("Stop").click();
-        await wait(() => !named("Ask").disabled);
-        const stopped = host.chat.conversation.turns.length;
-        await ask("What is on the left?");
-        const after = host.chat.conversation.turns.length;
-        named("Clear").click();
-        const log = el.querySelector(".log").textContent;
-        result = { stopped, after, cleared: host.chat.conversation.turns.length, log };
-    """)
-    assert got["stopped"] <= 1
-    assert got["after"] == got["stopped"] + 1
-    assert (got["cleared"], got["log"]) == (0, "")
+def test_an_answer_can_be_stopped_and_a_dialogue_cleared(folder: Path, visit: Callable[[str], Any]) -> None:
+    page = visit((folder / "page.html").as_uri())
+    turns = "document.querySelector('.companion-host').running.conversation.turns.length"
+    page.get_by_label("Question").fill("Describe this image in detail.")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_selector("button:text-is('Stop'):disabled")
+    stopped = page.evaluate(turns)
+    assert stopped <= 1
+    assert len(page.locator(".word").all()) < 96
+    ask(page, "What is on the left?")
+    assert page.evaluate(turns) == stopped + 1
+    page.get_by_role("button", name="Clear").click()
+    assert page.evaluate(turns) == 0
+    assert page.locator(".log").text_content() == ""
 
 
-def test_module_is_one_file_with_the_signature_of_an_anywidget() -> None:
-    text = module()
-    assert [line for line in text.splitlines() if line.startswith(("import ", "export "))] == [
-        "export function render({ model, el }) {"
-    ]
+def test_module_is_one_file_with_the_export_of_an_anywidget() -> None:
+    lines = [line for line in module().splitlines() if line.startswith(("import ", "export "))]
+    assert lines == ["export default { render: chat };"]
