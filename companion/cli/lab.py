@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 
 from companion.cli.arguments import Commands, Parser, command, options, some_of
-from llava_core.runtime import ROOT, CompanionError
 
 GUARDS = ("text", "image")  # `companion.guard.FILTERS`, whose import takes a second
 
@@ -25,12 +21,24 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    notebook = ROOT / "notebooks" / "60_chat_demo.ipynb"
-    words = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--notebook-dir={ROOT}", str(notebook)]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:  # as in containers; Jupyter refuses root otherwise
-        words.append("--allow-root")
-    if subprocess.run(words, check=False).returncode:
-        raise CompanionError("JupyterLab ended with an error; its lines above say why")
+    from companion.demo import held_out_images, images_in, newest_checkpoint
+    from companion.demo_server import serve
+    from companion.guard import Guard
+    from llava_core.checkpoints.base_models import checkpoint_path
+    from llava_core.checkpoints.describe import check
+    from llava_core.checkpoints.open import open_checkpoint
+    from llava_core.runtime import user_path
+
+    model = checkpoint_path(args.model) if args.model else newest_checkpoint()
+    check(open_checkpoint(model, options(args), dict(args.set)))  # say now what every visitor would be told
+    Guard(args.guard, args.guard_image)
+    images = images_in(user_path(args.images)) if args.images else held_out_images()
+    settings = {
+        "model": str(model), "options": vars(options(args)), "usage": dict(args.set), "guard": args.guard,
+        "guard_image": str(args.guard_image.absolute()) if args.guard_image else None,
+        "images": [str(path.absolute()) for path in images],
+    }  # fmt: skip
+    serve(settings, args.port, browser=not args.no_browser)
 
 
 def _guard(new: Parser) -> None:
@@ -52,4 +60,15 @@ def add(commands: Commands) -> None:
     new.bases()
     new.assumptions()
     _guard(new)
-    command(commands, "demo", "open the chat notebook in JupyterLab", "llava demo", _demo, interactive=True)
+    example = "llava demo --model runs/finetune/mini/ID/checkpoint"
+    demo = command(
+        commands, "demo", "chat about images in a browser, on this machine", example, _demo, interactive=True
+    )
+    text = "a checkpoint of any format but a delta (default: the newest run of runs/finetune/mini)"
+    demo.path("--model", "DIR", text)
+    demo.images(" of the gallery (default: images that the miniature was not trained on)")
+    demo.option("--port", "N", "on 127.0.0.1 (default: a free one)", type=int)
+    demo.switch("--no-browser", "print the address only")
+    demo.bases()
+    demo.assumptions()
+    _guard(demo)

@@ -17,10 +17,12 @@ from typing import Any
 from unittest.mock import MagicMock, create_autospec
 
 import pytest
+import tiny
+import torch
 
 from benchmarks import run
 from companion import cli
-from companion.cli import lab, weights
+from companion.cli import weights
 from companion.cli.arguments import table
 from llava_core.runtime import ROOT, DataError
 
@@ -240,17 +242,27 @@ def test_chat_writes_to_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err == "error: photo.jpg: not an image\n"
 
 
-def test_demo_listens_on_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = create_autospec(subprocess.run, return_value=subprocess.CompletedProcess([], 0))
-    monkeypatch.setattr(lab.subprocess, "run", run)
-    assert cli.main(["demo"]) == 0
-    assert "--ServerApp.ip=127.0.0.1" in run.call_args.args[0]
-    for user in (0, 1000):
-        monkeypatch.setattr(lab.os, "geteuid", lambda user=user: user)
-        assert cli.main(["demo"]) == 0
-        assert ("--allow-root" in run.call_args.args[0]) is (user == 0)
-    run.return_value = subprocess.CompletedProcess([], 3)
-    assert cli.main(["demo"]) == 1
+def test_demo_serves_a_checkpoint_that_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from companion import demo_server
+    from llava_core.checkpoints.load import build, save_checkpoint
+
+    checkpoint = save_checkpoint(tmp_path / "own", build(*tiny.base_models(tmp_path), torch.float32), "full", base={})
+    serve = create_autospec(demo_server.serve)
+    monkeypatch.setattr(demo_server, "serve", serve)
+    words = ["demo", "--model", str(checkpoint), "--images", str(tmp_path), "--no-browser", "--guard", "text,image"]
+    assert cli.main([*words, "--assume", "template=v1"]) == 0
+    settings, port = serve.call_args.args
+    assert (settings["model"], settings["guard"], settings["usage"]) == (
+        str(checkpoint), ["text", "image"], {"template": "v1"},
+    )  # fmt: skip
+    assert (port, serve.call_args.kwargs) == (None, {"browser": False})
+    assert cli.main(["demo", "--model", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["demo", "--guard", "images"])
+    assert serve.call_count == 1
 
 
 # ------------------------------------------------------------------------------------------------ exits and streams
