@@ -115,7 +115,9 @@ def save_numbers(
     scale: str | None = None,
     fast: bool | None = None,
 ) -> None:
-    """Write a notebook's numbers to the folder of its executed copy.
+    """Write a notebook's numbers to the folder of its executed copy, with those of the solutions of its exercises.
+
+    A solution is a variable `solution_1`, `solution_2` ... of the notebook.
 
     Args:
         name: the notebook's file name without extension.
@@ -133,6 +135,7 @@ def save_numbers(
         "scale": scale if scale is not None else notebook.get("scale", "mini"),
         "fast": fast if fast is not None else bool(notebook.get("fast", False)),
         "numbers": _plain(numbers, "numbers"),
+        "solutions": _plain({k: notebook[k] for k in sorted(notebook) if re.fullmatch(r"solution_\d", k)}, "solutions"),
         "checks": _plain(list(checks), "checks"),
         "runs": _paths(runs),
     }

@@ -87,9 +87,42 @@ def broken_rules(notebook: dict[str, Any]) -> list[str]:
         broken.append("the last cells must save the chapter's numbers with `save_numbers`")
     if not any(isinstance(node, ast.Assert) for tree in ending for node in ast.walk(tree)):
         broken.append("the last cells must assert what the chapter claims")
+    broken += broken_exercises(cells)
     companion = notebook["metadata"].get("companion", {})
     if not {"needs", "claims"} <= companion.keys():
         broken.append("the metadata must hold `companion: {needs, claims}`")
+    return broken
+
+
+def names_of(cells: list[dict[str, Any]], context: type[ast.expr_context]) -> set[str]:
+    """The names that cells assign (`ast.Store`) or read (`ast.Load`), without the variables of comprehensions."""
+    nodes = [node for cell in cells for node in ast.walk(tree_of(cell))]
+    local = [name for node in nodes if isinstance(node, ast.comprehension) for name in ast.walk(node.target)]
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, context) and n not in local}
+
+
+def broken_exercises(cells: list[dict[str, Any]]) -> list[str]:
+    """What the exercises of a notebook do against their rules: each has a question and a folded, checked solution."""
+    solutions = [cell for cell in cells if "exercise" in cell.get("metadata", {}).get("tags", [])]
+    broken = []
+    for number, cell in enumerate(solutions, start=1):
+        at, name = cells.index(cell), f"solution_{number}"
+        before = [c for c in cells[:at] if c["cell_type"] == "code"]
+        after = [c for c in cells[at:] if c["cell_type"] == "code" and c not in solutions]
+        head = "## Exercises" if number == 1 else f"{number}. "
+        if cells[at - 1]["cell_type"] != "markdown" or not lines_of(cells[at - 1])[0].startswith(head):
+            broken.append(f"exercise {number}: the cell before it must be its question and begin with {head}")
+        if "hide-cell" not in cell["metadata"]["tags"]:
+            broken.append(f"exercise {number}: its solution is not folded (tag `hide-cell`)")
+        checks = [node for node in tree_of(cell).body if isinstance(node, ast.Assert)]
+        computed = names_of([cell], ast.Store)
+        tested = {n.id for check in checks for n in ast.walk(check) if isinstance(n, ast.Name)}
+        if name not in computed or not computed & tested:
+            broken.append(f"exercise {number}: assign its numbers to {name} and assert something of what it computes")
+        if changed := computed & names_of(before, ast.Store) & names_of(after, ast.Load):
+            broken.append(f"exercise {number}: changes {', '.join(sorted(changed))}, which a later cell reads")
+        if not any("save_numbers" in calls_of(tree_of(c)) for c in after):
+            broken.append(f"exercise {number}: `save_numbers` must come after it")
     return broken
 
 
@@ -175,6 +208,13 @@ def test_notebooks_follow_the_contract(path: Path) -> None:
     assert broken_rules(json.loads(path.read_text())) == []
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem < "60"], ids=lambda path: path.stem)
+def test_chapters_have_two_exercises_and_folded_imports(path: Path) -> None:
+    code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert sum("exercise" in cell["metadata"].get("tags", []) for cell in code) == 2
+    assert "hide-cell" in code[1]["metadata"]["tags"], "the cell after the parameters, with the imports"
+
+
 def test_ablation_chapters_have_the_same_code() -> None:
     """Chapters 40 to 43 differ in their parameters and in prose."""
     chapters = [path for path in NOTEBOOKS if path.stem[:2] in ("40", "41", "42", "43")]
@@ -245,6 +285,56 @@ def test_notebook_rules_detect_each_violation(cell: int, source: str, rule: str)
     result = broken_rules(notebook)
     assert len(result) == 1
     assert rule in result[0]
+
+
+EXERCISE = "n = 2 * x\nsolution_1 = {'n': n}\nassert n == 2"
+
+
+@pytest.mark.parametrize(
+    ("question", "solution", "tags", "rule"),
+    [
+        ("## Exercises\n\n1. Twice?", EXERCISE, ["exercise", "hide-cell"], None),
+        ("Twice?", EXERCISE, ["exercise", "hide-cell"], "begin with ## Exercises"),
+        ("## Exercises", EXERCISE, ["exercise"], "not folded"),
+        ("## Exercises", EXERCISE.replace("solution_1", "result"), ["exercise", "hide-cell"], "numbers to solution_1"),
+        ("## Exercises", EXERCISE.replace("n == 2", "1 == 1"), ["exercise", "hide-cell"], "assert something"),
+        ("## Exercises", f"{EXERCISE}\nx = 3", ["exercise", "hide-cell"], "changes x"),
+    ],
+)
+def test_exercise_rules_detect_each_violation(question: str, solution: str, tags: list[str], rule: str | None) -> None:
+    notebook = sample_notebook()
+    cell = {"cell_type": "code", "source": solution, "metadata": {"tags": tags}, "outputs": []}
+    notebook["cells"][3:3] = [{"cell_type": "markdown", "source": question, "metadata": {}}, cell]
+    result = broken_rules(notebook)
+    assert len(result) == (rule is not None)
+    assert rule is None or rule in result[0]
+
+
+# A cell of a chapter that needs no more than its imports, or some values: what is right in it, and a wrong answer
+WRONG = [
+    ("12", 2, "-(-records // batch)", "records // batch", {"config": None, "samples": None}),
+    ("20", 1, "math.ceil(pairs / batch_size)", "pairs // batch_size", {}),
+    ("22", 1, "-(-ledger", "(ledger", {}),
+    ("40", 1, "2 * pooled * (1 - pooled)", "pooled * (1 - pooled)", {"paper": {"reference": 90.92, "other": 89.96}}),
+]
+
+
+@pytest.mark.parametrize(("number", "exercise", "right", "wrong", "given"), WRONG)
+def test_wrong_solutions_fail(number: str, exercise: int, right: str, wrong: str, given: dict[str, Any]) -> None:
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(number))
+    cells = json.loads(path.read_text())["cells"]
+    (cell,) = (cell for cell in cells if cell["id"] == f"solution-{exercise}")
+    text = "\n".join(lines_of(cell))
+    assert text.count(right) == 1
+    if "config" in given:
+        from llava_core.config import load_experiment
+
+        given = {"config": load_experiment("finetune", "mini"), "samples": range(100)}
+    if "paper" in given:
+        given = {"paper": {**given["paper"], "n": 4241, "standard_error": 0.633}}
+    exec(text, dict(given))
+    with pytest.raises(AssertionError):
+        exec(text.replace(right, wrong), dict(given))
 
 
 def test_escaped_texts_and_numbers_are_safe() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -45,9 +46,18 @@ def test_numbers_are_saved_as_plain_finite_json(out: Path) -> None:
         "scale": "mini",
         "fast": True,
         "numbers": {"loss": 0.5, "per": [0, 1]},
+        "solutions": {},
         "checks": [row],
         "runs": ["runs/pretrain/mini/0123456789ab"],
     }
+
+
+def test_solutions_of_a_notebook_are_saved(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = sys.modules["__main__"]
+    monkeypatch.setattr(notebook, "solution_2", {"steps": numpy.int64(4652)}, raising=False)
+    monkeypatch.setattr(notebook, "solution", 1, raising=False)
+    figures.save_numbers("20_x", {})
+    assert json.loads((out / "20_x.json").read_text())["solutions"] == {"solution_2": {"steps": 4652}}
 
 
 @pytest.mark.parametrize(
