@@ -29,10 +29,10 @@ export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test fuzz interop reproduce nb book figures serve lab bench ci lock clean
+.PHONY: help setup check format test fuzz interop reproduce nb book pdf book2 figures serve lab bench ci lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  SCALE=mini|gpu|a100x8   hardware and data of reproduce and nb (now: $(SCALE))"
 	@echo "  FAST=1                  reproduce and nb with the shortest runs that still show every step"
@@ -118,6 +118,12 @@ book: setup ## build the book from the notebooks that have run
 figures: setup ## update figures/, the curated set in git, from the notebooks that have run
 	$(BIN)/python -c "from companion.figures import copy_curated; print(*copy_curated(), sep='\n')"
 
+pdf: setup ## the built book as one PDF, book/_build/book.pdf, through Chromium
+	$(BIN)/python -m companion.book.pdf
+
+book2: setup ## try Jupyter Book 2, in .venv-book2; it may fail, and says why
+	$(BIN)/python tools/book2.py
+
 serve: setup ## show the built book in a browser, on this machine only (PORT=)
 	@test -d book/_build/html || { echo "error: no book yet; run make reproduce first" >&2; exit 1; }
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory book/_build/html $(PORT)
@@ -145,5 +151,6 @@ lock: setup ## write constraints.txt, hashes.txt and environment.yml from pyproj
 	$(BIN)/python tools/lock.py
 
 clean: ## remove build products, except .venv
+	rm -rf .venv-book2
 	test ! -f .venv-ci/pyvenv.cfg || rm -rf .venv-ci
 	rm -rf build dist *.egg-info book/_build book/notebooks data/mini data/features runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,9 +12,11 @@ from urllib.parse import unquote
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from PIL import Image
 
 from companion.book import book, scales
 from llava_core.runtime import ROOT, CompanionError
+from tests.companion.browser import BROWSER, PATIENCE, launched
 
 NAMES = ["20_alignment", "30_bench"]
 
@@ -54,6 +56,19 @@ def chapter(out: Path, name: str, text: str, checks: list[dict[str, Any]]) -> No
     (out / f"{name}.json").write_text(json.dumps(numbers))
 
 
+PAGES = ("intro", "how_to_read", "score_your_own_files", "checkpoints", "glossary", "notebooks/results")
+PAGES += (
+    "notebooks/claims",
+    "notebooks/differences",
+    "notebooks/scales",
+    "notebooks/questions",
+    "notebooks/20_alignment",
+)
+MODES = {"light": (1280, "light"), "dark": (1280, "dark"), "phone": (390, "light")}
+# of the theme, on every page; and of its scroll spy, in a book that lacks chapters to which the first page links
+KNOWN_ERRORS = ("THEBE_JS_URL", "Got invalid theme mode", "'#notebooks/")
+
+
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of executed copies in a copy of the book's sources."""
@@ -65,6 +80,12 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plan |= {"usd": 4.0, "usd_least": 2.0, "assumed": {"hours": "a <b>", "usd": "--price USD"}}
     monkeypatch.setattr(scales, "plan_rows", lambda *_: [plan])  # tests/companion/test_planner.py has the planner
     return tmp_path / "book" / "notebooks"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
+    return tmp_path / "red.png"
 
 
 def test_book_is_built_from_executed_notebooks(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +173,55 @@ def check_twins(html: Path) -> None:
     first = (html / "intro.html.md").read_text()
     assert "claims.html.md), " in first  # the included line, with its link
     assert not re.search(r"<p|:::|\{\w+\}|\{\{|<!--", first)
+
+
+def findings(browser: Any, file: Path, mode: str) -> list[str]:
+    """What is wrong with a page in a browser: serious findings of axe, errors, width, images without a text."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    width, scheme = MODES[mode]
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE)
+    page, errors = context.new_page(), list[str]()
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(file.as_uri())
+    found = [error for error in errors if not any(known in error for known in KNOWN_ERRORS)]
+    if (wide := page.evaluate("document.documentElement.scrollWidth")) > width:
+        found.append(f"{wide} pixels wide")
+    silent = "[...document.querySelectorAll('article img')].filter((image) => !image.alt).map((image) => image.src)"
+    found += [f"no text: {source[:80]}" for source in page.evaluate(silent)]
+    # the controls of Jupyter's own viewer of widgets are not ours
+    context_of_axe = {"exclude": [[".widget-subarea"]]}
+    result = Axe().run(page, context_of_axe, {"resultTypes": ["violations"], "preload": False}).response
+    for violation in result["violations"]:
+        if violation["impact"] in ("serious", "critical"):
+            found.append(f"{violation['id']}: {[node['html'][:80] for node in violation['nodes'][:3]]}")
+    context.close()
+    return [f"{file.stem}, {mode}: {what}" for what in found]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+def test_pages_in_a_browser(out: Path, picture: Path) -> None:
+    """Every page of a small book, and those of the whole book where it is built, in light, in dark and on a phone."""
+    chapter(out, NAMES[0], "# Alignment\n\nClaims: `ablation-7b`.", [])
+    row = {"image": str(picture), "request": "What?", "caption": "a red car", "reference": "red", "cider": 51.4}
+    numbers = {"numbers": {"captions": [row, row | {"caption": "a blue car"}]}}
+    (out / "32_captioning.json").write_text(json.dumps(numbers))
+    html = book.build_book(out, NAMES, "mini").parent
+    whole = ROOT / "book" / "_build" / "html"
+    files = [html / f"{name}.html" for name in PAGES]
+    if (whole.parent / "built.json").is_file():
+        check_links(whole)
+        files = [*(whole / f"{name}.html" for name in PAGES[:-1]), *sorted(whole.glob("notebooks/2*.html")), files[-1]]
+    with launched() as browser:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto((html / "notebooks" / "questions.html").as_uri())
+        page.get_by_label("Words").fill("BLUE")
+        assert page.locator(".question-filter output").inner_text() == "1 of 2"
+        assert page.locator(".questions > article:visible").count() == 1
+        assert [text for file in files for mode in MODES for text in findings(browser, file, mode)] == []
 
 
 def test_contents_list_executed_chapters_without_empty_parts() -> None:
