@@ -24,7 +24,7 @@ const STYLE = `
 .llava-live small { display: block; min-height: 1.4em } .llava-live .live-error { color: #c62828; font-weight: 600 }
 .llava-live .maps { display: grid; grid-template-columns: 1fr 1fr; gap: .5em } .llava-live .maps small { min-height: 0 }
 html[data-theme=dark] .llava-live .live-error { color: #ff8a80 }
-.llava-live.live-box { padding: .6em } .live-box .live-more { display: none }
+.llava-live.live-box { padding: .6em } .live-box .live-more { display: none } .live-box canvas { max-width: 200px }
 @media (max-width: 700px) { .llava-live { grid-template-columns: minmax(0, 1fr) } }
 `;
 
@@ -409,10 +409,10 @@ function chat({ model, el }) {
   }), { "aria-pressed": "false", hidden: !state.scene });
   maps.append(second, make("small", { textContent: "What greying each patch takes from the word" }));
   const left = make("div", {}, picture, crop, thumbs,
-    make("div", { class: "live-row" }, button("Your image", () => file.click()), file, composeButton), compose);
+    make("div", { class: "live-row live-more" }, button("Your image", () => file.click()), file, composeButton), compose);
   const right = make("div", {}, error,
     make("div", { class: "live-row" }, question, askButton, stopButton),
-    make("div", { class: "live-row" }, ...state.questions.map((text) => button(text, () => {
+    make("div", { class: "live-row live-more" }, ...state.questions.map((text) => button(text, () => {
       question.value = text;
       ask();
     }))),

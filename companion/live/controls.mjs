@@ -3,7 +3,7 @@
 // values, the last control changing fastest.
 const STYLE = `
 .companion-controls .choices { display: flex; flex-wrap: wrap; gap: .4em 1.6em; margin: .5em 0 }
-.companion-controls label { display: flex; flex-wrap: wrap; gap: .5em; align-items: center }
+.companion-controls label { display: flex; max-width: 100%; flex-wrap: wrap; gap: .5em; align-items: center }
 .companion-controls input { width: 11em } .companion-controls label b { min-width: 3em; }
 .companion-controls select { font: inherit; color: inherit; background: transparent; max-width: 100% }
 .companion-controls option { color: #111; background: #fff }

@@ -111,5 +111,5 @@ def cell_picture(
     pointing = "" if sets is None else f' data-sets="{sets}" data-cells="{rows} {columns}"'
     return (
         f'<img alt="{html_safe(alt)}" src="{source}"{pointing} style="width: {width}px; max-width: 100%; '
-        f'aspect-ratio: {columns / rows:.4f}; {below}image-rendering: pixelated">'
+        f'aspect-ratio: {columns / rows:.4f}; {below}image-rendering: pixelated; outline: 1px solid #8888">'
     )

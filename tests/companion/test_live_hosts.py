@@ -123,7 +123,8 @@ def lab(tmp_path: Path) -> Iterator[str]:
         "chat = widget(esm, {'state': state, 'weights': weights}, turns=[])\nchat",
         "print('python reads', [turn['answer'] for turn in chat.turns])",
     ]
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}  # else Lab asks
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel)
     nbformat.write(book, tmp_path / "chat.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from companion.live.page import live_content, live_html, module
 from companion.miniature.world import draw_scene, sample_scene
 from llava_core.chat import Conversation
 from llava_core.checkpoints.load import Loaded
+from llava_core.runtime import ROOT
 from tests.companion.browser import BROWSER, PATIENCE, launched
 from tests.companion.test_live import rounded
 
@@ -111,11 +113,22 @@ def test_page_answers_as_python_does_and_asks_no_host(
     assert page.locator("small b").count() == 0
 
 
-def test_box_of_another_page_asks_by_its_address(folder: Path, visit: Callable[[str], Any]) -> None:
-    page = visit((folder / "page.html").as_uri() + "#live-box=Is%20there%20a%20dog%3F")
-    page.wait_for_selector(".log p >> nth=1")
-    assert page.locator(".log p").first.text_content() == "You Is there a dog?"
-    assert not page.get_by_role("button", name="Save as JSON").is_visible()
+def test_front_page_box_asks_the_live_page_in_a_frame(folder: Path, browser: Any, tmp_path: Path) -> None:
+    box = (ROOT / "book" / "live_box.html").read_text(encoding="utf-8")
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(folder / "page.html", tmp_path / "notebooks" / "61_live_demo.html")
+    (tmp_path / "intro.html").write_text(f"<!doctype html><meta charset=utf-8>{box}", encoding="utf-8")
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto((tmp_path / "intro.html").as_uri())
+    assert page.locator("iframe").count() == 0  # the weights come when a reader asks
+    page.get_by_label("Ask about a picture").fill("Is there a dog & a cat?")
+    page.get_by_role("button", name="Ask").click()
+    frame = page.frame_locator("iframe")
+    frame.locator(".log p").nth(1).wait_for()
+    assert frame.locator(".log p").first.text_content() == "You Is there a dog & a cat?"
+    assert not frame.get_by_role("button", name="Save as JSON").is_visible()
+    page.close()
 
 
 def test_files_that_are_no_images_are_one_sentence(folder: Path, visit: Callable[[str], Any], tmp_path: Path) -> None:
