@@ -2,6 +2,7 @@
 // model, a file or a visitor is ever parsed as HTML: all of them are set as `textContent`.
 
 const SHOWN = 336; // pixels of the picture
+const SILENT = "The kernel does not answer: another cell is running, or it has ended; reload the page if this lasts.";
 const STYLE = `
 .llava-demo { display: grid; grid-template-columns: minmax(0, ${SHOWN}px) minmax(0, 1fr); gap: 1.4em; max-width: 68em;
   margin: 0 auto; padding: .8em; font: 15px/1.5 system-ui, sans-serif; color: var(--jp-ui-font-color1, inherit) }
@@ -58,11 +59,12 @@ function render({ model, el }) {
   const tokens = make("input", { type: "number", min: 1, max: 2048, value: 96, "aria-label": "Longest answer in tokens" });
   const temperature = make("input", { type: "number", min: 0, max: 2, step: 0.1, value: 0, "aria-label": "Temperature" });
   const suggestions = make("div", { class: "row" });
-  let chosen = 0;
+  let chosen = 0, waiting = 0;
 
   function ask(text = question.value) {
     if (get("busy")) return;
     question.value = text;
+    waiting = setTimeout(() => (error.textContent = SILENT), 10000);
     send({ do: "ask", text, tokens: Number(tokens.value) || 96, temperature: Number(temperature.value) || 0 });
   }
 
@@ -138,6 +140,7 @@ function render({ model, el }) {
 
   function showBusy() {
     const busy = get("busy");
+    clearTimeout(waiting);
     el.setAttribute("aria-busy", String(busy));
     askButton.disabled = busy;
     stopButton.disabled = !busy;
@@ -178,6 +181,7 @@ function render({ model, el }) {
   return () => {
     for (const [name, show] of Object.entries(shown)) model.off(`change:${name}`, show);
     document.removeEventListener("paste", paste);
+    clearTimeout(waiting);
   };
 }
 

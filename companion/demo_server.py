@@ -22,7 +22,7 @@ HOST = "127.0.0.1"
 CELL = "from companion.demo import served_chat\n\nserved_chat()"
 LARGEST_FILE = 20_000_000  # bytes; in base64 and with its message less than `MESSAGE_BYTES`
 MESSAGE_BYTES = 64 * 2**20
-IDLE_SECONDS = 600
+IDLE_SECONDS = 120  # without a page, after which a kernel is ended; it holds a model
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; frame-ancestors 'none'"
@@ -57,8 +57,7 @@ def serve(settings: dict[str, Any], port: int | None = None, browser: bool = Tru
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
         notebook.metadata["title"] = "LLaVA"
         nbformat.write(notebook, path := Path(folder) / "demo.ipynb")
-        # a closed page ends its kernel; that of a page which crashed is ended after a time
-        config = Config(MappingKernelManager={"cull_idle_timeout": IDLE_SECONDS, "cull_interval": 60})
+        config = Config(MappingKernelManager={"cull_idle_timeout": IDLE_SECONDS, "cull_interval": 20})
         server = Server(config=config, ip=HOST, port=port or _free_port(), port_retries=0, log_level="ERROR")
         server.token = secrets.token_urlsafe(24)
         _check_port(server.port)
