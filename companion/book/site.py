@@ -99,6 +99,7 @@ def page_markdown(text: str) -> str:
 
     image = r"^```\{image\} (?:\S*/)?(\S+)\n:alt: (.*)\n(?::.*\n)*```$"
     text = re.sub(image, r"![\2](_images/\1)", text, flags=re.M)
+    text = re.sub(r"^```\{raw\}.*?^```$", "", text, flags=re.M | re.S)
     blocks = re.split(r"(^```.*?^```$|`[^`\n]+`)", text, flags=re.M | re.S)
     return re.sub(r"\n{3,}", "\n\n", "".join(b if b.startswith("`") else plain(b) for b in blocks)).strip() + "\n"
 
