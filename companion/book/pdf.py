@@ -25,7 +25,7 @@ pre, .output { white-space: pre-wrap !important; overflow: visible !important; o
 .wide, .pst-scrollable-table-container, .cell_output { overflow: visible !important; }
 table { font-size: 8pt; overflow-wrap: anywhere; }
 img, svg { max-width: 100% !important; break-inside: avoid; }
-.headerlink, .copybtn, .question-filter, .llava-live-host, .tb-button { display: none !important; }
+.headerlink, .copybtn, .question-filter, .llava-live, .tb-button { display: none !important; }
 """
 
 
