@@ -44,10 +44,10 @@ def unusual_scenes(kind: str, n: int, seed: int = 0) -> Iterator[tuple[Image.Ima
             scene = replace(scene, items=tuple(_raised(item, rng) for item in scene.items))
         elif kind == "crowd":
             scene = _crowd(scene, rng)
-        asked = [qa for qa in questions(facts_of_scene(scene), rng) if qa.kind in ("color", "presence", "position")]
-        if kind == "crowd":
-            asked = [qa for qa in questions(facts_of_scene(scene), rng) if qa.kind == "count"]
-        elif kind == "line drawing":
+        wanted = ("count",) if kind == "crowd" else ("color", "presence", "position")
+        known = {qa.question: qa for qa in questions(facts_of_scene(scene), rng)}  # one may be drawn twice
+        asked = [qa for qa in known.values() if qa.kind in wanted]
+        if kind == "line drawing":
             asked = [qa for qa in asked if qa.kind != "color"]
         elif kind == "empty":
             scene = replace(scene, items=())
