@@ -180,12 +180,13 @@ def findings(browser: Any, file: Path, mode: str) -> list[str]:
     from axe_playwright_python.sync_playwright import Axe
 
     width, scheme = MODES[mode]
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce")
     context.set_default_timeout(PATIENCE)
     page, errors = context.new_page(), list[str]()
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(file.as_uri())
+    page.wait_for_timeout(500)  # the theme fades from light to dark
     found = [error for error in errors if not any(known in error for known in KNOWN_ERRORS)]
     if (wide := page.evaluate("document.documentElement.scrollWidth")) > width:
         found.append(f"{wide} pixels wide")
