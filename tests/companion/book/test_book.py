@@ -180,7 +180,7 @@ def findings(browser: Any, file: Path, mode: str) -> list[str]:
     from axe_playwright_python.sync_playwright import Axe
 
     width, scheme = MODES[mode]
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce")
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     context.set_default_timeout(PATIENCE)
     page, errors = context.new_page(), list[str]()
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
