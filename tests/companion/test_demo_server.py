@@ -57,14 +57,16 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     red = write_red_detector(folder / "red.onnx")
     words = ["demo", "--model", str(checkpoint), "--images", str(gallery), "--no-browser"]
     words += ["--guard", "image", "--guard-image", str(red)]
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started with it ignored
     process = subprocess.Popen([sys.executable, "-m", "companion", *words], stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, earlier)
     try:
         assert process.stdout is not None
         found = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", process.stdout.readline())
         assert found is not None
         yield found.group()
         process.send_signal(signal.SIGINT)
-        assert process.wait(180) == 0
+        assert process.wait(120) == 0
         assert process.stdout.read() == ""
     finally:
         process.kill()
