@@ -1,4 +1,4 @@
-"""What the Triton kernel computes and moves, counted on paper, and a roofline for GPUs that nobody has to have.
+"""Blocks, products and bytes of the Triton kernel, counted from the mask, and a roofline per GPU.
 
 Nothing is run. A count follows from the mask and the kernel's block sizes; a time is the larger of products at the
 GPU's peak and bytes at its bandwidth, which no kernel reaches.

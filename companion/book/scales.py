@@ -120,14 +120,11 @@ def scales_page(out: Path, present: Sequence[str], scale: str) -> str:
     for name in names:
         hardware = load_scale(name)
         lines += [f"## {name}: {markdown_safe(hardware.title)}", "", "```bash"]
-        if hardware.miniature:
-            lines += ["make reproduce" if name == "mini" else f"make reproduce SCALE={name}"]
-        else:
+        if not hardware.miniature:
             lines += [f"llava plan train finetune --scale {name}", f"llava train finetune --scale {name} --dry-run"]
-            lines += [f"make reproduce SCALE={name}"]
             for key, value in {**hardware.data, **hardware.models}.items():
                 places.setdefault(key, {"data or model": f"`{key}`"})[f"at {name}"] = f"`{value}`"
-        lines += ["```", ""]
+        lines += [f"make reproduce SCALE={name}", "```", ""]
         if name == scale:
             lines += _measured(out, present)
         if own := [row for row in plans if row["scale"] == name]:
