@@ -14,7 +14,12 @@ from llava_core.train.launch import launch
 
 
 def bench_single_runs(
-    ablation: str = "pretraining", seeds: int = 20, problems: int = 1200, epochs: int = 1, questions: int = 1000
+    ablation: str = "pretraining",
+    seeds: int = 20,
+    first: int = 0,
+    problems: int = 1200,
+    epochs: int = 1,
+    questions: int = 1000,
 ) -> dict[str, Any]:
     """Train both arms of an ablation with many seeds and count right test answers; finished runs are reused.
 
@@ -22,7 +27,8 @@ def bench_single_runs(
 
     Args:
         ablation: an ablation of configs/protocol.yaml whose arms are scored by accuracy.
-        seeds: seeds per arm, from 0.
+        seeds: seeds per arm.
+        first: the first of them; rows of earlier calls keep theirs.
         problems: training problems.
         epochs: passes over them.
         questions: test problems, the first ones.
@@ -33,7 +39,7 @@ def bench_single_runs(
     protocol, facts = load_protocol(), circumstances(torch.device("cpu"))
     arms = dict(list(protocol.plan(ablation).arms.items())[:2])
     cases = []
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         for label, arm in arms.items():
             budget = {"data.limit": problems, "train.epochs": epochs, "train.seed": seed, "train.snapshots": 0}
             record = launch(load_experiment(arm.experiment, protocol.scale, {**arm.set, **budget}))

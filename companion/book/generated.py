@@ -114,15 +114,31 @@ def _bundle_row(row: Mapping[str, Any]) -> str:
     return _row([*cells, *values, _verdict(Verdict(row["verdict"]))])
 
 
+def _solution_text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_solution_text(part)}" for name, part in value.items())
+    return ", ".join(map(_solution_text, value)) if isinstance(value, list) else cell_text(value)
+
+
+def _solutions(numbers: Mapping[str, Any], link: str) -> list[str]:
+    """Return a row per solution of a chapter's exercises; the chapter's run has checked each."""
+    solutions = numbers.get("solutions", {})
+    return [
+        _row([link if k == 0 else "", name.removeprefix("solution_"), _text(_solution_text(value))])
+        for k, (name, value) in enumerate(solutions.items())
+    ]
+
+
 def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
     """Return the page of measured and published numbers and of the scale's departures from the paper."""
     config = load_scale(scale)
     title = f"Measured at the scale {_code(scale)}: {markdown_safe(config.title)}."
     lines = ["# Results at a glance", "", title, ""]
-    without = []
+    without, solutions = [], []
     for name in present:
         numbers, title = read_json(out / f"{name}.json"), markdown_safe(_title(out / f"{name}.ipynb"))
         link = f"[{title}]({name}.ipynb)"
+        solutions += _solutions(numbers, f'<a href="{name}.html">{_text(_title(out / f"{name}.ipynb"))}</a>')
         if not numbers.get("checks"):
             without.append(link)
             continue
@@ -147,6 +163,9 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
         )
     if without:
         lines += [f"These chapters measure no claim: {', '.join(without)}.", ""]
+    if solutions:
+        lines += ["## Solutions of the exercises", "", "Each chapter's run computes and checks its own.", ""]
+        lines += _table(["Chapter", "Exercise", "Values"], solutions, "results")
     if config.stand_ins:
         lines += [f"## Stand-ins for the paper's data and models at {_code(scale)}", ""]
         lines += ["| in the paper | here |", "|---|---|"]

@@ -108,6 +108,7 @@ def card(folder: Path, text: str) -> str:
 def results(folder: Path, text: str) -> str:
     row = {"claim": text, "published": text, "measured": [text, text], "verdict": "agrees", "place": text, "note": text}
     chapter = {"scale": text, "fast": True, "checks": [row], "runs": [text]}
+    chapter["solutions"] = {"solution_1": {text: [text]}}
     (folder / "20_x.json").write_text(json.dumps(chapter))
     title = " ".join(text.split())
     (folder / "20_x.ipynb").write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": f"# a {title}"}]}))
