@@ -466,19 +466,22 @@ def difference_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def explain(result: Mapping[str, Any]) -> str:
     """Return sentences on the verdicts of an analysed record, for a chapter, as Markdown."""
-    parts = []
-    for label, row in result["differences"].items():
-        if not row["control"]:
-            ends = row["interval"]
-            interval = f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else ""
-            text = (
-                f"**{row['verdict'].capitalize()}**: {markdown_safe(label)} minus "
-                f"{markdown_safe(result['reference'])}, {row['effect']:+.1f} points"
-            )
-            parts.append(f"{text}{interval}. {_MEANING[row['verdict']] if not result['shortfall'] else ''}".strip())
+    parts, rows = [], {label: row for label, row in result["differences"].items() if not row["control"]}
+    for label, row in rows.items():
+        ends = row["interval"]
+        interval = f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" if ends else ""
+        text = (
+            f"**{row['verdict'].capitalize()}**: {markdown_safe(label)} minus "
+            f"{markdown_safe(result['reference'])}, {row['effect']:+.1f} points"
+        )
+        parts.append(f"{text}{interval}. {_MEANING[row['verdict']] if not result['shortfall'] else ''}".strip())
     if result["shortfall"]:
         shortfall = markdown_safe(", ".join(result["shortfall"]))
         parts.append(f"This is less than the plan asks for ({shortfall}), so there is no verdict.")
+    margin = load_protocol().margin
+    halves = {name: (row["interval"][1] - row["interval"][0]) / 2 for name, row in rows.items() if row["interval"]}
+    if wide := [f"{markdown_safe(name)} ±{half:.1f}" for name, half in halves.items() if half > margin]:
+        parts.append(f"Half-widths above the margin of {margin:g} points: {', '.join(wide)}.")
     below = [label for label, above in result["above_baselines"].items() if not above]
     if below and len(result["seeds"]) > 1:
         chance, table = (f"{result[key]:.1f} %" for key in ("chance", "lookup_table"))

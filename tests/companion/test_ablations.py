@@ -184,6 +184,8 @@ def test_chapter_texts_name_verdict_interval_and_what_is_missing(protocol: Proto
     assert whole.startswith("**Agrees**: last layer minus layer before the last, -")
     small = stored.explain(stored.analyse(simulated_record(protocol, "feature_layer", -25, 60, seeds=2), protocol))
     assert "**Not resolved**" in small
+    assert "Half-widths above the margin of 2.5 points: last layer ±" in small
+    assert "Half-widths" not in whole
     assert "(2 of 5 seeds), so there is no verdict" in small
     assert "Not above both a blind guess (50.0 %) and the look-up table (50.0 %): " in small
     assert {row["verdict"] for row in stored.overview(protocol)} == {"no record"}
