@@ -63,6 +63,10 @@ BENCHMARKS = {
         "memory", "planned memory of a training run against the measured peak",
         ("companion/training_memory.py", *TRAINING),
     ),
+    "shared-prefix": Benchmark(
+        "shared_prefix", "a step with each image prefix once against the same packed rows with one per sample",
+        (*TRAINING, "benchmarks/train_step.py"),
+    ),
     "single-runs": Benchmark(
         "single_runs", "an ablation with many seeds: what one run per arm would have said", TRAINING
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -95,7 +96,13 @@ class Case:
 
 
 def make_case(
-    name: str, stage: int, samples: int = 8, per_image: int = 1, dtype: str = "float32", device: str = "cpu"
+    name: str,
+    stage: int,
+    samples: int = 8,
+    per_image: int = 1,
+    dtype: str = "float32",
+    device: str = "cpu",
+    image_tokens: int | None = None,
 ) -> Case:
     """Build the models and draw the samples of a case, by a fixed seed.
 
@@ -106,6 +113,7 @@ def make_case(
         per_image: how many samples in a row have the same image; above 1 the most that sharing can give.
         dtype: of the weights.
         device: `cpu` or `cuda`.
+        image_tokens: a square number, instead of the tower's own; not for `mini`.
 
     Raises:
         ConfigError: no such case.
@@ -116,16 +124,19 @@ def make_case(
         raise ConfigError(f"no model '{name}'; choose one of mini, {', '.join(SIZES)}")
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+    vision = dict(SIZES[name]["tower"])
+    if image_tokens is not None:
+        vision["image_size"] = vision["patch_size"] * math.isqrt(image_tokens)
     torch.manual_seed(0)
     torch.set_default_dtype(resolve_dtype(dtype))
     try:
         with torch.device(device):
-            tower = CLIPVisionModel(CLIPVisionConfig(**SIZES[name]["tower"]))
+            tower = CLIPVisionModel(CLIPVisionConfig(**vision))
             model = Llava(tower, LlamaForCausalLM(LlamaConfig(**SIZES[name]["text"])))
     finally:
         torch.set_default_dtype(torch.float32)
     model.set_trainable(PARTS[stage])
-    side = SIZES[name]["tower"]["image_size"]
+    side = vision["image_size"]
     items = _typical(stage, samples, model.n_image_tokens)
     keys = [k // per_image for k in range(samples)]
     draw = np.random.default_rng(0)
@@ -249,12 +260,12 @@ class TransformersStep:
 
 
 class PackedStep:
-    """Our step, with the savings up to `saving` of `SAVINGS`."""
+    """Our step, with the savings up to `saving` of `SAVINGS`, and an attention backend."""
 
-    def __init__(self, case: Case, saving: str = ALL) -> None:
+    def __init__(self, case: Case, saving: str = ALL, backend: str = "auto") -> None:
         if saving not in SAVINGS:
             raise ConfigError(f"no saving '{saving}'; choose one of {', '.join(SAVINGS)}")
-        self.case, self.on = case, list(SAVINGS)[: list(SAVINGS).index(saving) + 1]
+        self.case, self.on, self.backend = case, list(SAVINGS)[: list(SAVINGS).index(saving) + 1], backend
         self.model = case.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, _settings())
@@ -297,7 +308,7 @@ class PackedStep:
         """Context of loss and backward pass."""
         stack = ExitStack()
         if "packed" in self.on:
-            stack.enter_context(packed_attention(self.model.language_model))
+            stack.enter_context(packed_attention(self.model.language_model, self.backend))
         return stack
 
     def step(self) -> float:
