@@ -78,7 +78,7 @@ def steady_in_turns(
     """
     timed: list[dict[str, float]] = []
     for seconds in itertools.islice(_rounds(functions, clock), PATIENCE * rounds):
-        timed = [*timed[1 - rounds :], seconds] if rounds > 1 else [seconds]
+        timed = [*timed, seconds][-rounds:]
         last = {name: [seconds[name] for seconds in timed] for name in functions}
         widths = {name: relative_range(own, last[peer]) for name, own in last.items()}
         if len(timed) == rounds and max(widths.values()) <= MAX_RANGE:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-
 from benchmarks.common import Clock, circumstances, ratios, steady_in_turns
 from benchmarks.train_step import PackedStep, make_case, tokens
 from llava_core.runtime import resolve_device

@@ -82,7 +82,19 @@ def write_record(record: Mapping[str, Any]) -> bool:
     return True
 
 
-ANSWERS = ("right", "candidate", "reference")
+PER_SEED = ("runs", "seconds", "right", "candidate", "reference")
+ANSWERS = ("right", "candidate", "reference", "curve")
+
+
+def at_seeds(record: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """Return a record as if only its seeds at these places had been run."""
+    arms = {}
+    for label, arm in record["arms"].items():
+        arms[label] = {key: [value[k] for k in places] if key in PER_SEED else value for key, value in arm.items()}
+        if "curve" in arm:
+            arms[label]["curve"] = {**arm["curve"], "right": [arm["curve"]["right"][k] for k in places]}
+    shortened = {key: [record[key][k] for k in places] for key in ("seeds", "base_models")}
+    return {**record, **shortened, "arms": arms}
 
 
 def confirms(record: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
@@ -95,11 +107,8 @@ def confirms(record: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
         record["made_with"].get(key) != stored["made_with"].get(key) for key in same
     ):
         return False
-    return all(
-        arm.get(key) == ([stored["arms"][label][key][k] for k in seeds] if key in stored["arms"][label] else None)
-        for label, arm in record["arms"].items()
-        for key in ANSWERS
-    )
+    kept = at_seeds(stored, seeds)["arms"]
+    return all(arm.get(key) == kept[label].get(key) for label, arm in record["arms"].items() for key in ANSWERS)
 
 
 def _joined(values: Any) -> str:
@@ -315,7 +324,7 @@ def analyse(record: Mapping[str, Any], protocol: Protocol | None = None) -> dict
     Returns:
         `reference`, `arms` (rows: arm, values, mean, interval), `differences` (by arm: `Comparison.summary`, p_holm,
         equivalence_p, verdict, claim, control, and `control_subset` with the same numbers), `speed` (or None),
-        `shortfall`, `testable`, `above_baselines` (by arm), `chance`, `lookup_table`, `seeds`, `n`.
+        `margin`, `shortfall`, `testable`, `above_baselines` (by arm), `chance`, `lookup_table`, `seeds`, `n`.
     """
     protocol = protocol or load_protocol()
     name, plan = record["ablation"], protocol.plan(record["ablation"])
@@ -326,11 +335,10 @@ def analyse(record: Mapping[str, Any], protocol: Protocol | None = None) -> dict
     above, baselines = _above_baselines(record, plan, chosen)
     testable = plan.bench is not None or any(above.values()) or len(record["seeds"]) == 1
 
-    differences = {}
+    differences, margin = {}, plan.margin or protocol.margin
     for label in _others(record, plan):
         arm, result, key = plan.arms[label], _comparison(record, plan, label, plan.subset), f"{name}: {label}"
         direction = claim(arm.claim).direction if arm.claim else None
-        margin = plan.margin or protocol.margin
         verdict = verdict_of_difference(result, direction, p=corrected.get(key, 1.0), margin=margin, testable=testable)
         row = {
             **result.summary(), "subset": plan.subset, "claim": arm.claim, "control": arm.control,
@@ -357,6 +365,7 @@ def analyse(record: Mapping[str, Any], protocol: Protocol | None = None) -> dict
         "arms": [_arm_row(record, label, chosen) for label in record["arms"]],
         "differences": differences,
         "speed": speed,
+        "margin": margin,
         "shortfall": lacking,
         "testable": testable,
         "above_baselines": above,
@@ -426,7 +435,7 @@ def overview(protocol: Protocol) -> list[dict[str, Any]]:
     for name in protocol.ablations:
         record = read_record(name)
         if record is None:
-            rows.append({"ablation": name, "verdict": "no record"})
+            rows.append({"ablation": name, "verdict": NO_RECORD})
             continue
         result = analyse(record, protocol)
         for label, row in result["differences"].items():
@@ -478,7 +487,7 @@ def explain(result: Mapping[str, Any]) -> str:
     if result["shortfall"]:
         shortfall = markdown_safe(", ".join(result["shortfall"]))
         parts.append(f"This is less than the plan asks for ({shortfall}), so there is no verdict.")
-    margin = load_protocol().margin
+    margin = result["margin"]
     halves = {name: (row["interval"][1] - row["interval"][0]) / 2 for name, row in rows.items() if row["interval"]}
     if wide := [f"{markdown_safe(name)} ±{half:.1f}" for name, half in halves.items() if half > margin]:
         parts.append(f"Half-widths above the margin of {margin:g} points: {', '.join(wide)}.")

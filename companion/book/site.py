@@ -83,7 +83,9 @@ def notebook_markdown(content: Mapping[str, Any], up: str = "../") -> str:
         if cell["cell_type"] == "markdown":
             parts.append(source)
         elif cell["cell_type"] == "code" and source:
-            parts += [f"```python\n{source}\n```", *(_output(output, up) for output in cell["outputs"])]
+            removed = "remove-output" in cell["metadata"].get("tags", [])
+            outputs = [] if removed else [_output(output, up) for output in cell["outputs"]]
+            parts += [f"```python\n{source}\n```", *outputs]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -95,6 +97,7 @@ def page_markdown(text: str) -> str:
         part = re.sub(r"<!--.*?-->|<(script|style)\b.*?</\1>", "", part, flags=re.S)
         part = re.sub(r"^:{3,}\{[\w-]+\} *([^\W\d].*)$", r"**\1**", part, flags=re.M)
         part = re.sub(r"^:{3,}.*$|^:[\w-]+:.*$", "", part, flags=re.M)
+        part = re.sub(r"<(https?://[^<>\s]+)>", r"\1", part)
         return re.sub(r"</?[a-z][^<>\n]*>", "", part)
 
     image = r"^```\{image\} (?:\S*/)?(\S+)\n:alt: (.*)\n(?::.*\n)*```$"

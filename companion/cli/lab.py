@@ -35,8 +35,8 @@ def _demo(args: argparse.Namespace) -> None:
     images = images_in(user_path(args.images)) if args.images else held_out_images()
     settings = {
         "model": str(model), "options": vars(options(args)), "usage": dict(args.set), "guard": args.guard,
-        "guard_image": str(args.guard_image.absolute()) if args.guard_image else None,
-        "images": [str(path.absolute()) for path in images],
+        "guard_image": str(args.guard_image) if args.guard_image else None,
+        "images": [str(path) for path in images],
     }  # fmt: skip
     serve(settings, args.port, browser=not args.no_browser)
 

@@ -192,7 +192,7 @@ function chat({ model, el }) {
     const words = make("span"), entry = make("p", {}, make("b", { textContent: "LLaVA " }), words);
     log.append(make("p", {}, make("b", { textContent: "You " }), text), entry);
     const answer = { question: text, words: [], before: conversation.turns.length, entry: words };
-    const steps = [], begun = performance.now();
+    const steps = [], begun = performance.now(), turns = conversation.turns;
     let first = 0;
     setBusy(true);
     await pause();
@@ -200,6 +200,7 @@ function chat({ model, el }) {
       const options = { maxNewTokens: Number(length.value) || 96, temperature: Number(temperature.value) || 0 };
       const running = conversation.ask(text, options);
       for (;;) {
+        if (conversation.turns !== turns) return; // cleared, or about another image
         const { value, done } = running.next();
         if (done) break;
         first ||= performance.now() - begun;
@@ -209,8 +210,8 @@ function chat({ model, el }) {
         fill(answer);
         log.scrollTop = log.scrollHeight;
         await pause();
-        if (stopping) {
-          conversation.turns.push({ question: text, answer: value.text });
+        if (stopping && conversation.turns === turns) {
+          turns.push({ question: text, answer: value.text });
           break;
         }
       }
@@ -381,7 +382,7 @@ function chat({ model, el }) {
     Object.assign(dragged.thing, { x: x - dragged.dx, y: y - dragged.dy });
     redraw();
   });
-  picture.addEventListener("pointerup", () => (dragged = null));
+  for (const end of ["pointerup", "pointercancel"]) picture.addEventListener(end, () => (dragged = null));
   picture.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: [-8, 0], ArrowRight: [8, 0], ArrowUp: [0, -8], ArrowDown: [0, 8] }[event.key];
     if (!move || compose.hidden || !scene.things.length) return;
@@ -394,7 +395,7 @@ function chat({ model, el }) {
   // ------------------------------------------------------------------------------------------ page
 
   const file = make("input", { type: "file", accept: "image/*", hidden: true, "aria-label": "Your image",
-    on: { change: () => openFile(file.files[0]) } });
+    on: { change: () => { openFile(file.files[0]); file.value = ""; } } });
   const thumbs = make("div", { class: "live-row thumbs" }, ...state.gallery.map(({ name, src }) =>
     make("button", { type: "button", title: name, "aria-label": `Image ${name}`, on: { click: guarded(async () => {
       const read = await loadPicture(src);

@@ -1,5 +1,5 @@
 // A figure with controls: every combination of values has its own HTML, which companion.live.controls has written.
-// `{ controls: [{ label, values, start, slider }], frames: [{ html, text }], scope }`; frames in the order of the
+// `{ controls: [{ label, values, start, slider }], frames: [{ html, text }] }`; frames in the order of the
 // values, the last control changing fastest.
 const STYLE = `
 .companion-controls .choices { display: flex; flex-wrap: wrap; gap: .4em 1.6em; margin: .5em 0 }
@@ -26,8 +26,6 @@ export default {
       shown.forEach((display) => display());
       status.textContent = frame.text;
       view.innerHTML = frame.html;
-      model.set("at", [...at]);
-      model.save_changes();
     }
 
     const choices = controls.map(({ label, values, slider }, k) => {

@@ -61,7 +61,8 @@ def bars(rows: Sequence[Mapping[str, Any]], unit: str = "") -> str:
         unit: what the values are, the title of their column.
     """
     numbers = [float(row[key]) for row in rows for key in ("value", "low", "high", "mark") if row.get(key) is not None]
-    least, most = min(0.0, *numbers), max(0.0, *numbers) or 1.0
+    least, most = min([0.0, *numbers]), max([0.0, *numbers])
+    most = most if most > least else 1.0
 
     def at(value: float) -> float:
         return 100 * (value - least) / (most - least)
@@ -104,7 +105,9 @@ def cell_picture(
     """
     palette = np.array([ImageColor.getcolor(color, "RGBA") for color in colors], np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(palette[np.asarray(cells, int)], "RGBA").quantize().save(buffer, "PNG", optimize=True)
+    picture = Image.fromarray(np.asarray(cells, np.uint8), "P")
+    picture.putpalette(palette.tobytes(), "RGBA")
+    picture.save(buffer, "PNG", optimize=True)
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     below = f"background: url({under}) 0 0 / 100% 100%; " if under else ""
     rows, columns = cells.shape

@@ -27,11 +27,7 @@ export function readSafetensors(buffer) {
 /** The bytes of base64 text, as pages have them, or of a DataView, as a kernel sends them. */
 export function bytesOf(given) {
   if (typeof given !== "string") return given.buffer.slice(given.byteOffset, given.byteOffset + given.byteLength);
-  return bytesOfBase64(given);
-}
-
-export function bytesOfBase64(text) {
-  const binary = atob(text);
+  const binary = atob(given);
   const bytes = new Uint8Array(binary.length);
   for (let k = 0; k < binary.length; k++) bytes[k] = binary.charCodeAt(k);
   return bytes.buffer;

@@ -3,11 +3,11 @@ import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
 const [engine, stateFile, questionFile] = process.argv.slice(2);
-const { open, bytesOfBase64, visible, resize } = await import(pathToFileURL(engine));
+const { open, bytesOf, visible, resize } = await import(pathToFileURL(engine));
 const { state, weights } = JSON.parse(readFileSync(stateFile));
 const conversation = open(state, weights);
 const { questions, texts, resizes, max_new_tokens: maxNewTokens } = JSON.parse(readFileSync(questionFile));
-const picture = ({ rgb, width, height }) => ({ data: new Uint8Array(bytesOfBase64(rgb)), width, height });
+const picture = ({ rgb, width, height }) => ({ data: new Uint8Array(bytesOf(rgb)), width, height });
 const answers = questions.map(({ image, turns }) => {
   const seen = conversation.setImage(image && picture(image));
   const began = performance.now();

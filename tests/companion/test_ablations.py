@@ -349,6 +349,8 @@ def test_a_repeated_seed_with_the_same_answers_confirms_a_record_for_new_code(fo
     for other in (differing, {**one, "made_with": {**later, "data": {"mini-cc3m": 2}}}, {**one, "fast": True}):
         assert not stored.write_record(other)
         assert stored.read_record("feature_layer") == record
+    curves = {label: {**arm, "curve": {"steps": [1], "right": [["1"]]}} for label, arm in one["arms"].items()}
+    assert not stored.confirms({**one, "arms": curves}, record)
     assert not stored.write_record(one)
     assert stored.read_record("feature_layer") == {
         **record,

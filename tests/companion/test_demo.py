@@ -17,7 +17,7 @@ from companion import demo
 from companion.demo import Chat, about, chat_widget, word_attention
 from companion.guard import FILTERS, Guard
 from llava_core.checkpoints.load import Loaded
-from llava_core.runtime import CheckpointError, DataError
+from llava_core.runtime import DataError
 
 
 def png(color: Any, size: tuple[int, int] = (32, 32)) -> bytes:
@@ -114,6 +114,37 @@ def test_failure_of_the_model_is_one_sentence(
     assert not chat.busy
 
 
+def test_an_answer_that_fails_half_way_is_no_turn(
+    loaded: Loaded, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = chat_widget(loaded, images)
+
+    def fails_later(*_: Any) -> Iterator[str]:
+        yield "red"
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(chat.conversation, "stream", fails_later)
+    chat.ask("what color")
+    chat.wait()
+    assert (chat.turns, chat.conversation.turns) == ([], [])
+    monkeypatch.undo()
+    chat.ask("is it a dog", 8)
+    chat.wait()
+    assert [turn["question"] for turn in chat.turns] == ["is it a dog"]
+    assert [question for question, _ in chat.conversation.turns] == ["is it a dog"]
+    assert chat.turns[0]["note"] != "stopped"
+
+
+def test_the_filter_reads_the_question_that_the_model_reads(
+    loaded: Loaded, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, checked = chat_widget(loaded, images), []
+    monkeypatch.setattr(chat.guard, "check_text", checked.append)
+    chat.ask("is it a d<im<image>age>og", 8)
+    chat.wait()
+    assert checked == [chat.turns[0]["question"]] == [chat.conversation.turns[0][0]] == ["is it a dog"]
+
+
 def test_question_needs_an_image(loaded: Loaded) -> None:
     chat = Chat(loaded)
     chat.ask("what color")
@@ -187,5 +218,3 @@ def test_missing_model_is_a_sentence_with_its_fix(monkeypatch: pytest.MonkeyPatc
         path.parent.mkdir(parents=True)
         path.write_text("{}")
     assert demo.newest_checkpoint().parent.name == "b"
-    with pytest.raises(CheckpointError):
-        chat_widget(tmp_path, [])

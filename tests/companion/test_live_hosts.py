@@ -1,5 +1,7 @@
 """The hosts of a module: HTML outputs with and without JavaScript, JupyterLab, a MyST page; figures with controls."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+from PIL import Image, ImageColor
 
 from companion.live.controls import bars, cell_picture, with_controls
 from companion.live.host import html_output, widget, write_myst
@@ -55,6 +58,16 @@ FIGURE = with_controls(
     },
     (20, 0),
 ).data
+
+
+def test_pictures_of_cells_keep_every_color_and_bars_need_no_number() -> None:
+    colors = [f"#{k:02x}10{255 - k:02x}{120 + k:02x}" for k in range(32)]
+    html = cell_picture(np.arange(32).reshape(4, 8), colors, "cells")
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", html)[1])
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA")).reshape(32, 4)
+    assert [tuple(pixel) for pixel in pixels.tolist()] == [ImageColor.getcolor(color, "RGBA") for color in colors]
+    assert "<table" in bars([])
+    assert "width: 100.0%" in bars([{"label": "loss", "value": -0.02}])
 
 
 @needs_browser

@@ -162,6 +162,11 @@ def test_an_answer_can_be_stopped_and_a_dialogue_cleared(folder: Path, visit: Ca
     page.get_by_role("button", name="Clear").click()
     assert page.evaluate(turns) == 0
     assert page.locator(".log").text_content() == ""
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_role("button", name="Clear").click()  # an answer under way does not become a turn of the next dialogue
+    page.wait_for_selector("button:text-is('Stop'):disabled")
+    assert page.evaluate(turns) == 0
+    assert page.locator(".log").text_content() == ""
 
 
 def test_module_is_one_file_with_the_export_of_an_anywidget() -> None:

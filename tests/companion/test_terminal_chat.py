@@ -9,6 +9,7 @@ import pytest
 from chat_fixtures import images, loaded, prompts  # noqa: F401 - fixtures
 from PIL import Image
 
+from companion.guard import Guard
 from companion.terminal_chat import _print_answer, chat_in_terminal, preview, visible_region
 from llava_core.chat import Assistant, Conversation
 from llava_core.checkpoints.load import Loaded
@@ -30,6 +31,16 @@ def test_terminal_chat_continues_after_errors(
     assert output[4] == "LLaVA: red car"
     assert len(prompts) == 2
     assert "\x1b" not in "".join(output)  # no colors where no terminal shows them
+
+
+def test_the_filter_reads_the_question_that_the_model_reads(
+    loaded: Loaded, images: list[Path], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    lines, guard, checked = iter(["is it a d<image>og", ""]), Guard(), []
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
+    monkeypatch.setattr(guard, "check_text", checked.append)
+    chat_in_terminal(Assistant(loaded), images[0], guard)
+    assert checked == ["is it a dog"]
 
 
 def test_answer_cannot_move_the_cursor_or_forge_a_line(capsys: pytest.CaptureFixture[str]) -> None:
