@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from llava_core.ops import BACKENDS, reference
 from llava_core.ops.attention import Backend
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.registry import Registry
+from llava_core.runtime import ROOT
 from llava_core.train import trainer
 from llava_core.train.launch import launch
 
@@ -46,6 +48,18 @@ def registries() -> Iterator[None]:
     for registry, entries in kept:
         registry._parts.clear()
         registry._parts.update(entries)
+
+
+def test_files_of_the_page_on_own_data_make_an_experiment(root: Path) -> None:
+    page = (ROOT / "book" / "bring_your_own_data.md").read_text().partition("## Train and evaluate")[2]
+    folders, experiment = re.findall(r"```yaml\n(.*?)```", page, re.S)[:2]
+    scale = (ROOT / "configs" / "scales" / "gpu.yaml").read_text().replace("\ndata:\n", f"\ndata:\n{folders}")
+    (root / "configs" / "scales" / "gpu.yaml").write_text(scale)
+    (root / "configs" / "experiments" / "mine.yaml").write_text(experiment)
+    config = load_experiment("mine", "gpu", {"data.held_out": 0.04})
+    assert config.training_files == [root / "data" / "mine" / "my_data.json"]
+    assert config.images_path == root / "my_images"
+    assert config.experiment.train == load_experiment("finetune", "gpu").experiment.train
 
 
 def test_projector_of_llava_1_5_trains(root: Path) -> None:
