@@ -1,7 +1,7 @@
 """Sharing image prefixes: a training step with each prefix once, against packed rows with one copy per sample.
 
 The bound is the ratio of the token counts. The dense case has the same shared rows and a dense T x T mask, as Molmo's
-packing of several annotations of an image (arXiv 2409.17146).
+rows of several texts about an image (arXiv 2409.17146).
 """
 
 from __future__ import annotations

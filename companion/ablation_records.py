@@ -430,7 +430,7 @@ def category_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def overview(protocol: Protocol) -> list[dict[str, Any]]:
-    """Return a row per comparison of the plan with its stored difference, interval and verdict."""
+    """Return a row per arm of the plan with its stored difference, interval and verdict; without learning speeds."""
     rows: list[dict[str, Any]] = []
     for name in protocol.ablations:
         record = read_record(name)
