@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from companion.paper.verdict import verdict_of
 from llava_core.config import META, RunConfig
@@ -262,10 +262,14 @@ def _setting_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
 
 
-def image_uri(image: Image) -> str:
+def image_uri(image: Image, kind: Literal["jpeg", "png"] = "jpeg") -> str:
+    """Return an image as a `data:` address; PNG keeps every pixel and transparency."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    if kind == "png":
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.convert("RGB").save(buffer, "JPEG", quality=88)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def cards(images: Sequence[Image | None], lines: Sequence[Iterable[tuple[str, str]]], width: int = 180) -> HTML:

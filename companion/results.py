@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from companion.ablation_records import CODE_ROOT
 from companion.data_tools.scienceqa import Problem, load_problems
 from companion.evaluation import llava_bench, science_qa
 from companion.evaluation.anatomy import anatomy
@@ -32,7 +33,6 @@ from llava_core.runtime import (
     write_json,
 )
 
-CODE_ROOT = Path(__file__).resolve().parents[1]
 EVALUATION_CODE = (
     "llava_core/data", "llava_core/models", "llava_core/checkpoints",
     "companion/data_tools", "companion/evaluation", "companion/teacher", "companion/miniature",

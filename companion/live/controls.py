@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageColor
 
-from companion.figures import BLUE, cell_text, html_safe
+from companion.figures import BLUE, cell_text, html_safe, image_uri
 from companion.live.host import html_output, joined
 from llava_core.runtime import DataError
 
@@ -104,11 +102,9 @@ def cell_picture(
         sets: the number of the control that pointing at a cell sets to the number of the cell.
     """
     palette = np.array([ImageColor.getcolor(color, "RGBA") for color in colors], np.uint8)
-    buffer = io.BytesIO()
     picture = Image.fromarray(np.asarray(cells, np.uint8), "P")
     picture.putpalette(palette.tobytes(), "RGBA")
-    picture.save(buffer, "PNG", optimize=True)
-    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    source = image_uri(picture, "png")
     below = f"background: url({under}) 0 0 / 100% 100%; " if under else ""
     rows, columns = cells.shape
     pointing = "" if sets is None else f' data-sets="{sets}" data-cells="{rows} {columns}"'

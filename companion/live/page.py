@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from companion.figures import image_uri
 from companion.live.host import html_output, joined, widget
 from companion.live.state import live_state
 from companion.miniature.backgrounds import BACKGROUNDS, draw_background
@@ -35,12 +34,6 @@ def module() -> str:
     return joined("engine.mjs", "chat.mjs")
 
 
-def png_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def scene_state() -> dict[str, Any]:
     """Return the pictures of which a reader composes a scene: every thing in every color, and the places."""
     drawings, sprites = load_table("sprites")["categories"], dict[str, Any]()
@@ -49,9 +42,11 @@ def scene_state() -> dict[str, Any]:
         for color in COLORS:
             thing = Sprite(round(SPRITE_HEIGHT * aspect), SPRITE_HEIGHT, color, random.Random(0))
             thing.run(drawings[category]["draw"])
-            colors[color] = png_uri(thing.finish(flip=False).quantize(64))
+            colors[color] = image_uri(thing.finish(flip=False).quantize(64), "png")
         sprites[category] = {"aspect": aspect, "zone": ZONE[category], "colors": colors}
-    places = {name: png_uri(draw_background(name, 224, random.Random(3)).convert("RGB")) for name in BACKGROUNDS}
+    places = {
+        name: image_uri(draw_background(name, 224, random.Random(3)).convert("RGB"), "png") for name in BACKGROUNDS
+    }
     return {"sprites": sprites, "backgrounds": places}
 
 
@@ -70,7 +65,7 @@ def live_content(
         DataError: the checkpoint is not one that engine.mjs runs.
     """
     content = live_state(loaded)
-    shown = [{"name": name, "src": png_uri(image.convert("RGB"))} for name, image in gallery.items()]
+    shown = [{"name": name, "src": image_uri(image.convert("RGB"), "png")} for name, image in gallery.items()]
     more = {"gallery": shown, "questions": list(questions), "checkpoint": checkpoint, "scene": scene_state()}
     return {"state": content["state"] | more, "weights": content["weights"]}
 
