@@ -117,6 +117,24 @@ def ratios(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
     return {"ratio": statistics.median(each), "ratio_low": min(each), "ratio_high": max(each)}
 
 
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+)
+
+
+def product_seconds(work: Callable[[], object]) -> float:
+    """CPU seconds that a call spends in matrix products and attention kernels, by PyTorch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        work()
+    return sum(event.self_cpu_time_total for event in profiled.key_averages() if event.key in PRODUCTS) / 1e6
+
+
 def _finish() -> None:
     """Wait for the GPU's asynchronous work."""
     if torch.cuda.is_available():

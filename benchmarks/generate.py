@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from benchmarks.common import Clock, circumstances, in_own_process, in_turns, peak_mib
+from benchmarks.common import Clock, circumstances, in_own_process, in_turns, peak_mib, product_seconds
 from llava_core.checkpoints.configs import quiet_transformers
 from llava_core.constants import IMAGE_TOKEN_ID
 from llava_core.models.generation import GenerationSettings, generate_rows
@@ -159,7 +159,8 @@ def bench_generate(
     Returns:
         Of the case with the lowest ratio: `ratio` (tokens/s ours / peer, median over the rounds), `ours`
         and `peer` (tokens/s); `peak_memory_ratio` (ours / peer), the highest of the cases, None if not measured;
-        `device`; `same_tokens`, whether both generated the same tokens in every case; `cases`, one row each.
+        `device`; `same_tokens`, whether both generated the same tokens in every case; `cases`, one row each, with
+        `products`, the share of our time that is matrix products and attention kernels (CPU).
     """
     place = resolve_device(device)
     ours = our_model(model, place)
@@ -182,6 +183,7 @@ def bench_generate(
                 "ours": round(written / times["ours"], 1), "peer": round(written / times["peer"], 1),
                 **{name: round(times[name], 3) for name in ("ratio", "ratio_low", "ratio_high")},
                 "rounds": rounds, "clock": clock,
+                "products": None if place.type == "cuda" else round(product_seconds(runs[0]) / times["ours"], 3),
                 "peak_mib_ours": round(peaks[0]) if peaks else None,
                 "peak_mib_peer": round(peaks[1]) if peaks else None,
                 "peak_memory_ratio": round(peaks[0] / peaks[1], 3) if peaks else None,

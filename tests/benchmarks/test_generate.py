@@ -14,6 +14,7 @@ def test_generate_rows_have_equal_tokens_of_both_models() -> None:
     assert result["peak_memory_ratio"] is None
     assert [row["batch"] for row in result["cases"]] == [1, 3]
     assert all(row["ours"] > 0 and row["peer"] > 0 for row in result["cases"])
+    assert all(0 < row["products"] < 1 for row in result["cases"])
     assert result["ratio"] == min(row["ratio"] for row in result["cases"])
     assert result["device"] == "cpu"
     assert bench_of.peak("ours", "tiny", 1, 2, "cpu") > 50
