@@ -120,7 +120,7 @@ def results(folder: Path, text: str) -> str:
 def ablation(_: Path, text: str) -> str:
     row = {"control": False, "verdict": "agrees", "effect": 1.0, "interval": [0.0, 2.0]}
     result = {"differences": {text: row}, "reference": text, "shortfall": [text], "above_baselines": {text: False}}
-    return markdown(explain(result | {"seeds": [0, 1], "chance": 25.0, "lookup_table": 30.0}))
+    return markdown(explain(result | {"seeds": [0, 1], "chance": 25.0, "lookup_table": 30.0, "margin": 2.5}))
 
 
 def record(folder: Path, text: str) -> str:
