@@ -93,7 +93,7 @@ def test_each_saving_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_unknown_names_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no model '8b'; choose one of mini, 135m, 7b"):
+    with pytest.raises(ConfigError, match="no model '8b'; choose one of mini, 30m, 135m, 7b"):
         bench.make_case("8b", 1)
     with pytest.raises(ConfigError, match="no saving 'pack'; choose one of head, features, packed, shared"):
         PackedStep(case(tmp_path, 1), "pack")
