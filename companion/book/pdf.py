@@ -19,13 +19,16 @@ FOOTER = '<p style="width: 100%; text-align: center; font-size: 8pt"><span class
 STYLE = """
 @page { size: A4; margin: 18mm 15mm; }
 body { font-size: 10pt; background: white; }
-article { break-before: page; }
+h1 { font-size: 20pt !important; } h2 { font-size: 14pt !important; } h3 { font-size: 12pt !important; }
+article { break-before: page; width: 180mm; overflow-x: clip; }
+td, th { white-space: normal !important; }
 .title-page { padding-top: 30vh; break-after: page; }
+nav > ul { columns: 2; }
 pre, .output { white-space: pre-wrap !important; overflow: visible !important; overflow-wrap: anywhere; }
 .wide, .pst-scrollable-table-container, .cell_output { overflow: visible !important; }
 table { font-size: 8pt; overflow-wrap: anywhere; }
 img, svg { max-width: 100% !important; break-inside: avoid; }
-.headerlink, .copybtn, .question-filter, .llava-live, .tb-button { display: none !important; }
+.headerlink, .copybtn, .question-filter, .llava-live, .live-start, .tb-button { display: none !important; }
 """
 
 
@@ -70,7 +73,8 @@ def one_page(html: Path) -> str:
             contents.append(f'<li><a href="#{article["id"]}">{html_safe(title)}</a></li>')
             articles.append(str(article))
         contents.append("</ul></li>")
-    title = html_safe(first.title.get_text() if first.title else "")
+    heading = first.select_one("article h1")
+    title = html_safe(heading.get_text().rstrip("#") if heading else toc["root"])
     scripts = [node for node in first.select("head script") if "mathjax" in str(node).lower()]
     head = "".join(map(str, [*first.select('head link[rel="stylesheet"]'), *scripts]))
     cover = f'<div class="title-page"><h1>{title}</h1></div><nav><h2>Contents</h2><ul>{"".join(contents)}</ul></nav>'
