@@ -17,7 +17,7 @@ SAMPLES = 8  # about so many per step
 
 
 def bench_shared_prefix(
-    model: Literal["30m", "135m", "7b"] = "30m",
+    model: Literal["60m", "135m", "7b"] = "60m",
     image_tokens: Sequence[int] = (49, 196, 256, 576),
     per_image: Sequence[int] = (1, 2, 3, 8),
     rounds: int = 3,

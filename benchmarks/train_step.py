@@ -116,7 +116,7 @@ def make_case(
         image_tokens: a square number, instead of the tower's own; not for `mini`.
 
     Raises:
-        ConfigError: no such case.
+        ConfigError: no such case, or `image_tokens` is no square number.
     """
     if name == "mini":
         return _miniature(stage, samples)
@@ -126,6 +126,8 @@ def make_case(
 
     vision = dict(SIZES[name]["tower"])
     if image_tokens is not None:
+        if math.isqrt(image_tokens) ** 2 != image_tokens:
+            raise ConfigError(f"{image_tokens} image tokens are no square of patches; fix: 49, 196, 256 or 576")
         vision["image_size"] = vision["patch_size"] * math.isqrt(image_tokens)
     torch.manual_seed(0)
     torch.set_default_dtype(resolve_dtype(dtype))

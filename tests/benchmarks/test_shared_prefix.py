@@ -16,7 +16,7 @@ TINY = {
 
 
 def test_rows_have_the_bound_of_the_tokens_and_equal_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(train_step.SIZES, "30m", TINY)
+    monkeypatch.setitem(train_step.SIZES, "60m", TINY)
     monkeypatch.setattr("benchmarks.common.MAX_RANGE", float("inf"))
     result = bench_shared_prefix(image_tokens=(9, 64), per_image=(1, 3), rounds=1)
     rows = result["cases"]

@@ -93,8 +93,10 @@ def test_each_saving_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_unknown_names_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no model '8b'; choose one of mini, 30m, 135m, 7b"):
+    with pytest.raises(ConfigError, match="no model '8b'; choose one of mini, 60m, 135m, 7b"):
         bench.make_case("8b", 1)
+    with pytest.raises(ConfigError, match="50 image tokens are no square of patches"):
+        bench.make_case("60m", 1, image_tokens=50)
     with pytest.raises(ConfigError, match="no saving 'pack'; choose one of head, features, packed, shared"):
         PackedStep(case(tmp_path, 1), "pack")
     assert PEER not in SAVINGS
