@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.common import Clock, circumstances, headline, in_own_process, in_turns, peak_mib
-from llava_core.ops.linear_cross_entropy import linear_cross_entropy
+from llava_core.ops.linear_cross_entropy import linear_cross_entropy, reference
 
 Device = Literal["cpu", "cuda"]
+LOSSES = {"chunked": linear_cross_entropy, "reference": reference}
 
 
-def _loss_step(backend: str, rows: int, width: int, words: int, device: str, train_head: bool) -> Any:
+def _loss_step(loss: str, rows: int, width: int, words: int, device: str, train_head: bool) -> Any:
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, device=device, requires_grad=True)
     weight = torch.randn(words, width, device=device, requires_grad=train_head)
@@ -20,7 +21,7 @@ def _loss_step(backend: str, rows: int, width: int, words: int, device: str, tra
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        linear_cross_entropy(hidden, weight, targets, backend=backend).backward()
+        LOSSES[loss](hidden, weight, targets).backward()
 
     return step
 
@@ -52,12 +53,12 @@ def bench_loss(
     cases = []
     for train_head in (False, True):
         sizes: dict[str, Any] = {"rows": rows, "width": width, "words": words, "device": device}
-        steps = {name: _loss_step(name, **sizes, train_head=train_head) for name in ("chunked", "reference")}
+        steps = {name: _loss_step(name, **sizes, train_head=train_head) for name in LOSSES}
         for step in steps.values():
             step()
         turns = in_turns(steps["chunked"], steps["reference"], rounds, clock)
         peaks = [
-            in_own_process("benchmarks.loss:loss_peak", backend=name, train_head=train_head, **sizes) for name in steps
+            in_own_process("benchmarks.loss:loss_peak", loss=name, train_head=train_head, **sizes) for name in steps
         ]
         case = f"loss, head {'trained' if train_head else 'frozen'}, {clock} time"
         row: dict[str, Any] = {"case": case, "size": f"{rows} x {width} x {words}"}

@@ -114,21 +114,25 @@ class Assistant:
         return self.chat(image).ask(question, max_new_tokens)
 
 
-def open_assistant(path: str | Path, device: str = "auto", dtype: str = "", **options: Any) -> Assistant:
+def open_assistant(
+    path: str | Path, device: str = "auto", dtype: str = "", base: str | None = None, vision_tower: str | None = None,
+    **usage: Any,
+) -> Assistant:  # fmt: skip
     """Load a checkpoint of any format; `llava_core.load` calls this.
 
     Args:
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         dtype: of the weights in memory: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
-        options: `base`, `vision_tower` if the files do not contain them; usage as in `describe.USAGE_FIELDS`.
+        base, vision_tower: folders or hub ids of these models, if the files do not contain them.
+        usage: fields of `describe.USAGE_FIELDS`, such as `template="v1"`.
 
     Raises:
+        ConfigError: an unknown device or dtype.
         CheckpointError: not a checkpoint, or a damaged one; the message names file and fix.
     """
-    place = resolve_device(device)
-    bases = Options(**{name: options.pop(name) for name in ("base", "vision_tower") if name in options})
-    chosen = resolve_dtype(dtype or ("float32" if place.type == "cpu" else "bfloat16"))
-    return Assistant(load(path, chosen, place, bases, **options))
+    target = resolve_device(device)
+    chosen = resolve_dtype(dtype or ("float32" if target.type == "cpu" else "bfloat16"))
+    return Assistant(load(path, chosen, target, Options(base, vision_tower), **usage))
 
 
 def _rgb(image: ImageInput) -> Image.Image:

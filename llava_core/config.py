@@ -282,7 +282,7 @@ class RunConfig(StrictModel):
 
     @property
     def run_id(self) -> str:
-        """12 hex digits over everything that can change the result; names, titles and sources cannot."""
+        """12 hex digits over what changes the weights, but the folder of the images; names and sources do not count."""
         facts = self.experiment.model_dump(mode="json", exclude={**NO_INFLUENCE, "init_from": True})
         scale = {
             "name": self.scale.name,
@@ -342,10 +342,15 @@ def _folder(kind: str) -> Path:
 
 
 def experiments() -> dict[str, Path]:
-    """Return the file of every experiment by name, ablations included."""
-    folder = _folder("experiments")
-    files = sorted(folder.rglob("*.yaml"))
-    return {path.stem: path for path in files if path.stem != BASE}
+    """Return the file of every experiment by name, ablations included; two files of one name are a ConfigError."""
+    found: dict[str, Path] = {}
+    for path in sorted(_folder("experiments").rglob("*.yaml")):
+        if first := found.get(path.stem):
+            names = f"{runtime.display_path(first)} and {runtime.display_path(path)}"
+            raise ConfigError(f"{names}: two experiments of one name; fix: rename or remove one")
+        found[path.stem] = path
+    found.pop(BASE, None)
+    return found
 
 
 def scales() -> dict[str, Path]:

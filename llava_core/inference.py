@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llava_core.data.conversation import TEMPLATES
 from llava_core.data.images import load_image
 from llava_core.data.tokenization import Turn, token_ids
-from llava_core.runtime import progress
+from llava_core.runtime import DataError, progress
 
 if TYPE_CHECKING:
     from llava_core.checkpoints.load import Loaded
@@ -58,7 +59,6 @@ def answer_questions(
     max_new_tokens: int = 48,
     batch: int = 64,
     temperature: float = 0.0,
-    seed: int = 0,
     answer_prefixes: Mapping[str, str] | None = None,
     desc: str | None = "answers",
     reserve: int = 0,
@@ -69,9 +69,12 @@ def answer_questions(
         rows: `{question_id, text, image}`; `image` is a file name under `images`, or None for a question without image.
         max_new_tokens: longest answer in tokens; fewer if the language model's positions end before.
         batch: rows generated together; it does not change the result.
-        temperature: 0 is greedy; a sampled answer depends on `seed` and its question's id, not on the batch.
+        temperature: 0 is greedy; a sampled answer depends on its question's id, not on the batch.
         answer_prefixes: per question id, text that the answer begins with.
         reserve: positions to leave free after an answer.
+
+    Raises:
+        DataError: two questions of one id, or one whose prompt fills the language model's positions.
     """
     import numpy as np
     import torch
@@ -85,7 +88,20 @@ def answer_questions(
     for row in rows:
         name, max_ids = str(row["question_id"]), positions and positions - max_new_tokens
         turns, has_image = [(row["text"], None)], bool(row.get("image"))
+        if name in prompts:
+            raise DataError(f"question {name} is there twice; fix: give each question an id of its own")
         prompts[name] = prompt_ids(loaded, turns, has_image, prefixes.get(name, ""), name, max_ids)
+        if positions is not None and (length := len(prompts[name])) >= positions:
+            raise DataError(
+                f"question {name}: its prompt of {length} tokens leaves no room for an answer in the language model's "
+                f"{positions} positions; fix: shorten the question"
+            )
+    room = {name: (positions or sys.maxsize) - reserve - len(ids) for name, ids in prompts.items()}
+    if short := [name for name, left in room.items() if left < max_new_tokens]:
+        sys.stderr.write(
+            f"{len(short)} of {len(rows)} answers have room for fewer than {max_new_tokens} tokens, the first is that "
+            f"to question {short[0]}, with {max(1, room[short[0]])}\n"
+        )
     ordered = sorted(rows, key=lambda r: len(prompts[str(r["question_id"])]))
     answers: dict[str, str] = {}
     for k in progress(range(0, len(ordered), batch), desc or "", leave=False, disable=desc is None):
@@ -93,13 +109,11 @@ def answer_questions(
         pixels = [loaded.processor(load_image((images or Path()) / r["image"])) for r in part if r.get("image")]
         values = torch.from_numpy(np.stack(pixels)).to(loaded.model.language_model.device) if pixels else None
         names = [str(r["question_id"]) for r in part]
-        # a seed per question: its answer depends neither on the batch nor on other questions
-        row_settings = [replace(settings, seed=zlib.crc32(name.encode(), seed)) for name in names]
-        if positions is not None:
-            left = [max(1, positions - reserve - len(prompts[name])) for name in names]
-            row_settings = [
-                replace(s, max_new_tokens=min(max_new_tokens, n)) for s, n in zip(row_settings, left, strict=True)
-            ]
+        row_settings = [
+            # a seed per question: its answer depends neither on the batch nor on other questions
+            replace(settings, seed=zlib.crc32(name.encode()), max_new_tokens=max(1, min(max_new_tokens, room[name])))
+            for name in names
+        ]
         texts = generate(loaded.model, loaded.tokenizer, [prompts[name] for name in names], values, row_settings)
         answers |= dict(zip(names, texts, strict=True))
     return {str(r["question_id"]): answers[str(r["question_id"])] for r in rows}

@@ -1,14 +1,16 @@
 """The record of a run: the folder `runs/<experiment>/<scale>/<run id>`.
 
 It holds `config.yaml` (resolved), `environment.json` (machine, versions, fingerprints of the inputs), `metrics.jsonl`
-(one row per logged step), `states/` (what an interrupted run resumes from), `checkpoint/` (the final weights) and
-`summary.json` (the final numbers; it exists only when the run has finished).
+(one row per logged step), `states/` (what an interrupted run resumes from), `snapshots/` (weights for a learning
+curve), `checkpoint/` (the final weights) and `summary.json` (the final numbers; it exists only when the run has
+finished). Beside them: `logs/` and `.lock` of its processes, `tensorboard/` where that tracker is on.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -82,8 +84,11 @@ class RunRecord:
         return dict(runtime.read_json(self.path / "summary.json"))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to the metrics; if that fails, as on a full disk, it is left out with one warning per run."""
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        """Append one row to the metrics, with null for NaN and infinity.
+
+        If that fails, as on a full disk, the row is left out with one warning per run.
+        """
+        line = (json.dumps(_finite(row), ensure_ascii=False) + "\n").encode()
         try:
             with open(self.path / "metrics.jsonl", "ab", buffering=0) as file:
                 size = file.seek(0, os.SEEK_END)
@@ -115,13 +120,17 @@ class RunRecord:
         return rows
 
     def rewind(self, step: int | None) -> None:
-        """Forget the rows after `step`, as a run must that goes on from its state of that step; None: all rows."""
+        """Remove the rows after `step`, from whose saved state a run resumes; None: all rows."""
         rows = [] if step is None else [row for row in self.metrics() if row["step"] <= step]
         runtime.write_jsonl(self.path / "metrics.jsonl", rows)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the final numbers; from now on the run counts as finished."""
-        runtime.write_json(self.path / "summary.json", dict(summary))
+        runtime.write_json(self.path / "summary.json", _finite(summary))
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def final_loss(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -171,7 +171,8 @@ def set_default_mode(path: str | Path) -> None:
     os.chmod(path, 0o666 & ~_UMASK)
 
 
-def _lock(descriptor: int, wait: bool) -> None:
+def lock_descriptor(descriptor: int, wait: bool = True) -> None:
+    """Lock an open file or folder exclusively; BlockingIOError if taken and not `wait`. Without locks, as if free."""
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -189,7 +190,7 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        _lock(file.fileno(), wait)
+        lock_descriptor(file.fileno(), wait)
         yield
 
 
@@ -201,7 +202,7 @@ def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        _lock(descriptor, wait)
+        lock_descriptor(descriptor, wait)
         if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
             raise FileNotFoundError(folder)
         yield
@@ -226,11 +227,9 @@ _OTHER_CONTENT = {  # first bytes -> what the file is, and what to do
 def other_content(content: bytes) -> str | None:
     """Return what a file is that has other content than the expected text, and what to do; None if unknown."""
     start = content[:64].lstrip()
-    found = (what for prefix, what in _OTHER_CONTENT.items() if start.startswith(prefix))
-    if what := next(found, None):
-        return what
-    if start.lower().startswith(b"<!doctype html"):
-        return _OTHER_CONTENT[b"<!doctype html"]
+    for prefix, what in _OTHER_CONTENT.items():
+        if start.startswith(prefix) or (prefix.startswith(b"<") and start.lower().startswith(prefix)):
+            return what
     return "UTF-16 text or binary data; save it as UTF-8" if b"\0" in content[:4] else None
 
 
@@ -352,6 +351,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device for `auto` (a GPU where there is one), `cpu` or `cuda` (without a GPU a ConfigError)."""
     import torch
@@ -359,14 +361,20 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda': PyTorch sees no GPU; use the scale 'mini' or install a CUDA build of torch")
+        raise ConfigError("device 'cuda': PyTorch sees no GPU; fix: device 'cpu', or a CUDA build of torch")
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"unknown device '{name}' (known: auto, cpu, cuda)")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name in `DTYPES`; a ConfigError for another name."""
     import torch
 
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype '{name}' (known: {', '.join(DTYPES)})")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def rank() -> int:

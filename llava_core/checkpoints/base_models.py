@@ -65,6 +65,8 @@ def model_folder(source: str | Path) -> Path:
         missing = isinstance(error, LocalEntryNotFoundError)
         reason = "it is not in the cache of the hub" if missing else f"the hub gives {type(error).__name__}"
         fix = "`hf download` it where the hub can be reached, and name the folder"
+        if local or constants.HF_HUB_OFFLINE:
+            fix += " (requests are off: `offline` of the scale, or HF_HUB_OFFLINE of the environment)"
         raise error_at(source, f"no such folder, and {reason}; fix: {fix}") from error
 
 
@@ -103,17 +105,13 @@ def tower_settings(source: str | Path) -> tuple[dict[str, Any], ImageProcessor]:
     if model_type not in ("clip", "clip_vision_model"):
         raise error_at(folder, f"model_type {model_type!r} is not a CLIP vision tower; fix: --vision-tower DIR")
     full = tower_config(config, folder)
-    return full, _image_settings(folder, full["image_size"])
-
-
-def _image_settings(folder: Path, size: int) -> ImageProcessor:
     try:
         image = ImageProcessor.from_hf(read_config(folder, "preprocessor_config.json"))
     except DataError as error:
         raise error_at(folder, f"{error}") from error
-    if image.size != size:
+    if image.size != (size := full["image_size"]):
         raise error_at(folder, f"images of {image.size} px for a tower of {size} px; fix: correct one")
-    return image
+    return full, image
 
 
 def open_vision_tower(source: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -190,11 +188,11 @@ def load_vision_tower(source: str, dtype: torch.dtype) -> tuple[Any, ImageProces
     from transformers import CLIPVisionModel
 
     folder = model_folder(source)
-    tower_settings(folder)
+    _, processor = tower_settings(folder)
     with _loading(source, "vision tower"):
         tower, info = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     check_no_missing_weights(source, info)
-    return tower, _image_settings(folder, tower.config.image_size)
+    return tower, processor
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def usage_of_template(chat_template: str, where: Path) -> dict[str, Any]:
         if wanted == [_text(template, turns, system) for turns in dialogues]:
             place = {"image_position": position, "image_delimiters": delimiters}
             return {"template": template.name, "system": system, **place}
-    raise error_at(where, f"its chat template asks {rendered[0][:160]!r}, as none of our templates does")
+    raise error_at(where, f"its chat template renders {rendered[0][:160]!r}, the text of no template here")
 
 
 def _text(template: Template, turns: list[Turn], system: str) -> str:

@@ -116,21 +116,24 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     One process writes at a time: another one waits for it with `overwrite`, and without gets a CheckpointError.
     """
     target = Path(os.path.abspath(target))  # "." has no name of its own
-    temporary = target.with_name(f".{target.name}.writing")
+    temporary, replaced = (target.with_name(f".{target.name}.{state}") for state in ("writing", "replaced"))
     with contextlib.ExitStack() as stack:
         try:
             _lock_new_folder(stack, temporary, wait=overwrite)
         except BlockingIOError:
             raise error_at(target, "another process is writing it; fix: wait for it, or choose another place") from None
         try:
+            if replaced.exists():  # a process was killed between the two renames, or before the last line
+                shutil.rmtree(replaced) if target.exists() else replaced.rename(target)
             if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
                 raise error_at(target, "exists already; fix: choose another place, or remove it first")
             for left in temporary.iterdir():  # by a killed process
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             yield temporary
             if target.exists():
-                shutil.rmtree(target) if overwrite else target.rmdir()
+                target.rename(replaced)
             temporary.rename(target)
+            shutil.rmtree(replaced, ignore_errors=True)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, CheckpointError):  # of a file in it, which the user knows by the target's name
@@ -162,7 +165,6 @@ def verify_files(folder: Path) -> dict[str, str]:
         if not (folder / name).is_file() or sha256_file(contained_file(folder, name)) != digest:
             raise CheckpointError(
                 f"{display_path(folder / name)}: missing, or its SHA-256 is not the manifest's; fix: `git checkout -- "
-                "models` "
-                "or `llava base-models` to train it again"
+                "models`, or `llava base-models` to train it again"
             )
     return files

@@ -111,9 +111,8 @@ def load_into(
     checkpoint = native.read(path, Options())
     for part, own_hash in (base_hash or {}).items():
         trained = checkpoint.description.usage["base_hash"].get(part, own_hash)
-        if (
-            trained != own_hash and trained.partition(":")[0] == own_hash.partition(":")[0]
-        ):  # files with files, id with id
+        # files are compared with files, an id with an id
+        if trained != own_hash and trained.partition(":")[0] == own_hash.partition(":")[0]:
             raise error_at(path, f"trained with another {part.replace('_', ' ')} than this run's; fix: train it again")
     if checkpoint.adapter is not None and parts is None:
         raise error_at(path, "its adapter would be left out; fix: merge it (`llava convert --to llava`), or name parts")
@@ -163,6 +162,8 @@ def save_checkpoint(
         manifest: further manifest fields.
     """
     model = loaded.model
+    if "base" not in loaded.manifest:
+        raise error_at(path, "the model names no base models in its manifest; fix: `llava convert` its checkpoint")
     description = Description(
         language_model=language_config(model.language_model.config.to_dict(), "language model"),
         tower_source=loaded.manifest["base"]["vision_tower"],

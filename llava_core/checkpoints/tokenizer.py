@@ -54,9 +54,8 @@ def open_tokenizer(folder: Path, **options: Any) -> Any:
         difference = _difference_to_sentencepiece(tokenizer, folder)
     except (CompanionError, KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # for damaged files: sentencepiece's are bare Exceptions, panics of tokenizers no such
+    # damaged files: sentencepiece raises bare Exceptions, a panic of tokenizers is a BaseException
+    except BaseException as error:
         reason = " ".join(str(error).split())[:160]
         raise error_at(folder, f"the tokenizer cannot be read ({reason})") from error
     if difference is not None:

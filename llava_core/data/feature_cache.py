@@ -31,8 +31,6 @@ from llava_core.runtime import (
 SHARD = 512  # images per file; a killed run loses the unfinished file
 MAX_DISK_FRACTION = 0.5  # of the free space
 
-_STORED = {torch.bfloat16: np.uint16}  # numpy has no bf16: its bits
-
 
 class FeatureCache:
     """Features of shape (layers, P, D_vision) per image, `SHARD` images per file.
@@ -116,7 +114,8 @@ class FeatureCache:
 
     def _store(self, keys: list[str], features: torch.Tensor) -> None:
         array = features.detach().cpu()
-        stored = array.view(torch.uint16).numpy() if self.dtype in _STORED else array.numpy()
+        # numpy has no bf16: its bits
+        stored = array.view(torch.uint16).numpy() if self.dtype == torch.bfloat16 else array.numpy()
         buffer = io.BytesIO()
         np.save(buffer, stored)
         name = fingerprint(keys)
@@ -130,4 +129,4 @@ class FeatureCache:
         places = [self._places[self.key(image)] for image in images]
         stacked = np.stack([features[k][layer] for features, k in places])
         tensor = torch.from_numpy(stacked)
-        return tensor.view(self.dtype) if self.dtype in _STORED else tensor
+        return tensor.view(self.dtype) if self.dtype == torch.bfloat16 else tensor

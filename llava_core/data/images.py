@@ -331,7 +331,7 @@ class ImageProcessor:
         old_kind = given.pop("feature_extractor_type", None)
         kind = given.pop("image_processor_type", old_kind)
         if kind not in _HF_TYPES:
-            raise _not_ours("image_processor_type", kind, f"one of {', '.join(_HF_TYPES)}")
+            raise _unsupported("image_processor_type", kind, f"one of {', '.join(_HF_TYPES)}")
         side, is_edge = _hf_side("size", given.pop("size", 224))
         crop, _ = _hf_side("crop_size", given.pop("crop_size", 224))
         center, pad = given.pop("do_center_crop", True), given.pop("do_pad", False)
@@ -339,17 +339,17 @@ class ImageProcessor:
         scale = given.pop("rescale_factor", 1 / 255)
         for name, value in given.items():
             if name not in _HF_FIXED:
-                raise _not_ours(name, value, "a file without it, if it changes no pixels")
+                raise _unsupported(name, value, "a file without it, if it changes no pixels")
             if value != _HF_FIXED[name]:
-                raise _not_ours(name, value, repr(_HF_FIXED[name]))
+                raise _unsupported(name, value, repr(_HF_FIXED[name]))
         if not isinstance(scale, float) or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
-            raise _not_ours("rescale_factor", scale, "1/255")
+            raise _unsupported("rescale_factor", scale, "1/255")
         if not isinstance(pad, bool) or (pad and not kind.startswith("Llava")):
-            raise _not_ours("do_pad", pad, "true only for a LlavaImageProcessor, which pads to a square")
+            raise _unsupported("do_pad", pad, "true only for a LlavaImageProcessor, which pads to a square")
         if not isinstance(center, bool) or (is_edge and not center and not pad):
-            raise _not_ours("do_center_crop", center, "true, or a size with height and width")
+            raise _unsupported("do_center_crop", center, "true, or a size with height and width")
         if center and crop != side:
-            raise _not_ours("crop_size", crop, f"that of size, {side}")
+            raise _unsupported("crop_size", crop, f"that of size, {side}")
         return cls(side, "pad" if pad else "crop" if is_edge else "resize", mean, std)
 
 
@@ -376,7 +376,7 @@ _HF_WITHOUT_EFFECT = frozenset(
 )
 
 
-def _not_ours(name: str, value: Any, expected: str) -> DataError:
+def _unsupported(name: str, value: Any, expected: str) -> DataError:
     return DataError(f"preprocessor config: {name} is {value!r}, which is not reproduced here; give {expected}")
 
 
@@ -390,7 +390,7 @@ def _hf_side(name: str, value: Any) -> tuple[int, bool]:
     else:
         side, is_edge = value, True
     if type(side) is not int or side < 1:
-        raise _not_ours(name, value, "a whole number, {shortest_edge} or an equal {height, width}")
+        raise _unsupported(name, value, "a whole number, {shortest_edge} or an equal {height, width}")
     return side, is_edge
 
 

@@ -93,8 +93,7 @@ def read_records(path: Path) -> Iterator[Record | Problem]:
     if path.suffix not in FORMATS:
         raise DataError(
             f"{display_path(path)}: neither .json nor .jsonl nor .parquet; `llava data convert` makes one of these of "
-            "a "
-            "CSV, a folder of images and texts, or a data set on disk"
+            "a CSV, a folder of images and texts, or a data set on disk"
         )
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
@@ -290,7 +289,7 @@ def _marker_problems(texts: list[Any], roles: list[Any], has_image: bool, number
 
 
 def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "true/false"}
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "true/false", bytes: "bytes"}
     return names.get(type(value), "a number") + (" without text" if value == "" else "")
 
 

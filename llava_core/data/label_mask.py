@@ -58,9 +58,8 @@ def encode(
         labels += piece if segment.supervised else [IGNORE_INDEX] * len(piece)
         if segment.supervised:
             ends.append(len(ids))
-    n_images = sum(segment.image for segment in segments)
     if max_length is None or len(ids) <= max_length:
-        return Encoded(ids, labels, n_images)
+        return Encoded(ids, labels)
     if not segments[-1].supervised:
         raise too_long(name, "it is a prompt that", max_length, PROMPT_FIX)
     kept = [end for end in ends if end <= max_length]
@@ -68,7 +67,7 @@ def encode(
         raise too_long(name, "its first turn", max_length)
     if IMAGE_TOKEN_ID in ids[kept[-1] :]:
         raise too_long(name, "what comes before the end of its last image's turn", max_length)
-    return Encoded(ids[: kept[-1]], labels[: kept[-1]], n_images, len(ends) - len(kept))
+    return Encoded(ids[: kept[-1]], labels[: kept[-1]], len(ends) - len(kept))
 
 
 def supervised_text(encoded: Encoded, tokenizer: Any) -> str:

@@ -43,7 +43,7 @@ def encode_released_v0(
         ids = _ids(f"{system}###{said}", tokenizer, block, strip)
         if max_length is not None and len(ids) > max_length:
             raise too_long(name, "it is a prompt that", max_length, PROMPT_FIX)
-        return Encoded(ids, [IGNORE_INDEX] * len(ids), said.count(IMAGE_MARKER))
+        return Encoded(ids, [IGNORE_INDEX] * len(ids))
     header = f"{system}\n\n"
     parts = [(f"### Human: {q}\n", f"### Assistant: {a}\n") for q, a in turns]
     n_images = sum(part.count(IMAGE_MARKER) for pair in parts for part in pair)
@@ -64,7 +64,7 @@ def encode_released_v0(
         position += length + len(_ids(answer, tokenizer, block, strip))
     # a shifted mask may not cover the image: image ids are no tokens of the vocabulary and cannot be targets
     labels = [IGNORE_INDEX if k in ignored or t == IMAGE_TOKEN_ID else t for k, t in enumerate(ids)]
-    return Encoded(ids, labels, n_images, len(parts) - kept)
+    return Encoded(ids, labels, len(parts) - kept)
 
 
 def _ids(text: str, tokenizer: Any, block: Sequence[int], strip: bool) -> list[int]:

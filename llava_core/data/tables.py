@@ -132,12 +132,8 @@ def _send(files: Sequence[Path], stream: BinaryIO) -> None:
             stream.write(_message("error", k, message))
             return
         except Exception as error:  # pyarrow raises SystemError, OverflowError and many kinds of its own
-            what = "JSON text; name it .json or .jsonl"
-            what = (
-                what
-                if begins_json(file)
-                else f"or damaged ({' '.join(str(error).split())[:200]}); get or write it again"
-            )
+            what = f"or damaged ({' '.join(str(error).split())[:200]}); get or write it again"
+            what = "JSON text; name it .json or .jsonl" if begins_json(file) else what
             name = "parquet" if file.suffix == ".parquet" else "arrow stream"
             stream.write(_message("error", k, f"no {name}, {what}"))
             return

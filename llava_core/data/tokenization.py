@@ -30,7 +30,6 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-    n_images: int
     dropped_turns: int = 0
 
 

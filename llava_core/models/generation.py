@@ -172,7 +172,6 @@ class DecodeLoop:
         settings: Settings = None,
         image_features: torch.Tensor | None = None,
         prefix: PrefixCache | None = None,
-        use_cache: bool = True,
     ) -> None:
         self.settings = _checked_settings(model, prompts, settings)
         if prefix is not None and len(prompts) > 1:
@@ -186,12 +185,11 @@ class DecodeLoop:
         padding = self.length - torch.tensor([len(p) for p in prompts], device=device)
         # without padding the language model needs no mask and counts the positions itself
         self.padding = padding if bool(padding.any()) else None
-        self.cache = None
-        if prefix is not None:
+        if prefix is None:
+            self.cache = preallocated_cache(model.language_model)
+        else:
             self.cache, cached = prefix.take(prompts[0], model.language_model)
             prefix.ids = list(prompts[0])
-        elif use_cache:
-            self.cache = preallocated_cache(model.language_model)
         self.embeds = model.embed(ids, pixel_values, image_features)[:, cached:]  # what the next step feeds
         self.tokens: list[int] = []  # the last ids, not fed yet
 
@@ -206,14 +204,13 @@ class DecodeLoop:
             self.prefix.cache = None  # an interrupted step would leave layers of different lengths
         output = language_model(
             inputs_embeds=self.embeds, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-            use_cache=self.cache is not None, logits_to_keep=1,
+            use_cache=True, logits_to_keep=1,
         )  # fmt: skip
         if self.prefix is not None:
             self.prefix.cache = self.cache
             self.prefix.ids += self.tokens
         tokens = _sample(output.logits[:, -1], self.settings, self.generators)
-        embeds = language_model.get_input_embeddings()(tokens[:, None])
-        self.embeds = embeds if self.cache is not None else torch.cat([self.embeds, embeds], 1)
+        self.embeds = language_model.get_input_embeddings()(tokens[:, None])
         self.length += 1
         self.tokens = tokens.tolist()
         return self.tokens
@@ -224,8 +221,7 @@ class DecodeLoop:
         index = torch.tensor(unfinished, device=self.embeds.device)
         self.embeds = self.embeds[index]
         self.padding = self.padding[index] if self.padding is not None else None
-        if self.cache is not None:
-            self.cache.batch_select_indices(index)
+        self.cache.batch_select_indices(index)
         self.settings = [self.settings[k] for k in unfinished]
         self.generators = [self.generators[k] for k in unfinished]
 
@@ -275,7 +271,6 @@ def stream(
     *,
     image_features: torch.Tensor | None = None,
     prefix: PrefixCache | None = None,
-    use_cache: bool = True,
 ) -> Iterator[list[Generated]]:
     """Continue each prompt and yield all rows after each token; the text of a row only grows.
 
@@ -285,13 +280,12 @@ def stream(
         settings: for all rows, or one per row.
         image_features: (N, P, D) from `Llava.encode_images`, instead of `pixel_values`.
         prefix: holds the KV cache of a single prompt, and reuses what this prompt shares with the previous one.
-        use_cache: False feeds the complete row at each step: slow, for comparison.
 
     Raises:
         DataError: no prompts, an empty one, a wrong number of settings, or more tokens than the model has positions.
         ValueError: the number of image tokens differs from the number of image features.
     """
-    loop = DecodeLoop(model, prompts, pixel_values, settings, image_features, prefix, use_cache)
+    loop = DecodeLoop(model, prompts, pixel_values, settings, image_features, prefix)
     return ([row.generated() for row in rows] for rows in loop.decode(tokenizer))
 
 
@@ -313,8 +307,8 @@ def generate(
 
 
 def generate_tokens(
-    model: Llava, prompts: Prompts, pixel_values: torch.Tensor | None, settings: Settings = None, use_cache: bool = True
+    model: Llava, prompts: Prompts, pixel_values: torch.Tensor | None, settings: Settings = None
 ) -> Iterator[list[int]]:
     """Yield the next id of each row, `max_new_tokens` times: no row is ended. Arguments and errors as in `stream`."""
-    loop = DecodeLoop(model, prompts, pixel_values, settings, use_cache=use_cache)
+    loop = DecodeLoop(model, prompts, pixel_values, settings)
     return (loop.step() for _ in range(max(s.max_new_tokens for s in loop.settings)))

@@ -74,8 +74,7 @@ def _flex_mask(packed_mask: PackedMask) -> Any:
 def _compiled_flex() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention)
-    return compiled
+    return torch.compile(flex_attention)
 
 
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_mask: PackedMask | None) -> torch.Tensor:
@@ -87,17 +86,12 @@ def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_mask: Packed
         return _compiled_flex()(q, k, v, **options)
     with warnings.catch_warnings():  # uncompiled it materialises all scores: on a CPU only for comparison
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        out: torch.Tensor = flex_attention(q, k, v, **options)
-    return out
+        return flex_attention(q, k, v, **options)
 
 
 def _no_flex(q: torch.Tensor) -> str | None:
     if q.device.type == "cpu":
-        return (
-            "FlexAttention has no backward pass on a CPU, and the queries require a gradient"
-            if q.requires_grad
-            else None
-        )
+        return "FlexAttention has no backward pass on a CPU; the queries need one" if q.requires_grad else None
     return None if q.is_cuda else "FlexAttention needs a CUDA GPU"
 
 

@@ -7,30 +7,12 @@ weight, as in Liger Kernel (arXiv 2410.10989). The weight's gradient is computed
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from llava_core.registry import Registry
-from llava_core.runtime import CompanionError
-
 CHUNK_ELEMENTS = 2**24  # logits of a chunk: 64 MiB in fp32
-
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """An implementation, and the reason why it cannot run for given hidden states (None if it can)."""
-
-    name: str
-    run: Run
-    unavailable: Callable[[torch.Tensor], str | None] = lambda hidden: None
 
 
 def reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -83,43 +65,13 @@ class _Chunked(torch.autograd.Function):
         return hidden_grad, weight_grad, None
 
 
-def _chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = _Chunked.apply(hidden.contiguous(), weight, targets)
-    return loss
-
-
-def _liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    liger = importlib.import_module("liger_kernel.transformers")
-    loss: torch.Tensor = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
-    return loss
-
-
-def _no_liger(hidden: torch.Tensor) -> str | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return None if hidden.device.type == "cuda" else "its kernels need a GPU"
-
-
-BACKENDS: Registry[Backend] = Registry("loss backend")
-for _backend in (Backend("chunked", _chunked), Backend("reference", reference), Backend("liger", _liger, _no_liger)):
-    BACKENDS.register(_backend.name)(_backend)
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, backend: str = "chunked"
-) -> torch.Tensor:
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of `hidden @ weight.T` with targets, summed over the positions: a scalar in fp32.
 
     Args:
         hidden: (M, D) hidden states of the supervised positions.
         weight: (V, D) of the output layer, without bias.
         targets: (M,) token ids.
-
-    Raises:
-        ConfigError: unknown backend.
-        CompanionError: the named backend cannot run here; the message says why.
     """
-    chosen = BACKENDS.get(backend)
-    if (reason := chosen.unavailable(hidden)) is not None:
-        raise CompanionError(f"loss backend '{backend}' cannot run on {hidden.device}: {reason}; fix: use 'chunked'")
-    return chosen.run(hidden, weight, targets)
+    loss: torch.Tensor = _Chunked.apply(hidden.contiguous(), weight, targets)
+    return loss

@@ -45,15 +45,13 @@ class PackedMask:
             return self
         if target not in self._cache:
             self._cache[target] = PackedMask(self.ends.to(target))
-        copy: PackedMask = self._cache[target]
-        return copy
+        return self._cache[target]
 
     def cached(self, function: Callable[..., Result], *args: Hashable) -> Result:
         """`function(self, *args)`, computed once for all layers."""
         if (function, args) not in self._cache:
             self._cache[function, args] = function(self, *args)
-        result: Result = self._cache[function, args]
-        return result
+        return self._cache[function, args]
 
     @cached_property
     def samples(self) -> list[list[list[tuple[int, int]]]]:

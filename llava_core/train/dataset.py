@@ -72,7 +72,7 @@ class TrainingSet:
             if not self.dropped:
                 sys.stderr.write(
                     f"sample {sample.id}: max_length = {longest} has no room for the last {item.dropped_turns} of its "
-                    f"{len(turns)} turns, they are left out; further samples of this kind are counted in silence\n"
+                    f"{len(turns)} turns, they are left out; further samples of this kind are counted, not printed\n"
                 )
             self.dropped[k] = item.dropped_turns
         return item
@@ -136,7 +136,10 @@ def load_samples(config: RunConfig, skipped: list[str] | None = None) -> tuple[S
         kept = held_out_indices(len(samples), data.held_out)
         train = [sample for k, sample in enumerate(samples) if k not in kept]
         held_out = [samples[k] for k in sorted(kept)]
-    return train[: data.limit], held_out[: config.scale.eval_samples]
+    most = config.scale.eval_samples
+    if len(held_out) > most:  # evenly over the file, as many files are sorted
+        held_out = [held_out[k * len(held_out) // most] for k in range(most)]
+    return train[: data.limit], held_out
 
 
 def held_out_indices(samples: int, held_out: float) -> set[int]:
@@ -144,7 +147,8 @@ def held_out_indices(samples: int, held_out: float) -> set[int]:
     if held_out == 0:
         return set()
     if held_out < 1:
-        return set(range(0, samples, round(1 / held_out)))
+        indices = (int(k / held_out + 1e-6) for k in range(samples))
+        return {k for k in indices if k < samples}
     if held_out >= samples:
         raise DataError(f"data.held_out is {held_out:.0f} of {samples} samples; fix: hold out fewer")
     return {k * samples // int(held_out) for k in range(int(held_out))}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -46,7 +47,7 @@ class Engine:
     def prepare(self, module: nn.Module) -> None:
         """Place or shard the module's weights, and make the optimizer of the trainable ones."""
         model: Any = module.model
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of whole parameters
+        self.shapes = {name: _shape(p) for name, p in model.named_parameters()}  # of whole parameters
         self.module: Any = self._wrap(module)
         self.parameters = dict(model.named_parameters())
         self.shapes = {name: self.shapes[name] for name in self.parameters}  # ZeRO's have no vision tower
@@ -86,7 +87,7 @@ class Engine:
         return norm
 
     def _clipped_norm(self) -> float:
-        return float(nn.utils.clip_grad_norm_(list(self.trainable.values()), self.train.grad_clip))
+        return float(_whole(nn.utils.clip_grad_norm_(list(self.trainable.values()), self.train.grad_clip)))
 
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -112,10 +113,7 @@ class Engine:
 
     def whole(self, name: str) -> torch.Tensor:
         """A parameter, not sharded, as the optimizer updates it; every rank must call it."""
-        return self.parameters[name].detach()
-
-    def whole_dtype(self, name: str) -> torch.dtype:
-        return self.parameters[name].dtype
+        return _whole(self.parameters[name].detach())
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors of weights and optimizer moments, one at a time; every rank must iterate to the end."""
@@ -134,15 +132,16 @@ class Engine:
                 self.optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
 
     def _whole_moment(self, p: torch.Tensor, moment: str) -> torch.Tensor:
-        value: torch.Tensor = self.optimizer.state[p][moment]
-        return value
+        return _whole(self.optimizer.state[p][moment])
 
     def _own_part(self, p: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         return whole.to(p.device).clone()
 
 
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362, "4090": 165}
-"""Dense bf16 of a GPU whose name contains the key (data sheets)."""
+PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H[12]00 NVL": 835, "H[12]00": 989, "A100": 312, "L40S": 362, "RTX 4090$": 165,
+}  # fmt: skip
+"""Dense bf16 of a GPU by a pattern of its name; the first that fits counts (data sheets)."""
 
 
 def model_flops(engine: Engine, tokens_per_s: float) -> dict[str, float]:
@@ -155,7 +154,7 @@ def model_flops(engine: Engine, tokens_per_s: float) -> dict[str, float]:
     trained = sum(size for n, size in inner.items() if "embed_tokens" not in n and n in engine.trainable)
     tflops = (4 * weights + 2 * trained) * tokens_per_s / engine.world / 1e12
     name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
-    peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    peak = next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name)), None)
     return {"tflops": tflops} if peak is None else {"tflops": tflops, "mfu": tflops / peak}
 
 
@@ -174,19 +173,9 @@ class FullyShard(Engine):
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         (loss * self.world).backward()  # FSDP2 averages; it reduces every row, so that no whole gradient is kept
 
-    def _clipped_norm(self) -> float:
-        norm: Any = nn.utils.clip_grad_norm_(list(self.trainable.values()), self.train.grad_clip)
-        return float(norm.full_tensor())
-
     def local_weights(self) -> dict[str, torch.Tensor]:
         trainable: dict[str, Any] = self.trainable
         return {name: p.detach().to_local() for name, p in trainable.items()}
-
-    def whole(self, name: str) -> torch.Tensor:
-        return _whole(self.parameters[name].detach())
-
-    def _whole_moment(self, p: torch.Tensor, moment: str) -> torch.Tensor:
-        return _whole(super()._whole_moment(p, moment))
 
     def _own_part(self, p: Any, whole: torch.Tensor) -> Any:
         from torch.distributed.tensor import distribute_tensor
@@ -196,9 +185,13 @@ class FullyShard(Engine):
         return part.to(p.device)  # of an offloaded weight the CPU, and not the mesh's device
 
 
-def _whole(tensor: Any) -> torch.Tensor:
-    whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
+def _whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _shape(p: Any) -> tuple[int, ...]:
+    state = getattr(p, "quant_state", None)  # of bitsandbytes, whose 4-bit weights are stored packed
+    return tuple(p.shape if state is None else state.shape)
 
 
 def shard(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
-from llava_core.runtime import rank, set_offline, world_size
+from llava_core.runtime import display_path, rank, set_offline, world_size
 from llava_core.train.identity import run_inputs
 from llava_core.train.processes import check_ranks, launched, record_lock, run_ranks
 from llava_core.train.signals import Interrupted
@@ -57,6 +58,7 @@ def launch(config: RunConfig, resume: bool = True) -> RunRecord:
     with record_lock(record.path) if rank() == 0 else contextlib.nullcontext() as lock:
         if rank() == 0 and record.finished:
             shutil.rmtree(record.path / "states", ignore_errors=True)  # left by a kill after the summary
+            _note_differences(record, config)
         elif rank() == 0:
             record.set_scale(config)
         if in_process:
@@ -67,8 +69,24 @@ def launch(config: RunConfig, resume: bool = True) -> RunRecord:
     return record
 
 
+def _note_differences(record: RunRecord, config: RunConfig) -> None:
+    """Print which fields that the run's id leaves out, and its numbers depend on, differ from a finished run's."""
+    stored = record.config
+    fields: dict[str, tuple[object, object]] = {
+        "eval_samples": (stored.scale.eval_samples, config.scale.eval_samples),
+        f"data.{config.experiment.data.name}_images": (stored.images_path, config.images_path),
+    }
+    for field, (was, asked) in fields.items():
+        if was != asked:
+            sys.stderr.write(
+                f"{display_path(record.path)}: finished with scale.{field} = {was}, and its numbers stay those; "
+                f"fix: to train it with {asked}, remove the folder\n"
+            )
+
+
 def _train_in_process(config: RunConfig, record: RunRecord, initial: Path | None, resume: bool) -> None:
     """Train as the only process or as one rank; returns and raises `Interrupted` on all ranks together."""
+    from llava_core.checkpoints.base_models import no_downloads
     from llava_core.train.engine import make_engine
     from llava_core.train.trainer import train_record
 
@@ -80,7 +98,9 @@ def _train_in_process(config: RunConfig, record: RunRecord, initial: Path | None
         return
     record = RunRecord(record.path)
     try:
-        train_record(record, initial, resume, engine)
+        # the libraries read `set_offline`'s variables when they are imported, which a notebook did before
+        with no_downloads() if config.scale.offline else contextlib.nullcontext():
+            train_record(record, initial, resume, engine)
     except Interrupted:
         engine.all_gather([0])  # the state is complete before srun sees the first rank end
         raise

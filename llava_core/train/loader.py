@@ -138,8 +138,8 @@ def open_features(
 ) -> FeatureCache | None:
     """Open the feature cache and compute the features that it lacks.
 
-    None if no image is used twice (over epochs, samples or seeds), or if the disk has not enough space: then the reason
-    is printed, and the tower runs at every use of an image.
+    None, with the tower run at every use of an image: no image is used twice (over epochs, samples or seeds), the
+    feature layer is none of `CACHED_LAYERS`, or, with a printed reason, the disk has not enough space.
     """
     tower, processor = loaded.model.vision_tower, loaded.processor
     if loaded.model.feature_layer not in CACHED_LAYERS:

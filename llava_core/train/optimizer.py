@@ -18,7 +18,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) ->
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up (ceil of 3 %), then cosine to 0."""
+    """Learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then cosine to 0."""
     warmup = math.ceil(steps * config.warmup_ratio)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

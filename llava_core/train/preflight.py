@@ -135,7 +135,7 @@ def _check(data: TrainingSet, file: Path, facts: dict[str, Any]) -> list[Outcome
         for done, (part, outcomes) in enumerate(checked, start=1):
             known |= {data.samples[k].position: outcome for k, outcome in zip(part, outcomes, strict=True)}
             bar.update(len(part))
-            if done % SAVED == 0 or done == len(parts):  # a start that is stopped is not for nothing
+            if done % SAVED == 0 or done == len(parts):  # a start that is stopped keeps what was checked
                 _remember(known, remembered)
     bar.close()
     return [known[sample.position] for sample in data.samples]

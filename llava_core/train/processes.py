@@ -22,7 +22,7 @@ from typing import IO, Any
 from llava_core import runtime
 from llava_core.config import ParallelConfig, RunConfig
 from llava_core.record import RunRecord
-from llava_core.runtime import CompanionError, ConfigError, display_path, fcntl
+from llava_core.runtime import CompanionError, ConfigError, display_path, lock_descriptor
 from llava_core.train.signals import Interrupted, stop_on_signal
 
 POLL_S = 0.1
@@ -37,7 +37,13 @@ def launched() -> bool:
         first = re.match(r"([^\[,]+)(?:\[(\d+)[^]]*\]([^,]*))?", env["SLURM_STEP_NODELIST"])
         env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
         env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
-        env.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else "")
+        address = "".join(part or "" for part in first.groups()) if first else ""
+        if "MASTER_ADDR" not in env and (not address or "[" in address):
+            raise ConfigError(
+                f"the first of the nodes {env['SLURM_STEP_NODELIST']} is not clear; fix: export MASTER_ADDR=$(scontrol "
+                "show hostnames | head -n 1) before srun"
+            )
+        env.setdefault("MASTER_ADDR", address)
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     return "WORLD_SIZE" in env
 
@@ -86,16 +92,15 @@ def check_ranks(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def record_lock(folder: Path) -> Iterator[IO[str]]:
-    """Hold the lock of a record, also in child processes that inherit the file; who waits is told who holds it."""
+    """Hold the lock of a record, also in child processes that inherit the file; a waiting process prints the holder."""
     with open(folder / ".lock", "a+") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                sys.stderr.write(f"{display_path(folder)}: waiting, it is being trained by {file.read() or '?'}\n")
-                sys.stderr.flush()
-                fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            lock_descriptor(file.fileno(), wait=False)
+        except BlockingIOError:
+            file.seek(0)
+            sys.stderr.write(f"{display_path(folder)}: waiting, it is being trained by {file.read() or '?'}\n")
+            sys.stderr.flush()
+            lock_descriptor(file.fileno())
         sign_lock(file, os.getpid())
         yield file
 

@@ -115,10 +115,10 @@ class States:
         """Remove the states after the newest valid one, which are damaged, or else the oldest before it."""
         folders = self._folders()
         valid = next((k for k in reversed(range(len(folders))) if _problem(folders[k]) is None), 0)
-        doomed = folders[valid + 1 :] or folders[: min(valid, 1)]
-        for folder in doomed:
+        removed = folders[valid + 1 :] or folders[: min(valid, 1)]
+        for folder in removed:
             shutil.rmtree(folder, ignore_errors=True)
-        return bool(doomed)
+        return bool(removed)
 
     def _write(self, step: int, seconds: float, tensors: Tensors) -> str | None:
         """Write a state once; return what went wrong on any rank."""

@@ -37,8 +37,11 @@ class Trackers:
                 sys.stderr.write(f"step {step}: {name} failed and is not used any more: {error}\n")
 
     def close(self) -> None:
-        for _, finish in self._open.values():
-            finish()
+        for name, (_, finish) in self._open.items():
+            try:
+                finish()
+            except Exception as error:
+                sys.stderr.write(f"{name} did not close: {error}\n")
 
 
 def _open(name: str, config: RunConfig, record: RunRecord) -> tuple[Callable[..., Any], Callable[[], Any]]:

@@ -231,8 +231,7 @@ class Trainer:
         return total
 
     def _row_loss(self, row: RowInputs) -> torch.Tensor:
-        loss: torch.Tensor = self.engine.module(row)
-        return loss
+        return self.engine.module(row)
 
     def _checkpoints_from_the_start(self) -> bool:
         # such an engine cannot repeat a step in which the memory ran out
@@ -324,7 +323,7 @@ class Trainer:
         else:
             kind = "full" if "language_model" in self.config.trainable else "projector"
         tensors = {
-            name: LazyTensor(shape, engine.whole_dtype(name), partial(engine.whole, name))
+            name: LazyTensor(shape, engine.parameters[name].dtype, partial(engine.whole, name))
             for name, shape in engine.shapes.items()
         }
         save_checkpoint(

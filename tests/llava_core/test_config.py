@@ -278,6 +278,13 @@ def test_wrong_files_are_named_with_their_key(sandbox: Path, file: str, old: str
         load_experiment(*([name] if kind == "experiments" else ["finetune", name]))
 
 
+def test_two_experiments_of_one_name_are_an_error(sandbox: Path) -> None:
+    (sandbox / "experiments" / "own").mkdir()
+    (sandbox / "experiments" / "own" / "pretrain.yaml").write_text("name: pretrain\n")
+    with pytest.raises(ConfigError, match=r"own/pretrain.yaml and .*pretrain.yaml: two experiments of one name"):
+        load_experiment("finetune", "mini")
+
+
 def test_missing_data_path_of_a_scale_is_an_error(sandbox: Path) -> None:
     path = sandbox / "scales" / "mini.yaml"
     change(path, stand_ins={}, data={"cc595k": "data/x"})

@@ -147,6 +147,19 @@ def test_long_answer_prefixes_keep_their_end(loaded: Loaded, monkeypatch: pytest
     assert used == [256 - 100]
 
 
+def test_a_question_without_room_or_with_the_id_of_another_is_named(
+    loaded: Loaded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [ROWS[1], {"question_id": 8, "text": "red " * 300, "image": None}]
+    with pytest.raises(DataError, match=r"question 8: its prompt of .* tokens leaves no room"):
+        answer_questions(loaded, rows)
+    with pytest.raises(DataError, match="question 3 is there twice"):
+        answer_questions(loaded, [ROWS[1], ROWS[1]])
+    assert not capsys.readouterr().err
+    answer_questions(loaded, ROWS[1:2], max_new_tokens=4, reserve=255, desc=None)
+    assert "1 of 1 answers have room for fewer than 4 tokens" in capsys.readouterr().err
+
+
 def test_answers_equal_plain_forward_passes(loaded: Loaded, images: Path) -> None:
     row = ROWS[0]
     ids = prompt_ids(loaded, [(row["text"], None)], True)

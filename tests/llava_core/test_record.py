@@ -44,6 +44,15 @@ def test_summary_exists_only_for_a_finished_run(workspace: Path) -> None:
     assert RunRecord.open(record.config).summary == {"final_loss": 1.5}
 
 
+def test_numbers_that_are_not_finite_do_not_lose_a_run(workspace: Path) -> None:
+    record = RunRecord.open(load_experiment("pretrain", "mini"))
+    record.log({"step": 1, "loss": 2.0, "heldout_loss": float("nan")})
+    record.rewind(1)  # writes the rows again
+    record.finish({"final_loss": 2.0, "heldout_loss": float("inf")})
+    assert record.metrics() == [{"step": 1, "loss": 2.0, "heldout_loss": None}]
+    assert record.summary == {"final_loss": 2.0, "heldout_loss": None}
+
+
 def test_rewind_drops_rows_after_the_checkpoint(workspace: Path) -> None:
     record = RunRecord.open(load_experiment("pretrain", "mini"))
     for step in range(1, 6):

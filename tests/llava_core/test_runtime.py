@@ -117,6 +117,7 @@ def test_bad_file_is_named_with_its_line(tmp_path: Path) -> None:
         ('{"a": 1}'.encode("utf-16-le"), "UTF-16 text or binary data; save it as UTF-8"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer; .*git lfs pull"),
         (b"<!DOCTYPE html>\n<html></html>", "a web page"),
+        (b"<HTML><body>", "a web page"),
         (b'{"a": 1}\n{"a": \xe9}\n', "not UTF-8 text"),
     ],
 )
@@ -169,6 +170,10 @@ def test_missing_cuda_is_one_error() -> None:
 
     assert runtime.resolve_device("cpu") == torch.device("cpu")
     assert runtime.resolve_dtype("bfloat16") is torch.bfloat16
+    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
+        runtime.resolve_device("gpu")
+    with pytest.raises(ConfigError, match="unknown dtype 'bf16'"):
+        runtime.resolve_dtype("bf16")
     if not torch.cuda.is_available():
         assert runtime.resolve_device("auto") == torch.device("cpu")
         with pytest.raises(ConfigError, match="sees no GPU"):

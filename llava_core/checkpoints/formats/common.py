@@ -127,7 +127,7 @@ def check_supported(config: Mapping[str, Any], where: Path, supported: Mapping[s
             )
 
 
-def check_unchanged(stored: Description, config: Mapping[str, Any], where: Path, fields: Mapping[str, Any]) -> None:
+def check_unchanged(config: Mapping[str, Any], where: Path, fields: Mapping[str, Any]) -> None:
     """Check that nobody changed a configuration file since we wrote it together with our description."""
     for name, value in fields.items():
         if config.get(name) != value:

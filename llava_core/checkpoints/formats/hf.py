@@ -81,12 +81,12 @@ def read(path: Path, options: Options) -> Checkpoint:
         if type(vocabulary) is not int or type(rows) is not int or not 0 < vocabulary <= rows:
             raise error_at(where, f"{DESCRIPTION_KEY} is not what this project writes; fix: remove it")
         description = Description.from_dict(stored.get("description", {}), where)
-        check_unchanged(description, config, where, {"vision_feature_layer": description.feature_layer})
-        check_unchanged(description, config["text_config"], where, {"vocab_size": rows})
+        check_unchanged(config, where, {"vision_feature_layer": description.feature_layer})
+        check_unchanged(config["text_config"], where, {"vocab_size": rows})
         asked = read_chat_template(path)
         if asked is not None and "chat_template" in stored:
             found = {"chat_template": fingerprint(asked)}
-            check_unchanged(description, found, where, {"chat_template": stored["chat_template"]})
+            check_unchanged(found, where, {"chat_template": stored["chat_template"]})
         tokenizer = tokenizer_folder(path / ORIGINAL_TOKENIZER) or tokenizer_folder(path)
 
     def rename(name: str) -> str:

@@ -52,11 +52,6 @@ def detect(path: Path) -> bool:
     return bool(file and file.suffix in PICKLE_SUFFIXES and any(name.startswith(_PREFIX) for name in open_file(file)))
 
 
-def base_of(path: Path, options: Options) -> str | None:
-    """Return the folder or hub id of the language model, plain or in a LLaVA, if the caller names one."""
-    return options.base
-
-
 def read(path: Path, options: Options, base: Checkpoint | None = None) -> Checkpoint:
     file = lone_weights_file(path)
     assert file is not None
@@ -131,4 +126,4 @@ def _assumed_description(tensors: Mapping[str, LazyTensor], base: Checkpoint, vi
     return Description(config, tower_source=vision_tower, d_vision=width, projector=projector, usage=usage)
 
 
-FORMAT = CheckpointFormat("mmpretrain", detect, read, base_of)
+FORMAT = CheckpointFormat("mmpretrain", detect, read, base_of=lambda path, options: options.base)

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def read_description(
         raise error_at(where, "its vision tower was trained, and the files lack it; fix: get the complete checkpoint")
     if DESCRIPTION_KEY in config:
         stored = Description.from_dict(config[DESCRIPTION_KEY], where)
-        check_unchanged(stored, config, where, {
+        check_unchanged(config, where, {
             "mm_vision_select_layer": stored.feature_layer, "mm_hidden_size": stored.d_vision,
             "mm_projector_type": stored.projector, "vocab_size": stored.language_model["vocab_size"],
         })  # fmt: skip
@@ -153,15 +154,12 @@ def read(path: Path, options: Options) -> Checkpoint:
     description = read_description(path, mm_config(path), options, notes, tensors, tokenizer)
     if not any("mm_projector" in name for name in tensors):
         raise error_at(path, "no model.mm_projector, so the model could not use an image; fix: get the complete file")
-    checkpoint = new_checkpoint(FORMAT.name, path, tensors, from_original, description, tokenizer, notes)
+    checkpoint = new_checkpoint(
+        FORMAT.name, path, tensors, partial(import_name, rules=RULES), description, tokenizer, notes
+    )
     if is_delta(path, checkpoint.tensors):
         raise error_at(path, f"delta weights (near zero, or with {DELTA}), not a model; fix: `llava delta apply`")
     return checkpoint
-
-
-def from_original(name: str) -> str:
-    """Return our name for one of the original code."""
-    return import_name(name, RULES)
 
 
 def is_delta(path: Path, tensors: Mapping[str, LazyTensor]) -> bool:

@@ -35,11 +35,6 @@ def detect(path: Path) -> bool:
     return _weights_file(path) is not None
 
 
-def base_of(path: Path, options: Options) -> str | None:
-    """Return the folder or hub id of the language model, plain or in a LLaVA, if the caller names one."""
-    return options.base
-
-
 def read(path: Path, options: Options, base: Checkpoint | None = None) -> Checkpoint:
     file = _weights_file(path)
     assert file is not None
@@ -131,4 +126,4 @@ def _delimiter_ids(checkpoint: Checkpoint) -> list[int]:
     return [vocabulary[token] for token in IMAGE_DELIMITERS]
 
 
-FORMAT = CheckpointFormat("projector", detect, read, base_of)
+FORMAT = CheckpointFormat("projector", detect, read, base_of=lambda path, options: options.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import foreign
@@ -12,9 +13,9 @@ from companion.checkpoints.convert import key_map
 from companion.checkpoints.writers import WRITERS
 from llava_core.checkpoints.configs import tower_config
 from llava_core.checkpoints.describe import Checkpoint, Description, check, expected_shapes
+from llava_core.checkpoints.formats import original
 from llava_core.checkpoints.formats.common import new_checkpoint
 from llava_core.checkpoints.formats.names import export_name, import_name
-from llava_core.checkpoints.formats.original import from_original
 from llava_core.checkpoints.tensors import LazyTensor
 from llava_core.runtime import CheckpointError
 
@@ -80,7 +81,9 @@ def test_released_7b_names_convert_completely(tmp_path) -> None:
     rotary[inside + "embeddings.position_ids"] = computed
 
     def checkpoint(files: dict[str, LazyTensor]) -> Checkpoint:
-        return new_checkpoint("original", tmp_path, files, from_original, description, None, [])
+        return new_checkpoint(
+            "original", tmp_path, files, partial(import_name, rules=original.RULES), description, None, []
+        )
 
     result = checkpoint(tensors | rotary)
     check(result)

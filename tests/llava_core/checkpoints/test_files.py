@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,21 @@ def test_folder_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
     with writer(target, "b", "new") as second:
         second.communicate()
     assert {file.read_text() for file in target.iterdir()} == {"b"}
+    assert [file.name for file in tmp_path.iterdir()] == ["target"]
+
+
+def test_folder_that_is_replaced_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "target"
+    for text in ("old", "new"):
+        with suppress(SystemExit), atomic_folder(target, overwrite=True) as folder:
+            (folder / "file").write_text(text)
+            if text == "new":  # killed between the two renames
+                monkeypatch.setattr(type(target), "rename", lambda self, to: os.rename(self, to) or sys.exit())
+    monkeypatch.undo()
+    assert not target.exists()
+    with pytest.raises(CheckpointError, match="exists already"), atomic_folder(target):
+        pass
+    assert (target / "file").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["target"]
 
 

@@ -63,12 +63,12 @@ def row_pixels(pixels: torch.Tensor) -> list[torch.Tensor | None]:
     return [part if len(part) else None for part in pixels.split(N_IMAGES)]
 
 
-def by_plain_forward(model: Llava, prompt: list[int], pixels: torch.Tensor | None, steps: int) -> list[int]:
+def by_plain_forward(model: Any, prompt: list[int], steps: int, *pixels: torch.Tensor | None) -> list[int]:
     """Greedy ids without cache, padding or any code of `generation`."""
     ids = list(prompt)
     with torch.inference_mode():
         for _ in range(steps):
-            ids.append(int(model(torch.tensor([ids]), pixels).logits[0, -1].argmax()))
+            ids.append(int(model(torch.tensor([ids]), *pixels).logits[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -92,13 +92,10 @@ def said(loaded: Loaded, *texts: str) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------------ batches
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_batched_rows_equal_plain_forward_passes(loaded, pixels, use_cache: bool) -> None:
-    together = generate_rows(
-        loaded.model, loaded.tokenizer, PROMPTS, pixels, GenerationSettings(12), use_cache=use_cache
-    )
+def test_batched_rows_equal_plain_forward_passes(loaded, pixels) -> None:
+    together = generate_rows(loaded.model, loaded.tokenizer, PROMPTS, pixels, GenerationSettings(12))
     for row, prompt, own in zip(together, PROMPTS, row_pixels(pixels), strict=True):
-        expected = by_plain_forward(loaded.model, prompt, own, 12)
+        expected = by_plain_forward(loaded.model, prompt, 12, own)
         ended = [k for k, token in enumerate(expected) if token == loaded.tokenizer.eos_token_id]
         expected = expected[: ended[0] + 1] if ended else expected
         assert list(row.token_ids) == expected
@@ -179,10 +176,9 @@ def test_sliding_window_is_respected() -> None:
     model.eval = lambda: model
     model.embed = lambda ids, *_: model.language_model.get_input_embeddings()(ids)
     prompts = [[3, 4, 5, 6, 7, 8, 9, 10, 11], [12, 13]]
-    with_cache, without = (
-        list(generate_tokens(model, prompts, None, GenerationSettings(14), use_cache=flag)) for flag in (True, False)
-    )
-    assert with_cache == without
+    together = list(generate_tokens(model, prompts, None, GenerationSettings(14)))
+    alone = [by_plain_forward(model.language_model, prompt, 14) for prompt in prompts]
+    assert [list(row) for row in zip(*together, strict=True)] == alone
     assert preallocated_cache(model.language_model).is_sliding == [True, True]  # holds no more than its window
     kept, tokenizer = PrefixCache(), SimpleNamespace(eos_token_id=None, decode=lambda ids, **_: " ".join(map(str, ids)))
     for prompt in (prompts[0], [*prompts[0], 15, 16], prompts[0]):  # cannot be cropped: prefilled from the start

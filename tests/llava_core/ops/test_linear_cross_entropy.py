@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from benchmarks.common import peak_mib
 from llava_core.ops import linear_cross_entropy as module
-from llava_core.ops.linear_cross_entropy import BACKENDS, linear_cross_entropy
-from llava_core.runtime import CompanionError, ConfigError
+from llava_core.ops.linear_cross_entropy import linear_cross_entropy, reference
 
 
 def inputs(dtype: torch.dtype = torch.float32, rows: int = 37) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -17,9 +19,9 @@ def inputs(dtype: torch.dtype = torch.float32, rows: int = 37) -> tuple[torch.Te
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, 101, (rows,))
 
 
-def run(backend: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def run(loss_of: Callable[..., torch.Tensor], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     hidden, weight, targets = inputs(dtype)
-    loss = linear_cross_entropy(hidden, weight, targets, backend=backend)
+    loss = loss_of(hidden, weight, targets)
     (loss / 7).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -30,13 +32,13 @@ def run(backend: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 @pytest.mark.parametrize("chunk", [1, 101, 101 * 5, 2**24])
 def test_chunks_equal_the_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
-    for got, expected in zip(run("chunked"), run("reference"), strict=True):
+    for got, expected in zip(run(linear_cross_entropy), run(reference), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_low_precision_error_follows_ratio_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 101 * 4)
-    exact, plain, ours = run("reference"), run("reference", torch.bfloat16), run("chunked", torch.bfloat16)
+    exact, plain, ours = run(reference), run(reference, torch.bfloat16), run(linear_cross_entropy, torch.bfloat16)
     for k, (e, p, o) in enumerate(zip(exact, plain, ours, strict=True)):
         assert (o - e).abs().max() <= (2 if k == 0 else 3) * (p - e).abs().max() + 1e-6
 
@@ -51,7 +53,7 @@ def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
     loss = linear_cross_entropy(hidden, weight, targets)
     assert loss.requires_grad == (frozen != "both")
     if frozen == "both":
-        torch.testing.assert_close(loss, module.reference(hidden, weight, targets))
+        torch.testing.assert_close(loss, reference(hidden, weight, targets))
         return
     loss.backward()
     assert (hidden.grad is None) == (frozen == "hidden")
@@ -69,32 +71,14 @@ def test_second_backward_gives_the_same() -> None:
 def test_peak_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**20)
     weight, grown = torch.randn(20_000, 16), {}
-    for backend in ("chunked", "reference"):
+    for loss_of in (linear_cross_entropy, reference):
         hidden, targets = torch.randn(4000, 16, requires_grad=True), torch.randint(0, 20_000, (4000,))
 
-        def work(hidden: torch.Tensor = hidden, targets: torch.Tensor = targets, backend: str = backend) -> None:
-            linear_cross_entropy(hidden, weight, targets, backend=backend).backward()
+        def work(hidden: Any = hidden, targets: Any = targets, loss_of: Any = loss_of) -> None:
+            loss_of(hidden, weight, targets).backward()
 
         before = peak_mib(lambda: None, torch.device("cpu"))
-        grown[backend] = peak_mib(work, torch.device("cpu")) - before
+        grown[loss_of] = peak_mib(work, torch.device("cpu")) - before
     # all logits are 305 MiB, and so is their gradient
-    assert grown["reference"] > 500
-    assert grown["chunked"] < 100
-
-
-def test_unavailable_backend_says_why() -> None:
-    hidden, weight, targets = inputs()
-    with pytest.raises(ConfigError, match="chunked"):
-        linear_cross_entropy(hidden, weight, targets, backend="chunkd")
-    reason = BACKENDS.get("liger").unavailable(hidden)
-    assert reason
-    with pytest.raises(CompanionError, match=f"{reason}; fix: use 'chunked'"):
-        linear_cross_entropy(hidden, weight, targets, backend="liger")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="liger-kernel's loss needs a GPU")
-def test_liger_equals_the_definition() -> None:
-    hidden, weight, targets = (x.detach().cuda() for x in inputs())
-    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
-    ours = linear_cross_entropy(hidden, weight, targets, backend="liger")
-    torch.testing.assert_close(ours, module.reference(hidden, weight, targets), rtol=1e-5, atol=1e-3)
+    assert grown[reference] > 500
+    assert grown[linear_cross_entropy] < 100

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def test_exactly_the_number_is_held_out(samples: int, held_out: int) -> None:
     }  # over the whole file
     with pytest.raises(DataError, match="hold out fewer"):
         held_out_indices(held_out, max(1, held_out))
+
+
+@pytest.mark.parametrize("share", [0.04, 0.1, 0.3, 0.4, 0.45, 0.5])
+def test_a_share_is_held_out_evenly(share: float) -> None:
+    indices = sorted(held_out_indices(3834, share))
+    assert abs(len(indices) - 3834 * share) <= 1
+    gaps = {b - a for a, b in pairwise(indices)}
+    assert gaps <= {math.floor(1 / share), math.ceil(1 / share)}
 
 
 def test_template_for_prompts_only_is_refused() -> None:

@@ -18,6 +18,7 @@ from training_root import make_training_root
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
 from llava_core.runtime import ROOT
+from llava_core.train import engine as engine_module
 from llava_core.train.engine import model_flops, start
 from llava_core.train.processes import free_port
 
@@ -167,3 +168,18 @@ def test_model_flops_count_trained_weights_once_more() -> None:
     assert model_flops(engine, 1e9) == {"tflops": pytest.approx(4 * 1000 * 1e9 / 2 / 1e12)}
     engine.trainable = {"language_model.w": None}
     assert model_flops(engine, 1e9) == {"tflops": pytest.approx(6 * 1000 * 1e9 / 2 / 1e12)}
+
+
+def test_peak_of_a_gpu_follows_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(shapes={"language_model.w": (1000,)}, world=1, device=torch.device("cuda"), trainable={})
+    peaks = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "NVIDIA H200": 989}
+    for name, peak in {**peaks, "NVIDIA GeForce RTX 4090": 165, "NVIDIA GeForce RTX 4090 Laptop GPU": None}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        rate = model_flops(engine, 1e9)
+        assert rate.get("mfu") == (None if peak is None else pytest.approx(rate["tflops"] / peak))
+
+
+def test_packed_4_bit_weights_count_with_their_own_shape() -> None:
+    packed = SimpleNamespace(shape=(500, 1), quant_state=SimpleNamespace(shape=torch.Size((100, 20))))
+    assert engine_module._shape(packed) == (100, 20)
+    assert engine_module._shape(torch.zeros(3, 4)) == (3, 4)

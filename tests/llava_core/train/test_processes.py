@@ -215,6 +215,11 @@ def test_srun_variables_become_torchruns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert processes.launched()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["9", "1", "16", "gpu03", "30001"]
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "rack[1-2]-n[1-4]")
+    with pytest.raises(ConfigError, match="export MASTER_ADDR"):
+        processes.launched()
 
 
 @pytest.mark.parametrize(

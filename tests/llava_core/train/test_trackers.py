@@ -66,6 +66,18 @@ def test_failing_tracker_does_not_end_the_run(
     assert capsys.readouterr().err == "step 1: wandb failed and is not used any more: no connection\n"
 
 
+def test_tracker_that_does_not_close_does_not_fail_the_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, Fake(name))
+    monkeypatch.setattr(sys.modules["wandb"], "finish", lambda: 1 / 0)
+    config = run_with("wandb", "trackio")
+    Trackers(config, RunRecord.open(config)).close()
+    assert capsys.readouterr().err == "wandb did not close: division by zero\n"
+    assert sys.modules["trackio"].finished
+
+
 def test_ranks_above_0_track_nothing(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     fake = Fake("wandb")
