@@ -19,6 +19,7 @@ from llava_core.runtime import (
     CompanionError,
     ConfigError,
     DataError,
+    child_environment,
     display_path,
     fcntl,
     printable_stderr,
@@ -28,7 +29,6 @@ from llava_core.runtime import (
 from llava_core.train.launch import launch, open_record
 from llava_core.train.processes import (
     check_ranks,
-    child_environment,
     end_with_error,
     error_file,
     error_of,

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, display_path
+from llava_core.runtime import ConfigError, DataError, display_path, read_text
 
 
 class StrictModel(BaseModel):
@@ -55,15 +55,12 @@ def parse_yaml(text: str) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file with a mapping at its top level; anything else is a ConfigError."""
-    if not path.is_file():
-        what = "a folder, a pipe or a device; name a file" if path.exists() else "no such file"
-        raise ConfigError(f"{display_path(path)}: {what}")
-    if path.stat().st_size > MAX_BYTES:
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{display_path(path)}: more than {MAX_BYTES:,} bytes; is it the right file?")
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{display_path(path)}: not UTF-8 text (byte {error.start})") from error
+        content = parse_yaml(read_text(path))
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     except ValueError as error:
         place = ", " if str(error).startswith("line ") else ": "
         raise ConfigError(f"{display_path(path)}{place}{error}") from error

@@ -245,7 +245,8 @@ def unread_content(path: str | Path) -> str | None:
     return None
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text; a missing file or other content is a DataError that says what it is."""
     is_stream = str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/"))  # what a shell makes of <(COMMAND)
     if Path(path).exists() and not Path(path).is_file() and not is_stream:
         raise DataError(f"{display_path(path)}: a folder, a pipe or a device; name a file")
@@ -278,7 +279,7 @@ def jsonl_fault(text: str) -> str | None:
 
 def read_json(path: str | Path, **hooks: Any) -> Any:
     """Read a JSON file with hooks of `json.loads`; if it is missing or not JSON, a DataError names file and line."""
-    text = _read_text(path)
+    text = read_text(path)
     try:
         return _parse(text, path, **hooks)
     except DataError as error:
@@ -293,7 +294,7 @@ def read_json(path: str | Path, **hooks: Any) -> Any:
 def read_jsonl(path: str | Path) -> list[Any]:
     """Read a file of one JSON value per line; blank lines are skipped, errors are as in `read_json`."""
     # split("\n"), not splitlines(): JSON strings may hold U+2028 and its like unescaped
-    text = _read_text(path)
+    text = read_text(path)
     lines = [(number, line.lstrip("\ufeff")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     try:
         values = [_parse(line, path, number) for number, line in lines]
@@ -375,6 +376,12 @@ def resolve_dtype(name: str) -> torch.dtype:
         raise ConfigError(f"unknown dtype '{name}' (known: {', '.join(DTYPES)})")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def child_environment(**more: Any) -> dict[str, str]:
+    """Return the environment in which a Python process finds this package and this root."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "LLAVA_ROOT": str(ROOT), **{k: str(v) for k, v in more.items()}}
 
 
 def rank() -> int:

@@ -23,13 +23,7 @@ from llava_core.constants import IMAGE_MARKER
 from llava_core.data.media import first_of, foreign_markers, is_other_file, may_hold_markers, unread_fields
 from llava_core.data.tables import TableError, read_table
 from llava_core.registry import unknown
-from llava_core.runtime import (
-    DataError,
-    display_path,
-    jsonl_fault,
-    shortened,
-    unread_content,
-)
+from llava_core.runtime import DataError, display_path, jsonl_fault, shortened, unread_content
 
 ROLES = ("human", "gpt")
 FIELDS = frozenset(("id", "image", "type", "conversations"))
@@ -237,10 +231,7 @@ _MARKER_MESSAGE = (
     f"{{}} in turn {{}} is a marker of another format; write {IMAGE_MARKER} for the record's image, or leave the "
     "record out"
 )
-_IMAGE_FIX = (
-    "leave it out of a text-only record",
-    "`llava data convert` writes the images of a table into a folder",
-)
+_IMAGE_FIX = ("leave it out of a text-only record", "`llava data convert` writes the images of a table into a folder")
 
 
 def _stores_images(value: Any) -> bool:

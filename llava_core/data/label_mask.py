@@ -91,7 +91,3 @@ def supervised_text(encoded: Encoded, tokenizer: Any) -> str:
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def supervised_fraction(samples: Sequence[Encoded]) -> float:
-    return sum(sum(t != IGNORE_INDEX for t in s.labels) for s in samples) / max(1, sum(len(s.labels) for s in samples))

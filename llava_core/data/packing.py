@@ -131,11 +131,7 @@ def _shared(sequences: Sequence[Ids], begin: int) -> int:
 
 
 def _build_row(
-    parts: Sequence[list[int]],
-    ids: Sequence[Ids],
-    items: Sequence[Encoded],
-    names: dict[int, Hashable],
-    share: bool,
+    parts: Sequence[list[int]], ids: Sequence[Ids], items: Sequence[Encoded], names: dict[int, Hashable], share: bool
 ) -> PackedRow:
     builder, samples = _RowBuilder(), [k for part in parts for k in part]
     paths: dict[int, list[tuple[int, int]]] = {}  # position ranges of each sample

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_core.runtime import DataError, display_path
+from llava_core.runtime import DataError, child_environment, display_path
 
 ROWS = 64  # rows that are decoded at once, perhaps with the bytes of their images
 MEMORY = 3 * 2**29  # bytes that the child may allocate
@@ -65,12 +65,10 @@ def read_table(files: Sequence[Path]) -> tuple[dict[str, bool], Iterator[tuple[P
 
 
 def _messages(files: Sequence[Path]) -> Iterator[tuple[int, Any]]:
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "llava_core.data.tables", *map(str, files)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path},
+        env=child_environment(),
     )  # fmt: skip
     assert child.stdout is not None
     at = 0

@@ -186,12 +186,7 @@ def _log_choice(name: str, why: str) -> None:
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    packed_mask: PackedMask | None = None,
-    backend: str = "auto",
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed_mask: PackedMask | None = None, backend: str = "auto"
 ) -> torch.Tensor:
     """Causal attention (B, heads, T, head_dim) within the samples of packed rows, which may share prefixes.
 

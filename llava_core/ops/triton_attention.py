@@ -54,14 +54,9 @@ def blocks(head_dim: int, dtype: torch.dtype) -> tuple[Blocks, Blocks, Blocks]:
 
 @triton.jit
 def _tile(
-    base: tl.tensor,
-    rows: tl.tensor,
-    stride: tl.tensor,
-    length: tl.tensor,
-    head_dim: tl.constexpr,
-    block_d: tl.constexpr,
-    operand: tl.constexpr,
-) -> tl.tensor:
+    base: tl.tensor, rows: tl.tensor, stride: tl.tensor, length: tl.tensor, head_dim: tl.constexpr,
+    block_d: tl.constexpr, operand: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Load rows of a (T, head_dim) matrix; zeros after its end and after head_dim."""
     columns = tl.arange(0, block_d)
     inside = (rows < length)[:, None]
@@ -72,14 +67,9 @@ def _tile(
 
 @triton.jit
 def _store(
-    base: tl.tensor,
-    rows: tl.tensor,
-    stride: tl.tensor,
-    length: tl.tensor,
-    value: tl.tensor,
-    head_dim: tl.constexpr,
+    base: tl.tensor, rows: tl.tensor, stride: tl.tensor, length: tl.tensor, value: tl.tensor, head_dim: tl.constexpr,
     block_d: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Store rows of a (T, head_dim) matrix."""
     columns = tl.arange(0, block_d)
     inside = (rows < length)[:, None] & (columns < head_dim)[None, :]
@@ -94,38 +84,13 @@ def _apply_mask(scores: tl.tensor, queries: tl.tensor, keys: tl.tensor, ends: tl
 
 @triton.jit
 def _fwd(
-    q: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    ends: tl.tensor,
-    table: tl.tensor,
-    stride_qb: tl.tensor,
-    stride_qh: tl.tensor,
-    stride_qt: tl.tensor,
-    stride_kb: tl.tensor,
-    stride_kh: tl.tensor,
-    stride_kt: tl.tensor,
-    stride_vb: tl.tensor,
-    stride_vh: tl.tensor,
-    stride_vt: tl.tensor,
-    stride_ob: tl.tensor,
-    stride_oh: tl.tensor,
-    stride_ot: tl.tensor,
-    stride_ends: tl.tensor,
-    stride_table: tl.tensor,
-    heads: tl.tensor,
-    groups: tl.tensor,
-    length: tl.tensor,
-    scale: tl.tensor,
-    head_dim: tl.constexpr,
-    block_d: tl.constexpr,
-    block_q: tl.constexpr,
-    block_k: tl.constexpr,
-    operand: tl.constexpr,
-    precision: tl.constexpr,
-) -> None:
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, lse: tl.tensor, ends: tl.tensor, table: tl.tensor,
+    stride_qb: tl.tensor, stride_qh: tl.tensor, stride_qt: tl.tensor, stride_kb: tl.tensor, stride_kh: tl.tensor,
+    stride_kt: tl.tensor, stride_vb: tl.tensor, stride_vh: tl.tensor, stride_vt: tl.tensor, stride_ob: tl.tensor,
+    stride_oh: tl.tensor, stride_ot: tl.tensor, stride_ends: tl.tensor, stride_table: tl.tensor, heads: tl.tensor,
+    groups: tl.tensor, length: tl.tensor, scale: tl.tensor, head_dim: tl.constexpr, block_d: tl.constexpr,
+    block_q: tl.constexpr, block_k: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+) -> None:  # fmt: skip
     """One block of queries of one head: its outputs, and per query log2 of the sum of 2^scores."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last blocks have most keys: they start first
     row, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
@@ -165,21 +130,10 @@ def _fwd(
 
 @triton.jit
 def _bwd_preprocess(
-    out: tl.tensor,
-    grad: tl.tensor,
-    delta: tl.tensor,
-    stride_ob: tl.tensor,
-    stride_oh: tl.tensor,
-    stride_ot: tl.tensor,
-    stride_gb: tl.tensor,
-    stride_gh: tl.tensor,
-    stride_gt: tl.tensor,
-    heads: tl.tensor,
-    length: tl.tensor,
-    head_dim: tl.constexpr,
-    block_d: tl.constexpr,
-    block_q: tl.constexpr,
-) -> None:
+    out: tl.tensor, grad: tl.tensor, delta: tl.tensor, stride_ob: tl.tensor, stride_oh: tl.tensor, stride_ot: tl.tensor,
+    stride_gb: tl.tensor, stride_gh: tl.tensor, stride_gt: tl.tensor, heads: tl.tensor, length: tl.tensor,
+    head_dim: tl.constexpr, block_d: tl.constexpr, block_q: tl.constexpr,
+) -> None:  # fmt: skip
     """Per query `delta`, the inner product of the output and its gradient."""
     row, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     queries = tl.program_id(0) * block_q + tl.arange(0, block_q)
@@ -190,44 +144,14 @@ def _bwd_preprocess(
 
 @triton.jit
 def _bwd_dq(
-    q: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    grad: tl.tensor,
-    lse: tl.tensor,
-    delta: tl.tensor,
-    dq: tl.tensor,
-    ends: tl.tensor,
-    table: tl.tensor,
-    stride_qb: tl.tensor,
-    stride_qh: tl.tensor,
-    stride_qt: tl.tensor,
-    stride_kb: tl.tensor,
-    stride_kh: tl.tensor,
-    stride_kt: tl.tensor,
-    stride_vb: tl.tensor,
-    stride_vh: tl.tensor,
-    stride_vt: tl.tensor,
-    stride_gb: tl.tensor,
-    stride_gh: tl.tensor,
-    stride_gt: tl.tensor,
-    stride_dqb: tl.tensor,
-    stride_dqh: tl.tensor,
-    stride_dqt: tl.tensor,
-    stride_ends: tl.tensor,
-    stride_table: tl.tensor,
-    heads: tl.tensor,
-    groups: tl.tensor,
-    length: tl.tensor,
-    scale: tl.tensor,
-    factor: tl.tensor,
-    head_dim: tl.constexpr,
-    block_d: tl.constexpr,
-    block_q: tl.constexpr,
-    block_k: tl.constexpr,
-    operand: tl.constexpr,
-    precision: tl.constexpr,
-) -> None:
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, dq: tl.tensor,
+    ends: tl.tensor, table: tl.tensor, stride_qb: tl.tensor, stride_qh: tl.tensor, stride_qt: tl.tensor,
+    stride_kb: tl.tensor, stride_kh: tl.tensor, stride_kt: tl.tensor, stride_vb: tl.tensor, stride_vh: tl.tensor,
+    stride_vt: tl.tensor, stride_gb: tl.tensor, stride_gh: tl.tensor, stride_gt: tl.tensor, stride_dqb: tl.tensor,
+    stride_dqh: tl.tensor, stride_dqt: tl.tensor, stride_ends: tl.tensor, stride_table: tl.tensor, heads: tl.tensor,
+    groups: tl.tensor, length: tl.tensor, scale: tl.tensor, factor: tl.tensor, head_dim: tl.constexpr,
+    block_d: tl.constexpr, block_q: tl.constexpr, block_k: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+) -> None:  # fmt: skip
     """The gradient of one block of queries of one head."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
@@ -261,48 +185,15 @@ def _bwd_dq(
 
 @triton.jit
 def _bwd_dkdv(
-    q: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    grad: tl.tensor,
-    lse: tl.tensor,
-    delta: tl.tensor,
-    dk: tl.tensor,
-    dv: tl.tensor,
-    ends: tl.tensor,
-    table: tl.tensor,
-    stride_qb: tl.tensor,
-    stride_qh: tl.tensor,
-    stride_qt: tl.tensor,
-    stride_kb: tl.tensor,
-    stride_kh: tl.tensor,
-    stride_kt: tl.tensor,
-    stride_vb: tl.tensor,
-    stride_vh: tl.tensor,
-    stride_vt: tl.tensor,
-    stride_gb: tl.tensor,
-    stride_gh: tl.tensor,
-    stride_gt: tl.tensor,
-    stride_dkb: tl.tensor,
-    stride_dkh: tl.tensor,
-    stride_dkt: tl.tensor,
-    stride_dvb: tl.tensor,
-    stride_dvh: tl.tensor,
-    stride_dvt: tl.tensor,
-    stride_ends: tl.tensor,
-    stride_table: tl.tensor,
-    kv_heads: tl.tensor,
-    groups: tl.tensor,
-    length: tl.tensor,
-    scale: tl.tensor,
-    factor: tl.tensor,
-    head_dim: tl.constexpr,
-    block_d: tl.constexpr,
-    block_q: tl.constexpr,
-    block_k: tl.constexpr,
-    operand: tl.constexpr,
-    precision: tl.constexpr,
-) -> None:
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, grad: tl.tensor, lse: tl.tensor, delta: tl.tensor, dk: tl.tensor,
+    dv: tl.tensor, ends: tl.tensor, table: tl.tensor, stride_qb: tl.tensor, stride_qh: tl.tensor, stride_qt: tl.tensor,
+    stride_kb: tl.tensor, stride_kh: tl.tensor, stride_kt: tl.tensor, stride_vb: tl.tensor, stride_vh: tl.tensor,
+    stride_vt: tl.tensor, stride_gb: tl.tensor, stride_gh: tl.tensor, stride_gt: tl.tensor, stride_dkb: tl.tensor,
+    stride_dkh: tl.tensor, stride_dkt: tl.tensor, stride_dvb: tl.tensor, stride_dvh: tl.tensor, stride_dvt: tl.tensor,
+    stride_ends: tl.tensor, stride_table: tl.tensor, kv_heads: tl.tensor, groups: tl.tensor, length: tl.tensor,
+    scale: tl.tensor, factor: tl.tensor, head_dim: tl.constexpr, block_d: tl.constexpr, block_q: tl.constexpr,
+    block_k: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+) -> None:  # fmt: skip
     """The gradients of one block of keys and values of one key head, summed over the query heads that share it.
 
     All matrices are keys x queries, so that no product needs a transposed operand from registers.
@@ -384,14 +275,9 @@ def _constants(q: torch.Tensor) -> dict[str, Any]:
 
 @torch.library.custom_op("llava_core::triton_attention", mutates_args=())
 def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    ends: torch.Tensor,
-    table: torch.Tensor,
-    table_q: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, table: torch.Tensor, table_q: torch.Tensor,
     table_k: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     rows, heads, length, size = q.shape
     out, lse = _empty_token_major(q), q.new_empty(rows, heads, length, dtype=torch.float32)
     fwd_blocks = blocks(size, q.dtype)[0]
@@ -411,16 +297,9 @@ def _attention_fake(q: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tenso
 
 @torch.library.custom_op("llava_core::triton_attention_backward", mutates_args=())
 def _attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    ends: torch.Tensor,
-    table_q: torch.Tensor,
-    table_k: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    ends: torch.Tensor, table_q: torch.Tensor, table_k: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     rows, heads, length, size = q.shape
     kv_heads = k.shape[1]
     scale, fixed = size**-0.5 * LOG2_E, _constants(q)

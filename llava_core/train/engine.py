@@ -6,6 +6,7 @@ gradient of one large batch: 1 x 32 == 2 ranks x 16, under every engine. The tra
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -244,6 +245,7 @@ class Zero(Engine):
         super().__init__(config)
         self.stage = int(self.parallel.kind[-1])
         self.maps_weights = self.stage == 3
+        self.deepspeed = importlib.import_module("deepspeed")
 
     def _wrap(self, module: Any) -> Any:
         model = module.model
@@ -258,8 +260,7 @@ class Zero(Engine):
         return module
 
     def _make_optimizer(self) -> Any:
-        import deepspeed
-
+        deepspeed = self.deepspeed
         if self.device.type == "cpu":  # gloo does without an operation that DeepSpeed would compile for minutes
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         module: Any = self.module
@@ -303,38 +304,31 @@ class Zero(Engine):
         self.module.zero_grad()
 
     def local_weights(self) -> dict[str, torch.Tensor]:
-        from deepspeed.utils import safe_get_local_fp32_param
-
         if self.stage == 2:  # one flat tensor of all parts
             return {"language_model": self.optimizer.single_partition_of_fp32_groups[0]}
-        return {name: safe_get_local_fp32_param(p) for name, p in self.trainable.items()}
+        return {name: self.deepspeed.utils.safe_get_local_fp32_param(p) for name, p in self.trainable.items()}
 
     def whole(self, name: str) -> torch.Tensor:
-        import deepspeed
-
         p = self.parameters[name]
         if p.requires_grad:
-            return deepspeed.utils.safe_get_full_fp32_param(p)
-        with deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
+            return self.deepspeed.utils.safe_get_full_fp32_param(p)
+        with self.deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
             return p.detach().clone()
 
     def _whole_moment(self, p: torch.Tensor, moment: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        return safe_get_full_optimizer_state(p, moment)
+        return self.deepspeed.utils.safe_get_full_optimizer_state(p, moment)
 
     def load_state(self, read: Read, step: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+        utils = self.deepspeed.utils
         for name, p in self.trainable.items():
-            safe_set_full_fp32_param(p, read(f"weights/{name}", self.shapes[name]).to(self.device))
+            utils.safe_set_full_fp32_param(p, read(f"weights/{name}", self.shapes[name]).to(self.device))
         # a step at rate 0, of a row without targets, makes the moments and copies fp32 weights to those of the forward
         self.backward(self.module(padding_row()), last=True)
         self.step(0.0)
         for name, p in self.trainable.items():
             for moment in MOMENTS:
                 whole = read(f"{moment}/{name}", self.shapes[name])
-                safe_set_full_optimizer_state(p, whole.to(self.device), moment)
+                utils.safe_set_full_optimizer_state(p, whole.to(self.device), moment)
         for state in self.optimizer.optimizer.state.values():
             state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
 

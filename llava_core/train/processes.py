@@ -17,12 +17,12 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from llava_core import runtime
 from llava_core.config import ParallelConfig, RunConfig
 from llava_core.record import RunRecord
-from llava_core.runtime import CompanionError, ConfigError, display_path, lock_descriptor
+from llava_core.runtime import CompanionError, ConfigError, child_environment, display_path, lock_descriptor
 from llava_core.train.signals import Interrupted, stop_on_signal
 
 POLL_S = 0.1
@@ -128,13 +128,6 @@ def die_with_parent() -> None:
             os._exit(1)
     else:
         threading.Thread(target=watch, daemon=True).start()
-
-
-def child_environment(**more: Any) -> dict[str, str]:
-    """The environment in which a Python process finds this package and this root."""
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "LLAVA_ROOT": str(runtime.ROOT), **{k: str(v) for k, v in more.items()}}
 
 
 def error_file(record: RunRecord, name: str) -> Path:

@@ -16,7 +16,6 @@ from torch import nn
 
 from llava_core.checkpoints.load import Kind, Loaded, save_checkpoint
 from llava_core.checkpoints.tensors import LazyTensor
-from llava_core.data.label_mask import supervised_fraction
 from llava_core.models.llava import Llava
 from llava_core.ops.transformers_backend import packed_attention
 from llava_core.record import RunRecord, final_loss
@@ -280,10 +279,10 @@ class Trainer:
     def _log_start(self) -> None:
         self.alarms = Alarms(self.record.config, self.engine.local_weights, self.preflight, self.steps, self.step)
         if self.step == 0 and self.engine.rank == 0:
-            sample = [self.train_set.encoded(k) for k in range(min(32, len(self.train_set)))]
             world, share = self.engine.world, self.config.global_batch // self.engine.world
             self._log(
-                0, samples=len(self.train_set), steps=self.steps, supervised_share=supervised_fraction(sample),
+                0, samples=len(self.train_set), steps=self.steps,
+                supervised_share=float(self.preflight.supervised.sum() / self.preflight.lengths.sum()),
                 global_batch=f"{self.config.global_batch} = {world} ranks x {share}"
                 f" (packed rows of up to {self.scale.row_tokens} tokens)",
                 trainable=sorted({n.split(".")[0] for n in self.engine.trainable}), **self.preflight.row(),

@@ -14,9 +14,8 @@ from companion import training_run
 from companion.training_run import TrainingRun, attach, start
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
-from llava_core.runtime import CompanionError, DataError
+from llava_core.runtime import CompanionError, DataError, child_environment
 from llava_core.train import launch as launching
-from llava_core.train import processes
 from llava_core.train.signals import Interrupted
 
 WORKER = """
@@ -113,7 +112,7 @@ os.kill(os.getpid(), 9)
 """
     command = [sys.executable, "-c", code]
     kernel = subprocess.run(
-        command, env=processes.child_environment(), stdout=subprocess.PIPE, text=True, check=False, timeout=100
+        command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False, timeout=100
     )
     run = attach(kernel.stdout.strip())
     while "arguments" not in run.log.read_text():

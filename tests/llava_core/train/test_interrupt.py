@@ -16,7 +16,7 @@ from training_root import make_training_root
 
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
-from llava_core.train import processes
+from llava_core.runtime import child_environment
 from llava_core.train.launch import launch
 
 VALUES = {"train.epochs": 30, "train.global_batch": 8, "train.max_length": 96, "scale.states.every_s": 3600}
@@ -64,7 +64,7 @@ def test_sigterm_of_the_command_line_exits_75_and_two_ranks_resume(world: Path) 
     ranks: dict[str, object] = {"scale.parallel.kind": "ddp", "scale.parallel.processes": 2}
     words = [word for key, value in {**VALUES, **ranks}.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "companion", "train", "pretrain", *words]
-    training = subprocess.Popen(command, env=processes.child_environment(), stderr=subprocess.PIPE, text=True)
+    training = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
     while rows(world) < 5:
         assert training.poll() is None, shlex.join(command)
         time.sleep(0.02)

@@ -16,7 +16,7 @@ import pytest
 
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
-from llava_core.runtime import CompanionError, ConfigError
+from llava_core.runtime import CompanionError, ConfigError, child_environment
 from llava_core.train import launch as launching
 from llava_core.train import processes
 from llava_core.train.launch import launch
@@ -95,7 +95,7 @@ LAUNCHER = """
 def start_launcher(command: list[str]) -> subprocess.Popen[str]:
     code = textwrap.dedent(LAUNCHER).format(ddp=DDP)
     words = [sys.executable, "-c", code, *command]
-    return subprocess.Popen(words, env=processes.child_environment(), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, env=child_environment(), stderr=subprocess.PIPE, text=True)
 
 
 def pids(world: Path) -> list[int]:
