@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from companion.guard import Guard
@@ -25,17 +24,6 @@ def visible_region(image: Image.Image, processor: ImageProcessor) -> str:
     sides = "left and right" if width > height else "above and below"
     cut = f"; {lost:.0%} is cut off, half of it each {sides}" if lost >= 0.005 else ""
     return f"{width} x {height} pixels, the middle {short} x {short} scaled to {size} x {size}{cut}"
-
-
-def preview(image: Image.Image, columns: int = 40) -> str:
-    pixels = np.asarray(image.convert("RGB").resize((columns, columns)))
-
-    def cell(upper: np.ndarray, lower: np.ndarray) -> str:
-        foreground, background = (";".join(map(str, pixel)) for pixel in (upper, lower))
-        return f"\x1b[38;2;{foreground}m\x1b[48;2;{background}m\N{UPPER HALF BLOCK}"
-
-    rows = zip(pixels[:-1:2], pixels[1::2], strict=False)
-    return "\n".join("".join(map(cell, upper, lower)) + "\x1b[0m" for upper, lower in rows)
 
 
 def chat_in_terminal(assistant: Assistant, image: str | Path, guard: Guard | None = None) -> None:
@@ -68,8 +56,6 @@ def _open_image(assistant: Assistant, path: str | Path, guard: Guard) -> Convers
     guard.check_image(image)
     conversation = assistant.chat(image)
     sys.stdout.write(f"{printable(Path(path).name)}: {visible_region(image, assistant.loaded.processor)}\n")
-    if sys.stdout.isatty() and conversation.image is not None:
-        sys.stdout.write(preview(conversation.image) + "\n")
     return conversation
 
 

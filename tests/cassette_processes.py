@@ -7,24 +7,40 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from companion.data_tools.coco import AnnotatedImage
+from companion.teacher.chat import MAX_TOKENS, ChatClient
+from companion.teacher.generate import MODEL, ask, requests_for, write
 from llava_core.runtime import ROOT, write_jsonl
 
 PROGRAM = """
 import json, signal, sys
 from pathlib import Path
-from cassette_processes import annotated_images
+from cassette_processes import annotated_images, generate
 from companion.teacher.client import client_from_name
-from companion.teacher.generate import generate
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 name, folder, count, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 client = client_from_name(name, cassette=folder / "tape.sqlite", **options)
 print(json.dumps(generate(annotated_images(count), ["detail"], client, folder / "out")))
 """
+
+
+def generate(
+    images: Sequence[AnnotatedImage],
+    kinds: Sequence[str],
+    client: ChatClient,
+    out: Path,
+    prompts: Any = None,
+    model: str = MODEL,
+    max_tokens: int = MAX_TOKENS,
+    **choices: Any,
+) -> dict[str, Any]:
+    """Ask for instruction data and write it, as `llava generate` does; `choices` are those of `write`."""
+    jobs = list(requests_for(images, kinds, prompts, model, max_tokens))
+    return write(ask(jobs, client), kinds, out, prompts=prompts, **choices)
 
 
 def annotated_images(count: int) -> list[AnnotatedImage]:

@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+PROBLEM_KINDS = {
+    "not_json", "not_parquet", "invalid_utf8", "no_records", "missing_field", "wrong_type", "role_order", "empty_turn",
+    "image_marker", "unread_medium", "other_layout", "no_images", "missing_image", "outside_folder", "unreadable_image",
+    "too_long", "duplicate_id",
+}  # fmt: skip
+
 
 def record(name: str = "a", image: str | None = "good.jpg", **changes: Any) -> dict[str, Any]:
     """A valid record of one turn, with `changes` to its fields."""

@@ -21,7 +21,7 @@ from llava_core.runtime import ROOT
 RULES = (  # pattern, why its digits are no value, an example
     (r"(?s)```.*?```", "a block of code", "```\nx = 17.5\n```"),
     (r"(?m)^(?:#.*|:{3,}.*|:\w+:.*)$", "a heading, or an option of a directive", "## 99 things\n::::{grid} 17"),
-    (r"\{\{[^{}\n]+\}\}", "rendered when the book is built", "{{ claim:max-length }} {{ record:a.csv:b=17:c }}"),
+    (r"\{\{[^{}\n]+\}\}", "rendered when the book is built", "{{ claim:max-length }} {{ config:a.b:17 }}"),
     (r"`[^`\n]+`", "code in a line, and names of files", "`--max-words 17`"),
     (r"\]\([^)\n]*\)|https?://\S+", "the target of a link", "[x](17.html)"),
     (r"<[^<>\n]+>", "an element of HTML", '<p width="17">'),
@@ -82,7 +82,7 @@ def texts() -> dict[str, str]:
 def test_every_number_in_prose_has_a_source() -> None:
     known = values()
     result = {place: numbers for place, text in texts().items() if (numbers := unexplained(text, known))}
-    assert result == {}, "render it ({{ claim:... }}, {{ record:... }}; companion/book/pages.py), or leave it out"
+    assert result == {}, "render it ({{ claim:... }}, {{ constant:... }}; companion/book/pages.py), or leave it out"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[why for _, why, _ in RULES])

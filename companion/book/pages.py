@@ -6,14 +6,12 @@ and fills in values. A page may contain
     {{ claim:ID }}                                           a claim's number
     {{ config:EXPERIMENT:FIELD }}                            an experiment's value
     {{ constant:MODULE:NAME }}                               a number or text of one of our modules
-    {{ record:FILE.csv:COLUMN=VALUE,...:COLUMN:FORMAT }}     the number of the last row that matches
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import csv
 import html
 import importlib
 import json
@@ -26,12 +24,11 @@ from typing import Any
 from docutils import nodes  # type: ignore[import-untyped]
 
 from companion.book.notebooks import PACKAGES, source_of
-from companion.figures import markdown_safe
 from companion.paper.claims import EVIDENCE, Claim, all_claims, claim
 from llava_core.config import load_experiment
 from llava_core.config_files import value_of
 from llava_core.registry import unknown
-from llava_core.runtime import ROOT, ConfigError, DataError
+from llava_core.runtime import ConfigError, DataError
 
 CLAIMS = "claims"
 
@@ -75,24 +72,10 @@ def _plain(value: Any, name: str) -> str:
     return f"{value}"
 
 
-def _record_value(file: str, where: str, column: str, number_format: str = "") -> str:
-    wanted = dict(part.partition("=")[::2] for part in where.split(","))
-    path = (ROOT / file).resolve()
-    if not path.is_relative_to(ROOT.resolve()) or path.suffix != ".csv" or not path.is_file():
-        raise DataError(f"{file}: not a .csv file below the project's folder")
-    with open(path, encoding="utf-8", newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if all(row.get(k) == v for k, v in wanted.items())]
-    if not rows or not rows[-1].get(column):
-        raise DataError(f"{file}: no row with {where} has a value of '{column}'; measure it, or correct the page")
-    value = rows[-1][column]
-    return format(float(value), number_format) if number_format else markdown_safe(value)
-
-
 VALUES: dict[str, Callable[..., str]] = {
     "claim": _claim_value,
     "config": _config_value,
     "constant": _constant,
-    "record": _record_value,
 }
 
 

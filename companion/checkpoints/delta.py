@@ -83,28 +83,18 @@ def _shift(value: torch.Tensor, name: str, base: LazyTensor | None, sign: int, s
     return check_finite(value, f"{name}, {'added to' if sign > 0 else 'without'} the base,", source)
 
 
-def make(base: str, target: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry_run: bool = False) -> dict[str, Any]:
-    """Subtract a base language model (folder or hub id) from a checkpoint in the original format.
+def _run(
+    base: str, source: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry_run: bool = False, *, sign: int
+) -> dict[str, Any]:
+    """Subtract a base language model (folder or hub id) from a LLaVA in the original format (-1), or add it (+1).
 
     Returns:
-        `added`, `blocks`, `stored`, `bytes`, `fingerprint` of the base.
-    """
-    return _run(base, target, out, -1, shard_bytes, dry_run)
-
-
-def apply(base: str, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES, dry_run: bool = False) -> dict[str, Any]:
-    """Add a base language model to delta weights; writes a checkpoint in the original format.
-
-    Returns:
-        As `make`; `fingerprint` is "matches", or why it could not be checked.
+        `added`, `blocks`, `stored`, `bytes`, and `fingerprint`: of the base; of +1 "matches", or why it could not be
+        checked.
 
     Raises:
         CheckpointError: shapes or names do not fit, or the base is not the one that the delta records.
     """
-    return _run(base, delta, out, +1, shard_bytes, dry_run)
-
-
-def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_run: bool) -> dict[str, Any]:
     if not mm_config(source) or not has_weights(source):
         problem = "not a folder with a LLaVA in the original format (config.json, weights)"
         raise error_at(source, f"{problem}; fix: check the path, or `llava convert --to original`")
@@ -135,6 +125,10 @@ def _run(base: str, source: Path, out: Path, sign: int, shard_bytes: int, dry_ru
         if sign < 0:
             write_json(folder / DELTA, {"base": str(base), "base_fingerprint": fingerprint})
     return report
+
+
+make = partial(_run, sign=-1)
+apply = partial(_run, sign=+1)
 
 
 def _fingerprint(base: dict[str, LazyTensor], source: Path, sign: int) -> str:

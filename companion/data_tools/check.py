@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_core.constants import IMAGE_MARKER
 from llava_core.data.instruct import (
     NO_RECORDS,
     TURN_FIELDS,
@@ -24,25 +23,6 @@ from llava_core.data.instruct import (
 from llava_core.data.media import first_of
 from llava_core.runtime import display_path, shortened
 
-PROBLEM_KINDS = {
-    "not_json": "the file or the line is no JSON",
-    "not_parquet": "the file is no parquet, or damaged",
-    "invalid_utf8": "text that is no valid Unicode",
-    "no_records": "the file holds no record",
-    "missing_field": "a required field is absent",
-    "wrong_type": "a field has another type than in the format",
-    "role_order": "the turns do not alternate human, gpt",
-    "empty_turn": "a turn without text",
-    "image_marker": f"not exactly one {IMAGE_MARKER} in the first human turn of a record with an image",
-    "unread_medium": "a field or a marker of another format names an image, video or audio that training does not read",
-    "other_layout": "the file has the layout of another format",
-    "no_images": "a folder of images was given, and no record has one (a warning)",
-    "missing_image": "the image file does not exist",
-    "outside_folder": "the image's path leaves the folder of images",
-    "unreadable_image": "the image file is empty, truncated or no image",
-    "too_long": "more words than fit into the model's context with the image",
-    "duplicate_id": "the id was used before (a warning: nothing depends on unique ids)",
-}
 WARNINGS = frozenset({"duplicate_id", "no_images"})
 
 MAX_WORDS = 1300

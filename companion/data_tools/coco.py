@@ -29,31 +29,21 @@ class AnnotatedImage:
     boxes: list[tuple[str, Box]]
 
 
-def context_text(image: AnnotatedImage, boxes: bool = True) -> str:
-    """An image as text for the teacher: one caption per line, then, apart from prompts for conversations, its boxes.
-
-    Source: paper, Table 1 and Table 13.
-    """
-    lines = [" ".join(caption.split("\n")).strip() for caption in image.captions]
-    if boxes and image.boxes:
-        lines += ["", *(f"{category}: {[round(float(x), 3) for x in box]}" for category, box in image.boxes)]
-    return "\n".join(lines)
-
-
-def load_annotations(path: str | Path, split: str | None = None, crowd: bool = False) -> list[AnnotatedImage]:
+def load_annotations(path: str | Path, split: str | None = None) -> list[AnnotatedImage]:
     """Load the annotated images that have a caption, in the order of the file; the content decides the format.
+
+    Boxes that COCO marks as a crowd of objects are left out.
 
     Args:
         path: a folder with `captions_<split>.json` and `instances_<split>.json` (or with a folder `annotations` that
             holds them), one of these two files, or a file of `{id, image, captions, instances}` records.
         split: split of a folder that has several, e.g. `train2014`.
-        crowd: include boxes that COCO marks as a crowd of objects.
 
     Raises DataError if a file is missing or a record has another format.
     """
     path = Path(path)
     if path.is_dir():
-        return _from_coco(*_pair(path, split), crowd)
+        return _from_coco(*_pair(path, split))
     if path.suffix == ".jsonl":
         return [_from_record(record, f"{display_path(path)}, record {k}") for k, record in enumerate(read_jsonl(path))]
     content = read_json(path)
@@ -65,7 +55,7 @@ def load_annotations(path: str | Path, split: str | None = None, crowd: bool = F
             f"{display_path(path)}: neither COCO annotations (captions_<split>.json, instances_<split>.json) nor a "
             "list of {id, image, captions, instances}; name one of these"
         )
-    return _from_coco(*_pair(path.parent, name), crowd)
+    return _from_coco(*_pair(path.parent, name))
 
 
 def _pair(folder: Path, split: str | None) -> tuple[Path, Path]:
@@ -87,7 +77,7 @@ def _pair(folder: Path, split: str | None) -> tuple[Path, Path]:
     return pair
 
 
-def _from_coco(captions_file: Path, instances_file: Path, crowd: bool) -> list[AnnotatedImage]:
+def _from_coco(captions_file: Path, instances_file: Path) -> list[AnnotatedImage]:
     captions = _tables(captions_file, "images", "annotations")
     instances = _tables(instances_file, "images", "annotations", "categories")
     where = f"{display_path(captions_file)}, image"
@@ -107,7 +97,7 @@ def _from_coco(captions_file: Path, instances_file: Path, crowd: bool) -> list[A
     for entry in instances["annotations"]:
         place = f"{display_path(instances_file)}, annotation {_id(entry)}"
         _require(entry, {"image_id": int, "category_id": int, "bbox": list}, place)
-        if entry.get("iscrowd") and not crowd:
+        if entry.get("iscrowd"):
             continue
         image, category = sizes.get(entry["image_id"]), names.get(entry["category_id"])
         if image is None or category is None:

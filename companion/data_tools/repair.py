@@ -30,20 +30,6 @@ from llava_core.data.media import foreign_markers, is_medium_name, is_other_file
 from llava_core.data.tables import import_pyarrow
 from llava_core.runtime import DataError, atomic_write, display_path
 
-REPAIRS = {
-    "field_names": "messages, role and content become conversations, from and value",
-    "role_names": "user becomes human, assistant (bot, model) becomes gpt, in any case",
-    "white_space": "white space around ids, image names and texts is removed",
-    "numbers": "an integer as id or text becomes a string",
-    "id": "a record without an id is named by its line",
-    "image_field": "the one image of `images`, `image_path` or another field without `image` becomes `image`",
-    "image_name": "a list of one name, an absolute path into the folder, backslashes: the name below the folder",
-    "no_image": "an empty image name is removed if no marker is in the text",
-    "marker": f"{IMAGE_MARKER} is written once, in the first human turn, also for one marker of another format",
-    "last_turn": "a last question without an answer is removed",
-    "duplicate": "a record that equals an earlier one is removed",
-    "not_json": "a line that is invalid JSON is removed, and still reported as a problem",
-}
 _FIELDS = {"messages": "conversations", "role": "from", "content": "value"}
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "bot": "gpt", "model": "gpt"}
 _OTHER_MARKER = re.compile(  # of one image, e.g. <Image>, <image_1>, <|image|>, <ImageHere>, [IMG]

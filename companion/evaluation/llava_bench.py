@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Answers = Mapping[Any, str] | Iterable[Mapping[str, Any]]
 Reviews = str | Path | Iterable[Mapping[str, Any]]  # a JSONL file or rows
 
-CATEGORIES = ("complex", "conv", "detail")
 CATEGORY_PREFIX = "llava_bench_"
 ORDERS = ("reference_first", "candidate_first")
 LOWEST, HIGHEST = 1.0, 10.0  # the judge's scale
@@ -283,37 +282,6 @@ def relative_score(counts: np.ndarray, scores: np.ndarray, rounded: bool = True)
     means = counts @ scores / counts.sum(1, keepdims=True)
     means = means.round(3) if rounded else means
     return 100 * ratio(means[:, 1], means[:, 0])
-
-
-def repeats_report(
-    results: Mapping[str, Mapping[str, Any]], questions: Mapping[str, Mapping[str, str]]
-) -> dict[str, Any]:
-    """Return `{repeats, files}` of repeated `score_reviews` of one bench.
-
-    Args:
-        results: file -> its scores.
-        questions: file -> the ids of its questions and their categories.
-
-    Raises:
-        DataError: two files have different questions or categories, so that they are no repeats.
-    """
-    (first, own), *others = questions.items()
-    for file, ids in others:
-        if different := sorted(own.keys() ^ ids.keys()):
-            raise DataError(
-                f"{file} reviews {len(ids)} questions and {first} {len(own)}; {len(different)} are in one of the "
-                f"two only ({', '.join(key[:40] for key in different[:3])}): give repeats of the same bench, or score "
-                "each alone"
-            )
-        if other := [key for key in ids if ids[key] != own[key]]:
-            raise DataError(
-                f"{file}: question {other[0]} is '{ids[other[0]]}', in {first} '{own[other[0]]}' ({len(other)} "
-                "such): give repeats of the same bench, or score each alone"
-            )
-    return {
-        "repeats": summarize_repeats(list(results.values())),
-        "files": [{"file": k, **r} for k, r in results.items()],
-    }
 
 
 def format_repeats(result: Mapping[str, Any]) -> str:

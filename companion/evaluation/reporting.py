@@ -25,10 +25,10 @@ from companion.evaluation.llava_bench import (
     LOWEST,
     Reviews,
     relative_score,
-    repeats_report,
     review_rows,
     review_scores,
     score_reviews,
+    summarize_repeats,
 )
 from companion.evaluation.statistics import SAMPLES, estimate, item_counts, proportion, wilson
 from llava_core.runtime import DataError, fingerprint
@@ -118,7 +118,11 @@ def review_report(reviews: Reviews, *, released: bool = False) -> dict[str, Any]
 
 
 def repeats(paths: Sequence[str | Path], *, released: bool = False) -> dict[str, Any]:
-    """Return `llava_bench.repeats_report` of several files, with `notes` on files that are the same."""
+    """Return `{repeats, files, notes}` of repeated reviews of one bench; `notes` are on files that are the same.
+
+    Raises:
+        DataError: a file is given twice, or two files have different questions or categories: they are no repeats.
+    """
     results: dict[str, Any] = {}
     questions: dict[str, dict[str, str]] = {}
     contents: dict[str, str] = {}
@@ -137,7 +141,26 @@ def repeats(paths: Sequence[str | Path], *, released: bool = False) -> dict[str,
         )
         if (same := contents.setdefault(content, name)) != name:
             notes.append(f"{name} has the same reviews as {same}: it is a copy, and no repeat.")
-    return repeats_report(results, questions) | {"notes": notes}
+    _check_same_bench(questions)
+    files = [{"file": name, **result} for name, result in results.items()]
+    return {"repeats": summarize_repeats(list(results.values())), "files": files, "notes": notes}
+
+
+def _check_same_bench(questions: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise DataError if two files have different questions or categories."""
+    (first, own), *others = questions.items()
+    for file, ids in others:
+        if different := sorted(own.keys() ^ ids.keys()):
+            raise DataError(
+                f"{file} reviews {len(ids)} questions and {first} {len(own)}; {len(different)} are in one of the "
+                f"two only ({', '.join(key[:40] for key in different[:3])}): give repeats of the same bench, or score "
+                "each alone"
+            )
+        if other := [key for key in ids if ids[key] != own[key]]:
+            raise DataError(
+                f"{file}: question {other[0]} is '{ids[other[0]]}', in {first} '{own[other[0]]}' ({len(other)} "
+                "such): give repeats of the same bench, or score each alone"
+            )
 
 
 def caption_report(references: str | Path, predictions: str | Path, limit: int | None = None) -> dict[str, Any]:

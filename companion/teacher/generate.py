@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import sys
 from collections import Counter
@@ -10,10 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from companion.data_tools.coco import AnnotatedImage
+from companion.data_tools.repair import write_parquet
 from companion.teacher.asking import Asked, ask_each, follow_up, tally
-from companion.teacher.chat import MAX_TOKENS, TEMPERATURE, ChatClient, ChatReply, ChatRequest, valid_unicode
+from companion.teacher.chat import MAX_TOKENS, ChatClient, ChatReply, ChatRequest, valid_unicode
 from companion.teacher.parse import ReplyError, parse_detail, parse_dialogue, parse_reasoning
 from companion.teacher.prompts import (
     DETAIL_QUESTIONS,
@@ -26,37 +27,23 @@ from companion.teacher.prompts import (
 )
 from llava_core.constants import IMAGE_MARKER
 from llava_core.registry import unknown
-from llava_core.runtime import ConfigError, atomic_write, display_path, write_json, write_jsonl
+from llava_core.runtime import ConfigError, DataError, display_path, write_json, write_jsonl
 
 MODEL = "gpt-4-0314"
 
 
-class Annotation(Protocol):
-    """An image with captions and boxes, e.g. `companion.data_tools.coco.AnnotatedImage`."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def image(self) -> str: ...
-    @property
-    def captions(self) -> Sequence[str]: ...
-    @property
-    def boxes(self) -> Sequence[tuple[str, Sequence[float]]]: ...
-
-
-Job = tuple[Annotation, str, ChatRequest]
+Job = tuple[AnnotatedImage, str, ChatRequest]
 """Image, kind of data, and the first request."""
 
 
 def requests_for(
-    annotations: Iterable[Annotation],
+    annotations: Iterable[AnnotatedImage],
     kinds: Sequence[str],
     prompts: Mapping[str, Prompt] | None = None,
     model: str = MODEL,
-    temperature: float = TEMPERATURE,
     max_tokens: int = MAX_TOKENS,
 ) -> Iterator[Job]:
-    """Yield the first request of `generate` per image and kind, image by image; ConfigError for an unknown kind."""
+    """Yield the first request per image and kind, image by image; ConfigError for an unknown kind."""
     prompts = PROMPTS if prompts is None else prompts
     for kind in kinds:
         if kind not in KINDS or kind not in prompts:
@@ -65,7 +52,7 @@ def requests_for(
         for kind in dict.fromkeys(kinds):
             boxes = image.boxes if kind in KINDS_WITH_BOXES else ()
             messages = build_messages(kind, context_text(image.captions, boxes), prompts)
-            yield image, kind, ChatRequest(messages, model, temperature, max_tokens)
+            yield image, kind, ChatRequest(messages, model, max_tokens=max_tokens)
 
 
 def retry_request(request: ChatRequest, reply: ChatReply, error: ReplyError) -> ChatRequest:
@@ -77,7 +64,7 @@ def retry_request(request: ChatRequest, reply: ChatReply, error: ReplyError) -> 
 class Outcome:
     """The result for one image and kind; `asked.value` holds the turns."""
 
-    image: Annotation
+    image: AnnotatedImage
     kind: str
     asked: Asked
 
@@ -87,37 +74,6 @@ class Outcome:
         if self.asked.good or self.asked.unasked:
             return None
         return self.asked.refused or self.asked.replies[-1][2]
-
-
-def generate(
-    annotations: Sequence[Annotation],
-    kinds: Sequence[str],
-    client: ChatClient,
-    out: str | Path,
-    limit: int | None = None,
-    seed: int = 0,
-    prompts: Mapping[str, Prompt] | None = None,
-    model: str = MODEL,
-    temperature: float = TEMPERATURE,
-    max_tokens: int = MAX_TOKENS,
-    detail_questions: Sequence[str] = DETAIL_QUESTIONS,
-) -> dict[str, Any]:
-    """Generate instruction data about annotated images: `requests_for`, `ask` and `write` in one.
-
-    A call with a recording client resumes an interrupted one: requests with a recorded reply are not sent again, and
-    the files are those of an uninterrupted call. If the budget ends, the records until then are written.
-
-    Args:
-        annotations: captions for every kind, boxes for `detail` and `complex`.
-        kinds: of `companion.teacher.prompts.KINDS`; one request per image and kind.
-        prompts: by kind, e.g. of `load_prompts`; `PROMPTS` when None.
-
-    Raises:
-        ConfigError: unknown kind.
-        ServerError, DataError: the client's; a recording client has the replies until then in its cassette.
-    """
-    jobs = list(requests_for(annotations[:limit], kinds, prompts, model, temperature, max_tokens))
-    return write(ask(jobs, client), kinds, out, seed, prompts, detail_questions)
 
 
 def ask(jobs: Sequence[Job], client: ChatClient) -> list[Outcome]:
@@ -189,7 +145,7 @@ def write(
     }
 
 
-def _rng(seed: int, image: Annotation, kind: str) -> random.Random:
+def _rng(seed: int, image: AnnotatedImage, kind: str) -> random.Random:
     # by id and kind, not by position: a record stays the same when other images are added or left out
     return random.Random(valid_unicode(f"{seed}-{image.id}-{kind}"))
 
@@ -256,24 +212,8 @@ def _write(
 
 def _write_parquet(path: Path, records: list[dict[str, Any]]) -> list[Path]:
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError:
-        return _no_parquet(path, "the package pyarrow is not installed")
-    text = pa.string()
-    source = [(name, text) for name in ("request", "model", "date", "client", "prompt")]
-    columns = [(name, text) for name in ("id", "image", "type")]
-    columns += [("conversations", pa.list_(pa.struct([("from", text), ("value", text)])))]
-    columns += [("provenance", pa.struct([*source, ("seed", pa.int64())]))]
-    buffer = io.BytesIO()
-    try:
-        pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(columns)), buffer, compression="zstd")
-    except UnicodeEncodeError:
-        return _no_parquet(path, "a text has half of a character")
-    return [atomic_write(path, buffer.getvalue())]
-
-
-def _no_parquet(path: Path, why: str) -> list[Path]:
-    print(f"note: no {path.name}: {why}", file=sys.stderr)
-    path.unlink(missing_ok=True)  # of an earlier call
-    return []
+        return [write_parquet(path, records)]
+    except DataError as error:  # no pyarrow, or half of a character in a text
+        print(f"note: no {path.name}: {error}", file=sys.stderr)
+        path.unlink(missing_ok=True)  # of an earlier call
+        return []

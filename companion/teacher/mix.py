@@ -10,7 +10,7 @@ from typing import Any
 from companion.teacher.chat import BATCH_PRICE, PRICES, ChatClient, ChatRequest
 from companion.teacher.generate import Job, ask, requests_for, write
 from companion.teacher.plan import estimate
-from llava_core.runtime import DataError, read_json, read_jsonl, write_json, write_jsonl
+from llava_core.runtime import DataError
 
 
 def mix_jobs(images: Sequence[Any], shares: Mapping[str, float], model: str, seed: int = 0) -> list[Job]:
@@ -63,19 +63,13 @@ def generate_mix(
 
     Args:
         shares: kind -> share of the images, 0 to 1; the images of a smaller share are among those of a larger one.
-        out: gets `llava_instruct.json`, `failures.jsonl`, `provenance.jsonl`, in the order of `images`, and what
-            `teacher.generate.write` writes for each kind in a folder of the kind's name.
+        out: gets what `teacher.generate.write` writes for the mix, in the order of `images`, and for each kind in a
+            folder of the kind's name.
         seed: of the shares and of everything that is drawn per record.
     """
     outcomes = ask(mix_jobs(images, shares, model, seed), client)
-    results, records, logs = {}, [], {"failures": [], "provenance": []}  # type: ignore[var-annotated]
+    write(outcomes, list(shares), out, seed)
+    results = {}
     for kind in shares:
         results[kind] = write([o for o in outcomes if o.kind == kind], [kind], out / kind, seed)
-        records += read_json(out / kind / "llava_instruct.json")
-        for name, rows in logs.items():
-            rows += read_jsonl(out / kind / f"{name}.jsonl")
-    place = {image.id: k for k, image in enumerate(images)}
-    for name, rows in logs.items():
-        write_jsonl(out / f"{name}.jsonl", sorted(rows, key=lambda row: place[row["id"]]))
-    write_json(out / "llava_instruct.json", sorted(records, key=lambda record: place[record["id"]]))
     return results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shutil
@@ -123,13 +122,7 @@ def ablation(_: Path, text: str) -> str:
     return markdown(explain(result | {"seeds": [0, 1], "chance": 25.0, "lookup_table": 30.0, "margin": 2.5}))
 
 
-def record(folder: Path, text: str) -> str:
-    with open(folder / "r.csv", "w", newline="", encoding="utf-8", errors="replace") as file:
-        csv.writer(file).writerows([["case", "text"], ["x", text]])
-    return markdown(pages.with_values("a {{ record:r.csv:case=x:text }} b", "page"))
-
-
-OUTPUTS = [inline, table, cards, tokens, card, results, ablation, record]
+OUTPUTS = [inline, table, cards, tokens, card, results, ablation]
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -137,7 +130,6 @@ OUTPUTS = [inline, table, cards, tokens, card, results, ablation, record]
 def test_tags_do_not_depend_on_texts_of_data(
     output: Callable[[Path, str], str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "ROOT", tmp_path)
     known, found = Page(output(tmp_path, WORD)), Page(output(tmp_path, text))
     assert found.tags == known.tags
     assert not set("\x1b\x07\u202e") & set(found.text)

@@ -10,7 +10,7 @@ from chat_fixtures import images, loaded, prompts  # noqa: F401 - fixtures
 from PIL import Image
 
 from companion.guard import Guard
-from companion.terminal_chat import _print_answer, chat_in_terminal, preview, visible_region
+from companion.terminal_chat import _print_answer, chat_in_terminal, visible_region
 from llava_core.chat import Assistant, Conversation
 from llava_core.checkpoints.load import Loaded
 from llava_core.data.images import ImageProcessor
@@ -62,12 +62,3 @@ def test_answer_cannot_move_the_cursor_or_forge_a_line(capsys: pytest.CaptureFix
 )
 def test_visible_region(mode, size, words) -> None:
     assert visible_region(Image.new("RGB", size), ImageProcessor(16, mode)).endswith(words)
-
-
-def test_preview_has_two_pixels_per_character() -> None:
-    picture = Image.new("RGB", (8, 8), (255, 0, 0))
-    picture.paste((0, 0, 255), (0, 4, 8, 8))
-    lines = preview(picture, 4).split("\n")
-    assert len(lines) == 2
-    assert "38;2;255;0;0" in lines[0]
-    assert "48;2;0;0;255" in lines[1]

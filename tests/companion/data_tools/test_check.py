@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from instruct_records import images, record  # noqa: F401 - a fixture
+from instruct_records import PROBLEM_KINDS, images, record  # noqa: F401 - a fixture
 
-from companion.data_tools.check import PROBLEM_KINDS, check_file
+from companion.data_tools.check import check_file
 from companion.data_tools.convert import convert_data
 from llava_core.data.instruct import load_instruct
 from llava_core.runtime import DataError, write_json
@@ -81,7 +81,7 @@ def test_every_planted_defect_is_reported_once(tmp_path: Path, images: Path, lay
         assert [p["kind"] for p in result["problems"]] == [kind for _, kind in wanted]
         source = path.read_text().split("\n")
         assert all(source[p["line"] - 1].strip()[:1] in '{"' for p in result["problems"])
-    assert {p["kind"] for p in result["problems"]} <= set(PROBLEM_KINDS)
+    assert {p["kind"] for p in result["problems"]} <= PROBLEM_KINDS
     assert all(p["record"] and p["message"] for p in result["problems"])
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from instruct_records import PROBLEM_KINDS
 from instruct_records import nested_images as images  # noqa: F401 - a fixture
 
 from companion import cli
-from companion.data_tools.check import PROBLEM_KINDS, check_file, count_words
+from companion.data_tools.check import check_file, count_words
 from companion.data_tools.repair import fix_file
 from llava_core.data.instruct import load_instruct
 from llava_core.runtime import DataError
@@ -107,7 +108,7 @@ def test_repair_leaves_only_unrepairable_defects(
     result = json.loads(capsys.readouterr().out)
     assert [(p["line"], p["kind"]) for p in result["problems"]] == [(line, kind) for line, kind, _ in wanted]
     assert result["records"] == 85  # all but the line that is no JSON
-    assert set(PROBLEM_KINDS) - {p["kind"] for p in result["problems"]} == {
+    assert PROBLEM_KINDS - {p["kind"] for p in result["problems"]} == {
         "not_parquet", "no_records", "other_layout", "no_images"
     }  # fmt: skip
 

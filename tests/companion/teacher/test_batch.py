@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cassette_processes import annotated_images, locked_cassette, start_recording, write_annotations
+from cassette_processes import annotated_images, generate, locked_cassette, start_recording, write_annotations
 
 from companion import cli
 from companion.teacher.batch import BatchClient
 from companion.teacher.cassette import Cassette
 from companion.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest, ServerError, cost_usd
 from companion.teacher.client import RecordClient, ReplayClient, client_from_name
-from companion.teacher.generate import generate
 from llava_core.runtime import ConfigError, read_json, read_jsonl
 
 pytest.importorskip("openai", reason="the batch client speaks through the openai SDK: pip install 'llava-core[live]'")

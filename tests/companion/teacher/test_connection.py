@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cassette_processes import annotated_images
+from cassette_processes import annotated_images, generate
 from chat_server import serving
 
 from companion.teacher.asking import follow_up
@@ -18,7 +18,6 @@ from companion.teacher.cassette import Cassette
 from companion.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest, ServerError, cost_usd
 from companion.teacher.client import ReplayClient, client_from_name
 from companion.teacher.connection import asked_wait, secret_filter
-from companion.teacher.generate import generate
 from companion.teacher.live import LiveClient
 from companion.teacher.protocol import read_reply
 from companion.teacher.reasoning import without_reasoning

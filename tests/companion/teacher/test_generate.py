@@ -6,35 +6,31 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from cassette_processes import generate
 
 from companion import cli
 from companion.data_tools.check import check_file
-from companion.data_tools.coco import load_annotations
+from companion.data_tools.coco import AnnotatedImage, load_annotations
 from companion.data_tools.expansion import DETAIL_INSTRUCTIONS
 from companion.miniature.offline_chat import respond
 from companion.teacher.chat import BudgetError, ChatError, ChatReply, ChatRequest, Message, ServerError
 from companion.teacher.client import OfflineClient, RecordClient, ReplayClient
-from companion.teacher.generate import generate, requests_for
+from companion.teacher.generate import requests_for
 from companion.teacher.prompts import DETAIL_QUESTIONS, KINDS, PROMPTS, load_prompts
 from llava_core.data.instruct import load_instruct
 from llava_core.runtime import ROOT, ConfigError, DataError, read_json, read_jsonl
 
-
-@dataclass
-class Image:
-    id: str
-    image: str
-    captions: list[str] = field(default_factory=lambda: ["A red car.", "A car on a street."])
-    boxes: list[tuple[str, tuple[float, float, float, float]]] = field(
-        default_factory=lambda: [("car", (0.1, 0.2, 0.3, 0.4))]
-    )
+BOXES = [("car", (0.1, 0.2, 0.3, 0.4))]
 
 
-IMAGES = [Image(f"{k:012d}", f"{k:012d}.jpg") for k in range(40)]
+def annotated(name: str, *captions: str) -> AnnotatedImage:
+    return AnnotatedImage(name, f"{name}.jpg", list(captions) or ["A red car.", "A car on a street."], BOXES)
+
+
+IMAGES = [annotated(f"{k:012d}") for k in range(40)]
 REPLY = "Question:\nWhat color?\n===\nAnswer:\nRed.\n===\nQuestion:\nWhere?\n===\nAnswer:\nThere."
 
 
@@ -110,7 +106,7 @@ def test_malformed_replies_are_counted_and_retried_once(tmp_path: Path, learns: 
         context = next(m["content"] for m in messages[::-1] if m["content"] in "012345")
         return REPLY if learns and messages[-1]["content"] != context else BAD.get(context, REPLY)
 
-    images = [Image(str(k), f"{k}.jpg", [str(k)]) for k in range(6)]
+    images = [annotated(str(k), str(k)) for k in range(6)]
     result = generate(images, ["conversation"], OfflineClient(sloppy), tmp_path)
     assert (result["records"], result["failed"]) == ((6, 0) if learns else (2, 4))
     assert (result["requests"], result["retried"], result["repaired"]) == (10, 4, 4 if learns else 0)
@@ -150,7 +146,7 @@ class Moody:
 
 
 def test_missing_replies_and_changed_models_are_reported(tmp_path: Path) -> None:
-    images = [Image(str(k), f"{k}.jpg", [str(k)], []) for k in range(6)]
+    images = [AnnotatedImage(str(k), f"{k}.jpg", [str(k)], []) for k in range(6)]
     result = generate(images, ["detail"], Moody("2"), tmp_path)
     assert (result["records"], result["failed"], result["unasked"], result["stopped"]) == (5, 1, 0, None)
     assert result["failures"] == {"ChatError": 1}
@@ -162,7 +158,7 @@ def test_missing_replies_and_changed_models_are_reported(tmp_path: Path) -> None
 
 
 def test_spent_budget_keeps_earlier_records(tmp_path: Path) -> None:
-    images = [Image(str(k), f"{k}.jpg", [str(k)], []) for k in range(9)]
+    images = [AnnotatedImage(str(k), f"{k}.jpg", [str(k)], []) for k in range(9)]
     client = Moody(broke_after=5)
     client.concurrency = 1
     result = generate(images, ["detail"], client, tmp_path)
@@ -186,15 +182,15 @@ def test_requests_for_lists_the_requests_of_generate(tmp_path: Path) -> None:
 
 def test_files_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
     client = OfflineClient(scripted)
-    generate(IMAGES, ["detail"], client, tmp_path, limit=5)
+    generate(IMAGES[:5], ["detail"], client, tmp_path)
     (tmp_path / "detail_23k.json").write_text("[]")
-    generate(IMAGES, ["detail"], client, tmp_path, limit=2)
+    generate(IMAGES[:2], ["detail"], client, tmp_path)
     assert sorted(p.name for p in tmp_path.glob("detail_*")) == ["detail_2.json", "detail_23k.json"]
 
 
 @pytest.mark.parametrize("name", ["1", "\udc80"])
 def test_halves_of_characters_end_no_run(tmp_path: Path, name: str) -> None:
-    image = Image(name, f"{name}.jpg", ["A car \ud83d stands on a road."])
+    image = annotated(name, "A car \ud83d stands on a road.")
     client = RecordClient(OfflineClient(respond), tmp_path / "tape.sqlite")
     assert generate([image], ["detail"], client, tmp_path / "out")["records"] == 1
     [record] = read_json(tmp_path / "out" / "llava_instruct.json")
@@ -227,16 +223,16 @@ class Server:
 
 
 def test_resumed_run_pays_each_request_once(tmp_path: Path) -> None:
-    images = [Image(str(k), f"{k}.jpg", [f"Car {k}."]) for k in range(7)]
+    images = [annotated(str(k), f"Car {k}.") for k in range(7)]
     script = (
         "import importlib.util, sys; from pathlib import Path\n"
         f"spec = importlib.util.spec_from_file_location('here', {__file__!r})\n"
         "here = importlib.util.module_from_spec(spec); sys.modules['here'] = here; spec.loader.exec_module(here)\n"
-        "images = [here.Image(str(k), f'{k}.jpg', [f'Car {k}.']) for k in range(7)]\n"
+        "images = [here.annotated(str(k), f'Car {k}.') for k in range(7)]\n"
         f"folder = Path({str(tmp_path)!r}); server = here.Server(folder / 'log', 9)\n"
         "here.generate(images, here.KINDS, here.RecordClient(server, folder / 'tape.sqlite'), folder / 'out')\n"
     )
-    environment = os.environ | {"PYTHONHASHSEED": "0"}
+    environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     for _ in range(2):
         killed = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
@@ -335,7 +331,7 @@ def test_prefetch_gets_first_requests_then_retries(tmp_path: Path) -> None:
     def sloppy(messages: list[Message]) -> str:
         return BAD.get(messages[-1]["content"], REPLY)
 
-    images = [Image(str(k), f"{k}.jpg", [str(k)]) for k in range(6)]
+    images = [annotated(str(k), str(k)) for k in range(6)]
     client = Foresighted(sloppy)
     result = generate(images, ["conversation"], client, tmp_path / "a")
     assert client.rounds == [6, 4]

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cassette_processes import annotated_images, locked_cassette, start_recording, write_annotations
+from cassette_processes import annotated_images, generate, locked_cassette, start_recording, write_annotations
 from chat_server import Running, serving
 
 from companion import cli
 from companion.teacher.cassette import Cassette
 from companion.teacher.chat import PRICES, BudgetError, ChatError, ChatRequest, ServerError, cost_usd
 from companion.teacher.client import ReplayClient, client_from_name
-from companion.teacher.generate import generate
 from companion.teacher.live import LiveClient
 from llava_core.runtime import ConfigError, read_json, read_jsonl, write_jsonl
 

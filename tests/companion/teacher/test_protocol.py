@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cassette_processes import generate
 
+from companion.data_tools.coco import AnnotatedImage
 from companion.evaluation.llava_bench import judge, parse_scores, score_reviews
 from companion.teacher import parse
 from companion.teacher.chat import ChatReply, ChatRequest, ServerError
 from companion.teacher.client import OfflineClient
-from companion.teacher.generate import generate
 from companion.teacher.parse import parse_detail, whole_text
 from companion.teacher.protocol import ONLY_REASONING, Dialect, RetryableError, left_out, read_reply, same_for_all
 from companion.teacher.reasoning import without_reasoning
@@ -319,12 +320,9 @@ def test_refusals_that_hold_for_all(status: int, error: Any) -> None:
 # ------------------------------------------------------------------------------------------------ teacher and judge
 
 
-class Image:
-    id, image, captions, boxes = "1", "1.jpg", ("A car.",), ()
-
-
 def test_teacher_keeps_the_text_after_reasoning(tmp_path: Path) -> None:
-    result = generate([Image()], ["detail"], OfflineClient(lambda _: REASONED[0].format(TEXT)), tmp_path)
+    image = AnnotatedImage("1", "1.jpg", ["A car."], [])
+    result = generate([image], ["detail"], OfflineClient(lambda _: REASONED[0].format(TEXT)), tmp_path)
     assert result["records"] == 1
     [record] = json.loads((tmp_path / "detail_1.json").read_text())
     assert record["conversations"][1]["value"] == TEXT
