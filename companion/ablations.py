@@ -286,9 +286,9 @@ def published_difference(plan: AblationPlan, label: str) -> dict[str, Any] | Non
     return published_ablation(known) if known and plan.quantity == "accuracy" else None
 
 
-def difference_check(what: str, published: Any, result: Mapping[str, Any], note: str = "") -> dict[str, Any]:
+def difference_check(what: str, published: Any, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of the results table for a difference: `effect`, `interval` or `widest`, and `verdict`."""
-    row = check(what, published, result.get("widest") or result["interval"] or result["effect"], None, note)
+    row = check(what, published, result.get("widest") or result["interval"] or result["effect"], None)
     return {**row, "verdict": Verdict(result["verdict"])}
 
 

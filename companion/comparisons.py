@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 
 from companion.evaluation.statistics import CONFIDENCE
 from llava_core.runtime import DataError
@@ -150,6 +150,16 @@ def _comparison(values: np.ndarray, effect: float, question_error: float, cluste
     return Comparison(effect, tuple(float(value) for value in values), errors, n)
 
 
+def _cluster_index(n: int, clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, int]:
+    """Return the number of each question's cluster (n,), and of how many."""
+    names = list(range(n)) if clusters is None else list(clusters)
+    _, index = np.unique([str(name) for name in names], return_inverse=True)
+    groups = int(index.max()) + 1 if len(index) else 0
+    if len(names) != n or groups < 2:
+        raise DataError(f"{n} questions in {groups} clusters; name the cluster of each question, at least two in all")
+    return index, groups
+
+
 def compare(
     first: Scores,
     second: Scores,
@@ -170,11 +180,7 @@ def compare(
             f"arms of {first.scores.shape} and {second.scores.shape} seeds and questions; compare the same ones"
         )
     n = first.scores.shape[1]
-    names = list(range(n)) if clusters is None else list(clusters)
-    _, index = np.unique([str(name) for name in names], return_inverse=True)
-    groups = int(index.max()) + 1 if len(index) else 0
-    if len(names) != n or groups < 2:
-        raise DataError(f"{n} questions in {groups} clusters; name the cluster of each question, at least two in all")
+    index, groups = _cluster_index(n, clusters)
     values = _unit_means(second.values - first.values, units)
     by_cluster = np.bincount(index, second.influence() - first.influence(), groups)
     error = float(np.sqrt(groups / (groups - 1) * (by_cluster**2).sum()))
@@ -251,9 +257,7 @@ def compare_speed(
             f"curves of shape {first.shape} and {second.shape} at {len(steps)} checkpoints; compare equal ones"
         )
     n = first.shape[2]
-    names = list(range(n)) if clusters is None else list(clusters)
-    _, index = np.unique([str(name) for name in names], return_inverse=True)
-    groups = int(index.max()) + 1
+    index, groups = _cluster_index(n, clusters)
     weights = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)[:, index]
     weights = np.vstack([np.ones((1, n)), weights]).astype(float)  # (1 + resamples, n)
 
@@ -274,33 +278,23 @@ def compare_speed(
 
 
 def simulated_arms(
-    rng: np.random.Generator,
-    seeds: int,
-    n: int,
-    effect: float,
-    accuracy: float = 70.0,
-    run_deviation: float = 1.0,
-    difficulty: float = 2.0,
+    rng: np.random.Generator, seeds: int, n: int, effect: float, accuracy: float = 70.0
 ) -> tuple[Scores, Scores]:
     """Draw two arms whose expected accuracies differ by `effect` points.
 
-    Questions have a difficulty (logits with the deviation `difficulty`) that both arms share; each run's accuracy
-    deviates by `run_deviation` points.
+    Questions have a difficulty (logits with the deviation 2) that both arms share; each run's accuracy deviates by one
+    point.
     """
-    logits = rng.normal(0, difficulty, n)
+    logits = rng.normal(0, 2, n)
 
     def shifted(target: float) -> np.ndarray:
-        low, high = -20.0, 20.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            share = 100 * (1 / (1 + np.exp(-(logits + middle)))).mean()
-            low, high = (middle, high) if share < target else (low, middle)
-        result: np.ndarray = 1 / (1 + np.exp(-(logits + (low + high) / 2)))
+        shift = optimize.brentq(lambda shift: 100 * special.expit(logits + shift).mean() - target, -20, 20)
+        result: np.ndarray = special.expit(logits + shift)
         return result
 
     arms = []
     for mean in (accuracy, accuracy + effect):
-        runs = np.clip(mean + rng.normal(0, run_deviation, seeds), 1, 99)
+        runs = np.clip(mean + rng.normal(0, 1, seeds), 1, 99)
         arms.append(Scores.of(np.stack([rng.random(n) < shifted(run) for run in runs])))
     return arms[0], arms[1]
 
@@ -310,8 +304,6 @@ def power_table(
     n: int,
     effects: Sequence[float],
     *,
-    run_deviation: float = 1.0,
-    accuracy: float = 70.0,
     family: int = 1,
     draws: int = 200,
 ) -> list[dict[str, Any]]:
@@ -326,7 +318,7 @@ def power_table(
         for effect in effects:
             found = 0
             for _ in range(draws):
-                result = compare(*simulated_arms(rng, count, n, effect, accuracy, run_deviation))
+                result = compare(*simulated_arms(rng, count, n, effect))
                 ends = result.interval()
                 widths.append((ends[1] - ends[0]) / 2 if ends else np.inf)
                 found += result.p <= ALPHA / family and result.effect * effect > 0

@@ -64,7 +64,7 @@ class Chat(anywidget.AnyWidget):
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self.about = [*self.about, self.guard.sentence]
-        self.gallery = [{"name": p.stem, "src": image_uri(_thumbnail(load_image(p)))} for p in self._images]
+        self.gallery = [{"name": p.stem, "src": image_uri(load_image(p), within=(88, 88))} for p in self._images]
         self.on_msg(self._receive)
         if self._images:
             self.pick(0)
@@ -147,7 +147,7 @@ class Chat(anywidget.AnyWidget):
         self.wait(stop=True)
         seen = self.conversation.set_image(image)
         processor = self.conversation.loaded.processor
-        shown = {"src": image_uri(seen), "whole": image_uri(_thumbnail(image, 160)), "mode": processor.mode}
+        shown = {"src": image_uri(seen), "whole": image_uri(image, within=(160, 160)), "mode": processor.mode}
         self.image = {"name": name, **shown, "crop": visible_region(image, processor)}
         self.clear()
 
@@ -258,12 +258,6 @@ def about(loaded: Loaded, name: str, folder: Path | None = None) -> list[str]:
     else:
         sentences.append("It may name things that the image does not have: check what matters.")
     return sentences
-
-
-def _thumbnail(image: Image.Image, side: int = 88) -> Image.Image:
-    small = image.copy()
-    small.thumbnail((side, side))
-    return small
 
 
 # ---------------------------------------------------------------------------------------------- `llava demo`

@@ -17,12 +17,12 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from companion.paper.verdict import verdict_of
 from llava_core.config import META, RunConfig
 from llava_core.config_files import value_of
-from llava_core.constants import IGNORE_INDEX
+from llava_core.constants import IGNORE_INDEX, IMAGE_MARKER
 from llava_core.runtime import ROOT, DataError, atomic_write, printable, write_json
 
 if TYPE_CHECKING:
@@ -112,19 +112,16 @@ def save_numbers(
     numbers: Mapping[str, Any],
     checks: Sequence[Mapping[str, Any]] = (),
     runs: Iterable[Any] = (),
-    scale: str | None = None,
-    fast: bool | None = None,
 ) -> None:
     """Write a notebook's numbers to the folder of its executed copy, with those of the solutions of its exercises.
 
-    A solution is a variable `solution_1`, `solution_2` ... of the notebook.
+    A solution is a variable `solution_1`, `solution_2` ... of the notebook; `scale` and `fast` are its variables, too.
 
     Args:
         name: the notebook's file name without extension.
         numbers: finite numbers, texts, or lists and dicts of these, by name.
         checks: rows of `check`.
         runs: the records, or their paths, that the numbers come from.
-        scale, fast: by default the notebook's variables of these names.
     """
     notebook = vars(sys.modules["__main__"])  # in a kernel, the notebook's variables are in this module
     for row in checks:
@@ -132,8 +129,8 @@ def save_numbers(
             raise DataError(f"{name}: a check lacks {', '.join(sorted(missing))}; make it with check(...)")
     content = {
         "notebook": name,
-        "scale": scale if scale is not None else notebook.get("scale", "mini"),
-        "fast": fast if fast is not None else bool(notebook.get("fast", False)),
+        "scale": notebook.get("scale", "mini"),
+        "fast": bool(notebook.get("fast", False)),
         "numbers": _plain(numbers, "numbers"),
         "solutions": _plain({k: notebook[k] for k in sorted(notebook) if re.fullmatch(r"solution_\d", k)}, "solutions"),
         "checks": _plain(list(checks), "checks"),
@@ -215,6 +212,16 @@ def cell_text(value: Any) -> str:
     return str(value)
 
 
+def code_safe(text: object) -> str:
+    """Return a text of data as code inside of Markdown."""
+    return f"<code>{markdown_safe(text)}</code>"
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, and an empty one; cells are Markdown."""
+    return [*(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)), ""]
+
+
 def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") -> Styler:
     """Return a pandas table of a DataFrame or of mappings; by default with all columns that have a value."""
     import pandas as pd
@@ -262,13 +269,21 @@ def _setting_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
 
 
-def image_uri(image: Image, kind: Literal["jpeg", "png"] = "jpeg") -> str:
-    """Return an image as a `data:` address; PNG keeps every pixel and transparency."""
+_SAVED: dict[str, dict[str, Any]] = {
+    "jpeg": {"quality": 88}, "png": {"optimize": True}, "webp": {"quality": 60, "method": 6}
+}  # fmt: skip
+
+
+def image_uri(image: Image, kind: str = "jpeg", within: tuple[int, int] | None = None) -> str:
+    """Return an image as a `data:` address of `kind` jpeg, png or webp, shrunk to fit `within` (width, height) pixels.
+
+    PNG keeps every pixel and transparency; WebP is the smallest.
+    """
+    shown = image.copy() if kind == "png" else image.convert("RGB")
+    if within is not None:
+        shown.thumbnail(within)
     buffer = io.BytesIO()
-    if kind == "png":
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.convert("RGB").save(buffer, "JPEG", quality=88)
+    shown.save(buffer, kind, **_SAVED[kind])
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -294,7 +309,7 @@ def cards(images: Sequence[Image | None], lines: Sequence[Iterable[tuple[str, st
     return HTML(f'<div class="companion-cards {NO_MATH}" style="{layout}">{"".join(parts)}</div>')
 
 
-def supervised_text_html(tokens: Sequence[str], labels: Sequence[int], image_token: str = "<image>") -> HTML:
+def supervised_text_html(tokens: Sequence[str], labels: Sequence[int]) -> HTML:
     """Show the tokens of a sample and mark those whose label is not -100; a run of image positions is one box."""
     from IPython.display import HTML
 
@@ -302,7 +317,7 @@ def supervised_text_html(tokens: Sequence[str], labels: Sequence[int], image_tok
         raise DataError(f"supervised_text_html: {len(tokens)} tokens but {len(labels)} labels")
     marked = "background: rgba(0, 150, 120, .25); border-bottom: 2px solid #00906f;"
     box = "background: rgba(199, 91, 0, .18); border: 1px solid #C75B00; border-radius: 4px; padding: 0 .4em;"
-    kind = [(token == image_token, label != IGNORE_INDEX) for token, label in zip(tokens, labels, strict=True)]
+    kind = [(token == IMAGE_MARKER, label != IGNORE_INDEX) for token, label in zip(tokens, labels, strict=True)]
     spans = []
     for (is_image, supervised), group in itertools.groupby(zip(kind, tokens, strict=True), key=lambda pair: pair[0]):
         texts = [token for _, token in group]

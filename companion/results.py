@@ -56,9 +56,10 @@ def cached_result(record: RunRecord, name: str, compute: Callable[[], dict[str, 
     return result
 
 
-def load_run(record: RunRecord) -> Loaded:
+def load_run(record: RunRecord, checkpoint: Path | None = None) -> Loaded:
+    """Load the model of a run, or one of its snapshots."""
     config = record.config
-    return load(record.checkpoint, resolve_dtype(config.dtype), resolve_device(config.scale.device))
+    return load(checkpoint or record.checkpoint, resolve_dtype(config.dtype), resolve_device(config.scale.device))
 
 
 SHUFFLE_SEED = 0  # of `shuffle_images`
@@ -86,10 +87,10 @@ def _science_answers(record: RunRecord, checkpoint: Path, out: Path, **options: 
     config = record.config
     first, second = load_scale(config.scale.name).answer_tokens
     out.unlink(missing_ok=True)  # from other code or data; it would be resumed
-    loaded = load(checkpoint, resolve_dtype(config.dtype), resolve_device(config.scale.device))
     return predict_science_qa(
-        loaded, checkpoint, config.data_path, out, max_new_tokens=first, answer_tokens=second, **options
-    )
+        load_run(record, checkpoint), checkpoint, config.data_path, out,
+        max_new_tokens=first, answer_tokens=second, **options,
+    )  # fmt: skip
 
 
 def _digits(problems: list[Problem], answers: dict[str, str]) -> str:
@@ -156,8 +157,7 @@ def anatomy_curve(record: RunRecord, limit: int | None = None) -> dict[str, Any]
         first, second = load_scale(config.scale.name).answer_tokens
         places, found = _checkpoints(record), []
         for folder in places.values():
-            loaded = load(folder, resolve_dtype(config.dtype), resolve_device(config.scale.device))
-            answers = science_answers(loaded, problems, max_new_tokens=first, answer_tokens=second)
+            answers = science_answers(load_run(record, folder), problems, max_new_tokens=first, answer_tokens=second)
             found.append(anatomy(problems, answers))
         return {"steps": list(places), "anatomy": found}
 

@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.ablation_records import at_seeds
 from companion.evaluation.statistics import seeds_interval, unpaired_difference
 from companion.paper.ledger import published_ablation
 from companion.protocol import load_protocol
@@ -67,11 +66,6 @@ def single_runs(ablation: str = "pretraining", record: Path = RECORD) -> dict[st
         "papers": {claim: published_ablation(claim)["z"] for claim in claims if claim and claim.startswith("ablation")},
         "budget": budget,
     }
-
-
-def first_seeds(record: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Return a stored record of an ablation as if only its first `count` seeds had been run."""
-    return at_seeds(record, range(count))
 
 
 def single_runs_figure(result: Mapping[str, Any]) -> Figure:

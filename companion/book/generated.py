@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from companion.figures import cell_text, html_safe, markdown_safe
+from companion.figures import cell_text, code_safe, html_safe, markdown_safe, markdown_table
 from companion.paper import ledger
 from companion.paper.claims import EVIDENCE, SOURCES, Claim, all_claims, computed_value
 from companion.paper.discrepancies import Arm, all_discrepancies
@@ -31,10 +31,6 @@ def _table(heads: Sequence[str], rows: Sequence[str], kind: str = "") -> list[st
 def _row(cells: Sequence[str], key: str = "") -> str:
     anchor = f' id="{key}"' if key else ""
     return f"<tr{anchor}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
-def _code(text: object) -> str:
-    return f"<code>{markdown_safe(text)}</code>"
 
 
 def _verdict(verdict: Verdict) -> str:
@@ -132,7 +128,7 @@ def _solutions(numbers: Mapping[str, Any], link: str) -> list[str]:
 def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
     """Return the page of measured and published numbers and of the scale's departures from the paper."""
     config = load_scale(scale)
-    title = f"Measured at the scale {_code(scale)}: {markdown_safe(config.title)}."
+    title = f"Measured at the scale {code_safe(scale)}: {markdown_safe(config.title)}."
     lines = ["# Results at a glance", "", title, ""]
     without, solutions = [], []
     for name in present:
@@ -145,12 +141,12 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
         lines += [f"## {link}", ""]
         if numbers.get("scale") not in (None, scale) or numbers.get("fast"):
             run = "a shortened run" if numbers.get("fast") else "a run"
-            lines += [f"*From {run} at the scale {_code(numbers.get('scale'))}.*", ""]
+            lines += [f"*From {run} at the scale {code_safe(numbers.get('scale'))}.*", ""]
         heads = ["Claim", "Published", "Measured", "Verdict"]
         lines += _table(heads, [_check_row(check) for check in numbers["checks"]], "results")
         if runs := numbers.get("runs"):
             more = f" and {len(runs) - 6} more" if len(runs) > 6 else ""
-            lines += [f"Runs: {', '.join(map(_code, runs[:6]))}{more}.", ""]
+            lines += [f"Runs: {', '.join(map(code_safe, runs[:6]))}{more}.", ""]
     if bundles := ledger.bundle_rows():
         lines += [
             "## Runs at other scales",
@@ -167,21 +163,20 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
         lines += ["## Solutions of the exercises", "", "Each chapter's run computes and checks its own.", ""]
         lines += _table(["Chapter", "Exercise", "Values"], solutions, "results")
     if config.stand_ins:
-        lines += [f"## Stand-ins for the paper's data and models at {_code(scale)}", ""]
-        lines += ["| in the paper | here |", "|---|---|"]
-        lines += [f"| {_code(name)} | {markdown_safe(why)} |" for name, why in config.stand_ins.items()] + [""]
+        lines += [f"## Stand-ins for the paper's data and models at {code_safe(scale)}", ""]
+        stand_ins = ((code_safe(name), markdown_safe(why)) for name, why in config.stand_ins.items())
+        lines += markdown_table(["in the paper", "here"], stand_ins)
     if config.departs:
-        lines += [f"## Where {_code(scale)} departs from the paper", ""]
+        lines += [f"## Where {code_safe(scale)} departs from the paper", ""]
         lines += ["All other values are the paper's; `configs/` gives their sources.", ""]
-        lines += ["| experiment | field | value here | why |", "|---|---|---|---|"]
+        rows = list[tuple[str, ...]]()
         for experiment, departs in config.departs.items():
-            which = "all" if experiment == "*" else _code(experiment)
-            for key, value in departs.set.items():
-                lines.append(f"| {which} | {_code(key)} | {markdown_safe(value)} | {markdown_safe(departs.why)} |")
-        lines.append("")
+            which, why = "all" if experiment == "*" else code_safe(experiment), markdown_safe(departs.why)
+            rows += [(which, code_safe(key), markdown_safe(value), why) for key, value in departs.set.items()]
+        lines += markdown_table(["experiment", "field", "value here", "why"], rows)
     if missing:
         lines += ["## Not in this book yet", "", "These chapters have not run:", ""]
-        lines += [f"- {_code(name)}" for name in missing] + [""]
+        lines += [f"- {code_safe(name)}" for name in missing] + [""]
     return "\n".join(lines)
 
 

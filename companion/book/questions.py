@@ -5,8 +5,6 @@ It is made of the answers that chapters 30 to 32 have stored; `book/assets/quest
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from PIL import Image
 from companion.data_tools.scienceqa import load_problems
 from companion.evaluation.bench_steps import load_bench
 from companion.evaluation.llava_bench import CATEGORY_PREFIX
-from companion.figures import html_safe
+from companion.figures import html_safe, image_uri
 from companion.results import bench_folders
 from llava_core.record import RunRecord
 from llava_core.runtime import ROOT, DataError, read_json
@@ -108,15 +106,6 @@ def stored_questions(out: Path) -> dict[str, list[Question]]:
     return found
 
 
-def _thumbnail(path: Path) -> str:
-    buffer = io.BytesIO()
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-        small.thumbnail((2 * SIDE, SIDE))
-        small.save(buffer, "WEBP", quality=60, method=6)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
 def _text(text: str) -> str:
     """Text as HTML in one line, since an empty line would end the block; without the braces of a page's values."""
     lines = (" ".join(line.split()) for line in html_safe(text).replace("{", "&#123;").splitlines())
@@ -126,7 +115,9 @@ def _text(text: str) -> str:
 def _entry(number: int, question: Question) -> str:
     picture = ""
     if question.image is not None:
-        picture = f'<img alt="Image of question {number}" src="data:image/webp;base64,{_thumbnail(question.image)}">'
+        with Image.open(question.image) as image:
+            source = image_uri(image, "webp", within=(2 * SIDE, SIDE))
+        picture = f'<img alt="Image of question {number}" src="{source}">'
     data = f'data-bench="{question.bench}" data-kind="{_text(question.kind)}" data-verdict="{question.mood}"'
     return (
         f'<article {data}><div class="picture">{picture}</div>'

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from companion.book.notebooks import imported_code, read_state
-from companion.figures import cell_text, markdown_safe
+from companion.figures import cell_text, markdown_safe, markdown_table
 from llava_core.config import load_experiment, load_scale
 from llava_core.record import RunRecord
 from llava_core.runtime import (
@@ -64,8 +64,7 @@ def plan_rows(scales: Sequence[str], cache: Path) -> list[dict[str, Any]]:
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    lines = [f"| {' | '.join(row)} |" for row in [list(rows[0]), ["---"] * len(rows[0]), *(r.values() for r in rows)]]
-    return [*lines, ""]
+    return markdown_table([*rows[0]], (row.values() for row in rows))
 
 
 def _planned(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -63,7 +63,7 @@ def _image_name(kind: str, data: str) -> str:
     return f"{hashlib.sha256(content).hexdigest()}{mimetypes.guess_extension(kind)}"
 
 
-def _output(output: Mapping[str, Any], up: str) -> str:
+def _output(output: Mapping[str, Any]) -> str:
     if output["output_type"] == "stream":
         return f"```text\n{''.join(output['text']).rstrip()}\n```" if output["name"] == "stdout" else ""
     data = {kind: part if isinstance(part, str) else "".join(part) for kind, part in output.get("data", {}).items()}
@@ -71,12 +71,12 @@ def _output(output: Mapping[str, Any], up: str) -> str:
         return html_markdown(data["text/html"])
     for kind in IMAGES:
         if kind in data:
-            return f"![{pages.image_text(kind, data[kind])}]({up}_images/{_image_name(kind, data[kind])})"
+            return f"![{pages.image_text(kind, data[kind])}](../_images/{_image_name(kind, data[kind])})"
     return data.get("text/markdown") or (f"```text\n{data['text/plain']}\n```" if "text/plain" in data else "")
 
 
-def notebook_markdown(content: Mapping[str, Any], up: str = "../") -> str:
-    """Return an executed notebook as Markdown; `up` leads from its folder to that of the site."""
+def notebook_markdown(content: Mapping[str, Any]) -> str:
+    """Return an executed notebook of the site's folder `notebooks` as Markdown."""
     parts = []
     for cell in content["cells"]:
         source = source_of(cell).strip()
@@ -84,7 +84,7 @@ def notebook_markdown(content: Mapping[str, Any], up: str = "../") -> str:
             parts.append(source)
         elif cell["cell_type"] == "code" and source:
             removed = "remove-output" in cell["metadata"].get("tags", [])
-            outputs = [] if removed else [_output(output, up) for output in cell["outputs"]]
+            outputs = [] if removed else [_output(output) for output in cell["outputs"]]
             parts += [f"```python\n{source}\n```", *outputs]
     return "\n\n".join(filter(None, parts)) + "\n"
 

@@ -204,14 +204,10 @@ def table(result: Result) -> str:
     def text(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:.4g}"
-        return value if isinstance(value, str) else json.dumps(short(value), ensure_ascii=False, default=str)
-
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: short(part) for key, part in value.items()}
-        if isinstance(value, list | tuple):
-            return [short(part) for part in value]
-        return float(f"{value:.4g}") if isinstance(value, float) else value
+        if isinstance(value, str):
+            return value
+        shortened = json.loads(json.dumps(value, default=str), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+        return json.dumps(shortened, ensure_ascii=False)
 
     return "\n".join(f"{key:16} {text(value)}" for key, value in result.items())
 

@@ -6,7 +6,18 @@ import argparse
 import sys
 from typing import Any
 
-from companion.cli.arguments import Commands, Parser, Result, chat_client, command, given, group, positive, some_of
+from companion.cli.arguments import (
+    Commands,
+    Parser,
+    Result,
+    chat_client,
+    command,
+    given,
+    group,
+    names,
+    positive,
+    some_of,
+)
 from llava_core.runtime import display_path
 
 KINDS = ("conversation", "detail", "complex")
@@ -73,10 +84,6 @@ def _scienceqa(args: argparse.Namespace) -> Result:
     }
 
 
-def _formats(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
 def _columns(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(field.strip() and column.strip() for field, _, column in pairs):
@@ -125,7 +132,7 @@ def _add_data(commands: Commands) -> None:
     new = command(into, "scienceqa", text, example, _scienceqa)
     new.path("folder", "DIR", "holds problems.json, pid_splits.json and images/<split>/<id>/image.png")
     text = "QCM-LEPA: reasoning first; QCM-ALE: answer first"
-    new.option("--formats", "FORMAT,FORMAT", f"prompt formats; {text}", type=_formats, default=list(FORMATS))
+    new.option("--formats", "FORMAT,FORMAT", f"prompt formats; {text}", type=names, default=list(FORMATS))
 
 
 def requests(args: argparse.Namespace) -> Any:
@@ -189,7 +196,7 @@ def _filter(args: argparse.Namespace) -> Result:
     from companion.data_tools.filter_settings import settings_from
 
     settings = settings_from(dict(args.set))
-    return filter_file(args.captions, args.out, args.images, settings, True, args.cache, args.processes)
+    return filter_file(args.captions, args.out, args.images, settings, args.cache, args.processes)
 
 
 def _add_filter(commands: Commands) -> None:

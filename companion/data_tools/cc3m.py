@@ -297,7 +297,6 @@ def filter_captions(
     captions: str | Path,
     images: str | Path | None = None,
     settings: FilterSettings | None = None,
-    decode: bool = True,
     cache: str | Path | None = None,
     processes: int | None = None,
 ) -> Filtered:
@@ -305,7 +304,6 @@ def filter_captions(
 
     Args:
         images: folder of the images; rows without a readable one are reported, not selected. None: no image is opened.
-        decode: decode each image instead of reading only its header.
         cache: folder for phrases and checked images: a killed run continues, and a run with other settings parses
             nothing. None: they stay in memory, and one process computes them.
     """
@@ -316,9 +314,7 @@ def filter_captions(
     if images is not None:
         image_cache = None if cache is None else Path(cache) / "images"
         names = (row.image for row in read_captions(captions))
-        available, availability = image_availability(
-            names, images, decode, image_cache, 1 if cache is None else processes
-        )
+        available, availability = image_availability(names, images, image_cache, 1 if cache is None else processes)
 
     def texts() -> Iterator[str]:
         return (row.caption for row in read_captions(captions))
@@ -378,10 +374,9 @@ def filter_file(
     out: str | Path,
     images: str | Path | None = None,
     settings: FilterSettings | None = None,
-    decode: bool = True,
     cache: str | Path | None = None,
     processes: int | None = None,
 ) -> dict[str, Any]:
     """`llava filter`: `filter_captions` and `write_pairs`; the cache is by default `phrases` in `out`."""
     cache = Path(out) / "phrases" if cache is None else cache
-    return write_pairs(filter_captions(captions, images, settings, decode, cache, processes), out)
+    return write_pairs(filter_captions(captions, images, settings, cache, processes), out)

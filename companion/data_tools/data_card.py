@@ -11,7 +11,7 @@ from typing import Any
 from companion.data_tools.audit import Fault, find_faults, kind_rows, questions_of
 from companion.data_tools.coco import load_annotations
 from companion.data_tools.verbs import Verbs, root_verbs
-from companion.figures import markdown_safe
+from companion.figures import code_safe, markdown_safe, markdown_table
 from llava_core.data.instruct import Sample, load_instruct
 from llava_core.runtime import (
     ConfigError,
@@ -49,7 +49,6 @@ def audit_file(
     path: str | Path,
     annotations: str | Path | None = None,
     images: str | Path | None = None,
-    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Audit a file of instruction records; the result of `summary`.
 
@@ -61,7 +60,7 @@ def audit_file(
     samples = load_instruct(path, folder)
     faults = find_faults(samples, None if annotations is None else load_annotations(annotations), folder)
     try:
-        verbs, missing = root_verbs(questions_of(samples), path, cache), None
+        verbs, missing = root_verbs(questions_of(samples), path), None
     except ConfigError as error:
         verbs, missing = None, str(error)
     result = summary(path, samples, faults, verbs, annotations)
@@ -173,21 +172,12 @@ def _number(value: Any) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return _lines([[*rows[0]], *([_number(v) for v in row.values()] for row in rows)])
+    return markdown_table([*rows[0]], ([_number(value) for value in row.values()] for row in rows))
 
 
 def _properties(rows: Mapping[str, str]) -> list[str]:
     """A table of names and texts in Markdown."""
-    return _lines([["", " "], *([name, text] for name, text in rows.items())])
-
-
-def _lines(cells: list[list[str]]) -> list[str]:
-    cells.insert(1, ["---"] * len(cells[0]))
-    return [f"| {' | '.join(row)} |" for row in cells] + [""]
-
-
-def _code(text: str) -> str:
-    return f"<code>{markdown_safe(text)}</code>"
+    return markdown_table(["", " "], rows.items())
 
 
 def card_text(audit: Mapping[str, Any]) -> str:
@@ -199,7 +189,7 @@ def card_text(audit: Mapping[str, Any]) -> str:
         "size": f"{audit['records']:,} records, {audit['turns']:,} turns, {audit['images']:,} images",
         "images": markdown_safe(source["images"]),
         "license": markdown_safe(source["license"]),
-        "file": f"{_code(audit['file'])}, SHA-256 `{audit['sha256'][:16]}`",
+        "file": f"{code_safe(audit['file'])}, SHA-256 `{audit['sha256'][:16]}`",
         "date": markdown_safe(" to ".join(dict.fromkeys(date[:10] for date in dates))) if dates else "not recorded",
     }
     lines = ["# Data card", "", *_properties(properties)]
@@ -213,7 +203,7 @@ def card_text(audit: Mapping[str, Any]) -> str:
     for fault in (fault for fault in faults if fault["found"]):
         kinds = ", ".join(f"{markdown_safe(k)} {n['found']:,} of {n['of']:,}" for k, n in fault["by_kind"].items())
         first = fault["examples"][0]
-        example = f"{markdown_safe(first['kind'])} {_code(first['record'])}"
+        example = f"{markdown_safe(first['kind'])} {code_safe(first['record'])}"
         lines.append(f"- **{markdown_safe(fault['fault'])}**: {kinds}. Such as {example}.")
     if not any(fault["found"] for fault in faults):
         lines.append("None of these was found.")
@@ -241,7 +231,9 @@ def _teacher_table(teacher: Mapping[str, Any] | None) -> list[str]:
         + " USD per million tokens of prompt and reply",
         "paid": f"{teacher['cost_usd']:,.2f} USD",
         "temperature": markdown_safe(", ".join(teacher["temperature"])),
-        "prompts": "; ".join(f"{markdown_safe(k)} {_code(', '.join(own))}" for k, own in teacher["prompts"].items()),
+        "prompts": "; ".join(
+            f"{markdown_safe(k)} {code_safe(', '.join(own))}" for k, own in teacher["prompts"].items()
+        ),
     }
     return _properties(properties)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import exp, log
 from typing import Any
@@ -42,10 +42,8 @@ VARIANTS = (
 _FORM_FIELDS = ("lowercase", "strip_determiners", "drop_pronouns", "max_words")  # these change the phrases
 
 
-def filter_sensitivity(
-    filtered: Filtered, published: Mapping[str, int], variants: Sequence[Variant] = VARIANTS
-) -> list[dict[str, Any]]:
-    """Select pairs under each variant of the recipe; phrases are not extracted again.
+def filter_sensitivity(filtered: Filtered, published: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Select pairs under each of the `VARIANTS` of the recipe; phrases are not extracted again.
 
     `published` has the paper's `phrases`, `phrases_kept`, `pairs_kept`. Returns a row per variant: its description as
     `reading`, `changes` as text, the three numbers, and `times_off`: the largest factor between one of them and the
@@ -53,20 +51,20 @@ def filter_sensitivity(
     """
     rows: dict[int, dict[str, Any]] = {}
     table, form = filtered.selection.table, _form(filtered.settings)
-    settings = [replace(filtered.settings, **variant.changes) for variant in variants]
+    settings = [replace(filtered.settings, **variant.changes) for variant in VARIANTS]
     # variants with the same phrases follow one another, so that only one table is in memory
-    for k in sorted(range(len(variants)), key=lambda k: (str(_form(settings[k])), k)):
+    for k in sorted(range(len(VARIANTS)), key=lambda k: (str(_form(settings[k])), k)):
         if _form(settings[k]) != form:
             table, form = phrase_table(filtered.phrases, settings[k]), _form(settings[k])
         counts = select(table, settings[k], filtered.available).counts()
         numbers = {name: counts[name] for name in published}
         rows[k] = {
-            "reading": variants[k].description,
-            "changes": ", ".join(f"{name} = {value}" for name, value in variants[k].changes.items()),
+            "reading": VARIANTS[k].description,
+            "changes": ", ".join(f"{name} = {value}" for name, value in VARIANTS[k].changes.items()),
             **numbers,
             "times_off": _times_off(numbers, published),
         }
-    return [rows[k] for k in range(len(variants))]
+    return [rows[k] for k in range(len(VARIANTS))]
 
 
 def _form(settings: FilterSettings) -> tuple[Any, ...]:

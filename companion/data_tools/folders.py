@@ -1,10 +1,12 @@
-"""Where generated data sets are written."""
+"""Folders of data sets: where generated ones are written, and one checksum over several files."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
-from llava_core.runtime import ROOT
+from llava_core.runtime import ROOT, sha256_file
 
 
 def generated_folder(folder: Path, data: str, mark: str) -> Path:
@@ -15,3 +17,9 @@ def generated_folder(folder: Path, data: str, mark: str) -> Path:
     if not (folder / data).exists() or (folder / mark).exists():
         return folder
     return ROOT / "runs" / "generated" / folder.name
+
+
+def combined_sha256(files: Mapping[str, Path]) -> str:
+    """Return the SHA-256 over the names and the SHA-256 of files, in the mapping's order."""
+    lines = (f"{name} {sha256_file(path)}\n" for name, path in files.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -36,15 +36,13 @@ class ImageAvailability:
 def image_availability(
     names: Iterable[str],
     images: str | Path,
-    decode: bool = True,
     cache: str | Path | None = None,
     processes: int | None = 1,
 ) -> tuple[NDArray[np.bool_], ImageAvailability]:
-    """Check the image of each row; a fault is counted and never stops the work.
+    """Decode the image of each row; a fault is counted and never stops the work.
 
     Args:
         names: the image file of each row.
-        decode: decode each image instead of reading only its header.
         cache: folder for the results; an image is checked again if its size or time has changed.
 
     Returns (rows,) whether the image can be used, and the counts. Raises DataError without a folder of images.
@@ -52,13 +50,13 @@ def image_availability(
     images = Path(images)
     if not images.is_dir():
         raise DataError(f"{display_path(images)}: no such folder; give the folder of the images, or none")
-    folder = Path(cache) / fingerprint([str(images.resolve()), decode]) if cache is not None else None
+    folder = Path(cache) / fingerprint(str(images.resolve())) if cache is not None else None
 
     def shards() -> Iterator[tuple[Any, ...]]:
         source = iter(names)
         while shard := list(islice(source, SHARD)):
             # named by its image names, so that another TSV with the same images finds it
-            yield shard, images, decode, folder / f"{fingerprint(shard)}.json" if folder else None
+            yield shard, images, folder / f"{fingerprint(shard)}.json" if folder else None
 
     usable: list[bool] = []
     result = ImageAvailability()
@@ -77,9 +75,7 @@ def image_availability(
     return np.array(usable, bool), result
 
 
-def _check_shard(
-    names: list[str], images: Path, decode: bool, cached: Path | None
-) -> list[tuple[str, tuple[str, str] | None]]:
+def _check_shard(names: list[str], images: Path, cached: Path | None) -> list[tuple[str, tuple[str, str] | None]]:
     """Names and faults of some images; those that have not changed since the cached check are not opened."""
     known = _load(cached, len(names))
     checked: list[Checked] = []
@@ -87,7 +83,7 @@ def _check_shard(
         now = _stamp(images, name)
         if now != stamp or now == _ABSENT:
             outside = file_fault(images, name, image=True)
-            fault = image_fault(images / name, decode) if outside is None else ("missing_image", outside)
+            fault = image_fault(images / name) if outside is None else ("missing_image", outside)
         checked.append((now, fault))
     if cached is not None:
         atomic_write(cached, json.dumps(checked))

@@ -5,7 +5,6 @@ With a cache each shard of captions is one file, written atomically; a killed ru
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from companion.data_tools.folders import combined_sha256
 from companion.data_tools.parallel import parallel_map
 from llava_core.runtime import (
     ConfigError,
@@ -170,8 +170,7 @@ def _check_model(model: SpacyModel) -> tuple[str, str]:
 def model_sha256(folder: Path) -> str:
     """SHA-256 over names and bytes of a model's data files, without code and notes."""
     files = sorted(path for path in folder.glob("*-*/**/*") if path.is_file() and path.suffix != ".md")
-    lines = "".join(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n" for path in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return combined_sha256({path.relative_to(folder).as_posix(): path for path in files})
 
 
 @dataclass(frozen=True)
@@ -194,9 +193,9 @@ def _load_shard(path: Path) -> list[list[str]]:
     return shard
 
 
-def _shards(captions: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
+def _shards(captions: Iterable[str]) -> Iterator[tuple[str, ...]]:
     source = iter(captions)
-    return iter(lambda: tuple(islice(source, size)), ())
+    return iter(lambda: tuple(islice(source, SHARD)), ())
 
 
 def _extract_shard(captions: tuple[str, ...], find: Callable[[Iterable[str]], Iterator[list[str]]]) -> list[list[str]]:
@@ -215,14 +214,14 @@ def _write_shard(captions: tuple[str, ...], path: Path, extractor: Extractor) ->
     return len(captions)
 
 
-def extract(captions: Iterable[str], extractor: Extractor, size: int = SHARD) -> Phrases:
+def extract(captions: Iterable[str], extractor: Extractor) -> Phrases:
     find = extractor.start()
-    return Phrases(extractor, [_extract_shard(shard, find) for shard in _shards(captions, size)])
+    return Phrases(extractor, [_extract_shard(shard, find) for shard in _shards(captions)])
 
 
-def shard_key(source: Path, extractor: Extractor, size: int = SHARD) -> dict[str, Any]:
+def shard_key(source: Path, extractor: Extractor) -> dict[str, Any]:
     """What the shards of a file depend on; its fingerprint is the name of their folder."""
-    return {"source": sha256_file(source), "extractor": extractor.name, "key": extractor.key, "size": size}
+    return {"source": sha256_file(source), "extractor": extractor.name, "key": extractor.key, "size": SHARD}
 
 
 def extract_file(
@@ -231,27 +230,25 @@ def extract_file(
     extractor: Extractor,
     cache: Path,
     processes: int | None = None,
-    size: int = SHARD,
 ) -> Phrases:
     """Extract phrases of a file of captions to disk; earlier shards are reused. Raises as `parallel_map`.
 
     Args:
         captions: opens the file and yields its captions in order; not called if all shards are there.
         source: the file; its SHA-256 and the extractor's key name the folder of its shards in `cache`.
-        size: captions per shard.
     """
-    key = shard_key(source, extractor, size)
+    key = shard_key(source, extractor)
     folder = cache / fingerprint(key)
     with file_lock(folder / "lock"):  # another process may extract the same file
         paths, done = sorted(folder.glob("0*.json")), folder / "done.json"
         if not done.exists() or len(paths) != read_json(done)["shards"]:
-            facts = _extract_missing(captions, extractor, folder, processes, size)
+            facts = _extract_missing(captions, extractor, folder, processes)
             write_json(done, {**key, **facts})
         return Phrases(extractor, sorted(folder.glob("0*.json")))
 
 
 def _extract_missing(
-    captions: Callable[[], Iterable[str]], extractor: Extractor, folder: Path, processes: int | None, size: int
+    captions: Callable[[], Iterable[str]], extractor: Extractor, folder: Path, processes: int | None
 ) -> dict[str, int]:
     """Write the shards that a folder lacks; return the numbers of captions and of shards."""
     for leftover in folder.glob(".*.tmp"):  # of a killed writer
@@ -261,7 +258,7 @@ def _extract_missing(
 
     def missing() -> Iterator[tuple[tuple[str, ...], Path, Extractor]]:
         nonlocal total
-        for number, shard in enumerate(_shards(captions(), size)):
+        for number, shard in enumerate(_shards(captions())):
             total += len(shard)
             path = folder / f"{number:06d}.json"
             if path.name in existing:
@@ -272,4 +269,4 @@ def _extract_missing(
     with bar:
         for count in parallel_map(_write_shard, missing(), processes):
             bar.update(count)
-    return {"captions": total, "shards": -(-total // size)}
+    return {"captions": total, "shards": -(-total // SHARD)}

@@ -59,9 +59,7 @@ class Verbs:
     counts: dict[str, int]
 
 
-def root_verbs(
-    questions: Mapping[str, Iterable[str]], source: Path, cache: Path | None = None, processes: int | None = None
-) -> dict[str, Verbs]:
+def root_verbs(questions: Mapping[str, Iterable[str]], source: Path, cache: Path | None = None) -> dict[str, Verbs]:
     """Count the root verbs of each kind with their object nouns; each different question is parsed once.
 
     Args:
@@ -76,7 +74,7 @@ def root_verbs(
     different = list(dict.fromkeys(text for texts in asked.values() for text in texts))
     extractor = replace(extractor, key=fingerprint([extractor.key, different]))
     folder = cache if cache is not None else ROOT / "data" / ".cache" / "verbs"
-    parsed = extract_file(lambda: different, source, extractor, folder, processes)
+    parsed = extract_file(lambda: different, source, extractor, folder)
     verbs = {text: pairs[0] if pairs else "" for text, pairs in zip(different, parsed, strict=True)}
     return {kind: _count(texts, verbs) for kind, texts in asked.items()}
 

@@ -112,7 +112,6 @@ def write_reference(
     client: ChatClient,
     out: str | Path,
     model: str = JUDGE_MODEL,
-    temperature: float = 0.0,
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, Any]:
     """Answer a bench with a text-only model that reads the images' descriptions, as the paper's GPT-4 did.
@@ -127,7 +126,7 @@ def write_reference(
                 f"{display_path(bench.folder)}: question {row['question_id']}: no context for {row['image']}"
             )
         messages = reference_messages(row["text"], bench.context[row["image"]])
-        requests.append(ChatRequest(messages, model, temperature, max_tokens))
+        requests.append(ChatRequest(messages, model, 0.0, max_tokens))
     asked, tally = ask_all(client, requests, answer_of, "reference")
     rows = [
         {"question_id": row["question_id"], "text": result.text, "category": row["category"], **result.source()}

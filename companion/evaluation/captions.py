@@ -163,7 +163,7 @@ def leave_one_out(references: Mapping[Any, Sequence[str]], captions: Mapping[Any
     return {"n": scores[0]["n"], "annotators": annotators, **means, "by_annotator": [one["cider"] for one in scores]}
 
 
-def of_another_image(captions: Mapping[Any, str], seed: int = 0) -> dict[Any, str]:
+def of_another_image(captions: Mapping[Any, str]) -> dict[Any, str]:
     """Return the captions with every image given that of another one: what language alone scores.
 
     Raises:
@@ -172,7 +172,7 @@ def of_another_image(captions: Mapping[Any, str], seed: int = 0) -> dict[Any, st
     keys = list(captions)
     if len(keys) < 2:
         raise DataError(f"{len(keys)} captioned images; at least two are needed to exchange their captions")
-    random.Random(seed).shuffle(keys)
+    random.Random(0).shuffle(keys)
     return {key: captions[other] for key, other in zip(keys, [*keys[1:], keys[0]], strict=True)}
 
 
@@ -268,11 +268,6 @@ def read_files(
     if not captions:
         raise DataError(f"{display_path(predictions)}: none of the first {limit} images has a caption")
     return {key: refs[key] for key in chosen if key in refs}, captions
-
-
-def evaluate_files(references: str | Path, predictions: str | Path, limit: int | None = None) -> dict[str, Any]:
-    """Score a COCO result file (rows of image_id, caption; one per image) against COCO's `captions_*.json`."""
-    return score_with_bounds(*read_files(references, predictions, limit))
 
 
 def write_captions(

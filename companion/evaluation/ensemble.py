@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from companion.data_tools.scienceqa import Problem, format_problem
 from companion.evaluation.predictions import read_predictions
 from companion.evaluation.prompts import PROMPTS
-from companion.evaluation.science_qa import DEFAULT_ERA, Answer, Failure, as_questions, parse_answer, tally
+from companion.evaluation.science_qa import Answer, Failure, as_questions, parse_answer, tally
 from companion.evaluation.statistics import mcnemar, p_text, paired_bootstrap
 from companion.teacher.asking import ask_all
 from companion.teacher.chat import PRICES, BudgetError, ChatReply, ChatRequest
@@ -32,9 +32,9 @@ MODEL, TEMPERATURE, REPLY_TOKENS, SHOTS = "gpt-4-0314", 0.0, 1024, 2
 """The number of examples is the paper's; snapshot, temperature and length are not published."""
 
 
-def pick_shots(train: Sequence[Problem], n: int = SHOTS, seed: int = 0) -> list[Problem]:
-    """Return n problems without an image, drawn with the seed, as examples."""
-    return random.Random(seed).sample([problem for problem in train if not problem.image], n)
+def pick_shots(train: Sequence[Problem]) -> list[Problem]:
+    """Return `SHOTS` problems without an image, drawn with a fixed seed, as examples."""
+    return random.Random(0).sample([problem for problem in train if not problem.image], SHOTS)
 
 
 def solver_messages(problem: Problem, shots: Sequence[Problem] = ()) -> list[Message]:
@@ -90,7 +90,6 @@ def run(
     *,
     shots: Sequence[Problem] = (),
     model: str = MODEL,
-    era: str = DEFAULT_ERA,
     max_tokens: int = REPLY_TOKENS,
 ) -> dict[str, Any]:
     """Query the text-only model, send the second query where it and LLaVA (problem id -> output) differ, and score.
@@ -114,12 +113,12 @@ def run(
     gpt4, first = ask(client, asked, "GPT-4")
     second_queries = {}
     for p in problems:
-        llava_choice, gpt4_choice = (parse_answer(texts.get(p.id, ""), len(p.choices), era) for texts in (llava, gpt4))
+        llava_choice, gpt4_choice = (parse_answer(texts.get(p.id, ""), len(p.choices)) for texts in (llava, gpt4))
         if llava_choice != gpt4_choice:
             second_queries[p.id] = request(requery_messages(p, llava[p.id], gpt4.get(p.id, "")))
     requery, second = ask(client, second_queries, "GPT-4, again")
     return {
-        "systems": evaluate(problems, llava, gpt4, requery, era=era),
+        "systems": evaluate(problems, llava, gpt4, requery),
         "n": len(problems),
         "asked_again": len(second_queries),
         "bills": {"gpt4": first, "requery": second},
@@ -131,11 +130,9 @@ def run(
     }
 
 
-def answerable(
-    client: ChatClient, problems: Sequence[Problem], shots: Sequence[Problem] = (), most: int = 200
-) -> tuple[int, int]:
-    """Ask some problems, without an image if there are such; return how many replies name a choice, and of how many."""
-    asked = ([p for p in problems if not p.image] or list(problems))[:most]
+def answerable(client: ChatClient, problems: Sequence[Problem], shots: Sequence[Problem] = ()) -> tuple[int, int]:
+    """Ask at most 200 problems, without image if there are such; return how many replies name a choice, of how many."""
+    asked = ([p for p in problems if not p.image] or list(problems))[:200]
     requests = [ChatRequest(solver_messages(p, shots), MODEL, TEMPERATURE, REPLY_TOKENS) for p in asked]
     texts = [client.complete(request).text for request in requests]
     named = [isinstance(parse_answer(t, len(p.choices)), int) for p, t in zip(asked, texts, strict=True)]
@@ -147,8 +144,6 @@ def run_files(
     llava: Mapping[str, str],
     gpt4: str | Path,
     requery: str | Path | None = None,
-    *,
-    era: str = DEFAULT_ERA,
 ) -> dict[str, Any]:
     """Score the ensemble from files of GPT-4's answers and of its answers to the second query; no request is sent.
 
@@ -176,12 +171,12 @@ def run_files(
             )
     for name, what in (("llava", "LLaVA's"), ("gpt4", "GPT-4's"), ("requery", "GPT-4's second")):
         texts = {key: text for key, text in files.get(name, {}).items() if key in known}
-        failed = [k for k, text in texts.items() if isinstance(parse_answer(text, known[k], era), Failure)]
+        failed = [k for k, text in texts.items() if isinstance(parse_answer(text, known[k]), Failure)]
         if failed:
             notes.append(f"{len(failed)} of {what} {len(texts)} answers name no choice (first: {failed[0]}).")
     again = known.keys() & files.get("requery", {}).keys()
     return {
-        "systems": evaluate(problems, files["llava"], files["gpt4"], files.get("requery"), era=era),
+        "systems": evaluate(problems, files["llava"], files["gpt4"], files.get("requery")),
         "n": len(problems),
         "asked_again": len(again),
         "notes": notes,
@@ -206,8 +201,6 @@ def evaluate(
     llava: Mapping[str, str],
     gpt4: Mapping[str, str],
     requery: Mapping[str, str] | None = None,
-    *,
-    era: str = DEFAULT_ERA,
 ) -> dict[str, dict[str, Any]]:
     """Score both systems, their ensembles and the upper bound (either is right) on the same questions.
 
@@ -221,12 +214,12 @@ def evaluate(
     rows: dict[str, dict[str, Answer]] = {"llava": {}, "gpt4": {}, "complement": {}, "upper_bound": {}}
     questions = as_questions(problems)
     for q in questions:
-        llava_choice, gpt4_choice = (parse_answer(texts.get(q.id, ""), q.n_choices, era) for texts in (llava, gpt4))
+        llava_choice, gpt4_choice = (parse_answer(texts.get(q.id, ""), q.n_choices) for texts in (llava, gpt4))
         rows["llava"][q.id], rows["gpt4"][q.id] = llava_choice, gpt4_choice
         rows["complement"][q.id] = complement(llava_choice, gpt4_choice)
         rows["upper_bound"][q.id] = gpt4_choice if gpt4_choice == q.answer else llava_choice
         if requery is not None:
-            second = parse_answer(requery.get(q.id, ""), q.n_choices, era)
+            second = parse_answer(requery.get(q.id, ""), q.n_choices)
             rows.setdefault("judge", {})[q.id] = judged(llava_choice, gpt4_choice, second)
     scores = {name: tally(questions, answers) for name, answers in rows.items()}
     right = {name: [answers[q.id] == q.answer for q in questions] for name, answers in rows.items()}

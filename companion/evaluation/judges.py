@@ -73,13 +73,8 @@ def _compare(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> dict[str, Any]
         "n": len(x),
         "spearman": estimate(correlation(stats.spearmanr, counts, x, y)),
         "kendall": estimate(correlation(stats.kendalltau, counts, x, y)),
-        "shift": estimate(mean_shift(counts, x, y)),
+        "shift": estimate(ratio(counts @ (y - x), counts.sum(1))),
     }
-
-
-def mean_shift(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the mean of y - x in every resample."""
-    return ratio(counts @ (y - x), counts.sum(1))
 
 
 def _kappa(counts: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -73,7 +73,6 @@ def image_counts(
     """Return `item_counts` of questions (1 + samples, n), those about one image resampled together.
 
     Args:
-        keys: question ids.
         images: question id -> image; None: every question by itself.
 
     Raises:
@@ -81,15 +80,19 @@ def image_counts(
     """
     if images is None:
         return item_counts(len(keys), samples, seed)
-    image_of = {str(key): image for key, image in images.items()}
-    if absent := [key for key in keys if key not in image_of]:
-        raise DataError(f"question {absent[0]} has no image; give reviews and images of the same questions")
-    names, image_index = np.unique([image_of[key] for key in keys], return_inverse=True)
+    names, image_index = np.unique(_images_of(keys, images), return_inverse=True)
     return item_counts(len(names), samples, seed)[:, image_index]
 
 
+def _images_of(keys: Sequence[str], images: Mapping[Any, str]) -> list[str]:
+    image_of = {str(key): image for key, image in images.items()}
+    if absent := [key for key in keys if key not in image_of]:
+        raise DataError(f"question {absent[0]} has no image; give reviews and images of the same questions")
+    return [image_of[key] for key in keys]
+
+
 def relative_scores(
-    reviews: Sequence[Mapping[str, Any]], images: Mapping[Any, str] | None = None, samples: int = SAMPLES
+    reviews: Sequence[Mapping[str, Any]], images: Mapping[Any, str] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Return category -> `{n, failed, value, interval}` in %, of the rows of `llava_bench.judge`; also for `all`.
 
@@ -101,7 +104,7 @@ def relative_scores(
         rows = [r for r in reviews if name in ("all", str(r["category"]).removeprefix(CATEGORY_PREFIX))]
         scored = [r for r in rows if r["tuple"]]
         pairs = np.array([r["tuple"] for r in scored], dtype=float).reshape(-1, 2)
-        counts = image_counts([str(r["question_id"]) for r in scored], images, samples)
+        counts = image_counts([str(r["question_id"]) for r in scored], images)
         interval = estimate(relative_score(counts, pairs))["interval"]
         result[name] = {"n": len(pairs), "failed": len(rows) - len(pairs), "value": value, "interval": interval}
     return result
@@ -139,9 +142,7 @@ def relative_difference(
             "interval": change["interval"]}  # fmt: skip
 
 
-def times_over(
-    more: Sequence[Reviews], less: Sequence[Reviews], images: Mapping[Any, str], samples: int = SAMPLES, seed: int = 0
-) -> dict[str, Any]:
+def times_over(more: Sequence[Reviews], less: Sequence[Reviews], images: Mapping[Any, str]) -> dict[str, Any]:
     """Return how many times a system's relative score is that of another, as `times_over_scores`, from reviews.
 
     Args:
@@ -153,18 +154,13 @@ def times_over(
     """
     tables = [[question_scores(reviews).scores for reviews in runs] for runs in (more, less)]
     keys = [key for key in tables[0][0] if all(key in table for runs in tables for table in runs)]
-    image_of = {str(key): image for key, image in images.items()}
     if len(keys) < 2:
         raise DataError(f"{len(keys)} questions are scored everywhere; give reviews of the same questions")
-    if absent := [key for key in keys if key not in image_of]:
-        raise DataError(f"question {absent[0]} has no image; give reviews and images of the same questions")
     first, second = (np.array([[table[key] for key in keys] for table in runs]) for runs in tables)
-    return times_over_scores(first, second, [image_of[key] for key in keys], samples, seed)
+    return times_over_scores(first, second, _images_of(keys, images))
 
 
-def times_over_scores(
-    more: np.ndarray, less: np.ndarray, images: Sequence[str], samples: int = SAMPLES, seed: int = 0
-) -> dict[str, Any]:
+def times_over_scores(more: np.ndarray, less: np.ndarray, images: Sequence[str]) -> dict[str, Any]:
     """Return how many times a system's relative score is that of another, and whether that is "several times".
 
     Args:
@@ -183,7 +179,7 @@ def times_over_scores(
     if len(less) not in (1, len(more)):
         raise DataError(f"{len(more)} and {len(less)} seeds cannot be paired; give one or equal numbers of runs")
     questions = [str(k) for k in range(len(images))]
-    counts = image_counts(questions, dict(zip(questions, images, strict=True)), samples, seed)
+    counts = image_counts(questions, dict(zip(questions, images, strict=True)))
     values = [
         np.array([relative_score(counts, run, rounded=False) for run in runs]) for runs in (more, less)
     ]  # (seeds, 1 + samples)

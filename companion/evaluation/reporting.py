@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from companion.evaluation.captions import compare, evaluate_files, read_files, score
+from companion.evaluation.captions import compare, read_files, score, score_with_bounds
 from companion.evaluation.llava_bench import (
     CATEGORY_PREFIX,
     FAILED,
@@ -164,9 +164,13 @@ def _check_same_bench(questions: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def caption_report(references: str | Path, predictions: str | Path, limit: int | None = None) -> dict[str, Any]:
-    """Return `captions.evaluate_files` with `reporting`, the rows of `caption_rules`; None if no caption is missing."""
-    result = evaluate_files(references, predictions, limit)
-    rules = caption_rules(*read_files(references, predictions, limit)) if result["missing"] else None
+    """Score a COCO result file (rows of image_id, caption; one per image) against COCO's `captions_*.json`.
+
+    Returns `captions.score_with_bounds` with `reporting`, the rows of `caption_rules`; None if no caption is missing.
+    """
+    files = read_files(references, predictions, limit)
+    result = score_with_bounds(*files)
+    rules = caption_rules(*files) if result["missing"] else None
     return {**result, "reporting": rules}
 
 

@@ -213,11 +213,9 @@ def tally(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[
     }
 
 
-def right_answers(
-    problems: Mapping[str, Any] | Iterable[Any], answers: Mapping[str, str], era: str = DEFAULT_ERA
-) -> list[bool]:
+def right_answers(problems: Mapping[str, Any] | Iterable[Any], answers: Mapping[str, str]) -> list[bool]:
     """Return for each problem, in order, whether its answer names the right choice."""
-    return [parse_answer(answers[q.id], q.n_choices, era) == q.answer for q in as_questions(problems)]
+    return [parse_answer(answers[q.id], q.n_choices) == q.answer for q in as_questions(problems)]
 
 
 def score(
@@ -534,7 +532,7 @@ def format_comparison(result: Mapping[str, Any]) -> str:
     low, high = result["interval"]
     rows.append(f"second minus first: {result['difference']:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
     discordant = f"right in the first only {result['only_first']}, in the second only {result['only_second']}"
-    rows.append(f"of {result['n']} questions {discordant}; McNemar's exact {p_text(result['p'])}")
+    rows.append(f"of {result['n']} questions {discordant}; McNemar's exact p: {p_text(result['p'])}")
     return "\n".join(rows + [f"- {note}" for note in result["notes"]])
 
 

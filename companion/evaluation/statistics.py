@@ -18,13 +18,13 @@ PERCENTILES = (2.5, 97.5)
 SAMPLES = 2000
 
 
-def wilson(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson(correct: int, n: int) -> tuple[float, float]:
     """Return Wilson's interval of a proportion, as two fractions; with no trial it is (0, 1)."""
     if not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n}: the count must lie between 0 and n")
     if n == 0:
         return 0.0, 1.0
-    interval = stats.binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    interval = stats.binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -65,17 +65,12 @@ def item_counts(n: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
     return np.vstack([np.ones(n, dtype=counts.dtype), counts]).astype(float)
 
 
-def percentile_interval(values: np.ndarray) -> list[float]:
-    """Return the percentile interval of a statistic of all resamples."""
-    return [float(end) for end in np.percentile(values, PERCENTILES)]
-
-
 def estimate(values: np.ndarray) -> dict[str, Any]:
     """Return `{value, interval}` of a statistic (1 + samples,) of `item_counts`; both None where it is undefined."""
     defined = values[1:][np.isfinite(values[1:])]
     if not np.isfinite(values[0]) or not len(defined):
         return {"value": None, "interval": None}
-    return {"value": float(values[0]), "interval": percentile_interval(defined)}
+    return {"value": float(values[0]), "interval": np.percentile(defined, PERCENTILES).tolist()}
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -103,8 +98,8 @@ def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> dict[s
 
 
 def p_text(p: float) -> str:
-    """Return `p = 0.012`, or `p < 1e-300` where a float cannot hold it."""
-    return f"p = {p:.3g}" if p >= 1e-300 else "p < 1e-300"
+    """Return a p value for tables, `0.012` or `< 0.001`."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def seeds_interval(values: Sequence[float]) -> dict[str, Any]:

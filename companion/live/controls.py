@@ -30,7 +30,6 @@ def with_controls(
     Args:
         choices: names of the controls with their values, each a slider unless it is in `lists`.
         frames: for every combination of values a sentence (plain text) and HTML without scripts, such as `bars`.
-        start: the first values.
 
     Raises:
         DataError: a combination has no drawing, or together they are too large for a page.

@@ -6,7 +6,6 @@ Other modules call `ensure()`: it writes the sets that are missing or stale and 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import os
 import shutil
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from companion.data_tools.folders import combined_sha256
 from llava_core import runtime
 from llava_core.runtime import ConfigError, DataError, atomic_write, fingerprint, read_json, sha256_file, write_json
 
@@ -182,7 +182,7 @@ def _write_set(root: Path, name: str, seed: int, sizes: Sizes) -> dict[str, Any]
         "sizes": asdict(sizes),
         "counts": counts,
         "files": {key: sha256_file(path) for key, path in files.items()},
-        "images": _extent(images) | {"sha256": _combined(images)},
+        "images": _extent(images) | {"sha256": combined_sha256(images)},
     }
     write_json(fresh / "card.json", card)
     atomic_write(fresh / "card.md", _card_text(card))
@@ -205,13 +205,6 @@ def _content(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
 
 def _extent(images: dict[str, Path]) -> dict[str, int]:
     return {"count": len(images), "bytes": sum(path.stat().st_size for path in images.values())}
-
-
-def _combined(images: dict[str, Path]) -> str:
-    digest = hashlib.sha256()
-    for key, path in images.items():
-        digest.update(f"{key} {sha256_file(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def _card_text(card: dict[str, Any]) -> str:

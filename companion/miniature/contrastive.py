@@ -19,9 +19,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from companion.checkpoints.hf_export import preprocessor_config
 from companion.miniature import language, world
 from companion.miniature.pretraining_text import GRID, patch_groups
 from companion.miniature.training import fit, train_tokenizer
+from llava_core.data.images import ImageProcessor
 from llava_core.runtime import progress, seed_everything, write_json
 
 IMAGE_SIZE = 112
@@ -234,12 +236,5 @@ def train_clip(
 
 
 def write_preprocessor(folder: Path) -> None:
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": IMAGE_SIZE},
-            "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "do_resize": True, "do_center_crop": True,
-            "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
-            "rescale_factor": 1 / 255, "image_mean": [PIXEL_MEAN] * 3, "image_std": [PIXEL_STD] * 3,
-        },
-    )  # fmt: skip
+    image = ImageProcessor(IMAGE_SIZE, "crop", (PIXEL_MEAN,) * 3, (PIXEL_STD,) * 3)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(image))

@@ -13,7 +13,7 @@ from typing import Any
 
 from companion import evidence
 from companion.evaluation.science_qa import evaluate_files
-from companion.evaluation.statistics import unpaired_difference, welch
+from companion.evaluation.statistics import p_text, unpaired_difference, welch
 from companion.figures import output_folder
 from companion.paper.claims import EVIDENCE, Claim, all_claims, claim, computed_value, inconsistent
 from companion.paper.verdict import Verdict, verdict_of, verdict_of_interval
@@ -175,11 +175,6 @@ def published_ablation(name: str) -> dict[str, Any]:
     test = unpaired_difference(best.correct or 0, best.n or 0, other.correct or 0, other.n or 0)
     statistics = {key: test[key] for key in ("standard_error", "z", "p", "interval")}
     return {"reference": best.value, "other": other.value, "effect": claim(name).value, **statistics, "n": best.n}
-
-
-def p_text(p: float) -> str:
-    """Return a p value for tables."""
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def significance_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

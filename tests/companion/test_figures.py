@@ -31,7 +31,9 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_numbers_are_saved_as_plain_finite_json(out: Path) -> None:
+def test_numbers_are_saved_as_plain_finite_json(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "fast", True, raising=False)
+
     class Record:
         path = ROOT / "runs" / "pretrain" / "mini" / "0123456789ab"
 
@@ -39,7 +41,7 @@ def test_numbers_are_saved_as_plain_finite_json(out: Path) -> None:
     assert row["verdict"] == "agrees"
     assert figures.check("x", None, 1, False)["verdict"] == "disagrees"
     assert figures.check("x", None, 1, None)["verdict"] == "shown only"
-    figures.save_numbers("20_x", {"loss": numpy.float64(0.5), "per": numpy.arange(2)}, [row], [Record()], fast=True)
+    figures.save_numbers("20_x", {"loss": numpy.float64(0.5), "per": numpy.arange(2)}, [row], [Record()])
     saved = json.loads((out / "20_x.json").read_text())
     assert saved == {
         "notebook": "20_x",

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks import single_runs as bench
 from benchmarks.common import append_rows
-from companion.ablation_records import analyse, read_record
-from companion.single_runs import RECORD, first_seeds, single_runs, single_runs_figure
+from companion.ablation_records import analyse, at_seeds, read_record
+from companion.single_runs import RECORD, single_runs, single_runs_figure
 from llava_core.config import RunConfig
 from llava_core.runtime import DataError
 
@@ -93,7 +93,7 @@ def test_stored_runs_are_of_twenty_seeds() -> None:
 def test_record_of_first_seeds_is_analysed_as_a_run_with_these_seeds() -> None:
     stored = read_record("pretraining")
     assert stored is not None
-    whole, part = analyse(stored), analyse(first_seeds(stored, 2))
+    whole, part = analyse(stored), analyse(at_seeds(stored, range(2)))
     assert part["seeds"] == stored["seeds"][:2]
     for arm, own in zip(whole["arms"], part["arms"], strict=True):
         assert own["values"] == arm["values"][:2]

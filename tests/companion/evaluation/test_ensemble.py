@@ -113,12 +113,12 @@ def test_unanswered_problems_are_refused_early() -> None:
     assert client.requests == []
 
 
-def test_examples_have_no_image_and_depend_on_the_seed() -> None:
+def test_examples_have_no_image_and_are_always_the_same() -> None:
     train = [problem(str(k), image=k % 2 == 0) for k in range(40)]
     shots = ensemble.pick_shots(train)
     assert len(shots) == 2
     assert not any(shot.image for shot in shots)
-    assert shots == ensemble.pick_shots(train) != ensemble.pick_shots(train, seed=1)
+    assert shots == ensemble.pick_shots(train)
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -431,7 +431,7 @@ def test_comparison_tells_unparsed_answers(tmp_path: Path, capsys: pytest.Captur
     assert (result["first"]["unparsed"], result["second"]["unparsed"], result["second"]["invalid"]) == (0, 1999, 1)
     text = format_comparison(result)
     assert "unparsed 1999, invalid 1" in text
-    assert "p < 1e-300" in text
+    assert "exact p: < 0.001" in text
     assert "e.g. question 1: 'Final answer: A'" in text
     short = {str(k): PROBLEMS["2"] for k in range(10)}
     questions.write_text(json.dumps(short))
