@@ -14,12 +14,7 @@ import torch
 
 from benchmarks.common import circumstances
 from companion.miniature.acceptance import HELD_OUT_SEED, exact_answers
-from companion.miniature.language_model import (
-    SIZES,
-    lookup_init,
-    mean_loss,
-    new_language_model,
-)
+from companion.miniature.language_model import SIZES, lookup_init, mean_loss, new_language_model
 from companion.miniature.school_texts import REASON_FIRST, draw_problem, letter_document, problem_turn, with_letter
 from companion.miniature.training import fit, pad
 from llava_core.checkpoints.base_models import load_language_model

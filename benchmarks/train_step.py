@@ -298,10 +298,7 @@ class PackedStep:
         keys = [key for key in self.case.keys if key is not None]
         features = torch.stack([self.features[key] for key in keys]) if self.features else self._tower(keys)
         embeds = self.model.embed(batch.input_ids, None, self.model.project(features))
-        decoder, head = (
-            self.model.language_model.get_decoder(),
-            self.model.language_model.get_output_embeddings(),
-        )
+        decoder, head = (self.model.language_model.get_decoder(), self.model.language_model.get_output_embeddings())
         hidden = decoder(inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
         supervised = batch.labels[:, 1:] != IGNORE_INDEX
         return linear_cross_entropy(hidden[:, :-1][supervised], head.weight, batch.labels[:, 1:][supervised])

@@ -161,10 +161,7 @@ def _cluster_index(n: int, clusters: Sequence[Hashable] | None) -> tuple[np.ndar
 
 
 def compare(
-    first: Scores,
-    second: Scores,
-    clusters: Sequence[Hashable] | None = None,
-    units: Sequence[Hashable] | None = None,
+    first: Scores, second: Scores, clusters: Sequence[Hashable] | None = None, units: Sequence[Hashable] | None = None
 ) -> Comparison:
     """Compare two arms with the same seeds and questions.
 
@@ -300,12 +297,7 @@ def simulated_arms(
 
 
 def power_table(
-    seeds: Sequence[int],
-    n: int,
-    effects: Sequence[float],
-    *,
-    family: int = 1,
-    draws: int = 200,
+    seeds: Sequence[int], n: int, effects: Sequence[float], *, family: int = 1, draws: int = 200
 ) -> list[dict[str, Any]]:
     """Simulate the rule of `compare` and return a row per number of seeds: half-width, and the power at each effect.
 

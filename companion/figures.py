@@ -108,10 +108,7 @@ def check_claim(name: str, measured: Any, ok: bool | None, note: str = "") -> di
 
 
 def save_numbers(
-    name: str,
-    numbers: Mapping[str, Any],
-    checks: Sequence[Mapping[str, Any]] = (),
-    runs: Iterable[Any] = (),
+    name: str, numbers: Mapping[str, Any], checks: Sequence[Mapping[str, Any]] = (), runs: Iterable[Any] = ()
 ) -> None:
     """Write a notebook's numbers to the folder of its executed copy, with those of the solutions of its exercises.
 

@@ -18,14 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from companion.training_memory import (
-    FACTS,
-    fixed_bytes,
-    model_of,
-    recomputes,
-    row_bytes,
-    setting_of,
-)
+from companion.training_memory import FACTS, fixed_bytes, model_of, recomputes, row_bytes, setting_of
 from llava_core import runtime
 from llava_core.checkpoints.tokenizer import open_tokenizer, tokenizer_folder
 from llava_core.config import RunConfig

@@ -138,11 +138,7 @@ def bench_scores(record: RunRecord, bench: str, limit: int | None = None) -> dic
 
     result = bench_result(record, OfflineClient(respond), bench, limit)
     pairs = [row["tuple"] or (0, 0) for row in result["reviews"]]
-    return {
-        "reference": [pair[0] for pair in pairs],
-        "candidate": [pair[1] for pair in pairs],
-        "value": result["all"],
-    }
+    return {"reference": [pair[0] for pair in pairs], "candidate": [pair[1] for pair in pairs], "value": result["all"]}
 
 
 def anatomy_curve(record: RunRecord, limit: int | None = None) -> dict[str, Any]:

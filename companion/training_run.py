@@ -27,13 +27,7 @@ from llava_core.runtime import (
     write_json,
 )
 from llava_core.train.launch import launch, open_record
-from llava_core.train.processes import (
-    check_ranks,
-    end_with_error,
-    error_file,
-    error_of,
-    sign_lock,
-)
+from llava_core.train.processes import check_ranks, end_with_error, error_file, error_of, sign_lock
 from llava_core.train.signals import Interrupted
 from llava_core.train.trackers import check_trackers
 

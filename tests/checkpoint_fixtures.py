@@ -18,10 +18,7 @@ from llava_core.checkpoints.load import Loaded, build, save_checkpoint
 from llava_core.config import AdapterConfig
 from llava_core.train.adapters import add_adapters
 
-BITS = [
-    None,
-    pytest.param(4, marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")),
-]
+BITS = [None, pytest.param(4, marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes"))]
 """None and 4: LoRA and QLoRA."""
 
 

@@ -18,15 +18,7 @@ from typing import Any
 
 from llava_core.checkpoints.files import verify_files
 from llava_core.config import load_scale
-from llava_core.runtime import (
-    ROOT,
-    ConfigError,
-    DataError,
-    display_path,
-    fingerprint,
-    read_json,
-    sha256_file,
-)
+from llava_core.runtime import ROOT, ConfigError, DataError, display_path, fingerprint, read_json, sha256_file
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("llava_core", "companion", "benchmarks")

@@ -72,11 +72,7 @@ def _plain(value: Any, name: str) -> str:
     return f"{value}"
 
 
-VALUES: dict[str, Callable[..., str]] = {
-    "claim": _claim_value,
-    "config": _config_value,
-    "constant": _constant,
-}
+VALUES: dict[str, Callable[..., str]] = {"claim": _claim_value, "config": _config_value, "constant": _constant}
 
 
 def with_values(text: str, page: str) -> str:

@@ -128,10 +128,7 @@ def is_error(problem: Problem) -> bool:
 
 
 def check_file(
-    path: str | Path,
-    images: str | Path | None = None,
-    decode: bool = True,
-    max_words: int | None = MAX_WORDS,
+    path: str | Path, images: str | Path | None = None, decode: bool = True, max_words: int | None = MAX_WORDS
 ) -> dict[str, Any]:
     """Find all problems of a file; arguments as for `Checker`. Raises DataError if it or the folder does not exist.
 

@@ -46,9 +46,7 @@ RELEASED = dict.fromkeys(
 
 
 def audit_file(
-    path: str | Path,
-    annotations: str | Path | None = None,
-    images: str | Path | None = None,
+    path: str | Path, annotations: str | Path | None = None, images: str | Path | None = None
 ) -> dict[str, Any]:
     """Audit a file of instruction records; the result of `summary`.
 

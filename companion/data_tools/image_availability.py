@@ -34,10 +34,7 @@ class ImageAvailability:
 
 
 def image_availability(
-    names: Iterable[str],
-    images: str | Path,
-    cache: str | Path | None = None,
-    processes: int | None = 1,
+    names: Iterable[str], images: str | Path, cache: str | Path | None = None, processes: int | None = 1
 ) -> tuple[NDArray[np.bool_], ImageAvailability]:
     """Decode the image of each row; a fault is counted and never stops the work.
 

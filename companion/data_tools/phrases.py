@@ -225,11 +225,7 @@ def shard_key(source: Path, extractor: Extractor) -> dict[str, Any]:
 
 
 def extract_file(
-    captions: Callable[[], Iterable[str]],
-    source: Path,
-    extractor: Extractor,
-    cache: Path,
-    processes: int | None = None,
+    captions: Callable[[], Iterable[str]], source: Path, extractor: Extractor, cache: Path, processes: int | None = None
 ) -> Phrases:
     """Extract phrases of a file of captions to disk; earlier shards are reused. Raises as `parallel_map`.
 

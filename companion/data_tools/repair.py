@@ -16,16 +16,7 @@ from typing import Any
 
 from companion.data_tools.check import MAX_WORDS, Checker, Problems, report
 from llava_core.constants import IMAGE_MARKER
-from llava_core.data.instruct import (
-    FIELDS,
-    FORMATS,
-    ROLES,
-    Problem,
-    Record,
-    leaves_folder,
-    read_records,
-    too_deep,
-)
+from llava_core.data.instruct import FIELDS, FORMATS, ROLES, Problem, Record, leaves_folder, read_records, too_deep
 from llava_core.data.media import foreign_markers, is_medium_name, is_other_file, names_images, unread_fields
 from llava_core.data.tables import import_pyarrow
 from llava_core.runtime import DataError, atomic_write, display_path

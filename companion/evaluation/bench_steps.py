@@ -108,11 +108,7 @@ def _description(row: Mapping[str, Any], where: str) -> str:
 
 
 def write_reference(
-    bench: Bench,
-    client: ChatClient,
-    out: str | Path,
-    model: str = JUDGE_MODEL,
-    max_tokens: int = MAX_TOKENS,
+    bench: Bench, client: ChatClient, out: str | Path, model: str = JUDGE_MODEL, max_tokens: int = MAX_TOKENS
 ) -> dict[str, Any]:
     """Answer a bench with a text-only model that reads the images' descriptions, as the paper's GPT-4 did.
 

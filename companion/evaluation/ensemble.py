@@ -140,10 +140,7 @@ def answerable(client: ChatClient, problems: Sequence[Problem], shots: Sequence[
 
 
 def run_files(
-    problems: Sequence[Problem],
-    llava: Mapping[str, str],
-    gpt4: str | Path,
-    requery: str | Path | None = None,
+    problems: Sequence[Problem], llava: Mapping[str, str], gpt4: str | Path, requery: str | Path | None = None
 ) -> dict[str, Any]:
     """Score the ensemble from files of GPT-4's answers and of its answers to the second query; no request is sent.
 

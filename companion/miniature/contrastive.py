@@ -131,12 +131,7 @@ class ClipBatch:
 
 
 def train_clip(
-    out: Path,
-    seed: int = 0,
-    steps: int = 4000,
-    images: int = 24000,
-    batch: int = 80,
-    names: float = 0.7,
+    out: Path, seed: int = 0, steps: int = 4000, images: int = 24000, batch: int = 80, names: float = 0.7
 ) -> dict[str, Any]:
     """Train a CLIPModel contrastively on drawn scenes and save it in bf16; returns the settings for the manifest.
 

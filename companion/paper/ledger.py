@@ -112,10 +112,7 @@ def bundle_rows() -> list[dict[str, Any]]:
 
 
 def measured(
-    known: Claim,
-    out: Path,
-    released: Mapping[str, Any] | None = None,
-    bundles: Iterable[Mapping[str, Any]] = (),
+    known: Claim, out: Path, released: Mapping[str, Any] | None = None, bundles: Iterable[Mapping[str, Any]] = ()
 ) -> Measured:
     """Return the measured value of a claim, from the chapters' numbers in `out` or from `released_result`.
 

@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from companion.comparisons import (
-    Scores,
-    beats,
-    compare,
-    compare_speed,
-    holm,
-    power_table,
-    simulated_arms,
-    steps_to,
-)
+from companion.comparisons import Scores, beats, compare, compare_speed, holm, power_table, simulated_arms, steps_to
 from companion.paper.verdict import verdict_of_difference
 from llava_core.runtime import DataError
 

@@ -149,10 +149,7 @@ def test_wrong_tensor_is_named_in_the_error(world, intact, name, wrong, tmp_path
     edit_tensors(folder, change)
     ours = import_name(key, WRITERS[name].rules)
     named = {"missing": ours, "renamed": ours, "extra": key.replace("weight", "bias"), "shape": key}[wrong]
-    for act in (
-        lambda: load(folder, options=options),
-        lambda: convert(folder, tmp_path / "out", "llava", options),
-    ):
+    for act in (lambda: load(folder, options=options), lambda: convert(folder, tmp_path / "out", "llava", options)):
         with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
             act()
     assert not (tmp_path / "out").exists()

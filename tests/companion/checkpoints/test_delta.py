@@ -9,11 +9,7 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    loaded,
-    original,
-    root,
-)
+from checkpoint_fixtures import loaded, original, root  # noqa: F401 - fixtures
 from foreign import logits
 from safetensors.torch import load_file, save_file
 

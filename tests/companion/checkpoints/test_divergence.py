@@ -7,15 +7,7 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    change_json,
-    edit_tensors,
-    intact,
-    loaded,
-    original,
-    root,
-    world,
-)
+from checkpoint_fixtures import change_json, edit_tensors, intact, loaded, original, root, world  # noqa: F401 - fixtures
 from foreign import logits
 
 from companion.checkpoints import divergence

@@ -16,12 +16,7 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    change_json,
-    loaded,
-    original,
-    root,
-)
+from checkpoint_fixtures import change_json, loaded, original, root  # noqa: F401 - fixtures
 from safetensors.torch import load_file, save_file
 
 from companion.checkpoints.convert import convert
@@ -371,8 +366,7 @@ def test_inspect_downloads_nothing(original, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "text"),
-    [("config.json", "[" * 100_000), ("config.json", '{"mm_vision_tower": 1' + "0" * 5000 + "}")],
+    ("file", "text"), [("config.json", "[" * 100_000), ("config.json", '{"mm_vision_tower": 1' + "0" * 5000 + "}")]
 )
 def test_invalid_json_is_a_one_line_problem(original, file, text) -> None:
     (original / file).write_text(text)

@@ -231,12 +231,7 @@ def test_only_complete_reference_answers_are_kept(folder: Path, tmp_path: Path) 
     report = write_reference(bench, Poor(), tmp_path / "a.jsonl")
     assert (report["answers"], report["stopped"], report["unasked"]) == (2, "budget of 1 USD", 3)
     report = write_reference(bench, Poor(cut=True), tmp_path / "a.jsonl")
-    assert (report["answers"], report["retried"], report["failed"], report["unasked"]) == (
-        0,
-        1,
-        1,
-        4,
-    )
+    assert (report["answers"], report["retried"], report["failed"], report["unasked"]) == (0, 1, 1, 4)
 
 
 def test_text_only_answer_that_is_missing_is_not_judged_as_empty(folder: Path) -> None:

@@ -132,11 +132,7 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
 
 def test_file_without_settings_is_not_resumed(tmp_path: Path) -> None:
     path = tmp_path / "foreign.jsonl"
-    for content in (
-        '{"question_id": "0", "text": "A"}',
-        '{"question_id": "0", "text": "A", "metadata": {}}\n',
-        "1\n",
-    ):
+    for content in ('{"question_id": "0", "text": "A"}', '{"question_id": "0", "text": "A", "metadata": {}}\n', "1\n"):
         path.write_text(content)
         with pytest.raises(DataError, match="record 1: not an answer with its settings in `metadata`"):
             write(path, {})

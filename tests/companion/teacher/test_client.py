@@ -11,14 +11,7 @@ import pytest
 
 from companion.teacher.cassette import Cassette
 from companion.teacher.chat import ChatReply, ChatRequest, ServerError, cost_usd
-from companion.teacher.client import (
-    CLIENTS,
-    PAID_CLIENTS,
-    OfflineClient,
-    RecordClient,
-    ReplayClient,
-    client_from_name,
-)
+from companion.teacher.client import CLIENTS, PAID_CLIENTS, OfflineClient, RecordClient, ReplayClient, client_from_name
 from companion.teacher.plan import estimate, plan, plan_text
 from llava_core.runtime import ConfigError, DataError
 

@@ -11,11 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    loaded,
-    original,
-    root,
-)
+from checkpoint_fixtures import loaded, original, root  # noqa: F401 - fixtures
 
 from companion.checkpoints.inspection import inspect
 from llava_core.checkpoints.base_models import base_hash

@@ -10,14 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    adapted,
-    bases,
-    change_json,
-    loaded,
-    original,
-    root,
-)
+from checkpoint_fixtures import adapted, bases, change_json, loaded, original, root  # noqa: F401 - fixtures
 from foreign import logits
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file

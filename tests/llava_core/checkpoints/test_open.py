@@ -7,13 +7,7 @@ import json
 import foreign
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    loaded,
-    original,
-    root,
-    world,
-    write_checkpoint,
-)
+from checkpoint_fixtures import loaded, original, root, world, write_checkpoint  # noqa: F401 - fixtures
 from safetensors.torch import save_file
 
 from llava_core.checkpoints.describe import Options

@@ -8,12 +8,7 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    change_json,
-    loaded,
-    original,
-    root,
-)
+from checkpoint_fixtures import change_json, loaded, original, root  # noqa: F401 - fixtures
 from safetensors.torch import save_file
 
 from companion.checkpoints.inspection import inspect

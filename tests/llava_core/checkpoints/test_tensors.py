@@ -9,11 +9,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import pytest
 import tiny
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    loaded,
-    original,
-    root,
-)
+from checkpoint_fixtures import loaded, original, root  # noqa: F401 - fixtures
 from safetensors.torch import save_file
 
 from companion.checkpoints.convert import convert

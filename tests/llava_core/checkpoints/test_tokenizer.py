@@ -162,8 +162,7 @@ def test_tokenizer_json_alone_keeps_its_bos(model_file, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("piece", "charsmap"),
-    [("a" * 10**5, b""), ("a", (4).to_bytes(4, "little") + bytes(4) + b"b" * 10**6 + b"\0")],
+    ("piece", "charsmap"), [("a" * 10**5, b""), ("a", (4).to_bytes(4, "little") + bytes(4) + b"b" * 10**6 + b"\0")]
 )
 def test_sentencepiece_models_that_lengthen_a_text_are_refused(piece, charsmap, tmp_path) -> None:
     model = sentencepiece_model_pb2.ModelProto()

@@ -256,10 +256,7 @@ def tokens(encoded: Encoded, tokenizer: Any) -> str:
 HEADER = "<s> ▁A ▁car . ↵ ↵ "
 REPLY = "*## *# *▁Assistant *: *▁{} *↵ "
 EXACT = {
-    "one turn, text alone": (
-        [("what", "red")],
-        f"{HEADER}*## *# ▁Human : ▁what ↵ {REPLY.format('red')}*## *# *▁",
-    ),
+    "one turn, text alone": ([("what", "red")], f"{HEADER}*## *# ▁Human : ▁what ↵ {REPLY.format('red')}*## *# *▁"),
     "one turn, image last": (  # the marks of the reply begin a text of their own: one piece
         [("what\n<image>", "red")],
         f"{HEADER}*## *# ▁Human : ▁what IMG IMG IMG *▁### *▁Assistant *: *▁red *↵ *## *# *▁",

@@ -10,11 +10,7 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    change_json,
-    loaded,
-    root,
-)
+from checkpoint_fixtures import change_json, loaded, root  # noqa: F401 - fixtures
 from foreign import logits
 from safetensors.torch import load_file, save_file
 

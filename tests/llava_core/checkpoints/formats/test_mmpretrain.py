@@ -7,10 +7,7 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    edit_tensors,
-    world,
-)
+from checkpoint_fixtures import edit_tensors, world  # noqa: F401 - fixtures
 
 from companion.checkpoints.convert import convert
 from llava_core.checkpoints.describe import Options

@@ -9,12 +9,7 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    change_json,
-    edit_tensors,
-    loaded,
-    root,
-)
+from checkpoint_fixtures import change_json, edit_tensors, loaded, root  # noqa: F401 - fixtures
 from foreign import logits
 
 from companion.checkpoints.convert import convert

@@ -7,11 +7,7 @@ import json
 import foreign
 import pytest
 import torch
-from checkpoint_fixtures import (  # noqa: F401 - fixtures
-    loaded,
-    root,
-    world,
-)
+from checkpoint_fixtures import loaded, root, world  # noqa: F401 - fixtures
 from safetensors.torch import save_file
 
 from llava_core.checkpoints.base_models import load_language_model
