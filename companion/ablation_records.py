@@ -499,16 +499,25 @@ def explain(result: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
+def speed_text(speed: Mapping[str, Any]) -> str:
+    """Return the steps of the second arm over those of the reference in words; a bound if one misses the target."""
+    ratio = f"{2 ** speed['effect']:.2g} times the steps of the reference"
+    missed = [None in steps for steps in speed["needed"].values()]
+    if any(missed):
+        bound = "at least" if missed == [False, True] else "at most" if missed == [True, False] else "about"
+        arms = " and ".join(label for label, misses in zip(speed["needed"], missed, strict=True) if misses)
+        return f"{bound} {ratio}: {arms} {'do' if all(missed) else 'does'} not reach {speed['target']:g} % within {speed['steps'][-1]} steps"
+    ends = " to ".join(f"{2**end:.2g}" for end in speed["interval"] or ())
+    return f"{ratio} (95 % interval {ends})" if ends else f"{ratio} (one seed)"
+
+
 def difference_checks(result: Mapping[str, Any], note: str = "") -> list[dict[str, Any]]:
     """Return the rows of the results table for the claims of an analysed record."""
     rows = []
     for row in [*result["differences"].values(), *([result["speed"]] if result["speed"] else [])]:
         if row["claim"]:
             known = claim(row["claim"])
-            measured = row["interval"] or row["effect"]
-            if row is result["speed"]:
-                ends = " to ".join(f"{2**end:.2g}" for end in row["interval"] or [row["effect"]])
-                measured = f"{ends} times the steps of the reference"
+            measured = speed_text(row) if row is result["speed"] else row["interval"] or row["effect"]
             own = check(known.text, known.value_text, measured, None, note)
             rows.append({**own, "verdict": row["verdict"], "id": known.id, "place": known.place})
     return rows

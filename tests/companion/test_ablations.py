@@ -408,3 +408,15 @@ def test_papers_small_differences_are_not_significant(protocol: Protocol) -> Non
         z[name] = (ab.published_difference(plan, list(plan.arms)[1]) or {})["z"]
     assert {name for name, value in z.items() if abs(value) >= ab.NORMAL_95} == {"pretraining"}
     assert z["feature_layer"] == pytest.approx(-1.514, abs=1e-3)  # 3856 against 3815 of 4241
+
+
+def test_speed_is_a_bound_where_an_arm_misses_the_target() -> None:
+    speed = {"effect": 2.0, "interval": (1.0, 3.0), "steps": [10, 40], "target": 64.0}
+    for first, second, text in (
+        ([10.0], [40.0], "4 times the steps of the reference (95 % interval 2 to 8)"),
+        ([10.0], [None], "at least 4 times the steps of the reference: b does not reach 64 % within 40 steps"),
+        ([None], [10.0], "at most 4 times the steps of the reference: a does not reach 64 % within 40 steps"),
+        ([None], [None], "about 4 times the steps of the reference: a and b do not reach 64 % within 40 steps"),
+    ):
+        assert stored.speed_text({**speed, "needed": {"a": first, "b": second}}) == text
+    assert stored.speed_text({**speed, "interval": None, "needed": {"a": [1.0], "b": [4.0]}}).endswith("seed)")
