@@ -504,9 +504,10 @@ def speed_text(speed: Mapping[str, Any]) -> str:
     ratio = f"{2 ** speed['effect']:.2g} times the steps of the reference"
     missed = [None in steps for steps in speed["needed"].values()]
     if any(missed):
-        bound = "at least" if missed == [False, True] else "at most" if missed == [True, False] else "about"
+        bound = {(False, True): "at least ", (True, False): "at most "}.get(tuple(missed), "")
         arms = " and ".join(label for label, misses in zip(speed["needed"], missed, strict=True) if misses)
-        return f"{bound} {ratio}: {arms} {'do' if all(missed) else 'does'} not reach {speed['target']:g} % within {speed['steps'][-1]} steps"
+        fails = f"{'do' if all(missed) else 'does'} not reach {speed['target']:g} %"
+        return f"{bound}{ratio}: {arms} {fails} within {speed['steps'][-1]} steps"
     ends = " to ".join(f"{2**end:.2g}" for end in speed["interval"] or ())
     return f"{ratio} (95 % interval {ends})" if ends else f"{ratio} (one seed)"
 

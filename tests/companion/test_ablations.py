@@ -416,7 +416,7 @@ def test_speed_is_a_bound_where_an_arm_misses_the_target() -> None:
         ([10.0], [40.0], "4 times the steps of the reference (95 % interval 2 to 8)"),
         ([10.0], [None], "at least 4 times the steps of the reference: b does not reach 64 % within 40 steps"),
         ([None], [10.0], "at most 4 times the steps of the reference: a does not reach 64 % within 40 steps"),
-        ([None], [None], "about 4 times the steps of the reference: a and b do not reach 64 % within 40 steps"),
+        ([None], [None], "4 times the steps of the reference: a and b do not reach 64 % within 40 steps"),
     ):
         assert stored.speed_text({**speed, "needed": {"a": first, "b": second}}) == text
     assert stored.speed_text({**speed, "interval": None, "needed": {"a": [1.0], "b": [4.0]}}).endswith("seed)")
