@@ -98,7 +98,11 @@ def at_seeds(record: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]
 
 
 def confirms(record: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    """Return whether a record repeats seeds of a stored one: same models and data, and the same answers of its arms."""
+    """Return whether a record repeats seeds of a stored one: same models and data, and the same answers of its arms.
+
+    Another processor may round otherwise. There an arm is also confirmed by the stored code: if the run that the stored
+    record names was trained on this machine, with equal weights, and another arm has the same answers.
+    """
     seeds = [stored["seeds"].index(seed) for seed in record["seeds"] if seed in stored["seeds"]]
     same = ("base_models", "data", "training_data")
     if len(seeds) < len(record["seeds"]) or record["fast"] or record["questions"] != stored["questions"]:
@@ -107,8 +111,17 @@ def confirms(record: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
         record["made_with"].get(key) != stored["made_with"].get(key) for key in same
     ):
         return False
-    kept = at_seeds(stored, seeds)["arms"]
-    return all(arm.get(key) == kept[label].get(key) for label, arm in record["arms"].items() for key in ANSWERS)
+    kept, arms = at_seeds(stored, seeds)["arms"], record["arms"]
+    equal = {label: all(arm.get(key) == kept[label].get(key) for key in ANSWERS) for label, arm in arms.items()}
+    weights = {label: all(map(_same_weights, arm["runs"], kept[label]["runs"])) for label, arm in arms.items()}
+    return any(equal.values()) and all(equal[label] or weights[label] for label in arms)
+
+
+def _same_weights(run: str, other: str) -> bool:
+    """Return whether two different runs are on this machine and have equal weights."""
+    files = [sorted((runtime.resolve(path) / "checkpoint").glob("*.safetensors")) for path in (run, other)]
+    digests = [[(file.name, sha256_file(file)) for file in some] for some in files]
+    return run != other and digests[0] == digests[1] != []
 
 
 def _joined(values: Any) -> str:

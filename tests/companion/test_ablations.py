@@ -53,7 +53,7 @@ def simulated_record(
     arms = {}
     for label in plan.arms:
         scores = (first if label == plan.reference else second).scores
-        arms[label] = {"right": [digits(row) for row in scores]}
+        arms[label] = {"runs": [f"runs/{label}/{k}" for k in range(seeds)], "right": [digits(row) for row in scores]}
         if plan.speed is not None:
             end = 0.8 if label == plan.reference else 0.55
             levels = np.linspace(0.4, end, 8)[:, None]
@@ -340,7 +340,7 @@ def test_a_repeated_seed_with_the_same_answers_confirms_a_record_for_new_code(fo
     record = {**simulated_record(protocol, "feature_layer", -3), "made_with": now}
     one = {
         **record, "seeds": record["seeds"][1:2], "made_with": later,
-        "arms": {label: {**arm, "right": arm["right"][1:2]} for label, arm in record["arms"].items()},
+        "arms": stored.at_seeds(record, [1])["arms"],
     }  # fmt: skip
     label = next(iter(one["arms"]))
     flipped = ("1" if one["arms"][label]["right"][0][0] == "0" else "0") + one["arms"][label]["right"][0][1:]
@@ -420,3 +420,26 @@ def test_speed_is_a_bound_where_an_arm_misses_the_target() -> None:
     ):
         assert stored.speed_text({**speed, "needed": {"a": first, "b": second}}) == text
     assert stored.speed_text({**speed, "interval": None, "needed": {"a": [1.0], "b": [4.0]}}).endswith("seed)")
+
+
+def test_arm_that_another_processor_rounds_is_confirmed_by_the_stored_code(
+    protocol: Protocol, folder: Path, workspace: Path
+) -> None:
+    now = {"training_code": "a", "evaluation_code": "b", "base_models": {}, "data": {}, "training_data": {}}
+    record = {**simulated_record(protocol, "feature_layer", -3), "made_with": now}
+    first, second = record["arms"]
+    answers = record["arms"][second]["right"][0]
+    other = {**record["arms"][second], "runs": ["runs/new"], "right": [str(1 - int(answers[0])) + answers[1:]]}
+    one = stored.at_seeds(record, [0])
+    one = {**one, "arms": {first: one["arms"][first], second: other}}
+    weights = {}
+    for run in ("runs/new", record["arms"][second]["runs"][0]):
+        assert not stored.confirms(one, record)
+        weights[run] = workspace / run / "checkpoint" / "model.safetensors"
+        weights[run].parent.mkdir(parents=True)
+        weights[run].write_text("weights")
+    assert stored.confirms(one, record)
+    weights["runs/new"].write_text("other weights")
+    assert not stored.confirms(one, record)
+    same = {**one, "arms": {**one["arms"], second: {**other, "runs": record["arms"][second]["runs"][:1]}}}
+    assert not stored.confirms(same, record)  # the run of the record itself: this processor has no other witness
