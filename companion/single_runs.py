@@ -77,9 +77,9 @@ def single_runs_figure(result: Mapping[str, Any]) -> Figure:
     sns.histplot(x=result["z"], binwidth=0.5, stat="percent", ax=ax)
     ax.axvline(0, linestyle="--", color="C6")
     top = ax.get_ylim()[1]
-    ax.plot(
-        list(result["papers"].values()), [1.06 * top] * len(result["papers"]), "D", color="C1", label="paper, one run"
-    )
+    for (claim, z), marker in zip(sorted(result["papers"].items(), key=lambda pair: pair[1]), "DsvoX^", strict=False):
+        name = claim.removeprefix("ablation-").replace("-", " ")
+        ax.plot(z, 1.07 * top, marker, color="C1", fillstyle="none", markeredgewidth=1.4, label=f"paper: {name}")
     reference, other = result["arms"]
     ax.set(xlabel=f"{other} minus {reference}, one run each, in standard errors", ylabel="pairs of runs (%)")
     ax.set(title=f"{result['wrong_sign']:.0f} % of the pairs have the wrong sign", ylim=(0, 1.15 * top))
