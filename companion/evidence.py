@@ -421,7 +421,7 @@ def _claims(bundle: Bundle) -> str:
     for row in claims:
         _compare(INDEX, stored.pop(row["id"], None), row, row["id"])
     _require(not stored, f"{INDEX}: the run does not measure the claims {', '.join(stored)}")
-    return f"{len(claims)} claims of the paper are measured"
+    return f"{len(claims)} claim{'s' * (len(claims) != 1)} of the paper measured"
 
 
 _CHECKS = (_files, _run, _departures, _metrics, _learning_rate, _summary, _throughput, _scores, _claims)

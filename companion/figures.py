@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,9 +161,25 @@ def save_figure(
 
 def use_style() -> None:
     """Set the book's plot style; in a notebook, figures are shown as SVG."""
+    import matplotlib.scale
     import matplotlib.style
     from IPython import get_ipython
+    from matplotlib.ticker import LogFormatter
 
+    class PlainFormatter(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            shown = super().__call__(x, pos)
+            return self.fix_minus(f"{x:g}".replace("e-0", "e-").replace("e+0", "e")) if shown else ""
+
+    class PlainLogScale(matplotlib.scale.LogScale):
+        """A log axis with labels as 1e-5; matplotlib's own are TeX, which the style does not parse."""
+
+        def set_default_locators_and_formatters(self, axis: Any) -> None:
+            super().set_default_locators_and_formatters(axis)
+            axis.set_major_formatter(PlainFormatter(self.base))
+            axis.set_minor_formatter(PlainFormatter(self.base, labelOnlyBase=self.subs is not None))
+
+    matplotlib.scale.register_scale(PlainLogScale)  # under the name of its base, "log"
     matplotlib.style.use(STYLE)
     if get_ipython() is not None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -205,7 +221,8 @@ def cell_text(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return " to ".join(cell_text(part) for part in value)
+        interval = len(value) == 2 and all(isinstance(part, int | float) for part in value)
+        return (" to " if interval else ", ").join(map(cell_text, value))
     return str(value)
 
 
@@ -219,6 +236,43 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> list[
     return [*(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)), ""]
 
 
+HEADS = {
+    "final_loss": "final loss",
+    "heldout_loss": "held-out loss",
+    "samples_per_s": "samples per second",
+    "tokens_per_s": "tokens per second",
+    "spend_usd": "USD spent",
+    "image_tokens": "image tokens",
+    "n": "questions",
+    "n_images": "images",
+    "gflop": "GFLOP",
+    "mb": "MB",
+    "ratio_low": "ratio, lowest",
+    "ratio_high": "ratio, highest",
+    "peak_ratio": "ratio of peak memory",
+    "per_image": "samples per image",
+    "pairs_kept": "pairs kept",
+    "phrases_kept": "phrases kept",
+    "times_off": "times off",
+}
+"""Heads of columns that are named as in a record."""
+DECIMALS = {"hours": 1, "MB": 1, "mb": 1, "(%)": 2, "percent": 2, "points": 2, "(points)": 2}
+"""Decimals in a column, by the last word of its head; the paper's percentages have up to two."""
+
+
+def _column_text(head: str, value: Any) -> str:
+    from companion.evaluation.statistics import p_text
+
+    if re.search(r"\bp( \(Holm\))?$", head) and isinstance(value, float) and not math.isnan(value):
+        return p_text(value)
+    digits = DECIMALS.get(head.rpartition(" ")[2])
+    parts = value if isinstance(value, list | tuple) else [value]
+    if digits is not None and all(isinstance(part, float) for part in parts):
+        parts = [round(part, digits) for part in parts]
+        return cell_text(parts if len(parts) > 1 else parts[0])
+    return cell_text(value)
+
+
 def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") -> Styler:
     """Return a pandas table of a DataFrame or of mappings; by default with all columns that have a value."""
     import pandas as pd
@@ -229,8 +283,13 @@ def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") ->
     frame = frame[list(columns)].reset_index(drop=True)
     numeric = frame.map(lambda value: isinstance(value, int | float))
     classes = numeric.map({True: "number", False: "text"}.get)
-    style = frame.style.format(lambda value: html_safe(cell_text(value))).hide(axis="index").set_td_classes(classes)
-    style = style.format_index(html_safe, axis="columns").set_caption(html_safe(caption))
+
+    def cell(head: Any) -> Callable[[Any], str]:
+        return lambda value: html_safe(_column_text(str(head), value))
+
+    style = frame.style.format({head: cell(head) for head in frame}).hide(axis="index").set_td_classes(classes)
+    style = style.format_index(lambda head: html_safe(HEADS.get(head, head)), axis="columns")
+    style = style.set_caption(html_safe(caption))
     return style.set_table_attributes(f'class="companion {NO_MATH}"')
 
 
@@ -238,8 +297,11 @@ FILE_FIELDS = {"file", "validation_file", "held_out", "on_bad_sample", "written_
 """Fields of an experiment's `data` about this project's files; shown only where a scale departs in them."""
 
 
-def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[str, str]]:
-    """Return the settings of a run that differ from `since`: paper's value, source, why this scale departs."""
+def setting_rows(config: RunConfig, since: RunConfig | None = None, since_head: str = "") -> list[dict[str, str]]:
+    """Return the settings of a run that differ from `since`: paper's value, source, why this scale departs.
+
+    With a `since_head`, such as "stage 1", a column of that name has the paper's value of `since`, and the one here.
+    """
     departures = {d.field: d for d in config.departures}
     rows: list[tuple[str, Any, Any, str]] = []
     for section, part in config.experiment.model_dump(
@@ -256,8 +318,15 @@ def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict
         rows.append((d.field.removeprefix("scale."), "the real one" if stand_in else d.paper, d.here, f"here: {d.why}"))
     keys = ("setting", "paper", "here", "source, reason")
     texts = [dict(zip(keys, map(_setting_text, row), strict=True)) for row in rows]
-    known = [list(row.values())[:3] for row in setting_rows(since)] if since else []
-    return [row for row in texts if list(row.values())[:3] not in known]
+    known = {row["setting"]: (row["paper"], row["here"]) for row in setting_rows(since)} if since else {}
+    texts = [row for row in texts if known.get(row["setting"]) != (row["paper"], row["here"])]
+    if since_head:
+        for row in texts:
+            paper, here = known.get(row["setting"], ("none", "none"))
+            row[since_head] = paper if paper == here else f"{paper} (here {here})"
+        order = ("setting", since_head, *keys[1:])
+        texts = [{key: row[key] for key in order} for row in texts]
+    return texts
 
 
 def _setting_text(value: Any) -> str:
@@ -318,10 +387,11 @@ def supervised_text_html(tokens: Sequence[str], labels: Sequence[int]) -> HTML:
     spans = []
     for (is_image, supervised), group in itertools.groupby(zip(kind, tokens, strict=True), key=lambda pair: pair[0]):
         texts = [token for _, token in group]
-        name, style = ("supervised", marked) if supervised else ("context", box if is_image else "opacity: .72;")
+        name, style = ("supervised", marked) if supervised else ("context", box if is_image else "opacity: .85;")
         text = f"image × {len(texts)}" if is_image else html_safe("".join(texts)).replace("\n", "↵\n")
         spans.append(f'<span class="{name}" style="{style}">{text}</span>')
     count = sum(supervised for _, supervised in kind)
     legend = f'<span style="{marked}">marked</span>: {count} of {len(labels)} positions carry loss'
     body = "font-family: monospace; white-space: pre-wrap; line-height: 1.75"
-    return HTML(f'<div class="{NO_MATH}"><div style="{body}">{"".join(spans)}</div><small>{legend}</small></div>')
+    inner = f'<div style="{body}">{"".join(spans)}</div><small>{legend}</small>'
+    return HTML(f'<div class="companion-tokens {NO_MATH}">{inner}</div>')

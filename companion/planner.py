@@ -187,8 +187,9 @@ def plan_train(
         price: USD per GPU and hour.
 
     Returns:
-        memory_gib per process, limit_gib, fits, parts_gib; host_gib; disk_gib; row_tokens and largest_row_tokens;
-        steps; hours and usd, with their lowest values; would_fit, for a run that does not; assumed.
+        memory_gib per process, limit_gib, fits, parts_gib; host_gib; disk_gib; state_gib (one saved state);
+        row_tokens and largest_row_tokens; steps; hours and usd, with their lowest values; would_fit, for a run that
+        does not; assumed.
 
     Raises:
         CompanionError: the combination is impossible, or nothing is known about the data or a model.
@@ -221,7 +222,7 @@ def plan_train(
     low, high = FACTS["utilisation"][config.experiment.stage]
     tokens = round(train.epochs * data.samples * data.tokens)
     least, most = (flops / (ranks * facts["tflops"] * 1e12 * share) / 3600 for share in (high, low))
-    basis = f"{low:.0%} to {high:.0%} of the peak, no transfers of offloading; no GPU run has confirmed it"
+    basis = f"{low:.0%} to {high:.0%} of the peak; no transfers of offloading; no GPU run has confirmed it"
     if speed is not None:
         least, most, basis = *2 * (tokens / speed / 3600,), f"{speed:.0f} tokens/s of a finished run"
     rate = ranks * (facts["usd"] if price is None else price)
@@ -238,9 +239,10 @@ def plan_train(
         "activation_checkpointing": recomputes(config),
         "memory_gib": memory, "limit_gib": limit, "fits": memory <= limit, "parts_gib": parts, "host_gib": ranks * host,
         "disk_gib": {
-            "features": _feature_bytes(config, data) / GIB, "state": state,
-            "states": (config.scale.states.keep + 1) * state, "checkpoint": trained * (size if full else 4),
+            "features": _feature_bytes(config, data) / GIB, "saved states": (config.scale.states.keep + 1) * state,
+            "checkpoint": trained * (size if full else 4),
         },
+        "state_gib": state,
         "row_tokens": row, "largest_row_tokens": largest, "samples": data.samples, "tokens": tokens, "flops": flops,
         "steps": steps_of(data.samples, train),
         "hours": most, "hours_least": least, "usd": most * rate, "usd_least": least * rate,
@@ -293,7 +295,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     rows = {
         "run": f"{plan['run']}: {plan['processes']} x {plan['gpu']}, {plan['kind']}{' with offload' * plan['offload']}",
         "memory": f"{plan['memory_gib']:.1f} of {plan['limit_gib']:.1f} GiB per process ({parts})",
-        "host, disk": f"{plan['host_gib']:.0f} GiB of memory; GiB on disk: {disk or 0}",
+        "host": f"{plan['host_gib']:.0f} GiB of memory",
+        "disk": f"{sum(plan['disk_gib'].values()):.0f} GiB ({disk or 'nothing is saved'})",
         "row_tokens": f"{plan['row_tokens']}; {plan['largest_row_tokens']} would fit",
         "steps": f"{plan['steps']} for {plan['samples']} samples ({plan['assumed']['tokens']})",
         "hours": f"{plan['hours_least']:.1f} to {plan['hours']:.1f} ({plan['assumed']['hours']})",

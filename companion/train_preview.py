@@ -34,10 +34,11 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         plan, no_plan = _plan(run)
         runs.append(_resolved(run) | {"plan": plan, "no_plan": no_plan})
         missing += [item for item in _missing(run, plan) if item not in missing]
-    needed = sum(run["plan"]["disk_gib"][part] for run in runs if run["plan"] for part in ("states", "checkpoint"))
+    needed = sum(sum(run["plan"]["disk_gib"].values()) for run in runs if run["plan"])
     free = shutil.disk_usage(runtime.ROOT).free / GIB
     if needed > free:
-        missing.append({"what": f"{needed:.0f} GiB on disk, of which {free:.0f} are free", "fix": "free some space"})
+        what = f"{needed:.0f} GiB on disk; {free:.0f} GiB are free"
+        missing.append({"what": what, "fix": "free some space"})
     return {"runs": runs, "missing": missing}
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from companion.book.notebooks import imported_code, read_state
 from companion.figures import cell_text, markdown_safe, markdown_table
-from llava_core.config import load_experiment, load_scale
+from llava_core.config import META, ExperimentConfig, RunConfig, load_experiment, load_scale
+from llava_core.config_files import field_names, value_of
 from llava_core.record import RunRecord
 from llava_core.runtime import (
     ROOT,
@@ -30,9 +31,9 @@ INTRODUCTION = """# Reproduce it at your scale
 
 <p class="lead">The same notebooks at every scale: commands, time, memory and cost.</p>
 
-What has run has measured times. What needs GPUs has the estimates of `llava plan train`, which are made before anything
-is loaded. `llava plan train finetune --scale gpu --gpu RTX-4090` plans for another GPU, and says what would fit where a
-run does not.
+The scale of this book's chapters has measured times. A scale of GPUs has the estimates of `llava plan train`, which are
+made before anything is loaded. `llava plan train finetune --scale gpu --gpu RTX-4090` plans for another GPU, and says
+what would fit where a run does not.
 """
 
 
@@ -85,6 +86,28 @@ def _planned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     )
 
 
+def _run_text(config: RunConfig) -> str:
+    """The experiment of a run, and what its caller changed."""
+    here, plain = config.experiment, load_experiment(config.experiment.name, config.scale.name, fast=config.fast)
+    fields = [field for field in field_names(ExperimentConfig) if field.partition(".")[0] not in META]
+    changes = {field: value_of(here, field) for field in fields}
+    changes = {field: value for field, value in changes.items() if value != value_of(plain.experiment, field)}
+    texts = [f"`{field}={value}`" for field, value in {**changes, **config.scale_overrides}.items()]
+    return f"`{here.name}`" + (f" with {', '.join(texts)}" if texts else "")
+
+
+def _assumed(rows: Sequence[Mapping[str, Any]], what: str) -> str:
+    """What the planned values of several runs assume; the part after a semicolon once, if they differ before it."""
+    runs = dict[str, list[str]]()
+    for row in rows:
+        runs.setdefault(row["assumed"][what], []).append(f"`{row['experiment']}`")
+    if len(runs) == 1:
+        return markdown_safe(*runs)
+    parts = [f"{', '.join(names)}: {markdown_safe(text.partition('; ')[0])}" for text, names in runs.items()]
+    common = dict.fromkeys(markdown_safe(text.partition("; ")[2]) for text in runs)
+    return "; ".join([*parts, *filter(None, common)])
+
+
 def _measured(out: Path, present: Sequence[str]) -> list[str]:
     """The runs that the chapters used, each once, and the time of each chapter."""
     runs, chapters = dict[str, dict[str, str]](), []
@@ -95,11 +118,12 @@ def _measured(out: Path, present: Sequence[str]) -> list[str]:
                 summary, machine = record.summary, record.environment
                 device = ", ".join(machine["gpus"]) or machine["cpu"]
                 runs[run] = {
-                    "run": f"`{record.config.experiment.name}`, `{record.run_id}`",
+                    "run": _run_text(record.config),
                     "steps": cell_text(summary["steps"]),
                     "samples/s": cell_text(summary["samples_per_s"]),
                     "seconds": cell_text(round(summary["seconds"])),
                     "machine": markdown_safe(f"{device}, {machine['cores']} cores"),
+                    "record": f"`{record.run_id}`",
                 }
         seconds = read_state(out, name).get("seconds")
         if seconds is not None:
@@ -132,8 +156,10 @@ def scales_page(out: Path, present: Sequence[str], scale: str) -> str:
         if own := [row for row in plans if row["scale"] == name]:
             lines += _planned(own)
             for what in ("hours", "usd"):
-                basis = "; ".join(dict.fromkeys(markdown_safe(row["assumed"][what]) for row in own))
-                lines += [f"*{what}*: " + re.sub(r"(--[a-z]+)", r"`\1`", basis), ""]
+                basis = re.sub(r"(--[a-z]+)", r"`\1`", _assumed(own, what))
+                lines += [f"*{what.replace('usd', 'USD')}*: {basis}", ""]
+        elif name != scale:
+            lines += ["No time of a whole run is known at this scale.", ""]
     heads = {head: "" for row in places.values() for head in row}
     lines += ["## Data and base models", "", "The miniature's are generated, or part of the repository. The others you"]
     lines += ["fetch, to these folders or under these names:", "", *_table([heads | row for row in places.values()])]

@@ -44,7 +44,7 @@ def estimate_mix(
         other = sum(t["usd"] / t["requests"] * counts.get(kind, 0) for kind, t in costs.items())
         total = {key: sum(t[key] for t in costs.values()) for key in ("requests", "usd", "usd_most")}
         row = {"teacher": model, "USD per million tokens": "{:g} + {:g}".format(*PRICES[model])}
-        row |= {"requests": total["requests"], "USD": total["usd"], "USD at most": total["usd_most"]}
+        row |= {"different requests": total["requests"], "USD": total["usd"], "USD at most": total["usd_most"]}
         rows.append(row | {f"{sum(counts.values()):,} records (USD)": other, "in batches (USD)": other * BATCH_PRICE})
     return rows
 

@@ -26,6 +26,7 @@ ASSUMED = {
     "reply": f"{REPLY_TOKENS} tokens; at most: as many as the request allows",
     "hours": f"{TOKENS_PER_SECOND:g} tokens per second and reply, and no request that waits for a limit of the server",
     "batch": f"half the price; hours: the {WINDOW_HOURS} per batch that the server may take",
+    "repeated requests": "sent and paid once",
     "left out": "second requests after malformed replies",
 }
 """The assumptions of an estimate; no server is asked."""

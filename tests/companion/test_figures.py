@@ -107,6 +107,18 @@ def test_figures_are_saved_reproducibly_with_their_numbers(out: Path) -> None:
     assert (out / "figures" / "20_x_model.svg").read_text() == "<svg/>"
 
 
+def test_log_axes_have_plain_labels() -> None:
+    figures.use_style()
+    figure, ax = plt.subplots()
+    ax.set_xscale("log")
+    ax.set_xlim(1e-5, 1e3)
+    figure.canvas.draw()
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert "1e\N{MINUS SIGN}5" in labels or "1e-5" in labels
+    assert not [label for label in labels if "$" in label]
+    plt.close(figure)
+
+
 def test_curated_figures_are_copied_with_their_twins(out: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=figures.CURATED[0]):
         figures.copy_curated(tmp_path / "kept")
@@ -129,6 +141,9 @@ def test_setting_rows_have_every_departure_and_no_unused_setting() -> None:
     assert rows["cc595k"]["paper"] == "the real one"
     assert not {"data.prompt_format", "data.on_bad_sample"} & rows.keys()
     assert figures.setting_rows(config, since=config) == []
+    rows = {row["setting"]: row for row in figures.setting_rows(load_experiment("finetune", "mini"), config, "stage 1")}
+    assert rows["train.learning_rate"]["stage 1"] == "0.002 (here 0.005)"
+    assert list(rows["train.learning_rate"])[:3] == ["setting", "stage 1", "paper"]
 
 
 def test_supervised_tokens_are_marked() -> None:
@@ -155,11 +170,23 @@ def test_tables_format_their_numbers() -> None:
     assert {value: figures.cell_text(value) for value in values} == values
     assert figures.cell_text(math.nan) == "–"
     assert figures.cell_text([-2.5, -0.4]) == "-2.5 to -0.4"
+    assert figures.cell_text([80.8, 81.02, 83.8]) == "80.8, 81.02, 83.8"
+    assert figures.cell_text(["a", "b"]) == "a, b"
     text = figures.table([{"a": 1, "b": "<i>", "c": None}, {"a": 2.5}], caption="T & U").to_html()
     assert "&lt;i&gt;" in text
     assert "T &amp; U" in text
     assert ">c</th>" not in text
     assert figures.table(pd.DataFrame({"x": [1, 2]}), ["x"]).data.shape == (2, 1)
+    row = {
+        "right (%)": 2 / 3,
+        "hours": [0.4983, 0.6525],
+        "p (Holm)": 1e-187,
+        "95 % interval": [1 / 3, 2 / 3],
+        "mb": 1.0,
+    }
+    text = figures.table([row]).to_html()
+    for shown in (">0.67<", ">0.5 to 0.7<", ">&lt; 0.001<", ">0.3333 to 0.6667<", ">MB</th>"):
+        assert shown in text
 
 
 def test_cards_escape_their_texts() -> None:

@@ -116,7 +116,7 @@ def test_frozen_parts_cost_less(workspace: Path) -> None:
     frozen = {name: plan["parts_gib"]["frozen"] for name, plan in plans.items()}
     assert frozen["lora"] > 1.5 * frozen["qlora"] > frozen["full"] == 0
     assert plans["full"]["flops"] / 3 > plans["lora"]["flops"] / 3 > stage_1["flops"]
-    assert plans["full"]["disk_gib"]["state"] > 3 * plans["lora"]["disk_gib"]["state"] > stage_1["disk_gib"]["state"]
+    assert plans["full"]["state_gib"] > 3 * plans["lora"]["state_gib"] > stage_1["state_gib"]
 
 
 def test_run_that_cannot_fit_is_refused(

@@ -17,7 +17,7 @@ from llava_core.runtime import CheckpointError, ConfigError
 
 PLAN: dict[str, Any] = {
     "memory_gib": 30.0, "limit_gib": 79.0, "fits": True,
-    "disk_gib": {"features": 1.0, "states": 0.0, "checkpoint": 0.0},
+    "disk_gib": {"features": 1.0, "saved states": 0.0, "checkpoint": 0.0},
 }  # fmt: skip
 
 
@@ -84,13 +84,13 @@ def test_complete_run_misses_nothing_and_writes_nothing(
 def test_each_missing_thing_is_named(plan: dict[str, Any], workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_training_root(workspace)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    plan["fits"], plan["disk_gib"]["states"] = False, 1e9
+    plan["fits"], plan["disk_gib"]["saved states"] = False, 1e9
     (workspace / "models" / "clip").rename(workspace / "models" / "elsewhere")
     adapters = {"train.adapters": {"r": 4, "alpha": 8, "bits": 4}, "scale.trackers": ["wandb"]}
     result = dry_run(load_experiment("finetune", "mini", {"scale.parallel.kind": "zero3", **adapters}))
     for text in (
         "the package deepspeed", "the package peft", "the package bitsandbytes", "the package wandb",
-        "clip-vit-large-patch14: models/clip", "memory: 30 GiB per process of 79", "GiB on disk, of which",
+        "clip-vit-large-patch14: models/clip", "memory: 30 GiB per process of 79", "GiB on disk; ",
     ):  # fmt: skip
         assert text in whats(result)
 

@@ -76,7 +76,13 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "figures", tmp_path / "figures")
     shutil.copy(ROOT / "jupyter_book_config.yml", tmp_path)
     plan = {"scale": "gpu", "experiment": "finetune", "processes": 1, "gpu": "A100-80", "steps": 1234, "hours": 2.0}
-    plan |= {"memory_gib": 30.2, "limit_gib": 79.2, "host_gib": 3.0, "disk_gib": {"states": 5.0}, "hours_least": 1.0}
+    plan |= {
+        "memory_gib": 30.2,
+        "limit_gib": 79.2,
+        "host_gib": 3.0,
+        "disk_gib": {"saved states": 5.0},
+        "hours_least": 1.0,
+    }
     plan |= {"usd": 4.0, "usd_least": 2.0, "assumed": {"hours": "a <b>", "usd": "--price USD"}}
     monkeypatch.setattr(scales, "plan_rows", lambda *_: [plan])  # tests/companion/test_planner.py has the planner
     return tmp_path / "book" / "notebooks"

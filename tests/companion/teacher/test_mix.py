@@ -62,7 +62,7 @@ def test_estimate_for_several_teachers() -> None:
     images = [replace(image, captions=[f"Car {image.id}."]) for image in annotated(10)]
     rows = estimate_mix(images, shares, ["gpt-4", "gpt-4o"], counts)
     assert [row["teacher"] for row in rows] == ["gpt-4", "gpt-4o"]
-    assert [row["requests"] for row in rows] == [14, 14]
+    assert [row["different requests"] for row in rows] == [14, 14]
     assert rows[0]["USD per million tokens"] == "30 + 60"
     other = "81,000 records (USD)"
     assert rows[0]["USD"] < rows[0]["USD at most"] < rows[0][other]
