@@ -33,12 +33,22 @@ from llava_core.runtime import ConfigError, DataError
 CLAIMS = "claims"
 
 
+EVIDENCE_HERE = {
+    "recomputed": "recomputed here",
+    "measured": "measured on the miniature",
+    "measured_gpu": "measured on a GPU",
+    "configured": "configured here",
+    "not_attempted": "not attempted here",
+    "impossible": "impossible to measure",
+}
+
+
 def chip(known: Claim) -> str:
-    """Return a claim's label: the kind of evidence by its color, id and value, and a link to the claim's row."""
+    """Return a claim's label: id, the paper's value, kind of evidence (also its color), and a link to the claim's row."""
     title = html.escape(f"{known.text} ({known.place}): {known.why or EVIDENCE[known.evidence]}")
     return (
         f'<a class="chip {known.evidence}" href="{CLAIMS}.html#{known.id}" title="{title}">'
-        f"<b>{known.evidence.replace('_', ' ')}</b> {known.id}: {html.escape(known.value_text)}</a>"
+        f"{known.id}: {html.escape(known.value_text)} in the paper; <b>{EVIDENCE_HERE[known.evidence]}</b></a>"
     )
 
 
@@ -151,6 +161,12 @@ def describe_images(app: Any, doctree: nodes.document) -> None:
             image["alt"] = ": ".join(filter(None, (title, words)))
 
 
+def drop_thebe(app: Any, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """Leave out the scripts of Thebe, whose constants Jupyter Book declares twice; no page of the book runs cells."""
+    scripts = context.get("script_files", [])
+    context["script_files"] = [s for s in scripts if "thebe" not in f"{s.filename}{s.attributes.get('body')}".lower()]
+
+
 def _parents(node: nodes.Node) -> Iterator[nodes.Node]:
     while node.parent is not None:
         node = node.parent
@@ -164,4 +180,5 @@ def setup(app: Any) -> dict[str, bool]:
 
     app.connect("source-read", read)
     app.connect("doctree-read", describe_images)
+    app.connect("html-page-context", drop_thebe)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -24,7 +24,7 @@ const STYLE = `
 .llava-live small { display: block; min-height: 1.4em } .llava-live .live-error { color: #c62828; font-weight: 600 }
 .llava-live .maps { display: grid; grid-template-columns: 1fr 1fr; gap: .5em } .llava-live .maps small { min-height: 0 }
 html[data-theme=dark] .llava-live .live-error { color: #ff8a80 }
-.llava-live.live-box { padding: .6em } .live-box .live-more { display: none } .live-box canvas { max-width: 200px }
+.llava-live.live-box { padding: .6em } .live-box .live-more { display: none } .live-box canvas { max-width: 200px } .live-box .log { max-height: 12em }
 @media (max-width: 700px) { .llava-live { grid-template-columns: minmax(0, 1fr) } }
 `;
 
@@ -101,12 +101,12 @@ const mean = (rows) => rows[0].map((_, k) => rows.reduce((sum, row) => sum + row
 
 function chat({ model, el }) {
   const state = model.get("state"), conversation = open(state, model.get("weights")), scene = { background: null, things: [] };
-  let busy = false, stopping = false, answers = [], source = null;
+  let busy = false, stopping = false, answers = [], source = null, chosen = null; // the word whose maps are shown
 
   const picture = make("canvas", { width: SHOWN, height: SHOWN, role: "img", "aria-label": "What the model sees" });
   const second = make("canvas", { width: SHOWN, height: SHOWN, role: "img", "aria-label": "Occlusion of the word" });
   const maps = make("div", { class: "maps", hidden: true });
-  const crop = make("small"), status = make("small", { role: "status" });
+  const occluded = make("small"), crop = make("small"), status = make("small", { role: "status" });
   const error = make("div", { class: "live-error", role: "alert" });
   const log = make("div", { class: "log", "aria-live": "polite" });
   const question = make("input", { type: "text", class: "question", maxLength: 400, "aria-label": "Question", value: state.questions[0],
@@ -230,18 +230,22 @@ function chat({ model, el }) {
       button(word.text, () => select(answer, word), {
         class: "word",
         title: word.steps[0].candidates.map((c) => `${c.text.trim() || "␣"} ${(100 * c.probability).toFixed(0)} %`).join("\n"),
-        on: { click: () => select(answer, word), mouseenter: () => select(answer, word), focus: () => select(answer, word) },
+        on: { click: () => select(answer, word, true), mouseenter: () => select(answer, word), focus: () => select(answer, word) },
       }),
     ));
   }
 
   /** Show what the model attends to when it writes a word, and how much greying each patch changes the word. */
-  function select(answer, word) {
+  function select(answer, word, clicked = false) {
     if (!conversation.seen || busy) return;
+    if (clicked || chosen?.answer !== answer || !chosen.clicked) chosen = { answer, word, clicked };
     if (word.steps[0].attention) drawSeen(picture, conversation.seen, mean(word.steps.map((step) => Array.from(step.attention))));
     crop.textContent = `Attention at "${word.text}", mean over layers and heads. ${word.steps[0].candidates.map((c) => `${c.text.trim() || "␣"} ${(100 * c.probability).toFixed(0)} %`).join(", ")}`;
     maps.hidden = !word.occlusion;
-    if (word.occlusion) drawSeen(second, conversation.seen, word.occlusion.map((change) => Math.max(0, change)));
+    if (!word.occlusion) return;
+    drawSeen(second, conversation.seen, word.occlusion.map((change) => Math.max(0, change)));
+    const most = Math.max(0, ...word.occlusion).toFixed(1);
+    occluded.textContent = `What greying each patch takes from "${word.text}", at most ${most} nats`;
   }
 
   const occlude = guarded(async () => {
@@ -265,7 +269,7 @@ function chat({ model, el }) {
     } finally {
       setBusy(false);
     }
-    select(answer, answer.words[0]);
+    select(answer, chosen?.answer === answer ? chosen.word : answer.words[0]);
   });
 
   // ------------------------------------------------------------------------------------------ saving
@@ -408,7 +412,7 @@ function chat({ model, el }) {
     if (!scene.background) buildComposer();
     await redraw();
   }), { "aria-pressed": "false", hidden: !state.scene });
-  maps.append(second, make("small", { textContent: "What greying each patch takes from the word" }));
+  maps.append(second, occluded);
   const left = make("div", {}, picture, crop, thumbs,
     make("div", { class: "live-row live-more" }, button("Your image", () => file.click()), file, composeButton), compose);
   const right = make("div", {}, error,

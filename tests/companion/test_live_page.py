@@ -108,7 +108,13 @@ def test_page_answers_as_python_does_and_asks_no_host(
         said = page.locator(".log p").all_text_contents()[2 * number :]
         assert said[0] == f"You {question}"
         assert said[1].replace(" ", "") == f"LLaVA{answer}".replace(" ", "")
-    page.locator(".word").first.hover()
+    words = page.locator(".log p").nth(3).locator(".word")
+    words.nth(1).click()
+    page.get_by_role("button", name="What changes the answer?").click()
+    page.locator(".maps").wait_for()  # of the word that was clicked, and of the one that is pointed at
+    assert f'from "{words.nth(1).text_content()}", at most' in page.locator(".maps small").text_content()
+    words.first.hover()
+    assert f'from "{words.first.text_content()}", at most' in page.locator(".maps small").text_content()
     assert "mean over layers and heads" in page.locator(".llava-live small").first.text_content()
     assert page.locator("small b").count() == 0
 

@@ -65,8 +65,8 @@ PAGES += (
     "notebooks/20_alignment",
 )
 MODES = {"light": (1280, "light"), "dark": (1280, "dark"), "phone": (390, "light")}
-# of the theme, on every page; and of its scroll spy, in a book that lacks chapters to which the first page links
-KNOWN_ERRORS = ("THEBE_JS_URL", "Got invalid theme mode", "'#notebooks/")
+# of the theme, on a page of a file; and of its scroll spy, in a book that lacks chapters to which the first page links
+KNOWN_ERRORS = ("Got invalid theme mode", "'#notebooks/")
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_claims_of_a_chapter_become_chips() -> None:
     result = pages.with_chips(text)
     assert result.count('class="chip') == 2
     assert 'class="chip recomputed" href="claims.html#sqa-accuracy"' in result
-    assert "ablation-7b: -1.08 points" in result
+    assert "ablation-7b: -1.08 points in the paper; <b>measured on the miniature</b>" in result
     assert "Words, `ablation-7b`." in result
     assert "see `x`." in result
     assert pages.with_chips("# T\n\nNo line of that kind.") == "# T\n\nNo line of that kind."
