@@ -2,7 +2,7 @@
 document.addEventListener("DOMContentLoaded", () => {
   const entries = [...document.querySelectorAll(".questions > article")];
   if (!entries.length) return;
-  const moods = { agrees: "right, or at least the reference", disagrees: "wrong, or below the reference",
+  const moods = { agrees: "right", partly: "right in part", disagrees: "wrong",
     "shown-only": "a score only", "not-resolved": "not scored" };
   const bar = document.createElement("form"), count = document.createElement("output"), chosen = {};
   bar.className = "question-filter";
@@ -24,16 +24,19 @@ document.addEventListener("DOMContentLoaded", () => {
   words.type = "search";
   labelled("Words", words);
   bar.append(count);
+  const lists = [...document.querySelectorAll(".questions")];
+  const asked = lists.reduce((sum, list) => sum + Number(list.dataset.asked), 0);
   const filter = () => {
     const wanted = words.value.trim().toLowerCase();
     for (const entry of entries) {
       entry.hidden = Object.entries(chosen).some(([key, select]) => select.value && entry.dataset[key] !== select.value)
         || !entry.textContent.toLowerCase().includes(wanted);
     }
-    for (const list of document.querySelectorAll(".questions")) {
+    for (const list of lists) {
       list.closest("section").hidden = [...list.children].every((entry) => entry.hidden);
     }
-    count.textContent = `${entries.filter((entry) => !entry.hidden).length} of ${entries.length}`;
+    const shown = entries.filter((entry) => !entry.hidden).length;
+    count.textContent = `${shown} of ${entries.length} on this page; ${asked} were asked`;
   };
   bar.addEventListener("input", filter);
   bar.addEventListener("submit", (event) => event.preventDefault());

@@ -16,6 +16,17 @@ from companion.paper.verdict import Verdict
 from llava_core.config import load_scale
 from llava_core.runtime import read_json
 
+UNMEASURED = ("not_attempted", "impossible")
+GROUPS = {
+    "measured": "measured",
+    "measured_gpu": "measured",
+    "recomputed": "recomputed",
+    "configured": "settings of the experiments",
+    "not_attempted": "not measured",
+    "impossible": "not measured",
+}
+"""Kinds of evidence as the first page counts them."""
+
 
 def _text(text: object) -> str:
     """Text inside of a block of HTML, which a blank line would end; it has no `{{ ... }}` of a page."""
@@ -33,8 +44,8 @@ def _row(cells: Sequence[str], key: str = "") -> str:
     return f"<tr{anchor}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _verdict(verdict: Verdict) -> str:
-    return f'<span class="verdict {verdict.css_class}">{verdict}</span>'
+def _verdict(verdict: Verdict, text: str = "") -> str:
+    return f'<span class="verdict {verdict.css_class}">{text or verdict}</span>'
 
 
 def _plain_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -63,7 +74,8 @@ def _claim_row(known: Claim, here: ledger.Measured) -> str:
     claim_cell = f"{_text(known.text)}<small>{'; '.join(filter(None, small))}</small>"
     here_cell = f"{_text(text)}<small>{note}{tolerance}</small>"
     here_cell += "".join(f"<small>bundle: {_text(line)}</small>" for line in here.elsewhere)
-    cells = [claim_cell, _text(known.value_text), _label(known.evidence), here_cell, _verdict(here.verdict)]
+    verdict = "not measured" if known.evidence in UNMEASURED else _verdict(here.verdict)
+    cells = [claim_cell, verdict, _text(known.value_text), _label(known.evidence), here_cell]
     return _row(cells, known.id)
 
 
@@ -94,11 +106,25 @@ def _title(copy: Path) -> str:
 
 def _check_row(check: Mapping[str, Any]) -> str:
     verdict = Verdict(check["verdict"])
-    small = ". ".join(str(check[key]) for key in ("place", "note") if check.get(key))
+    notes = [str(check[key]) for key in ("place", "note") if check.get(key)]
+    small = ". ".join(note[0].upper() + note[1:] for note in notes)
     note = f"<small>{_text(small)}</small>" if small else ""
-    cells = [_text(check["claim"]) + note]
-    cells += [_text(cell_text(check[key])) for key in ("published", "measured")]
-    return _row([*cells, _verdict(verdict)])
+    own = check["published"] is None and not check.get("place")  # a check of this project, no claim of the paper
+    passed = {Verdict.AGREES: "passed", Verdict.DISAGREES: "failed"}.get(verdict, "") if own else ""
+    values = [_text(cell_text(check[key])) for key in ("published", "measured")]
+    return _row([_text(check["claim"]) + note, _verdict(verdict, passed), *values])
+
+
+def _check_rows(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a row per check; those that have no number but `passed` or `failed` share one."""
+    tests = [check for check in checks if check["measured"] in ("passed", "failed")]
+    if len(tests) < 2:
+        return [_check_row(check) for check in checks]
+    failed = [check["claim"] for check in tests if check["measured"] == "failed"]
+    row = {"claim": f"{len(tests) - len(failed)} of {len(tests)} checks passed", "published": None}
+    row |= {"measured": "failed: " + "; ".join(failed) if failed else None}
+    row |= {"verdict": Verdict.DISAGREES if failed else Verdict.AGREES, "note": tests[0].get("note")}
+    return [*(_check_row(check) for check in checks if check not in tests), _check_row(row)]
 
 
 def _bundle_row(row: Mapping[str, Any]) -> str:
@@ -110,21 +136,6 @@ def _bundle_row(row: Mapping[str, Any]) -> str:
     return _row([*cells, *values, _verdict(Verdict(row["verdict"]))])
 
 
-def _solution_text(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name}: {_solution_text(part)}" for name, part in value.items())
-    return ", ".join(map(_solution_text, value)) if isinstance(value, list) else cell_text(value)
-
-
-def _solutions(numbers: Mapping[str, Any], link: str) -> list[str]:
-    """Return a row per solution of a chapter's exercises; the chapter's run has checked each."""
-    solutions = numbers.get("solutions", {})
-    return [
-        _row([link if k == 0 else "", name.removeprefix("solution_"), _text(_solution_text(value))])
-        for k, (name, value) in enumerate(solutions.items())
-    ]
-
-
 def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scale: str) -> str:
     """Return the page of measured and published numbers and of the scale's departures from the paper."""
     config = load_scale(scale)
@@ -134,7 +145,8 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
     for name in present:
         numbers, title = read_json(out / f"{name}.json"), markdown_safe(_title(out / f"{name}.ipynb"))
         link = f"[{title}]({name}.ipynb)"
-        solutions += _solutions(numbers, f'<a href="{name}.html">{_text(_title(out / f"{name}.ipynb"))}</a>')
+        if own := [key.removeprefix("solution_") for key in numbers.get("solutions", {})]:
+            solutions.append((link, ", ".join(own)))
         if not numbers.get("checks"):
             without.append(link)
             continue
@@ -142,8 +154,8 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
         if numbers.get("scale") not in (None, scale) or numbers.get("fast"):
             run = "a shortened run" if numbers.get("fast") else "a run"
             lines += [f"*From {run} at the scale {code_safe(numbers.get('scale'))}.*", ""]
-        heads = ["Claim", "Published", "Measured", "Verdict"]
-        lines += _table(heads, [_check_row(check) for check in numbers["checks"]], "results")
+        heads = ["Claim", "Verdict", "Published", "Measured"]
+        lines += _table(heads, _check_rows(numbers["checks"]), "results")
         if runs := numbers.get("runs"):
             more = f" and {len(runs) - 6} more" if len(runs) > 6 else ""
             lines += [f"Runs: {', '.join(map(code_safe, runs[:6]))}{more}.", ""]
@@ -160,8 +172,8 @@ def results_page(out: Path, present: Sequence[str], missing: Sequence[str], scal
     if without:
         lines += [f"These chapters measure no claim: {', '.join(without)}.", ""]
     if solutions:
-        lines += ["## Solutions of the exercises", "", "Each chapter's run computes and checks its own.", ""]
-        lines += _table(["Chapter", "Exercise", "Values"], solutions, "results")
+        lines += ["## Solutions of the exercises", "", "A chapter's run computes its solutions and checks them.", ""]
+        lines += markdown_table(["chapter", "exercises checked"], solutions)
     if config.stand_ins:
         lines += [f"## Stand-ins for the paper's data and models at {code_safe(scale)}", ""]
         stand_ins = ((code_safe(name), markdown_safe(why)) for name, why in config.stand_ins.items())
@@ -186,10 +198,17 @@ def all_measured(out: Path) -> dict[str, ledger.Measured]:
 
 
 def ledger_state(measured: Mapping[str, ledger.Measured]) -> str:
-    """Return the count of each verdict in one line, which the first page includes."""
-    counts = Counter(here.verdict for here in measured.values())
-    states = [f"{_verdict(verdict)} {counts[verdict]}" for verdict in Verdict if counts[verdict]]
-    return f"[Every number of the paper](notebooks/claims), {len(measured)} claims: {', '.join(states)}.\n"
+    """Return the claims and verdicts of each kind of evidence in one line, which the first page includes."""
+    groups = dict[str, Counter[Verdict]]()
+    for name, here in measured.items():
+        groups.setdefault(GROUPS[all_claims()[name].evidence], Counter())[here.verdict] += 1
+    parts = []
+    for group in dict.fromkeys(GROUPS.values()):
+        counts = groups.get(group, Counter())
+        verdicts = [f"{counts[verdict]} {_verdict(verdict)}" for verdict in Verdict if counts[verdict]]
+        shown = "" if group == GROUPS["impossible"] else f": {', '.join(verdicts)}"
+        parts += [f"{counts.total()} {group}{shown}"] if counts else []
+    return f"[Every number of the paper](notebooks/claims), {len(measured)} claims: {'; '.join(parts)}.\n"
 
 
 def claims_page(measured: Mapping[str, ledger.Measured]) -> str:
@@ -205,9 +224,10 @@ def claims_page(measured: Mapping[str, ledger.Measured]) -> str:
         "",
         '<p class="lead">Each claim with its evidence and, where one exists, the measured value.</p>',
         "",
-        "A direction agrees or disagrees when the interval of the measured difference excludes zero; otherwise it is",
-        "not resolved. The miniature cannot reproduce absolute values: they are shown only. In the paper's tables, the",
-        "small number below a published one is the measured one.",
+        "A direction agrees or disagrees when the interval of the measured difference excludes zero and, in an",
+        "ablation, the difference is significant after Holm's correction; otherwise it is not resolved. The miniature",
+        "cannot reproduce absolute values: they are shown only. In the paper's tables, the small number below a",
+        "published one is the measured one.",
         "",
         *_table(["Evidence", "Claims", "What it means"], kinds),
         f"Of {len(claims)} claims, {len(flagged)} are flagged:",
@@ -227,7 +247,7 @@ def claims_page(measured: Mapping[str, ledger.Measured]) -> str:
     for place in dict.fromkeys(c.place for c in claims):
         own = [c for c in claims if c.place == place]
         lines += [f"## {place[0].upper()}{place[1:]}", "", *_grid(own, measured)]
-        heads = ["Claim", "Published", "Evidence", "Here", "Verdict"]
+        heads = ["Claim", "Verdict", "Published", "Evidence", "Here"]
         lines += _table(heads, [_claim_row(c, measured[c.id]) for c in own], "claims")
     return "\n".join(lines)
 

@@ -44,7 +44,7 @@ EVIDENCE_HERE = {
 
 
 def chip(known: Claim) -> str:
-    """Return a claim's label: id, the paper's value, kind of evidence (also its color), and a link to the claim's row."""
+    """Return a claim's label: id, the paper's value, kind of evidence (also by color); it links to the claim's row."""
     title = html.escape(f"{known.text} ({known.place}): {known.why or EVIDENCE[known.evidence]}")
     return (
         f'<a class="chip {known.evidence}" href="{CLAIMS}.html#{known.id}" title="{title}">'

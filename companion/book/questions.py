@@ -23,12 +23,15 @@ BENCHES = {"bench-coco": "LLaVA-Bench (COCO)", "bench-wild": "LLaVA-Bench (In-th
 SCIENCE, CAPTIONS = "ScienceQA", "Captions"
 SHOWN = 400  # questions per benchmark, so that a page of the paper's data stays small
 SIDE = 88  # pixels of a thumbnail
-INTRODUCTION = """# Every question and answer
+RIGHT, WRONG = 9, 3  # scores from and below which an answer to LLaVA-Bench counts as right and as wrong
+INTRODUCTION = f"""# Every question and answer
 
 <p class="lead">What the trained model was asked, what it answered, and how that was scored.</p>
 
-The answers are those of the last run of chapters 30 to 32; no question was selected. LLaVA-Bench has the scores of the
-answer and of the reference, ScienceQA is right or wrong, and a caption has its CIDEr.
+The answers are those of the last run of chapters 30 to 32; of a benchmark with more than {SHOWN} questions the page
+shows the first {SHOWN}, otherwise all. LLaVA-Bench has the scores of the answer and of the reference, from 1 to 10: an
+answer counts as right from {RIGHT}, as wrong below {WRONG}. The rule scorer takes a point from a right answer of one or
+two words, since a reference is a sentence. ScienceQA is right or wrong, and a caption has its CIDEr.
 """
 
 
@@ -73,8 +76,8 @@ def _bench(record: RunRecord, stored: dict[str, Any], name: str) -> Iterator[Que
             continue
         verdict, mood = "not scored", "not-resolved"
         if pair := reviews[key]["tuple"]:
-            below = pair[1] < pair[0]
-            verdict, mood = f"{pair[1]:g}, reference {pair[0]:g}", "disagrees" if below else "agrees"
+            verdict = f"{pair[1]:g}, reference {pair[0]:g}"
+            mood = "agrees" if pair[1] >= RIGHT else "disagrees" if pair[1] < WRONG else "partly"
         kind = row["category"].removeprefix(CATEGORY_PREFIX)
         answer = stored["answers"].get(key, "")
         reference = references.get(key, "")
@@ -136,7 +139,11 @@ def questions_page(out: Path) -> str:
     lines, number = [INTRODUCTION], 0
     for bench, rows in found.items():
         more = f", the first {SHOWN}" if len(rows) > SHOWN else ""
-        lines += [f"## {bench}: {len(rows):,} questions{more}", "", '<div class="questions mathjax_ignore">']
+        lines += [
+            f"## {bench}: {len(rows):,} questions{more}",
+            "",
+            f'<div class="questions mathjax_ignore" data-asked="{len(rows)}">',
+        ]
         for question in rows[:SHOWN]:
             number += 1
             try:

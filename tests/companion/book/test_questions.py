@@ -38,14 +38,15 @@ def test_bench_has_answer_reference_and_scores(tmp_path: Path, picture: Path) ->
     write_bench(tmp_path)
     data = {"bench-coco": str(tmp_path), "bench-coco_images": str(tmp_path)}
     record: Any = SimpleNamespace(config=SimpleNamespace(scale=SimpleNamespace(data=data)))
-    pairs = {0: [7, 9], 1: [8, 5], 2: None}  # reference and candidate; question 3 was not asked
+    pairs = {0: [7, 9], 1: [8, 5], 2: None, 3: [10, 2.5]}  # reference and candidate
     reviews = [{"question_id": key, "tuple": pair} for key, pair in pairs.items()]
-    stored = {"reviews": reviews, "answers": {"0": "Red.", "1": "Blue.", "2": ""}}
+    stored = {"reviews": reviews, "answers": {"0": "Red.", "1": "Blue.", "2": "", "3": "No."}}
     rows = list(questions._bench(record, stored, "bench-coco"))
     assert [(row.answer, row.reference, row.verdict, row.mood) for row in rows] == [
         ("Red.", "Reference 0.", "9, reference 7", "agrees"),
-        ("Blue.", "Reference 1.", "5, reference 8", "disagrees"),
+        ("Blue.", "Reference 1.", "5, reference 8", "partly"),
         ("", "Reference 2.", "not scored", "not-resolved"),
+        ("No.", "Reference 3.", "2.5, reference 10", "disagrees"),
     ]
     assert {row.image for row in rows} == {picture}
 
