@@ -243,7 +243,7 @@ HEADS = {
     "tokens_per_s": "tokens per second",
     "spend_usd": "USD spent",
     "image_tokens": "image tokens",
-    "n": "questions",
+    "n": "number",
     "n_images": "images",
     "gflop": "GFLOP",
     "mb": "MB",

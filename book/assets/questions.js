@@ -36,7 +36,8 @@ document.addEventListener("DOMContentLoaded", () => {
       list.closest("section").hidden = [...list.children].every((entry) => entry.hidden);
     }
     const shown = entries.filter((entry) => !entry.hidden).length;
-    count.textContent = `${shown} of ${entries.length} on this page; ${asked} were asked`;
+    const more = asked > entries.length ? ` on this page; ${asked} were asked` : "";
+    count.textContent = `${shown} of ${entries.length}${more}`;
   };
   bar.addEventListener("input", filter);
   bar.addEventListener("submit", (event) => event.preventDefault());

@@ -40,6 +40,29 @@ def test_overview_shows_measured_and_published_values(tmp_path: Path) -> None:
         assert text in row
 
 
+def test_first_page_counts_claims_by_evidence(tmp_path: Path) -> None:
+    text = generated.ledger_state(generated.all_measured(tmp_path))
+    unmeasured = sum(c.evidence in generated.UNMEASURED for c in all_claims().values())
+    assert text.endswith(f"; {unmeasured} not measured.\n")
+    assert "settings of the experiments" in text
+
+
+def test_own_checks_pass_and_share_a_row() -> None:
+    def row(claim: str, measured: object, verdict: str, **more: str) -> dict[str, object]:
+        return {"claim": claim, "published": None, "measured": measured, "verdict": verdict, "note": "a note", **more}
+
+    rows = generated._check_rows([
+        row("probe", "passed", "agrees"), row("blind", "failed", "disagrees"), row("falls", 1.5, "agrees"),
+        row("rises", 2.5, "agrees", place="Table 8"),
+    ])  # fmt: skip
+    assert len(rows) == 3
+    assert 'verdict agrees">passed' in rows[0]
+    assert 'verdict agrees">agrees' in rows[1]
+    assert "Table 8. A note" in rows[1]
+    assert "1 of 2 checks passed" in rows[2]
+    assert "failed: blind" in rows[2]
+
+
 def test_every_discrepancy_has_a_heading() -> None:
     page = generated.differences_page()
     assert re.findall(r"^## (.+)$", page, re.M) == [entry.title for entry in all_discrepancies().values()]
