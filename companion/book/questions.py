@@ -30,8 +30,8 @@ INTRODUCTION = f"""# Every question and answer
 
 The answers are those of the last run of chapters 30 to 32; of a benchmark with more than {SHOWN} questions the page
 shows the first {SHOWN}, otherwise all. LLaVA-Bench has the scores of the answer and of the reference, from 1 to 10: an
-answer counts as right from {RIGHT}, as wrong below {WRONG}. The rule scorer takes a point from a right answer of one or
-two words, since a reference is a sentence. ScienceQA is right or wrong, and a caption has its CIDEr.
+answer counts as right from {RIGHT}, as wrong below {WRONG}. The rule scorer gives the last point
+of a right answer only to more than two words. ScienceQA is right or wrong, and a caption has its CIDEr.
 """
 
 
