@@ -515,9 +515,9 @@ def explain(result: Mapping[str, Any]) -> str:
 def speed_text(speed: Mapping[str, Any]) -> str:
     """Return the steps of the second arm over those of the reference in words; a bound if one misses the target."""
     ratio = f"{2 ** speed['effect']:.2g} times the steps of the reference"
-    missed = [None in steps for steps in speed["needed"].values()]
+    first, second = missed = [None in steps for steps in speed["needed"].values()]
     if any(missed):
-        bound = {(False, True): "at least ", (True, False): "at most "}.get(tuple(missed), "")
+        bound = "" if first == second else "at least " if second else "at most "
         arms = " and ".join(label for label, misses in zip(speed["needed"], missed, strict=True) if misses)
         fails = f"{'do' if all(missed) else 'does'} not reach {speed['target']:g} %"
         return f"{bound}{ratio}: {arms} {fails} within {speed['steps'][-1]} steps"
