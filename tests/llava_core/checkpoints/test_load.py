@@ -82,6 +82,14 @@ def test_a_projector_of_other_base_models_is_refused(bases, tmp_path) -> None:
         load_into(loaded.model, path, base_hash=other)
 
 
+def test_a_model_without_named_base_models_is_not_saved(bases, tmp_path) -> None:
+    loaded = build(*bases, torch.float32)
+    del loaded.manifest["base"]  # as of a LLaVA of transformers, which has its vision tower inside
+    with pytest.raises(CheckpointError, match="names no base models"):
+        save_checkpoint(tmp_path / "c", loaded, "full")
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_checkpoint_that_lacks_its_adapter_is_refused(bases, tmp_path) -> None:
     path = save_checkpoint(tmp_path / "c", adapted(bases), "adapter")
     other = build(*bases, torch.float32).model

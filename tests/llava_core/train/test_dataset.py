@@ -11,8 +11,10 @@ import pytest
 from training_root import make_training_root
 
 from llava_core.config import load_experiment
+from llava_core.record import RunRecord
 from llava_core.runtime import ConfigError, DataError
 from llava_core.train.dataset import TrainingSet, held_out_indices, load_samples, steps_of
+from llava_core.train.launch import _note_differences
 
 
 @pytest.mark.parametrize(("name", "samples", "steps"), [("pretrain", 595_375, 4652), ("finetune", 157_712, 14_787)])
@@ -94,3 +96,25 @@ def test_skip_does_not_lose_the_rest_of_a_damaged_list(world: Path) -> None:
     file.write_text(file.read_text().replace('"id": "12"', '"id" "12"'))
     with pytest.raises(DataError, match=r"line 13, record #12: no JSON"):
         load_samples(load_experiment("pretrain", "mini", {"data.on_bad_sample": "skip"}))
+
+
+def test_fewer_held_out_samples_are_from_all_of_the_file(world: Path) -> None:
+    share = {"data.held_out": 0.5}
+    _, all_held_out = load_samples(load_experiment("pretrain", "mini", {**share, "scale.eval_samples": 26}))
+    train, held_out = load_samples(load_experiment("pretrain", "mini", {**share, "scale.eval_samples": 4}))
+    assert [int(sample.id) for sample in all_held_out] == list(range(0, 26, 2))
+    assert [int(sample.id) for sample in held_out] == [0, 6, 12, 18]
+    assert len(train) == 13
+
+
+def test_finished_run_says_that_other_held_out_samples_do_not_count(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = load_experiment("pretrain", "mini", {"scale.eval_samples": 3})
+    record = RunRecord.open(load_experiment("pretrain", "mini"))
+    assert record.run_id == asked.run_id
+    _note_differences(record, record.config)
+    assert not capsys.readouterr().err
+    _note_differences(record, asked)
+    stored = record.config.scale.eval_samples
+    assert f"finished with scale.eval_samples = {stored}, and its numbers stay those" in capsys.readouterr().err
