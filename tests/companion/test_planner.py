@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,7 +195,9 @@ def test_every_gpu_has_memory_speed_and_price() -> None:
 
 
 def test_peaks_of_gpus_are_those_of_the_trainer() -> None:
-    for part, peak in PEAK_TFLOPS.items():
-        named = {name: gpu["tflops"] for name, gpu in planner.FACTS["gpus"].items() if part in name}
-        assert named
-        assert set(named.values()) == {peak}
+    compared = 0
+    for name, gpu in planner.FACTS["gpus"].items():
+        known = [peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name.replace("-", " "))]
+        compared += len(known)
+        assert set(known) <= {gpu["tflops"]}, name
+    assert compared >= 6
