@@ -454,8 +454,8 @@ def overview(protocol: Protocol) -> list[dict[str, Any]]:
         for label, row in result["differences"].items():
             rows.append({
                 "ablation": name, "difference": f"{label} minus {result['reference']}",
-                "problems": row["subset"], "seeds": len(result["seeds"]), "effect": row["effect"],
-                "95 % interval": row["interval"], "p (Holm)": row["p_holm"],
+                "problems": row["subset"], "seeds": len(result["seeds"]), "effect (points)": row["effect"],
+                "95 % interval (points)": row["interval"], "p (Holm)": row["p_holm"],
                 "verdict": "control" if row["control"] else str(row["verdict"]),
             })  # fmt: skip
     return rows
@@ -479,8 +479,9 @@ def difference_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             if part:
                 rows.append({
                     f"minus {result['reference']}": label, "questions": f"{part['n']} ({subset or part['subset']})",
-                    "effect": part["effect"], "95 % interval": part["interval"], "over seeds": part["over_seeds"],
-                    "over questions": part["over_questions"], "p (Holm)": row["p_holm"] if verdict else None,
+                    "effect (points)": part["effect"],
+                    "95 % interval (points)": part["interval"], "over seeds (points)": part["over_seeds"],
+                    "over questions (points)": part["over_questions"], "p (Holm)": row["p_holm"] if verdict else None,
                     "verdict": None if verdict is None else "control" if row["control"] else str(verdict),
                 })  # fmt: skip
     return rows
