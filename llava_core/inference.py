@@ -59,6 +59,7 @@ def answer_questions(
     max_new_tokens: int = 48,
     batch: int = 64,
     temperature: float = 0.0,
+    seed: int = 0,
     answer_prefixes: Mapping[str, str] | None = None,
     desc: str | None = "answers",
     reserve: int = 0,
@@ -69,7 +70,7 @@ def answer_questions(
         rows: `{question_id, text, image}`; `image` is a file name under `images`, or None for a question without image.
         max_new_tokens: longest answer in tokens; fewer if the language model's positions end before.
         batch: rows generated together; it does not change the result.
-        temperature: 0 is greedy; a sampled answer depends on its question's id, not on the batch.
+        temperature: 0 is greedy; a sampled answer depends on `seed` and its question's id, not on the batch.
         answer_prefixes: per question id, text that the answer begins with.
         reserve: positions to leave free after an answer.
 
@@ -111,7 +112,9 @@ def answer_questions(
         names = [str(r["question_id"]) for r in part]
         row_settings = [
             # a seed per question: its answer depends neither on the batch nor on other questions
-            replace(settings, seed=zlib.crc32(name.encode()), max_new_tokens=max(1, min(max_new_tokens, room[name])))
+            replace(
+                settings, seed=zlib.crc32(name.encode(), seed), max_new_tokens=max(1, min(max_new_tokens, room[name]))
+            )
             for name in names
         ]
         texts = generate(loaded.model, loaded.tokenizer, [prompts[name] for name in names], values, row_settings)

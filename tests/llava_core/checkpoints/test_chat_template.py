@@ -81,7 +81,7 @@ def test_a_template_of_another_family_is_told(folder, tmp_path) -> None:
     found = inspect(folder)
     assert found["template"] is None
     assert found["problems"] == []
-    assert any("asks '<|im_start|>user" in note and "--assume template=NAME" in note for note in found["notes"])
+    assert any("renders '<|im_start|>user" in note and "--assume template=NAME" in note for note in found["notes"])
     convert(folder, tmp_path / "llava", "llava")
     for path in (folder, tmp_path / "llava"):
         with pytest.raises(CheckpointError, match=r"none of ours; fix: .*--assume template=v1"):
