@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from companion.evaluation.judges import agreement, format_agreement
+from companion.evaluation import judges
+from companion.evaluation.judges import format_agreement
 from companion.evaluation.llava_bench import score_reviews
 from companion.evaluation.relative_score import question_scores, relative_difference
 from companion.evaluation.statistics import correlation, estimate, item_counts
@@ -28,6 +30,9 @@ def two_judges(n: int = 40, seed: int = 0) -> tuple[list[tuple[float, float]], l
     first = [(rng.randint(6, 10), rng.randint(1, 10)) for _ in range(n)]
     second = [(min(10, max(1, a + rng.randint(-1, 1))), min(10, max(1, b + rng.randint(-3, 3)))) for a, b in first]
     return first, second
+
+
+agreement = partial(judges.agreement, samples=200)  # the default takes seconds per call, and no test reads more of them
 
 
 def test_agreement_equals_scipy() -> None:
