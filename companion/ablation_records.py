@@ -113,8 +113,9 @@ def confirms(record: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
         return False
     kept, arms = at_seeds(stored, seeds)["arms"], record["arms"]
     equal = {label: all(arm.get(key) == kept[label].get(key) for key in ANSWERS) for label, arm in arms.items()}
-    weights = {label: all(map(_same_weights, arm["runs"], kept[label]["runs"])) for label, arm in arms.items()}
-    return any(equal.values()) and all(equal[label] or weights[label] for label in arms)
+    return any(equal.values()) and all(
+        equal[label] or all(map(_same_weights, arm["runs"], kept[label]["runs"])) for label, arm in arms.items()
+    )
 
 
 def _same_weights(run: str, other: str) -> bool:

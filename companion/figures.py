@@ -297,11 +297,8 @@ FILE_FIELDS = {"file", "validation_file", "held_out", "on_bad_sample", "written_
 """Fields of an experiment's `data` about this project's files; shown only where a scale departs in them."""
 
 
-def setting_rows(config: RunConfig, since: RunConfig | None = None, since_head: str = "") -> list[dict[str, str]]:
-    """Return the settings of a run that differ from `since`: paper's value, source, why this scale departs.
-
-    With a `since_head`, such as "stage 1", a column of that name has the paper's value of `since`, and the one here.
-    """
+def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict[str, str]]:
+    """Return the settings of a run that differ from `since`: paper's value, source, why this scale departs."""
     departures = {d.field: d for d in config.departures}
     rows: list[tuple[str, Any, Any, str]] = []
     for section, part in config.experiment.model_dump(
@@ -319,14 +316,7 @@ def setting_rows(config: RunConfig, since: RunConfig | None = None, since_head: 
     keys = ("setting", "paper", "here", "source, reason")
     texts = [dict(zip(keys, map(_setting_text, row), strict=True)) for row in rows]
     known = {row["setting"]: (row["paper"], row["here"]) for row in setting_rows(since)} if since else {}
-    texts = [row for row in texts if known.get(row["setting"]) != (row["paper"], row["here"])]
-    if since_head:
-        for row in texts:
-            paper, here = known.get(row["setting"], ("none", "none"))
-            row[since_head] = paper if paper == here else f"{paper} (here {here})"
-        order = ("setting", since_head, *keys[1:])
-        texts = [{key: row[key] for key in order} for row in texts]
-    return texts
+    return [row for row in texts if known.get(row["setting"]) != (row["paper"], row["here"])]
 
 
 def _setting_text(value: Any) -> str:

@@ -141,9 +141,6 @@ def test_setting_rows_have_every_departure_and_no_unused_setting() -> None:
     assert rows["cc595k"]["paper"] == "the real one"
     assert not {"data.prompt_format", "data.on_bad_sample"} & rows.keys()
     assert figures.setting_rows(config, since=config) == []
-    rows = {row["setting"]: row for row in figures.setting_rows(load_experiment("finetune", "mini"), config, "stage 1")}
-    assert rows["train.learning_rate"]["stage 1"] == "0.002 (here 0.005)"
-    assert list(rows["train.learning_rate"])[:3] == ["setting", "stage 1", "paper"]
 
 
 def test_supervised_tokens_are_marked() -> None:
