@@ -127,6 +127,10 @@ def start(config: RunConfig, resume: bool = True) -> TrainingRun:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return run
+        except OSError as error:  # some clusters' file systems lock nothing
+            raise ConfigError(
+                f"{display_path(record.path)}: start() needs file locks: {error.strerror}; fix: use launch()"
+            ) from error
         if record.finished:
             return run
         config.write(record.path / LAUNCHED)

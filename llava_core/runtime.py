@@ -444,5 +444,7 @@ def progress(work: Iterable[Any] | int, desc: str, **options: Any) -> tqdm[Any]:
     """Return a progress bar on stderr, over an iterable or up to a total number of steps."""
     from tqdm import tqdm
 
+    if options.get("disable") is False:
+        del options["disable"]  # tqdm then asks TQDM_DISABLE of the environment
     source = {"total": work} if isinstance(work, int) else {"iterable": work}
     return tqdm(**source, desc=printable(desc), file=sys.stderr, dynamic_ncols=True, mininterval=0.5, **options)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import _thread
+import errno
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from companion import training_run
 from companion.training_run import TrainingRun, attach, start
 from llava_core.config import RunConfig, load_experiment
 from llava_core.record import RunRecord
-from llava_core.runtime import CompanionError, DataError, child_environment
+from llava_core.runtime import CompanionError, ConfigError, DataError, child_environment
 from llava_core.train import launch as launching
 from llava_core.train.signals import Interrupted
 
@@ -151,3 +152,12 @@ def test_attach_needs_a_run_of_start_or_a_finished_one(config: RunConfig) -> Non
     record.finish({"final_loss": 1.0})  # as `launch` does
     run = attach(record.path)
     assert run.follow() is run.record
+
+
+def test_file_system_without_locks_is_refused(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(training_run.fcntl, "flock", no_locks)
+    with pytest.raises(ConfigError, match=r"runs/pretrain/mini/.*needs file locks: No locks available; fix:"):
+        start(config)

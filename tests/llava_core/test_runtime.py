@@ -204,6 +204,14 @@ def test_offline_switch_sets_library_variables(monkeypatch: pytest.MonkeyPatch) 
     assert [os.environ[name] for name in names] == ["1", "1", "1"]
 
 
+def test_environment_hides_progress_bars_that_are_not_hidden_otherwise() -> None:
+    code = "from llava_core import runtime; print(runtime.progress([], 'x', disable=False).disable)"
+    for value, hidden in (("", b"False"), ("1", b"True")):
+        environment = os.environ | {"TQDM_DISABLE": value}
+        child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+        assert child.stdout.strip() == hidden, child.stderr
+
+
 def test_progress_goes_to_stderr_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(runtime.progress([1, 2], "counting")) == [1, 2]
     with runtime.progress(2, "counting") as bar:

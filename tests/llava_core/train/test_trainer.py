@@ -4,15 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from training_root import SCALE, make_training_root
 
 from llava_core import config as configuration
-from llava_core.config import load_experiment
+from llava_core.config import load_experiment, load_scale
 from llava_core.record import RunRecord
-from llava_core.runtime import ConfigError, DataError
+from llava_core.runtime import CheckpointError, ConfigError, DataError
 from llava_core.train import identity
 from llava_core.train import launch as launching
 from llava_core.train import trainer as training
@@ -151,6 +153,23 @@ def test_bad_data_is_an_error_before_the_first_step(world: Path) -> None:
     (world / "data" / "cc" / "chat.json").unlink()
     with pytest.raises(DataError, match=r"chat\.json"):
         _run()
+
+
+def test_offline_scale_asks_no_hub_though_the_libraries_were_imported_before(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local: list[bool] = []
+
+    def snapshot(source: str, local_files_only: bool, **_: object) -> str:
+        local.append(local_files_only)
+        raise LocalEntryNotFoundError(source)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # read when it was imported
+    models = load_scale("mini").models | {"vicuna-13b": "someone/llm"}
+    with pytest.raises(CheckpointError, match=r"someone/llm: .*not in the cache"):
+        _run(scale__models=models)
+    assert local == [True]
 
 
 def test_changed_kernel_changes_the_run_id(tmp_path: Path) -> None:
