@@ -22,7 +22,7 @@ from companion.evaluation.statistics import seeds_interval
 from companion.figures import check, markdown_safe
 from companion.paper.claims import claim
 from companion.paper.verdict import Verdict, verdict_of_difference
-from companion.protocol import SPEED, AblationPlan, Protocol, Subset, load_protocol
+from companion.protocol import SPEED, AblationPlan, Protocol, SpeedPlan, Subset, load_protocol
 from llava_core import runtime
 from llava_core.checkpoints.base_models import base_hash
 from llava_core.config import RunConfig
@@ -112,7 +112,9 @@ def confirms(record: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
     ):
         return False
     kept, arms = at_seeds(stored, seeds)["arms"], record["arms"]
-    equal = {label: all(arm.get(key) == kept[label].get(key) for key in ANSWERS) for label, arm in arms.items()}
+    equal = {
+        label: all(arm[key] == kept[label].get(key) for key in ANSWERS if key in arm) for label, arm in arms.items()
+    }
     return any(equal.values()) and all(
         equal[label] or all(map(_same_weights, arm["runs"], kept[label]["runs"])) for label, arm in arms.items()
     )
@@ -216,7 +218,7 @@ def make_record(
         else:
             for key in ("candidate", "reference"):
                 arms[label][key] = [_joined(result["bench"][key]) for result in own]
-        if plan.speed is not None:
+        if plan.speed is not None and "curve" in own[0]:
             arms[label]["curve"] = {
                 "steps": own[0]["curve"]["steps"], "right": [result["curve"]["right"] for result in own]
             }  # fmt: skip
@@ -274,6 +276,11 @@ def _comparison(record: Mapping[str, Any], plan: AblationPlan, label: str, subse
     return compare(first, second, [clusters[k] for k in chosen], units)
 
 
+def _speed_plan(record: Mapping[str, Any], plan: AblationPlan) -> SpeedPlan | None:
+    """What the plan says about learning speed; None also for a record without checkpoints."""
+    return plan.speed if "curve" in record["arms"][plan.reference] else None
+
+
 def _speed(record: Mapping[str, Any], plan: AblationPlan) -> tuple[Any, dict[str, Any]]:
     """Learning speed of the second arm against the reference: the comparison, and the accuracies at the checkpoints."""
     assert plan.speed is not None
@@ -309,7 +316,7 @@ def p_values(record: Mapping[str, Any], protocol: Protocol) -> dict[str, float]:
         for label in _others(record, plan)
         if not plan.arms[label].control
     }
-    if plan.speed is not None:
+    if _speed_plan(record, plan) is not None:
         found[f"{name}: {SPEED}"] = _speed(record, plan)[0].p
     return found
 
@@ -324,6 +331,8 @@ def shortfall(record: Mapping[str, Any], protocol: Protocol) -> list[str]:
         found.append(f"{record['questions']['n']} of {questions} questions")
     if record["protocol"] != protocol.protocol_hash(record["ablation"]):
         found.append("another plan")
+    if plan.speed is not None and _speed_plan(record, plan) is None:
+        found.append("no learning speed")
     if record["fast"]:
         found.append("shortened runs")
     return found
@@ -365,13 +374,13 @@ def analyse(record: Mapping[str, Any], protocol: Protocol | None = None) -> dict
             }  # fmt: skip
         differences[label] = row
     speed = None
-    if plan.speed is not None:
+    if (speed_plan := _speed_plan(record, plan)) is not None:
         result, facts = _speed(record, plan)
         key = f"{name}: {SPEED}"
-        direction = claim(plan.speed.claim).direction if plan.speed.claim else None
+        direction = claim(speed_plan.claim).direction if speed_plan.claim else None
         verdict = verdict_of_difference(result, direction, p=corrected[key], margin=None, testable=testable)
         speed = {
-            **result.summary(), **facts, "claim": plan.speed.claim, "p_holm": corrected[key],
+            **result.summary(), **facts, "claim": speed_plan.claim, "p_holm": corrected[key],
             "verdict": Verdict.NOT_RESOLVED if lacking else verdict,
         }  # fmt: skip
     return {
@@ -503,9 +512,11 @@ def explain(result: Mapping[str, Any]) -> str:
         shortfall = markdown_safe(", ".join(result["shortfall"]))
         parts.append(f"This is less than the plan asks for ({shortfall}), so there is no verdict.")
     margin = result["margin"]
-    halves = {name: (row["interval"][1] - row["interval"][0]) / 2 for name, row in rows.items() if row["interval"]}
-    if wide := [f"{markdown_safe(name)} ±{half:.1f}" for name, half in halves.items() if half > margin]:
-        parts.append(f"Half-widths above the margin of {margin:g} points: {', '.join(wide)}.")
+    for label, row in rows.items():
+        if row["interval"] and (half := (row["interval"][1] - row["interval"][0]) / 2) > margin:
+            alone = (row["over_questions"][1] - row["over_questions"][0]) / 2
+            text = f"The half-width of {markdown_safe(label)}, {half:.1f} points, is above the margin of {margin:g}"
+            parts.append(f"{text}; the questions alone give {alone:.1f}.")
     below = [label for label, above in result["above_baselines"].items() if not above]
     if below and len(result["seeds"]) > 1:
         chance, table = (f"{result[key]:.1f} %" for key in ("chance", "lookup_table"))

@@ -80,11 +80,17 @@ def arm_name(arm: ArmPlan) -> str:
 
 
 def arm_job(
-    plan: AblationPlan, arm: ArmPlan, seed: int, scale: str, fast: bool = False, rate: float | None = None
+    plan: AblationPlan,
+    arm: ArmPlan,
+    seed: int,
+    scale: str,
+    fast: bool = False,
+    rate: float | None = None,
+    speed: bool = True,
 ) -> Job:
     limit = FAST_PROBLEMS if fast else None
     measures: list[tuple[str, str | int | None]] = [("accuracy", limit)]
-    if plan.speed is not None:
+    if plan.speed is not None and speed:
         measures.append(("curve", limit or plan.speed.questions))
     if plan.bench is not None:
         measures = [("bench", plan.bench)]
@@ -166,7 +172,7 @@ def ablate(
     seeds: Sequence[int] | int | None = None,
     fast: bool = False,
     processes: int = 1,
-    main_arms: bool = False,
+    brief: bool = False,
     store: bool = False,
     show: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -175,7 +181,7 @@ def ablate(
     Args:
         seeds: these, or the first so many of the plan (default: all). All arms of a seed come before the next seed.
         fast: one seed and the budget of `--fast`.
-        main_arms: without the arms that the plan marks as controls.
+        brief: without the arms that the plan marks as controls and without learning speeds.
         store: write each record to results/ablations as soon as its last run is measured.
         show: receives a line per finished run and ablation: the values by arm so far.
     """
@@ -190,10 +196,9 @@ def ablate(
         chosen[name] = (planned if seeds is None or isinstance(seeds, int) else list(seeds))[: 1 if fast else None]
         for seed in chosen[name]:
             for label, arm in plan.arms.items():
-                if not (main_arms and arm.control):
-                    wanted[name, label, seed] = arm_job(
-                        plan, arm, seed, place, fast, rates.get(arm_name(plan.tuned_arm(arm)))
-                    )
+                if not (brief and arm.control):
+                    rate = rates.get(arm_name(plan.tuned_arm(arm)))
+                    wanted[name, label, seed] = arm_job(plan, arm, seed, place, fast, rate, speed=not brief)
     merged = _merged(list(wanted.values()))
     order = sorted(wanted, key=lambda key: chosen[key[0]].index(key[2]))
     jobs = list(dict.fromkeys(merged[wanted[key]] for key in order))

@@ -16,7 +16,8 @@ from companion.miniature.contrastive import train_clip
 from companion.miniature.language_model import SIZES, train_language_model
 from companion.miniature.training import write_manifest
 from llava_core.checkpoints.files import atomic_folder
-from llava_core.runtime import ROOT, write_json
+from llava_core.registry import unknown
+from llava_core.runtime import ROOT, ConfigError, write_json
 
 MODELS = ROOT / "models" / "mini"
 SWEEP = Path(__file__).with_name("scienceqa_sweep.csv")
@@ -30,7 +31,14 @@ def present(models: Path = MODELS) -> list[str]:
 
 
 def measure_acceptance(models: Path = MODELS, only: Sequence[str] | None = None) -> dict[str, Any]:
-    """The acceptance checks of the base models of a folder (the tower's always); `passed` has the outcome of each."""
+    """The acceptance checks of the base models of a folder (the tower's always); `passed` has the outcome of each.
+
+    Raises:
+        ConfigError: `only` names a model that is not in the folder.
+    """
+    for name in only or ():
+        if name not in (known := [*present(models), "clip"]):
+            raise ConfigError(unknown("base model", name, known))
     chosen = [name for name in present(models) if only is None or name in only]
     text = {name: language_model_checks(models / name) for name in chosen}
     vision = vision_tower_checks(models / "clip")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,10 @@ def test_chapter_texts_name_verdict_interval_and_what_is_missing(protocol: Proto
     assert whole.startswith("**Agrees**: last layer minus layer before the last, -")
     small = stored.explain(stored.analyse(simulated_record(protocol, "feature_layer", -25, 60, seeds=2), protocol))
     assert "**Not resolved**" in small
-    assert "Half-widths above the margin of 2.5 points: last layer ±" in small
-    assert "Half-widths" not in whole
+    assert re.search(
+        r"half-width of last layer, \d+\.\d points, is above the margin of 2.5; the questions alone", small
+    )
+    assert "half-width" not in whole
     assert "(2 of 5 seeds), so there is no verdict" in small
     assert "Not above both a blind guess (50.0 %) and the look-up table (50.0 %): " in small
     assert {row["verdict"] for row in stored.overview(protocol)} == {"no record"}
@@ -221,7 +224,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[ab.Job]:
         digits = "10" * 24
         return {
             "run": f"runs/{len(jobs)}", "seconds": 1.0, "accuracy": {"value": 50.0, "right": digits},
-            "curve": {"steps": [1, 2], "right": [digits, digits]},
+            **({"curve": {"steps": [1, 2], "right": [digits, digits]}} if "curve" in dict(job.measures) else {}),
             "validation": {"value": json.loads(job.overrides).get("train.learning_rate", 0)},
         }  # fmt: skip
 
@@ -268,6 +271,19 @@ def test_fast_run_is_one_seed(measured: list[ab.Job], folder: Path) -> None:
     assert (record["seeds"], record["fast"], len(measured)) == ([42], True, 2)
     assert all(job.config.fast for job in measured)
     assert not list(folder.iterdir())
+
+
+def test_brief_run_has_neither_controls_nor_learning_speeds(
+    measured: list[ab.Job], folder: Path, protocol: Protocol
+) -> None:
+    records = ab.ablate(["cot_order", "pretraining"], seeds=1, brief=True)
+    assert [dict(job.measures).keys() for job in measured] == [{"accuracy"}] * 3
+    assert "without stage 1, steps matched" not in records["pretraining"]["arms"]
+    result = stored.analyse(records["cot_order"], protocol)
+    assert result["speed"] is None
+    assert result["shortfall"][-1] == "no learning speed"
+    whole = ab.ablate(["cot_order"], seeds=2)["cot_order"]
+    assert stored.confirms({**records["cot_order"], "fast": False}, whole)
 
 
 def test_size_starts_from_several_base_models(protocol: Protocol) -> None:

@@ -12,7 +12,7 @@ from companion.cli import miniature
 from companion.miniature import acceptance, base_models, contrastive, language_model, training, world
 from llava_core.checkpoints.base_models import load_vision_tower
 from llava_core.constants import IMAGE_TOKEN_ID
-from llava_core.runtime import read_json
+from llava_core.runtime import ConfigError, read_json
 
 
 def test_clip_text_model_pools_at_the_end_token(tmp_path: Path) -> None:
@@ -163,6 +163,11 @@ def test_a_seed_that_misses_a_check_is_trained_for_longer(tmp_path: Path, monkey
     base_models.train_base_models(tmp_path, only=["llm-13b", "llm-13b-1"])
     assert trained == [(0, 3000), (1, 3000), (1, 4500)]
     assert read_json(tmp_path / "llm-13b-1" / "manifest.json")["training"] == {"steps": 4500}
+
+
+def test_only_models_of_the_folder_are_measured(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"base model 'llm-7B'"):
+        base_models.measure_acceptance(only=["llm-7B"])
 
 
 def test_command_line_names_every_base_model() -> None:  # a copy there, so that `llava --help` needs no torch
