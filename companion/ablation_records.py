@@ -521,7 +521,7 @@ def explain(result: Mapping[str, Any]) -> str:
     if below and len(result["seeds"]) > 1:
         chance, table = (f"{result[key]:.1f} %" for key in ("chance", "lookup_table"))
         names = markdown_safe(", ".join(below))
-        parts.append(f"Not above both a blind guess ({chance}) and the look-up table ({table}): {names}.")
+        parts.append(f"Not significantly above both a blind guess ({chance}) and the look-up table ({table}): {names}.")
     return " ".join(parts)
 
 
@@ -544,8 +544,10 @@ def difference_checks(result: Mapping[str, Any], note: str = "") -> list[dict[st
     for row in [*result["differences"].values(), *([result["speed"]] if result["speed"] else [])]:
         if row["claim"]:
             known = claim(row["claim"])
-            measured = speed_text(row) if row is result["speed"] else row["interval"] or row["effect"]
-            own = check(known.text, known.value_text, measured, None, note)
+            if row is result["speed"]:
+                own = check(known.text, known.value_text, speed_text(row), None, note)
+            else:
+                own = check(known.text, known.value_text, row["interval"] or row["effect"], None, f"points; {note}")
             rows.append({**own, "verdict": row["verdict"], "id": known.id, "place": known.place})
     return rows
 

@@ -24,7 +24,7 @@ from companion.ablation_records import (
     write_learning_rates,
     write_record,
 )
-from companion.figures import check
+from companion.figures import cell_text, check
 from companion.paper.ledger import published_ablation
 from companion.paper.verdict import Verdict
 from companion.protocol import AblationPlan, ArmPlan, load_protocol
@@ -33,6 +33,7 @@ from llava_core.config import META, RunConfig, load_experiment, load_scale
 from llava_core.record import RunRecord
 from llava_core.runtime import display_path, resolve
 from llava_core.train.launch import launch
+from llava_core.train.processes import die_with_parent
 
 NORMAL_95 = 1.96  # standard errors of the 95 % interval of a normal distribution
 FAST_PROBLEMS = 48  # test problems of a `--fast` run
@@ -72,6 +73,12 @@ def arm_overrides(plan: AblationPlan, arm: ArmPlan, seed: int, scale: str, rate:
     if rate is not None:
         overrides["train.learning_rate"] = rate
     return overrides
+
+
+def tuned_rates(scale: str, fast: bool = False) -> dict[str, float]:
+    """Return the learning rates that were chosen on val, by `arm_name`; empty at another scale and for `fast` runs."""
+    protocol = load_protocol()
+    return learning_rates(protocol) if scale == protocol.scale and not fast else {}
 
 
 def arm_name(arm: ArmPlan) -> str:
@@ -151,7 +158,7 @@ def run_jobs(jobs: Sequence[Job], processes: int = 1) -> Iterator[tuple[Job, dic
     try:
         # the runs of stage 1 first, each once: else a process waits for another's
         starts = {config.run_id: job for job in jobs if (config := job.config.upstream()) is not None}
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(processes, get_context("spawn"), die_with_parent) as pool:
             list(pool.map(start_run, starts.values()))
             waiting = {pool.submit(measure, job): job for job in jobs}
             try:
@@ -187,7 +194,7 @@ def ablate(
     """
     protocol = load_protocol()
     place = scale or protocol.scale
-    rates = learning_rates(protocol) if place == protocol.scale and not fast else {}
+    rates = tuned_rates(place, fast)
     wanted: dict[tuple[str, str, int], Job] = {}
     chosen: dict[str, list[int]] = {}
     for name in names:
@@ -299,7 +306,12 @@ def difference_check(what: str, published: Any, result: Mapping[str, Any]) -> di
 
 def arm_settings(plan: AblationPlan, scale: str = "mini") -> list[dict[str, Any]]:
     """Return the settings that differ between the arms' runs, or between the runs that these start from."""
-    runs = {name: load_experiment(arm.experiment, scale, arm_set(plan, arm, scale)) for name, arm in plan.arms.items()}
+    rates = tuned_rates(scale)
+    runs = {}
+    for name, arm in plan.arms.items():
+        rate = rates.get(arm_name(plan.tuned_arm(arm)))
+        tuned = {} if rate is None else {"train.learning_rate": rate}
+        runs[name] = load_experiment(arm.experiment, scale, {**arm_set(plan, arm, scale), **tuned})
     rows = []
     starts = {name: first for name, run in runs.items() if (first := run.upstream()) is not None}
     for stage, configs in (("this run", runs), ("the run it starts from", starts)):
@@ -309,7 +321,7 @@ def arm_settings(plan: AblationPlan, scale: str = "mini") -> list[dict[str, Any]
         for setting in sorted({key for settings in flat.values() for key in settings}):
             values = {name: settings.get(setting) for name, settings in flat.items()}
             if len({repr(value) for value in values.values()}) > 1:
-                rows.append({"in": stage, "setting": setting, **{n: str(v) for n, v in values.items()}})
+                rows.append({"in": stage, "setting": setting, **{n: cell_text(v) for n, v in values.items()}})
     return rows
 
 

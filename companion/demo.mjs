@@ -59,7 +59,7 @@ function render({ model, el }) {
   const question = make("input", { type: "text", class: "question", maxLength: 2000, value: get("question"), "aria-label": "Question",
     on: { keydown: (event) => event.key === "Enter" && !event.isComposing && ask() } });
   const askButton = button("Ask", () => ask(), { class: "ask" }), stopButton = button("Stop", () => send({ do: "stop" }));
-  const clearButton = button("Clear", () => send({ do: "clear" })), saveButton = button("Save as JSON", save);
+  const clearButton = button("Clear", () => { question.value = ""; send({ do: "clear" }); }), saveButton = button("Save as JSON", save);
   const tokens = make("input", { type: "number", min: 1, max: 2048, value: 96, "aria-label": "Longest answer in tokens" });
   const temperature = make("input", { type: "number", min: 0, max: 2, step: 0.1, value: 0, "aria-label": "Temperature" });
   const suggestions = make("div", { class: "row" });

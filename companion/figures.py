@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,17 +214,34 @@ def html_safe(text: object) -> str:
     return html.escape(printable(text, keep="\n\t"))
 
 
-def cell_text(value: Any) -> str:
+def cell_text(value: Any, digits: int | None = None) -> str:
+    """Return a value in words; a float with `digits` decimals, or four significant digits, those of a list alike."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float) and digits is not None and math.isfinite(value):
+        return f"{round(value, digits) + 0.0:,.{digits}f}"  # no -0.00
     if isinstance(value, int | float):
         return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         interval = len(value) == 2 and all(isinstance(part, int | float) for part in value)
-        return (" to " if interval else ", ").join(map(cell_text, value))
+        shared = decimals(value) if digits is None else digits
+        return (" to " if interval else ", ").join(cell_text(part, shared) for part in value)
     return str(value)
+
+
+def decimals(values: Iterable[Any]) -> int | None:
+    """Return equal decimals for the floats of a column or list; None if their sizes differ too much for that.
+
+    As many as any needs for four significant digits, and no more than the largest needs.
+    """
+    floats = [value for value in values if isinstance(value, float) and math.isfinite(value) and value]
+    texts = [f"{value:.4g}" for value in floats]
+    largest = max(map(abs, floats), default=0)
+    if not floats or largest > 1000 * min(map(abs, floats)) or any("e" in text for text in texts):
+        return None
+    return min(max(len(text.partition(".")[2]) for text in texts), max(0, 3 - math.floor(math.log10(largest))))
 
 
 def code_safe(text: object) -> str:
@@ -257,20 +275,18 @@ HEADS = {
 }
 """Heads of columns that are named as in a record."""
 DECIMALS = {"hours": 1, "MB": 1, "mb": 1, "(%)": 2, "percent": 2, "points": 2, "(points)": 2}
-"""Decimals in a column, by the last word of its head; the paper's percentages have up to two."""
+"""The most decimals in a column, by the last word of its head; the paper's percentages have up to two."""
 
 
-def _column_text(head: str, value: Any) -> str:
+def _column_text(head: str, values: Sequence[Any]) -> Callable[[Any], str]:
+    """Return what formats the values of a column."""
     from companion.evaluation.statistics import p_text
 
-    if re.search(r"\bp( \(Holm\))?$", head) and isinstance(value, float) and not math.isnan(value):
-        return p_text(value)
-    digits = DECIMALS.get(head.rpartition(" ")[2])
-    parts = value if isinstance(value, list | tuple) else [value]
-    if digits is not None and all(isinstance(part, float) for part in parts):
-        parts = [round(part, digits) for part in parts]
-        return cell_text(parts if len(parts) > 1 else parts[0])
-    return cell_text(value)
+    if re.search(r"\bp( \(Holm\))?$", head):
+        return lambda value: p_text(value) if isinstance(value, float) and not math.isnan(value) else cell_text(value)
+    parts = itertools.chain.from_iterable(value if isinstance(value, list | tuple) else [value] for value in values)
+    shared, most = decimals(parts), DECIMALS.get(head.rpartition(" ")[2])
+    return partial(cell_text, digits=most if shared is None else min(shared, most if most is not None else shared))
 
 
 def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") -> Styler:
@@ -285,7 +301,8 @@ def table(rows: Any, columns: Sequence[str] | None = None, caption: str = "") ->
     classes = numeric.map({True: "number", False: "text"}.get)
 
     def cell(head: Any) -> Callable[[Any], str]:
-        return lambda value: html_safe(_column_text(str(head), value))
+        text = _column_text(str(head), list(frame[head]))
+        return lambda value: html_safe(text(value))
 
     style = frame.style.format({head: cell(head) for head in frame}).hide(axis="index").set_td_classes(classes)
     style = style.format_index(lambda head: html_safe(HEADS.get(head, head)), axis="columns")
@@ -314,15 +331,22 @@ def setting_rows(config: RunConfig, since: RunConfig | None = None) -> list[dict
         stand_in = d.field.startswith("scale.")
         rows.append((d.field.removeprefix("scale."), "the real one" if stand_in else d.paper, d.here, f"here: {d.why}"))
     keys = ("setting", "paper", "here", "source, reason")
-    texts = [dict(zip(keys, map(_setting_text, row), strict=True)) for row in rows]
+    texts = [dict(zip(keys, map(setting_text, row), strict=True)) for row in rows]
     known = {row["setting"]: (row["paper"], row["here"]) for row in setting_rows(since)} if since else {}
     return [row for row in texts if known.get(row["setting"]) != (row["paper"], row["here"])]
 
 
-def _setting_text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
+def setting_text(value: Any) -> str:
+    """Return the value of a setting in words; of a section its parts that are set."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if hasattr(value, "model_dump"):
+        value = value.model_dump()
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {setting_text(part)}" for key, part in value.items() if part is not None)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 _SAVED: dict[str, dict[str, Any]] = {

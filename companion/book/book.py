@@ -96,7 +96,7 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
         "results": generated.results_page(out, present, missing, scale),
         pages.CLAIMS: generated.claims_page(measured),
         "differences": generated.differences_page(),
-        "ledger_state": generated.ledger_state(measured),
+        "ledger_state": generated.ledger_state(measured, out, present),
         "questions": questions.questions_page(out),
         "scales": scales.scales_page(out, present, scale),
     }

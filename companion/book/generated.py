@@ -10,7 +10,7 @@ from typing import Any
 
 from companion.figures import cell_text, code_safe, html_safe, markdown_safe, markdown_table
 from companion.paper import ledger
-from companion.paper.claims import EVIDENCE, SOURCES, Claim, all_claims, computed_value
+from companion.paper.claims import EVIDENCE, SOURCES, Claim, all_claims, claim, computed_value
 from companion.paper.discrepancies import Arm, all_discrepancies
 from companion.paper.verdict import Verdict
 from llava_core.config import load_scale
@@ -20,7 +20,7 @@ UNMEASURED = ("not_attempted", "impossible")
 GROUPS = {
     "measured": "measured",
     "measured_gpu": "measured",
-    "recomputed": "recomputed",
+    "recomputed": "recomputed from released answers or the paper's other numbers",
     "configured": "settings of the experiments",
     "not_attempted": "not measured",
     "impossible": "not measured",
@@ -56,6 +56,17 @@ def _label(kind: str) -> str:
     return f'<span class="chip {kind}"><b>{kind.replace("_", " ")}</b></span>'
 
 
+def _without_value(known: Claim, here: ledger.Measured) -> bool:
+    """Whether a value is missing: the claim's chapter has not run, or the released files are absent."""
+    return known.evidence not in UNMEASURED and here.value is None and here.interval is None
+
+
+def _state(known: Claim, here: ledger.Measured) -> str:
+    if known.evidence in UNMEASURED:
+        return "not measured"
+    return "no value in this build" if _without_value(known, here) else _verdict(here.verdict)
+
+
 def _claim_row(known: Claim, here: ledger.Measured) -> str:
     small = [f"<code>{known.id}</code>", f"also {known.also}" if known.also else ""]
     small.append(SOURCES[known.source] if known.source != "verified" else "")
@@ -74,8 +85,7 @@ def _claim_row(known: Claim, here: ledger.Measured) -> str:
     claim_cell = f"{_text(known.text)}<small>{'; '.join(filter(None, small))}</small>"
     here_cell = f"{_text(text)}<small>{note}{tolerance}</small>"
     here_cell += "".join(f"<small>bundle: {_text(line)}</small>" for line in here.elsewhere)
-    verdict = "not measured" if known.evidence in UNMEASURED else _verdict(here.verdict)
-    cells = [claim_cell, verdict, _text(known.value_text), _label(known.evidence), here_cell]
+    cells = [claim_cell, _state(known, here), _text(known.value_text), _label(known.evidence), here_cell]
     return _row(cells, known.id)
 
 
@@ -112,7 +122,8 @@ def _check_row(check: Mapping[str, Any]) -> str:
     own = check["published"] is None and not check.get("place")  # a check of this project, no claim of the paper
     passed = {Verdict.AGREES: "passed", Verdict.DISAGREES: "failed"}.get(verdict, "") if own else ""
     values = [_text(cell_text(check[key])) for key in ("published", "measured")]
-    return _row([_text(check["claim"]) + note, _verdict(verdict, passed), *values])
+    planned = check.get("id") and claim(check["id"]).evidence in UNMEASURED  # a value, but no measurement of the claim
+    return _row([_text(check["claim"]) + note, "not measured" if planned else _verdict(verdict, passed), *values])
 
 
 def _check_rows(checks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -197,18 +208,21 @@ def all_measured(out: Path) -> dict[str, ledger.Measured]:
     return {c.id: ledger.measured(c, out, released, bundles) for c in all_claims().values()}
 
 
-def ledger_state(measured: Mapping[str, ledger.Measured]) -> str:
+def ledger_state(measured: Mapping[str, ledger.Measured], out: Path, present: Sequence[str]) -> str:
     """Return the claims and verdicts of each kind of evidence in one line, which the first page includes."""
-    groups = dict[str, Counter[Verdict]]()
+    groups = {group: Counter[str]() for group in GROUPS.values()}
     for name, here in measured.items():
-        groups.setdefault(GROUPS[all_claims()[name].evidence], Counter())[here.verdict] += 1
+        known = all_claims()[name]
+        groups[GROUPS[known.evidence]][_state(known, here)] += 1
+    order = [*map(_verdict, Verdict), "no value in this build"]
     parts = []
-    for group in dict.fromkeys(GROUPS.values()):
-        counts = groups.get(group, Counter())
-        verdicts = [f"{counts[verdict]} {_verdict(verdict)}" for verdict in Verdict if counts[verdict]]
-        shown = "" if group == GROUPS["impossible"] else f": {', '.join(verdicts)}"
-        parts += [f"{counts.total()} {group}{shown}"] if counts else []
-    return f"[Every number of the paper](notebooks/claims), {len(measured)} claims: {'; '.join(parts)}.\n"
+    for group, counts in groups.items():
+        states = [f"{counts[state]} {state}" for state in order if counts[state]]
+        parts += [f"{counts.total()} {group}{': ' if states else ''}{', '.join(states)}"] if counts else []
+    checks = [check for name in present for check in read_json(out / f"{name}.json").get("checks", [])]
+    others = [c for c in checks if c["published"] is not None and not c.get("id") and c["verdict"] == Verdict.DISAGREES]
+    more = f" Of the chapters' further comparisons, {len(others)} [disagree](notebooks/results)." if others else ""
+    return f"[Every number of the paper](notebooks/claims), {len(measured)} claims: {'; '.join(parts)}.{more}\n"
 
 
 def claims_page(measured: Mapping[str, ledger.Measured]) -> str:

@@ -45,10 +45,11 @@ EVIDENCE_HERE = {
 
 def chip(known: Claim) -> str:
     """Return a claim's label: id, the paper's value, kind of evidence (also by color); it links to the claim's row."""
+    here = "recomputed where the released answers are" if known.against.test else EVIDENCE_HERE[known.evidence]
     title = html.escape(f"{known.text} ({known.place}): {known.why or EVIDENCE[known.evidence]}")
     return (
         f'<a class="chip {known.evidence}" href="{CLAIMS}.html#{known.id}" title="{title}">'
-        f"{known.id}: {html.escape(known.value_text)} in the paper; <b>{EVIDENCE_HERE[known.evidence]}</b></a>"
+        f"{known.id}: {html.escape(known.value_text)} in the paper; <b>{here}</b></a>"
     )
 
 

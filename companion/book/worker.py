@@ -60,6 +60,7 @@ def _execute(source: str, copy: str, parameters: Mapping[str, Any]) -> None:
                 language="python",
                 progress_bar={"bar_format": "cell {n_fmt}/{total_fmt} ", "mininterval": 0},
                 start_timeout=120,
+                store_widget_state=False,  # pages show no live widget of a kernel
             )
             return
         except RuntimeError as error:

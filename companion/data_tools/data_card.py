@@ -175,7 +175,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _properties(rows: Mapping[str, str]) -> list[str]:
     """A table of names and texts in Markdown."""
-    return markdown_table(["", " "], rows.items())
+    return markdown_table(["property", "value"], rows.items())
 
 
 def card_text(audit: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from companion.data_tools.cc3m import Filtered, phrase_table, select
 from companion.data_tools.filter_settings import FilterSettings
+from companion.figures import setting_text
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def filter_sensitivity(filtered: Filtered, published: Mapping[str, int]) -> list
         numbers = {name: counts[name] for name in published}
         rows[k] = {
             "reading": VARIANTS[k].description,
-            "changes": ", ".join(f"{name} = {value}" for name, value in VARIANTS[k].changes.items()),
+            "changes": ", ".join(f"{name} = {setting_text(value)}" for name, value in VARIANTS[k].changes.items()),
             **numbers,
             "times_off": _times_off(numbers, published),
         }

@@ -7,6 +7,7 @@ import { open } from "./engine.mjs";
 const LARGEST_FILE = 20e6; // bytes
 const LARGEST_IMAGE = 40e6; // pixels
 const SHOWN = 336; // pixels of the picture on the page
+const LEAST_SCALE = 0.1; // nats; a map of occlusion whose largest change is smaller has this as the end of its scale
 const STYLE = `
 .llava-live { display: grid; grid-template-columns: minmax(0, ${SHOWN + 2}px) minmax(0, 1fr); gap: 1.2em; font-size: .95em }
 .llava-live * { box-sizing: border-box } .llava-live [hidden] { display: none !important }
@@ -20,7 +21,7 @@ const STYLE = `
 .llava-live button[aria-pressed=true] { background: color-mix(in srgb, currentColor 22%, transparent) }
 .llava-live .question { flex: 1 1 14em } .llava-live .thumbs button { padding: 2px } .llava-live .thumbs img { display: block }
 .llava-live .log { max-height: 26em; overflow-y: auto; overflow-wrap: anywhere; margin: .5em 0 }
-.llava-live .log p { margin: .35em 0 } .llava-live .word { padding: 0 .12em; margin: 0 .06em; border: 0; border-radius: 3px }
+.llava-live .log p { margin: .35em 0 } .llava-live .word { padding: 0 .06em; border: 0; border-radius: 3px }
 .llava-live small { display: block; min-height: 1.4em } .llava-live .live-error { color: #c62828; font-weight: 600 }
 .llava-live .maps { display: grid; grid-template-columns: 1fr 1fr; gap: .5em } .llava-live .maps small { min-height: 0 }
 html[data-theme=dark] .llava-live .live-error { color: #ff8a80 }
@@ -67,8 +68,8 @@ function canvasOf(picture, width, height) {
   return canvas;
 }
 
-/** Draw what the model sees, and a weight per patch over it: the larger, the clearer. */
-function drawSeen(canvas, seen, weights = null) {
+/** Draw what the model sees, and a weight per patch over it: the larger, the clearer; `least`: the scale ends there or above. */
+function drawSeen(canvas, seen, weights = null, least = 1e-9) {
   const context = canvas.getContext("2d"), small = new ImageData(seen.width, seen.height);
   for (let k = 0; k < seen.width * seen.height; k++) {
     for (let c = 0; c < 3; c++) small.data[k * 4 + c] = seen.data[k * 3 + c];
@@ -78,7 +79,7 @@ function drawSeen(canvas, seen, weights = null) {
   source.getContext("2d").putImageData(small, 0, 0);
   context.drawImage(source, 0, 0, canvas.width, canvas.height);
   if (!weights) return;
-  const side = Math.sqrt(weights.length), cell = canvas.width / side, largest = Math.max(...weights, 1e-9);
+  const side = Math.sqrt(weights.length), cell = canvas.width / side, largest = Math.max(...weights, least);
   weights.forEach((weight, k) => {
     context.fillStyle = `rgba(12, 14, 40, ${0.72 * (1 - Math.max(0, weight) / largest)})`;
     const [left, top, right, bottom] = [k % side, Math.floor(k / side), (k % side) + 1, Math.floor(k / side) + 1].map((n) => Math.round(n * cell));
@@ -226,13 +227,13 @@ function chat({ model, el }) {
   });
 
   function fill(answer) {
-    answer.entry.replaceChildren(...answer.words.map((word) =>
+    answer.entry.replaceChildren(...answer.words.flatMap((word) => [" ",
       button(word.text, () => select(answer, word), {
         class: "word",
         title: word.steps[0].candidates.map((c) => `${c.text.trim() || "␣"} ${(100 * c.probability).toFixed(0)} %`).join("\n"),
         on: { click: () => select(answer, word, true), mouseenter: () => select(answer, word), focus: () => select(answer, word) },
       }),
-    ));
+    ]).slice(1)); // white space between the words, for copies and screen readers
   }
 
   /** Show what the model attends to when it writes a word, and how much greying each patch changes the word. */
@@ -243,7 +244,7 @@ function chat({ model, el }) {
     crop.textContent = `Attention at "${word.text}", mean over layers and heads. ${word.steps[0].candidates.map((c) => `${c.text.trim() || "␣"} ${(100 * c.probability).toFixed(0)} %`).join(", ")}`;
     maps.hidden = !word.occlusion;
     if (!word.occlusion) return;
-    drawSeen(second, conversation.seen, word.occlusion.map((change) => Math.max(0, change)));
+    drawSeen(second, conversation.seen, word.occlusion.map((change) => Math.max(0, change)), LEAST_SCALE);
     const most = Math.max(0, ...word.occlusion).toFixed(1);
     occluded.textContent = `What greying each patch takes from "${word.text}", at most ${most} nats`;
   }
@@ -422,7 +423,10 @@ function chat({ model, el }) {
       ask();
     }))),
     log, status,
-    make("div", { class: "live-row live-more" }, occlusionButton, button("Clear", clear), button("Save as JSON", saveJson), button("Save as PNG", savePng)),
+    make("div", { class: "live-row live-more" }, occlusionButton, button("Clear", () => {
+      clear();
+      question.value = ""; // a new image keeps the question, to be asked again
+    }), button("Save as JSON", saveJson), button("Save as PNG", savePng)),
     make("div", { class: "live-row live-more" }, make("label", {}, "Temperature ", temperature), make("label", {}, "Tokens ", length)),
     maps, make("small", { textContent: state.checkpoint }));
   el.classList.add("llava-live");

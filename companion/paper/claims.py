@@ -131,6 +131,11 @@ class Claim(StrictModel):
         return self
 
     @property
+    def derived(self) -> bool:
+        """Whether the paper does not print the number; there is nothing to compare it with."""
+        return self.place.startswith("follows from")
+
+    @property
     def number(self) -> str:
         text = f"{self.value:g}" if self.digits is None else f"{self.value:.{self.digits}f}"
         text = f"{self.value:,.0f}" if self.digits is None and self.value >= 10_000 else text

@@ -86,7 +86,8 @@ def _recomputed(known: Claim, released: Mapping[str, Any] | None) -> Measured:
     if known.against.test is None:
         value = computed_value(known.id)
         others = ", ".join(known.computed.ids) if known.computed else ""
-        return Measured(value, None, verdict_of(known.id not in inconsistent()), f"from {others}")
+        holds = None if known.derived else known.id not in inconsistent()
+        return Measured(value, None, verdict_of(holds), f"from {others}")
     test = known.against.test
     if released is None:
         return Measured(note=f"the released files are missing; {HOW}; {test}")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from companion.cli import main
 from companion.comparisons import simulated_arms
 from companion.protocol import Protocol, load_protocol
 from llava_core.config import load_experiment
-from llava_core.runtime import DataError, read_json, write_json
+from llava_core.runtime import ROOT, DataError, read_json, write_json
 
 N = 1000
 
@@ -190,7 +194,7 @@ def test_chapter_texts_name_verdict_interval_and_what_is_missing(protocol: Proto
     )
     assert "half-width" not in whole
     assert "(2 of 5 seeds), so there is no verdict" in small
-    assert "Not above both a blind guess (50.0 %) and the look-up table (50.0 %): " in small
+    assert "Not significantly above both a blind guess (50.0 %) and the look-up table (50.0 %): " in small
     assert {row["verdict"] for row in stored.overview(protocol)} == {"no record"}
     stored.write_record(simulated_record(protocol, "pretraining", -20))
     rows = [row for row in stored.overview(protocol) if row["ablation"] == "pretraining"]
@@ -264,6 +268,33 @@ def test_processes_share_stage_1_and_resume(workspace: Path, monkeypatch: pytest
     assert sorted(path.parts[-4] for path in summaries) == ["finetune", "finetune", "pretrain"]
     assert dict(ab.run_jobs(jobs)) == results  # finished runs are reused
     assert {path: path.stat().st_mtime_ns for path in workspace.glob("runs/*/mini/*/summary.json")} == summaries
+
+
+SLOW_JOBS = """
+import os, time
+from companion import ablations as ab
+def slow(job):
+    print(os.getpid(), flush=True)
+    time.sleep(300)
+ab.measure = slow
+if __name__ == "__main__":
+    list(ab.run_jobs([ab.Job("pretrain", "mini", f'{{"train.seed": {k}}}', True) for k in (1, 2)], 2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_end_with_their_parent(tmp_path: Path) -> None:
+    (tmp_path / "jobs.py").write_text(SLOW_JOBS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, tmp_path / "jobs.py"], stdout=-1, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        workers = [Path(f"/proc/{int(parent.stdout.readline())}/cmdline") for _ in range(2)]
+        assert all("spawn_main" in worker.read_text() for worker in workers)
+        parent.kill()
+    end = time.monotonic() + 10
+    while any(worker.exists() and worker.read_text() for worker in workers):  # the text of a zombie is empty
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_fast_run_is_one_seed(measured: list[ab.Job], folder: Path) -> None:
@@ -412,9 +443,15 @@ def test_command_prints_effect_interval_and_verdict(
         ("image_position", {"image_position"}),
     ],
 )
-def test_arms_differ_in_one_setting(name: str, settings: set[str], protocol: Protocol) -> None:
-    rows = ab.arm_settings(protocol.plan(name), "mini")
-    assert {row["setting"] for row in rows} == settings
+def test_arms_differ_in_one_setting_and_their_learning_rate(name: str, settings: set[str], protocol: Protocol) -> None:
+    plan = protocol.plan(name)
+    rows = ab.arm_settings(plan)
+    assert {row["setting"] for row in rows} - {"train.learning_rate"} == settings
+    rates = stored.learning_rates(protocol)
+    wanted = {label: f"{rates[ab.arm_name(plan.tuned_arm(arm))]:g}" for label, arm in plan.arms.items()}
+    shown = [{label: row[label] for label in wanted} for row in rows if row["setting"] == "train.learning_rate"]
+    assert shown == ([wanted] if len(set(wanted.values())) > 1 else [])
+    assert "train.learning_rate" not in {row["setting"] for row in ab.arm_settings(plan, "gpu")}
 
 
 def test_papers_small_differences_are_not_significant(protocol: Protocol) -> None:

@@ -143,6 +143,14 @@ def test_setting_rows_have_every_departure_and_no_unused_setting() -> None:
     assert figures.setting_rows(config, since=config) == []
 
 
+def test_settings_are_texts_without_marks_of_python() -> None:
+    adapters = load_experiment("finetune", "gpu").experiment.train.adapters
+    assert figures.setting_text(adapters) == "r 128; alpha 256; dropout 0.05"
+    values = (None, True, 1000.0, 2e-5, [0.5, "a"], {"mode": "crop", "mean": [0.5, 0.25]})
+    texts = ["none", "yes", "1000", "2e-05", "0.5, a", "mode crop; mean 0.5, 0.25"]
+    assert [figures.setting_text(value) for value in values] == texts
+
+
 def test_supervised_tokens_are_marked() -> None:
     tokens, labels = ["What", "<image>", "<image>", " <b>", "\n"], [-100, -100, -100, 7, 2]
     text = figures.supervised_text_html(tokens, labels).data
@@ -167,7 +175,10 @@ def test_tables_format_their_numbers() -> None:
     assert {value: figures.cell_text(value) for value in values} == values
     assert figures.cell_text(math.nan) == "–"
     assert figures.cell_text([-2.5, -0.4]) == "-2.5 to -0.4"
-    assert figures.cell_text([80.8, 81.02, 83.8]) == "80.8, 81.02, 83.8"
+    assert figures.cell_text([80.8, 81.02, 83.8]) == "80.80, 81.02, 83.80"
+    assert figures.cell_text([-10.11, -6.526]) == "-10.11 to -6.53"
+    assert figures.cell_text([-0.0004, 12.0]) == "-0.0004 to 12"
+    assert figures.cell_text([-0.004, 1.5, None]) == "-0.004, 1.500, –"
     assert figures.cell_text(["a", "b"]) == "a, b"
     text = figures.table([{"a": 1, "b": "<i>", "c": None}, {"a": 2.5}], caption="T & U").to_html()
     assert "&lt;i&gt;" in text

@@ -41,10 +41,26 @@ def test_overview_shows_measured_and_published_values(tmp_path: Path) -> None:
 
 
 def test_first_page_counts_claims_by_evidence(tmp_path: Path) -> None:
-    text = generated.ledger_state(generated.all_measured(tmp_path))
-    unmeasured = sum(c.evidence in generated.UNMEASURED for c in all_claims().values())
+    measured = generated.all_measured(tmp_path)
+    text = generated.ledger_state(measured, tmp_path, [])
+    claims = all_claims().values()
+    unmeasured = sum(c.evidence in generated.UNMEASURED for c in claims)
     assert text.endswith(f"; {unmeasured} not measured.\n")
     assert "settings of the experiments" in text
+    chapters = sum(c.evidence == "measured" for c in claims)
+    assert f"{chapters} measured: {chapters} no value in this build" in text
+    derived = sum(c.derived for c in claims)
+    assert f'{derived} <span class="verdict shown-only">' in text  # nothing to compare them with
+    checks = [{"published": published, "verdict": "disagrees"} for published in (2.0, None)]
+    checks.append({"published": 2.0, "verdict": "disagrees", "id": "ablation-7b"})
+    (tmp_path / "44.json").write_text(json.dumps({"checks": checks}))
+    text = generated.ledger_state(measured, tmp_path, ["44"])
+    assert text.endswith("Of the chapters' further comparisons, 1 [disagree](notebooks/results).\n")
+
+
+def test_planned_value_is_no_measurement() -> None:
+    check = {"claim": "hours", "published": 4, "measured": [3, 5], "verdict": "shown only", "id": "stage1-hours"}
+    assert "<td>not measured</td>" in generated._check_row(check)
 
 
 def test_own_checks_pass_and_share_a_row() -> None:
