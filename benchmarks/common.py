@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 from llava_core.runtime import CompanionError, DataError, atomic_write, display_path, environment
+from llava_core.train.processes import die_with_parent
 
 Clock = Literal["wall", "cpu"]
 MAX_RANGE = 0.25  # of a ratio: highest minus lowest of the rounds; a wider one is not reported
@@ -178,6 +179,7 @@ def in_own_process(function: str, **arguments: Any) -> Any:
 
 
 def _serve(function: str, arguments: str) -> None:
+    die_with_parent()
     module, _, name = function.partition(":")
     print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(arguments))))
 

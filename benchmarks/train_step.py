@@ -432,6 +432,12 @@ def bench_train_step(
     """
     name = model
     samples = samples or (16 if name == "mini" else 8)
+    peak = partial(
+        in_own_process, "benchmarks.train_step:peak_of_step", name=name, stage=stage, samples=samples,
+        per_image=per_image, dtype=dtype, device=device,
+    )  # fmt: skip
+    # first, because the models that are timed below stay in memory
+    peaks = {side: round(peak(side=side)) for side in (PEER, *savings)} if memory else {}
     case = make_case(name, stage, samples, per_image, dtype, device)
     differences = {saving: difference(case, saving) for saving in savings}
     ours = {saving: PackedStep(case, saving) for saving in savings}
@@ -440,15 +446,11 @@ def bench_train_step(
     for step in sides.values():
         step()
     seconds = steady_in_turns(sides, PEER, rounds, clock)
-    peak = partial(
-        in_own_process, "benchmarks.train_step:peak_of_step", name=name, stage=stage, samples=samples,
-        per_image=per_image, dtype=dtype, device=device,
-    )  # fmt: skip
-    theirs = round(peak(side=PEER)) if memory else None
+    theirs = peaks.get(PEER)
     rows = []
     for saving in savings:
         median = float(np.median(seconds[saving]))
-        own = round(peak(side=saving)) if memory else None
+        own = peaks.get(saving)
         rows.append(
             {
                 "case": saving, "model": name, "stage": stage, "per_image": per_image, "dtype": dtype, "clock": clock,
