@@ -14,7 +14,7 @@ EXTRAS := notebooks,book,train,phrases,live,guard,dev
 BIN := $(VENV)/bin
 # what is installed is known by what it was installed from, so neither a checkout nor a clock makes it stale
 STAMP := $(VENV)/.ready-$(firstword $(shell cat pyproject.toml constraints.txt hashes.txt | cksum))
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 LLAVA := $(BIN)/llava
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
@@ -76,6 +76,8 @@ $(STAMP):
 	@# the files with a hash first; then torch, whose build is the machine's choice, and this project
 	@DS_BUILD_OPS=0 $(INSTALL) --no-deps --require-hashes -r hashes.txt $(PIP_ARGS)
 	@DS_BUILD_OPS=0 $(INSTALL) -c constraints.txt -e '.[$(EXTRAS)]' $(PIP_ARGS)
+	@# pip would compile on one core; files for other versions of Python do not compile, as with pip
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@$(if $(filter .venv-ci,$(VENV)),true,$(SET_UP_NBDIME))
 	@$(BIN)/python -m companion.book.vendor || echo "note: the book will load its scripts from the network" >&2
 	@touch $@
