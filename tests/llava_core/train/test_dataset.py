@@ -28,7 +28,7 @@ def test_held_out_samples_are_a_listed_departure(name: str) -> None:
     config = load_experiment(name, "gpu")
     (departure,) = (d for d in config.departures if d.field == "data.held_out")
     assert (departure.paper, departure.here) == (0, config.scale.eval_samples)
-    assert "held-out" in departure.why
+    assert "held out" in departure.why
 
 
 @pytest.mark.parametrize(("samples", "held_out"), [(595_375, 1000), (26, 7), (10, 9), (7, 1), (3, 0)])
