@@ -17,6 +17,7 @@ from llava_core.config import load_scale
 from llava_core.runtime import read_json
 
 UNMEASURED = ("not_attempted", "impossible")
+NO_VALUE = "no value in this build"  # the chapter of a claim has not run, or the released files are absent
 GROUPS = {
     "measured": "measured",
     "measured_gpu": "measured",
@@ -56,15 +57,10 @@ def _label(kind: str) -> str:
     return f'<span class="chip {kind}"><b>{kind.replace("_", " ")}</b></span>'
 
 
-def _without_value(known: Claim, here: ledger.Measured) -> bool:
-    """Whether a value is missing: the claim's chapter has not run, or the released files are absent."""
-    return known.evidence not in UNMEASURED and here.value is None and here.interval is None
-
-
 def _state(known: Claim, here: ledger.Measured) -> str:
     if known.evidence in UNMEASURED:
         return "not measured"
-    return "no value in this build" if _without_value(known, here) else _verdict(here.verdict)
+    return NO_VALUE if here.value is None and here.interval is None else _verdict(here.verdict)
 
 
 def _claim_row(known: Claim, here: ledger.Measured) -> str:
@@ -214,7 +210,7 @@ def ledger_state(measured: Mapping[str, ledger.Measured], out: Path, present: Se
     for name, here in measured.items():
         known = all_claims()[name]
         groups[GROUPS[known.evidence]][_state(known, here)] += 1
-    order = [*map(_verdict, Verdict), "no value in this build"]
+    order = [*map(_verdict, Verdict), NO_VALUE]
     parts = []
     for group, counts in groups.items():
         states = [f"{counts[state]} {state}" for state in order if counts[state]]
