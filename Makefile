@@ -79,7 +79,6 @@ $(STAMP):
 	@# pip would compile on one core; files for other versions of Python do not compile, as with pip
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@$(if $(filter .venv-ci,$(VENV)),true,$(SET_UP_NBDIME))
-	@$(BIN)/python -m companion.book.vendor || echo "note: the book will load its scripts from the network" >&2
 	@touch $@
 
 check: setup ## style, types, notebooks without outputs

@@ -62,6 +62,11 @@ def load_run(record: RunRecord, checkpoint: Path | None = None) -> Loaded:
     return load(checkpoint or record.checkpoint, resolve_dtype(config.dtype), resolve_device(config.scale.device))
 
 
+def _limited(name: str, limit: int | None) -> str:
+    """The name of a result of the first `limit` questions only: it does not replace that of all."""
+    return name if limit is None else f"{name}_{limit}"
+
+
 SHUFFLE_SEED = 0  # of `shuffle_images`
 
 
@@ -73,6 +78,7 @@ def science_result(
     Without `look` the questions are asked as text only.
     """
     name = ("science_qa" if look else "science_qa_blind") + ("" if split == "test" else f"_{split}")
+    name = _limited(name, limit)
 
     def compute() -> dict[str, Any]:
         folder, out = record.config.data_path, record.path / f"{name}_answers.jsonl"
@@ -125,7 +131,7 @@ def science_curve(record: RunRecord, limit: int) -> dict[str, Any]:
             out.unlink()
         return {"steps": list(places), "right": right}
 
-    return cached_result(record, f"science_qa_curve_{limit}", compute)
+    return cached_result(record, _limited("science_qa_curve", limit), compute)
 
 
 def bench_scores(record: RunRecord, bench: str, limit: int | None = None) -> dict[str, Any]:
@@ -157,7 +163,7 @@ def anatomy_curve(record: RunRecord, limit: int | None = None) -> dict[str, Any]
             found.append(anatomy(problems, answers))
         return {"steps": list(places), "anatomy": found}
 
-    return cached_result(record, "anatomy", compute)
+    return cached_result(record, _limited("anatomy", limit), compute)
 
 
 def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limit: int | None = None) -> dict[str, Any]:
@@ -172,7 +178,7 @@ def bench_result(record: RunRecord, client: Any, bench: str = "bench-coco", limi
         reviews, _ = llava_bench.judge(files.questions, files.context, files.reference or {}, answers, client)
         return {**llava_bench.score_reviews(reviews), "answers": answers, "reviews": reviews}
 
-    return cached_result(record, bench, compute)
+    return cached_result(record, _limited(bench, limit), compute)
 
 
 def bench_folders(record: RunRecord, bench: str) -> tuple[Path, Path]:
@@ -190,8 +196,6 @@ def factual_folder(config: RunConfig) -> Path:
 
 def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, Any]:
     """Answer factual questions about held-out images: with the right image, another one, a blank and an edited one.
-
-    The `limit` of a run's first call decides, since its result is stored with the run.
 
     Returns:
         `right`, `shuffled` (images exchanged), `blank` (uniform gray) and `prior` (the best answers without an image),
@@ -219,7 +223,7 @@ def grounding_result(record: RunRecord, limit: int | None = None) -> dict[str, A
         edited = _edited_result(loaded, limit)
         return {**scores, "prior": prior, "edited": edited, "answers": answers["right"]}
 
-    return cached_result(record, "grounding", compute)
+    return cached_result(record, _limited("grounding", limit), compute)
 
 
 def _edited_result(loaded: Loaded, limit: int | None) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from llava_core.runtime import (
     write_json,
 )
 
+TOOLS = ("jupyter-book", "sphinx", "sphinx-book-theme", "django-static-mathjax")  # whose versions the pages depend on
+
 
 def chapter_checks(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Collect the rows (claim, published, measured, verdict) of the chapters that have saved their numbers."""
@@ -54,18 +56,11 @@ def _toc(source: Path, pages: Sequence[str]) -> dict[str, Any]:
     return {**toc, "parts": parts}
 
 
-def _config(source: Path, book: Path, partial: bool) -> dict[str, Any]:
-    """Return the configuration with the local copies of MathJax and of the widgets' viewer, if they exist."""
+def _config(source: Path, partial: bool) -> dict[str, Any]:
+    """Return the configuration; in a `partial` book a page may link to a chapter that has not run."""
     config: dict[str, Any] = yaml.safe_load(source.read_text(encoding="utf-8"))
-    sphinx = config.setdefault("sphinx", {}).setdefault("config", {})
-    vendor = book / "_vendor"
-    if vendor.is_dir():
-        sphinx.setdefault("html_static_path", []).append("_vendor")
-    if (vendor / "mathjax" / "tex-mml-chtml.js").exists():
-        sphinx["mathjax_path"] = "mathjax/tex-mml-chtml.js"
-    if (vendor / "embed.js").exists():
-        sphinx["nb_ipywidgets_js"] = {"embed.js": {}}
-    if partial:  # a page may link to a chapter that has not run
+    if partial:
+        sphinx = config.setdefault("sphinx", {}).setdefault("config", {})
         sphinx.setdefault("suppress_warnings", []).extend(["myst.xref_missing", "ref.doc"])
     return config
 
@@ -107,7 +102,7 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
             atomic_write(page, text)
 
     toc = _toc(book / "_toc.yml", [f"{out.name}/{name}" for name in [*present, *generated_pages]])
-    config = _config(source, book, bool(missing))
+    config = _config(source, bool(missing))
     build = book / "_build"
     first, stamp, effective = build / "html" / "index.html", build / "built.json", build / "effective"
     outputs = (build, out)
@@ -118,7 +113,7 @@ def build_book(out: Path, names: Sequence[str], scale: str) -> Path:
         "toc": toc,
         "config": config,
         "code": [sha256_file(Path(module.__file__ or "")) for module in (pages, site)],
-        "tools": [importlib.metadata.version(tool) for tool in ("jupyter-book", "sphinx", "sphinx-book-theme")],
+        "tools": [importlib.metadata.version(tool) for tool in TOOLS],
     }
     built_from = {"state": fingerprint(state)}
     if first.exists() and stamp.exists() and read_json(stamp) == built_from:

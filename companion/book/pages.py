@@ -1,7 +1,7 @@
 """A Sphinx extension: what the pages show beyond their files.
 
 It changes what Sphinx reads, not the files: it adds chips of claims, folds cells of imports, describes images in words
-and fills in values. A page may contain
+and fills in values; and it copies MathJax into the built pages. A page may contain
 
     {{ claim:ID }}                                           a claim's number
     {{ config:EXPERIMENT:FIELD }}                            an experiment's value
@@ -16,8 +16,10 @@ import html
 import importlib
 import json
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,16 @@ def _parents(node: nodes.Node) -> Iterator[nodes.Node]:
         yield node
 
 
+def copy_mathjax(app: Any, error: Exception | None) -> None:
+    """Copy MathJax with its fonts and license into the built pages, which then load nothing from the network."""
+    if error is None and app.builder.format == "html":
+        source, target = Path(str(files("mathjax")), "static", "mathjax"), Path(app.outdir, "_static", "mathjax")
+        fonts = Path("output", "chtml", "fonts", "woff-v2")
+        shutil.copytree(source / "es5" / fonts, target / fonts, dirs_exist_ok=True)
+        for path in (source / "es5" / "tex-mml-chtml.js", source / "LICENSE"):
+            shutil.copyfile(path, target / path.name)
+
+
 def setup(app: Any) -> dict[str, bool]:
 
     def read(app: Any, name: str, source: list[str]) -> None:
@@ -182,4 +194,5 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", read)
     app.connect("doctree-read", describe_images)
     app.connect("html-page-context", drop_thebe)
+    app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

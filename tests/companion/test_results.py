@@ -56,7 +56,11 @@ def test_grounding_tells_a_model_that_looks_from_one_that_does_not(
 
     monkeypatch.setattr(results, "load_run", lambda record: None)
     monkeypatch.setattr(results, "answer_questions", looks)
-    result = results.grounding_result(RunRecord.open(load_experiment("finetune", "mini")))
+    record = RunRecord.open(load_experiment("finetune", "mini"))
+    assert results.grounding_result(record, 5)["right"]["n"] == 5
+    result = results.grounding_result(record)
+    assert result["right"]["n"] > 5, "a result of the first questions stands for that of all"
+    assert results.grounding_result(record, 5)["right"]["n"] == 5
     assert result["right"]["accuracy"] == 100
     assert result["shuffled"]["accuracy"] < 60
     assert result["blank"]["accuracy"] == 0

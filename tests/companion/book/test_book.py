@@ -72,7 +72,7 @@ KNOWN_ERRORS = ("Got invalid theme mode", "'#notebooks/")
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of executed copies in a copy of the book's sources."""
-    shutil.copytree(ROOT / "book", tmp_path / "book", ignore=shutil.ignore_patterns("_build", "notebooks", "_vendor"))
+    shutil.copytree(ROOT / "book", tmp_path / "book", ignore=shutil.ignore_patterns("_build", "notebooks"))
     shutil.copytree(ROOT / "figures", tmp_path / "figures")
     shutil.copy(ROOT / "jupyter_book_config.yml", tmp_path)
     plan = {"scale": "gpu", "experiment": "finetune", "processes": 1, "gpu": "A100-80", "steps": 1234, "hours": 2.0}
@@ -97,9 +97,6 @@ def picture(tmp_path: Path) -> Path:
 def test_book_is_built_from_executed_notebooks(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = {"claim": "a <claim>", "published": 1.5, "measured": [1, 2], "verdict": "agrees", "note": "n"}
     chapter(out, NAMES[0], "# Alignment\n\nClaims: `ablation-7b`.\n\nSee [the bench](30_bench.ipynb).", [check])
-    vendor = out.parent / "_vendor" / "mathjax"
-    vendor.mkdir(parents=True)
-    (vendor / "tex-mml-chtml.js").write_text("/* local */")
     first = book.build_book(out, NAMES, "mini")
     assert first == out.parent / "_build" / "html" / "index.html"
     assert "leaves out what has not run: 30_bench" in capsys.readouterr().err
@@ -120,7 +117,11 @@ def test_book_is_built_from_executed_notebooks(out: Path, capsys: pytest.Capture
     assert '<tr id="ablation-7b">' in (first.parent / "notebooks" / "claims.html").read_text()
     assert "Masks that drift" in (first.parent / "notebooks" / "differences.html").read_text()
     assert "{{" not in (first.parent / "bring_your_own_data.html").read_text()
-    assert "cdn.jsdelivr.net/npm/mathjax" not in chapter_page
+    assert "../_static/mathjax/tex-mml-chtml.js" in chapter_page
+    assert "https://cdn" not in chapter_page
+    mathjax = first.parent / "_static" / "mathjax"
+    assert {"LICENSE", "tex-mml-chtml.js"} <= {path.name for path in mathjax.iterdir()}
+    assert list(mathjax.glob("output/chtml/fonts/woff-v2/*.woff"))
     assert not (first.parent / "notebooks" / "30_bench.html").exists()
     assert "Ablations" not in chapter_page  # a part without chapters has no heading
 
@@ -247,19 +248,6 @@ def test_every_notebook_of_the_project_has_a_part() -> None:
     listed = json.dumps(book._toc(ROOT / "book" / "_toc.yml", [f"notebooks/{name}" for name in names]))
     assert [name for name in names if f'"notebooks/{name}"' not in listed] == []
     assert toc["format"] == "jb-book"
-
-
-def test_local_scripts_are_used_where_they_exist(tmp_path: Path) -> None:
-    source = ROOT / "jupyter_book_config.yml"
-    plain = book._config(source, tmp_path, partial=False)["sphinx"]["config"]
-    assert plain["html_static_path"] == ["assets"]
-    assert "mathjax_path" not in plain
-    (tmp_path / "_vendor").mkdir()
-    (tmp_path / "_vendor" / "embed.js").write_text("")
-    local = book._config(source, tmp_path, partial=True)["sphinx"]["config"]
-    assert local["html_static_path"] == ["assets", "_vendor"]
-    assert local["nb_ipywidgets_js"] == {"embed.js": {}}
-    assert "mathjax_path" not in local
 
 
 def test_missing_page_sources_are_an_error(tmp_path: Path) -> None:

@@ -165,9 +165,17 @@ def test_a_seed_that_misses_a_check_is_trained_for_longer(tmp_path: Path, monkey
     assert read_json(tmp_path / "llm-13b-1" / "manifest.json")["training"] == {"steps": 4500}
 
 
-def test_only_models_of_the_folder_are_measured(tmp_path: Path) -> None:
+def test_only_the_named_models_of_the_folder_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"base model 'llm-7B'"):
         base_models.measure_acceptance(only=["llm-7B"])
+    measured: list[str] = []
+    monkeypatch.setattr(base_models, "language_model_checks", lambda folder: measured.append(folder.name))
+    monkeypatch.setattr(base_models, "vision_tower_checks", lambda folder: measured.append(folder.name))
+    monkeypatch.setattr(base_models, "_text_gates", lambda checks: {"text": True})
+    monkeypatch.setattr(base_models, "_vision_gates", lambda checks: {"vision": True})
+    assert base_models.measure_acceptance(only=["llm-7b"])["passed"] == {"llm-7b text": True}
+    assert base_models.measure_acceptance(only=["clip"])["passed"] == {"vision": True}
+    assert measured == ["llm-7b", "clip"]
 
 
 def test_command_line_names_every_base_model() -> None:  # a copy there, so that `llava --help` needs no torch
