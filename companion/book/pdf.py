@@ -20,13 +20,15 @@ STYLE = """
 @page { size: A4; margin: 18mm 15mm; }
 body { font-size: 10pt; background: white; }
 h1 { font-size: 20pt !important; } h2 { font-size: 14pt !important; } h3 { font-size: 12pt !important; }
-article { break-before: page; width: 180mm; overflow-x: clip; }
+article.bd-article { break-before: page; width: 180mm; overflow-x: clip; }
+article article { break-inside: avoid; }
 td, th { white-space: normal !important; }
 .title-page { padding-top: 30vh; break-after: page; }
 nav > ul { columns: 2; }
 pre, .output { white-space: pre-wrap !important; overflow: visible !important; overflow-wrap: anywhere; }
 .wide, .pst-scrollable-table-container, .cell_output { overflow: visible !important; }
 table { font-size: 8pt; overflow-wrap: anywhere; }
+th, td.number { overflow-wrap: normal; }
 img, svg { max-width: 100% !important; break-inside: avoid; }
 .headerlink, .copybtn, .question-filter, .llava-live, .live-start, .tb-button { display: none !important; }
 """

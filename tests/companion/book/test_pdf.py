@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from bs4 import BeautifulSoup
 
 from companion.book import pdf
 from llava_core.runtime import CompanionError
+from tests.companion.browser import BROWSER
 
 PAGE = """<html><head><title>The book</title><link rel="stylesheet" href="_static/a.css"><script src="x.js"></script>
 </head><body><nav>menu</nav><article class="bd-article"><h1>{title}<a class="headerlink" href="#t">#</a></h1>
@@ -35,6 +37,19 @@ def test_pages_become_one_with_contents_images_and_links(tmp_path: Path) -> None
     assert "A &amp; B" in text
     assert not page.select("script")
     assert "menu" not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+def test_only_the_pages_of_the_book_begin_a_new_page(tmp_path: Path) -> None:
+    html = tmp_path / "html"
+    html.mkdir()
+    (tmp_path / "effective").mkdir()
+    (tmp_path / "effective" / "_toc.yml").write_text("root: one\nparts: []")
+    (tmp_path / "built.json").write_text("{}")
+    questions = "".join(f"<article><p>Question {k}</p></article>" for k in range(6))
+    (html / "one.html").write_text(PAGE.format(title=f"Questions</h1>{questions}<h1>", up=""))
+    content = pdf.print_book(html, tmp_path / "book.pdf").read_bytes()
+    assert len(re.findall(rb"/Type\s*/Page\b", content)) == 3, "title, contents and one page of questions"
 
 
 def test_a_book_that_is_not_built_is_an_error(tmp_path: Path) -> None:
