@@ -73,9 +73,9 @@ SHUFFLE_SEED = 0  # of `shuffle_images`
 def science_result(
     record: RunRecord, limit: int | None = None, look: bool = True, split: str = "test"
 ) -> dict[str, Any]:
-    """Return `science_qa.score`, the `answers` of a run on a split, and `right`, a digit 1 or 0 for each question.
+    """Return `science_qa.score` and the `answers` of a run on a split, which are also in `file` of the record's folder.
 
-    Without `look` the questions are asked as text only.
+    `right` has a digit 1 or 0 for each question. Without `look` the questions are asked as text only.
     """
     name = ("science_qa" if look else "science_qa_blind") + ("" if split == "test" else f"_{split}")
     name = _limited(name, limit)
@@ -84,7 +84,8 @@ def science_result(
         folder, out = record.config.data_path, record.path / f"{name}_answers.jsonl"
         answers = _science_answers(record, record.checkpoint, out, split=split, limit=limit, images=look)
         problems = load_problems(folder, split)[:limit]
-        return {**science_qa.score(problems, answers), "answers": answers, "right": _digits(problems, answers)}
+        score = science_qa.score(problems, answers)
+        return {**score, "answers": answers, "file": out.name, "right": _digits(problems, answers)}
 
     return cached_result(record, name, compute)
 
