@@ -96,7 +96,7 @@ def picture(tmp_path: Path) -> Path:
 
 def test_book_is_built_from_executed_notebooks(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = {"claim": "a <claim>", "published": 1.5, "measured": [1, 2], "verdict": "agrees", "note": "n"}
-    chapter(out, NAMES[0], "# Alignment\n\nClaims: `ablation-7b`.\n\nSee [the bench](30_bench.ipynb).", [check])
+    chapter(out, NAMES[0], "# Alignment\n\nClaims: `ablation-7b`.\n\nSee [the bench](30_bench.ipynb): $x^2$.", [check])
     first = book.build_book(out, NAMES, "mini")
     assert first == out.parent / "_build" / "html" / "index.html"
     assert "leaves out what has not run: 30_bench" in capsys.readouterr().err

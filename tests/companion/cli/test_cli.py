@@ -490,7 +490,10 @@ def test_closed_pipe_is_quiet(words: str) -> None:
     assert command.stdout
     command.stdout.close()  # as `head -1` does
     _, errors = command.communicate()
-    assert (command.returncode, errors) == (0 if words == "--help" else 141, "")  # argparse ignores the error
+    assert errors == ""
+    assert command.returncode in (
+        (0, 141) if words == "--help" else (141,)
+    )  # argparse ignores the error in some versions
 
 
 def test_tables_have_four_digits() -> None:
