@@ -292,16 +292,7 @@ def _speed(record: Mapping[str, Any], plan: AblationPlan) -> tuple[Any, dict[str
     result, reached = compare_speed(steps, curves[0], curves[1], plan.speed.target, clusters)
     accuracies = {label: (100 * curve.mean(2)).tolist() for label, curve in zip(labels, curves, strict=True)}
     needed = dict(zip(labels, (reached["first"], reached["second"]), strict=True))
-    # the paper's form of the claim: where the reference reaches what the other arm has at its end
-    last = [run[-1] for run in accuracies[labels[1]]]
-    first_to = [
-        next((step / steps[-1] for step, value in zip(steps, run, strict=True) if value >= end), None)
-        for run, end in zip(accuracies[labels[0]], last, strict=True)
-    ]
-    return result, {
-        "steps": steps, "accuracies": accuracies, "needed": needed, "target": plan.speed.target,
-        "share_of_steps": first_to,
-    }  # fmt: skip
+    return result, {"steps": steps, "accuracies": accuracies, "needed": needed, "target": plan.speed.target}
 
 
 def _others(record: Mapping[str, Any], plan: AblationPlan) -> list[str]:

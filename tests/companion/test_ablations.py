@@ -141,7 +141,6 @@ def test_learning_speed_has_its_own_verdict(protocol: Protocol, folder: Path) ->
     assert speed["verdict"] == "agrees"
     assert speed["effect"] > 0
     assert all(step < 80 for step in speed["needed"]["reasons first"])
-    assert all(share < 1 for share in speed["share_of_steps"])
     assert len(speed["accuracies"]["answer first"][0]) == 8
     rows = stored.difference_checks(stored.analyse(simulated_record(protocol, "cot_order", -20), protocol))
     assert [row["id"] for row in rows] == ["ablation-answer-first", "cot-convergence"]
